@@ -1,0 +1,68 @@
+"""Connect to Ray: a cluster by its address, or one of this machine, started and ended here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffit_train.errors import UserError
+
+# Usage reports would leave the machine; set to 1 by whoever wants to send them.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """A Ray session for the block.
+
+    Args:
+        address: `host:port`, `ray://host:port` or `auto`; None means the cluster that
+            RAY_ADDRESS names, as inside a Ray job, or else a new one on this machine.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address is None and "RAY_ADDRESS" not in os.environ else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')!r}: {error}; "
+            "start one with `ray start --head`, or leave --address out to use this machine"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require(cpus: float, gpus: float, purpose: str) -> None:
+    """Refuse work that the connected cluster could never place.
+
+    Raises:
+        UserError: the cluster has fewer CPUs or GPUs than `purpose` takes.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+        present = resources.get(kind, 0)
+        if needed > present:
+            raise UserError(
+                f"{purpose} needs {needed:g} {kind}s, but the Ray cluster has {present:g}; "
+                "lower the amounts under `scaling`, as scaling.workers=1, or give a larger "
+                "cluster by --address"
+            )

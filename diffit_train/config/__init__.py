@@ -1,0 +1,6 @@
+"""The recipe and everything about reading it."""
+
+from diffit_train.config.load import dump_recipe, load_recipe, packaged_recipes, validate
+from diffit_train.config.recipe import Recipe
+
+__all__ = ["Recipe", "dump_recipe", "load_recipe", "packaged_recipes", "validate"]

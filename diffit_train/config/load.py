@@ -1,0 +1,133 @@
+"""Read a recipe by path or packaged name, apply overrides, and say clearly what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from diffit_train.config.recipe import Recipe
+from diffit_train.errors import UserError
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = files("diffit_train.config") / "recipes"
+    return sorted(e.name.removesuffix(".yaml") for e in folder.iterdir() if e.name.endswith(".yaml"))
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Precedence, lowest first: 1. the defaults of the typed recipe; 2. the file; 3. `overrides`,
+    each `key.sub=value` with a YAML value, later ones winning; 4. `root`, which is --root.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    tree = _parse(_read_text(reference), reference)
+    for override in overrides:
+        _apply(tree, override)
+    if root is not None:
+        _apply(tree, f"storage.root={json.dumps(root)}")
+    return validate(tree, reference)
+
+
+def validate(tree: dict[str, Any], reference: str) -> Recipe:
+    """The typed recipe of a plain tree of values; `reference` is named in errors."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = sorted({_explain(dict(e)) for e in error.errors()})
+        raise UserError("\n".join([f"recipe {reference}:", *(f"  {line}" for line in lines)])) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key spelled out; `load_recipe` reads it back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_text(reference: str) -> str:
+    path = Path(reference)
+    if path.suffix in YAML_SUFFIXES or "/" in reference:
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UserError(f"cannot read recipe file {reference}: {reason}") from error
+    known = packaged_recipes()
+    if reference not in known:
+        raise UserError(
+            f"no packaged recipe is named {reference!r}{_nearest(reference, known)}; known: "
+            f"{', '.join(known)}; a recipe of your own is given by its path, as my/recipe.yaml"
+        )
+    return (files("diffit_train.config") / "recipes" / f"{reference}.yaml").read_text()
+
+
+def _parse(text: str, reference: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {reference} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {reference} must be a mapping of sections, not {tree!r}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise UserError(f"override {override!r} is not of the form key.sub=value, as train.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {section!r} holds {child!r}, not a section")
+        node = child
+    node[last] = value
+
+
+def _section_keys(location: Sequence[str | int]) -> list[str]:
+    """Known keys beside the last part of `location`."""
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            return []
+        if not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(error: dict[str, Any]) -> str:
+    location = error["loc"]
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        known = _section_keys(location)
+        hint = _nearest(str(location[-1]), known) or f"; allowed here: {', '.join(known)}"
+        return f"unknown key {key!r}{hint}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{key} is {error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,327 @@
+"""The typed recipe: one YAML file says all of a run.
+
+Every key carries its unit in its name or its description. Impossible combinations are refused
+here, before anything starts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from diffit_train import storage
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, unknown keys refused, every number finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Data(Section):
+    """The pictures, and the latent shards made of them."""
+
+    name: Name = Field(description="name of the latents under ROOT/latents")
+    source: str = Field(description="folder with one subfolder a class; `root:` means under ROOT")
+    resolution: PositiveInt = Field(description="side of the square pictures, in pixels")
+    num_classes: PositiveInt = Field(description="number of classes")
+    flip: bool = Field(default=False, description="also encode each picture mirrored (F = 2)")
+    pictures_per_shard: PositiveInt = Field(default=512, description="pictures in a shard")
+    max_rejected_fraction: Fraction = Field(
+        default=0.01, description="stop when more of the pictures than this cannot be read"
+    )
+    lanes: PositiveInt = Field(
+        default=64, description="parallel streams of samples; a world size must divide them"
+    )
+    shuffle_window: PositiveInt = Field(
+        default=1024, description="samples of a lane that are shuffled together"
+    )
+
+
+class AutoencoderFit(Section):
+    """How `diffit autoencoder fit` trains an AutoencoderKL of one's own."""
+
+    steps: PositiveInt = 250
+    batch_size: PositiveInt = 64
+    lr: Positive = 2e-3
+    kl_weight: Positive = Field(default=1e-4, description="weight of the KL term beside the MSE")
+    block_out_channels: tuple[PositiveInt, ...] = Field(
+        default=(16, 32), description="channels of each level; all but the last halve the picture"
+    )
+    layers_per_block: PositiveInt = 1
+    norm_num_groups: PositiveInt = 8
+    seed: int = Field(default=0, ge=0)
+
+
+class Autoencoder(Section):
+    """The VAE between pictures and latents."""
+
+    source: str = Field(description="hub id or folder in diffusers' format; `root:` under ROOT")
+    latent_channels: PositiveInt = 4
+    downsample: PositiveInt = Field(default=8, description="pixels for one latent pixel")
+    scale: Positive | None = Field(
+        default=None, description="latents are multiplied by it; null: the autoencoder's own"
+    )
+    batch_size: PositiveInt = Field(default=32, description="pictures encoded at once")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    fit: AutoencoderFit = AutoencoderFit()
+
+
+class Model(Section):
+    """Size of the transformer (FACTS of the paper's table: hidden 1152, depth 28, 16 heads)."""
+
+    architecture: Literal["diffit"] = "diffit"
+    patch_size: PositiveInt = 2
+    hidden_size: Annotated[int, Field(gt=0, multiple_of=4)] = 1152
+    depth: PositiveInt = 28
+    num_heads: PositiveInt = 16
+    mlp_ratio: Positive = 4.0
+    label_init_std: Positive = Field(
+        default=0.02, description="standard deviation of the label table at the start"
+    )
+
+
+class Diffusion(Section):
+    """ADM's diffusion: epsilon prediction with learned-range variance."""
+
+    timesteps: Annotated[int, Field(gt=1)] = 1000
+    beta_start: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4
+    beta_end: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
+
+
+class Train(Section):
+    """Optimisation."""
+
+    steps: PositiveInt = Field(description="optimizer steps in all")
+    batch_size: PositiveInt = Field(default=256, description="pictures of a global batch")
+    lr: Positive = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise of the lr")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="after the rise: constant, or half a cosine to 0 at `steps`"
+    )
+    grad_clip: Positive | None = Field(default=None, description="bound of the gradient's norm")
+    label_dropout: Fraction = Field(default=0.1, description="share of labels replaced by null")
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
+    zero_stage: Literal[1, 2] = Field(default=2, description="DeepSpeed ZeRO stage")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = Field(default=0, ge=0)
+    checkpoint_every: PositiveInt = Field(default=10_000, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(
+        default=3, description="newest checkpoints kept, beside that of step 0"
+    )
+    log_every: PositiveInt = Field(default=50, description="steps averaged in a point of the log")
+
+
+class Sampler(Section):
+    """How latents are drawn."""
+
+    name: Literal["ddpm", "ddim"] = "ddpm"
+    steps: PositiveInt = 250
+    eta: Fraction = Field(default=0.0, description="DDIM's share of fresh noise")
+
+
+class Guidance(Section):
+    """Classifier-free guidance."""
+
+    kind: Literal["constant", "power_cosine"] = "power_cosine"
+    scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 4.4
+    power: Positive = Field(default=4.0, description="exponent of power_cosine")
+    channels: PositiveInt = Field(
+        default=3, description="leading latent channels that are guided; as published: 3"
+    )
+
+
+class FeaturesFit(Section):
+    """How `diffit features fit` trains a small classifier of one's own."""
+
+    steps: PositiveInt = 400
+    batch_size: PositiveInt = 64
+    lr: Positive = 2e-3
+    channels: tuple[PositiveInt, ...] = Field(
+        default=(32, 64, 64), description="channels of each convolution; all but the first halve"
+    )
+    features: PositiveInt = Field(default=64, description="size of the feature vector")
+    held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    seed: int = Field(default=0, ge=0)
+
+
+class Features(Section):
+    """The network whose features are compared."""
+
+    name: Name = Field(description="the distance is called fd_NAME")
+    source: str = Field(description="folder written by `diffit features fit`; `root:` under ROOT")
+    fit: FeaturesFit = FeaturesFit()
+
+
+class Evaluate(Section):
+    """What `diffit evaluate` generates and measures."""
+
+    samples: Annotated[int, Field(gt=1)] = 50_000
+    batch_size: PositiveInt = Field(default=64, description="pictures generated and kept at once")
+    weights: Literal["ema", "raw"] = "ema"
+    seed: int = Field(default=0, ge=0)
+    sampler: Sampler = Sampler()
+    guidance: Guidance = Guidance()
+    features: Features
+    neighbours: PositiveInt = Field(default=3, description="k of precision and recall")
+    reference_pictures: PositiveInt = Field(
+        default=10_000, description="most real pictures used for precision and recall"
+    )
+    grid_columns: PositiveInt = Field(default=10, description="pictures of a class in the grid")
+    grid_rows: PositiveInt = Field(default=10, description="classes in the grid")
+
+
+class Scaling(Section):
+    """How much of the cluster each command takes. It never changes a result."""
+
+    workers: PositiveInt = Field(default=1, description="training workers")
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    encode_actors: PositiveInt = Field(default=1, description="autoencoder actors")
+    evaluate_actors: PositiveInt = Field(default=1, description="generating actors")
+    gpus_per_actor: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    max_failures: int = Field(default=3, ge=0, description="restarts of training workers")
+
+
+class Storage(Section):
+    """Where everything lies."""
+
+    root: str = Field(default=".", description="folder or s3://bucket/prefix; --root overrides it")
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: str | None = Field(default=None, description="null: sqlite under the root")
+    experiment: str = Field(default="diffit", min_length=1)
+
+
+class Recipe(Section):
+    """All of a run."""
+
+    name: Name = Field(description="default name of the run")
+    data: Data
+    autoencoder: Autoencoder
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    train: Train
+    evaluate: Evaluate
+    scaling: Scaling = Scaling()
+    storage: Storage = Storage()
+    tracking: Tracking = Tracking()
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the square latent, h = w."""
+        return self.data.resolution // self.autoencoder.downsample
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        data, autoencoder, model = self.data, self.autoencoder, self.model
+        _divides("autoencoder.downsample", autoencoder.downsample, "data.resolution", data.resolution)
+        _divides("model.patch_size", model.patch_size, "the latent size", self.latent_size)
+        _divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        train, data, scaling = self.train, self.data, self.scaling
+        _divides("data.lanes", data.lanes, "train.batch_size", train.batch_size)
+        _divides("scaling.workers", scaling.workers, "data.lanes", data.lanes)
+        _divides("train.log_every", train.log_every, "train.checkpoint_every", train.checkpoint_every)
+        if train.warmup_steps >= train.steps:
+            raise ValueError(
+                f"train.warmup_steps is {train.warmup_steps}, but must be below train.steps "
+                f"({train.steps})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _autoencoder_fits(self) -> Self:
+        fit = self.autoencoder.fit
+        for channels in fit.block_out_channels:
+            _divides("autoencoder.fit.norm_num_groups", fit.norm_num_groups,
+                     "autoencoder.fit.block_out_channels", channels)
+        return self
+
+    @model_validator(mode="after")
+    def _diffusion_makes_sense(self) -> Self:
+        diffusion, evaluate = self.diffusion, self.evaluate
+        if diffusion.beta_start >= diffusion.beta_end:
+            raise ValueError(
+                f"diffusion.beta_start is {diffusion.beta_start}, but must be below "
+                f"diffusion.beta_end ({diffusion.beta_end})"
+            )
+        if evaluate.sampler.steps > diffusion.timesteps:
+            raise ValueError(
+                f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at most "
+                f"diffusion.timesteps ({diffusion.timesteps})"
+            )
+        if evaluate.guidance.channels > self.autoencoder.latent_channels:
+            raise ValueError(
+                f"evaluate.guidance.channels is {evaluate.guidance.channels}, but must be at most "
+                f"autoencoder.latent_channels ({self.autoencoder.latent_channels})"
+            )
+        return self
+
+    # ---- What determines an output. Amounts of resources, places and tracking never do. ----
+
+    def encode_identity(self) -> dict[str, Any]:
+        """The keys that determine the latent shards."""
+        data = self.data.model_dump(
+            mode="json", include={"source", "resolution", "num_classes", "flip", "pictures_per_shard"}
+        )
+        autoencoder = self.autoencoder.model_dump(mode="json", exclude={"fit"})
+        return {"data": data, "autoencoder": autoencoder}
+
+    def train_identity(self) -> dict[str, Any]:
+        """The keys that determine the weights after a given step."""
+        free = {"checkpoint_every", "keep_checkpoints", "log_every"}
+        if self.train.lr_schedule == "constant":
+            free.add("steps")
+        return {
+            **self.encode_identity(),
+            "order": self.data.model_dump(mode="json", include={"name", "lanes", "shuffle_window"}),
+            "model": self.model.model_dump(mode="json"),
+            "diffusion": self.diffusion.model_dump(mode="json"),
+            "train": self.train.model_dump(mode="json", exclude=free),
+        }
+
+    def evaluate_identity(self) -> dict[str, Any]:
+        """The keys that determine the figures of a given checkpoint."""
+        return self.evaluate.model_dump(mode="json", exclude={"features": {"fit"}})
+
+    def encode_hash(self) -> str:
+        """SHA-256 of `encode_identity`."""
+        return storage.digest(self.encode_identity())
+
+    def train_hash(self) -> str:
+        """SHA-256 of `train_identity`: the recipe hash of a run."""
+        return storage.digest(self.train_identity())
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys to values, as logged to MLflow."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
+    if large % small:
+        raise ValueError(f"{small_name} is {small}, but must divide {large_name} ({large})")
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            pairs += _flatten(item, f"{prefix}{key}.")
+        else:
+            pairs.append((prefix + key, item))
+    return pairs

@@ -1,0 +1,116 @@
+"""ADM's Gaussian diffusion: forward process, learned-range variance and training loss.
+
+Shapes: x (B, C, h, w); t (B,) indices into the schedule; model output (B, 2C, h, w), noise first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffit_train.diffusion.schedule import Schedule
+
+
+def _at(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
+    """table[t] in the dtype of `like`, shaped to multiply it."""
+    values = torch.from_numpy(table).to(device=like.device, dtype=like.dtype)[t]
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def add_noise(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, equation 4)."""
+    alpha_bar = schedule.alpha_bar
+    return _at(np.sqrt(alpha_bar), t, x0) * x0 + _at(np.sqrt(1.0 - alpha_bar), t, x0) * noise
+
+
+def predict_x0(schedule: Schedule, xt: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """The x_0 that `add_noise` would have turned into x_t with this noise."""
+    alpha_bar = schedule.alpha_bar
+    scaled = _at(np.sqrt(1.0 / alpha_bar - 1.0), t, xt) * noise
+    return _at(np.sqrt(1.0 / alpha_bar), t, xt) * xt - scaled
+
+
+def posterior_mean(schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equation 7)."""
+    weighted = _at(schedule.posterior_mean_x0, t, x0) * x0
+    return weighted + _at(schedule.posterior_mean_xt, t, xt) * xt
+
+
+def learned_log_variance(schedule: Schedule, values: Tensor, t: Tensor) -> Tensor:
+    """Interpolate between the posterior's log-variance (-1) and log beta (+1).
+
+    Nichol and Dhariwal 2021, equation 15.
+    """
+    low = _at(schedule.posterior_log_variance, t, values)
+    high = _at(np.log(schedule.betas), t, values)
+    fraction = (values + 1.0) / 2.0
+    return fraction * high + (1.0 - fraction) * low
+
+
+def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
+    """KL divergence of two normal distributions, element by element, in nats."""
+    ratio = torch.exp(log_var1 - log_var2)
+    distance = (mean1 - mean2) ** 2 * torch.exp(-log_var2)
+    return 0.5 * (-1.0 + log_var2 - log_var1 + ratio + distance)
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-probability of x in [-1, 1] rounded to 256 levels (Ho et al. 2020, equation 13)."""
+
+    def cdf(value: Tensor) -> Tensor:
+        # The tanh form of ADM, so that its losses are matched to rounding.
+        inner = math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)
+        return 0.5 * (1.0 + torch.tanh(inner))
+
+    inverse = torch.exp(-log_scale)
+    upper = cdf(inverse * (x - mean + 1.0 / 255.0))
+    lower = cdf(inverse * (x - mean - 1.0 / 255.0))
+    inside = (upper - lower).clamp(min=1e-12).log()
+    below = upper.clamp(min=1e-12).log()
+    above = (1.0 - lower).clamp(min=1e-12).log()
+    return torch.where(x < -0.999, below, torch.where(x > 0.999, above, inside))
+
+
+def variational_bound(
+    schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor, values: Tensor
+) -> Tensor:
+    """One term of the variational bound for each picture, (B,), in bits a dimension.
+
+    KL of the posterior to the model's step, or the decoder's negative log-likelihood where t = 0.
+    """
+    true_mean = posterior_mean(schedule, x0, xt, t)
+    mean = posterior_mean(schedule, predict_x0(schedule, xt, t, noise), xt, t)
+    log_variance = learned_log_variance(schedule, values, t)
+    true_log_variance = _at(schedule.posterior_log_variance, t, x0)
+    kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+    nll = -discretized_log_likelihood(x0, mean, 0.5 * log_variance)
+    first = (t == 0).view(-1, *[1] * (x0.dim() - 1))
+    return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Losses of each picture, (B,): what is minimised, and its two parts."""
+
+    total: Tensor
+    mse: Tensor
+    vb: Tensor
+
+
+def training_loss(schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Loss:
+    """Mean squared error of the noise plus the variational bound of the variance (ADM).
+
+    The bound trains the variance only: its mean is detached.
+
+    Args:
+        output: the model's prediction for `add_noise(schedule, x0, t, noise)`, (B, 2C, h, w).
+    """
+    predicted, values = output.chunk(2, dim=1)
+    mse = ((predicted - noise) ** 2).flatten(1).mean(1)
+    xt = add_noise(schedule, x0, t, noise)
+    vb = variational_bound(schedule, x0, xt, t, predicted.detach(), values)
+    return Loss(mse + vb, mse, vb)

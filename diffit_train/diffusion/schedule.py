@@ -1,0 +1,82 @@
+"""The noise schedule of ADM, and its respacing. T timesteps, all tables float64 of shape (T,)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tables of a discrete diffusion whose step i stands for the original timestep `timesteps[i]`.
+
+    alpha_bar is the cumulative product of 1 - beta (Ho et al. 2020, equation 4).
+    """
+
+    timesteps: np.ndarray
+    betas: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.timesteps) != len(self.betas):
+            raise ValueError(f"{len(self.timesteps)} timesteps for {len(self.betas)} betas")
+        if not ((self.betas > 0) & (self.betas <= 1)).all():
+            raise ValueError("every beta must lie in (0, 1]")
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        return np.cumprod(1.0 - self.betas)
+
+    @property
+    def alpha_bar_previous(self) -> np.ndarray:
+        return np.append(1.0, self.alpha_bar[:-1])
+
+    @property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{t-1} | x_t, x_0), Ho et al. 2020, equation 7."""
+        return self.betas * (1.0 - self.alpha_bar_previous) / (1.0 - self.alpha_bar)
+
+    @property
+    def posterior_log_variance(self) -> np.ndarray:
+        """Its logarithm, where the first entry, log 0, is replaced by the second (ADM)."""
+        variance = self.posterior_variance
+        first = variance[1] if len(variance) > 1 else self.betas[0]
+        return np.log(np.append(first, variance[1:]))
+
+    @property
+    def posterior_mean_x0(self) -> np.ndarray:
+        """Weight of x_0 in the posterior mean."""
+        return self.betas * np.sqrt(self.alpha_bar_previous) / (1.0 - self.alpha_bar)
+
+    @property
+    def posterior_mean_xt(self) -> np.ndarray:
+        """Weight of x_t in the posterior mean."""
+        rest = 1.0 - self.alpha_bar_previous
+        return rest * np.sqrt(1.0 - self.betas) / (1.0 - self.alpha_bar)
+
+
+def linear_schedule(timesteps: int, beta_start: float, beta_end: float) -> Schedule:
+    """Betas on a line, ADM's choice with T = 1000, 1e-4 to 0.02."""
+    return Schedule(np.arange(timesteps), np.linspace(beta_start, beta_end, timesteps))
+
+
+def evenly_spaced(timesteps: int, steps: int) -> np.ndarray:
+    """`steps` of `timesteps` timesteps, first and last included, at equal strides (ADM).
+
+    Raises:
+        ValueError: more steps than timesteps, or none.
+    """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"sampling steps must lie between 1 and {timesteps}, not {steps}")
+    stride = (timesteps - 1) / (steps - 1) if steps > 1 else 0.0
+    return np.array([round(i * stride) for i in range(steps)])
+
+
+def respace(schedule: Schedule, kept: np.ndarray) -> Schedule:
+    """The diffusion that visits only the steps `kept` (ascending) of `schedule`."""
+    alpha_bar = schedule.alpha_bar[kept]
+    previous = np.append(1.0, alpha_bar[:-1])
+    return Schedule(schedule.timesteps[kept], 1.0 - alpha_bar / previous)

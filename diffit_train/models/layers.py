@@ -1,0 +1,101 @@
+"""Parts shared by the transformers: patches, positions, timestep and label embeddings, MLP.
+
+Shapes: B pictures, C channels, h x w latent pixels, N tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Cut (B, C, h, w) into patches and project each to D: (B, N, D), tokens in row order."""
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        # Xavier over the flattened patch, as for a linear layer.
+        nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
+    """(B, N, patch_size^2 * channels) to (B, channels, h, w); N must be a square."""
+    batch, count, _ = tokens.shape
+    side = math.isqrt(count)
+    x = tokens.reshape(batch, side, side, patch_size, patch_size, channels)
+    x = x.permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(batch, channels, side * patch_size, side * patch_size)
+
+
+def sincos_position_table(hidden_size: int, side: int) -> Tensor:
+    """Fixed 2D sine-cosine positions (1, side^2, D): the column's half first, then the row's."""
+    if hidden_size % 4:
+        raise ValueError(f"hidden_size must be a multiple of 4, not {hidden_size}")
+    quarter = hidden_size // 4
+    frequency = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
+    row, column = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+
+    def encode(position: np.ndarray) -> np.ndarray:
+        angle = position.reshape(-1, 1) * frequency
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    table = np.concatenate([encode(column), encode(row)], axis=1)
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,) to (B, D): sinusoid features (cosines first), then a two-layer MLP."""
+
+    features = 256
+    max_period = 10000
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.features // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        frequency = torch.exp(-math.log(self.max_period) * exponent)
+        angle = t.float()[:, None] * frequency
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) to (B, D). Row `num_classes` is the null class of guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        nn.init.normal_(self.embedding_table.weight, std=init_std)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with tanh-GELU between them."""
+
+    def __init__(self, hidden_size: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))

@@ -1,0 +1,197 @@
+"""One way to read, write and commit files under a local path or any fsspec URL (s3://…).
+
+What is written appears under its final name only when it is whole: locally through a temporary
+file, fsync and rename; on an object store through one upload, which is atomic there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from diffit_train.errors import DiffitError, UserError
+
+TEMPORARY_MARK = ".tmp-"
+ROOT_PREFIX = "root:"
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` names a file of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The path of a local URL."""
+    return Path(url.removeprefix("file://"))
+
+
+def join(base: str, *parts: str) -> str:
+    """`base` and `parts` with single slashes between them."""
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def resolve(root: str, reference: str) -> str:
+    """The URL that a recipe means: `root:pictures/x` lies under the project's root."""
+    if reference.startswith(ROOT_PREFIX):
+        return join(root, reference.removeprefix(ROOT_PREFIX))
+    return reference
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec file system of `url` and the path inside it.
+
+    Raises:
+        UserError: the URL's protocol is unknown or its driver is not installed.
+    """
+    try:
+        if is_local(url):
+            return fsspec.core.url_to_fs(str(local_path(url).absolute()))
+        # Listings are never cached: other processes write what this one looks for.
+        return fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"cannot open {url!r}: {error}; use a local path or s3://bucket/prefix") from error
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder of this name is there."""
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def size_bytes(url: str) -> int:
+    """Size of a file in bytes; FileNotFoundError where there is none."""
+    fs, path = filesystem(url)
+    return int(fs.info(path)["size"])
+
+
+def list_names(url: str) -> list[str]:
+    """Sorted names directly below a folder, temporary ones left out; empty where it is missing."""
+    fs, path = filesystem(url)
+    if not fs.isdir(path):
+        return []
+    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True))
+    return sorted(name for name in names if TEMPORARY_MARK not in name and name)
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file; FileNotFoundError where there is none."""
+    fs, path = filesystem(url)
+    return bytes(fs.cat_file(path))
+
+
+def read_json(url: str) -> Any:
+    """The JSON value of a file.
+
+    Raises:
+        DiffitError: the file is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(url))
+    except json.JSONDecodeError as error:
+        raise DiffitError(f"{url} is not valid JSON ({error}); delete it and rerun") from error
+
+
+@contextmanager
+def atomic_file(url: str) -> Iterator[Path]:
+    """A local path to write; on a clean exit it becomes `url`, on an error nothing is left.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    if is_local(url):
+        final = local_path(url).absolute()
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f"{final.name}{TEMPORARY_MARK}", dir=final.parent)
+        except OSError as error:
+            raise UserError(f"cannot write {final}: {error.strerror}; choose another --root") from error
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(final)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    fs, path = filesystem(url)
+    folder = Path(tempfile.mkdtemp(prefix="diffit-upload-"))
+    try:
+        temporary = folder / path.rsplit("/", 1)[-1]
+        yield temporary
+        fs.put_file(str(temporary), path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a whole file at once."""
+    with atomic_file(url) as path:
+        path.write_bytes(data)
+
+
+def write_text(url: str, text: str) -> None:
+    """Write a whole UTF-8 file at once."""
+    write_bytes(url, text.encode())
+
+
+def write_json(url: str, value: Any) -> None:
+    """Write a JSON file at once, indented, keys in the order given."""
+    write_text(url, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """A local path to read `url` from; a remote file is downloaded and removed afterwards."""
+    if is_local(url):
+        yield local_path(url)
+        return
+    fs, path = filesystem(url)
+    folder = Path(tempfile.mkdtemp(prefix="diffit-download-"))
+    try:
+        target = folder / path.rsplit("/", 1)[-1]
+        fs.get_file(path, str(target))
+        yield target
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(url: str) -> None:
+    """Remove a file or a folder with all it holds, if it is there."""
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def remove_temporary(url: str) -> None:
+    """Remove what killed writers left behind in a local folder."""
+    if is_local(url) and local_path(url).is_dir():
+        for leftover in local_path(url).glob(f"*{TEMPORARY_MARK}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a local file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
