@@ -1,0 +1,243 @@
+"""The sharded checkpoint format, and everything about reading it.
+
+    runs/RUN/checkpoints/step-0000001000/
+        rank-00000-of-00002.safetensors   1-D float32 pieces named KIND/PARAMETER
+        index.json                        files with size and sha256, pieces of every parameter
+        state.json                        step, images seen, recipe hash, MLflow run
+        commit.json                       sha256 of the two above; written last
+
+A piece is a stretch of a flattened parameter, so a checkpoint may be read at any world size.
+Training writes it, evaluation reads it; neither knows the other. No pickle is involved.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from diffit_train import storage
+from diffit_train.errors import DiffitError, UserError
+
+SCHEMA = 1
+Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema"]
+M = TypeVar("M", bound=BaseModel)
+KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq", "ema")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """Size and hash of a file of the checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class Piece(_Strict):
+    """`length` elements from `offset` on of a flattened parameter, and the file that holds them."""
+
+    file: str
+    offset: int
+    length: int
+
+
+class Parameter(_Strict):
+    """Shape of a parameter and its pieces, ascending, without gaps."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Index(_Strict):
+    """What lies where in a checkpoint."""
+
+    schema_version: int
+    files: dict[str, FileEntry]
+    parameters: dict[str, Parameter]
+
+
+class State(_Strict):
+    """Where training stood. `optimizer_steps` is Adam's own count."""
+
+    step: int
+    images_seen: int
+    optimizer_steps: int
+    recipe_hash: str
+    mlflow_run_id: str
+    world_size: int
+    zero_stage: int
+
+
+class Commit(_Strict):
+    """The commit marker."""
+
+    index_sha256: str
+    state_sha256: str
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A stretch of a flattened parameter that a reader wants."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step."""
+    return f"step-{step:010d}"
+
+
+def checkpoint_url(run_url: str, step: int) -> str:
+    """Folder of one checkpoint of a run."""
+    return storage.join(run_url, "checkpoints", step_name(step))
+
+
+def committed_steps(run_url: str) -> list[int]:
+    """Steps of the run's committed checkpoints, ascending."""
+    folder = storage.join(run_url, "checkpoints")
+    steps = (re.fullmatch(r"step-(\d{10})", name) for name in storage.list_names(folder))
+    found = [int(match[1]) for match in steps if match]
+    return [s for s in found if storage.exists(storage.join(checkpoint_url(run_url, s), "commit.json"))]
+
+
+def require_step(run_url: str, step: int | None) -> int:
+    """The step asked for, or the newest.
+
+    Raises:
+        UserError: the run has no such committed checkpoint.
+    """
+    steps = committed_steps(run_url)
+    if not steps:
+        raise UserError(f"{run_url} has no committed checkpoint; run `diffit train` first")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        known = ", ".join(str(s) for s in steps)
+        raise UserError(f"{run_url} has no committed checkpoint of step {step}; it has: {known}")
+    return step
+
+
+def read_state(run_url: str, step: int) -> State:
+    """state.json of a committed checkpoint, its hash verified."""
+    url = checkpoint_url(run_url, step)
+    return _read_model(State, url, "state.json", _commit(url).state_sha256)
+
+
+def read_index(run_url: str, step: int) -> Index:
+    """index.json of a committed checkpoint, its hash verified."""
+    url = checkpoint_url(run_url, step)
+    index = _read_model(Index, url, "index.json", _commit(url).index_sha256)
+    if index.schema_version != SCHEMA:
+        raise DiffitError(f"{url} has schema {index.schema_version}; this version reads {SCHEMA}")
+    return index
+
+
+def checkpoint_digest(run_url: str, step: int) -> str:
+    """SHA-256 that names the contents of a checkpoint: that of its index."""
+    return _commit(checkpoint_url(run_url, step)).index_sha256
+
+
+def read_weights(run_url: str, step: int, kind: Literal["ema", "raw"]) -> dict[str, torch.Tensor]:
+    """Every trainable parameter by name, fp32, whole: the EMA or the master weights.
+
+    Raises:
+        DiffitError: a file is missing or damaged; it is named.
+    """
+    index = read_index(run_url, step)
+    wanted = [Slice(name, 0, math.prod(p.shape)) for name, p in index.parameters.items()]
+    source: Kind = "ema" if kind == "ema" else "master"
+    flat = read_slices(run_url, step, wanted, (source,))[source]
+    return {s.name: t.view(index.parameters[s.name].shape) for s, t in zip(wanted, flat, strict=True)}
+
+
+def read_slices(
+    run_url: str, step: int, wanted: list[Slice], kinds: tuple[Kind, ...]
+) -> dict[Kind, list[torch.Tensor]]:
+    """For each kind, the wanted stretches as 1-D float32 tensors, in the order asked for.
+
+    Only the files that hold a part of them are read; each is verified first.
+
+    Raises:
+        DiffitError: a file is missing or damaged, or a parameter is not in the checkpoint.
+    """
+    index = read_index(run_url, step)
+    url = checkpoint_url(run_url, step)
+    out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
+    by_file: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
+    for number, part in enumerate(wanted):
+        if part.name not in index.parameters:
+            raise DiffitError(f"{url} holds no parameter {part.name!r}: it is of another model")
+        for piece in index.parameters[part.name].pieces:
+            if _overlap(part, piece)[1] > 0:
+                by_file[piece.file].append((number, piece))
+    for file, needs in by_file.items():
+        with _verified(url, file, index.files[file]) as tensors:
+            for number, piece in needs:
+                part = wanted[number]
+                start, length = _overlap(part, piece)
+                for kind in kinds:
+                    source = tensors.get_slice(f"{kind}/{part.name}")
+                    first = start - piece.offset
+                    target = out[kind][number][start - part.offset :][:length]
+                    target.copy_(source[first : first + length])
+    return out
+
+
+def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:
+    start = max(part.offset, piece.offset)
+    return start, min(part.offset + part.length, piece.offset + piece.length) - start
+
+
+@contextmanager
+def _verified(url: str, file: str, entry: FileEntry) -> Iterator[safe_open]:
+    """The file's tensors, after its size and hash were found right."""
+    name = storage.join(url, file)
+    try:
+        with storage.local_copy(name) as path:
+            if path.stat().st_size != entry.bytes or storage.sha256_file(path) != entry.sha256:
+                raise DiffitError(_damaged(url, f"{file} differs from its recorded size or sha256"))
+            with safe_open(str(path), framework="pt") as tensors:
+                yield tensors
+    except FileNotFoundError as error:
+        raise DiffitError(_damaged(url, f"{file} is missing")) from error
+    except SafetensorError as error:
+        raise DiffitError(_damaged(url, f"{file}: {error}")) from error
+
+
+def _damaged(url: str, what: str) -> str:
+    return f"checkpoint {url} is damaged: {what}; delete that folder to go on from the one before it"
+
+
+def _commit(url: str) -> Commit:
+    try:
+        return Commit.model_validate_json(storage.read_bytes(storage.join(url, "commit.json")))
+    except FileNotFoundError as error:
+        raise DiffitError(f"checkpoint {url} is not committed; it was never finished") from error
+    except ValidationError as error:
+        raise DiffitError(_damaged(url, "commit.json is not a commit marker")) from error
+
+
+def _read_model(model: type[M], url: str, file: str, sha256: str) -> M:
+    try:
+        data = storage.read_bytes(storage.join(url, file))
+    except FileNotFoundError as error:
+        raise DiffitError(_damaged(url, f"{file} is missing")) from error
+    if storage.sha256_bytes(data) != sha256:
+        raise DiffitError(_damaged(url, f"{file} differs from its recorded sha256"))
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise DiffitError(_damaged(url, f"{file}: {error.error_count()} wrong fields")) from error
