@@ -1,0 +1,246 @@
+"""MLflow: one run for each training, a child run for each evaluation. Only this file imports it.
+
+Runs are found by tags of our own, never by name, so a command that was killed and is run again
+finds its run; parameters are written once, when a run is made (a changed one would fail it).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffit_train import storage
+from diffit_train.config.recipe import Recipe
+from diffit_train.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# Nothing about the use of MLflow leaves the machine unless asked to.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+TAG_RUN = "diffit.run_id"
+TAG_EVALUATION = "diffit.evaluation"
+_PARAM_LIMIT = 6000
+_BATCH_LIMIT = 100
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as MLflow holds it; metrics are the last values."""
+
+    run_id: str
+    name: str
+    parent_id: str | None
+    status: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    start_time_ms: int = 0
+    experiment: str = field(default="")
+
+
+def redact(text: str) -> str:
+    """The text without the credentials of any URI in it."""
+    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@", r"\1", text)
+
+
+def tracking_uri(recipe: Recipe) -> str:
+    """The recipe's MLflow, by default SQLite under the root.
+
+    Raises:
+        UserError: the root is remote, where no SQLite file can live, and no URI is given.
+    """
+    if recipe.tracking.uri is not None:
+        return recipe.tracking.uri
+    root = recipe.storage.root
+    if not storage.is_local(root):
+        raise UserError(
+            f"storage.root is {redact(root)}, where MLflow's SQLite file cannot live; give a "
+            "server, as tracking.uri=http://mlflow:5000"
+        )
+    return f"sqlite:///{storage.local_path(root).absolute()}/mlflow.db"
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from; None outside a checkout."""
+    folder = Path(__file__).parent
+    answer = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+class Tracker:
+    """A connection to MLflow.
+
+    Args:
+        uri: a server, or `sqlite:////absolute/path/mlflow.db`, which is made on first use.
+        artifacts: where pictures of new experiments go; None leaves it to the server.
+
+    Raises:
+        UserError: the store cannot be opened.
+    """
+
+    def __init__(self, uri: str, artifacts: str | None = None) -> None:
+        # MLflow's migrations of a new SQLite file log a screenful.
+        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        self.uri, self.artifacts = uri, artifacts
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.client: MlflowClient = MlflowClient(tracking_uri=uri)
+            self.client.search_experiments(max_results=1)
+        except MlflowException as error:
+            raise UserError(f"MLflow at {redact(uri)} cannot be used: {error}") from error
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Tracker:
+        """The tracker of a recipe."""
+        uri = tracking_uri(recipe)
+        local = uri.startswith("sqlite:///")
+        folder = Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts"
+        return cls(uri, folder.as_uri() if local else None)
+
+    # ---- Runs ----
+
+    def training_run(
+        self, experiment: str, run_uuid: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> str:
+        """The run of a training: the one tagged `run_uuid`, reopened, or a new one."""
+        return self._run(experiment, name, {TAG_RUN: run_uuid, **tags}, TAG_RUN, params)
+
+    def evaluation_run(
+        self,
+        experiment: str,
+        parent_run_id: str,
+        key: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> str:
+        """The child run of an evaluation: the one tagged parent and `key`, or a new one."""
+        own = {TAG_EVALUATION: f"{parent_run_id}/{key}", "mlflow.parentRunId": parent_run_id}
+        return self._run(experiment, name, {**own, **tags}, TAG_EVALUATION, params)
+
+    def _run(
+        self, experiment: str, name: str, tags: dict[str, str], identity: str, params: Mapping[str, Any]
+    ) -> str:
+        experiment_id = self._experiment(experiment)
+        found = self.client.search_runs(
+            [experiment_id], filter_string=f"tags.`{identity}` = '{tags[identity]}'", max_results=1
+        )
+        clean = {key: redact(str(value)) for key, value in tags.items()}
+        if found:
+            run_id = found[0].info.run_id
+            self.client.update_run(run_id, status="RUNNING")
+            for key, value in clean.items():
+                self.client.set_tag(run_id, key, value)
+            return str(run_id)
+        run_id = self.client.create_run(experiment_id, run_name=name, tags=clean).info.run_id
+        self._log_params(run_id, params)
+        return str(run_id)
+
+    def _experiment(self, name: str) -> str:
+        known = self.client.get_experiment_by_name(name)
+        if known is not None:
+            return str(known.experiment_id)
+        return str(self.client.create_experiment(name, artifact_location=self.artifacts))
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        rows = [Param(key, redact(str(value))[:_PARAM_LIMIT]) for key, value in params.items()]
+        for start in range(0, len(rows), _BATCH_LIMIT):
+            self.client.log_batch(run_id, params=rows[start : start + _BATCH_LIMIT])
+
+    def log_dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
+        """The data set that a run used; MLflow allows digests of 36 characters."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        source = f'{{"url": "{redact(source)}"}}'
+        dataset = Dataset(name=name, digest=digest[:36], source_type="http", source=source)
+        self.client.log_inputs(run_id, datasets=[DatasetInput(dataset)])
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        """Values at a step."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        rows = [Metric(key, float(value), now_ms, step) for key, value in metrics.items()]
+        self.client.log_batch(run_id, metrics=rows)
+
+    def log_artifact(self, run_id: str, path: Path) -> None:
+        """A local file, kept with the run."""
+        self.client.log_artifact(run_id, str(path))
+
+    def finish(self, run_id: str, status: Literal["FINISHED", "FAILED"] = "FINISHED") -> None:
+        """Close a run."""
+        self.client.set_terminated(run_id, status)
+
+    # ---- Reading ----
+
+    def last_step(self, run_id: str, metric: str) -> int:
+        """Largest step at which a metric was logged; -1 where it never was."""
+        return max((step for step, _ in self.history(run_id, metric)), default=-1)
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """All (step, value) of a metric, ascending."""
+        rows = self.client.get_metric_history(run_id, metric)
+        return sorted((row.step, row.value) for row in rows)
+
+    def experiments(self) -> list[str]:
+        """Names of the experiments that hold something."""
+        return sorted(e.name for e in self.client.search_experiments() if e.name != "Default")
+
+    def runs(self, experiment: str | None = None) -> list[RunRecord]:
+        """The runs of one experiment or of all, oldest first.
+
+        Raises:
+            UserError: there is no such experiment.
+        """
+        known = {e.experiment_id: e.name for e in self.client.search_experiments()}
+        if experiment is not None:
+            known = {key: name for key, name in known.items() if name == experiment}
+            if not known:
+                raise UserError(
+                    f"MLflow at {redact(self.uri)} has no experiment {experiment!r}; it has: "
+                    f"{', '.join(self.experiments()) or 'none'}"
+                )
+        records, token = [], None
+        while True:
+            page = self.client.search_runs(
+                list(known), order_by=["attributes.start_time ASC"], page_token=token
+            )
+            records += [_record(run, known) for run in page]
+            token = page.token
+            if not token:
+                return records
+
+
+def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
+    return RunRecord(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        parent_id=run.data.tags.get("mlflow.parentRunId"),
+        status=run.info.status,
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+        tags=dict(run.data.tags),
+        start_time_ms=run.info.start_time,
+        experiment=experiments[run.info.experiment_id],
+    )
