@@ -1,0 +1,49 @@
+# `make demo` and `make test` need only Python 3.11 or later; they make .venv and install into it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ROOT ?= diffit-demo
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format clean help
+
+help:
+	@echo "make demo       the whole chain on real digits: encode, train, evaluate, compare"
+	@echo "make test       lint and all tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff format the code"
+	@echo "make clean      remove what make demo wrote (ROOT=$(ROOT))"
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"diffit needs Python 3.11 or later, not %d.%d; run make PYTHON=python3.11" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	@touch $@
+
+# Each line continues what a killed run left and passes over what is finished.
+demo: $(INSTALLED)
+	$(BIN)/diffit data digits $(ROOT)/pictures/digits
+	$(BIN)/diffit autoencoder fit demo --root $(ROOT)
+	$(BIN)/diffit features fit demo --root $(ROOT)
+	$(BIN)/diffit encode demo --root $(ROOT)
+	$(BIN)/diffit train demo --root $(ROOT)
+	$(BIN)/diffit evaluate demo --root $(ROOT) --step 0 --step newest
+	$(BIN)/diffit compare --root $(ROOT)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(ROOT)

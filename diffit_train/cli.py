@@ -1,0 +1,243 @@
+"""The command `diffit`. Each command's help shows an example; errors say what to do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import diffit_train
+from diffit_train import command
+from diffit_train.config import Recipe, load_recipe, packaged_recipes
+
+app = typer.Typer(
+    name="diffit",
+    help="Train diffusion vision transformers (DiffiT): encode pictures to latents, train, "
+    "evaluate and compare, on this machine or on a Ray cluster.\n\n"
+    "Every command takes a RECIPE: a packaged name or the path of a YAML file. Rerunning a "
+    "command continues it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+autoencoder_app = typer.Typer(help="An autoencoder of your own.", no_args_is_help=True)
+features_app = typer.Typer(help="A feature network of your own.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets that need no download.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(autoencoder_app, name="autoencoder")
+app.add_typer(features_app, name="features")
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help=f"Packaged recipe ({', '.join(packaged_recipes())}) or path of a YAML file.",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Keys of the recipe to change, as train.lr=1e-4.",
+        show_default=False,
+    ),
+]
+Root = Annotated[
+    str | None,
+    typer.Option(help="Folder or s3://bucket/prefix that holds the project (storage.root)."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster, as 10.0.0.1:6379 or auto. Default: this machine."),
+]
+RunName = Annotated[
+    str | None, typer.Option("--run", help="Name of the run. Default: the recipe's name.")
+]
+Steps = Annotated[
+    list[str] | None,
+    typer.Option("--step", help="Checkpoint by its step, or `newest`; may be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def _print(value: Any, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _recipe(name: str, overrides: list[str] | None, root: str | None) -> Recipe:
+    return load_recipe(name, overrides or (), root)
+
+
+@data_app.command("digits")
+def data_digits(
+    folder: Annotated[str, typer.Argument(help="Where the pictures go.", show_default=False)],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels, 16 or 32.")] = 16,
+) -> None:
+    """Write scikit-learn's 1,797 handwritten digits as pictures, a folder for each class.
+
+    Example: `diffit data digits my-project/pictures/digits`
+    """
+    from diffit_train.data.digits import write_digits
+
+    write_digits(folder, size)
+
+
+@autoencoder_app.command("fit")
+def autoencoder_fit(name: RecipeName, overrides: Overrides = None, root: Root = None) -> None:
+    """Train a small AutoencoderKL on the recipe's pictures, for domains no published VAE fits.
+
+    It is saved in diffusers' format at `autoencoder.source`, with a picture of reconstructions.
+
+    Example: `diffit autoencoder fit demo --root my-project`
+    """
+    from diffit_train.data.autoencoder import fit_autoencoder
+
+    fit_autoencoder(_recipe(name, overrides, root))
+
+
+@features_app.command("fit")
+def features_fit(name: RecipeName, overrides: Overrides = None, root: Root = None) -> None:
+    """Train a small classifier on the recipe's pictures, whose features measure quality.
+
+    The Frechet distance on them is called `fd_NAME`; only Inception's is a FID.
+
+    Example: `diffit features fit demo --root my-project`
+    """
+    from diffit_train.evaluation.features import fit_features
+
+    fit_features(_recipe(name, overrides, root))
+
+
+@app.command()
+def encode(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Encode a folder of pictures into shards of VAE latents.
+
+    Example: `diffit encode imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
+    """
+    _print(command.encode(_recipe(name, overrides, root), address), as_json)
+
+
+@app.command()
+def train(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Train on the latents, from the newest checkpoint if there is one.
+
+    Example: `diffit train demo --root my-project --run first train.lr=1e-3`
+    """
+    recipe = _recipe(name, overrides, root)
+    _print(command.train(recipe, run or recipe.name, address), as_json)
+
+
+@app.command()
+def evaluate(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Steps = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Generate pictures from checkpoints of a run and measure them.
+
+    Example: `diffit evaluate demo --root my-project --step 0 --step newest`
+    """
+    recipe = _recipe(name, overrides, root)
+    _print(command.evaluate(recipe, run or recipe.name, step or [], address), as_json)
+
+
+@app.command()
+def compare(
+    root: Annotated[
+        str, typer.Option(help="Folder of the project, whose MLflow store is read.")
+    ] = ".",
+    uri: Annotated[
+        str | None, typer.Option("--tracking-uri", help="MLflow, where it is not under the root.")
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="Experiment to compare. Default: every one in the store.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Where the curves go. Default: ROOT/compare.png.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the runs of an experiment side by side, and draw their curves.
+
+    Example: `diffit compare --root my-project`
+    """
+    from diffit_train.evaluation import report
+
+    comparison = report.compare_store(root, uri, experiment, picture)
+    if as_json:
+        _print(comparison.as_json(), as_json)
+    else:
+        comparison.print_table()
+
+
+@app.command()
+def submit(
+    stage: Annotated[str, typer.Argument(help="encode, train or evaluate.", show_default=False)],
+    name: RecipeName,
+    address: Annotated[
+        str, typer.Option(help="Ray's job server, as http://head:8265.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Steps = None,
+    follow: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
+    python: Annotated[
+        str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Send encode, train or evaluate to a cluster as a Ray job, and follow its log.
+
+    Submitted again under the same name, a running job is followed and an ended one continued.
+
+    Example: `diffit submit train imagenet256 --address http://head:8265 --root s3://bucket/project`
+    """
+    from diffit_train import submit as jobs
+
+    job = jobs.job(stage, _recipe(name, overrides, root), run, step or [])
+    submission_id = jobs.submit(job, address, follow=follow, python=python)
+    _print({"submission_id": submission_id, "name": job.name}, as_json)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(diffit_train.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Hold the options of `diffit` itself."""
+
+
+def main() -> None:
+    """Entry point of the command `diffit`."""
+    sys.exit(command.guarded(app))

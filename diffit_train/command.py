@@ -1,0 +1,106 @@
+"""The long commands as one call each, alike for the command line and for jobs on a cluster.
+
+What is finished is found out before Ray, torch or MLflow are imported, so a rerun is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffit_train import cluster
+from diffit_train.config import Recipe
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.progress import say
+
+NEWEST = "newest"
+
+
+def guarded(body: Callable[[], object]) -> int:
+    """Run a command's body; its exit status: 0, 1 failed, 2 bad input, 130 interrupted."""
+    try:
+        body()
+    except UserError as error:
+        say(f"error: {error}")
+        return 2
+    except DiffitError as error:
+        say(f"failed: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; the same command continues")
+        return 130
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def encode(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
+    """Encode the recipe's pictures; a summary of the latents."""
+    from diffit_train.data.shards import finished, latents_url
+
+    manifest = finished(recipe)
+    if manifest is None:
+        from diffit_train.data import encode as stage
+
+        with cluster.connected(address):
+            manifest = stage.encode(recipe)
+    else:
+        say("encoded already")
+    say(
+        f"latents {latents_url(recipe)}: {manifest.totals.written:,} pictures in "
+        f"{len(manifest.shards)} shards, {manifest.totals.rejected:,} rejected"
+    )
+    return {"latents": latents_url(recipe), **manifest.totals.model_dump(), "digest": manifest.digest}
+
+
+def train(recipe: Recipe, run: str, address: str | None = None) -> dict[str, Any]:
+    """Train a run; where it stands."""
+    from diffit_train.training.run import finished_step, run_url
+
+    step = finished_step(recipe, run)
+    if step is None:
+        from diffit_train.training import worker
+
+        with cluster.connected(address):
+            step = worker.train(recipe, run)
+    else:
+        say("trained already")
+    say(f"run {run_url(recipe, run)} stands at step {step:,}")
+    return {"run": run, "url": run_url(recipe, run), "step": step}
+
+
+def evaluate(
+    recipe: Recipe, run: str, steps: Sequence[str], address: str | None = None
+) -> list[dict[str, Any]]:
+    """Evaluate checkpoints of a run: a result for each of `steps`, numbers or `newest`."""
+    from diffit_train.checkpoints import require_step
+    from diffit_train.evaluation.result import finished
+    from diffit_train.training.run import check_recipe, run_url
+
+    if check_recipe(recipe, run) is None:
+        raise UserError(f"there is no run {run!r} under {recipe.storage.root}; train it first")
+    wanted = [require_step(run_url(recipe, run), _step(text)) for text in steps or (NEWEST,)]
+    results = {step: finished(recipe, run, step) for step in wanted}
+    missing = [step for step, result in results.items() if result is None]
+    if missing:
+        from diffit_train.evaluation import fleet
+
+        with cluster.connected(address):
+            for result in fleet.evaluate(recipe, run, missing):
+                results[result.step] = result
+    else:
+        say("evaluated already")
+    found = [result for result in results.values() if result is not None]
+    for result in found:
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+        say(f"step {result.step:,}: {figures}  {result.grid}")
+    return [result.model_dump(mode="json") for result in found]
+
+
+def _step(text: str) -> int | None:
+    if text == NEWEST:
+        return None
+    if not text.isdigit():
+        raise UserError(f"--step is {text!r}, but must be a number of steps or {NEWEST!r}")
+    return int(text)

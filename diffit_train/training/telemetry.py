@@ -1,0 +1,108 @@
+"""What is measured while training: losses by timestep quarter, speed, data wait, MFU."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+QUARTERS = 4
+
+
+class LossMeter:
+    """Mean loss over an interval of steps and all ranks, whole and by quarter of the timesteps.
+
+    Quarter 0 holds the least noisy timesteps. Sums are float64.
+    """
+
+    def __init__(self, timesteps: int, device: torch.device) -> None:
+        self.timesteps, self.device = timesteps, device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=self.device)
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, t: Tensor) -> None:
+        """Take in the losses (B,) of pictures at timesteps t (B,)."""
+        quarter = t * QUARTERS // self.timesteps
+        rows = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
+        self.sums.index_add_(1, quarter, rows)
+
+    def reduce(self) -> dict[str, float]:
+        """`loss` and `loss_q0`…, over all ranks (a collective); empty quarters are left out."""
+        total = self.sums.clone()
+        dist.all_reduce(total)
+        sums, counts = total.cpu()
+        self.reset()
+        values = {"loss": float(sums.sum() / counts.sum())}
+        for quarter in range(QUARTERS):
+            if counts[quarter] > 0:
+                values[f"loss_q{quarter}"] = float(sums[quarter] / counts[quarter])
+        return values
+
+
+class SpeedMeter:
+    """Pictures a second, seconds a step, share of the time spent waiting for data, and MFU.
+
+    Args:
+        batch_size: pictures of a global step.
+        flops_per_image: of forward and backward.
+        peak_flops_per_s: of all ranks together.
+    """
+
+    def __init__(self, batch_size: int, flops_per_image: float, peak_flops_per_s: float) -> None:
+        self.batch_size = batch_size
+        self.flops_per_image, self.peak_flops_per_s = flops_per_image, peak_flops_per_s
+        self.restart(0.0)
+
+    def restart(self, waited_s: float) -> None:
+        """Begin an interval; `waited_s` is the loader's total so far."""
+        self.started_s, self.waited_before_s = time.monotonic(), waited_s
+
+    def measure(self, steps: int, waited_s: float) -> dict[str, float]:
+        """Figures of the interval of `steps` steps that ends now."""
+        elapsed_s = time.monotonic() - self.started_s
+        images_per_s = steps * self.batch_size / elapsed_s
+        return {
+            "images_per_s": images_per_s,
+            "step_s": elapsed_s / steps,
+            "data_wait_fraction": (waited_s - self.waited_before_s) / elapsed_s,
+            "mfu": images_per_s * self.flops_per_image / self.peak_flops_per_s,
+        }
+
+
+def training_flops_per_image(model: nn.Module, channels: int, size: int) -> float:
+    """Floating-point operations of forward and backward for one picture.
+
+    Counted by torch on the products of a forward pass; a backward pass costs twice as much.
+    """
+    device = next(model.parameters()).device
+    x = torch.zeros(1, channels, size, size, device=device)
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(x, zero, zero)
+    return 3.0 * counter.get_total_flops()
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Measured rate of a square matrix product, the best of five: the peak for MFU."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best_s = float("inf")
+    for _ in range(6):
+        _synchronize(device)
+        start_s = time.perf_counter()
+        torch.matmul(a, b)
+        _synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2.0 * size**3 / best_s
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
