@@ -1,0 +1,167 @@
+"""The recipe: what is accepted, what is refused and how it is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffit_train.config import dump_recipe, load_recipe, packaged_recipes, validate
+from diffit_train.errors import UserError
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipes_survive_a_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert validate(yaml.safe_load(dump_recipe(recipe)), name) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "imagenet256",
+            {
+                "data.resolution": 256,
+                "data.num_classes": 1000,
+                "autoencoder.source": "stabilityai/sd-vae-ft-ema",
+                "autoencoder.scale": 0.18215,
+                "model.hidden_size": 1152,
+                "model.num_heads": 16,
+                "model.depth": 28,
+                "model.patch_size": 2,
+                "model.mlp_ratio": 4.0,
+                "model.label_init_std": 0.02,
+                "diffusion.timesteps": 1000,
+                "diffusion.beta_start": 1e-4,
+                "diffusion.beta_end": 0.02,
+                "train.lr": 3e-4,
+                "train.betas": [0.9, 0.999],
+                "train.weight_decay": 0.0,
+                "train.batch_size": 256,
+                "train.ema_decay": 0.9999,
+                "train.label_dropout": 0.1,
+                "evaluate.samples": 50_000,
+                "evaluate.sampler.name": "ddpm",
+                "evaluate.sampler.steps": 250,
+                "evaluate.guidance.kind": "power_cosine",
+                "evaluate.guidance.scale": 4.4,
+                "evaluate.guidance.power": 4.0,
+                "evaluate.guidance.channels": 3,
+                "evaluate.neighbours": 3,
+                "evaluate.reference_pictures": 10_000,
+            },
+        ),
+        (
+            "imagenet512",
+            {
+                "data.resolution": 512,
+                "model.depth": 28,
+                "train.lr": 1e-4,
+                "train.batch_size": 512,
+                "evaluate.sampler.steps": 250,
+                "evaluate.guidance.kind": "constant",
+                "evaluate.guidance.scale": 1.49,
+            },
+        ),
+    ],
+)
+def test_imagenet_recipes_hold_the_published_numbers(name: str, expected: dict) -> None:
+    flat = load_recipe(name).flat()
+    assert {key: flat[key] for key in expected} == expected
+
+
+def test_later_overrides_win_and_root_wins_over_all() -> None:
+    recipe = load_recipe("demo", ["train.lr=1", "train.lr=2e-3", "storage.root=a"], root="b c")
+    assert recipe.train.lr == 2e-3
+    assert recipe.storage.root == "b c"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", ["'train.lrr'", "did you mean 'lr'"]),
+        ("trian.lr=1", ["'trian'", "did you mean 'train'"]),
+        ("train.zzz=1", ["'train.zzz'", "allowed here", "batch_size"]),
+        ("train.lr=fast", ["train.lr", "'fast'", "number"]),
+        ("train.lr=.nan", ["train.lr", "nan"]),
+        ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
+        ("train.steps=0", ["train.steps", "0", "greater than 0"]),
+        ("train.batch_size=60", ["data.lanes is 8", "train.batch_size (60)"]),
+        ("scaling.workers=3", ["scaling.workers is 3", "data.lanes (8)"]),
+        ("model.patch_size=3", ["model.patch_size is 3", "latent size"]),
+        ("model.num_heads=5", ["model.num_heads is 5", "hidden_size"]),
+        ("autoencoder.downsample=3", ["autoencoder.downsample is 3", "data.resolution (16)"]),
+        ("train.checkpoint_every=30", ["train.log_every is 20", "checkpoint_every (30)"]),
+        ("train.warmup_steps=100000", ["train.warmup_steps is 100000", "train.steps"]),
+        ("evaluate.sampler.steps=1001", ["evaluate.sampler.steps is 1001", "timesteps (1000)"]),
+        ("evaluate.sampler.name=euler", ["evaluate.sampler.name", "'euler'", "'ddpm'"]),
+        ("evaluate.guidance.channels=5", ["guidance.channels is 5", "latent_channels (4)"]),
+        ("evaluate.guidance.scale=-1", ["evaluate.guidance.scale", "-1"]),
+        ("diffusion.beta_start=0.5", ["diffusion.beta_start is 0.5", "beta_end"]),
+        ("name=a/b", ["name", "'a/b'"]),
+        ("data=3", ["data", "3"]),
+        ("train", ["'train'", "key.sub=value"]),
+        ("train.lr=[", ["'train.lr=['", "YAML"]),
+        ("name.x=1", ["'name'", "'demo'", "not a section"]),
+    ],
+)
+def test_bad_values_are_named(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("demo", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_error_of_a_recipe_is_reported_at_once() -> None:
+    with pytest.raises(UserError, match=r"(?s)train\.lr.*train\.step"):
+        load_recipe("demo", ["train.lr=x", "train.stepz=3"])
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("dmo", ["'dmo'", "did you mean 'demo'"]),
+        ("nothing/here.yaml", ["nothing/here.yaml", "No such file"]),
+    ],
+)
+def test_unknown_recipes_are_named(reference: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(reference)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words", ""])
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"r\.yaml"):
+        load_recipe(str(path))
+
+
+@given(
+    key=st.sampled_from(
+        ["scaling.workers=4", "scaling.evaluate_actors=7", "storage.root=x", "tracking.experiment=y"]
+    )
+)
+def test_resources_and_places_do_not_change_a_run(key: str) -> None:
+    assert load_recipe("demo", [key]).train_hash() == load_recipe("demo").train_hash()
+
+
+def test_what_changes_the_weights_changes_the_hash() -> None:
+    plain = load_recipe("demo")
+    for key in ("train.seed=1", "model.depth=5", "data.shuffle_window=7", "autoencoder.scale=2"):
+        assert load_recipe("demo", [key]).train_hash() != plain.train_hash()
+    assert load_recipe("demo", ["train.seed=1"]).encode_hash() == plain.encode_hash()
+    assert load_recipe("demo", ["data.flip=true"]).encode_hash() != plain.encode_hash()
+
+
+def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them() -> None:
+    constant = ["train.lr_schedule=constant"]
+    longer = [*constant, "train.steps=9999"]
+    assert load_recipe("demo", constant).train_hash() == load_recipe("demo", longer).train_hash()
+    assert load_recipe("demo", ["train.steps=9999"]).train_hash() != load_recipe("demo").train_hash()

@@ -1,0 +1,254 @@
+"""The ZeRO engine against plain PyTorch, and its checkpoints across world sizes and stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from diffit_train import storage
+from diffit_train.checkpoints import (
+    KINDS,
+    Slice,
+    State,
+    checkpoint_url,
+    committed_steps,
+    read_index,
+    read_slices,
+    read_state,
+    read_weights,
+    require_step,
+)
+from diffit_train.config.recipe import Train
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.models.latent import LatentDiffiT
+from diffit_train.training.checkpoint import load_checkpoint, remove_old, save_checkpoint
+from diffit_train.training.engine import Engine, learning_rate
+from tests.training.ranks import on_ranks
+
+BATCH = 4
+
+
+def _train(**changes: object) -> Train:
+    values: dict[str, object] = {"steps": 100, "batch_size": BATCH, "lr": 1e-2, "ema_decay": 0.9}
+    values |= {"warmup_steps": 3, "lr_schedule": "cosine", "weight_decay": 0.01}
+    return Train.model_validate(values | changes)
+
+
+def _model() -> LatentDiffiT:
+    torch.manual_seed(0)
+    model = LatentDiffiT(
+        latent_size=4, latent_channels=2, num_classes=3, hidden_size=8, depth=2, num_heads=2
+    )
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    return model
+
+
+def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 2, 4, 4, generator=generator)
+    t = torch.randint(1000, (BATCH,), generator=generator)
+    return x, t, torch.randint(4, (BATCH,), generator=generator)
+
+
+def _state(step: int, engine: Engine, world: int) -> State:
+    return State(
+        step=step,
+        images_seen=step * BATCH,
+        optimizer_steps=engine.optimizer_steps(),
+        recipe_hash="hash",
+        mlflow_run_id="run",
+        world_size=world,
+        zero_stage=engine.train.zero_stage,
+    )
+
+
+def _steps(engine: Engine, rank: int, world: int, first: int, last: int) -> None:
+    for step in range(first, last):
+        mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        x, t, y = (part[mine] for part in _batch(step))
+        engine.step((engine.forward(x, t, y) ** 2).mean(), step)
+
+
+def _train_and_save(rank: int, world: int, run: str, train: Train, steps: int) -> None:
+    engine = Engine(_model(), train, world, torch.device("cpu"))
+    save_checkpoint(engine, run, _state(0, engine, world))
+    _steps(engine, rank, world, 0, steps)
+    save_checkpoint(engine, run, _state(steps, engine, world))
+
+
+def _resume_and_save(
+    rank: int, world: int, run: str, step: int, train: Train, steps: int, into: str
+) -> None:
+    model = _model()
+    model.load_state_dict(read_weights(run, step, "raw"), strict=False)
+    engine = Engine(model, train, world, torch.device("cpu"))
+    assert load_checkpoint(engine, run, step).step == step
+    save_checkpoint(engine, into, _state(step, engine, world))
+    _steps(engine, rank, world, step, steps)
+    save_checkpoint(engine, into, _state(steps, engine, world))
+
+
+def _plain(train: Train, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights and EMA of an ordinary loop over the whole batch."""
+    model = _model()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        named.values(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+    )
+    ema = {n: p.detach().clone() for n, p in named.items()}
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(train, step)
+        optimizer.zero_grad()
+        x, t, y = _batch(step)
+        (model(x, t, y) ** 2).mean().backward()
+        optimizer.step()
+        for name, parameter in named.items():
+            ema[name] = train.ema_decay * ema[name] + (1 - train.ema_decay) * parameter.detach()
+    return {n: p.detach() for n, p in named.items()}, ema
+
+
+def _contents(run: str, step: int) -> dict[str, torch.Tensor]:
+    shapes = {n: p.shape for n, p in read_index(run, step).parameters.items()}
+    wanted = [Slice(n, 0, torch.Size(shape).numel()) for n, shape in sorted(shapes.items())]
+    loaded = read_slices(run, step, wanted, KINDS)
+    return {
+        f"{kind}/{part.name}": values
+        for kind in KINDS
+        for part, values in zip(wanted, loaded[kind], strict=True)
+    }
+
+
+def _assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, values in a.items():
+        assert torch.equal(values, b[name]), name
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 1), (2, 2)])
+def test_training_equals_a_plain_loop(tmp_path: Path, world: int, stage: int) -> None:
+    train, run = _train(zero_stage=stage), str(tmp_path)
+    on_ranks(world, _train_and_save, run, train, 8)
+    weights, ema = _plain(train, 8)
+    saved, saved_ema = read_weights(run, 8, "raw"), read_weights(run, 8, "ema")
+    assert saved.keys() == weights.keys()
+    # Weights move by up to 1e-2 a step. The keys' bias has no gradient but rounding, which Adam
+    # blows up, so agreement to the last digits cannot be asked for.
+    for name in weights:
+        torch.testing.assert_close(saved[name], weights[name], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(saved_ema[name], ema[name], atol=2e-4, rtol=1e-4)
+    assert read_state(run, 8).optimizer_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), (2, 2)), ((2, 2), (1, 1)), ((1, 1), (2, 2)), ((4, 2), (2, 1))]
+)
+def test_a_checkpoint_loads_bit_for_bit_at_any_world_size_and_stage(
+    tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    run, into = str(tmp_path / "run"), str(tmp_path / "into")
+    on_ranks(before[0], _train_and_save, run, _train(zero_stage=before[1]), 5)
+    on_ranks(after[0], _resume_and_save, run, 5, _train(zero_stage=after[1]), 8, into)
+    _assert_same(_contents(run, 5), _contents(into, 5))
+
+
+def test_resuming_at_the_same_world_size_changes_nothing(tmp_path: Path) -> None:
+    whole, run, into = (str(tmp_path / name) for name in ("whole", "run", "into"))
+    on_ranks(2, _train_and_save, whole, _train(), 8)
+    on_ranks(2, _train_and_save, run, _train(), 5)
+    on_ranks(2, _resume_and_save, run, 5, _train(), 8, into)
+    _assert_same(_contents(whole, 8), _contents(into, 8))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = str(tmp_path_factory.mktemp("trained"))
+    on_ranks(2, _train_and_save, run, _train(), 2)
+    return run
+
+
+def _copy(trained: str, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("file", ["rank-00001-of-00002.safetensors", "index.json", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named(
+    trained: str, tmp_path: Path, file: str, damage: str
+) -> None:
+    run = _copy(trained, tmp_path)
+    path = Path(checkpoint_url(str(run), 2)) / file
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(data[:-1])
+    else:
+        data[-2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(DiffitError, match=rf"step-0000000002 is damaged: {file}"):
+        read_state(str(run), 2)
+        read_weights(str(run), 2, "ema")
+
+
+def test_without_a_marker_there_is_no_checkpoint(trained: str, tmp_path: Path) -> None:
+    run = str(_copy(trained, tmp_path))
+    storage.remove(storage.join(checkpoint_url(run, 2), "commit.json"))
+    assert committed_steps(run) == [0]
+    with pytest.raises(DiffitError, match="not committed"):
+        read_weights(run, 2, "ema")
+    with pytest.raises(UserError, match="no committed checkpoint of step 2; it has: 0"):
+        require_step(run, 2)
+    assert require_step(run, None) == 0
+    with pytest.raises(UserError, match="no committed checkpoint"):
+        require_step(str(tmp_path / "nothing"), None)
+
+
+def test_another_models_checkpoint_is_named(trained: str) -> None:
+    with pytest.raises(DiffitError, match="'blocks.9.x': it is of another model"):
+        read_slices(trained, 2, [Slice("blocks.9.x", 0, 4)], KINDS)
+
+
+def _save_where_one_rank_cannot(rank: int, world: int, run: str) -> None:
+    engine = Engine(_model(), _train(), world, torch.device("cpu"))
+    if rank == 1:
+        storage.write_text(f"{run}/blocked", "a file where rank 1 wants a folder")
+    with pytest.raises(OSError, match="rank 1"):
+        save_checkpoint(engine, run if rank == 0 else f"{run}/blocked", _state(0, engine, world))
+    dist.barrier()
+
+
+def test_a_rank_that_cannot_write_stops_the_commit(tmp_path: Path) -> None:
+    on_ranks(2, _save_where_one_rank_cannot, str(tmp_path))
+    assert committed_steps(str(tmp_path)) == []
+
+
+def test_retention_keeps_the_newest_and_the_first(trained: str, tmp_path: Path) -> None:
+    run = _copy(trained, tmp_path)
+    folder = run / "checkpoints"
+    for step in (4, 6, 8):
+        (folder / "step-0000000002").rename(folder / f"step-{step:010d}")
+        _copy_step(folder, step)
+    remove_old(str(run), keep=2)
+    assert committed_steps(str(run)) == [0, 6, 8]
+
+
+def _copy_step(folder: Path, step: int) -> None:
+    import shutil
+
+    shutil.copytree(folder / f"step-{step:010d}", folder / "step-0000000002")
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.25), (3, 1.0), (50, 0.5), (100, 0.0)],
+)
+def test_learning_rate_rises_then_follows_half_a_cosine(step: int, expected: float) -> None:
+    train = _train(lr=1.0, warmup_steps=4)
+    assert learning_rate(train, step) == pytest.approx(expected, abs=3e-3)
+    constant = _train(lr=1.0, warmup_steps=4, lr_schedule="constant")
+    assert learning_rate(constant, max(step, 4)) == 1.0
