@@ -98,6 +98,7 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.WARNING)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         self.uri, self.artifacts = uri, artifacts
         if uri.startswith("sqlite:///"):
@@ -105,8 +106,12 @@ class Tracker:
         try:
             self.client: MlflowClient = MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
-        except MlflowException as error:
-            raise UserError(f"MLflow at {redact(uri)} cannot be used: {error}") from error
+        except (MlflowException, SQLAlchemyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"MLflow at {redact(uri)} cannot be used: {reason}; mend tracking.uri, or move "
+                "that file away"
+            ) from error
 
     @classmethod
     def of(cls, recipe: Recipe) -> Tracker:

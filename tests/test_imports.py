@@ -1,0 +1,98 @@
+"""Imports point one way, and heavy frameworks stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffit_train
+
+PACKAGE = Path(diffit_train.__file__).parent
+BASE = {"errors", "storage", "progress", "cluster", "config", "checkpoints"}
+
+# What each part may import of the package; a part is a folder or a top-level file.
+ALLOWED = {
+    "errors": set(),
+    "storage": {"errors"},
+    "progress": {"errors"},
+    "cluster": {"errors"},
+    "config": {"errors", "storage"},
+    "checkpoints": {"errors", "storage"},
+    "tracking": BASE,
+    "models": BASE,
+    "diffusion": BASE,
+    "data": BASE | {"models", "diffusion"},
+    "training": BASE | {"models", "diffusion", "data", "tracking"},
+    "evaluation": BASE | {"models", "diffusion", "data", "tracking"},
+    "command": BASE | {"data", "training", "evaluation", "tracking"},
+    "submit": BASE,
+    "cli": BASE | {"command", "submit", "data", "training", "evaluation", "tracking"},
+}
+
+# Where a framework may be imported, by path below the package.
+HOMES = {
+    "ray": {"cluster.py", "submit.py", "data/encode.py", "training/worker.py", "evaluation/fleet.py"},
+    "deepspeed": {"training/engine.py"},
+    "mlflow": {"tracking.py"},
+    "diffusers": {"data/autoencoder.py"},
+    "typer": {"cli.py"},
+    "sklearn": {"data/digits.py"},
+}
+
+
+def _files() -> list[Path]:
+    return sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Every imported module of a file, also those inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            found.add(node.module)
+    return found
+
+
+def _part(dotted: str) -> str | None:
+    words = dotted.split(".")
+    return words[1] if words[0] == "diffit_train" and len(words) > 1 else None
+
+
+@pytest.mark.parametrize("path", _files(), ids=str)
+def test_imports_point_one_way(path: Path) -> None:
+    mine = path.parts[0].removesuffix(".py")
+    if mine == "__init__":
+        assert not {_part(name) for name in _imports(path)} - {None}
+        return
+    parts = {_part(name) for name in _imports(path)} - {None, mine, "__version__"}
+    assert parts <= ALLOWED[mine], f"{path} may not import {sorted(parts - ALLOWED[mine])}"
+
+
+@pytest.mark.parametrize("framework", HOMES)
+def test_frameworks_stay_at_home(framework: str) -> None:
+    users = {
+        path.as_posix()
+        for path in _files()
+        if any(name.split(".")[0] == framework for name in _imports(path))
+    }
+    assert users <= HOMES[framework]
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm", "torch_fidelity", "pytorch_fid", "pickle"])
+def test_unwanted_libraries_are_not_imported(library: str) -> None:
+    assert not [p for p in _files() if any(n.split(".")[0] == library for n in _imports(p))]
+
+
+def test_the_command_starts_without_heavy_frameworks() -> None:
+    """A finished stage is passed over quickly only if help and checks import nothing heavy."""
+    code = "import sys, diffit_train.cli; print([m for m in sys.modules if '.' not in m])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "ray", "mlflow", "deepspeed", "diffusers", "matplotlib", "scipy"}
+    assert not heavy & set(ast.literal_eval(out.stdout))

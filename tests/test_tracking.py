@@ -1,0 +1,89 @@
+"""MLflow runs are found again, never doubled, and hold no credentials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffit_train.config import load_recipe
+from diffit_train.errors import UserError
+from diffit_train.tracking import Tracker, redact, tracking_uri
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    folder = tmp_path_factory.mktemp("mlflow")
+    return Tracker(f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri())
+
+
+def test_a_run_is_found_again_by_its_identity(tracker: Tracker) -> None:
+    first = tracker.training_run("again", "uuid-1", "name", {"train.lr": 1}, {"t": "1"})
+    assert tracker.training_run("again", "uuid-1", "name", {"train.lr": 2}, {"t": "2"}) == first
+    assert tracker.training_run("again", "uuid-2", "name", {"train.lr": 2}, {}) != first
+    child = tracker.evaluation_run("again", first, "key", "eval", {}, {})
+    assert tracker.evaluation_run("again", first, "key", "eval", {}, {}) == child
+    records = {record.run_id: record for record in tracker.runs("again")}
+    assert len(records) == 3
+    assert records[first].params == {"train.lr": "1"}
+    assert records[first].tags["t"] == "2"
+    assert records[child].parent_id == first
+    assert records[first].parent_id is None
+
+
+def test_metrics_by_step(tracker: Tracker) -> None:
+    run = tracker.training_run("metrics", "uuid-3", "name", {}, {})
+    assert tracker.last_step(run, "train/loss") == -1
+    for step in (20, 10):
+        tracker.log_metrics(run, {"train/loss": step / 10, "train/lr": 1.0}, step)
+    assert tracker.history(run, "train/loss") == [(10, 1.0), (20, 2.0)]
+    assert tracker.last_step(run, "train/loss") == 20
+
+
+def test_a_finished_run_is_reopened(tracker: Tracker) -> None:
+    run = tracker.training_run("reopen", "uuid-4", "name", {}, {})
+    tracker.finish(run)
+    assert tracker.runs("reopen")[0].status == "FINISHED"
+    assert tracker.training_run("reopen", "uuid-4", "name", {}, {}) == run
+    assert tracker.runs("reopen")[0].status == "RUNNING"
+
+
+def test_datasets_and_pictures(tracker: Tracker, tmp_path: Path) -> None:
+    run = tracker.training_run("inputs", "uuid-5", "name", {}, {})
+    tracker.log_dataset(run, "digits", "d" * 64, "s3://key:secret@bucket/pictures")
+    (dataset,) = tracker.client.get_run(run).inputs.dataset_inputs
+    assert (dataset.dataset.name, len(dataset.dataset.digest)) == ("digits", 36)
+    assert "secret" not in dataset.dataset.source
+    (tmp_path / "grid.png").write_bytes(b"png")
+    tracker.log_artifact(run, tmp_path / "grid.png")
+    assert [f.path for f in tracker.client.list_artifacts(run)] == ["grid.png"]
+
+
+def test_credentials_are_removed(tracker: Tracker) -> None:
+    assert redact("see http://u:p@h:5000/x and s3://b/k") == "see http://h:5000/x and s3://b/k"
+    params = {"tracking.uri": "http://user:secret@host:5000"}
+    run = tracker.training_run("secrets", "uuid-6", "name", params, {"u": "http://a:secret@h"})
+    record = next(r for r in tracker.runs("secrets") if r.run_id == run)
+    assert record.params == {"tracking.uri": "http://host:5000"}
+    assert record.tags["u"] == "http://h"
+
+
+def test_an_unknown_experiment_is_named(tracker: Tracker) -> None:
+    tracker.training_run("known", "uuid-7", "name", {}, {})
+    with pytest.raises(UserError, match=r"'unknown'.*known"):
+        tracker.runs("unknown")
+
+
+def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database, but long enough to be looked at")
+    with pytest.raises(UserError, match=r"mlflow\.db"):
+        Tracker(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_the_store_lies_under_a_local_root_only(tmp_path: Path) -> None:
+    recipe = load_recipe("demo", root=str(tmp_path))
+    assert tracking_uri(recipe) == f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(UserError, match=r"tracking\.uri"):
+        tracking_uri(load_recipe("demo", root="s3://bucket/prefix"))
+    given = load_recipe("demo", ["tracking.uri=http://mlflow:5000"], root="s3://bucket/prefix")
+    assert tracking_uri(given) == "http://mlflow:5000"
