@@ -96,7 +96,7 @@ def autoencoder_fit(name: RecipeName, overrides: Overrides = None, root: Root = 
 
     Example: `diffit autoencoder fit demo --root my-project`
     """
-    from diffit_train.data.autoencoder import fit_autoencoder
+    from diffit_train.data.autoencoder_fit import fit_autoencoder
 
     fit_autoencoder(_recipe(name, overrides, root))
 

@@ -13,6 +13,9 @@ from diffit_train.errors import UserError
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+# Without it Ray would join any cluster that happens to run on this machine.
+NEW_CLUSTER = "local"
+
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
@@ -30,17 +33,17 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    address = address or os.environ.get("RAY_ADDRESS") or NEW_CLUSTER
     try:
         ray.init(
             address=address,
-            include_dashboard=False if address is None and "RAY_ADDRESS" not in os.environ else None,
+            include_dashboard=False if address == NEW_CLUSTER else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            configure_logging=True,
         )
     except (ConnectionError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')!r}: {error}; "
+            f"no Ray cluster answers at {address!r}: {error}; "
             "start one with `ray start --head`, or leave --address out to use this machine"
         ) from error
     try:

@@ -167,6 +167,22 @@ def local_copy(url: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def local_folder(url: str) -> Iterator[Path]:
+    """A local folder with the files of `url`; a remote one is downloaded and removed afterwards."""
+    if is_local(url):
+        yield local_path(url)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="diffit-download-"))
+    try:
+        for name in list_names(url):
+            fs, path = filesystem(join(url, name))
+            fs.get_file(path, str(folder / name))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove(url: str) -> None:
     """Remove a file or a folder with all it holds, if it is there."""
     fs, path = filesystem(url)

@@ -7,6 +7,7 @@ again after it ended, a new attempt goes on where the last one stopped, as every
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
 import shutil
 import sys
@@ -26,6 +27,7 @@ from diffit_train.progress import say
 
 Stage = Literal["encode", "train", "evaluate"]
 LIVE = ("PENDING", "RUNNING")
+BAD_INPUT = 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def submit(job: Job, address: str, *, follow: bool = True, python: str | None = 
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    # Its uploads and sockets are no news to a user.
+    logging.getLogger("ray").setLevel(logging.WARNING)
     if urlsplit(address).scheme not in ("http", "https"):
         raise UserError(f"--address is {address!r}, but must be as http://head:8265")
     try:
@@ -178,9 +182,13 @@ def _follow(client: Any, submission_id: str) -> None:
         say(f"job {submission_id} goes on; the same command follows it again")
         raise
     info = client.get_job_info(submission_id)
-    if info.status != "SUCCEEDED":
-        raise DiffitError(
-            f"job {submission_id} ended as {info.status}: {info.message}; "
-            "the same command continues it"
-        )
-    say(f"job {submission_id} succeeded")
+    if info.status == "SUCCEEDED":
+        say(f"job {submission_id} succeeded")
+        return
+    reason = str(info.message or "no reason given").splitlines()[0]
+    if info.driver_exit_code == BAD_INPUT:
+        raise UserError(f"job {submission_id} refused its input; its log above says why")
+    raise DiffitError(
+        f"job {submission_id} ended as {info.status}: {reason.partition(', last available')[0]}; "
+        "the same command continues it"
+    )

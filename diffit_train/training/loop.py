@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffit_train import storage
 from diffit_train.checkpoints import State, committed_steps, read_weights
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import scaled_sample
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
-from diffit_train.data.shards import Manifest, load_manifest
+from diffit_train.data.shards import Manifest, latents_url, load_manifest
 from diffit_train.diffusion.gaussian import Loss, add_noise, training_loss
 from diffit_train.diffusion.schedule import linear_schedule
 from diffit_train.errors import DiffitError
@@ -76,7 +75,7 @@ class Trainer:
         self.schedule = linear_schedule(
             diffusion.timesteps, diffusion.beta_start, diffusion.beta_end
         )
-        self.latents_url = storage.join(recipe.storage.root, "latents", recipe.data.name)
+        self.latents_url = latents_url(recipe)
         self.manifest: Manifest = load_manifest(self.latents_url)
         self._start_engine()
         self.losses = LossMeter(diffusion.timesteps, device)

@@ -19,8 +19,8 @@ import ray
 from diffit_train import cluster, storage
 from diffit_train.checkpoints import committed_steps
 from diffit_train.config import Recipe
-from diffit_train.data.shards import Manifest, load_manifest
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
+from diffit_train.errors import DiffitError
 from diffit_train.progress import Progress, say
 from diffit_train.tracking import TAG_RUN, Tracker, git_commit, tracking_uri
 from diffit_train.training.run import check_recipe, create_identity, finished_step, run_url
@@ -71,14 +71,8 @@ def train(recipe: Recipe, run: str) -> int:
 
 def _check_latents(recipe: Recipe) -> Manifest:
     """The latents, if they are those of the recipe."""
-    url = storage.join(recipe.storage.root, "latents", recipe.data.name)
-    manifest = load_manifest(url)
-    if manifest.recipe_hash != recipe.encode_hash():
-        raise UserError(
-            f"latents {url} were encoded by another recipe (its hash {manifest.recipe_hash[:12]}, "
-            f"this one's {recipe.encode_hash()[:12]}); encode under another data.name, or give "
-            "the data and autoencoder sections that they were made with"
-        )
+    manifest = load_manifest(latents_url(recipe))
+    require_recipe(recipe, manifest.recipe_hash)
     return manifest
 
 

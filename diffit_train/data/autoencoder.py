@@ -1,0 +1,121 @@
+"""The VAE between pictures and latents: diffusers' AutoencoderKL with one scale.
+
+Shapes: B pictures, R x R pixels, C latent channels, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.errors import UserError
+
+# diffusers' own bounds of the posterior's log-variance.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def scaled_sample(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
+    """A scaled latent (B, C, h, w) of the posterior whose mean and log-variance are `moments`.
+
+    Args:
+        moments: (B, 2C, h, w), mean first.
+        noise: (B, C, h, w), standard normal.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return scale * (mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)) * noise)
+
+
+@dataclass
+class Autoencoder:
+    """A frozen autoencoder on a device; `scale` multiplies its latents."""
+
+    model: Any
+    id: str
+    scale: float
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def encode_moments(self, pixels: np.ndarray) -> np.ndarray:
+        """(B, 3, R, R) float32 in [-1, 1] to mean then log-variance, (B, 2C, h, w), unscaled."""
+        x = torch.from_numpy(pixels).to(self.device, self.dtype)
+        return self.model.encode(x).latent_dist.parameters.float().cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Scaled latents (B, C, h, w) to pictures (B, R, R, 3), uint8."""
+        x = self.model.decode((latents / self.scale).to(self.device, self.dtype)).sample
+        levels = ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).cpu().numpy()
+
+    def weight_hash(self) -> str:
+        """SHA-256 over names, shapes and bytes of the weights, in the order of the names."""
+        out = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            out.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            out.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return out.hexdigest()
+
+
+def autoencoder_url(recipe: Recipe) -> str:
+    """The recipe's autoencoder: a folder, or an id on the hub."""
+    return storage.resolve(recipe.storage.root, recipe.autoencoder.source)
+
+
+def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
+    """The recipe's autoencoder, frozen.
+
+    Raises:
+        UserError: it cannot be had, or its latents are not those that the recipe says.
+    """
+    url, section = autoencoder_url(recipe), recipe.autoencoder
+    model = _load_model(url, hub=url == section.source and not _is_path(url))
+    channels, factor = model.config.latent_channels, 2 ** (len(model.config.block_out_channels) - 1)
+    for key, mine, theirs in (
+        ("latent_channels", section.latent_channels, channels),
+        ("downsample", section.downsample, factor),
+    ):
+        if mine != theirs:
+            raise UserError(f"autoencoder.{key} is {mine}, but {url} has {theirs}")
+    scale = section.scale if section.scale is not None else float(model.config.scaling_factor)
+    dtype = _DTYPES[section.precision]
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    return Autoencoder(model, section.source, scale, device, dtype)
+
+
+def _is_path(source: str) -> bool:
+    """Whether a source is a folder; a hub id is NAME/NAME and no folder that exists."""
+    return "://" in source or source.startswith(("/", ".", "~")) or Path(source).exists()
+
+
+def _load_model(url: str, hub: bool) -> Any:
+    # Progress bars of downloads are for people; inside actors they only fill logs.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from diffusers import AutoencoderKL
+
+    if not hub and not storage.exists(storage.join(url, "config.json")):
+        raise UserError(
+            f"there is no autoencoder in {url}; run `diffit autoencoder fit`, or set "
+            "autoencoder.source to a folder in diffusers' format or a hub id"
+        )
+    try:
+        if hub or storage.is_local(url):
+            return AutoencoderKL.from_pretrained(url)
+        with storage.local_folder(url) as folder:
+            return AutoencoderKL.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"autoencoder.source {url} cannot be loaded: {reason}; give a folder in diffusers' "
+            "format or the id of an AutoencoderKL on the hub"
+        ) from error

@@ -1,0 +1,173 @@
+"""`diffit autoencoder fit`: an AutoencoderKL of one's own, for pictures no published VAE fits."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.data.sources import list_pictures
+from diffit_train.errors import UserError
+from diffit_train.progress import say
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+MARKER = "diffit.json"
+STATE = "fit-state.safetensors"
+
+
+def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
+    """Fit the recipe's autoencoder on its pictures; what the marker says of it.
+
+    Saved in diffusers' format at `autoencoder.source`, the marker last. A finished one is left
+    alone, an interrupted fit goes on.
+
+    Raises:
+        UserError: the folder holds another autoencoder, or the sizes cannot be had.
+    """
+    url = storage.resolve(recipe.storage.root, recipe.autoencoder.source)
+    identity = storage.digest(
+        [
+            recipe.data.model_dump(mode="json", include={"source", "resolution", "num_classes"}),
+            recipe.autoencoder.model_dump(
+                mode="json", include={"fit", "latent_channels", "downsample"}
+            ),
+        ]
+    )
+    marker = storage.join(url, MARKER)
+    if storage.exists(marker):
+        report: dict[str, Any] = storage.read_json(marker)
+        if report["identity"] != identity:
+            raise UserError(
+                f"{url} holds an autoencoder of another recipe; set autoencoder.source to "
+                "another folder, or delete that one"
+            )
+        say(f"autoencoder {url} is fitted already")
+        return report
+    _check(recipe, url)
+    report = {"identity": identity, **_fit(recipe, url, identity)}
+    storage.write_json(marker, report)
+    storage.remove(storage.join(url, STATE))
+    mse = report["reconstruction_mse"]
+    say(f"autoencoder {url}: reconstruction mse {mse:.5f}, scale {report['scale']:.4f}")
+    return report
+
+
+def _check(recipe: Recipe, url: str) -> None:
+    levels = len(recipe.autoencoder.fit.block_out_channels)
+    if 2 ** (levels - 1) != recipe.autoencoder.downsample:
+        raise UserError(
+            f"autoencoder.fit.block_out_channels has {levels} levels, which divide the picture "
+            f"by {2 ** (levels - 1)}, but autoencoder.downsample is {recipe.autoencoder.downsample}"
+        )
+    if storage.exists(storage.join(url, "config.json")) and not storage.exists(
+        storage.join(url, STATE)
+    ):
+        raise UserError(
+            f"{url} holds an autoencoder that was not fitted here; it is not overwritten: set "
+            "autoencoder.source to another folder"
+        )
+
+
+def _fit(recipe: Recipe, url: str, identity: str) -> dict[str, Any]:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from diffit_train.data.fit import fit
+
+    section, pixels = recipe.autoencoder.fit, _all_pixels(recipe)
+    levels = len(section.block_out_channels)
+    torch.manual_seed(section.seed)
+    model: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=section.block_out_channels,
+        layers_per_block=section.layers_per_block,
+        latent_channels=recipe.autoencoder.latent_channels,
+        norm_num_groups=section.norm_num_groups,
+        sample_size=recipe.data.resolution,
+    )
+
+    def loss(step: int, random: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = random.integers(len(pixels), size=section.batch_size)
+        x = torch.from_numpy(pixels[rows])
+        posterior = model.encode(x).latent_dist
+        noise = random.standard_normal(posterior.mean.shape, dtype="float32")
+        decoded = model.decode(posterior.mean + posterior.std * torch.from_numpy(noise)).sample
+        mse = ((decoded - x) ** 2).mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return mse + section.kl_weight * kl, {"mse": mse.item(), "kl": kl.item()}
+
+    fit(
+        model,
+        loss,
+        steps=section.steps,
+        lr=section.lr,
+        seed=section.seed,
+        state_url=storage.join(url, STATE),
+        identity=identity,
+        title="autoencoder",
+    )
+    return _save(recipe, url, model, pixels)
+
+
+def _all_pixels(recipe: Recipe) -> np.ndarray:
+    """Every readable picture, (n, 3, R, R) float32 in [-1, 1]; unreadable ones are counted."""
+    from diffit_train.data.preprocess import read_pictures, to_model_range
+
+    listing = list_pictures(recipe)
+    urls = (storage.join(listing.url, path) for path in listing.paths)
+    pictures = read_pictures(storage.read_bytes, urls, recipe.data.resolution)
+    if pictures.rejected:
+        say(f"{len(pictures.rejected):,} unreadable pictures are left out")
+    if not pictures.kept:
+        raise UserError(f"no picture of {listing.url} can be read: {pictures.rejected[0][1]}")
+    return to_model_range(pictures.pixels)
+
+
+def _save(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) -> dict[str, Any]:
+    """Measure scale and reconstruction, and write the files that the marker will vouch for."""
+    import torch
+
+    means, decoded = [], []
+    with torch.no_grad():
+        for start in range(0, len(pixels), 256):
+            mean = model.encode(torch.from_numpy(pixels[start : start + 256])).latent_dist.mean
+            means.append(mean)
+            decoded.append(model.decode(mean).sample)
+    reconstruction = torch.cat(decoded).clamp(-1, 1).numpy()
+    scale = 1.0 / float(torch.cat(means).double().std())
+    model.register_to_config(scaling_factor=scale)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            storage.write_bytes(storage.join(url, path.name), path.read_bytes())
+    storage.write_bytes(
+        storage.join(url, "reconstructions.png"), _picture(pixels[:16], reconstruction[:16])
+    )
+    return {
+        "steps": recipe.autoencoder.fit.steps,
+        "scale": scale,
+        "reconstruction_mse": float(((reconstruction - pixels) ** 2).mean()),
+    }
+
+
+def _picture(originals: np.ndarray, reconstructions: np.ndarray) -> bytes:
+    """A PNG with originals above their reconstructions, enlarged where they are small."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    rows = [np.concatenate(list(row), axis=2) for row in (originals, reconstructions)]
+    pixels = np.concatenate(rows, axis=1).transpose(1, 2, 0)
+    image = Image.fromarray(((pixels + 1) * 127.5).round().clip(0, 255).astype(np.uint8))
+    factor = max(1, 64 // originals.shape[-1])
+    out = io.BytesIO()
+    size = (image.width * factor, image.height * factor)
+    image.resize(size, Image.Resampling.NEAREST).save(out, format="PNG")
+    return out.getvalue()

@@ -1,0 +1,353 @@
+"""`diffit encode`: Ray Data reads pictures on CPU tasks and encodes them in a pool of actors.
+
+A row of the pipeline is a shard. Its contents follow from recipe and input alone, whoever makes
+it; it is committed by the tar file and then by its part file in `parts/`, so a rerun makes only
+the shards without one. The manifest, written last, takes in all parts and replaces them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray
+from pydantic import BaseModel, ConfigDict
+
+from diffit_train import cluster, storage
+from diffit_train.config import Recipe, dump_recipe
+from diffit_train.data.preprocess import read_pictures, to_model_range
+from diffit_train.data.shards import (
+    MANIFEST,
+    REJECTED,
+    SCHEMA,
+    Manifest,
+    ShardEntry,
+    Totals,
+    finished,
+    latents_url,
+    require_recipe,
+    shard_name,
+    write_shard,
+)
+from diffit_train.data.sources import PictureList, list_pictures
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.progress import Progress, say
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Plan(_Strict):
+    """parts/plan.json: what the unfinished latents are of."""
+
+    recipe_hash: str
+    input_sha256: str
+
+
+class Rejected(_Strict):
+    """A picture that could not be read."""
+
+    path: str
+    reason: str
+
+
+class Part(_Strict):
+    """A finished shard; `entry` is None where none of its pictures could be read.
+
+    `total` and `squares` are sums over the scaled, sampled latents of each channel.
+    """
+
+    number: int
+    entry: ShardEntry | None
+    rejected: list[Rejected]
+    autoencoder_sha256: str
+    scale: float
+    shape: tuple[int, int, int, int]  # F, C, h, w
+    total: list[float]
+    squares: list[float]
+
+
+def encode(recipe: Recipe) -> Manifest:
+    """Encode the recipe's pictures; Ray must be connected. Rerunning continues.
+
+    Raises:
+        UserError: bad input; nothing was written. Or too many unreadable pictures.
+        DiffitError: a shard could not be made.
+    """
+    done = finished(recipe)
+    if done is not None:
+        return done
+    listing = list_pictures(recipe)
+    actors, gpus = recipe.scaling.encode_actors, recipe.scaling.gpus_per_actor
+    cluster.require(1, actors * gpus, "encoding")
+    _require_autoencoder(recipe)
+    url = latents_url(recipe)
+    _open_plan(recipe, url, listing)
+    parts = _read_parts(url)
+    specs = [s for s in _specs(recipe, listing) if s["number"] not in parts]
+    known = {part.autoencoder_sha256 for part in parts.values()}
+    with Progress("encode", len(listing), "pictures", done=len(listing) - _count(specs)) as shown:
+        for part in _encode_missing(recipe, specs, known):
+            parts[part.number] = part
+            shown.update(len(listing) - _count([s for s in specs if s["number"] not in parts]))
+            _check_rejected(recipe, url, parts, len(listing))
+    return _finish(recipe, url, listing, parts)
+
+
+def _require_autoencoder(recipe: Recipe) -> None:
+    """Say early that the autoencoder of a `root:` reference has not been fitted yet."""
+    source = recipe.autoencoder.source
+    url = storage.resolve(recipe.storage.root, source)
+    if url != source and not storage.exists(storage.join(url, "config.json")):
+        raise UserError(
+            f"there is no autoencoder in {url}; run `diffit autoencoder fit`, or set "
+            "autoencoder.source to a folder in diffusers' format or a hub id"
+        )
+
+
+def _open_plan(recipe: Recipe, url: str, listing: PictureList) -> None:
+    plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=listing.digest())
+    name = storage.join(url, "parts", "plan.json")
+    if not storage.exists(name):
+        storage.write_text(name, plan.model_dump_json(indent=2))
+        return
+    found = Plan.model_validate(storage.read_json(name))
+    require_recipe(recipe, found.recipe_hash)
+    if found != plan:
+        raise UserError(
+            f"the pictures of {listing.url} have changed since encoding to {url} began; choose "
+            f"another data.name, or delete {url}"
+        )
+
+
+def _read_parts(url: str) -> dict[int, Part]:
+    """Finished shards whose tar file is there with its recorded size."""
+    storage.remove_temporary(url)
+    parts = {}
+    for name in storage.list_names(storage.join(url, "parts")):
+        if name == "plan.json":
+            continue
+        part = Part.model_validate(storage.read_json(storage.join(url, "parts", name)))
+        if part.entry is None or _is_whole(url, part.entry):
+            parts[part.number] = part
+    return parts
+
+
+def _is_whole(url: str, entry: ShardEntry) -> bool:
+    shard = storage.join(url, entry.name)
+    return storage.exists(shard) and storage.size_bytes(shard) == entry.bytes
+
+
+def _specs(recipe: Recipe, listing: PictureList) -> list[dict[str, Any]]:
+    """What each shard is made of."""
+    size = recipe.data.pictures_per_shard
+    return [
+        {
+            "number": number,
+            "first": first,
+            "paths": list(listing.paths[first : first + size]),
+            "labels": list(listing.labels[first : first + size]),
+        }
+        for number, first in enumerate(range(0, len(listing), size))
+    ]
+
+
+def _count(specs: list[dict[str, Any]]) -> int:
+    return sum(len(spec["paths"]) for spec in specs)
+
+
+def _encode_missing(
+    recipe: Recipe, specs: list[dict[str, Any]], known_autoencoders: set[str]
+) -> Iterator[Part]:
+    """Run the pipeline over the shards that are missing, in whatever order they finish."""
+    if not specs:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # A full pool of actors must leave processors for the readers that feed it.
+    actors = recipe.scaling.encode_actors
+    actor_cpus = min(1.0, ray.cluster_resources()["CPU"] / (2 * actors))
+    source = storage.resolve(recipe.storage.root, recipe.data.source)
+    rows = ray.data.from_items(
+        [{"spec": json.dumps(spec)} for spec in specs], override_num_blocks=len(specs)
+    )
+    encoded = rows.map(
+        _read_shard_pictures, fn_args=(source, recipe.data.resolution), num_cpus=1
+    ).map(
+        _Encoder,
+        fn_constructor_args=(recipe.model_dump(mode="json"), sorted(known_autoencoders)),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=actor_cpus,
+        num_gpus=recipe.scaling.gpus_per_actor or None,
+    )
+    try:
+        for row in encoded.iter_rows():
+            yield Part.model_validate_json(row["part"])
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, DiffitError):
+            raise cause from error
+        raise DiffitError(f"a shard could not be encoded: {cause!r}") from error
+
+
+def _read_shard_pictures(row: dict[str, Any], source: str, resolution: int) -> dict[str, Any]:
+    """CPU task: read, decode and crop the pictures of one shard."""
+    spec = json.loads(row["spec"])
+    urls = (storage.join(source, path) for path in spec["paths"])
+    pictures = read_pictures(storage.read_bytes, urls, resolution)
+    return {
+        "spec": row["spec"],
+        "kept": json.dumps(pictures.kept),
+        "rejected": json.dumps(pictures.rejected),
+        "pixels": pictures.pixels.tobytes(),
+    }
+
+
+class _Encoder:
+    """Actor: the autoencoder, and the writing of shards."""
+
+    def __init__(self, recipe: dict[str, Any], known_autoencoders: list[str]) -> None:
+        import torch
+
+        from diffit_train.data.autoencoder import load_autoencoder
+
+        self.recipe = Recipe.model_validate(recipe)
+        gpu = self.recipe.scaling.gpus_per_actor > 0
+        self.autoencoder = load_autoencoder(self.recipe, torch.device("cuda" if gpu else "cpu"))
+        self.sha256 = self.autoencoder.weight_hash()
+        self.url = latents_url(self.recipe)
+        if set(known_autoencoders) - {self.sha256}:
+            raise UserError(
+                f"the autoencoder {self.autoencoder.id} has changed since encoding to {self.url} "
+                f"began; delete {self.url} to begin again"
+            )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        spec, kept = json.loads(row["spec"]), json.loads(row["kept"])
+        number, size = spec["number"], self.recipe.data.resolution
+        pixels = np.frombuffer(row["pixels"], dtype=np.uint8).reshape(len(kept), size, size, 3)
+        moments = self._moments(pixels)
+        entry = None
+        if kept:
+            keys = [spec["first"] + position for position in kept]
+            labels = [spec["labels"][position] for position in kept]
+            entry = write_shard(self.url, number, keys, moments, labels)
+        total, squares = self._statistics(number, moments)
+        frames, channels2, height, width = moments.shape[1:]
+        part = Part(
+            number=number,
+            entry=entry,
+            rejected=[
+                Rejected(path=spec["paths"][position], reason=reason)
+                for position, reason in json.loads(row["rejected"])
+            ],
+            autoencoder_sha256=self.sha256,
+            scale=self.autoencoder.scale,
+            shape=(frames, channels2 // 2, height, width),
+            total=total,
+            squares=squares,
+        )
+        text = part.model_dump_json(indent=1)
+        storage.write_text(storage.join(self.url, "parts", f"{shard_name(number)}.json"), text)
+        return {"part": text}
+
+    def _moments(self, pixels: np.ndarray) -> np.ndarray:
+        """(n, R, R, 3) uint8 to (n, F, 2C, h, w) float16, in batches of a fixed size."""
+        size = self.recipe.latent_size
+        frames = 2 if self.recipe.data.flip else 1
+        shape = (len(pixels), frames, 2 * self.recipe.autoencoder.latent_channels, size, size)
+        out = np.empty(shape, dtype=np.float16)
+        batch = self.recipe.autoencoder.batch_size
+        for start in range(0, len(pixels), batch):
+            x = to_model_range(pixels[start : start + batch])
+            for frame in range(frames):
+                turned = np.ascontiguousarray(x[..., ::-1]) if frame else x
+                out[start : start + batch, frame] = self.autoencoder.encode_moments(turned)
+        if not np.isfinite(out).all():
+            raise DiffitError(
+                f"the autoencoder {self.autoencoder.id} gives latents that are not finite in "
+                f"{self.recipe.autoencoder.precision}; try autoencoder.precision=fp32"
+            )
+        return out
+
+    def _statistics(self, number: int, moments: np.ndarray) -> tuple[list[float], list[float]]:
+        """Sums and sums of squares of scaled, sampled latents, by channel."""
+        import torch
+
+        from diffit_train.data.autoencoder import scaled_sample
+
+        flat = moments.reshape(-1, *moments.shape[2:])
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([number])))
+        noise = random.standard_normal((len(flat), flat.shape[1] // 2, *flat.shape[2:]))
+        tensors = torch.from_numpy(flat).float(), torch.from_numpy(noise)
+        sampled = scaled_sample(*tensors, self.autoencoder.scale).double().numpy()
+        return sampled.sum((0, 2, 3)).tolist(), (sampled**2).sum((0, 2, 3)).tolist()
+
+
+def _check_rejected(recipe: Recipe, url: str, parts: dict[int, Part], total: int) -> None:
+    """Stop before a night is wasted on a broken input.
+
+    Raises:
+        UserError: with the first reasons; the shards concerned are read again by a rerun.
+    """
+    rejected = [item for part in parts.values() for item in part.rejected]
+    limit = recipe.data.max_rejected_fraction
+    if len(rejected) <= limit * total:
+        return
+    for part in parts.values():
+        if part.rejected:
+            storage.remove(storage.join(url, "parts", f"{shard_name(part.number)}.json"))
+    first = "".join(f"\n  {item.path}: {item.reason}" for item in rejected[:5])
+    raise UserError(
+        f"{len(rejected):,} of {total:,} pictures cannot be read, more than "
+        f"data.max_rejected_fraction={limit:g} allows; mend them or raise the limit:{first}"
+    )
+
+
+def _finish(
+    recipe: Recipe, url: str, listing: PictureList, parts: dict[int, Part]
+) -> Manifest:
+    """Write rejected.jsonl, recipe.yaml and, last, the manifest; then the parts may go."""
+    ordered = [parts[number] for number in sorted(parts)]
+    shards = [part.entry for part in ordered if part.entry is not None]
+    rejected = [item for part in ordered for item in part.rejected]
+    written = sum(shard.count for shard in shards)
+    if not written:
+        raise UserError(f"no picture of {listing.url} can be read: {rejected[0].reason}")
+    if written + len(rejected) != len(listing):
+        raise DiffitError(
+            f"{written} written and {len(rejected)} rejected pictures do not add up to the "
+            f"{len(listing)} of {listing.url}; delete {url} and encode again"
+        )
+    frames, channels, height, width = ordered[0].shape
+    values = written * frames * height * width
+    mean = np.sum([part.total for part in ordered], axis=0) / values
+    std = np.sqrt(np.sum([part.squares for part in ordered], axis=0) / values - mean**2)
+    manifest = Manifest(
+        schema_version=SCHEMA,
+        recipe_hash=recipe.encode_hash(),
+        autoencoder=recipe.autoencoder.source,
+        autoencoder_sha256=ordered[0].autoencoder_sha256,
+        scale=ordered[0].scale,
+        channels=channels,
+        height=height,
+        width=width,
+        frames=frames,
+        classes=list(listing.classes),
+        input_sha256=listing.digest(),
+        shards=shards,
+        totals=Totals(input=len(listing), written=written, rejected=len(rejected)),
+        mean=mean.tolist(),
+        std=std.tolist(),
+    )
+    lines = "".join(item.model_dump_json() + "\n" for item in rejected)
+    storage.write_text(storage.join(url, REJECTED), lines)
+    storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
+    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
+    storage.remove(storage.join(url, "parts"))
+    if rejected:
+        say(f"{len(rejected):,} pictures could not be read; see {storage.join(url, REJECTED)}")
+    return manifest

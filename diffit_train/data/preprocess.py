@@ -1,0 +1,82 @@
+"""From the bytes of a picture to pixels, with ADM's centre crop.
+
+Shapes: H x W pixels of 3 channels, uint8; R the resolution asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+Array = np.ndarray
+
+
+class UnreadablePicture(Exception):
+    """The bytes are no picture that can be used; the message is the reason."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """An RGB picture.
+
+    Raises:
+        UnreadablePicture: empty, truncated, no picture at all, or a decompression bomb.
+    """
+    if not data:
+        raise UnreadablePicture("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadablePicture(f"decompression bomb: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise UnreadablePicture("not a picture") from error
+    # Pillow's decoders raise these for truncated and malformed files.
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+
+
+def center_crop(image: Image.Image, resolution: int) -> Array:
+    """(R, R, 3): halved by box while twice too large, bicubic to the short side, cropped (ADM)."""
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - resolution) // 2, (pixels.shape[1] - resolution) // 2
+    return pixels[top : top + resolution, left : left + resolution]
+
+
+def to_model_range(pixels: Array) -> Array:
+    """(B, R, R, 3) uint8 to (B, 3, R, R) float32 in [-1, 1]: x / 127.5 - 1."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What could be read: positions in the input, pixels (n, R, R, 3) uint8, and what could not."""
+
+    kept: list[int]
+    pixels: Array
+    rejected: list[tuple[int, str]]
+
+
+def read_pictures(
+    read: Callable[[str], bytes], paths: Iterable[str], resolution: int
+) -> Pictures:
+    """Read, decode and crop; an unreadable picture is put aside with its reason."""
+    kept, pixels, rejected = [], [], []
+    for position, path in enumerate(paths):
+        try:
+            pixels.append(center_crop(decode(read(path)), resolution))
+            kept.append(position)
+        except UnreadablePicture as error:
+            rejected.append((position, str(error)))
+    shape = (0, resolution, resolution, 3)
+    return Pictures(kept, np.stack(pixels) if pixels else np.zeros(shape, np.uint8), rejected)

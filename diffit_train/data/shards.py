@@ -1,0 +1,215 @@
+"""Latent shards, schema 1: WebDataset tar files and their manifest. No torch is needed.
+
+Per picture two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
+log-variance, unscaled, the mirrored picture second where F = 2; and KEY.cls, the label in ASCII.
+KEY is the nine-digit index of the picture in the sorted input. The same content gives the same
+bytes: fixed order, times, owners and modes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.errors import DiffitError, UserError
+
+# webdataset's default decoders unpickle, and its readers run shell commands, unless told not to.
+os.environ.setdefault("WDS_SECURE", "1")
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardEntry(_Strict):
+    """A committed shard; `first_index` is the input index of the first picture meant for it."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    first_index: int
+
+
+class Totals(_Strict):
+    """Pictures of the input; written and rejected add up to it."""
+
+    input: int
+    written: int
+    rejected: int
+
+
+class Manifest(_Strict):
+    """What the shards hold, and how they came to be.
+
+    `mean` and `std` are of the scaled, sampled latents, by channel.
+    """
+
+    schema_version: int
+    recipe_hash: str
+    autoencoder: str
+    autoencoder_sha256: str
+    scale: float
+    channels: int
+    height: int
+    width: int
+    frames: int
+    classes: list[str]
+    input_sha256: str
+    shards: list[ShardEntry]
+    totals: Totals
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that names the data set."""
+        return storage.digest([[s.sha256 for s in self.shards], self.classes, self.scale])
+
+
+def latents_url(recipe: Recipe) -> str:
+    """Folder of the recipe's latents."""
+    return storage.join(recipe.storage.root, "latents", recipe.data.name)
+
+
+def load_manifest(url: str) -> Manifest:
+    """The manifest of a folder of latents.
+
+    Raises:
+        UserError: there is none, so encoding has not finished.
+        DiffitError: it is damaged or of another schema.
+    """
+    name = storage.join(url, MANIFEST)
+    try:
+        manifest = Manifest.model_validate_json(storage.read_bytes(name))
+    except FileNotFoundError as error:
+        raise UserError(f"there are no finished latents in {url}; run `diffit encode`") from error
+    except ValidationError as error:
+        raise DiffitError(f"{name} is damaged: {error}; delete it and run `diffit encode`") from error
+    if manifest.schema_version != SCHEMA:
+        raise DiffitError(f"{name} has schema {manifest.schema_version}; this version reads {SCHEMA}")
+    return manifest
+
+
+def finished(recipe: Recipe) -> Manifest | None:
+    """The manifest where the recipe's latents are whole; None where encoding is to be done.
+
+    Raises:
+        UserError: the name holds the latents of another recipe.
+    """
+    url = latents_url(recipe)
+    if not storage.exists(storage.join(url, MANIFEST)):
+        return None
+    manifest = load_manifest(url)
+    require_recipe(recipe, manifest.recipe_hash)
+    sizes = {shard.name: shard.bytes for shard in manifest.shards}
+    missing = sorted(set(sizes) - set(storage.list_names(url)))
+    if missing:
+        raise DiffitError(f"{url} lacks {missing[0]}; delete its {MANIFEST} and run `diffit encode`")
+    return manifest
+
+
+def require_recipe(recipe: Recipe, recipe_hash: str) -> None:
+    """Refuse latents that another recipe made.
+
+    Raises:
+        UserError: naming both hashes.
+    """
+    if recipe_hash != recipe.encode_hash():
+        raise UserError(
+            f"latents {latents_url(recipe)} are of another recipe (hash {recipe_hash[:12]}, this "
+            f"one's {recipe.encode_hash()[:12]}); choose another data.name, or give the data and "
+            "autoencoder sections that they were made with"
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Contents of a shard: keys (n,), moments (n, F, 2C, h, w) float16, labels (n,) int64."""
+
+    keys: np.ndarray
+    moments: np.ndarray
+    labels: np.ndarray
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def write_shard(
+    url: str, number: int, keys: Sequence[int], moments: np.ndarray, labels: Sequence[int]
+) -> ShardEntry:
+    """Write and commit one shard.
+
+    Args:
+        url: folder of the latents.
+        keys: input indices of the pictures, ascending.
+        moments: (n, F, 2C, h, w); kept as float16.
+        labels: (n,).
+    """
+    from webdataset import TarWriter
+
+    name = shard_name(number)
+    with storage.atomic_file(storage.join(url, name)) as path:
+        with path.open("wb") as file, TarWriter(
+            file, user="diffit", group="diffit", mode=0o644, mtime=0, encoder=False
+        ) as tar:
+            for key, values, label in zip(keys, moments, labels, strict=True):
+                latent = io.BytesIO()
+                np.save(latent, values.astype(np.float16), allow_pickle=False)
+                members = {"latent.npy": latent.getvalue(), "cls": str(int(label)).encode()}
+                tar.write({"__key__": f"{key:09d}", **members})
+        entry = ShardEntry(
+            name=name,
+            count=len(keys),
+            bytes=path.stat().st_size,
+            sha256=storage.sha256_file(path),
+            first_index=keys[0],
+        )
+    return entry
+
+
+def read_shard(url: str, entry: ShardEntry) -> Shard:
+    """A shard, its size, hash and count verified first.
+
+    Raises:
+        DiffitError: it is missing or damaged; it is named.
+    """
+    name = storage.join(url, entry.name)
+    try:
+        data = storage.read_bytes(name)
+    except FileNotFoundError as error:
+        raise DiffitError(f"shard {name} is missing; {_MEND}") from error
+    if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:
+        raise DiffitError(f"shard {name} differs from its recorded size or sha256; {_MEND}")
+    keys, moments, labels = [], [], []
+    for sample in _samples(name, data):
+        keys.append(int(sample["__key__"]))
+        moments.append(np.load(io.BytesIO(sample["latent.npy"]), allow_pickle=False))
+        labels.append(int(sample["cls"]))
+    if len(keys) != entry.count:
+        raise DiffitError(f"shard {name} holds {len(keys)} pictures, not {entry.count}; {_MEND}")
+    return Shard(np.array(keys), np.stack(moments), np.array(labels, dtype=np.int64))
+
+
+_MEND = f"delete {MANIFEST} beside it and run `diffit encode`, which makes it again"
+
+
+def _samples(name: str, data: bytes) -> list[dict[str, bytes]]:
+    """webdataset's grouping of the members, from memory: no name is ever opened by it."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    streams = [{"url": name, "stream": io.BytesIO(data)}]
+    return list(group_by_keys(tar_file_expander(streams)))
