@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -110,7 +110,9 @@ def committed_steps(run_url: str) -> list[int]:
     folder = storage.join(run_url, "checkpoints")
     steps = (re.fullmatch(r"step-(\d{10})", name) for name in storage.list_names(folder))
     found = [int(match[1]) for match in steps if match]
-    return [s for s in found if storage.exists(storage.join(checkpoint_url(run_url, s), "commit.json"))]
+    return [
+        s for s in found if storage.exists(storage.join(checkpoint_url(run_url, s), "commit.json"))
+    ]
 
 
 def require_step(run_url: str, step: int | None) -> int:
@@ -160,7 +162,9 @@ def read_weights(run_url: str, step: int, kind: Literal["ema", "raw"]) -> dict[s
     wanted = [Slice(name, 0, math.prod(p.shape)) for name, p in index.parameters.items()]
     source: Kind = "ema" if kind == "ema" else "master"
     flat = read_slices(run_url, step, wanted, (source,))[source]
-    return {s.name: t.view(index.parameters[s.name].shape) for s, t in zip(wanted, flat, strict=True)}
+    return {
+        s.name: t.view(index.parameters[s.name].shape) for s, t in zip(wanted, flat, strict=True)
+    }
 
 
 def read_slices(
@@ -189,7 +193,7 @@ def read_slices(
                 part = wanted[number]
                 start, length = _overlap(part, piece)
                 for kind in kinds:
-                    source = tensors.get_slice(f"{kind}/{part.name}")
+                    source: Any = tensors.get_slice(f"{kind}/{part.name}")
                     first = start - piece.offset
                     target = out[kind][number][start - part.offset :][:length]
                     target.copy_(source[first : first + length])
@@ -202,7 +206,7 @@ def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:
 
 
 @contextmanager
-def _verified(url: str, file: str, entry: FileEntry) -> Iterator[safe_open]:
+def _verified(url: str, file: str, entry: FileEntry) -> Iterator[Any]:
     """The file's tensors, after its size and hash were found right."""
     name = storage.join(url, file)
     try:
@@ -218,7 +222,9 @@ def _verified(url: str, file: str, entry: FileEntry) -> Iterator[safe_open]:
 
 
 def _damaged(url: str, what: str) -> str:
-    return f"checkpoint {url} is damaged: {what}; delete that folder to go on from the one before it"
+    return (
+        f"checkpoint {url} is damaged: {what}; delete that folder to go on from the one before it"
+    )
 
 
 def _commit(url: str) -> Commit:

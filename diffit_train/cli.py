@@ -109,7 +109,7 @@ def features_fit(name: RecipeName, overrides: Overrides = None, root: Root = Non
 
     Example: `diffit features fit demo --root my-project`
     """
-    from diffit_train.evaluation.features import fit_features
+    from diffit_train.evaluation.features_fit import fit_features
 
     fit_features(_recipe(name, overrides, root))
 

@@ -51,7 +51,11 @@ def encode(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
         f"latents {latents_url(recipe)}: {manifest.totals.written:,} pictures in "
         f"{len(manifest.shards)} shards, {manifest.totals.rejected:,} rejected"
     )
-    return {"latents": latents_url(recipe), **manifest.totals.model_dump(), "digest": manifest.digest}
+    return {
+        "latents": latents_url(recipe),
+        **manifest.totals.model_dump(),
+        "digest": manifest.digest,
+    }
 
 
 def train(recipe: Recipe, run: str, address: str | None = None) -> dict[str, Any]:

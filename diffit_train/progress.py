@@ -1,4 +1,4 @@
-"""Progress of long work, with rate and time left: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of long work, with rate and time left: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

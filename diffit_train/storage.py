@@ -58,7 +58,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         # Listings are never cached: other processes write what this one looks for.
         return fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ValueError, ImportError) as error:
-        raise UserError(f"cannot open {url!r}: {error}; use a local path or s3://bucket/prefix") from error
+        raise UserError(
+            f"cannot open {url!r}: {error}; use a local path or s3://bucket/prefix"
+        ) from error
 
 
 def exists(url: str) -> bool:
@@ -111,9 +113,13 @@ def atomic_file(url: str) -> Iterator[Path]:
         final = local_path(url).absolute()
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f"{final.name}{TEMPORARY_MARK}", dir=final.parent)
+            handle, name = tempfile.mkstemp(
+                prefix=f"{final.name}{TEMPORARY_MARK}", dir=final.parent
+            )
         except OSError as error:
-            raise UserError(f"cannot write {final}: {error.strerror}; choose another --root") from error
+            raise UserError(
+                f"cannot write {final}: {error.strerror}; choose another --root"
+            ) from error
         os.close(handle)
         temporary = Path(name)
         try:

@@ -162,7 +162,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     if not storage.is_local(root):
         return recipe
     absolute = str(storage.local_path(root).absolute())
-    return recipe.model_copy(update={"storage": recipe.storage.model_copy(update={"root": absolute})})
+    return recipe.model_copy(
+        update={"storage": recipe.storage.model_copy(update={"root": absolute})}
+    )
 
 
 def _python(address: str) -> str:

@@ -124,7 +124,12 @@ class Tracker:
     # ---- Runs ----
 
     def training_run(
-        self, experiment: str, run_uuid: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        experiment: str,
+        run_uuid: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
     ) -> str:
         """The run of a training: the one tagged `run_uuid`, reopened, or a new one."""
         return self._run(experiment, name, {TAG_RUN: run_uuid, **tags}, TAG_RUN, params)
@@ -143,7 +148,12 @@ class Tracker:
         return self._run(experiment, name, {**own, **tags}, TAG_EVALUATION, params)
 
     def _run(
-        self, experiment: str, name: str, tags: dict[str, str], identity: str, params: Mapping[str, Any]
+        self,
+        experiment: str,
+        name: str,
+        tags: dict[str, str],
+        identity: str,
+        params: Mapping[str, Any],
     ) -> str:
         experiment_id = self._experiment(experiment)
         found = self.client.search_runs(
@@ -207,6 +217,10 @@ class Tracker:
         """All (step, value) of a metric, ascending."""
         rows = self.client.get_metric_history(run_id, metric)
         return sorted((row.step, row.value) for row in rows)
+
+    def value_at(self, run_id: str, metric: str, step: int) -> float | None:
+        """The value that was logged last at a step; None where none was."""
+        return dict(self.history(run_id, metric)).get(step)
 
     def experiments(self) -> list[str]:
         """Names of the experiments that hold something."""

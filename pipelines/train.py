@@ -16,7 +16,9 @@ from diffit_train.config import load_recipe
 
 def main() -> None:
     """Parse the arguments and train."""
-    parser = argparse.ArgumentParser(description="Train a run, from its newest checkpoint if there is one.")
+    parser = argparse.ArgumentParser(
+        description="Train a run, from its newest checkpoint if there is one."
+    )
     parser.add_argument("recipe", help="packaged recipe or path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys to change")
     parser.add_argument("--root", help="folder or s3://bucket/prefix of the project")

@@ -35,7 +35,13 @@ ALLOWED = {
 
 # Where a framework may be imported, by path below the package.
 HOMES = {
-    "ray": {"cluster.py", "submit.py", "data/encode.py", "training/worker.py", "evaluation/fleet.py"},
+    "ray": {
+        "cluster.py",
+        "submit.py",
+        "data/encode.py",
+        "training/worker.py",
+        "evaluation/fleet.py",
+    },
     "deepspeed": {"training/engine.py"},
     "mlflow": {"tracking.py"},
     "diffusers": {"data/autoencoder.py"},
@@ -85,7 +91,9 @@ def test_frameworks_stay_at_home(framework: str) -> None:
     assert users <= HOMES[framework]
 
 
-@pytest.mark.parametrize("library", ["torchvision", "timm", "torch_fidelity", "pytorch_fid", "pickle"])
+@pytest.mark.parametrize(
+    "library", ["torchvision", "timm", "torch_fidelity", "pytorch_fid", "pickle"]
+)
 def test_unwanted_libraries_are_not_imported(library: str) -> None:
     assert not [p for p in _files() if any(n.split(".")[0] == library for n in _imports(p))]
 

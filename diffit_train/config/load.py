@@ -1,4 +1,4 @@
-"""Read a recipe by path or packaged name, apply overrides, and say clearly what is wrong with it."""
+"""Read a recipe by path or packaged name, apply overrides, and say clearly what is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ YAML_SUFFIXES = (".yaml", ".yml")
 def packaged_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
     folder = files("diffit_train.config") / "recipes"
-    return sorted(e.name.removesuffix(".yaml") for e in folder.iterdir() if e.name.endswith(".yaml"))
+    return sorted(
+        e.name.removesuffix(".yaml") for e in folder.iterdir() if e.name.endswith(".yaml")
+    )
 
 
 def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None = None) -> Recipe:
@@ -47,7 +49,9 @@ def validate(tree: dict[str, Any], reference: str) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         lines = sorted({_explain(dict(e)) for e in error.errors()})
-        raise UserError("\n".join([f"recipe {reference}:", *(f"  {line}" for line in lines)])) from None
+        raise UserError(
+            "\n".join([f"recipe {reference}:", *(f"  {line}" for line in lines)])
+        ) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -226,7 +226,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
         data, autoencoder, model = self.data, self.autoencoder, self.model
-        _divides("autoencoder.downsample", autoencoder.downsample, "data.resolution", data.resolution)
+        _divides(
+            "autoencoder.downsample", autoencoder.downsample, "data.resolution", data.resolution
+        )
         _divides("model.patch_size", model.patch_size, "the latent size", self.latent_size)
         _divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
         return self
@@ -236,7 +238,9 @@ class Recipe(Section):
         train, data, scaling = self.train, self.data, self.scaling
         _divides("data.lanes", data.lanes, "train.batch_size", train.batch_size)
         _divides("scaling.workers", scaling.workers, "data.lanes", data.lanes)
-        _divides("train.log_every", train.log_every, "train.checkpoint_every", train.checkpoint_every)
+        _divides(
+            "train.log_every", train.log_every, "train.checkpoint_every", train.checkpoint_every
+        )
         if train.warmup_steps >= train.steps:
             raise ValueError(
                 f"train.warmup_steps is {train.warmup_steps}, but must be below train.steps "
@@ -248,8 +252,12 @@ class Recipe(Section):
     def _autoencoder_fits(self) -> Self:
         fit = self.autoencoder.fit
         for channels in fit.block_out_channels:
-            _divides("autoencoder.fit.norm_num_groups", fit.norm_num_groups,
-                     "autoencoder.fit.block_out_channels", channels)
+            _divides(
+                "autoencoder.fit.norm_num_groups",
+                fit.norm_num_groups,
+                "autoencoder.fit.block_out_channels",
+                channels,
+            )
         return self
 
     @model_validator(mode="after")
@@ -277,7 +285,8 @@ class Recipe(Section):
     def encode_identity(self) -> dict[str, Any]:
         """The keys that determine the latent shards."""
         data = self.data.model_dump(
-            mode="json", include={"source", "resolution", "num_classes", "flip", "pictures_per_shard"}
+            mode="json",
+            include={"source", "resolution", "num_classes", "flip", "pictures_per_shard"},
         )
         autoencoder = self.autoencoder.model_dump(mode="json", exclude={"fit"})
         return {"data": data, "autoencoder": autoencoder}

@@ -146,9 +146,10 @@ def _save(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) -> dict[str,
         model.save_pretrained(folder)
         for path in sorted(Path(folder).iterdir()):
             storage.write_bytes(storage.join(url, path.name), path.read_bytes())
-    storage.write_bytes(
-        storage.join(url, "reconstructions.png"), _picture(pixels[:16], reconstruction[:16])
-    )
+    # The pictures are sorted by class, so evenly spaced ones show them all.
+    shown = [round(i * (len(pixels) - 1) / 15) for i in range(16)]
+    picture = _picture(pixels[shown], reconstruction[shown])
+    storage.write_bytes(storage.join(url, "reconstructions.png"), picture)
     return {
         "steps": recipe.autoencoder.fit.steps,
         "scale": scale,

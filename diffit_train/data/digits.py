@@ -31,7 +31,9 @@ def write_digits(folder: str, size: int = 16) -> int:
         return _check(folder, storage.read_json(marker), size)
     foreign = set(storage.list_names(folder)) - {str(digit) for digit in range(10)}
     if foreign:
-        raise UserError(f"{folder} holds other things ({sorted(foreign)[0]!r}); give an empty folder")
+        raise UserError(
+            f"{folder} holds other things ({sorted(foreign)[0]!r}); give an empty folder"
+        )
     images, labels = _load()
     with Progress("digits", len(images), "pictures") as progress:
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):

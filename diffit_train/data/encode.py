@@ -8,6 +8,7 @@ the shards without one. The manifest, written last, takes in all parts and repla
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,9 +168,11 @@ def _encode_missing(
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # A full pool of actors must leave processors for the readers that feed it.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # A full pool of actors must leave processors for the readers that feed it. An amount other
+    # than the readers' also keeps Ray Data from fusing them into the actors.
     actors = recipe.scaling.encode_actors
-    actor_cpus = min(1.0, ray.cluster_resources()["CPU"] / (2 * actors))
+    actor_cpus = min(0.9, ray.cluster_resources()["CPU"] / (2 * actors))
     source = storage.resolve(recipe.storage.root, recipe.data.source)
     rows = ray.data.from_items(
         [{"spec": json.dumps(spec)} for spec in specs], override_num_blocks=len(specs)
@@ -307,9 +310,7 @@ def _check_rejected(recipe: Recipe, url: str, parts: dict[int, Part], total: int
     )
 
 
-def _finish(
-    recipe: Recipe, url: str, listing: PictureList, parts: dict[int, Part]
-) -> Manifest:
+def _finish(recipe: Recipe, url: str, listing: PictureList, parts: dict[int, Part]) -> Manifest:
     """Write rejected.jsonl, recipe.yaml and, last, the manifest; then the parts may go."""
     ordered = [parts[number] for number in sorted(parts)]
     shards = [part.entry for part in ordered if part.entry is not None]

@@ -80,9 +80,7 @@ def _save(
         save_file(tensors, str(path), metadata={"fit": json.dumps([identity, step])})
 
 
-def _load(
-    model: nn.Module, optimizer: torch.optim.Optimizer, url: str, identity: str
-) -> int:
+def _load(model: nn.Module, optimizer: torch.optim.Optimizer, url: str, identity: str) -> int:
     """Put model and optimizer where a saved state left them; its step, or 0 without one."""
     if not storage.exists(url):
         return 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Array = np.ndarray
 
@@ -35,7 +35,7 @@ def decode(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadablePicture(f"decompression bomb: {error}") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UnreadablePicture("not a picture") from error
     # Pillow's decoders raise these for truncated and malformed files.
     except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -67,9 +67,7 @@ class Pictures:
     rejected: list[tuple[int, str]]
 
 
-def read_pictures(
-    read: Callable[[str], bytes], paths: Iterable[str], resolution: int
-) -> Pictures:
+def read_pictures(read: Callable[[str], bytes], paths: Iterable[str], resolution: int) -> Pictures:
     """Read, decode and crop; an unreadable picture is put aside with its reason."""
     kept, pixels, rejected = [], [], []
     for position, path in enumerate(paths):

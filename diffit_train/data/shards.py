@@ -96,9 +96,13 @@ def load_manifest(url: str) -> Manifest:
     except FileNotFoundError as error:
         raise UserError(f"there are no finished latents in {url}; run `diffit encode`") from error
     except ValidationError as error:
-        raise DiffitError(f"{name} is damaged: {error}; delete it and run `diffit encode`") from error
+        raise DiffitError(
+            f"{name} is damaged: {error}; delete it and run `diffit encode`"
+        ) from error
     if manifest.schema_version != SCHEMA:
-        raise DiffitError(f"{name} has schema {manifest.schema_version}; this version reads {SCHEMA}")
+        raise DiffitError(
+            f"{name} has schema {manifest.schema_version}; this version reads {SCHEMA}"
+        )
     return manifest
 
 
@@ -116,7 +120,9 @@ def finished(recipe: Recipe) -> Manifest | None:
     sizes = {shard.name: shard.bytes for shard in manifest.shards}
     missing = sorted(set(sizes) - set(storage.list_names(url)))
     if missing:
-        raise DiffitError(f"{url} lacks {missing[0]}; delete its {MANIFEST} and run `diffit encode`")
+        raise DiffitError(
+            f"{url} lacks {missing[0]}; delete its {MANIFEST} and run `diffit encode`"
+        )
     return manifest
 
 
@@ -163,22 +169,24 @@ def write_shard(
 
     name = shard_name(number)
     with storage.atomic_file(storage.join(url, name)) as path:
-        with path.open("wb") as file, TarWriter(
-            file, user="diffit", group="diffit", mode=0o644, mtime=0, encoder=False
-        ) as tar:
+        with (
+            path.open("wb") as file,
+            TarWriter(
+                file, user="diffit", group="diffit", mode=0o644, mtime=0, encoder=False
+            ) as tar,
+        ):
             for key, values, label in zip(keys, moments, labels, strict=True):
                 latent = io.BytesIO()
                 np.save(latent, values.astype(np.float16), allow_pickle=False)
                 members = {"latent.npy": latent.getvalue(), "cls": str(int(label)).encode()}
                 tar.write({"__key__": f"{key:09d}", **members})
-        entry = ShardEntry(
+        return ShardEntry(
             name=name,
             count=len(keys),
             bytes=path.stat().st_size,
             sha256=storage.sha256_file(path),
             first_index=keys[0],
         )
-    return entry
 
 
 def read_shard(url: str, entry: ShardEntry) -> Shard:

@@ -21,7 +21,9 @@ def power_cosine(scale: float, power: float, timesteps: int = 1000) -> Weight:
     """w(t) = 1 + (scale - 1) / 2 * (1 - cos(pi * (1 - t / T)^power)): 1 at T, `scale` at 0."""
 
     def weight(t: float) -> float:
-        return 1.0 + (scale - 1.0) / 2.0 * (1.0 - math.cos(math.pi * (1.0 - t / timesteps) ** power))
+        return 1.0 + (scale - 1.0) / 2.0 * (
+            1.0 - math.cos(math.pi * (1.0 - t / timesteps) ** power)
+        )
 
     return weight
 

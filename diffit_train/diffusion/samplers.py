@@ -22,7 +22,9 @@ from diffit_train.diffusion.schedule import Schedule
 Noise = Callable[[int], Tensor]
 
 
-def _predict(schedule: Schedule, denoise: Denoiser, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
+def _predict(
+    schedule: Schedule, denoise: Denoiser, x: Tensor, i: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Step index (B,), predicted noise and variance values at step i."""
     index = torch.full((len(x),), i, dtype=torch.long, device=x.device)
     timestep = torch.full_like(index, int(schedule.timesteps[i]))
@@ -41,7 +43,9 @@ def ddpm(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tens
     return x
 
 
-def ddim(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise, eta: float = 0.0) -> Tensor:
+def ddim(
+    schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise, eta: float = 0.0
+) -> Tensor:
     """DDIM (Song et al. 2021, equation 12); eta 0 is deterministic and never asks for noise."""
     alpha_bar, previous = schedule.alpha_bar, schedule.alpha_bar_previous
     for i in reversed(range(len(schedule))):

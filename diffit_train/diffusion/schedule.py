@@ -28,10 +28,12 @@ class Schedule:
 
     @property
     def alpha_bar(self) -> np.ndarray:
+        """Share of the signal's variance that is left after each step."""
         return np.cumprod(1.0 - self.betas)
 
     @property
     def alpha_bar_previous(self) -> np.ndarray:
+        """alpha_bar one step earlier, 1 before the first."""
         return np.append(1.0, self.alpha_bar[:-1])
 
     @property

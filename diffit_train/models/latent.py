@@ -29,6 +29,7 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_ratio)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens x (B, N, D) and conditioning c (B, D) to (B, N, D)."""
         x = x + self.attn(self.norm1(x), c)
         return x + self.mlp(self.norm2(x))
 
@@ -43,6 +44,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, patch_size^2 * out_channels)."""
         return self.linear(self.act(self.norm(x)))
 
 
@@ -82,9 +84,7 @@ class LatentDiffiT(nn.Module):
         self.x_embedder = PatchEmbed(latent_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, label_init_std)
-        self.pos_embed = nn.Parameter(
-            sincos_position_table(hidden_size, side), requires_grad=False
-        )
+        self.pos_embed = nn.Parameter(sincos_position_table(hidden_size, side), requires_grad=False)
         self.blocks = nn.ModuleList(
             [Block(hidden_size, num_heads, mlp_ratio, side) for _ in range(depth)]
         )

@@ -23,6 +23,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, N, D)."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -59,20 +60,21 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        for layer in (self.mlp[0], self.mlp[2]):
+        first = nn.Linear(self.features, hidden_size)
+        second = nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
+        for layer in (first, second):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, t: Tensor) -> Tensor:
+        """(B,) to (B, D)."""
         half = self.features // 2
         exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
         frequency = torch.exp(-math.log(self.max_period) * exponent)
         angle = t.float()[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -85,6 +87,7 @@ class LabelEmbedder(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=init_std)
 
     def forward(self, labels: Tensor) -> Tensor:
+        """(B,) to (B, D)."""
         return self.embedding_table(labels)
 
 
@@ -98,4 +101,5 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
         return self.fc2(self.act(self.fc1(x)))

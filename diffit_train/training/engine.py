@@ -47,7 +47,9 @@ class Engine:
         device: where the model runs.
     """
 
-    def __init__(self, model: nn.Module, train: Train, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, train: Train, world_size: int, device: torch.device
+    ) -> None:
         self.train, self.device = train, device
         deepspeed = _quiet_deepspeed(device)
         self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
@@ -59,9 +61,7 @@ class Engine:
             model=model, optimizer=optimizer, config=_deepspeed_config(train, world_size)
         )
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        self.ema = ShardedEMA(
-            list(self.optimizer.single_partition_of_fp32_groups), train.ema_decay
-        )
+        self.ema = ShardedEMA(list(self.optimizer.single_partition_of_fp32_groups), train.ema_decay)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output in fp32."""
@@ -92,9 +92,7 @@ class Engine:
             {name: parameter._hp_mapping for parameter, name in self._named(group)}
             for group in self.optimizer.bit16_groups
         ]
-        for master, ema, mapping in zip(
-            self.ema.sources, self.ema.averages, mappings, strict=True
-        ):
+        for master, ema, mapping in zip(self.ema.sources, self.ema.averages, mappings, strict=True):
             pieces = [
                 (
                     Slice(name, part.lp_fragment_address.start, part.lp_fragment_address.numel),

@@ -22,7 +22,7 @@ from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.errors import DiffitError
 from diffit_train.progress import Progress, say
-from diffit_train.tracking import TAG_RUN, Tracker, git_commit, tracking_uri
+from diffit_train.tracking import Tracker, git_commit, tracking_uri
 from diffit_train.training.run import check_recipe, create_identity, finished_step, run_url
 
 POLL_S = 0.5

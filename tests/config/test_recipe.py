@@ -145,7 +145,12 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str) -> None
 
 @given(
     key=st.sampled_from(
-        ["scaling.workers=4", "scaling.evaluate_actors=7", "storage.root=x", "tracking.experiment=y"]
+        [
+            "scaling.workers=4",
+            "scaling.evaluate_actors=7",
+            "storage.root=x",
+            "tracking.experiment=y",
+        ]
     )
 )
 def test_resources_and_places_do_not_change_a_run(key: str) -> None:
@@ -164,4 +169,6 @@ def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them() -> Non
     constant = ["train.lr_schedule=constant"]
     longer = [*constant, "train.steps=9999"]
     assert load_recipe("demo", constant).train_hash() == load_recipe("demo", longer).train_hash()
-    assert load_recipe("demo", ["train.steps=9999"]).train_hash() != load_recipe("demo").train_hash()
+    assert (
+        load_recipe("demo", ["train.steps=9999"]).train_hash() != load_recipe("demo").train_hash()
+    )

@@ -55,13 +55,17 @@ def test_posterior_is_bayes_rule() -> None:
     precision = alpha / ADM.betas[t] + 1 / (1 - before)
     assert ADM.posterior_variance[t] == pytest.approx(1 / precision, rel=1e-10)
     x0, xt = 0.7, -0.2
-    mean = (math.sqrt(alpha) * xt / ADM.betas[t] + math.sqrt(before) * x0 / (1 - before)) / precision
+    mean = (
+        math.sqrt(alpha) * xt / ADM.betas[t] + math.sqrt(before) * x0 / (1 - before)
+    ) / precision
     tensors = [torch.tensor([[v]], dtype=torch.float64) for v in (x0, xt)]
     assert posterior_mean(ADM, *tensors, torch.tensor([t])).item() == pytest.approx(mean, rel=1e-9)
 
 
 def test_kl_agrees_with_torch_distributions() -> None:
-    m1, l1, m2, l2 = (torch.randn(100, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    m1, l1, m2, l2 = (
+        torch.randn(100, generator=torch.Generator().manual_seed(i)) for i in range(4)
+    )
     p, q = (torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in ((m1, l1), (m2, l2)))
     expected = torch.distributions.kl_divergence(p, q)
     torch.testing.assert_close(gaussian_kl(m1, l1, m2, l2), expected, atol=1e-4, rtol=1e-4)
@@ -122,7 +126,8 @@ def _exact_denoiser(mean: float, variance: float) -> guidance.Denoiser:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "options"), [("ddpm", 1000, {}), ("ddim", 100, {}), ("ddim", 1000, {"eta": 1.0})]
+    ("name", "steps", "options"),
+    [("ddpm", 1000, {}), ("ddim", 100, {}), ("ddim", 1000, {"eta": 1.0})],
 )
 def test_samplers_reach_a_known_distribution(name: str, steps: int, options: dict) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -82,7 +82,9 @@ def test_published_names() -> None:
     attention = ["qkv.weight", "qkv.bias", "qkv_temb.weight", "qkv_temb.bias", "proj.weight"]
     attention += ["proj.bias", "relative_position_bias_table", "relative_position_index"]
     expected = {f"blocks.0.attn.{name}" for name in attention}
-    expected |= {f"blocks.0.mlp.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
+    expected |= {
+        f"blocks.0.mlp.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")
+    }
     for layer in ("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"):
         expected |= {f"{layer}.weight", f"{layer}.bias"}
     expected |= {"pos_embed", "y_embedder.embedding_table.weight"}

@@ -209,7 +209,7 @@ def test_without_a_marker_there_is_no_checkpoint(trained: str, tmp_path: Path) -
 
 
 def test_another_models_checkpoint_is_named(trained: str) -> None:
-    with pytest.raises(DiffitError, match="'blocks.9.x': it is of another model"):
+    with pytest.raises(DiffitError, match=r"'blocks\.9\.x': it is of another model"):
         read_slices(trained, 2, [Slice("blocks.9.x", 0, 4)], KINDS)
 
 

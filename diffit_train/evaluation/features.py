@@ -1,0 +1,140 @@
+"""A small classifier of one's own, whose features measure quality where Inception's cannot.
+
+A Frechet distance on them is called fd_NAME, never FID.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.data.fit import fit
+from diffit_train.data.preprocess import read_pictures, to_model_range
+from diffit_train.data.sources import list_pictures
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.result import FeaturesInfo, features_info, features_url
+
+WEIGHTS = "model.safetensors"
+STATE = "fit-state.safetensors"
+# Pictures are shifted by up to this many pixels while fitting, against learning them by heart.
+SHIFT_PIXELS = 1
+
+
+class Classifier(nn.Module):
+    """Convolutions with SiLU, all but the first halving; then the features, then the classes."""
+
+    def __init__(self, resolution: int, classes: int, channels: list[int], features: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        previous, side = 3, resolution
+        for number, width in enumerate(channels):
+            stride = 1 if number == 0 else 2
+            layers += [nn.Conv2d(previous, width, 3, stride=stride, padding=1), nn.SiLU()]
+            previous, side = width, -(-side // stride)
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        self.to_features = nn.Linear(previous * side**2, features)
+        self.to_classes = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, R, R) in [-1, 1] to features (B, D) and logits (B, classes)."""
+        features = self.to_features(self.body(x))
+        return features, self.to_classes(nn.functional.silu(features))
+
+
+class FeatureNetwork:
+    """A fitted classifier on a device."""
+
+    def __init__(self, model: Classifier, info: FeaturesInfo, device: torch.device) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.info, self.device = info, device
+
+    @torch.no_grad()
+    def extract(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures (B, R, R, 3) uint8 to features (B, D) and logits (B, classes), float32."""
+        x = torch.from_numpy(to_model_range(pixels)).to(self.device)
+        features, logits = self.model(x)
+        return features.cpu().numpy(), logits.cpu().numpy()
+
+
+def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
+    """The recipe's feature network, its hash verified.
+
+    Raises:
+        UserError: it has not been fitted.
+        DiffitError: its weights are damaged.
+    """
+    info, url = features_info(recipe), features_url(recipe)
+    with storage.local_copy(storage.join(url, WEIGHTS)) as path:
+        if not path.exists() or storage.sha256_file(path) != info.sha256:
+            raise DiffitError(f"{url}/{WEIGHTS} is missing or damaged; delete {url} and fit again")
+        weights = load_file(path)
+    model = Classifier(info.resolution, len(info.classes), info.channels, info.features)
+    model.load_state_dict(weights)
+    return FeatureNetwork(model, info, device)
+
+
+def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
+    """Fit the classifier on the recipe's pictures, measure it on those held out, and save it."""
+    section, url = recipe.evaluate.features.fit, features_url(recipe)
+    listing = list_pictures(recipe)
+    urls = (storage.join(listing.url, path) for path in listing.paths)
+    pictures = read_pictures(storage.read_bytes, urls, recipe.data.resolution)
+    labels = np.array(listing.labels)[pictures.kept]
+    order = np.random.Generator(np.random.Philox(section.seed)).permutation(len(labels))
+    held_out, used = np.split(order, [max(1, round(section.held_out_fraction * len(labels)))])
+    if not len(used):
+        raise UserError(f"{listing.url} holds too few pictures to fit a classifier: {len(labels)}")
+    torch.manual_seed(section.seed)
+    model = Classifier(
+        recipe.data.resolution, len(listing.classes), list(section.channels), section.features
+    )
+    x, y = torch.from_numpy(to_model_range(pictures.pixels)), torch.from_numpy(labels)
+
+    def loss(step: int, random: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.from_numpy(random.choice(used, size=section.batch_size))
+        rolls = random.integers(-SHIFT_PIXELS, SHIFT_PIXELS + 1, size=2).tolist()
+        _, logits = model(torch.roll(x[rows], rolls, dims=(2, 3)))
+        value = nn.functional.cross_entropy(logits, y[rows])
+        return value, {"cross-entropy": value.item()}
+
+    fit(
+        model,
+        loss,
+        steps=section.steps,
+        lr=section.lr,
+        seed=section.seed,
+        state_url=storage.join(url, STATE),
+        identity=identity,
+        title="features",
+    )
+    with torch.no_grad():
+        seen = model(x[held_out])[1].argmax(1)
+    accuracy = float((seen == y[held_out]).double().mean())
+    return _save(recipe, url, model, identity, list(listing.classes), accuracy)
+
+
+def _save(
+    recipe: Recipe, url: str, model: Classifier, identity: str, classes: list[str], accuracy: float
+) -> FeaturesInfo:
+    section: Any = recipe.evaluate.features.fit
+    with storage.atomic_file(storage.join(url, WEIGHTS)) as path:
+        save_file(model.state_dict(), str(path))
+        sha256 = storage.sha256_file(path)
+    info = FeaturesInfo(
+        identity=identity,
+        resolution=recipe.data.resolution,
+        classes=classes,
+        channels=list(section.channels),
+        features=section.features,
+        held_out_accuracy=accuracy,
+        sha256=sha256,
+    )
+    storage.write_text(storage.join(url, "features.json"), info.model_dump_json(indent=1) + "\n")
+    storage.remove(storage.join(url, STATE))
+    return info
