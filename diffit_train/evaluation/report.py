@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diffit_train.tracking import RunRecord, Tracker
 
 # Recipe keys that say where and on how much a run ran, not what it is.
 _UNINTERESTING = ("storage.", "tracking.", "scaling.", "name")
+PLAIN_WIDTH = 200
 History = list[tuple[int, float]]
 
 
@@ -66,7 +68,8 @@ class Comparison:
 
     def print_table(self) -> None:
         """Runs with their differences, then their evaluations, on standard output."""
-        console = Console()
+        # A pipe has no width that a table would have to fit in.
+        console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
         console.print(_runs_table(self.runs))
         console.print(_evaluations_table(self.runs))
         console.print(f"curves: {self.picture}", soft_wrap=True, highlight=False)

@@ -55,7 +55,11 @@ class Engine:
         self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+            parameters,
+            lr=train.lr,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            fused=True,
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=_deepspeed_config(train, world_size)

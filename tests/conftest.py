@@ -1,0 +1,96 @@
+"""A small project that several tests share: pictures, autoencoder, features, latents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports them: Ray and MLflow speak to nobody, and neither do the hubs.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffit_train.config import Recipe, load_recipe
+
+# The demo made as small as it can be: 6 pictures of 3 classes in 4 shards, one tiny block.
+TINY = [
+    "data.num_classes=3",
+    "data.pictures_per_shard=5",
+    "data.lanes=4",
+    "data.shuffle_window=4",
+    "data.max_rejected_fraction=0.2",
+    "autoencoder.batch_size=4",
+    "autoencoder.fit.steps=6",
+    "autoencoder.fit.batch_size=4",
+    "autoencoder.fit.block_out_channels=[8,8,8]",
+    "model.hidden_size=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "train.steps=12",
+    "train.warmup_steps=2",
+    "train.batch_size=8",
+    "train.checkpoint_every=4",
+    "train.keep_checkpoints=9",
+    "train.log_every=2",
+    "evaluate.samples=12",
+    "evaluate.batch_size=4",
+    "evaluate.sampler.steps=3",
+    "evaluate.features.fit.steps=10",
+    "evaluate.features.fit.batch_size=4",
+    "evaluate.features.fit.channels=[4,8]",
+    "evaluate.features.fit.features=5",
+    "scaling.workers=1",
+]
+
+
+def write_pictures(folder: Path, count: int = 24, classes: int = 3, size: int = 20) -> None:
+    """`count` pictures of soft random blobs, an ImageFolder with class names a, b, …"""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        label = number % classes
+        small = random.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        small[..., label % 3] //= 4
+        picture = Image.fromarray(small).resize((size, size + 3), Image.Resampling.BICUBIC)
+        path = folder / chr(ord("a") + label) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+
+def tiny_recipe(root: Path, *overrides: str) -> Recipe:
+    """The tiny recipe under a root, whose pictures are in root/pictures/digits."""
+    return load_recipe("demo", [*TINY, *overrides], root=str(root))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray cluster of this machine with two CPUs."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with pictures, a fitted autoencoder and fitted features; not to be changed."""
+    from diffit_train.data.autoencoder_fit import fit_autoencoder
+    from diffit_train.evaluation.features_fit import fit_features
+
+    root = tmp_path_factory.mktemp("project")
+    write_pictures(root / "pictures" / "digits")
+    fit_autoencoder(tiny_recipe(root))
+    fit_features(tiny_recipe(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def encoded(project: Path, ray_session: None) -> Path:
+    """The project with its latents."""
+    from diffit_train.data.encode import encode
+
+    encode(tiny_recipe(project))
+    return project

@@ -1,0 +1,189 @@
+"""The order of samples is a function of recipe and step, and so is all randomness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffit_train.data.loader import LatentLoader, SampleOrder, draw
+from diffit_train.data.shards import Manifest, Totals, write_shard
+from diffit_train.errors import DiffitError, UserError
+
+
+@st.composite
+def orders(drawing: st.DrawFn) -> SampleOrder:
+    counts = drawing(st.lists(st.integers(1, 40), min_size=1, max_size=12))
+    lanes = drawing(st.sampled_from([1, 2, 4, 8]))
+    batch = lanes * drawing(st.integers(1, 3))
+    if sum(counts) < batch:
+        counts.append(batch)
+    window, seed = drawing(st.integers(1, 50)), drawing(st.integers(0, 1000))
+    return SampleOrder(counts, batch, lanes, window, seed)
+
+
+def _batch(order: SampleOrder, step: int) -> list[tuple[int, int]]:
+    return [sample for lane in range(order.lanes) for sample in order.lane_samples(step, lane)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(orders(), st.integers(0, 3))
+def test_an_epoch_uses_each_sample_at_most_once_and_leaves_less_than_a_batch(
+    order: SampleOrder, epoch: int
+) -> None:
+    first = epoch * order.steps_per_epoch
+    used = [s for i in range(order.steps_per_epoch) for s in _batch(order, first + i)]
+    assert len(used) == len(set(used)) > order.samples - order.batch_size
+    assert all(0 <= offset < order.counts[shard] for shard, offset in used)
+
+
+@settings(max_examples=30, deadline=None)
+@given(orders(), st.integers(0, 50))
+def test_every_lane_gives_the_same_number_of_samples(order: SampleOrder, step: int) -> None:
+    for lane in range(order.lanes):
+        assert len(order.lane_samples(step, lane)) == order.batch_size // order.lanes
+
+
+@settings(max_examples=30, deadline=None)
+@given(orders(), st.lists(st.integers(0, 60), min_size=1, max_size=6))
+def test_the_order_depends_on_the_step_alone(order: SampleOrder, steps: list[int]) -> None:
+    """Jumping about, as after a restart, gives what going straight through gives."""
+    fresh = [
+        SampleOrder(order.counts.tolist(), order.batch_size, order.lanes, order.window, order.seed)
+        for _ in steps
+    ]
+    for step, new in zip(steps, fresh, strict=True):
+        assert _batch(order, step) == _batch(new, step)
+
+
+def test_epochs_and_seeds_differ_and_leave_out_other_samples() -> None:
+    order = SampleOrder([10] * 7, 16, 4, 8, seed=0)
+    epochs = [
+        [s for i in range(4) for s in _batch(order, epoch * 4 + i)] for epoch in range(6)
+    ]
+    assert len({tuple(e) for e in epochs}) == 6
+    everything = {(shard, offset) for shard in range(7) for offset in range(10)}
+    assert len({frozenset(everything - set(e)) for e in epochs}) > 1
+    assert _batch(SampleOrder([10] * 7, 16, 4, 8, seed=1), 0) != _batch(order, 0)
+
+
+def test_samples_are_shuffled_but_each_lane_reads_few_shards() -> None:
+    order = SampleOrder([100] * 16, 32, 8, 100, seed=0)
+    lane = [s for step in range(order.steps_per_epoch) for s in order.lane_samples(step, 3)]
+    assert len({shard for shard, _ in lane}) <= 3
+    assert lane != sorted(lane)
+
+
+def test_lanes_are_reduced_where_shards_are_few() -> None:
+    assert SampleOrder([50, 50, 50], 64, 64, 8, 0).lanes == 2
+    assert SampleOrder([50] * 100, 64, 64, 8, 0).lanes == 64
+    assert SampleOrder([99], 64, 64, 8, 0).lanes == 1
+
+
+def test_ranks_share_the_lanes_and_concatenate_to_the_global_batch() -> None:
+    order = SampleOrder([10] * 8, 16, 8, 8, seed=0)
+    for world in (1, 2, 4, 8):
+        lanes = [lane for rank in range(world) for lane in order.rank_lanes(rank, world)]
+        assert lanes == list(range(8))
+    with pytest.raises(UserError, match=r"3 workers .* 8 lanes .*scaling\.workers"):
+        order.rank_lanes(0, 3)
+
+
+def test_too_few_pictures_are_named() -> None:
+    with pytest.raises(UserError, match=r"train\.batch_size is 64, .* 10 pictures"):
+        SampleOrder([10], 64, 1, 8, 0)
+
+
+def test_draws_depend_on_seed_step_and_lane_alone() -> None:
+    base = {"seed": 1, "step": 2, "lane": 3, "count": 4, "shape": (2, 3, 3), "frames": 2}
+    base |= {"timesteps": 1000, "label_dropout": 0.5}
+    first, again = draw(**base), draw(**base)
+    for name in ("t", "noise", "posterior", "flip", "drop"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+    for change in ({"seed": 2}, {"step": 3}, {"lane": 4}):
+        assert (draw(**base | change).noise != first.noise).all()
+    assert (first.noise != first.posterior).all()
+
+
+def test_draws_have_the_distributions_that_they_should() -> None:
+    parts = [draw(0, step, 0, 50, (1, 2, 2), 2, 1000, 0.1) for step in range(200)]
+    t, noise, drop, flip = (
+        np.concatenate([getattr(p, name) for p in parts]) for name in ("t", "noise", "drop", "flip")
+    )
+    assert (t.min(), t.max()) == (0, 999)
+    assert t.mean() == pytest.approx(499.5, abs=5 * 288.7 / 100)
+    assert noise.mean() == pytest.approx(0, abs=5 / 200)
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert drop.mean() == pytest.approx(0.1, abs=5 * 0.3 / 100)
+    assert flip.mean() == pytest.approx(0.5, abs=5 * 0.5 / 100)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
+    url = str(tmp_path_factory.mktemp("latents"))
+    random = np.random.default_rng(0)
+    shards, first = [], 0
+    for number, count in enumerate([9, 12, 8, 11]):
+        keys = list(range(first, first + count))
+        moments = random.normal(size=(count, 1, 4, 2, 2)).astype(np.float16)
+        shards.append(write_shard(url, number, keys, moments, [k % 3 for k in keys]))
+        first += count
+    manifest = Manifest(
+        schema_version=1,
+        recipe_hash="h",
+        autoencoder="a",
+        autoencoder_sha256="s",
+        scale=1.0,
+        channels=2,
+        height=2,
+        width=2,
+        frames=1,
+        classes=["a", "b", "c"],
+        input_sha256="i",
+        shards=shards,
+        totals=Totals(input=40, written=40, rejected=0),
+        mean=[0, 0],
+        std=[1, 1],
+    )
+    return url, manifest
+
+
+def _keys(latents: tuple[str, Manifest], world: int, first: int, last: int) -> list[list[int]]:
+    """Keys of the global batches, put together from all ranks."""
+    url, manifest = latents
+    batches: list[list[int]] = [[] for _ in range(first, last)]
+    for rank in range(world):
+        order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
+        with LatentLoader(url, manifest, order, rank, world, first) as loader:
+            for batch in loader:
+                batches[batch.step - first] += batch.keys.tolist()
+                assert (batch.labels == batch.keys % 3).all()
+                assert batch.moments.shape == (8 // world, 1, 4, 2, 2)
+                if batch.step == last - 1:
+                    break
+    return batches
+
+
+def test_global_batches_are_the_same_at_any_world_size_and_after_a_restart(
+    latents: tuple[str, Manifest],
+) -> None:
+    whole = _keys(latents, 1, 0, 14)
+    assert _keys(latents, 2, 0, 14) == whole
+    assert _keys(latents, 4, 0, 14) == whole
+    assert _keys(latents, 2, 6, 14) == whole[6:]
+
+
+def test_a_damaged_shard_reaches_the_consumer(
+    latents: tuple[str, Manifest], tmp_path: Path
+) -> None:
+    url, manifest = latents
+    for shard in manifest.shards[:3]:
+        (tmp_path / shard.name).write_bytes((Path(url) / shard.name).read_bytes())
+    order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
+    loader = LatentLoader(str(tmp_path), manifest, order, 0, 1, 0)
+    with pytest.raises(DiffitError, match=r"shard-000003\.tar is missing"), loader:
+        for batch in loader:
+            assert batch.step < 20

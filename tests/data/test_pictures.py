@@ -1,0 +1,159 @@
+"""Listing, decoding and cropping of pictures, and the demo's digits."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffit_train.data.digits import write_digits
+from diffit_train.data.preprocess import (
+    UnreadablePicture,
+    center_crop,
+    decode,
+    read_pictures,
+    to_model_range,
+)
+from diffit_train.data.sources import list_pictures
+from diffit_train.errors import UserError
+from tests.conftest import tiny_recipe, write_pictures
+
+
+def _bytes(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, format=kind)
+    return out.getvalue()
+
+
+def test_pictures_are_sorted_and_labelled_by_folder(tmp_path: Path) -> None:
+    source = tmp_path / "pictures" / "digits"
+    for path in ("b/2.PNG", "b/1.jpg", "a/x.jpeg", "c/deep/y.webp", "c/notes.txt", "stray.png"):
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes(b"")
+    found = list_pictures(tiny_recipe(tmp_path))
+    assert found.classes == ("a", "b", "c")
+    assert found.paths == ("a/x.jpeg", "b/1.jpg", "b/2.PNG", "c/deep/y.webp")
+    assert found.labels == (0, 1, 1, 2)
+    digest = found.digest()
+    (source / "a" / "new.png").write_bytes(b"")
+    assert list_pictures(tiny_recipe(tmp_path)).digest() != digest
+
+
+def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.source .*digits is not a folder"):
+        list_pictures(tiny_recipe(tmp_path))
+    (tmp_path / "pictures" / "digits" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no pictures"):
+        list_pictures(tiny_recipe(tmp_path))
+    write_pictures(tmp_path / "pictures" / "digits", count=2, classes=2)
+    with pytest.raises(UserError, match=r"2 class folders, but data\.num_classes is 3"):
+        list_pictures(tiny_recipe(tmp_path))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 16))
+def test_crops_have_the_resolution_whatever_the_picture(width: int, height: int, size: int) -> None:
+    assert center_crop(Image.new("RGB", (width, height)), size).shape == (size, size, 3)
+
+
+def test_the_crop_is_adms() -> None:
+    """By arrays instead of Pillow where that is exact: halving by boxes, then cropping."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (64, 68, 3), dtype=np.uint8)
+    halved = pixels.reshape(32, 2, 34, 2, 3).astype(np.float64).mean(axis=(1, 3))
+    got = center_crop(Image.fromarray(pixels), 32)
+    # 34 columns cropped to 32 leave out one on each side; means are rounded by Pillow.
+    assert np.abs(got - halved[:, 1:33]).max() <= 0.51
+
+
+def test_model_range() -> None:
+    pixels = np.array([[[[0, 127, 255]]]], dtype=np.uint8)
+    expected = np.array([-1.0, 127 / 127.5 - 1, 1.0], dtype=np.float32)
+    np.testing.assert_array_equal(to_model_range(pixels).ravel(), expected)
+    assert to_model_range(np.zeros((2, 5, 5, 3), np.uint8)).shape == (2, 3, 5, 5)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("RGB", (8, 8), (10, 200, 30))
+    image = Image.new("I;16", (8, 8), 7) if mode == "I;16" else image.convert(mode)
+    assert decode(_bytes(image, "TIFF" if mode == "CMYK" else "PNG")).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"this is text", "not a picture"),
+        (_bytes(Image.effect_noise((64, 64), 90))[:2000], "truncated"),
+        (_bytes(Image.effect_noise((64, 64), 90), "JPEG")[:900], "truncated"),
+    ],
+)
+def test_unreadable_pictures_have_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(UnreadablePicture, match=reason):
+        decode(data)
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadablePicture, match="bomb"):
+        decode(_bytes(Image.new("RGB", (11, 11))))
+
+
+def test_reading_keeps_positions() -> None:
+    files = {"a": _bytes(Image.new("RGB", (9, 9), "red")), "b": b"", "c": _bytes(Image.new("L", (4, 4)))}
+    found = read_pictures(files.__getitem__, ["a", "b", "c"], 4)
+    assert found.kept == [0, 2]
+    assert found.rejected == [(1, "empty file")]
+    assert found.pixels.shape == (2, 4, 4, 3)
+    assert found.pixels[0, 0, 0].tolist() == [255, 0, 0]
+    assert read_pictures(files.__getitem__, ["b"], 4).pixels.shape == (0, 4, 4, 3)
+
+
+def test_digits_are_written_once_and_completed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path / "digits"
+    assert write_digits(str(folder), 16) == 1797
+    target = load_digits().target
+    for digit in range(10):
+        assert len(list((folder / str(digit)).glob("*.png"))) == (target == digit).sum()
+    picture = Image.open(folder / str(target[5]) / "0005.png")
+    assert (picture.size, picture.mode) == ((16, 16), "RGB")
+    small = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
+    assert np.corrcoef(small.ravel(), load_digits().images[5].ravel())[0, 1] > 0.95
+
+    written = (folder / "0" / "0000.png").stat().st_mtime_ns
+    write_digits(str(folder), 16)
+    assert (folder / "0" / "0000.png").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="size 16, not digits of size 32"):
+        write_digits(str(folder), 32)
+
+    marker = folder / "dataset.json"
+    assert json.loads(marker.read_text())["pictures"] == 1797
+    marker.unlink()
+    (folder / "0" / "0000.png").unlink()
+    write_digits(str(folder), 16)
+    assert (folder / "0" / "0000.png").exists()
+    assert marker.exists()
+
+
+def test_digits_refuse_bad_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--size is 20"):
+        write_digits(str(tmp_path), 20)
+    (tmp_path / "holiday").mkdir()
+    with pytest.raises(UserError, match="'holiday'"):
+        write_digits(str(tmp_path), 16)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'diffit-train\[demo\]'"):
+        write_digits(str(tmp_path / "new"), 16)
+    assert not (tmp_path / "new").exists()

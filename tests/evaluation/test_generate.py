@@ -1,0 +1,81 @@
+"""Features, generation and the fleet: what they depend on, and what they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffit_train.config import Recipe
+from diffit_train.data.autoencoder import load_autoencoder
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.features import load_features
+from diffit_train.evaluation.features_fit import fit_features
+from diffit_train.evaluation.generate import Generator, PictureNoise
+from diffit_train.models.build import build_model
+from tests.conftest import tiny_recipe
+
+CPU = torch.device("cpu")
+
+
+def _weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = build_model(recipe)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.2)
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_noise_belongs_to_the_picture_not_to_its_batch() -> None:
+    shape = (4, 2, 2)
+    together, alone = PictureNoise(7, [3, 4, 5], shape), PictureNoise(7, [4], shape)
+    for _ in range(3):
+        assert torch.equal(together(CPU)[1], alone(CPU)[0])
+    assert not torch.equal(PictureNoise(8, [4], shape)(CPU), PictureNoise(7, [4], shape)(CPU))
+
+
+@pytest.mark.parametrize("sampler", ["{name: ddpm, steps: 4}", "{name: ddim, steps: 4, eta: 0.5}"])
+@pytest.mark.parametrize("guidance", ["constant", "power_cosine"])
+def test_a_picture_is_the_same_in_any_batch(project: Path, sampler: str, guidance: str) -> None:
+    overrides = [f"evaluate.sampler={sampler}", f"evaluate.guidance.kind={guidance}"]
+    recipe = tiny_recipe(project, *overrides)
+    generator = Generator(recipe, _weights(recipe), load_autoencoder(recipe, CPU))
+    pixels, labels = generator([4, 5, 6])
+    assert labels.tolist() == [1, 2, 0]
+    assert pixels.shape == (3, 16, 16, 3)
+    alone, _ = generator([5])
+    # Products of another shape are rounded in another order; a level may differ by that.
+    assert np.abs(alone[0].astype(int) - pixels[1]).max() <= 1
+    again, _ = generator([4, 5, 6])
+    assert np.array_equal(pixels, again)
+    assert not np.array_equal(pixels[0], pixels[1])
+
+
+def test_weights_of_another_model_are_named(project: Path) -> None:
+    recipe = tiny_recipe(project)
+    autoencoder, weights = load_autoencoder(recipe, CPU), _weights(recipe)
+    missing = {n: w for n, w in weights.items() if n != "x_embedder.proj.bias"}
+    with pytest.raises(DiffitError, match=r"lacks \['x_embedder\.proj\.bias'\]"):
+        Generator(recipe, missing, autoencoder)
+    with pytest.raises(DiffitError, match=r"has \['extra'\] too many"):
+        Generator(recipe, {**weights, "extra": torch.zeros(1)}, autoencoder)
+    with pytest.raises(DiffitError, match=r"another model.*final_layer"):
+        Generator(recipe, {**weights, "final_layer.linear.bias": torch.zeros(1)}, autoencoder)
+
+
+def test_features_are_deterministic_and_guarded(project: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(project)
+    network = load_features(recipe, CPU)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    features, logits = network.extract(pixels)
+    assert features.shape == (4, 5)
+    assert logits.shape == (4, 3)
+    np.testing.assert_allclose(network.extract(pixels[2:3])[0][0], features[2], atol=1e-5)
+    assert 0 <= network.info.held_out_accuracy <= 1
+    with pytest.raises(UserError, match="feature network of another recipe"):
+        fit_features(tiny_recipe(project, "evaluate.features.fit.steps=11"))
+    with pytest.raises(UserError, match="diffit features fit"):
+        load_features(tiny_recipe(tmp_path), CPU)
+    with pytest.raises(UserError, match=r"data\.resolution is 32, .* is for 16"):
+        load_features(tiny_recipe(project, "data.resolution=32"), CPU)
