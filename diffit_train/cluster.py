@@ -12,8 +12,6 @@ from diffit_train.errors import UserError
 # Usage reports would leave the machine; set to 1 by whoever wants to send them.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray's core prints an error for every actor pool of Ray Data, about restarts that do work.
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 # Without it Ray would join any cluster that happens to run on this machine.
 NEW_CLUSTER = "local"

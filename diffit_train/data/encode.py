@@ -36,6 +36,10 @@ from diffit_train.data.sources import PictureList, list_pictures
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
+PLAN = "plan.json"
+# Left by a run that found too many unreadable pictures: their shards are to be read again.
+RETRY = "retry-rejected"
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -111,7 +115,7 @@ def _require_autoencoder(recipe: Recipe) -> None:
 
 def _open_plan(recipe: Recipe, url: str, listing: PictureList) -> None:
     plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=listing.digest())
-    name = storage.join(url, "parts", "plan.json")
+    name = storage.join(url, "parts", PLAN)
     if not storage.exists(name):
         storage.write_text(name, plan.model_dump_json(indent=2))
         return
@@ -127,14 +131,19 @@ def _open_plan(recipe: Recipe, url: str, listing: PictureList) -> None:
 def _read_parts(url: str) -> dict[int, Part]:
     """Finished shards whose tar file is there with its recorded size."""
     storage.remove_temporary(url)
-    parts = {}
-    for name in storage.list_names(storage.join(url, "parts")):
-        if name == "plan.json":
-            continue
-        part = Part.model_validate(storage.read_json(storage.join(url, "parts", name)))
-        if part.entry is None or _is_whole(url, part.entry):
-            parts[part.number] = part
-    return parts
+    folder = storage.join(url, "parts")
+    names = set(storage.list_names(folder)) - {PLAN}
+    found = [
+        Part.model_validate(storage.read_json(storage.join(folder, name)))
+        for name in sorted(names - {RETRY})
+    ]
+    if RETRY in names:
+        for part in found:
+            if part.rejected:
+                storage.remove(storage.join(folder, f"{shard_name(part.number)}.json"))
+        found = [part for part in found if not part.rejected]
+        storage.remove(storage.join(folder, RETRY))
+    return {p.number: p for p in found if p.entry is None or _is_whole(url, p.entry)}
 
 
 def _is_whole(url: str, entry: ShardEntry) -> bool:
@@ -300,9 +309,8 @@ def _check_rejected(recipe: Recipe, url: str, parts: dict[int, Part], total: int
     limit = recipe.data.max_rejected_fraction
     if len(rejected) <= limit * total:
         return
-    for part in parts.values():
-        if part.rejected:
-            storage.remove(storage.join(url, "parts", f"{shard_name(part.number)}.json"))
+    # Left as a mark and not done here, since actors may still be writing such parts.
+    storage.write_text(storage.join(url, "parts", RETRY), "")
     first = "".join(f"\n  {item.path}: {item.reason}" for item in rejected[:5])
     raise UserError(
         f"{len(rejected):,} of {total:,} pictures cannot be read, more than "

@@ -96,7 +96,8 @@ def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     try:
         answer = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise DiffitError(f"the checkpoint is of another model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise DiffitError(f"the checkpoint is of another model: {reason}") from error
     missing = [name for name in answer.missing_keys if not name.endswith(_FIXED)]
     if missing or answer.unexpected_keys:
         raise DiffitError(

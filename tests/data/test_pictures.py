@@ -69,14 +69,14 @@ def test_the_crop_is_adms() -> None:
     pixels = random.integers(0, 256, (64, 68, 3), dtype=np.uint8)
     halved = pixels.reshape(32, 2, 34, 2, 3).astype(np.float64).mean(axis=(1, 3))
     got = center_crop(Image.fromarray(pixels), 32)
-    # 34 columns cropped to 32 leave out one on each side; means are rounded by Pillow.
-    assert np.abs(got - halved[:, 1:33]).max() <= 0.51
+    # 34 columns cropped to 32 leave out one on each side. Pillow rounds after each direction.
+    assert np.abs(got - halved[:, 1:33]).max() <= 1.0
 
 
 def test_model_range() -> None:
     pixels = np.array([[[[0, 127, 255]]]], dtype=np.uint8)
     expected = np.array([-1.0, 127 / 127.5 - 1, 1.0], dtype=np.float32)
-    np.testing.assert_array_equal(to_model_range(pixels).ravel(), expected)
+    np.testing.assert_allclose(to_model_range(pixels).ravel(), expected, atol=1e-7)
     assert to_model_range(np.zeros((2, 5, 5, 3), np.uint8)).shape == (2, 3, 5, 5)
 
 
