@@ -8,13 +8,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import diffit_train
 from diffit_train import command
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
 
+
+
+class WorkOrder(TyperGroup):
+    """Lists the commands in the order in which they are used."""
+
+    order = ("data", "autoencoder", "features", "encode", "train", "evaluate", "compare", "submit")
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the commands."""
+        return sorted(super().list_commands(ctx), key=self.order.index)
+
+
 app = typer.Typer(
     name="diffit",
+    cls=WorkOrder,
     help="Train diffusion vision transformers (DiffiT): encode pictures to latents, train, "
     "evaluate and compare, on this machine or on a Ray cluster.\n\n"
     "Every command takes a RECIPE: a packaged name or the path of a YAML file. Rerunning a "

@@ -94,3 +94,12 @@ def encoded(project: Path, ray_session: None) -> Path:
 
     encode(tiny_recipe(project))
     return project
+
+
+@pytest.fixture(scope="session")
+def trained(encoded: Path) -> Path:
+    """The project with a run `tiny`, trained undisturbed by one worker."""
+    from diffit_train.training.worker import train
+
+    train(tiny_recipe(encoded), "tiny")
+    return encoded

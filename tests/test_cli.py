@@ -1,0 +1,92 @@
+"""The command line: help with examples, exit statuses, one clear message, nothing written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from diffit_train import __version__, command
+from diffit_train.cli import app
+from diffit_train.errors import DiffitError, UserError
+
+RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
+COMMANDS = ["encode", "train", "evaluate", "compare", "submit"]
+COMMANDS += ["data digits", "autoencoder fit", "features fit"]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_each_command_has_help_with_an_example(words: str) -> None:
+    result = CliRunner().invoke(app, [*words.split(), "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert f"Example: diffit {words}" in result.output.replace("`", "")
+
+
+def test_help_lists_the_commands_in_the_order_of_work() -> None:
+    output = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).output
+    places = [output.index(f"│ {words.split()[0]} ") for words in ("data", "encode", "compare")]
+    assert places == sorted(places)
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "demo", "train.lrr=1"], ["'train.lrr'", "did you mean 'lr'"]),
+        (["train", "demo", "model.patch_size=3"], ["model.patch_size is 3"]),
+        (["train", "demo"], ["no finished latents", "diffit encode"]),
+        (["encode", "demo"], ["is not a folder"]),
+        (["evaluate", "demo"], ["there is no run 'demo'"]),
+        (["compare"], ["mlflow.db", "train first"]),
+        (["train", "dmo"], ["did you mean 'demo'"]),
+        (["autoencoder", "fit", "demo"], ["is not a folder"]),
+        (["features", "fit", "demo"], ["is not a folder"]),
+        (["submit", "train", "demo", "--address", "nowhere"], ["http://head:8265"]),
+        (["train", "demo", "--address", "127.0.0.1:1"], ["no finished latents"]),
+        (["train"], ["Missing argument"]),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    root = [] if arguments == ["train"] else ["--root", str(tmp_path / "project")]
+    done = subprocess.run([*RUN, *arguments, *root], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statuses() -> None:
+    def fails(error: BaseException) -> int:
+        def body() -> None:
+            raise error
+
+        return command.guarded(body)
+
+    assert command.guarded(lambda: None) == 0
+    assert fails(DiffitError("x")) == 1
+    assert fails(UserError("x")) == 2
+    assert fails(KeyboardInterrupt()) == 130
+    with pytest.raises(ZeroDivisionError):
+        fails(ZeroDivisionError())
+
+
+def test_json_is_all_that_standard_output_holds(trained: Path) -> None:
+    from tests.conftest import TINY
+
+    for words in (["encode", "demo", *TINY], ["train", "demo", *TINY, "--run", "tiny"]):
+        arguments = [*RUN, *words, "--root", str(trained), "--json"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        value = json.loads(done.stdout)
+        assert value.get("step", 12) == 12
+        assert value.get("written", 24) == 24
+        assert "already" in done.stderr

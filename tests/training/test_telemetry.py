@@ -1,0 +1,72 @@
+"""Meters against sums by hand, and counted operations against the formula."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffit_train.models.latent import LatentDiffiT
+from diffit_train.training.run import TrainingLog
+from diffit_train.training.telemetry import (
+    LossMeter,
+    SpeedMeter,
+    matmul_flops_per_s,
+    training_flops_per_image,
+)
+from tests.training.ranks import on_ranks
+
+CPU = torch.device("cpu")
+
+
+def _meter_on_two_ranks(rank: int, world: int) -> None:
+    meter = LossMeter(1000, CPU)
+    losses, t = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 249, 250, 999])
+    mine = slice(rank * 2, rank * 2 + 2)
+    meter.add(losses[mine], t[mine])
+    values = meter.reduce()
+    assert values == {"loss": 2.5, "loss_q0": 1.5, "loss_q1": 3.0, "loss_q3": 4.0}
+    meter.add(torch.tensor([7.0]), torch.tensor([500]))
+    assert meter.reduce() == {"loss": 7.0, "loss_q2": 7.0}
+
+
+def test_losses_are_averaged_over_ranks_and_by_quarter() -> None:
+    on_ranks(2, _meter_on_two_ranks)
+
+
+def test_flops_of_the_published_model_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        model = LatentDiffiT()
+    # 118.5 G multiply-adds forward; two operations each; backward twice the forward.
+    assert training_flops_per_image(model, 4, 32) / 6 == pytest.approx(118.5e9, rel=5e-3)
+
+
+def test_speed_is_derived_from_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 30.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    meter = SpeedMeter(batch_size=8, flops_per_image=100.0, peak_flops_per_s=1000.0)
+    meter.restart(waited_s=1.0)
+    values = meter.measure(steps=5, waited_s=3.0)
+    expected = {"images_per_s": 2.0, "step_s": 4.0, "data_wait_fraction": 0.1, "mfu": 0.2}
+    assert values == pytest.approx(expected)
+
+
+def test_the_measured_rate_is_a_rate() -> None:
+    assert 1e8 < matmul_flops_per_s(CPU, torch.float32, 256) < 1e15
+
+
+def test_a_log_drops_what_lies_behind_the_checkpoint(tmp_path: Path) -> None:
+    log = TrainingLog(str(tmp_path), 0)
+    for step in (2, 4, 6):
+        log.append({"step": step, "loss": 1.0 / step})
+    assert not (tmp_path / "log.jsonl").exists()
+    log.write()
+    resumed = TrainingLog(str(tmp_path), 4)
+    assert [record["step"] for record in resumed.records] == [2, 4]
+    resumed.append({"step": 6, "loss": 0.5})
+    resumed.write()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[-1]["loss"] == 0.5

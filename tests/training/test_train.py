@@ -1,0 +1,170 @@
+"""Training under Ray Train: the same curve for any workers, kills and restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from diffit_train.checkpoints import committed_steps, read_state, read_weights
+from diffit_train.config import dump_recipe
+from diffit_train.errors import UserError
+from diffit_train.tracking import Tracker
+from diffit_train.training.run import finished_step
+from diffit_train.training.worker import train
+from tests.conftest import tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+LONGER = ("train.steps=60", "train.checkpoint_every=4", "train.keep_checkpoints=3")
+
+
+def _log(root: Path, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "runs" / run / "log.jsonl").open()]
+
+
+def _losses(root: Path, run: str) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in _log(root, run)]
+
+
+def _copy(encoded: Path, root: Path) -> Path:
+    for name in ("pictures", "autoencoders", "features", "latents"):
+        shutil.copytree(encoded / name, root / name)
+    return root
+
+
+def test_a_run_leaves_log_checkpoints_and_metrics(trained: Path) -> None:
+    recipe, run = tiny_recipe(trained), trained / "runs" / "tiny"
+    assert committed_steps(str(run)) == [0, 4, 8, 12]
+    assert [step for step, _ in _losses(trained, "tiny")] == [2, 4, 6, 8, 10, 12]
+    state = read_state(str(run), 12)
+    assert (state.images_seen, state.optimizer_steps) == (96, 12)
+    assert state.recipe_hash == recipe.train_hash()
+    record = next(r for r in Tracker.of(recipe).runs() if r.run_id == state.mlflow_run_id)
+    assert (record.name, record.status) == ("tiny", "FINISHED")
+    assert record.params["train.lr"] == "0.003"
+    names = {"train/loss", "train/grad_norm", "train/lr", "perf/images_per_s", "perf/step_s"}
+    assert names | {"perf/data_wait_fraction", "perf/mfu"} <= record.metrics.keys()
+    assert any(f"train/loss_q{quarter}" in record.metrics for quarter in range(4))
+    assert record.tags["diffit.recipe_hash"] == recipe.train_hash()
+    history = Tracker.of(recipe).history(state.mlflow_run_id, "train/loss")
+    assert history == pytest.approx(_losses(trained, "tiny"))
+    assert not (run / "ray").exists()
+
+
+def test_training_moves_the_weights_and_the_ema_trails(trained: Path) -> None:
+    run = str(trained / "runs" / "tiny")
+    start, raw, ema = read_weights(run, 0, "raw"), read_weights(run, 12, "raw"), None
+    ema = read_weights(run, 12, "ema")
+    assert start.keys() == raw.keys() == ema.keys()
+    moved = sum(float((raw[n] - start[n]).norm()) for n in raw)
+    trailed = sum(float((ema[n] - start[n]).norm()) for n in raw)
+    assert 0 < trailed < moved
+    initial_ema = read_weights(run, 0, "ema")
+    assert all(torch.equal(initial_ema[n], start[n]) for n in start)
+
+
+def test_a_finished_run_is_left_alone(trained: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (trained / "runs").rglob("*")}
+    assert finished_step(tiny_recipe(trained), "tiny") == 12
+    assert train(tiny_recipe(trained), "tiny") == 12
+    assert {p: p.stat().st_mtime_ns for p in (trained / "runs").rglob("*")} == before
+
+
+def test_bad_input_writes_nothing(trained: Path, tmp_path: Path) -> None:
+    before = sorted(trained.rglob("*"))
+    with pytest.raises(UserError, match=r"'tiny'.*another recipe.*train\.lr is 0\.5, there 0\.003"):
+        train(tiny_recipe(trained, "train.lr=0.5"), "tiny")
+    with pytest.raises(UserError, match="training needs 4 CPUs, but the Ray cluster has 2"):
+        train(tiny_recipe(trained, "scaling.workers=4"), "other")
+    with pytest.raises(UserError, match="latents .* are of another recipe"):
+        train(tiny_recipe(trained, "autoencoder.scale=3"), "other")
+    assert sorted(trained.rglob("*")) == before
+    with pytest.raises(UserError, match="no finished latents .*diffit encode"):
+        train(tiny_recipe(tmp_path), "tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_workers_draw_the_same_curve(trained: Path) -> None:
+    train(tiny_recipe(trained, "scaling.workers=2"), "two-workers")
+    for mine, theirs in zip(_log(trained, "two-workers"), _log(trained, "tiny"), strict=True):
+        for name in ("loss", "grad_norm", "lr"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(encoded: Path, ray_session: None) -> list[tuple[int, float]]:
+    """The curve of a longer run."""
+    train(tiny_recipe(encoded, *LONGER), "longer")
+    return _losses(encoded, "longer")
+
+
+def _start(root: Path) -> subprocess.Popen[bytes]:
+    """`diffit train` with a cluster of its own."""
+    (root / "recipe.yaml").write_text(dump_recipe(tiny_recipe(root, *LONGER)))
+    command = [sys.executable, "-c", "from diffit_train.cli import main; main()", "train"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [*command, str(root / "recipe.yaml"), "--run", "killed"], env=environment
+    )
+
+
+def _wait_for_step(root: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while max(committed_steps(str(root / "runs" / "killed")), default=0) < step:
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline, "training did not reach the step"
+        time.sleep(0.02)
+
+
+def _no_doubled_points(root: Path, expected: list[tuple[int, float]]) -> None:
+    tracker = Tracker.of(tiny_recipe(root))
+    (record,) = [r for r in tracker.runs() if r.name == "killed"]
+    points = tracker.history(record.run_id, "train/loss")
+    assert [step for step, _ in points] == [step for step, _ in expected]
+
+
+def test_a_killed_worker_is_replaced_and_the_curve_unchanged(
+    encoded: Path, undisturbed: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    process = _start(_copy(encoded, tmp_path))
+    try:
+        _wait_for_step(tmp_path, 8, process)
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.name().startswith("ray::RayTrainW") or "RayTrainWorker" in "".join(child.cmdline())
+        ]
+        assert workers
+        os.kill(workers[0].pid, signal.SIGKILL)
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert _losses(tmp_path, "killed") == undisturbed
+    _no_doubled_points(tmp_path, undisturbed)
+
+
+def test_a_killed_command_goes_on_and_the_curve_is_unchanged(
+    encoded: Path, undisturbed: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    process = _start(_copy(encoded, tmp_path))
+    _wait_for_step(tmp_path, 12, process)
+    process.kill()
+    process.wait()
+    time.sleep(2)  # what it had started ends by itself
+    assert max(committed_steps(str(tmp_path / "runs" / "killed"))) < 60
+    assert train(tiny_recipe(tmp_path, *LONGER), "killed") == 60
+    assert _losses(tmp_path, "killed") == undisturbed
+    _no_doubled_points(tmp_path, undisturbed)
+    assert committed_steps(str(tmp_path / "runs" / "killed")) == [0, 52, 56, 60]
