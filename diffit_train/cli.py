@@ -15,7 +15,6 @@ from diffit_train import command
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
 
 
-
 class WorkOrder(TyperGroup):
     """Lists the commands in the order in which they are used."""
 

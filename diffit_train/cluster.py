@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 from diffit_train.errors import UserError
 
@@ -15,6 +17,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 # Without it Ray would join any cluster that happens to run on this machine.
 NEW_CLUSTER = "local"
+KNOCK_S = 10.0
 
 
 @contextmanager
@@ -34,6 +37,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or NEW_CLUSTER
+    _knock(address)
     try:
         ray.init(
             address=address,
@@ -42,14 +46,28 @@ def connected(address: str | None = None) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError) as error:
-        raise UserError(
-            f"no Ray cluster answers at {address!r}: {error}; "
-            "start one with `ray start --head`, or leave --address out to use this machine"
-        ) from error
+        raise UserError(_no_answer(address, error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for many minutes."""
+    place = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        if place.port is not None:
+            socket.create_connection((place.hostname, place.port), KNOCK_S).close()
+    except (OSError, ValueError) as error:
+        raise UserError(_no_answer(address, error)) from error
+
+
+def _no_answer(address: str, error: Exception) -> str:
+    return (
+        f"no Ray cluster answers at {address!r}: {error}; start one with `ray start --head`, "
+        "or leave --address out to use this machine"
+    )
 
 
 def require(cpus: float, gpus: float, purpose: str) -> None:

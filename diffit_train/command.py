@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffit_train import cluster
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
@@ -43,8 +42,7 @@ def encode(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
     if manifest is None:
         from diffit_train.data import encode as stage
 
-        with cluster.connected(address):
-            manifest = stage.encode(recipe)
+        manifest = stage.encode(recipe, address)
     else:
         say("encoded already")
     say(
@@ -66,8 +64,7 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> dict[str, Any
     if step is None:
         from diffit_train.training import worker
 
-        with cluster.connected(address):
-            step = worker.train(recipe, run)
+        step = worker.train(recipe, run, address)
     else:
         say("trained already")
     say(f"run {run_url(recipe, run)} stands at step {step:,}")
@@ -90,9 +87,8 @@ def evaluate(
     if missing:
         from diffit_train.evaluation import fleet
 
-        with cluster.connected(address):
-            for result in fleet.evaluate(recipe, run, missing):
-                results[result.step] = result
+        for result in fleet.evaluate(recipe, run, missing, address):
+            results[result.step] = result
     else:
         say("evaluated already")
     found = [result for result in results.values() if result is not None]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from diffit_train import __version__, command
 from diffit_train.cli import app
+from diffit_train.cluster import connected
 from diffit_train.errors import DiffitError, UserError
 
 RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
@@ -49,7 +50,6 @@ def test_version() -> None:
         (["autoencoder", "fit", "demo"], ["is not a folder"]),
         (["features", "fit", "demo"], ["is not a folder"]),
         (["submit", "train", "demo", "--address", "nowhere"], ["http://head:8265"]),
-        (["train", "demo", "--address", "127.0.0.1:1"], ["no finished latents"]),
         (["train"], ["Missing argument"]),
     ],
 )
@@ -63,6 +63,12 @@ def test_bad_input_is_one_clear_message(
     for word in words:
         assert word in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nobody:x"])
+def test_a_cluster_that_does_not_answer_is_named(address: str) -> None:
+    with pytest.raises(UserError, match=f"no Ray cluster answers at '{address}'"), connected(address):
+        pass
 
 
 def test_statuses() -> None:

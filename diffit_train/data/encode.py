@@ -75,8 +75,8 @@ class Part(_Strict):
     squares: list[float]
 
 
-def encode(recipe: Recipe) -> Manifest:
-    """Encode the recipe's pictures; Ray must be connected. Rerunning continues.
+def encode(recipe: Recipe, address: str | None = None) -> Manifest:
+    """Encode the recipe's pictures on the Ray cluster at `address`. Rerunning continues.
 
     Raises:
         UserError: bad input; nothing was written. Or too many unreadable pictures.
@@ -86,20 +86,29 @@ def encode(recipe: Recipe) -> Manifest:
     if done is not None:
         return done
     listing = list_pictures(recipe)
-    actors, gpus = recipe.scaling.encode_actors, recipe.scaling.gpus_per_actor
-    cluster.require(1, actors * gpus, "encoding")
     _require_autoencoder(recipe)
+    with cluster.connected(address):
+        scaling = recipe.scaling
+        cluster.require(1, scaling.encode_actors * scaling.gpus_per_actor, "encoding")
+        parts = _encode_parts(recipe, listing)
+    return _finish(recipe, latents_url(recipe), listing, parts)
+
+
+def _encode_parts(recipe: Recipe, listing: PictureList) -> dict[int, Part]:
+    """All parts: those of earlier runs, and those made now, as they finish."""
     url = latents_url(recipe)
     _open_plan(recipe, url, listing)
     parts = _read_parts(url)
     specs = [s for s in _specs(recipe, listing) if s["number"] not in parts]
     known = {part.autoencoder_sha256 for part in parts.values()}
-    with Progress("encode", len(listing), "pictures", done=len(listing) - _count(specs)) as shown:
+    done = len(listing) - _count(specs)
+    with Progress("encode", len(listing), "pictures", done) as progress:
         for part in _encode_missing(recipe, specs, known):
             parts[part.number] = part
-            shown.update(len(listing) - _count([s for s in specs if s["number"] not in parts]))
+            done += (part.entry.count if part.entry else 0) + len(part.rejected)
+            progress.update(done)
             _check_rejected(recipe, url, parts, len(listing))
-    return _finish(recipe, url, listing, parts)
+    return parts
 
 
 def _require_autoencoder(recipe: Recipe) -> None:

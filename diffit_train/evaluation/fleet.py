@@ -34,8 +34,12 @@ from diffit_train.tracking import Tracker
 MAX_TRIES = 3
 
 
-def evaluate(recipe: Recipe, run: str, steps: list[int]) -> list[Result]:
-    """Evaluate committed checkpoints of a run; Ray must be connected. Rerunning continues.
+def evaluate(
+    recipe: Recipe, run: str, steps: list[int], address: str | None = None
+) -> list[Result]:
+    """Evaluate committed checkpoints of a run on the Ray cluster at `address`.
+
+    Rerunning continues.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -44,14 +48,16 @@ def evaluate(recipe: Recipe, run: str, steps: list[int]) -> list[Result]:
     features_info(recipe)
     scaling = recipe.scaling
     actors = scaling.evaluate_actors
-    cluster.require(actors, actors * scaling.gpus_per_actor, "evaluation")
-    fleet = Fleet(recipe, run)
     results = []
-    try:
-        for step in steps:
-            results.append(finished(recipe, run, step) or _evaluate_step(recipe, run, step, fleet))
-    finally:
-        fleet.close()
+    with cluster.connected(address):
+        cluster.require(actors, actors * scaling.gpus_per_actor, "evaluation")
+        fleet = Fleet(recipe, run)
+        try:
+            for step in steps:
+                done = finished(recipe, run, step)
+                results.append(done or _evaluate_step(recipe, run, step, fleet))
+        finally:
+            fleet.close()
     return results
 
 

@@ -49,7 +49,7 @@ def sincos_position_table(hidden_size: int, side: int) -> Tensor:
         return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
     table = np.concatenate([encode(column), encode(row)], axis=1)
-    return torch.from_numpy(table).float().unsqueeze(0)
+    return torch.tensor(table, dtype=torch.float32).unsqueeze(0)
 
 
 class TimestepEmbedder(nn.Module):

@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -23,15 +23,24 @@ from diffit_train.data.shards import Manifest, latents_url, load_manifest, requi
 from diffit_train.errors import DiffitError
 from diffit_train.progress import Progress, say
 from diffit_train.tracking import Tracker, git_commit, tracking_uri
-from diffit_train.training.run import check_recipe, create_identity, finished_step, run_url
+from diffit_train.training.run import (
+    RunIdentity,
+    check_recipe,
+    create_identity,
+    finished_step,
+    run_url,
+)
 
 POLL_S = 0.5
 
 
-def train(recipe: Recipe, run: str) -> int:
+def train(recipe: Recipe, run: str, address: str | None = None) -> int:
     """Train a run to its last step, from wherever it stands; returns that step.
 
-    Ray must be connected. Rerunning continues; a finished run is left alone.
+    Args:
+        address: of the Ray cluster; None as in `cluster.connected`.
+
+    Rerunning continues; a finished run is left alone.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -43,11 +52,15 @@ def train(recipe: Recipe, run: str) -> int:
     manifest = _check_latents(recipe)
     tracking_uri(recipe)
     scaling = recipe.scaling
-    workers = scaling.workers
-    cluster.require(
-        workers * scaling.cpus_per_worker, workers * scaling.gpus_per_worker, "training"
-    )
-    identity = check_recipe(recipe, run) or create_identity(recipe, run)
+    cpus, gpus = scaling.cpus_per_worker, scaling.gpus_per_worker
+    with cluster.connected(address):
+        cluster.require(scaling.workers * cpus, scaling.workers * gpus, "training")
+        identity = check_recipe(recipe, run) or create_identity(recipe, run)
+        return _tracked_fit(recipe, identity, manifest)
+
+
+def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> int:
+    """Train, with an MLflow run that ends as training did."""
     tracker = Tracker.of(recipe)
     tags = {"diffit.recipe_hash": identity.recipe_hash, "diffit.dataset_digest": manifest.digest}
     for name, value in (
@@ -57,12 +70,12 @@ def train(recipe: Recipe, run: str) -> int:
         if value:
             tags[name] = value
     mlflow_run_id = tracker.training_run(
-        recipe.tracking.experiment, identity.uuid, run, recipe.flat(), tags
+        recipe.tracking.experiment, identity.uuid, identity.name, recipe.flat(), tags
     )
     tracker.log_dataset(mlflow_run_id, recipe.data.name, manifest.digest, recipe.data.source)
-    status: Any = "FAILED"
+    status: Literal["FINISHED", "FAILED"] = "FAILED"
     try:
-        step = _fit(recipe, run, mlflow_run_id)
+        step = _fit(recipe, identity.name, mlflow_run_id)
         status = "FINISHED"
     finally:
         tracker.finish(mlflow_run_id, status)

@@ -119,8 +119,6 @@ def test_impossible_and_foreign_autoencoders_are_named(project: Path, tmp_path: 
         ("autoencoder.latent_channels=5", r"latent_channels is 5, but .* has 4"),
     ],
 )
-def test_autoencoders_that_cannot_serve_are_named(
-    project: Path, override: str, words: str
-) -> None:
+def test_autoencoders_that_cannot_serve_are_named(project: Path, override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_autoencoder(tiny_recipe(project, override), torch.device("cpu"))

@@ -60,7 +60,9 @@ def test_latents_are_those_of_the_autoencoder(encoded: Path) -> None:
             sampled.append(moments[0, :4].astype(np.float64) * manifest.scale)
     # The statistics are of sampled latents; the means' lie close to them.
     assert np.allclose(manifest.mean, np.mean(sampled, axis=(0, 2, 3)), atol=0.3)
-    assert all(std >= 0.9 * s for std, s in zip(manifest.std, np.std(sampled, (0, 2, 3)), strict=True))
+    assert all(
+        std >= 0.9 * s for std, s in zip(manifest.std, np.std(sampled, (0, 2, 3)), strict=True)
+    )
     assert not (encoded / "latents" / "digits" / "parts").exists()
 
 

@@ -61,9 +61,7 @@ def test_the_order_depends_on_the_step_alone(order: SampleOrder, steps: list[int
 
 def test_epochs_and_seeds_differ_and_leave_out_other_samples() -> None:
     order = SampleOrder([10] * 7, 16, 4, 8, seed=0)
-    epochs = [
-        [s for i in range(4) for s in _batch(order, epoch * 4 + i)] for epoch in range(6)
-    ]
+    epochs = [[s for i in range(4) for s in _batch(order, epoch * 4 + i)] for epoch in range(6)]
     assert len({tuple(e) for e in epochs}) == 6
     everything = {(shard, offset) for shard in range(7) for offset in range(10)}
     assert len({frozenset(everything - set(e)) for e in epochs}) > 1

@@ -108,7 +108,11 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_reading_keeps_positions() -> None:
-    files = {"a": _bytes(Image.new("RGB", (9, 9), "red")), "b": b"", "c": _bytes(Image.new("L", (4, 4)))}
+    files = {
+        "a": _bytes(Image.new("RGB", (9, 9), "red")),
+        "b": b"",
+        "c": _bytes(Image.new("L", (4, 4))),
+    }
     found = read_pictures(files.__getitem__, ["a", "b", "c"], 4)
     assert found.kept == [0, 2]
     assert found.rejected == [(1, "empty file")]

@@ -54,7 +54,9 @@ def test_any_tar_reader_reads_a_shard(tmp_path: Path) -> None:
             "000000007.cls",
             "000000007.latent.npy",
         ]
-        assert {(m.mtime, m.uname, m.gname, m.mode) for m in members} == {(0, "diffit", "diffit", 0o644)}
+        assert {(m.mtime, m.uname, m.gname, m.mode) for m in members} == {
+            (0, "diffit", "diffit", 0o644)
+        }
         assert tar.extractfile("000000007.cls").read() == b"9"
         latent = np.load(io.BytesIO(tar.extractfile("000000007.latent.npy").read()))
     np.testing.assert_array_equal(latent, moments[1])

@@ -58,10 +58,10 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
 
 
 def test_figures_are_those_of_the_pictures(evaluated: tuple[Path, list[Result]]) -> None:
-    """Precision and agreement counted again from the chunks' files alone."""
+    """Agreement counted again from the chunks' files alone."""
     from safetensors.numpy import load_file
 
-    root, (_, result) = evaluated
+    _, (_, result) = evaluated
     folder = Path(result.grid).parent
     chunks = [load_file(path) for path in sorted(folder.glob("chunk-*.safetensors"))]
     assert [len(chunk["labels"]) for chunk in chunks] == [4, 4, 4]

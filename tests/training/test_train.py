@@ -26,7 +26,8 @@ from tests.conftest import tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-LONGER = ("train.steps=60", "train.checkpoint_every=4", "train.keep_checkpoints=3")
+LONGER = ("train.steps=600", "train.checkpoint_every=40", "train.log_every=20")
+LONGER += ("train.keep_checkpoints=3",)
 
 
 def _log(root: Path, run: str) -> list[dict[str, Any]]:
@@ -58,7 +59,7 @@ def test_a_run_leaves_log_checkpoints_and_metrics(trained: Path) -> None:
     assert any(f"train/loss_q{quarter}" in record.metrics for quarter in range(4))
     assert record.tags["diffit.recipe_hash"] == recipe.train_hash()
     history = Tracker.of(recipe).history(state.mlflow_run_id, "train/loss")
-    assert history == pytest.approx(_losses(trained, "tiny"))
+    assert history == _losses(trained, "tiny")
     assert not (run / "ray").exists()
 
 
@@ -139,11 +140,12 @@ def test_a_killed_worker_is_replaced_and_the_curve_unchanged(
 ) -> None:
     process = _start(_copy(encoded, tmp_path))
     try:
-        _wait_for_step(tmp_path, 8, process)
+        _wait_for_step(tmp_path, 80, process)
         workers = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
-            if child.name().startswith("ray::RayTrainW") or "RayTrainWorker" in "".join(child.cmdline())
+            if child.name().startswith("ray::RayTrainW")
+            or "RayTrainWorker" in "".join(child.cmdline())
         ]
         assert workers
         os.kill(workers[0].pid, signal.SIGKILL)
@@ -159,12 +161,12 @@ def test_a_killed_command_goes_on_and_the_curve_is_unchanged(
     encoded: Path, undisturbed: list[tuple[int, float]], tmp_path: Path
 ) -> None:
     process = _start(_copy(encoded, tmp_path))
-    _wait_for_step(tmp_path, 12, process)
+    _wait_for_step(tmp_path, 80, process)
     process.kill()
     process.wait()
-    time.sleep(2)  # what it had started ends by itself
-    assert max(committed_steps(str(tmp_path / "runs" / "killed"))) < 60
-    assert train(tiny_recipe(tmp_path, *LONGER), "killed") == 60
+    time.sleep(5)  # the workers end by themselves when they miss it
+    assert max(committed_steps(str(tmp_path / "runs" / "killed"))) < 600
+    assert train(tiny_recipe(tmp_path, *LONGER), "killed") == 600
     assert _losses(tmp_path, "killed") == undisturbed
     _no_doubled_points(tmp_path, undisturbed)
-    assert committed_steps(str(tmp_path / "runs" / "killed")) == [0, 52, 56, 60]
+    assert committed_steps(str(tmp_path / "runs" / "killed")) == [0, 520, 560, 600]
