@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -28,6 +29,7 @@ from diffit_train.progress import say
 Stage = Literal["encode", "train", "evaluate"]
 LIVE = ("PENDING", "RUNNING")
 BAD_INPUT = 2
+TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ def submit(job: Job, address: str, *, follow: bool = True, python: str | None = 
 
 
 def _client(address: str) -> Any:
+    # A cluster started on a machine that has this file asks for its token; jobs sent from there
+    # carry it only when told to.
+    if TOKEN_FILE.exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     # Its uploads and sockets are no news to a user.
@@ -116,6 +123,11 @@ def _client(address: str) -> Any:
         raise UserError(f"--address is {address!r}, but must be as http://head:8265")
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise UserError(
+            f"{address} asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
+            "cluster's token"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"no Ray job server answers at {address}: {str(error).splitlines()[0]}; "

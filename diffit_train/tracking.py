@@ -7,6 +7,7 @@ finds its run; parameters are written once, when a run is made (a changed one wo
 from __future__ import annotations
 
 import functools
+import getpass
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
+TAG_ATTEMPT = "diffit.attempt"
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
 
@@ -162,11 +164,13 @@ class Tracker:
         clean = {key: redact(str(value)) for key, value in tags.items()}
         if found:
             run_id = found[0].info.run_id
+            clean[TAG_ATTEMPT] = str(int(found[0].data.tags.get(TAG_ATTEMPT, 0)) + 1)
             self.client.update_run(run_id, status="RUNNING")
             for key, value in clean.items():
                 self.client.set_tag(run_id, key, value)
             return str(run_id)
-        run_id = self.client.create_run(experiment_id, run_name=name, tags=clean).info.run_id
+        first = {TAG_ATTEMPT: "1", "mlflow.user": getpass.getuser(), **clean}
+        run_id = self.client.create_run(experiment_id, run_name=name, tags=first).info.run_id
         self._log_params(run_id, params)
         return str(run_id)
 
@@ -174,7 +178,9 @@ class Tracker:
         known = self.client.get_experiment_by_name(name)
         if known is not None:
             return str(known.experiment_id)
-        return str(self.client.create_experiment(name, artifact_location=self.artifacts))
+        # The kind decides which of its pages MLflow opens first: curves instead of chats.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self.client.create_experiment(name, self.artifacts, tags))
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

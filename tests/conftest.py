@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Before anything imports them: Ray and MLflow speak to nobody, and neither do the hubs.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+# A token left by an earlier cluster of this machine is none of these tests' business.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import numpy as np
 import pytest
@@ -69,7 +71,7 @@ def ray_session() -> Iterator[None]:
     """A Ray cluster of this machine with two CPUs."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

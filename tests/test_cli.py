@@ -66,8 +66,12 @@ def test_bad_input_is_one_clear_message(
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nobody:x"])
-def test_a_cluster_that_does_not_answer_is_named(address: str) -> None:
-    with pytest.raises(UserError, match=f"no Ray cluster answers at '{address}'"), connected(address):
+def test_a_cluster_that_does_not_answer_is_named(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    words = f"no Ray cluster answers at '{address}'"
+    with pytest.raises(UserError, match=words), connected(address):
         pass
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from diffit_train.errors import DiffitError, UserError
@@ -33,20 +33,24 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
     log = (tmp_path_factory.mktemp("head") / "log").open("wb")
-    head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    head = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 120
     while True:
         try:
             urllib.request.urlopen(f"{url}/api/version", timeout=2)
             break
+        except urllib.error.HTTPError:
+            break  # it answers, if only to ask for its token
         except OSError:
             assert head.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.5)
     yield url
-    os.killpg(head.pid, signal.SIGTERM)
-    head.wait(timeout=30)
+    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    for process in processes:
+        process.kill()
+    head.wait()
 
 
 def test_a_chain_of_jobs_and_a_second_attempt(

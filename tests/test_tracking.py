@@ -27,6 +27,7 @@ def test_a_run_is_found_again_by_its_identity(tracker: Tracker) -> None:
     assert len(records) == 3
     assert records[first].params == {"train.lr": "1"}
     assert records[first].tags["t"] == "2"
+    assert records[first].tags["diffit.attempt"] == "2"
     assert records[child].parent_id == first
     assert records[first].parent_id is None
 

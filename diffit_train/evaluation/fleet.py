@@ -112,7 +112,11 @@ def _track(
         f"{state.step}/{key}",
         f"{run}-step-{state.step}-{key}",
         {**params, "step": state.step, "run": run},
-        {"diffit.recipe_hash": recipe.train_hash(), "diffit.evaluation_key": key},
+        {
+            "diffit.recipe_hash": recipe.train_hash(),
+            "diffit.evaluation_key": key,
+            "mlflow.source.name": "diffit evaluate",
+        },
     )
     named = {f"eval/{name}": value for name, value in metrics.items()}
     for run_id in (child, state.mlflow_run_id):

@@ -71,6 +71,8 @@ class Comparison:
         # A pipe has no width that a table would have to fit in.
         console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
         console.print(_runs_table(self.runs))
+        if self.runs[0].differences:
+            console.print(_differences_table(self.runs))
         console.print(_evaluations_table(self.runs))
         console.print(f"curves: {self.picture}", soft_wrap=True, highlight=False)
 
@@ -152,11 +154,10 @@ def _number(value: float | None) -> str:
 
 
 def _runs_table(runs: list[RunRow]) -> Table:
-    differing = list(runs[0].differences)
     table = Table(title="runs", title_justify="left")
     for name in ("run", "status"):
         table.add_column(name)
-    for name in ("step", "loss", "pictures/s", *differing):
+    for name in ("step", "loss", "pictures/s"):
         table.add_column(name, justify="right")
     for run in runs:
         metrics = run.record.metrics
@@ -166,8 +167,17 @@ def _runs_table(runs: list[RunRow]) -> Table:
             f"{run.last_step:,}",
             _number(metrics.get("train/loss")),
             _number(metrics.get("perf/images_per_s")),
-            *(run.differences[key] for key in differing),
         )
+    return table
+
+
+def _differences_table(runs: list[RunRow]) -> Table:
+    table = Table(title="recipe differences", title_justify="left")
+    table.add_column("key")
+    for run in runs:
+        table.add_column(run.record.name, justify="right")
+    for key in runs[0].differences:
+        table.add_row(key, *(run.differences[key] for run in runs))
     return table
 
 

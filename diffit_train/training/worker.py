@@ -62,7 +62,11 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> int:
 def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> int:
     """Train, with an MLflow run that ends as training did."""
     tracker = Tracker.of(recipe)
-    tags = {"diffit.recipe_hash": identity.recipe_hash, "diffit.dataset_digest": manifest.digest}
+    tags = {
+        "diffit.recipe_hash": identity.recipe_hash,
+        "diffit.dataset_digest": manifest.digest,
+        "mlflow.source.name": "diffit train",
+    }
     for name, value in (
         ("mlflow.source.git.commit", git_commit()),
         ("diffit.submission_id", os.environ.get("DIFFIT_SUBMISSION_ID")),
