@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from diffit_train.progress import say
 Stage = Literal["encode", "train", "evaluate"]
 LIVE = ("PENDING", "RUNNING")
 BAD_INPUT = 2
+READY_S = 60.0
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 
 
@@ -138,23 +140,37 @@ def _client(address: str) -> Any:
 def _send(client: Any, job: Job, address: str, python: str | None, attempt: int) -> str:
     submission_id = f"{job.name}-{attempt}"
     folder = Path(tempfile.mkdtemp(prefix="diffit-submit-"))
+    request = {
+        "entrypoint": job.entrypoint(python or _python(address)),
+        "submission_id": submission_id,
+        "metadata": {**job.metadata(), "diffit.attempt": str(attempt)},
+        "runtime_env": {
+            "working_dir": str(folder),
+            "env_vars": {"DIFFIT_SUBMISSION_ID": submission_id, "PYTHONUNBUFFERED": "1"},
+        },
+    }
     try:
         _stage_files(job, folder)
-        client.submit_job(
-            entrypoint=job.entrypoint(python or _python(address)),
-            submission_id=submission_id,
-            metadata={**job.metadata(), "diffit.attempt": str(attempt)},
-            runtime_env={
-                "working_dir": str(folder),
-                "env_vars": {"DIFFIT_SUBMISSION_ID": submission_id, "PYTHONUNBUFFERED": "1"},
-            },
-        )
+        _send_when_ready(client, request)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise DiffitError(f"the cluster refused job {submission_id}: {reason}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return submission_id
+
+
+def _send_when_ready(client: Any, request: dict[str, Any]) -> None:
+    """A cluster that has just started refuses jobs until its agents have come up."""
+    deadline_s = time.monotonic() + READY_S
+    while True:
+        try:
+            client.submit_job(**request)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+                raise
+            time.sleep(1.0)
 
 
 def _stage_files(job: Job, folder: Path) -> None:

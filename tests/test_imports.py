@@ -44,7 +44,7 @@ HOMES = {
     },
     "deepspeed": {"training/engine.py"},
     "mlflow": {"tracking.py"},
-    "diffusers": {"data/autoencoder.py"},
+    "diffusers": {"data/autoencoder.py", "data/autoencoder_fit.py"},
     "typer": {"cli.py"},
     "sklearn": {"data/digits.py"},
 }

@@ -95,7 +95,7 @@ def test_later_overrides_win_and_root_wins_over_all() -> None:
         ("model.patch_size=3", ["model.patch_size is 3", "latent size"]),
         ("model.num_heads=5", ["model.num_heads is 5", "hidden_size"]),
         ("autoencoder.downsample=3", ["autoencoder.downsample is 3", "data.resolution (16)"]),
-        ("train.checkpoint_every=30", ["train.log_every is 20", "checkpoint_every (30)"]),
+        ("train.checkpoint_every=35", ["train.log_every is 10", "checkpoint_every (35)"]),
         ("train.warmup_steps=100000", ["train.warmup_steps is 100000", "train.steps"]),
         ("evaluate.sampler.steps=1001", ["evaluate.sampler.steps is 1001", "timesteps (1000)"]),
         ("evaluate.sampler.name=euler", ["evaluate.sampler.name", "'euler'", "'ddpm'"]),

@@ -132,6 +132,7 @@ def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
     shutil.copytree(project / "pictures", tmp_path / "pictures")
     with pytest.raises(UserError, match="diffit autoencoder fit"):
         encode(tiny_recipe(tmp_path))
+    shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")
     with pytest.raises(UserError, match="encoding needs 3 GPUs"):
         gpus = ("scaling.gpus_per_actor=1", "scaling.encode_actors=3")
         encode(tiny_recipe(tmp_path, *gpus))
