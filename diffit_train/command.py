@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
@@ -46,7 +47,7 @@ def encode(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
     else:
         say("encoded already")
     say(
-        f"latents {latents_url(recipe)}: {manifest.totals.written:,} pictures in "
+        f"latents {storage.shown(latents_url(recipe))}: {manifest.totals.written:,} pictures in "
         f"{len(manifest.shards)} shards, {manifest.totals.rejected:,} rejected"
     )
     return {
@@ -67,7 +68,7 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> dict[str, Any
         step = worker.train(recipe, run, address)
     else:
         say("trained already")
-    say(f"run {run_url(recipe, run)} stands at step {step:,}")
+    say(f"run {storage.shown(run_url(recipe, run))} stands at step {step:,}")
     return {"run": run, "url": run_url(recipe, run), "step": step}
 
 
@@ -94,7 +95,7 @@ def evaluate(
     found = [result for result in results.values() if result is not None]
     for result in found:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-        say(f"step {result.step:,}: {figures}  {result.grid}")
+        say(f"step {result.step:,}: {figures}  {storage.shown(result.grid)}")
     return [result.model_dump(mode="json") for result in found]
 
 

@@ -39,6 +39,18 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def absolute(url: str) -> str:
+    """The same place, named alike from any working folder."""
+    return str(local_path(url).absolute()) if is_local(url) else url
+
+
+def shown(url: str) -> str:
+    """The shortest name of a place, for people: relative where it lies below this folder."""
+    if is_local(url) and local_path(url).absolute().is_relative_to(Path.cwd()):
+        return str(local_path(url).absolute().relative_to(Path.cwd()))
+    return url
+
+
 def resolve(root: str, reference: str) -> str:
     """The URL that a recipe means: `root:pictures/x` lies under the project's root."""
     if reference.startswith(ROOT_PREFIX):

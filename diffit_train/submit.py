@@ -22,7 +22,6 @@ from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
 import diffit_train
-from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
@@ -181,18 +180,7 @@ def _stage_files(job: Job, folder: Path) -> None:
         pipelines = package.parent / "pipelines"
     shutil.copy(pipelines / f"{job.stage}.py", folder)
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "recipe.yaml").write_text(dump_recipe(_with_absolute_paths(job.recipe)))
-
-
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """A job runs in a folder of its own, so a local root is sent as an absolute path."""
-    root = recipe.storage.root
-    if not storage.is_local(root):
-        return recipe
-    absolute = str(storage.local_path(root).absolute())
-    return recipe.model_copy(
-        update={"storage": recipe.storage.model_copy(update={"root": absolute})}
-    )
+    (folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
 
 
 def _python(address: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from diffit_train import storage
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
 
@@ -32,6 +33,8 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
     Precedence, lowest first: 1. the defaults of the typed recipe; 2. the file; 3. `overrides`,
     each `key.sub=value` with a YAML value, later ones winning; 4. `root`, which is --root.
 
+    Local paths are made absolute, since workers run in other folders.
+
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
@@ -40,7 +43,27 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
         _apply(tree, override)
     if root is not None:
         _apply(tree, f"storage.root={json.dumps(root)}")
-    return validate(tree, reference)
+    return _with_absolute_paths(validate(tree, reference))
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    root, source = recipe.storage.root, recipe.data.source
+    if not source.startswith(storage.ROOT_PREFIX):
+        source = storage.absolute(source)
+    update = {
+        "storage": recipe.storage.model_copy(update={"root": storage.absolute(root)}),
+        "data": recipe.data.model_copy(update={"source": source}),
+    }
+    # Names like a/b are ids on a hub, so only what is plainly a path can be made absolute.
+    if recipe.autoencoder.source.startswith("."):
+        path = storage.absolute(recipe.autoencoder.source)
+        update["autoencoder"] = recipe.autoencoder.model_copy(update={"source": path})
+    features = recipe.evaluate.features
+    if not features.source.startswith(storage.ROOT_PREFIX):
+        path = storage.absolute(features.source)
+        changed = {"features": features.model_copy(update={"source": path})}
+        update["evaluate"] = recipe.evaluate.model_copy(update=changed)
+    return recipe.model_copy(update=update)
 
 
 def validate(tree: dict[str, Any], reference: str) -> Recipe:

@@ -46,14 +46,14 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
                 f"{url} holds an autoencoder of another recipe; set autoencoder.source to "
                 "another folder, or delete that one"
             )
-        say(f"autoencoder {url} is fitted already")
+        say(f"autoencoder {storage.shown(url)} is fitted already")
         return report
     _check(recipe, url)
     report = {"identity": identity, **_fit(recipe, url, identity)}
     storage.write_json(marker, report)
     storage.remove(storage.join(url, STATE))
-    mse = report["reconstruction_mse"]
-    say(f"autoencoder {url}: reconstruction mse {mse:.5f}, scale {report['scale']:.4f}")
+    figures = f"reconstruction mse {report['reconstruction_mse']:.5f}, scale {report['scale']:.4f}"
+    say(f"autoencoder {storage.shown(url)}: {figures}")
     return report
 
 

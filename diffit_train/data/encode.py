@@ -189,14 +189,15 @@ def _encode_missing(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # A full pool of actors must leave processors for the readers that feed it. An amount other
     # than the readers' also keeps Ray Data from fusing them into the actors.
-    actors = recipe.scaling.encode_actors
-    actor_cpus = min(0.9, ray.cluster_resources()["CPU"] / (2 * actors))
+    actors, cpus = recipe.scaling.encode_actors, ray.cluster_resources()["CPU"]
+    actor_cpus = min(0.9, cpus / (2 * actors))
+    reader_cpus = min(1.0, cpus - actors * actor_cpus)
     source = storage.resolve(recipe.storage.root, recipe.data.source)
     rows = ray.data.from_items(
         [{"spec": json.dumps(spec)} for spec in specs], override_num_blocks=len(specs)
     )
     encoded = rows.map(
-        _read_shard_pictures, fn_args=(source, recipe.data.resolution), num_cpus=1
+        _read_shard_pictures, fn_args=(source, recipe.data.resolution), num_cpus=reader_cpus
     ).map(
         _Encoder,
         fn_constructor_args=(recipe.model_dump(mode="json"), sorted(known_autoencoders)),
@@ -367,5 +368,6 @@ def _finish(recipe: Recipe, url: str, listing: PictureList, parts: dict[int, Par
     storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
     storage.remove(storage.join(url, "parts"))
     if rejected:
-        say(f"{len(rejected):,} pictures could not be read; see {storage.join(url, REJECTED)}")
+        place = storage.shown(storage.join(url, REJECTED))
+        say(f"{len(rejected):,} pictures could not be read; see {place}")
     return manifest

@@ -29,10 +29,11 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
                 f"{url} holds a feature network of another recipe; set evaluate.features.source "
                 "to another folder, or delete that one"
             )
-        say(f"feature network {url} is fitted already")
+        say(f"feature network {storage.shown(url)} is fitted already")
         return info
     from diffit_train.evaluation.features import fit_classifier
 
     info = fit_classifier(recipe, identity)
-    say(f"feature network {url}: {info.held_out_accuracy:.1%} of held-out pictures are recognised")
+    share = f"{info.held_out_accuracy:.1%} of held-out pictures are recognised"
+    say(f"feature network {storage.shown(url)}: {share}")
     return info

@@ -7,6 +7,7 @@ depend on the number of actors. It is committed as one file; a rerun makes only 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,18 +70,12 @@ def _evaluate_step(recipe: Recipe, run: str, step: int, fleet: Fleet) -> Result:
     storage.remove_temporary(url)
     started_s = time.monotonic()
     fleet.generate(step, url, key)
-    chunks = [_read_chunk(url, n, key) for n in range(_chunk_count(recipe))]
-    metrics = _figures(recipe, chunks, fleet.reference())
+    generated = _collect(recipe, url, key)
+    metrics = _figures(recipe, generated, fleet.reference())
     grid = storage.join(url, "grid.png")
     figures = "   ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-    draw_grid(
-        np.concatenate([c["pixels"] for c in chunks]),
-        np.concatenate([c["labels"] for c in chunks]),
-        features_info(recipe).classes,
-        (recipe.evaluate.grid_rows, recipe.evaluate.grid_columns),
-        f"{run}, step {step:,}\n{figures}",
-        grid,
-    )
+    title = f"{run}, step {step:,}\n{figures}"
+    draw_grid(generated.shown, features_info(recipe).classes, title, grid)
     result = Result(
         run=run,
         step=step,
@@ -156,11 +151,34 @@ def _read_chunk(url: str, number: int, key: str) -> dict[str, np.ndarray]:
         raise DiffitError(f"{name} is damaged ({error}); delete it and evaluate again") from error
 
 
-def _figures(
-    recipe: Recipe, chunks: list[dict[str, np.ndarray]], reference: dict[str, Any]
-) -> dict[str, float]:
-    """The metrics of all chunks against the reference."""
-    features = np.concatenate([chunk["features"] for chunk in chunks])
+@dataclass(frozen=True)
+class Generated:
+    """All chunks: features (n, D), labels and seen classes (n,); pictures of the grid by class."""
+
+    features: np.ndarray
+    labels: np.ndarray
+    seen: np.ndarray
+    shown: dict[int, list[np.ndarray]]
+
+
+def _collect(recipe: Recipe, url: str, key: str) -> Generated:
+    """Read the chunks one by one; of the pictures only those of the grid are kept."""
+    kept: dict[str, list[np.ndarray]] = {"features": [], "labels": [], "seen": []}
+    shown: dict[int, list[np.ndarray]] = {}
+    for number in range(_chunk_count(recipe)):
+        chunk = _read_chunk(url, number, key)
+        for name, values in kept.items():
+            values.append(chunk[name])
+        for picture, label in zip(chunk["pixels"], chunk["labels"].tolist(), strict=True):
+            row = shown.setdefault(label, []) if label < recipe.evaluate.grid_rows else None
+            if row is not None and len(row) < recipe.evaluate.grid_columns:
+                row.append(picture)
+    return Generated(**{name: np.concatenate(v) for name, v in kept.items()}, shown=shown)
+
+
+def _figures(recipe: Recipe, generated: Generated, reference: dict[str, Any]) -> dict[str, float]:
+    """The metrics of all pictures against the reference."""
+    features = generated.features
     if not np.isfinite(features).all():
         raise DiffitError("the features of generated pictures are not finite")
     fake = Moments.of(features)
@@ -169,12 +187,11 @@ def _figures(
     precision, recall = precision_recall(
         reference["features"], features, recipe.evaluate.neighbours
     )
-    labels, seen = (np.concatenate([c[k] for c in chunks]) for k in ("labels", "seen"))
     return {
         f"fd_{recipe.evaluate.features.name}": distance,
         "precision": precision,
         "recall": recall,
-        "label_agreement": float((labels == seen).mean()),
+        "label_agreement": float((generated.labels == generated.seen).mean()),
     }
 
 

@@ -17,6 +17,7 @@ from diffit_train.errors import UserError
 def test_packaged_recipes_survive_a_round_trip(name: str) -> None:
     recipe = load_recipe(name)
     assert validate(yaml.safe_load(dump_recipe(recipe)), name) == recipe
+    assert recipe.storage.root.startswith("/")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,17 @@ def test_imagenet_recipes_hold_the_published_numbers(name: str, expected: dict) 
 def test_later_overrides_win_and_root_wins_over_all() -> None:
     recipe = load_recipe("demo", ["train.lr=1", "train.lr=2e-3", "storage.root=a"], root="b c")
     assert recipe.train.lr == 2e-3
-    assert recipe.storage.root == "b c"
+    assert recipe.storage.root == str(Path.cwd() / "b c")
+
+
+def test_local_paths_are_absolute_and_others_left_alone() -> None:
+    recipe = load_recipe("demo", ["data.source=pictures", "autoencoder.source=./vae"], root="r")
+    assert recipe.data.source == str(Path.cwd() / "pictures")
+    assert recipe.autoencoder.source == str(Path.cwd() / "vae")
+    recipe = load_recipe("imagenet256", ["data.source=s3://b/train"], root="s3://bucket/p")
+    assert recipe.storage.root == "s3://bucket/p"
+    assert recipe.data.source == "s3://b/train"
+    assert recipe.autoencoder.source == "stabilityai/sd-vae-ft-ema"
 
 
 @pytest.mark.parametrize(

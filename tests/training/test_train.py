@@ -115,9 +115,9 @@ def _start(root: Path) -> subprocess.Popen[bytes]:
     (root / "recipe.yaml").write_text(dump_recipe(tiny_recipe(root, *LONGER)))
     command = [sys.executable, "-c", "from diffit_train.cli import main; main()", "train"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [*command, str(root / "recipe.yaml"), "--run", "killed"], env=environment
-    )
+    # A root relative to this folder, which the workers do not share.
+    command += ["recipe.yaml", "--root", ".", "--run", "killed"]
+    return subprocess.Popen(command, env=environment, cwd=root)
 
 
 def _wait_for_step(root: Path, step: int, process: subprocess.Popen[bytes]) -> None:
