@@ -34,7 +34,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.first = self.done = done
+        self.first = self.done = self.said = done
         self.started_s = time.monotonic()
         self.said_s = self.started_s
         self._bar: RichProgress | None = None
@@ -60,7 +60,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.done > self.first:
+        elif self.done > self.said:
             self._say_line("")
         sys.stderr.flush()
 
@@ -78,7 +78,7 @@ class Progress:
             self._say_line(detail)
 
     def _say_line(self, detail: str) -> None:
-        self.said_s = time.monotonic()
+        self.said_s, self.said = time.monotonic(), self.done
         share = f"{self.done:,}/{self.total:,} {self.unit}"
         say(f"{self.title}  {share}  {self._rate_and_left()}  {detail}".rstrip())
 
