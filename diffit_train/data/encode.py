@@ -14,65 +14,33 @@ from typing import Any
 
 import numpy as np
 import ray
-from pydantic import BaseModel, ConfigDict
 
 from diffit_train import cluster, storage
 from diffit_train.config import Recipe, dump_recipe
+from diffit_train.data.parts import (
+    RETRY,
+    Part,
+    Rejected,
+    count_pictures,
+    open_plan,
+    read_parts,
+    shard_specs,
+)
 from diffit_train.data.preprocess import read_pictures, to_model_range
 from diffit_train.data.shards import (
     MANIFEST,
     REJECTED,
     SCHEMA,
     Manifest,
-    ShardEntry,
     Totals,
     finished,
     latents_url,
-    require_recipe,
     shard_name,
     write_shard,
 )
 from diffit_train.data.sources import PictureList, list_pictures
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
-
-PLAN = "plan.json"
-# Left by a run that found too many unreadable pictures: their shards are to be read again.
-RETRY = "retry-rejected"
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Plan(_Strict):
-    """parts/plan.json: what the unfinished latents are of."""
-
-    recipe_hash: str
-    input_sha256: str
-
-
-class Rejected(_Strict):
-    """A picture that could not be read."""
-
-    path: str
-    reason: str
-
-
-class Part(_Strict):
-    """A finished shard; `entry` is None where none of its pictures could be read.
-
-    `total` and `squares` are sums over the scaled, sampled latents of each channel.
-    """
-
-    number: int
-    entry: ShardEntry | None
-    rejected: list[Rejected]
-    autoencoder_sha256: str
-    scale: float
-    shape: tuple[int, int, int, int]  # F, C, h, w
-    total: list[float]
-    squares: list[float]
 
 
 def encode(recipe: Recipe, address: str | None = None) -> Manifest:
@@ -97,11 +65,11 @@ def encode(recipe: Recipe, address: str | None = None) -> Manifest:
 def _encode_parts(recipe: Recipe, listing: PictureList) -> dict[int, Part]:
     """All parts: those of earlier runs, and those made now, as they finish."""
     url = latents_url(recipe)
-    _open_plan(recipe, url, listing)
-    parts = _read_parts(url)
-    specs = [s for s in _specs(recipe, listing) if s["number"] not in parts]
+    open_plan(recipe, url, listing)
+    parts = read_parts(url)
+    specs = [s for s in shard_specs(recipe, listing) if s["number"] not in parts]
     known = {part.autoencoder_sha256 for part in parts.values()}
-    done = len(listing) - _count(specs)
+    done = len(listing) - count_pictures(specs)
     with Progress("encode", len(listing), "pictures", done) as progress:
         for part in _encode_missing(recipe, specs, known):
             parts[part.number] = part
@@ -120,62 +88,6 @@ def _require_autoencoder(recipe: Recipe) -> None:
             f"there is no autoencoder in {url}; run `diffit autoencoder fit`, or set "
             "autoencoder.source to a folder in diffusers' format or a hub id"
         )
-
-
-def _open_plan(recipe: Recipe, url: str, listing: PictureList) -> None:
-    plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=listing.digest())
-    name = storage.join(url, "parts", PLAN)
-    if not storage.exists(name):
-        storage.write_text(name, plan.model_dump_json(indent=2))
-        return
-    found = Plan.model_validate(storage.read_json(name))
-    require_recipe(recipe, found.recipe_hash)
-    if found != plan:
-        raise UserError(
-            f"the pictures of {listing.url} have changed since encoding to {url} began; choose "
-            f"another data.name, or delete {url}"
-        )
-
-
-def _read_parts(url: str) -> dict[int, Part]:
-    """Finished shards whose tar file is there with its recorded size."""
-    storage.remove_temporary(url)
-    folder = storage.join(url, "parts")
-    names = set(storage.list_names(folder)) - {PLAN}
-    found = [
-        Part.model_validate(storage.read_json(storage.join(folder, name)))
-        for name in sorted(names - {RETRY})
-    ]
-    if RETRY in names:
-        for part in found:
-            if part.rejected:
-                storage.remove(storage.join(folder, f"{shard_name(part.number)}.json"))
-        found = [part for part in found if not part.rejected]
-        storage.remove(storage.join(folder, RETRY))
-    return {p.number: p for p in found if p.entry is None or _is_whole(url, p.entry)}
-
-
-def _is_whole(url: str, entry: ShardEntry) -> bool:
-    shard = storage.join(url, entry.name)
-    return storage.exists(shard) and storage.size_bytes(shard) == entry.bytes
-
-
-def _specs(recipe: Recipe, listing: PictureList) -> list[dict[str, Any]]:
-    """What each shard is made of."""
-    size = recipe.data.pictures_per_shard
-    return [
-        {
-            "number": number,
-            "first": first,
-            "paths": list(listing.paths[first : first + size]),
-            "labels": list(listing.labels[first : first + size]),
-        }
-        for number, first in enumerate(range(0, len(listing), size))
-    ]
-
-
-def _count(specs: list[dict[str, Any]]) -> int:
-    return sum(len(spec["paths"]) for spec in specs)
 
 
 def _encode_missing(
