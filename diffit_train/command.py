@@ -15,6 +15,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 
 NEWEST = "newest"
+INTERRUPTED = 130
 
 
 def guarded(body: Callable[[], object]) -> int:
@@ -27,12 +28,25 @@ def guarded(body: Callable[[], object]) -> int:
     except DiffitError as error:
         say(f"failed: {error}")
         return 1
+    except OSError as error:  # a full disk, a folder that may not be read
+        say(f"failed: {error}")
+        return 1
     except KeyboardInterrupt:
-        say("interrupted; the same command continues")
-        return 130
+        return _interrupted()
+    except SystemExit as error:  # how the command line reports that it was interrupted
+        return _interrupted() if error.code == INTERRUPTED else _status(error)
     finally:
         sys.stdout.flush()
     return 0
+
+
+def _interrupted() -> int:
+    say("interrupted; the same command continues")
+    return INTERRUPTED
+
+
+def _status(error: SystemExit) -> int:
+    return error.code if isinstance(error.code, int) else 0
 
 
 def encode(recipe: Recipe, address: str | None = None) -> dict[str, Any]:

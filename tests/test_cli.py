@@ -86,6 +86,10 @@ def test_statuses() -> None:
     assert fails(DiffitError("x")) == 1
     assert fails(UserError("x")) == 2
     assert fails(KeyboardInterrupt()) == 130
+    assert fails(SystemExit(130)) == 130
+    assert fails(SystemExit(2)) == 2
+    assert fails(SystemExit()) == 0
+    assert fails(OSError("disk full")) == 1
     with pytest.raises(ZeroDivisionError):
         fails(ZeroDivisionError())
 
