@@ -209,7 +209,9 @@ class Tracker:
         """A local file, kept with the run."""
         self.client.log_artifact(run_id, str(path))
 
-    def finish(self, run_id: str, status: Literal["FINISHED", "FAILED"] = "FINISHED") -> None:
+    def finish(
+        self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
+    ) -> None:
         """Close a run."""
         self.client.set_terminated(run_id, status)
 

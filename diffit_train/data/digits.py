@@ -29,20 +29,40 @@ def write_digits(folder: str, size: int = 16) -> int:
     marker = storage.join(folder, MARKER)
     if storage.exists(marker):
         return _check(folder, storage.read_json(marker), size)
-    foreign = set(storage.list_names(folder)) - {str(digit) for digit in range(10)}
-    if foreign:
-        raise UserError(
-            f"{folder} holds other things ({sorted(foreign)[0]!r}); give an empty folder"
-        )
     images, labels = _load()
-    with Progress("digits", len(images), "pictures") as progress:
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            url = storage.join(folder, str(label), f"{number:04d}.png")
-            storage.write_bytes(url, _png(image, size))
-            progress.update(number + 1)
+    pictures = {
+        f"{label}/{number:04d}.png": _png(image, size)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True))
+    }
+    there = _own_pictures(folder, pictures)
+    with Progress("digits", len(pictures), "pictures", done=len(there)) as progress:
+        for number, path in enumerate(sorted(pictures.keys() - there), len(there) + 1):
+            storage.write_bytes(storage.join(folder, path), pictures[path])
+            progress.update(number)
     storage.write_json(marker, {"name": "digits", "pictures": len(images), "size": size})
     say(f"wrote {len(images):,} digits of {size}x{size} pixels to {folder}")
     return len(images)
+
+
+def _own_pictures(folder: str, pictures: dict[str, bytes]) -> set[str]:
+    """Paths of those pictures that an interrupted run has written already.
+
+    Raises:
+        UserError: the folder holds anything else, which is neither mixed with nor overwritten.
+    """
+    there: set[str] = set()
+    for name in storage.list_names(folder):
+        below = storage.list_names(storage.join(folder, name))
+        found = [f"{name}/{picture}" for picture in below] or [name]
+        for path in found:
+            is_empty_class = path == name and name in {str(digit) for digit in range(10)}
+            if is_empty_class:
+                continue
+            url = storage.join(folder, path)
+            if path not in pictures or storage.read_bytes(url) != pictures[path]:
+                raise UserError(f"{folder} holds other things ({path!r}); give an empty folder")
+            there.add(path)
+    return there
 
 
 def _check(folder: str, marker: dict[str, Any], size: int) -> int:

@@ -74,6 +74,11 @@ class SampleOrder:
             for row, place in zip(rows, places, strict=True)
         ]
 
+    def shards_per_window(self) -> int:
+        """The most shards that a window can touch: the smallest ones, and one cut at each end."""
+        whole = np.searchsorted(np.cumsum(np.sort(self.counts)), self.window, side="right")
+        return int(whole) + 2
+
     def rank_lanes(self, rank: int, world: int) -> range:
         """The lanes that a rank serves.
 
@@ -177,9 +182,7 @@ class LatentLoader:
         self.lanes = order.rank_lanes(rank, world)
         self.step = start_step
         self.wait_s = 0.0
-        # A lane's window touches its own shards and, at its ends, those of its neighbours.
-        per_window = int(np.ceil(order.window / max(1, order.counts.min()))) + 2
-        self._capacity = len(self.lanes) * per_window
+        self._capacity = len(self.lanes) * order.shards_per_window()
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()

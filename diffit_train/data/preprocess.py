@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 Array = np.ndarray
+MAX_RESIZED_PIXELS = 64 * 1024 * 1024
 
 
 class UnreadablePicture(Exception):
@@ -43,11 +44,18 @@ def decode(data: bytes) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: int) -> Array:
-    """(R, R, 3): halved by box while twice too large, bicubic to the short side, cropped (ADM)."""
+    """(R, R, 3): halved by box while twice too large, bicubic to the short side, cropped (ADM).
+
+    Raises:
+        UnreadablePicture: so long a strip that enlarging it would fill the memory.
+    """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
+    # A strip of 1 x 60,000 pixels passes the check of a bomb, but enlarged it would be one.
+    if size[0] * size[1] > MAX_RESIZED_PIXELS:
+        raise UnreadablePicture(f"{image.width}x{image.height} pixels are too long a strip")
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - resolution) // 2, (pixels.shape[1] - resolution) // 2
     return pixels[top : top + resolution, left : left + resolution]
@@ -68,7 +76,11 @@ class Pictures:
 
 
 def read_pictures(read: Callable[[str], bytes], paths: Iterable[str], resolution: int) -> Pictures:
-    """Read, decode and crop; an unreadable picture is put aside with its reason."""
+    """Read, decode and crop; an unreadable picture is put aside with its reason.
+
+    Raises:
+        OSError: reading failed in a way that says nothing about the picture, as a lost network.
+    """
     kept, pixels, rejected = [], [], []
     for position, path in enumerate(paths):
         try:
@@ -76,5 +88,8 @@ def read_pictures(read: Callable[[str], bytes], paths: Iterable[str], resolution
             kept.append(position)
         except UnreadablePicture as error:
             rejected.append((position, str(error)))
+        # A dangling link or a forbidden file is a fault of this one picture.
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            rejected.append((position, f"{type(error).__name__}: {error.strerror or error}"))
     shape = (0, resolution, resolution, 3)
     return Pictures(kept, np.stack(pixels) if pixels else np.zeros(shape, np.uint8), rejected)

@@ -33,7 +33,7 @@ class _Strict(BaseModel):
 
 
 class ShardEntry(_Strict):
-    """A committed shard; `first_index` is the input index of the first picture meant for it."""
+    """A committed shard; `first_index` is the input index of the first picture in it."""
 
     name: str
     count: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -40,7 +42,8 @@ def list_pictures(recipe: Recipe) -> PictureList:
     if not fs.isdir(base):
         raise UserError(f"data.source {url} is not a folder; give one with a subfolder a class")
     base = base.rstrip("/")
-    found = (str(path)[len(base) + 1 :] for path in fs.find(base))
+    files = _local_files(base) if storage.is_local(url) else fs.find(base)
+    found = (str(path)[len(base) + 1 :] for path in files)
     paths = sorted(p for p in found if "/" in p and PurePosixPath(p).suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(
@@ -56,3 +59,14 @@ def list_pictures(recipe: Recipe) -> PictureList:
         )
     number = {name: label for label, name in enumerate(classes)}
     return PictureList(url, classes, tuple(paths), tuple(number[name] for name in names))
+
+
+def _local_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Every file below a folder. Links are followed, which fsspec does not; circles are not."""
+    above |= {os.path.realpath(folder)}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry.path
+            elif os.path.realpath(entry.path) not in above:
+                yield from _local_files(entry.path, above)

@@ -77,10 +77,13 @@ def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> i
         recipe.tracking.experiment, identity.uuid, identity.name, recipe.flat(), tags
     )
     tracker.log_dataset(mlflow_run_id, recipe.data.name, manifest.digest, recipe.data.source)
-    status: Literal["FINISHED", "FAILED"] = "FAILED"
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         step = _fit(recipe, identity.name, mlflow_run_id)
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
         tracker.finish(mlflow_run_id, status)
     return step
@@ -167,6 +170,8 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
     try:
         with _progress(recipe, board, max(committed_steps(url), default=0)):
             trainer.fit()
+    except SystemExit as error:  # Ray Train's answer to Ctrl-C, with status 0
+        raise KeyboardInterrupt from error
     except TrainingFailedError as error:
         raise DiffitError(f"training of {run!r} failed: {_cause(error)}") from error
     finally:

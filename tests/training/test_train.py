@@ -159,3 +159,18 @@ def test_the_curve_is_unchanged_by_a_killed_worker_and_a_killed_command(
     assert _losses(tmp_path, "killed") == undisturbed
     _no_doubled_points(tmp_path, undisturbed)
     assert committed_steps(str(tmp_path / "runs" / "killed")) == [0, 520, 560, 600]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_its_own_status_and_can_be_continued(
+    encoded: Path, undisturbed: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    process = _start(_copy(encoded, tmp_path))
+    _wait_for_step(tmp_path, 80, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    (record,) = [r for r in Tracker.of(tiny_recipe(tmp_path)).runs() if r.name == "killed"]
+    assert record.status == "KILLED"
+    assert max(committed_steps(str(tmp_path / "runs" / "killed"))) < 600
+    assert train(tiny_recipe(tmp_path, *LONGER), "killed") == 600
+    assert _losses(tmp_path, "killed") == undisturbed
