@@ -53,15 +53,13 @@ def _own_pictures(folder: str, pictures: dict[str, bytes]) -> set[str]:
     there: set[str] = set()
     for name in storage.list_names(folder):
         below = storage.list_names(storage.join(folder, name))
-        found = [f"{name}/{picture}" for picture in below] or [name]
-        for path in found:
-            is_empty_class = path == name and name in {str(digit) for digit in range(10)}
-            if is_empty_class:
-                continue
+        for path in [f"{name}/{picture}" for picture in below]:
             url = storage.join(folder, path)
             if path not in pictures or storage.read_bytes(url) != pictures[path]:
                 raise UserError(f"{folder} holds other things ({path!r}); give an empty folder")
             there.add(path)
+        if name not in {str(digit) for digit in range(10)}:
+            raise UserError(f"{folder} holds other things ({name!r}); give an empty folder")
     return there
 
 

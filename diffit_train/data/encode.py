@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,23 +18,22 @@ import numpy as np
 import ray
 
 from diffit_train import cluster, storage
-from diffit_train.config import Recipe, dump_recipe
+from diffit_train.config import Recipe
 from diffit_train.data.parts import (
     RETRY,
     Part,
+    Plan,
     Rejected,
+    commit_manifest,
     count_pictures,
-    open_plan,
+    make_plan,
     read_parts,
     shard_specs,
+    write_plan,
 )
 from diffit_train.data.preprocess import read_pictures, to_model_range
 from diffit_train.data.shards import (
-    MANIFEST,
-    REJECTED,
-    SCHEMA,
     Manifest,
-    Totals,
     finished,
     latents_url,
     shard_name,
@@ -40,7 +41,7 @@ from diffit_train.data.shards import (
 )
 from diffit_train.data.sources import PictureList, list_pictures
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.progress import Progress, say
+from diffit_train.progress import Progress
 
 
 def encode(recipe: Recipe, address: str | None = None) -> Manifest:
@@ -59,19 +60,19 @@ def encode(recipe: Recipe, address: str | None = None) -> Manifest:
         scaling = recipe.scaling
         cluster.require(1, scaling.encode_actors * scaling.gpus_per_actor, "encoding")
         parts = _encode_parts(recipe, listing)
-    return _finish(recipe, latents_url(recipe), listing, parts)
+    return commit_manifest(recipe, latents_url(recipe), listing, parts)
 
 
 def _encode_parts(recipe: Recipe, listing: PictureList) -> dict[int, Part]:
     """All parts: those of earlier runs, and those made now, as they finish."""
     url = latents_url(recipe)
-    open_plan(recipe, url, listing)
+    plan = make_plan(recipe, url, listing)
     parts = read_parts(url)
     specs = [s for s in shard_specs(recipe, listing) if s["number"] not in parts]
     known = {part.autoencoder_sha256 for part in parts.values()}
     done = len(listing) - count_pictures(specs)
     with Progress("encode", len(listing), "pictures", done) as progress:
-        for part in _encode_missing(recipe, specs, known):
+        for part in _encode_missing(recipe, plan, specs, known):
             parts[part.number] = part
             done += (part.entry.count if part.entry else 0) + len(part.rejected)
             progress.update(done)
@@ -91,7 +92,7 @@ def _require_autoencoder(recipe: Recipe) -> None:
 
 
 def _encode_missing(
-    recipe: Recipe, specs: list[dict[str, Any]], known_autoencoders: set[str]
+    recipe: Recipe, plan: Plan, specs: list[dict[str, Any]], known_autoencoders: set[str]
 ) -> Iterator[Part]:
     """Run the pipeline over the shards that are missing, in whatever order they finish."""
     if not specs:
@@ -112,43 +113,92 @@ def _encode_missing(
         _read_shard_pictures, fn_args=(source, recipe.data.resolution), num_cpus=reader_cpus
     ).map(
         _Encoder,
-        fn_constructor_args=(recipe.model_dump(mode="json"), sorted(known_autoencoders)),
+        fn_constructor_args=(
+            recipe.model_dump(mode="json"),
+            plan.model_dump(),
+            sorted(known_autoencoders),
+        ),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=actor_cpus,
         num_gpus=recipe.scaling.gpus_per_actor or None,
     )
     try:
         for row in encoded.iter_rows():
+            _raise_failure(row["failure"])
             yield Part.model_validate_json(row["part"])
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, DiffitError):
-            raise cause from error
-        raise DiffitError(f"a shard could not be encoded: {cause!r}") from error
+    except ray.exceptions.RayError as error:
+        raise DiffitError(
+            f"a shard could not be encoded: {_reason(error)}; the same command continues"
+        ) from error
+
+
+def _failure(error: DiffitError) -> str:
+    """An error as part of a row: Ray Data would wrap one that is raised beyond recognition."""
+    return json.dumps({"user": isinstance(error, UserError), "message": str(error)})
+
+
+def _raise_failure(text: str) -> None:
+    if text:
+        failure = json.loads(text)
+        raise (UserError if failure["user"] else DiffitError)(failure["message"])
+
+
+def _reason(error: ray.exceptions.RayError) -> str:
+    """The line of the exception that began a chain of remote ones."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception)\b", line)]
+    return (named or lines[-1:] or [type(error).__name__])[0]
 
 
 def _read_shard_pictures(row: dict[str, Any], source: str, resolution: int) -> dict[str, Any]:
     """CPU task: read, decode and crop the pictures of one shard."""
     spec = json.loads(row["spec"])
-    urls = (storage.join(source, path) for path in spec["paths"])
+    failure = _source_failure(source)
+    urls = (storage.join(source, path) for path in spec["paths"] if not failure)
     pictures = read_pictures(storage.read_bytes, urls, resolution)
     return {
         "spec": row["spec"],
         "kept": json.dumps(pictures.kept),
         "rejected": json.dumps(pictures.rejected),
         "pixels": pictures.pixels.tobytes(),
+        "failure": failure,
     }
+
+
+def _source_failure(source: str) -> str:
+    """What is wrong with this node: else all of a shard's pictures would pass for unreadable."""
+    if not storage.is_local(source) or storage.exists(source):
+        return ""
+    return _failure(
+        UserError(
+            f"data.source {source} is not there on node {socket.gethostname()} of the cluster; "
+            "give a place that every node reads, as s3://bucket/prefix"
+        )
+    )
 
 
 class _Encoder:
     """Actor: the autoencoder, and the writing of shards."""
 
-    def __init__(self, recipe: dict[str, Any], known_autoencoders: list[str]) -> None:
+    def __init__(
+        self, recipe: dict[str, Any], plan: dict[str, Any], known_autoencoders: list[str]
+    ) -> None:
+        self.recipe = Recipe.model_validate(recipe)
+        self.failure: DiffitError | None = None
+        try:
+            self._load(known_autoencoders)
+        # Raised from a constructor, it would reach the driver as a dead actor.
+        except DiffitError as error:
+            self.failure = error
+        else:
+            # Not before: an autoencoder that cannot serve leaves nothing behind.
+            write_plan(self.url, Plan.model_validate(plan))
+
+    def _load(self, known_autoencoders: list[str]) -> None:
         import torch
 
         from diffit_train.data.autoencoder import load_autoencoder
 
-        self.recipe = Recipe.model_validate(recipe)
         gpu = self.recipe.scaling.gpus_per_actor > 0
         self.autoencoder = load_autoencoder(self.recipe, torch.device("cuda" if gpu else "cpu"))
         self.sha256 = self.autoencoder.weight_hash()
@@ -160,6 +210,16 @@ class _Encoder:
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            _raise_failure(row["failure"])
+            if self.failure is not None:
+                raise self.failure
+            return {"part": self._encode(row), "failure": ""}
+        except DiffitError as error:
+            return {"part": "", "failure": _failure(error)}
+
+    def _encode(self, row: dict[str, Any]) -> str:
+        """Encode and commit a shard; its part."""
         spec, kept = json.loads(row["spec"]), json.loads(row["kept"])
         number, size = spec["number"], self.recipe.data.resolution
         pixels = np.frombuffer(row["pixels"], dtype=np.uint8).reshape(len(kept), size, size, 3)
@@ -186,7 +246,7 @@ class _Encoder:
         )
         text = part.model_dump_json(indent=1)
         storage.write_text(storage.join(self.url, "parts", f"{shard_name(number)}.json"), text)
-        return {"part": text}
+        return text
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
         """(n, R, R, 3) uint8 to (n, F, 2C, h, w) float16, in batches of a fixed size."""
@@ -238,48 +298,3 @@ def _check_rejected(recipe: Recipe, url: str, parts: dict[int, Part], total: int
         f"{len(rejected):,} of {total:,} pictures cannot be read, more than "
         f"data.max_rejected_fraction={limit:g} allows; mend them or raise the limit:{first}"
     )
-
-
-def _finish(recipe: Recipe, url: str, listing: PictureList, parts: dict[int, Part]) -> Manifest:
-    """Write rejected.jsonl, recipe.yaml and, last, the manifest; then the parts may go."""
-    ordered = [parts[number] for number in sorted(parts)]
-    shards = [part.entry for part in ordered if part.entry is not None]
-    rejected = [item for part in ordered for item in part.rejected]
-    written = sum(shard.count for shard in shards)
-    if not written:
-        raise UserError(f"no picture of {listing.url} can be read: {rejected[0].reason}")
-    if written + len(rejected) != len(listing):
-        raise DiffitError(
-            f"{written} written and {len(rejected)} rejected pictures do not add up to the "
-            f"{len(listing)} of {listing.url}; delete {url} and encode again"
-        )
-    frames, channels, height, width = ordered[0].shape
-    values = written * frames * height * width
-    mean = np.sum([part.total for part in ordered], axis=0) / values
-    std = np.sqrt(np.sum([part.squares for part in ordered], axis=0) / values - mean**2)
-    manifest = Manifest(
-        schema_version=SCHEMA,
-        recipe_hash=recipe.encode_hash(),
-        autoencoder=recipe.autoencoder.source,
-        autoencoder_sha256=ordered[0].autoencoder_sha256,
-        scale=ordered[0].scale,
-        channels=channels,
-        height=height,
-        width=width,
-        frames=frames,
-        classes=list(listing.classes),
-        input_sha256=listing.digest(),
-        shards=shards,
-        totals=Totals(input=len(listing), written=written, rejected=len(rejected)),
-        mean=mean.tolist(),
-        std=std.tolist(),
-    )
-    lines = "".join(item.model_dump_json() + "\n" for item in rejected)
-    storage.write_text(storage.join(url, REJECTED), lines)
-    storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
-    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
-    storage.remove(storage.join(url, "parts"))
-    if rejected:
-        place = storage.shown(storage.join(url, REJECTED))
-        say(f"{len(rejected):,} pictures could not be read; see {place}")
-    return manifest

@@ -17,9 +17,11 @@ import torch
 
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder
-from diffit_train.data.encode import encode
+from diffit_train.data.encode import _read_shard_pictures, encode
+from diffit_train.data.parts import make_plan, write_plan
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
-from diffit_train.data.shards import finished, load_manifest, read_shard
+from diffit_train.data.shards import finished, latents_url, load_manifest, read_shard
+from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError, UserError
 from tests.conftest import tiny_recipe
 
@@ -99,14 +101,16 @@ def test_unreadable_pictures_are_put_aside(project: Path, tmp_path: Path) -> Non
     paths = sorted((tmp_path / "pictures" / "digits").rglob("*.png"))
     paths[3].write_bytes(b"")
     paths[20].write_bytes(paths[20].read_bytes()[:100])
+    paths[21].unlink()
+    paths[21].symlink_to(tmp_path / "nowhere.png")
     manifest = encode(recipe)
-    assert manifest.totals.model_dump() == {"input": 24, "written": 22, "rejected": 2}
+    assert manifest.totals.model_dump() == {"input": 24, "written": 21, "rejected": 3}
     rows = [json.loads(r) for r in (tmp_path / "latents/digits/rejected.jsonl").open()]
     source = tmp_path / "pictures" / "digits"
-    assert [r["path"] for r in rows] == [str(paths[i].relative_to(source)) for i in (3, 20)]
+    assert [r["path"] for r in rows] == [str(paths[i].relative_to(source)) for i in (3, 20, 21)]
     assert rows[0]["reason"] == "empty file"
     keys = [k for s in manifest.shards for k in read_shard(f"{tmp_path}/latents/digits", s).keys]
-    assert keys == [i for i in range(24) if i not in (3, 20)]
+    assert keys == [i for i in range(24) if i not in (3, 20, 21)]
 
 
 def test_too_many_unreadable_pictures_stop_and_can_be_mended(
@@ -137,6 +141,53 @@ def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
         gpus = ("scaling.gpus_per_actor=1", "scaling.encode_actors=3")
         encode(tiny_recipe(tmp_path, *gpus))
     assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("autoencoder.source=nobody/no-such-vae", "no-such-vae cannot be loaded"),
+        ("autoencoder.latent_channels=5", "latent_channels is 5, but .* has 4"),
+    ],
+)
+def test_an_autoencoder_that_cannot_serve_is_named_and_can_be_mended(
+    project: Path, tmp_path: Path, override: str, words: str
+) -> None:
+    """Only the actors find it out; the message comes through, and no plan binds the next run."""
+    recipe = tiny_recipe(_copy(project, tmp_path))
+    with pytest.raises(UserError, match=words):
+        encode(tiny_recipe(tmp_path, override))
+    assert not (tmp_path / "latents").exists()
+    make_plan(recipe, latents_url(recipe), list_pictures(recipe))
+
+
+def test_a_plan_binds_from_the_first_finished_shard_on(encoded: Path, tmp_path: Path) -> None:
+    mine = tiny_recipe(_copy(encoded, tmp_path))
+    other, url = tiny_recipe(tmp_path, "data.flip=true"), latents_url(mine)
+    listing = list_pictures(mine)
+    write_plan(url, make_plan(mine, url, listing))
+    assert make_plan(other, url, listing).recipe_hash == other.encode_hash()
+    (Path(url) / "parts" / "shard-000000.tar.json").write_text("{}")
+    assert make_plan(mine, url, listing).recipe_hash == mine.encode_hash()
+    with pytest.raises(UserError, match="are of another recipe"):
+        make_plan(other, url, listing)
+    next((tmp_path / "pictures").rglob("*.png")).unlink()
+    with pytest.raises(UserError, match="have changed since"):
+        make_plan(mine, url, list_pictures(mine))
+
+
+def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(_copy(project, tmp_path))
+    (tmp_path / "latents" / "digits" / "shard-000000.tar").mkdir(parents=True)
+    with pytest.raises(DiffitError, match=r"could not be encoded: IsADirectoryError: .*shard-0"):
+        encode(recipe)
+
+
+def test_a_node_without_the_source_is_told_from_unreadable_pictures(tmp_path: Path) -> None:
+    row = {"spec": json.dumps({"paths": ["a/1.png"], "labels": [0], "number": 0, "first": 0})}
+    read = _read_shard_pictures(row, str(tmp_path / "unmounted"), 16)
+    assert "unmounted is not there on node" in read["failure"]
+    assert json.loads(read["rejected"]) == []
 
 
 def test_a_lost_shard_is_said(encoded: Path, tmp_path: Path) -> None:

@@ -75,6 +75,23 @@ def test_samples_are_shuffled_but_each_lane_reads_few_shards() -> None:
     assert lane != sorted(lane)
 
 
+@settings(max_examples=60, deadline=None)
+@given(orders(), st.integers(0, 3))
+def test_no_window_touches_more_shards_than_are_kept(order: SampleOrder, epoch: int) -> None:
+    for lane in range(order.lanes):
+        first = epoch * order.steps_per_epoch
+        steps = range(first, first + order.steps_per_epoch)
+        row = [sample for step in steps for sample in order.lane_samples(step, lane)]
+        for start in range(0, len(row), order.window):
+            touched = {shard for shard, _ in row[start : start + order.window]}
+            assert len(touched) <= order.shards_per_window()
+
+
+def test_a_short_last_shard_does_not_swell_the_cache() -> None:
+    """ImageNet in shards of 512 leaves 143; one left over would once have kept all shards."""
+    assert SampleOrder([512] * 100 + [1], 64, 64, 1024, 0).shards_per_window() <= 5
+
+
 def test_lanes_are_reduced_where_shards_are_few() -> None:
     assert SampleOrder([50, 50, 50], 64, 64, 8, 0).lanes == 2
     assert SampleOrder([50] * 100, 64, 64, 8, 0).lanes == 64

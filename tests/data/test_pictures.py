@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffit_train import storage
 from diffit_train.data.digits import write_digits
 from diffit_train.data.preprocess import (
     UnreadablePicture,
@@ -55,6 +56,29 @@ def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
     write_pictures(tmp_path / "pictures" / "digits", count=2, classes=2)
     with pytest.raises(UserError, match=r"2 class folders, but data\.num_classes is 3"):
         list_pictures(tiny_recipe(tmp_path))
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    """As in a subset of ImageNet made of links to class folders."""
+    write_pictures(tmp_path / "real", count=6)
+    source = tmp_path / "pictures" / "digits"
+    source.mkdir(parents=True)
+    for name in "abc":
+        (source / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real" / "a" / "circle").symlink_to(tmp_path / "real" / "a")
+    (tmp_path / "real" / "c" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    found = list_pictures(tiny_recipe(tmp_path))
+    names = ("a/000", "a/003", "b/001", "b/004", "c/002", "c/005", "c/lost")
+    assert found.paths == tuple(f"{name}.png" for name in names)
+
+
+def test_remote_folders_are_listed_alike(tmp_path: Path) -> None:
+    source = "memory://listed/pictures"
+    for path in ("b/2.PNG", "b/1.jpg", "a/deep/x.jpeg", "c/y.webp", "c/notes.txt", "stray.png"):
+        storage.write_bytes(storage.join(source, path), b"x")
+    found = list_pictures(tiny_recipe(tmp_path, f"data.source={source}"))
+    assert found.paths == ("a/deep/x.jpeg", "b/1.jpg", "b/2.PNG", "c/y.webp")
+    assert found.labels == (0, 1, 1, 2)
 
 
 @settings(max_examples=40, deadline=None)
@@ -107,6 +131,28 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         decode(_bytes(Image.new("RGB", (11, 11))))
 
 
+def test_a_strip_that_enlarging_would_make_huge_is_refused() -> None:
+    assert center_crop(Image.new("RGB", (2000, 2)), 64).shape == (64, 64, 3)
+    with pytest.raises(UnreadablePicture, match="60000x1 pixels are too long a strip"):
+        center_crop(Image.new("RGB", (60_000, 1)), 256)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError, IsADirectoryError])
+def test_a_picture_that_cannot_be_opened_is_put_aside(error: type[OSError]) -> None:
+    def read(path: str) -> bytes:
+        raise error(2, "cannot be opened", path)
+
+    assert read_pictures(read, ["a"], 4).rejected == [(0, f"{error.__name__}: cannot be opened")]
+
+
+def test_a_lost_network_is_no_fault_of_a_picture() -> None:
+    def read(path: str) -> bytes:
+        raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(ConnectionResetError):
+        read_pictures(read, ["a"], 4)
+
+
 def test_reading_keeps_positions() -> None:
     files = {
         "a": _bytes(Image.new("RGB", (9, 9), "red")),
@@ -146,8 +192,10 @@ def test_digits_are_written_once_and_completed(
     assert json.loads(marker.read_text())["pictures"] == 1797
     marker.unlink()
     (folder / "0" / "0000.png").unlink()
+    kept = (folder / "1" / "0001.png").stat().st_mtime_ns
     write_digits(str(folder), 16)
     assert (folder / "0" / "0000.png").exists()
+    assert (folder / "1" / "0001.png").stat().st_mtime_ns == kept
     assert marker.exists()
 
 
@@ -157,6 +205,14 @@ def test_digits_refuse_bad_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "holiday").mkdir()
     with pytest.raises(UserError, match="'holiday'"):
         write_digits(str(tmp_path), 16)
+    mine = tmp_path / "mine"
+    for path, data in (("3/holiday.png", b"x"), ("0/0000.png", b"not a digit of ours")):
+        (mine / path).parent.mkdir(parents=True)
+        (mine / path).write_bytes(data)
+        with pytest.raises(UserError, match=path):
+            write_digits(str(mine), 16)
+        assert [p.read_bytes() for p in mine.rglob("*.png")] == [data]
+        (mine / path).unlink()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"pip install 'diffit-train\[demo\]'"):
         write_digits(str(tmp_path / "new"), 16)
