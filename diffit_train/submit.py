@@ -167,8 +167,14 @@ def _send_when_ready(client: Any, request: dict[str, Any]) -> None:
             client.submit_job(**request)
             return
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > deadline_s:
+                raise DiffitError(
+                    f"no node of the cluster takes jobs after {READY_S:g} s: the head node's "
+                    "dashboard agent is not up, or its port is taken (52365, unless `ray start "
+                    "--dashboard-agent-listen-port` names another)"
+                ) from error
             time.sleep(1.0)
 
 

@@ -28,10 +28,13 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The job server of a cluster of its own, as `ray start --head` makes it."""
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard, agent = _free_port(), _free_port(), _free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
     command += ["--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    # Any other Ray session of this machine holds the agent's default port, and an agent
+    # without its port takes no jobs.
+    command += [f"--dashboard-agent-listen-port={agent}"]
     log = (tmp_path_factory.mktemp("head") / "log").open("wb")
     head = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{dashboard}"
