@@ -60,9 +60,10 @@ class Parameter(_Strict):
 
 
 class Index(_Strict):
-    """What lies where in a checkpoint."""
+    """What lies where in a checkpoint; one made from imported weights holds only `ema`."""
 
     schema_version: int
+    kinds: tuple[Kind, ...] = KINDS
     files: dict[str, FileEntry]
     parameters: dict[str, Parameter]
 
@@ -175,10 +176,17 @@ def read_slices(
     Only the files that hold a part of them are read; each is verified first.
 
     Raises:
+        UserError: the checkpoint was imported and does not hold a kind.
         DiffitError: a file is missing or damaged, or a parameter is not in the checkpoint.
     """
     index = read_index(run_url, step)
     url = checkpoint_url(run_url, step)
+    absent = [kind for kind in kinds if kind not in index.kinds]
+    if absent:
+        raise UserError(
+            f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}: its "
+            "weights were imported; they can be sampled and evaluated as the EMA, not trained on"
+        )
     out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
     by_file: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
     for number, part in enumerate(wanted):

@@ -18,7 +18,10 @@ from diffit_train.config import Recipe, load_recipe, packaged_recipes
 class WorkOrder(TyperGroup):
     """Lists the commands in the order in which they are used."""
 
-    order = ("data", "autoencoder", "features", "encode", "train", "evaluate", "compare", "submit")
+    order = (
+        *("data", "autoencoder", "features", "plan", "encode", "train", "evaluate", "sample"),
+        *("compare", "import", "export", "submit"),
+    )
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the commands."""
@@ -74,6 +77,9 @@ RunName = Annotated[
 Steps = Annotated[
     list[str] | None,
     typer.Option("--step", help="Checkpoint by its step, or `newest`; may be repeated."),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read a weight file that is a pickle.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -175,6 +181,111 @@ def evaluate(
     """
     recipe = _recipe(name, overrides, root)
     _print(command.evaluate(recipe, run or recipe.name, step or [], address), as_json)
+
+
+@app.command()
+def plan(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    gpu: Annotated[str, typer.Option(help="GPU that is reckoned with.")] = "H100",
+    mfu: Annotated[
+        float, typer.Option(help="Share of its bf16 matrix rate that training reaches.")
+    ] = 0.4,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU-hour.")] = None,
+    emas: Annotated[int, typer.Option(min=0, help="Averages of the weights that are kept.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Say what a run needs: parameters, work, memory per GPU, storage, hours and cost.
+
+    Example: `diffit plan imagenet256 --gpu H100 --mfu 0.4 --price 2.5 scaling.workers=16`
+    """
+    from diffit_train import plan as planning
+
+    recipe = _recipe(name, overrides, root)
+    result = planning.plan(recipe, planning.Machine(gpu, mfu, price), emas)
+    if as_json:
+        _print(result, as_json)
+    else:
+        planning.print_plan(result)
+
+
+@app.command()
+def sample(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Annotated[
+        str, typer.Option("--step", help="Checkpoint by its step, or `newest`.")
+    ] = command.NEWEST,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights from a file (an export, or published) instead of a run."),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="Class by name or number; may be repeated."),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, as 0-3,8: a picture of each class for each.")
+    ] = "0-3",
+    out: Annotated[str, typer.Option(help="Folder for grid.png and single pictures.")] = "samples",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Make pictures of chosen classes and seeds; sampler and guidance are those of the recipe.
+
+    Example: `diffit sample demo --root my-project --class 3 --class 7 --seeds 0-9 --out threes`
+    """
+    recipe = _recipe(name, overrides, root)
+    source = command.WeightSource(run or recipe.name, step, weights, allow_pickle)
+    _print(command.sample(recipe, source, classes or [], seeds, out, batch_size), as_json)
+
+
+@app.command("import")
+def import_(
+    name: RecipeName,
+    file: Annotated[str, typer.Argument(help="Weight file.", show_default=False)],
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Annotated[int, typer.Option(min=0, help="Step under which the weights are kept.")] = 0,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Read a weight file under the published names into a run, ready to sample and evaluate.
+
+    Example: `diffit import imagenet256 diffit_256.safetensors --root my-project --run nvidia`
+    """
+    recipe = _recipe(name, overrides, root)
+    result = command.import_weights(recipe, run or recipe.name, file, step, allow_pickle)
+    _print(result, as_json)
+
+
+@app.command()
+def export(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Annotated[
+        str, typer.Option("--step", help="Checkpoint by its step, or `newest`.")
+    ] = command.NEWEST,
+    raw: Annotated[bool, typer.Option("--raw", help="Raw weights, not the EMA.")] = False,
+    out: Annotated[
+        str | None, typer.Option(help="File. Default: RUN/export/ema-STEP.safetensors.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint's weights to one safetensors file under the published names.
+
+    Example: `diffit export demo --root my-project --step newest`
+    """
+    recipe = _recipe(name, overrides, root)
+    result = command.export_weights(recipe, run or recipe.name, step, raw, out)
+    _print(result, as_json)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diffit_train import storage
@@ -90,13 +91,9 @@ def evaluate(
     recipe: Recipe, run: str, steps: Sequence[str], address: str | None = None
 ) -> list[dict[str, Any]]:
     """Evaluate checkpoints of a run: a result for each of `steps`, numbers or `newest`."""
-    from diffit_train.checkpoints import require_step
     from diffit_train.evaluation.result import finished
-    from diffit_train.training.run import check_recipe, run_url
 
-    if check_recipe(recipe, run) is None:
-        raise UserError(f"there is no run {run!r} under {recipe.storage.root}; train it first")
-    wanted = [require_step(run_url(recipe, run), _step(text)) for text in steps or (NEWEST,)]
+    wanted = [_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
     results = {step: finished(recipe, run, step) for step in wanted}
     missing = [step for step, result in results.items() if result is None]
     if missing:
@@ -111,6 +108,81 @@ def evaluate(
         figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         say(f"step {result.step:,}: {figures}  {storage.shown(result.grid)}")
     return [result.model_dump(mode="json") for result in found]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Which weights to sample: a checkpoint of a run, or a file."""
+
+    run: str
+    step: str = NEWEST
+    file: str | None = None
+    allow_pickle: bool = False
+
+
+def sample(
+    recipe: Recipe,
+    source: WeightSource,
+    classes: Sequence[str],
+    seeds: str,
+    out: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Sample pictures of classes and seeds into a folder; the record of samples.json."""
+    from diffit_train.evaluation import sample as stage
+
+    labels = stage.choose_classes(stage.class_names(recipe), classes)
+    numbers = stage.parse_seeds(seeds)
+    if source.file is not None:
+        title = storage.shown(source.file)
+        weights = stage.file_weights(recipe, source.file, source.allow_pickle)
+    else:
+        url, step = _checkpoint(recipe, source.run, source.step)
+        title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
+        weights = stage.run_weights(recipe, url, step)
+    folder = storage.absolute(out)
+    result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
+    say(f"{len(result['pictures'])} pictures in {storage.shown(folder)}")
+    return result
+
+
+def import_weights(
+    recipe: Recipe, run: str, file: str, step: int, allow_pickle: bool
+) -> dict[str, Any]:
+    """Read a weight file into a run."""
+    from diffit_train.training import exchange
+
+    url = exchange.import_weights(recipe, run, storage.absolute(file), step, allow_pickle)
+    say(f"run {storage.shown(url)} holds {storage.shown(file)} as the EMA of step {step:,}")
+    return {"run": run, "url": url, "step": step}
+
+
+def export_weights(
+    recipe: Recipe, run: str, step: str, raw: bool, out: str | None
+) -> dict[str, Any]:
+    """Write a checkpoint's weights to a file."""
+    from diffit_train.training import exchange
+
+    _, number = _checkpoint(recipe, run, step)
+    kind = "raw" if raw else "ema"
+    target = None if out is None else storage.absolute(out)
+    file = exchange.export_weights(recipe, run, number, kind, target)
+    say(f"wrote {storage.shown(file)}: {kind} of {run}, step {number:,}")
+    return {"file": file, "run": run, "step": number, "weights": kind}
+
+
+def _checkpoint(recipe: Recipe, run: str, step: str) -> tuple[str, int]:
+    """Folder of a run and the step asked for, if both are there."""
+    from diffit_train.checkpoints import require_step
+    from diffit_train.training.run import check_recipe, run_url
+
+    if check_recipe(recipe, run) is None:
+        raise UserError(
+            f"there is no run {run!r} under {recipe.storage.root}; train it first, or name "
+            "another by --run"
+        )
+    url = run_url(recipe, run)
+    return url, require_step(url, _step(step))
 
 
 def _step(text: str) -> int | None:

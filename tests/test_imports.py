@@ -29,8 +29,9 @@ ALLOWED = {
     "training": BASE | {"models", "diffusion", "data", "tracking"},
     "evaluation": BASE | {"models", "diffusion", "data", "tracking"},
     "command": BASE | {"data", "training", "evaluation", "tracking"},
+    "plan": BASE | {"models", "data"},
     "submit": BASE,
-    "cli": BASE | {"command", "submit", "data", "training", "evaluation", "tracking"},
+    "cli": BASE | {"command", "plan", "submit", "data", "training", "evaluation", "tracking"},
 }
 
 # Where a framework may be imported, by path below the package.

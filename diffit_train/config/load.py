@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffit_train import storage
+from diffit_train.config.presets import PRESETS
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
 
@@ -124,6 +125,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {section!r} holds {child!r}, not a section")
         node = child
+    if key == "model.preset" and value in PRESETS:
+        # It stands for all its sizes, also those that the file spells out.
+        for size in PRESETS[value]:
+            node.pop(size, None)
     node[last] = value
 
 

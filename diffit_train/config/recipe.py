@@ -11,11 +11,26 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffit_train import storage
+from diffit_train.config.presets import PRESETS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+# Which samplers belong to which objective.
+SAMPLERS = {
+    "epsilon": ("ddpm", "ddim", "dpmpp_2m", "heun"),
+    "flow": ("euler", "heun", "sde"),
+}
+# Keys of `train` that say how a step is computed; results differ by rounding only.
+EXECUTION_KEYS = (
+    "zero_stage",
+    "compile",
+    "activation_checkpointing",
+    "checkpoint_every_nth_block",
+)
 
 
 class Section(BaseModel):
@@ -35,6 +50,9 @@ class Data(Section):
     pictures_per_shard: PositiveInt = Field(default=512, description="pictures in a shard")
     max_rejected_fraction: Fraction = Field(
         default=0.01, description="stop when more of the pictures than this cannot be read"
+    )
+    expected_pictures: PositiveInt | None = Field(
+        default=None, description="number of pictures, for `diffit plan` before they are encoded"
     )
     lanes: PositiveInt = Field(
         default=64, description="parallel streams of samples; a world size must divide them"
@@ -74,22 +92,46 @@ class Autoencoder(Section):
 
 
 class Model(Section):
-    """Size of the transformer (FACTS of the paper's table: hidden 1152, depth 28, 16 heads)."""
+    """The transformer. Keys beside `preset` change what the preset says."""
 
-    architecture: Literal["diffit"] = "diffit"
+    preset: str | None = Field(
+        default=None, description=f"named sizes: {', '.join(PRESETS)}; null: the keys below"
+    )
+    architecture: Literal["diffit", "dit", "dit_tmsa"] = Field(
+        default="diffit", description="DiffiT; DiT with adaLN-Zero; DiT with TMSA in its place"
+    )
     patch_size: PositiveInt = 2
     hidden_size: Annotated[int, Field(gt=0, multiple_of=4)] = 1152
     depth: PositiveInt = 28
     num_heads: PositiveInt = 16
     mlp_ratio: Positive = 4.0
+    conditional: bool = Field(default=True, description="whether the model is told the label")
     label_init_std: Positive = Field(
         default=0.02, description="standard deviation of the label table at the start"
     )
+    attention: Literal["auto", "reference", "sdpa", "flex"] = Field(
+        default="auto", description="attention kernel; auto: flex on CUDA, sdpa elsewhere"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        if name is None:
+            return values
+        if name not in PRESETS:
+            raise ValueError(f"model.preset is {name!r}, but must be one of: {', '.join(PRESETS)}")
+        return {**PRESETS[name], **values}
 
 
 class Diffusion(Section):
-    """ADM's diffusion: epsilon prediction with learned-range variance."""
+    """The forward process, and what the model predicts."""
 
+    objective: Literal["epsilon", "flow"] = Field(
+        default="epsilon",
+        description="epsilon: ADM's noise prediction with learned-range variance; "
+        "flow: velocity on the linear path (SiT)",
+    )
     timesteps: Annotated[int, Field(gt=1)] = 1000
     beta_start: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4
     beta_end: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
@@ -111,7 +153,20 @@ class Train(Section):
     label_dropout: Fraction = Field(default=0.1, description="share of labels replaced by null")
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
     zero_stage: Literal[1, 2] = Field(default=2, description="DeepSpeed ZeRO stage")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16_autocast"] = Field(
+        default="fp32",
+        description="bf16: bf16 weights beside fp32 master weights; bf16_autocast: fp32 weights, "
+        "bf16 matrix products",
+    )
+    compile: bool = Field(default=False, description="compile the blocks by torch.compile")
+    activation_checkpointing: Literal["none", "selective", "blocks"] = Field(
+        default="none",
+        description="what is computed again in the backward pass; selective: all but matrix "
+        "products and attention; blocks: everything inside a block",
+    )
+    checkpoint_every_nth_block: PositiveInt = Field(
+        default=1, description="blocks to which activation_checkpointing applies: every n-th"
+    )
     seed: int = Field(default=0, ge=0)
     checkpoint_every: PositiveInt = Field(default=10_000, description="steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(
@@ -123,7 +178,10 @@ class Train(Section):
 class Sampler(Section):
     """How latents are drawn."""
 
-    name: Literal["ddpm", "ddim"] = "ddpm"
+    name: Literal["ddpm", "ddim", "dpmpp_2m", "heun", "euler", "sde"] = Field(
+        default="ddpm",
+        description="for epsilon: ddpm, ddim, dpmpp_2m or heun; for flow: euler, heun or sde",
+    )
     steps: PositiveInt = 250
     eta: Fraction = Field(default=0.0, description="DDIM's share of fresh noise")
 
@@ -131,12 +189,27 @@ class Sampler(Section):
 class Guidance(Section):
     """Classifier-free guidance."""
 
-    kind: Literal["constant", "power_cosine"] = "power_cosine"
+    kind: Literal["constant", "power_cosine", "interval", "none"] = "power_cosine"
     scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 4.4
     power: Positive = Field(default=4.0, description="exponent of power_cosine")
-    channels: PositiveInt = Field(
+    low: Fraction = Field(default=0.0, description="interval: guided from this share of the time")
+    high: Fraction = Field(default=1.0, description="interval: guided up to this share of the time")
+    channels: PositiveInt | Literal["all"] = Field(
         default=3, description="leading latent channels that are guided; as published: 3"
     )
+    skip_within: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=1e-4,
+        description="the unconditional pass is left out where the weight is this close to 1",
+    )
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(
+                f"evaluate.guidance.low is {self.low}, but must be below evaluate.guidance.high "
+                f"({self.high})"
+            )
+        return self
 
 
 class FeaturesFit(Section):
@@ -167,6 +240,8 @@ class Evaluate(Section):
     samples: Annotated[int, Field(gt=1)] = 50_000
     batch_size: PositiveInt = Field(default=64, description="pictures generated and kept at once")
     weights: Literal["ema", "raw"] = "ema"
+    precision: Literal["fp32", "bf16_autocast"] = "fp32"
+    compile: bool = Field(default=False, description="compile the blocks by torch.compile")
     seed: int = Field(default=0, ge=0)
     sampler: Sampler = Sampler()
     guidance: Guidance = Guidance()
@@ -273,10 +348,22 @@ class Recipe(Section):
                 f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at most "
                 f"diffusion.timesteps ({diffusion.timesteps})"
             )
-        if evaluate.guidance.channels > self.autoencoder.latent_channels:
+        samplers = SAMPLERS[diffusion.objective]
+        if evaluate.sampler.name not in samplers:
             raise ValueError(
-                f"evaluate.guidance.channels is {evaluate.guidance.channels}, but must be at most "
+                f"evaluate.sampler.name is {evaluate.sampler.name!r}, but must be one of "
+                f"{', '.join(samplers)} where diffusion.objective is {diffusion.objective!r}"
+            )
+        guided = evaluate.guidance.channels
+        if guided != "all" and guided > self.autoencoder.latent_channels:
+            raise ValueError(
+                f"evaluate.guidance.channels is {guided}, but must be at most "
                 f"autoencoder.latent_channels ({self.autoencoder.latent_channels})"
+            )
+        if not self.model.conditional and evaluate.guidance.kind != "none":
+            raise ValueError(
+                f"evaluate.guidance.kind is {evaluate.guidance.kind!r}, but must be 'none' where "
+                "model.conditional is false"
             )
         return self
 
@@ -293,20 +380,20 @@ class Recipe(Section):
 
     def train_identity(self) -> dict[str, Any]:
         """The keys that determine the weights after a given step."""
-        free = {"checkpoint_every", "keep_checkpoints", "log_every"}
+        free = {"checkpoint_every", "keep_checkpoints", "log_every", *EXECUTION_KEYS}
         if self.train.lr_schedule == "constant":
             free.add("steps")
         return {
             **self.encode_identity(),
             "order": self.data.model_dump(mode="json", include={"name", "lanes", "shuffle_window"}),
-            "model": self.model.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json", exclude={"preset", "attention"}),
             "diffusion": self.diffusion.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json", exclude=free),
         }
 
     def evaluate_identity(self) -> dict[str, Any]:
         """The keys that determine the figures of a given checkpoint."""
-        return self.evaluate.model_dump(mode="json", exclude={"features": {"fit"}})
+        return self.evaluate.model_dump(mode="json", exclude={"features": {"fit"}, "compile": True})
 
     def encode_hash(self) -> str:
         """SHA-256 of `encode_identity`."""

@@ -79,7 +79,8 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
         UserError: it cannot be had, or its latents are not those that the recipe says.
     """
     url, section = autoencoder_url(recipe), recipe.autoencoder
-    model = _load_model(url, hub=url == section.source and not _is_path(url))
+    dtype = _DTYPES[section.precision]
+    model = _load_model(url, dtype, hub=url == section.source and not _is_path(url))
     channels, factor = model.config.latent_channels, 2 ** (len(model.config.block_out_channels) - 1)
     for key, mine, theirs in (
         ("latent_channels", section.latent_channels, channels),
@@ -88,8 +89,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
         if mine != theirs:
             raise UserError(f"autoencoder.{key} is {mine}, but {url} has {theirs}")
     scale = section.scale if section.scale is not None else float(model.config.scaling_factor)
-    dtype = _DTYPES[section.precision]
-    model = model.to(device, dtype).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
     return Autoencoder(model, section.source, scale, device, dtype)
 
 
@@ -98,7 +98,7 @@ def _is_path(source: str) -> bool:
     return "://" in source or source.startswith(("/", ".", "~")) or Path(source).exists()
 
 
-def _load_model(url: str, hub: bool) -> Any:
+def _load_model(url: str, dtype: torch.dtype, hub: bool) -> Any:
     # Progress bars of downloads are for people; inside actors they only fill logs.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from diffusers import AutoencoderKL
@@ -108,11 +108,13 @@ def _load_model(url: str, hub: bool) -> Any:
             f"there is no autoencoder in {url}; run `diffit autoencoder fit`, or set "
             "autoencoder.source to a folder in diffusers' format or a hub id"
         )
+    # Said outright, since diffusers would warn that it falls back to this.
+    options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     try:
         if hub or storage.is_local(url):
-            return AutoencoderKL.from_pretrained(url)
+            return AutoencoderKL.from_pretrained(url, **options)
         with storage.local_folder(url) as folder:
-            return AutoencoderKL.from_pretrained(folder)
+            return AutoencoderKL.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

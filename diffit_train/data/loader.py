@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -133,13 +133,13 @@ def draw(
     count: int,
     shape: tuple[int, int, int],
     frames: int,
-    timesteps: int,
+    draw_timesteps: Callable[[np.random.Generator, int], np.ndarray],
     label_dropout: float,
 ) -> Draws:
     """Timesteps, noise, posterior noise, flips and dropped labels from (seed, step, lane) alone."""
     random = _generator(seed, _DRAW, step, lane)
     return Draws(
-        t=random.integers(timesteps, size=count),
+        t=draw_timesteps(random, count),
         noise=random.standard_normal((count, *shape), dtype=np.float32),
         posterior=random.standard_normal((count, *shape), dtype=np.float32),
         flip=random.integers(frames, size=count),

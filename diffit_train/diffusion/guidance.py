@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffit_train.config.recipe import Guidance
+
 Weight = Callable[[float], float]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,27 +30,55 @@ def power_cosine(scale: float, power: float, timesteps: int = 1000) -> Weight:
     return weight
 
 
+def interval(scale: float, low: float, high: float, timesteps: int = 1000) -> Weight:
+    """`scale` where low <= t / T <= high, else 1 (Kynkäänniemi et al. 2024, equation 5)."""
+    return lambda t: scale if low <= t / timesteps <= high else 1.0
+
+
+def build_weight(guidance: Guidance, timesteps: int) -> Weight:
+    """The recipe's weight of the conditional prediction at each timestep."""
+    if guidance.kind == "constant":
+        return constant(guidance.scale)
+    if guidance.kind == "power_cosine":
+        return power_cosine(guidance.scale, guidance.power, timesteps)
+    if guidance.kind == "interval":
+        return interval(guidance.scale, guidance.low, guidance.high, timesteps)
+    return constant(1.0)
+
+
+def saved_share(weight: Weight, timesteps: list[float], skip_within: float) -> float:
+    """Share of the model's evaluations that leaving out idle unconditional passes saves.
+
+    Args:
+        timesteps: of every call of the denoiser.
+    """
+    idle = sum(abs(weight(t) - 1.0) <= skip_within for t in timesteps)
+    return idle / (2.0 * len(timesteps))
+
+
 def guided(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     labels: Tensor,
     null_label: int,
     weight: Weight,
     channels: int,
+    skip_within: float = 0.0,
 ) -> Denoiser:
     """A denoiser (x, t) of conditional model output pushed away from the unconditional one.
 
-    Only the first `channels` channels of the predicted noise are guided, eps = u + w(t) (c - u);
-    the other channels and the variance stay the conditional ones. All pictures share one t.
+    Only the first `channels` channels of the output are guided, u + w(t) (c - u); the other
+    channels and the variance stay the conditional ones. All pictures share one t.
 
     Args:
-        model: (x, t, labels) to (B, 2C, h, w).
+        model: (x, t, labels) to (B, O, h, w).
         labels: (B,), the classes asked for.
+        skip_within: the unconditional pass is left out where |w(t) - 1| is at most this.
     """
     null = torch.full_like(labels, null_label)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         w = weight(float(t[0]))
-        if w == 1.0:
+        if abs(w - 1.0) <= skip_within:
             return model(x, t, labels)
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null]))
         conditional, unconditional = both.chunk(2)

@@ -1,25 +1,44 @@
-"""Samplers: plain functions over any denoiser, one signature for all.
+"""Samplers: plain functions over any denoiser.
+
+For ADM's diffusion
 
     sampler(schedule, denoise, x, noise) -> x_0
 
-`schedule` is the respaced diffusion; `denoise(x, t)` gets the original timesteps t (B,) and
-returns (B, 2C, h, w); x (B, C, h, w) is standard normal; `noise(i)` gives the fresh standard
-normal noise of step i, so that a caller may seed every picture by itself.
+where `schedule` is the respaced diffusion and `denoise(x, t)` gets the original timesteps t (B,)
+and returns (B, 2C, h, w), predicted noise first. For the flow
+
+    sampler(steps, velocity, x, noise) -> x_0
+
+where `velocity(x, t)` gets t (B,) in [0, 1] and returns (B, C, h, w). Either way x (B, C, h, w)
+is standard normal, and `noise(i)` gives the fresh standard normal noise of step i, so that a
+caller may seed every picture by itself.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffit_train.diffusion.flow import score
 from diffit_train.diffusion.gaussian import learned_log_variance, posterior_mean, predict_x0
 from diffit_train.diffusion.guidance import Denoiser
 from diffit_train.diffusion.schedule import Schedule
 
 Noise = Callable[[int], Tensor]
+DiffusionSampler = Callable[[Schedule, Denoiser, Tensor, Noise], Tensor]
+FlowSampler = Callable[[int, Denoiser, Tensor, Noise], Tensor]
+
+# The flow's stochastic sampler stops here and takes the rest in one deterministic step, since
+# its score divides by t (SiT's sampling code).
+SDE_LAST_TIME = 0.04
+
+
+# ---- ADM's diffusion ----
 
 
 def _predict(
@@ -57,3 +76,90 @@ def ddim(
         if sigma > 0 and i > 0:
             x = x + sigma * noise(i)
     return x
+
+
+def dpmpp_2m(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), a multistep method of second order.
+
+    Deterministic. One evaluation a step; first and last step are of first order, the last
+    because it goes to noise zero, where the logarithm of the signal-to-noise ratio is infinite.
+    """
+    signal, sigma = np.sqrt(schedule.alpha_bar), np.sqrt(1.0 - schedule.alpha_bar)
+    log_ratio = np.log(signal / sigma)
+    before: Tensor | None = None
+    for i in reversed(range(len(schedule))):
+        index, predicted, _ = _predict(schedule, denoise, x, i)
+        x0 = predict_x0(schedule, x, index, predicted)
+        if i == 0:
+            return x0
+        step = log_ratio[i - 1] - log_ratio[i]
+        estimate = x0
+        if before is not None:
+            ratio = (log_ratio[i] - log_ratio[i + 1]) / step
+            estimate = x0 + (x0 - before) / float(2.0 * ratio)
+        kept = float(sigma[i - 1] / sigma[i])
+        x = kept * x - float(signal[i - 1] * math.expm1(-step)) * estimate
+        before = x0
+    return x
+
+
+def heun(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
+    """Heun's method on the probability-flow ODE (Karras et al. 2022, algorithm 1).
+
+    In y = x / sqrt(alpha_bar) and s = sqrt(1 / alpha_bar - 1) the ODE is dy / ds = predicted
+    noise. Deterministic; two evaluations a step, one in the last, which goes to s = 0.
+    """
+    signal = np.sqrt(schedule.alpha_bar)
+    s = np.sqrt(1.0 / schedule.alpha_bar - 1.0)
+    last = len(schedule) - 1
+    y = x / float(signal[last])
+    for i in reversed(range(len(schedule))):
+        _, slope, _ = _predict(schedule, denoise, y * float(signal[i]), i)
+        if i == 0:
+            return y - float(s[0]) * slope
+        width = float(s[i - 1] - s[i])
+        there = y + width * slope
+        _, slope_there, _ = _predict(schedule, denoise, there * float(signal[i - 1]), i - 1)
+        y = y + width * 0.5 * (slope + slope_there)
+    return y
+
+
+# ---- The flow ----
+
+
+def _times(x: Tensor, t: float) -> Tensor:
+    return torch.full((len(x),), t, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.device)
+
+
+def flow_euler(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
+    """Euler's method on the flow's ODE from t = 1 to 0. Deterministic."""
+    times = np.linspace(1.0, 0.0, steps + 1)
+    for now, then in itertools.pairwise(times):
+        x = x + float(then - now) * velocity(x, _times(x, now))
+    return x
+
+
+def flow_heun(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
+    """Heun's method on the flow's ODE from t = 1 to 0. Deterministic; two evaluations a step."""
+    times = np.linspace(1.0, 0.0, steps + 1)
+    for now, then in itertools.pairwise(times):
+        width = float(then - now)
+        slope = velocity(x, _times(x, now))
+        slope_there = velocity(x + width * slope, _times(x, then))
+        x = x + width * 0.5 * (slope + slope_there)
+    return x
+
+
+def flow_sde(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
+    """Euler-Maruyama on the flow's reverse SDE with diffusion w(t) = t (SiT, equation 4).
+
+    The last step, from SDE_LAST_TIME to 0, is deterministic.
+    """
+    times = np.linspace(1.0, SDE_LAST_TIME, steps)
+    for i, (now, then) in enumerate(itertools.pairwise(times)):
+        t, width = _times(x, now), float(now - then)
+        slope = velocity(x, t)
+        drift = slope - 0.5 * float(now) * score(slope, x, t)
+        x = x - width * drift + math.sqrt(float(now) * width) * noise(i)
+    now = float(times[-1])
+    return x - now * velocity(x, _times(x, now))

@@ -19,6 +19,7 @@ from diffit_train import cluster, storage
 from diffit_train.checkpoints import State, read_state, read_weights
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
+from diffit_train.evaluation.generate import guidance_saving
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.metrics import Moments, frechet_distance, precision_recall
 from diffit_train.evaluation.result import (
@@ -28,7 +29,7 @@ from diffit_train.evaluation.result import (
     features_info,
     finished,
 )
-from diffit_train.progress import Progress
+from diffit_train.progress import Progress, say
 from diffit_train.tracking import Tracker
 
 # A chunk whose actors died this often kills them itself.
@@ -68,6 +69,8 @@ def _evaluate_step(recipe: Recipe, run: str, step: int, fleet: Fleet) -> Result:
     key = evaluation_key(recipe, run_url, step)
     url = evaluation_url(recipe, run, step, key)
     storage.remove_temporary(url)
+    if saving := guidance_saving(recipe):
+        say(saving)
     started_s = time.monotonic()
     fleet.generate(step, url, key)
     generated = _collect(recipe, url, key)
@@ -187,12 +190,14 @@ def _figures(recipe: Recipe, generated: Generated, reference: dict[str, Any]) ->
     precision, recall = precision_recall(
         reference["features"], features, recipe.evaluate.neighbours
     )
-    return {
+    figures = {
         f"fd_{recipe.evaluate.features.name}": distance,
         "precision": precision,
         "recall": recall,
-        "label_agreement": float((generated.labels == generated.seen).mean()),
     }
+    if recipe.model.conditional:
+        figures["label_agreement"] = float((generated.labels == generated.seen).mean())
+    return figures
 
 
 # ---- Actors ----
@@ -224,7 +229,10 @@ class Worker:
             self.generator = Generator(self.recipe, weights, self.autoencoder)
             self.step = step
         indices = _chunk_indices(self.recipe, number)
-        pixels, labels = self.generator(indices)
+        # Picture i is of class i mod classes.
+        labels = np.array(indices, dtype=np.int64) % self.recipe.data.num_classes
+        seed = self.recipe.evaluate.seed
+        pixels = self.generator([(seed, i) for i in indices], labels.tolist())
         features, logits = self.network.extract(pixels)
         tensors = {
             "pixels": np.ascontiguousarray(pixels),

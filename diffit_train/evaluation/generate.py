@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,29 +10,26 @@ from torch import Tensor, nn
 
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import Autoencoder
-from diffit_train.diffusion import guidance, samplers
-from diffit_train.diffusion.schedule import evenly_spaced, linear_schedule, respace
+from diffit_train.diffusion.guidance import build_weight, guided, saved_share
+from diffit_train.diffusion.objective import build_objective, visited_timesteps
 from diffit_train.errors import DiffitError
 from diffit_train.models.build import build_model
-
-# Set when the model is made, not learned, so no checkpoint holds them.
-_FIXED = ("pos_embed", "relative_position_index")
+from diffit_train.models.published import FIXED
+from diffit_train.models.runtime import compile_blocks, use_kernel
 
 
 class PictureNoise:
     """Standard normal noise (B, C, h, w), each picture's from its own generator.
 
     Args:
-        seed: of the evaluation.
-        indices: of the pictures, (B,).
+        keys: (seed, index) of each picture, (B,).
         shape: (C, h, w).
     """
 
-    def __init__(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> None:
+    def __init__(self, keys: Sequence[tuple[int, int]], shape: tuple[int, int, int]) -> None:
         self.shape = shape
         self.generators = [
-            np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
-            for index in indices
+            np.random.Generator(np.random.Philox(np.random.SeedSequence(key))) for key in keys
         ]
 
     def __call__(self, device: torch.device) -> Tensor:
@@ -57,51 +53,79 @@ class Generator:
     ) -> None:
         self.recipe, self.autoencoder = recipe, autoencoder
         self.device = autoencoder.device
-        self.model = _with_weights(build_model(recipe), weights).to(self.device)
-        diffusion, sampler = recipe.diffusion, recipe.evaluate.sampler
-        whole = linear_schedule(diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
-        self.schedule = respace(whole, evenly_spaced(diffusion.timesteps, sampler.steps))
-        self.sampler = (
-            samplers.ddpm
-            if sampler.name == "ddpm"
-            else functools.partial(samplers.ddim, eta=sampler.eta)
-        )
-        section = recipe.evaluate.guidance
-        self.weight = (
-            guidance.constant(section.scale)
-            if section.kind == "constant"
-            else guidance.power_cosine(section.scale, section.power, diffusion.timesteps)
-        )
+        model = build_model(recipe)
+        load_weights(model, weights)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        use_kernel(model, recipe.model.attention, self.device)
+        if recipe.evaluate.compile:
+            compile_blocks(model)
+        self.objective = build_objective(recipe.diffusion)
+        self.weight = build_weight(recipe.evaluate.guidance, recipe.diffusion.timesteps)
 
     @torch.no_grad()
-    def __call__(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures (B, R, R, 3) uint8 and labels (B,); picture i is of class i mod classes."""
+    def __call__(self, keys: Sequence[tuple[int, int]], labels: Sequence[int]) -> np.ndarray:
+        """Pictures (B, R, R, 3) uint8.
+
+        Args:
+            keys: (seed, index) of each picture's noise, (B,).
+            labels: their classes, (B,).
+        """
         classes, size = self.recipe.data.num_classes, self.recipe.latent_size
-        labels = np.array(indices, dtype=np.int64) % classes
-        shape = (self.recipe.autoencoder.latent_channels, size, size)
-        noise = PictureNoise(self.recipe.evaluate.seed, indices, shape)
-        denoise = guidance.guided(
-            self.model,
-            torch.from_numpy(labels).to(self.device),
+        channels = self.recipe.autoencoder.latent_channels
+        noise = PictureNoise(keys, (channels, size, size))
+        section = self.recipe.evaluate.guidance
+        denoise = guided(
+            self._predict,
+            torch.tensor(labels, device=self.device),
             classes,
             self.weight,
-            self.recipe.evaluate.guidance.channels,
+            channels if section.channels == "all" else section.channels,
+            section.skip_within,
         )
-        start = noise(self.device)
-        latents = self.sampler(self.schedule, denoise, start, lambda _: noise(self.device))
-        return self.autoencoder.decode(latents), labels
+        latents = self.objective.sample(
+            self.recipe.evaluate.sampler,
+            denoise,
+            noise(self.device),
+            lambda _: noise(self.device),
+        )
+        return self.autoencoder.decode(latents)
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        autocast = self.recipe.evaluate.precision == "bf16_autocast"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            return self.model(x, t, y).float()
 
 
-def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+def guidance_saving(recipe: Recipe) -> str:
+    """What leaving out idle unconditional passes saves, for people; empty where nothing."""
+    guidance, diffusion = recipe.evaluate.guidance, recipe.diffusion
+    if not recipe.model.conditional or guidance.kind == "none":
+        return ""
+    visited = visited_timesteps(diffusion, recipe.evaluate.sampler)
+    weight = build_weight(guidance, diffusion.timesteps)
+    share = saved_share(weight, visited, guidance.skip_within)
+    if not share:
+        return ""
+    return (
+        f"unconditional pass left out where the guidance weight is within "
+        f"{guidance.skip_within:g} of 1: {share:.1%} of the model's evaluations saved"
+    )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill a model, strictly: what was learned must be there, and nothing else.
+
+    Raises:
+        DiffitError: the weights are of another model.
+    """
     try:
         answer = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise DiffitError(f"the checkpoint is of another model: {reason}") from error
-    missing = [name for name in answer.missing_keys if not name.endswith(_FIXED)]
+    missing = [name for name in answer.missing_keys if not name.endswith(FIXED)]
     if missing or answer.unexpected_keys:
         raise DiffitError(
             f"the checkpoint is of another model: it lacks {missing[:3]} and has "
             f"{answer.unexpected_keys[:3]} too many"
         )
-    return model.eval().requires_grad_(False)

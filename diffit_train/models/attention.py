@@ -1,13 +1,31 @@
 """Time-dependent multihead self-attention (TMSA), DiffiT paper section 3.1, equations 3 to 6.
 
-Shapes: B pictures, N tokens (side x side), D hidden size, H heads, K = D / H.
+One module, several kernels. A kernel is a plain function
+
+    kernel(q, k, v, table, index) -> softmax(q k^T / sqrt(K) + B) v
+
+of q, k, v (B, H, N, K), a bias table (R, H) and the row of that table for each pair of tokens,
+(N, N) int64; table and index are None where attention has no position bias.
+
+Shapes: B pictures (or windows), N tokens, D hidden size, H heads, K = D / H.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+# The backward pass of one stretch of pictures holds this many attention weights at most, or one
+# picture's: 16 MiB in fp32, about what a core's cache holds.
+STRETCH_WEIGHTS = 1 << 22
 
 
 def relative_position_index(side: int) -> Tensor:
@@ -21,42 +39,220 @@ def relative_position_index(side: int) -> Tensor:
     return offset[0] * (2 * side - 1) + offset[1]
 
 
+def position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """The bias B of every pair of tokens, (H, N, N)."""
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
+
+
+# ---- Kernels ----
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """Equation 6 as it stands; every weight is held. Any dtype, any device."""
+    logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if table is not None and index is not None:
+        logits = logits + position_bias(table, index)
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """torch's scaled-dot-product attention with the bias as its mask."""
+    if table is None or index is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    bias = position_bias(table, index).to(q.dtype)
+    # With a mask that wants a gradient torch holds every attention weight on a CPU. A compiler
+    # decides by itself what to keep.
+    wants_gradient = torch.is_grad_enabled() and bias.requires_grad
+    if wants_gradient and not q.is_cuda and not torch.compiler.is_compiling():
+        return _RecomputedAttention.apply(q, k, v, bias)  # type: ignore[no-untyped-call]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class _RecomputedAttention(torch.autograd.Function):
+    """Attention that keeps q, k, v and computes the weights again in its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, v, bias = ctx.saved_tensors
+        scale = 1.0 / math.sqrt(q.shape[-1])
+        # One buffer in the layout (B, N, 3, H, K) of the projection that q, k and v come from.
+        batch, heads, count, size = q.shape
+        whole = q.new_empty(batch, count, 3, heads, size)
+        grad_q, grad_k, grad_v = whole.permute(2, 0, 3, 1, 4)
+        grad_bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+        stretch = max(1, STRETCH_WEIGHTS // (heads * count * count))
+        for start in range(0, batch, stretch):
+            rows = slice(start, start + stretch)
+            query, key, value, grad = q[rows], k[rows], v[rows], grad_out[rows]
+            weights = (query @ key.transpose(-2, -1)).mul_(scale).add_(bias).softmax(-1)
+            grad_v[rows] = weights.transpose(-2, -1) @ grad
+            # The softmax's gradient: weights * (dW - sum(weights * dW)), here in place.
+            grad_logits = grad @ value.transpose(-2, -1)
+            inner = torch.linalg.vecdot(grad_logits, weights).unsqueeze(-1)
+            grad_logits.sub_(inner).mul_(weights)
+            grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
+            grad_logits.mul_(scale)
+            grad_q[rows] = grad_logits @ key
+            grad_k[rows] = grad_logits.transpose(-2, -1) @ query
+        return grad_q, grad_k, grad_v, grad_bias.to(bias.dtype)
+
+
+def flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """FlexAttention: the bias is looked up inside the kernel, so no (N, N) tensor exists.
+
+    Compiled on CUDA; elsewhere torch evaluates the same function eagerly, which is for tests.
+    """
+    run = _compiled_flex() if q.is_cuda else _eager_flex()
+    if table is None or index is None:
+        return run(q, k, v)
+    rows, bias = index, table
+
+    def add_bias(score: Tensor, b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + bias[rows[i, j], head]
+
+    return run(q, k, v, score_mod=add_bias)
+
+
+def _eager_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention as run
+
+    return run
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(_eager_flex(), dynamic=False)
+
+
+KERNELS: dict[str, Kernel] = {
+    "reference": reference_attention,
+    "sdpa": sdpa_attention,
+    "flex": flex_attention,
+}
+
+
+def kernel_name(wanted: str, device: torch.device) -> str:
+    """The kernel to use: `wanted`, or for `auto` flex on CUDA and sdpa elsewhere.
+
+    Raises:
+        ValueError: flex was asked for where it would be evaluated eagerly.
+    """
+    if wanted == "auto":
+        return "flex" if device.type == "cuda" else "sdpa"
+    if wanted == "flex" and device.type != "cuda":
+        raise ValueError(f"the attention kernel flex needs a CUDA device, not {device.type}")
+    return wanted
+
+
+# ---- Modules ----
+
+
+class SelfAttention(nn.Module):
+    """Multihead self-attention without time or position, as in DiT. `kernel` may be replaced."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        _require_heads(hidden_size, num_heads)
+        self.num_heads = num_heads
+        self.kernel: Kernel = sdpa_attention
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens x (B, N, D) to (B, N, D)."""
+        return self.proj(_attend(self.kernel, self.qkv(x), self.num_heads, None, None))
+
+
 class TMSA(nn.Module):
     """Self-attention whose queries, keys and values are linear in token and time-label token.
 
     q, k, v = qkv(x) + qkv_temb(c)                       (equations 3 to 5)
     out = softmax(q k^T / sqrt(K) + B) v                 (equation 6)
 
-    B is a learned bias for each head and each relative position.
+    B is a learned bias for each head and each relative position. With a window, tokens attend to
+    those of their own window x window square only. `kernel` may be replaced.
+
+    Args:
+        side: of the square grid of tokens.
+        window: side of a window; None for one window over the whole grid.
+        condition_size: size of the token c, where it is not the hidden size.
+
+    Raises:
+        ValueError: sizes that do not divide.
     """
 
     relative_position_index: Tensor
 
-    def __init__(self, hidden_size: int, num_heads: int, side: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        side: int,
+        window: int | None = None,
+        condition_size: int | None = None,
+    ) -> None:
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide hidden_size {hidden_size}")
+        _require_heads(hidden_size, num_heads)
+        self.window = side if window is None else window
+        if side % self.window:
+            raise ValueError(f"window {window} does not divide the side {side} of the token grid")
         self.num_heads = num_heads
         self.side = side
+        self.kernel: Kernel = sdpa_attention
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.qkv_temb = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv_temb = nn.Linear(condition_size or hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        rows = (2 * side - 1) ** 2
+        rows = (2 * self.window - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_position_index", relative_position_index(side))
-
-    def position_bias(self) -> Tensor:
-        """The bias of every pair of tokens, (1, H, N, N)."""
-        count = self.side**2
-        pairs = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        return pairs.view(1, count, count, self.num_heads).permute(0, 3, 1, 2)
+        self.register_buffer("relative_position_index", relative_position_index(self.window))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (B, N, D) and conditioning c (B, D) to (B, N, D)."""
-        batch, count, hidden = x.shape
+        """Tokens x (B, N, D) in row order and conditioning c (B, condition size) to (B, N, D)."""
         qkv = self.qkv(x) + self.qkv_temb(c)[:, None, :]
-        q, k, v = qkv.view(batch, count, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = self.position_bias().to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(out.transpose(1, 2).reshape(batch, count, hidden))
+        windowed = self.window < self.side
+        if windowed:
+            qkv = _to_windows(qkv, self.side, self.window)
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        out = _attend(self.kernel, qkv, self.num_heads, table, index)
+        if windowed:
+            out = _from_windows(out, self.side, self.window)
+        return self.proj(out)
+
+
+def _require_heads(hidden_size: int, num_heads: int) -> None:
+    if hidden_size % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide hidden_size {hidden_size}")
+
+
+def _attend(
+    kernel: Kernel, qkv: Tensor, num_heads: int, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """Projected tokens (B, N, 3D) to attended ones (B, N, D)."""
+    batch, count, width = qkv.shape
+    q, k, v = qkv.view(batch, count, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    return kernel(q, k, v, table, index).transpose(1, 2).reshape(batch, count, width // 3)
+
+
+def _to_windows(x: Tensor, side: int, window: int) -> Tensor:
+    """(B, side^2, D) to (B * windows, window^2, D), windows and their tokens in row order."""
+    many, width = side // window, x.shape[-1]
+    cut = x.view(-1, many, window, many, window, width).transpose(2, 3)
+    return cut.reshape(-1, window**2, width)
+
+
+def _from_windows(x: Tensor, side: int, window: int) -> Tensor:
+    """Undo `_to_windows`."""
+    many, width = side // window, x.shape[-1]
+    return x.view(-1, many, many, window, window, width).transpose(2, 3).reshape(-1, side**2, width)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from diffit_train.config import Recipe
-from diffit_train.models.latent import LatentDiffiT
+from diffit_train.models.dit import DiT, DiTWithTMSA
+from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
+
+ARCHITECTURES: dict[str, type[LatentTransformer]] = {
+    "diffit": LatentDiffiT,
+    "dit": DiT,
+    "dit_tmsa": DiTWithTMSA,
+}
 
 
-def build_model(recipe: Recipe) -> LatentDiffiT:
-    """The recipe's model, initialised from torch's current random state."""
-    model = recipe.model
-    return LatentDiffiT(
+def model_shape(recipe: Recipe) -> Shape:
+    """The sizes that a recipe asks for."""
+    model, channels = recipe.model, recipe.autoencoder.latent_channels
+    return Shape(
         latent_size=recipe.latent_size,
-        latent_channels=recipe.autoencoder.latent_channels,
-        num_classes=recipe.data.num_classes,
+        latent_channels=channels,
+        out_channels=2 * channels if recipe.diffusion.objective == "epsilon" else channels,
+        num_classes=recipe.data.num_classes if model.conditional else None,
         patch_size=model.patch_size,
         hidden_size=model.hidden_size,
         depth=model.depth,
@@ -20,3 +28,8 @@ def build_model(recipe: Recipe) -> LatentDiffiT:
         mlp_ratio=model.mlp_ratio,
         label_init_std=model.label_init_std,
     )
+
+
+def build_model(recipe: Recipe) -> LatentTransformer:
+    """The recipe's model, initialised from torch's current random state."""
+    return ARCHITECTURES[recipe.model.architecture](model_shape(recipe))

@@ -1,9 +1,13 @@
 """The latent DiffiT (paper section 3.2, appendix I.2), with the names of the published weights.
 
-Shapes: B pictures, C latent channels, h x w latent pixels, N tokens, D hidden size.
+Shapes: B pictures, C latent channels, O output channels, h x w latent pixels, N tokens, D hidden
+size.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -13,9 +17,103 @@ from diffit_train.models.layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
+    layer_norm,
     sincos_position_table,
     unpatchify,
 )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a latent transformer.
+
+    Attributes:
+        latent_size: side of the square latent, h = w; a multiple of `patch_size`.
+        latent_channels: C.
+        out_channels: O; 2C where the variance is learned.
+        num_classes: classes of the data, where label `num_classes` is the null class; None for
+            a model without labels.
+        label_init_std: standard deviation of the label table at the start (0.02 as published).
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    latent_size: int = 32
+    latent_channels: int = 4
+    out_channels: int = 8
+    num_classes: int | None = 1000
+    patch_size: int = 2
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    label_init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.latent_size % self.patch_size:
+            raise ValueError(
+                f"patch size {self.patch_size} does not divide latent size {self.latent_size}"
+            )
+
+    @property
+    def side(self) -> int:
+        """Tokens in a row."""
+        return self.latent_size // self.patch_size
+
+
+class LatentTransformer(nn.Module, ABC):
+    """Embed patches, time and label; run blocks; project tokens back to patches.
+
+    A subclass says what a block and the last layer are; both are called with (x, c).
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        width = shape.hidden_size
+        self.x_embedder = PatchEmbed(shape.latent_channels, shape.patch_size, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = (
+            None
+            if shape.num_classes is None
+            else LabelEmbedder(shape.num_classes, width, shape.label_init_std)
+        )
+        table = sincos_position_table(width, shape.side)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.ModuleList([self.make_block(shape) for _ in range(shape.depth)])
+        self.final_layer = self.make_final_layer(shape)
+        for module in [*self.blocks.modules(), *self.final_layer.modules()]:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.zero_initialise()
+
+    @abstractmethod
+    def make_block(self, shape: Shape) -> nn.Module:
+        """A transformer block, called with tokens (B, N, D) and conditioning (B, D)."""
+
+    @abstractmethod
+    def make_final_layer(self, shape: Shape) -> nn.Module:
+        """From tokens (B, N, D) and conditioning (B, D) to (B, N, patch_size^2 * O)."""
+
+    @abstractmethod
+    def zero_initialise(self) -> None:
+        """Set to zero what must be so at the start."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Noisy latents x (B, C, h, w), timesteps t (B,), labels y (B,) to (B, O, h, w).
+
+        With a learned variance the first C channels are the predicted noise, the last C the
+        variance interpolation. A model without labels takes no notice of y.
+        """
+        c = self.t_embedder(t)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(y)
+        x = self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x, c)
+        return unpatchify(self.final_layer(x, c), self.shape.patch_size, self.shape.out_channels)
 
 
 class Block(nn.Module):
@@ -23,9 +121,9 @@ class Block(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, side: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = layer_norm(hidden_size)
         self.attn = TMSA(hidden_size, num_heads, side)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size, mlp_ratio)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -35,80 +133,33 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm, SiLU, and a zero-initialised projection of each token to its patch."""
+    """LayerNorm, SiLU (or none), and a projection of each token to its patch."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, shape: Shape, silu: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.act = nn.SiLU()
-        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.norm = layer_norm(shape.hidden_size)
+        self.act = nn.SiLU() if silu else nn.Identity()
+        self.linear = nn.Linear(shape.hidden_size, shape.patch_size**2 * shape.out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, patch_size^2 * out_channels)."""
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, patch_size^2 * O); time and label have no part in it."""
         return self.linear(self.act(self.norm(x)))
 
 
-class LatentDiffiT(nn.Module):
-    """Noise prediction and variance of a noisy latent, given its timestep and label.
+class LatentDiffiT(LatentTransformer):
+    """The paper's model; at its default shape the 561M of the published weights for 256x256."""
 
-    Args:
-        latent_size: side of the square latent, h = w; a multiple of `patch_size`.
-        latent_channels: C.
-        num_classes: classes of the data; label `num_classes` is the null class.
-        patch_size, hidden_size, depth, num_heads, mlp_ratio: size of the transformer.
-        label_init_std: standard deviation of the label table at the start (0.02 as published).
+    def make_block(self, shape: Shape) -> nn.Module:
+        """A DiffiT block."""
+        return Block(shape.hidden_size, shape.num_heads, shape.mlp_ratio, shape.side)
 
-    Raises:
-        ValueError: sizes that do not divide.
-    """
+    def make_final_layer(self, shape: Shape) -> nn.Module:
+        """With SiLU, as published."""
+        return FinalLayer(shape, silu=True)
 
-    def __init__(
-        self,
-        latent_size: int = 32,
-        latent_channels: int = 4,
-        num_classes: int = 1000,
-        patch_size: int = 2,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        label_init_std: float = 0.02,
-    ) -> None:
-        super().__init__()
-        if latent_size % patch_size:
-            raise ValueError(f"patch size {patch_size} does not divide latent size {latent_size}")
-        side = latent_size // patch_size
-        self.patch_size = patch_size
-        self.latent_channels = latent_channels
-        self.num_classes = num_classes
-        self.x_embedder = PatchEmbed(latent_channels, patch_size, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, label_init_std)
-        self.pos_embed = nn.Parameter(sincos_position_table(hidden_size, side), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            [Block(hidden_size, num_heads, mlp_ratio, side) for _ in range(depth)]
-        )
-        self.final_layer = FinalLayer(hidden_size, patch_size, 2 * latent_channels)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for module in [*self.blocks.modules(), *self.final_layer.modules()]:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        # The first prediction is zero noise whatever the input, as in DiT.
-        nn.init.zeros_(self.final_layer.linear.weight)
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Noisy latents x (B, C, h, w), timesteps t (B,), labels y (B,) to (B, 2C, h, w).
-
-        The first C channels are the predicted noise, the last C the variance interpolation.
-        """
-        c = self.t_embedder(t) + self.y_embedder(y)
-        x = self.x_embedder(x) + self.pos_embed
-        for block in self.blocks:
-            x = block(x, c)
-        return unpatchify(self.final_layer(x), self.patch_size, 2 * self.latent_channels)
+    def zero_initialise(self) -> None:
+        """The first prediction is zero whatever the input, as in DiT."""
+        nn.init.zeros_(self.final_layer.get_parameter("linear.weight"))
 
 
 def trainable_parameters(model: nn.Module) -> int:

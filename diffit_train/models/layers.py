@@ -12,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 
+def layer_norm(hidden_size: int) -> nn.LayerNorm:
+    """LayerNorm over D without affine terms, as in the published weights."""
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+
+
 class PatchEmbed(nn.Module):
     """Cut (B, C, h, w) into patches and project each to D: (B, N, D), tokens in row order."""
 

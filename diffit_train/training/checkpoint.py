@@ -44,8 +44,21 @@ def save_checkpoint(engine: Engine, run_url: str, state: State) -> None:
     if failed:
         raise OSError(f"checkpoint {url} could not be written: {'; '.join(failed)}")
     if rank == 0:
-        _commit(engine, url, state, everyone)
+        commit_checkpoint(url, state, engine.shapes, everyone)
     dist.barrier()
+
+
+def save_weights(weights: dict[str, torch.Tensor], run_url: str, state: State) -> None:
+    """Write a checkpoint that holds nothing but these weights, as the EMA."""
+    url, name = checkpoint_url(run_url, state.step), "rank-00000-of-00001.safetensors"
+    flat = {f"ema/{key}": value.reshape(-1).contiguous() for key, value in weights.items()}
+    with storage.atomic_file(storage.join(url, name)) as path:
+        save_file(flat, str(path))
+        entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
+    pieces = [(key, 0, value.numel()) for key, value in weights.items()]
+    shapes = {key: value.shape for key, value in weights.items()}
+    part: dict[str, object] = {"name": name, "entry": entry.model_dump(), "pieces": pieces}
+    commit_checkpoint(url, state, shapes, [part], kinds=("ema",))
 
 
 def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
@@ -102,18 +115,26 @@ def _write_rank_file(engine: Engine, url: str, rank: int, world: int) -> dict[st
     return {"name": name, "entry": entry.model_dump(), "pieces": pieces}
 
 
-def _commit(engine: Engine, url: str, state: State, parts: list[dict[str, object]]) -> None:
-    by_name: dict[str, list[Piece]] = {name: [] for name in engine.shapes}
+def commit_checkpoint(
+    url: str,
+    state: State,
+    shapes: dict[str, torch.Size],
+    parts: list[dict[str, object]],
+    kinds: tuple[Kind, ...] = KINDS,
+) -> None:
+    """Write index, state and, last, the commit marker over the files that ranks have written."""
+    by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
     for part in parts:
         file = str(part["name"])
         for name, offset, length in part["pieces"]:  # type: ignore[attr-defined]
             by_name[name].append(Piece(file=file, offset=offset, length=length))
     index = Index(
         schema_version=SCHEMA,
+        kinds=kinds,
         files={str(p["name"]): FileEntry.model_validate(p["entry"]) for p in parts},
         parameters={
             name: Parameter(
-                shape=tuple(engine.shapes[name]),
+                shape=tuple(shapes[name]),
                 pieces=tuple(sorted(pieces, key=lambda piece: piece.offset)),
             )
             for name, pieces in by_name.items()

@@ -69,7 +69,9 @@ class Engine:
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output in fp32."""
-        return self.engine(x.to(self.dtype), t, y).float()
+        autocast = self.train.precision == "bf16_autocast"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            return self.engine(x.to(self.dtype), t, y).float()
 
     def step(self, loss: Tensor, step: int) -> None:
         """Backward, optimizer step at this step's learning rate, EMA.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import scaled_sample
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
 from diffit_train.data.shards import Manifest, latents_url, load_manifest
-from diffit_train.diffusion.gaussian import Loss, add_noise, training_loss
-from diffit_train.diffusion.schedule import linear_schedule
+from diffit_train.diffusion.objective import build_objective
 from diffit_train.errors import DiffitError
 from diffit_train.models.build import build_model
+from diffit_train.models.runtime import checkpoint_activations, compile_blocks, use_kernel
 from diffit_train.tracking import Tracker
 from diffit_train.training.checkpoint import load_checkpoint, remove_old, save_checkpoint
 from diffit_train.training.engine import Engine, learning_rate
@@ -31,6 +32,7 @@ from diffit_train.training.telemetry import (
     training_flops_per_image,
 )
 
+logger = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 
 # Names under which a record's fields go to MLflow.
@@ -71,14 +73,11 @@ class Trainer:
         self.mlflow_run_id = mlflow_run_id
         self.url = run_url(recipe, run)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        diffusion = recipe.diffusion
-        self.schedule = linear_schedule(
-            diffusion.timesteps, diffusion.beta_start, diffusion.beta_end
-        )
+        self.objective = build_objective(recipe.diffusion)
         self.latents_url = latents_url(recipe)
         self.manifest: Manifest = load_manifest(self.latents_url)
         self._start_engine()
-        self.losses = LossMeter(diffusion.timesteps, device)
+        self.losses = LossMeter(self.objective.timesteps, device)
         self.log = TrainingLog(self.url, self.step)
         self._start_tracking()
 
@@ -91,7 +90,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         model = build_model(self.recipe)
         peak_size = 512 if self.device.type == "cpu" else 8192
-        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
         peak = matmul_flops_per_s(self.device, dtype, peak_size) * self.world
         flops = training_flops_per_image(
             model, self.recipe.autoencoder.latent_channels, self.recipe.latent_size
@@ -101,6 +100,14 @@ class Trainer:
             weights = read_weights(self.url, newest[0], "raw")
             model.load_state_dict(weights, strict=False)
         model.to(self.device)
+        kernel = use_kernel(model, self.recipe.model.attention, self.device)
+        if self.rank == 0:
+            logger.info("attention kernel: %s", kernel)
+        checkpoint_activations(
+            model, train.activation_checkpointing, train.checkpoint_every_nth_block
+        )
+        if train.compile:
+            compile_blocks(model)
         self.engine = Engine(model, train, self.world, self.device)
         self.step = 0
         if newest[0] is None:
@@ -147,17 +154,18 @@ class Trainer:
     def _train_step(self, batch: Batch) -> None:
         drawn = self._draw(batch)
         loss = self._loss(drawn)
-        self.losses.add(loss.total, drawn.t)
-        self.engine.step(loss.total.mean(), self.step)
+        self.losses.add(loss, drawn.t)
+        self.engine.step(loss.mean(), self.step)
 
     def _draw(self, batch: Batch) -> Drawn:
         """Timesteps, noise, posterior samples, flips and dropped labels, lane by lane."""
         count = len(batch.labels) // len(batch.lanes)
         frames, channels2, height, width = batch.moments.shape[1:]
         shape = (channels2 // 2, height, width)
-        timesteps, dropout = self.recipe.diffusion.timesteps, self.recipe.train.label_dropout
+        seed, dropout = self.recipe.train.seed, self.recipe.train.label_dropout
+        timesteps = self.objective.draw_timesteps
         lanes = [
-            draw(self.recipe.train.seed, batch.step, lane, count, shape, frames, timesteps, dropout)
+            draw(seed, batch.step, lane, count, shape, frames, timesteps, dropout)
             for lane in batch.lanes
         ]
 
@@ -170,10 +178,10 @@ class Trainer:
         y = torch.where(joined("drop"), self.recipe.data.num_classes, labels)
         return Drawn(*(v.to(self.device) for v in (x0, joined("t"), joined("noise"), y)))
 
-    def _loss(self, drawn: Drawn) -> Loss:
-        noisy = add_noise(self.schedule, drawn.x0, drawn.t, drawn.noise)
+    def _loss(self, drawn: Drawn) -> Tensor:
+        noisy = self.objective.noisy(drawn.x0, drawn.t, drawn.noise)
         output = self.engine.forward(noisy, drawn.t, drawn.y)
-        return training_loss(self.schedule, output, drawn.x0, drawn.t, drawn.noise)
+        return self.objective.loss(output, drawn.x0, drawn.t, drawn.noise)
 
     def _record(self, loader: LatentLoader) -> None:
         """A record of the interval that ends at this step, to log, MLflow and progress line."""

@@ -29,7 +29,7 @@ class LossMeter:
     @torch.no_grad()
     def add(self, losses: Tensor, t: Tensor) -> None:
         """Take in the losses (B,) of pictures at timesteps t (B,)."""
-        quarter = t * QUARTERS // self.timesteps
+        quarter = (t * QUARTERS / self.timesteps).long()
         rows = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         self.sums.index_add_(1, quarter, rows)
 

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import ray
 
 from diffit_train import cluster, storage
-from diffit_train.checkpoints import committed_steps
+from diffit_train.checkpoints import committed_steps, read_index
 from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 from diffit_train.tracking import Tracker, git_commit, tracking_uri
 from diffit_train.training.run import (
@@ -49,6 +49,7 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> int:
     done = finished_step(recipe, run)
     if done is not None:
         return done
+    _check_resumable(run_url(recipe, run))
     manifest = _check_latents(recipe)
     tracking_uri(recipe)
     scaling = recipe.scaling
@@ -57,6 +58,16 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> int:
         cluster.require(scaling.workers * cpus, scaling.workers * gpus, "training")
         identity = check_recipe(recipe, run) or create_identity(recipe, run)
         return _tracked_fit(recipe, identity, manifest)
+
+
+def _check_resumable(url: str) -> None:
+    """Refuse a run of imported weights: they came without the state of an optimizer."""
+    steps = committed_steps(url)
+    if steps and "master" not in read_index(url, steps[-1]).kinds:
+        raise UserError(
+            f"the weights of {url} were imported and have no optimizer state to go on from; they "
+            "can be sampled and evaluated; to train, choose another --run"
+        )
 
 
 def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> int:

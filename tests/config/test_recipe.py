@@ -109,7 +109,7 @@ def test_local_paths_are_absolute_and_others_left_alone() -> None:
         ("train.checkpoint_every=35", ["train.log_every is 10", "checkpoint_every (35)"]),
         ("train.warmup_steps=100000", ["train.warmup_steps is 100000", "train.steps"]),
         ("evaluate.sampler.steps=1001", ["evaluate.sampler.steps is 1001", "timesteps (1000)"]),
-        ("evaluate.sampler.name=euler", ["evaluate.sampler.name", "'euler'", "'ddpm'"]),
+        ("evaluate.sampler.name=eulr", ["evaluate.sampler.name", "'eulr'", "'ddpm'"]),
         ("evaluate.guidance.channels=5", ["guidance.channels is 5", "latent_channels (4)"]),
         ("evaluate.guidance.scale=-1", ["evaluate.guidance.scale", "-1"]),
         ("diffusion.beta_start=0.5", ["diffusion.beta_start is 0.5", "beta_end"]),
@@ -183,3 +183,51 @@ def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them() -> Non
     assert (
         load_recipe("demo", ["train.steps=9999"]).train_hash() != load_recipe("demo").train_hash()
     )
+
+
+def test_a_preset_stands_for_its_sizes() -> None:
+    recipe = load_recipe("imagenet256", ["model.preset=dit_b", "model.depth=3"])
+    assert (recipe.model.architecture, recipe.model.hidden_size) == ("dit", 768)
+    assert (recipe.model.depth, recipe.model.num_heads) == (3, 12)
+    # Also where the file spells sizes out, as a stored recipe does.
+    assert load_recipe("demo", ["model.preset=diffit_s"]).model.hidden_size == 384
+    with pytest.raises(UserError, match=r"model\.preset is 'dit_m', but must be one of: diffit_s,"):
+        load_recipe("demo", ["model.preset=dit_m"])
+
+
+def test_how_a_step_is_computed_does_not_name_another_run() -> None:
+    base = load_recipe("imagenet256")
+    spelled_out = ["model.preset=null", "model.hidden_size=1152", "model.depth=28"]
+    for changes in (
+        ["train.zero_stage=1", "train.compile=true", "model.attention=reference"],
+        ["train.activation_checkpointing=blocks", "train.checkpoint_every_nth_block=2"],
+        spelled_out,
+    ):
+        assert load_recipe("imagenet256", changes).train_hash() == base.train_hash()
+    for change in ("train.precision=fp32", "diffusion.objective=flow", "model.conditional=false"):
+        sampler = ["evaluate.sampler.name=heun", "evaluate.guidance.kind=none"]
+        assert load_recipe("imagenet256", [change, *sampler]).train_hash() != base.train_hash()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["diffusion.objective=flow"],
+            r"evaluate\.sampler\.name is 'ddim', .* euler, heun, sde where .* 'flow'",
+        ),
+        (["evaluate.sampler.name=sde"], r"must be one of ddpm, ddim, dpmpp_2m, heun where"),
+        (
+            ["model.conditional=false"],
+            r"evaluate\.guidance\.kind is 'constant', but must be 'none'",
+        ),
+        (["evaluate.guidance.low=0.5", "evaluate.guidance.high=0.5"], r"guidance\.low is 0\.5"),
+        (["evaluate.guidance.channels=5"], r"guidance\.channels is 5, but must be at most"),
+        (["evaluate.sampler.steps=1001"], r"sampler\.steps is 1001, but must be at most"),
+        (["evaluate.sampler.steps=-1"], r"evaluate\.sampler\.steps is -1"),
+        (["evaluate.guidance.scale=-1"], r"evaluate\.guidance\.scale is -1"),
+    ],
+)
+def test_objectives_samplers_and_guidance_must_agree(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("demo", overrides)

@@ -112,9 +112,13 @@ def test_too_few_pictures_are_named() -> None:
         SampleOrder([10], 64, 1, 8, 0)
 
 
+def _timesteps(random: np.random.Generator, count: int) -> np.ndarray:
+    return random.integers(1000, size=count)
+
+
 def test_draws_depend_on_seed_step_and_lane_alone() -> None:
     base = {"seed": 1, "step": 2, "lane": 3, "count": 4, "shape": (2, 3, 3), "frames": 2}
-    base |= {"timesteps": 1000, "label_dropout": 0.5}
+    base |= {"draw_timesteps": _timesteps, "label_dropout": 0.5}
     first, again = draw(**base), draw(**base)
     for name in ("t", "noise", "posterior", "flip", "drop"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
@@ -124,7 +128,7 @@ def test_draws_depend_on_seed_step_and_lane_alone() -> None:
 
 
 def test_draws_have_the_distributions_that_they_should() -> None:
-    parts = [draw(0, step, 0, 50, (1, 2, 2), 2, 1000, 0.1) for step in range(200)]
+    parts = [draw(0, step, 0, 50, (1, 2, 2), 2, _timesteps, 0.1) for step in range(200)]
     t, noise, drop, flip = (
         np.concatenate([getattr(p, name) for p in parts]) for name in ("t", "noise", "drop", "flip")
     )

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from scipy.stats import norm
 
+from diffit_train.config.recipe import Guidance
 from diffit_train.diffusion import guidance, samplers
 from diffit_train.diffusion.gaussian import (
     add_noise,
@@ -194,3 +195,33 @@ def test_no_guidance_asks_for_no_unconditional_pass() -> None:
     denoise = guidance.guided(model, torch.tensor([0]), 1, guidance.constant(1.0), channels=1)
     denoise(torch.zeros(1, 1, 1, 1), torch.tensor([3]))
     assert seen == [1]
+
+
+def test_an_interval_guides_inside_it_only() -> None:
+    section = Guidance(kind="interval", scale=2.0, low=0.2, high=0.6)
+    weight = guidance.build_weight(section, 1000)
+    assert [weight(t) for t in (199, 200, 600, 601)] == [1.0, 2.0, 2.0, 1.0]
+    assert guidance.build_weight(Guidance(kind="none", scale=9.0), 1000)(500) == 1.0
+    assert guidance.build_weight(Guidance(kind="constant", scale=9.0), 1000)(500) == 9.0
+
+
+def test_idle_unconditional_passes_are_left_out_and_counted() -> None:
+    weight = guidance.power_cosine(4.4, 4.0)
+    evaluated: list[int] = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        evaluated.append(len(x))
+        return y.double().view(-1, 1, 1, 1).expand(-1, 2, 1, 1)
+
+    visited = [float(t) for t in evenly_spaced(1000, 250)]
+    denoise = guidance.guided(model, torch.tensor([3]), 9, weight, 1, skip_within=1e-4)
+    full = guidance.guided(model, torch.tensor([3]), 9, weight, 1)
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    outputs = [denoise(x, torch.tensor([t])) for t in visited]
+    spent = sum(evaluated)
+    saved = guidance.saved_share(weight, visited, 1e-4)
+    assert spent == round((1 - saved) * 2 * len(visited))
+    assert 0.1 < saved < 0.15
+    for t, out in zip(visited, outputs, strict=True):
+        # Labels 3 and 9 differ by 6.
+        assert (out - full(x, torch.tensor([t]))).abs().max() <= 6 * 1e-4

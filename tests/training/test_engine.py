@@ -23,7 +23,7 @@ from diffit_train.checkpoints import (
 )
 from diffit_train.config.recipe import Train
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.models.latent import LatentDiffiT
+from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.training.checkpoint import load_checkpoint, remove_old, save_checkpoint
 from diffit_train.training.engine import Engine, learning_rate
 from tests.training.ranks import on_ranks
@@ -41,9 +41,8 @@ def _train(**changes: object) -> Train:
 
 def _model() -> LatentDiffiT:
     torch.manual_seed(0)
-    model = LatentDiffiT(
-        latent_size=4, latent_channels=2, num_classes=3, hidden_size=8, depth=2, num_heads=2
-    )
+    sizes = {"latent_size": 4, "latent_channels": 2, "out_channels": 4, "num_classes": 3}
+    model = LatentDiffiT(Shape(**sizes, hidden_size=8, depth=2, num_heads=2))
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
     return model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffit_train.models.latent import LatentDiffiT
+from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.training.run import TrainingLog
 from diffit_train.training.telemetry import (
     LossMeter,
@@ -38,7 +38,7 @@ def test_losses_are_averaged_over_ranks_and_by_quarter() -> None:
 
 def test_flops_of_the_published_model_are_the_published_ones() -> None:
     with torch.device("meta"):
-        model = LatentDiffiT()
+        model = LatentDiffiT(Shape())
     # 118.5 G multiply-adds forward; two operations each; backward twice the forward.
     assert training_flops_per_image(model, 4, 32) / 6 == pytest.approx(118.5e9, rel=5e-3)
 

@@ -1,0 +1,138 @@
+"""What the model is trained to predict, and how it is sampled: one object for each objective.
+
+Timesteps t that the model gets lie in [0, T): integers for ADM's diffusion, real numbers for the
+flow, whose time is t / T.
+
+Shapes: x (B, C, h, w); t (B,); model output (B, O, h, w).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffit_train.config.recipe import Diffusion, Sampler
+from diffit_train.diffusion import flow, gaussian, samplers
+from diffit_train.diffusion.guidance import Denoiser
+from diffit_train.diffusion.schedule import Schedule, evenly_spaced, linear_schedule, respace
+
+
+class Objective(Protocol):
+    """What training and sampling need to know of an objective."""
+
+    @property
+    def timesteps(self) -> int:
+        """T."""
+
+    def draw_timesteps(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Uniform timesteps (count,)."""
+
+    def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The noisy latents that the model sees."""
+
+    def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Loss of each picture, (B,)."""
+
+    def sample(
+        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
+    ) -> Tensor:
+        """x_0 from standard normal x; `denoise` gets timesteps in the model's units."""
+
+
+@dataclass(frozen=True)
+class EpsilonObjective:
+    """ADM: noise prediction with learned-range variance."""
+
+    schedule: Schedule
+
+    @property
+    def timesteps(self) -> int:
+        """T."""
+        return len(self.schedule)
+
+    def draw_timesteps(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Integers (count,)."""
+        return random.integers(self.timesteps, size=count)
+
+    def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """As `gaussian.add_noise`."""
+        return gaussian.add_noise(self.schedule, x0, t, noise)
+
+    def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """As `gaussian.training_loss`."""
+        return gaussian.training_loss(self.schedule, output, x0, t, noise).total
+
+    def sample(
+        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
+    ) -> Tensor:
+        """By the sampler of that name, on the respaced schedule."""
+        respaced = respace(self.schedule, evenly_spaced(self.timesteps, sampler.steps))
+        run: dict[str, samplers.DiffusionSampler] = {
+            "ddpm": samplers.ddpm,
+            "ddim": functools.partial(samplers.ddim, eta=sampler.eta),
+            "dpmpp_2m": samplers.dpmpp_2m,
+            "heun": samplers.heun,
+        }
+        return run[sampler.name](respaced, denoise, x, noise)
+
+
+@dataclass(frozen=True)
+class FlowObjective:
+    """Flow matching: velocity prediction on the linear path."""
+
+    timesteps: int
+
+    def draw_timesteps(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Real numbers (count,), float32."""
+        return random.random(count, dtype=np.float32) * np.float32(self.timesteps)
+
+    def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """As `flow.interpolate`."""
+        return flow.interpolate(x0, t / self.timesteps, noise)
+
+    def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """As `flow.flow_loss`."""
+        return flow.flow_loss(output, x0, noise)
+
+    def sample(
+        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
+    ) -> Tensor:
+        """By the sampler of that name."""
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return denoise(x, t * self.timesteps)
+
+        run: dict[str, samplers.FlowSampler] = {
+            "euler": samplers.flow_euler,
+            "heun": samplers.flow_heun,
+            "sde": samplers.flow_sde,
+        }
+        return run[sampler.name](sampler.steps, velocity, x, noise)
+
+
+def build_objective(diffusion: Diffusion) -> Objective:
+    """The recipe's objective."""
+    if diffusion.objective == "flow":
+        return FlowObjective(diffusion.timesteps)
+    return EpsilonObjective(
+        linear_schedule(diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
+    )
+
+
+def visited_timesteps(diffusion: Diffusion, sampler: Sampler) -> list[float]:
+    """The timesteps at which a sampler calls its denoiser, in order; for saying what it costs."""
+    visited: list[float] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        visited.append(float(t[0]))
+        channels = 2 if diffusion.objective == "epsilon" else 1
+        return torch.zeros(1, channels, 1, 1)
+
+    x = torch.zeros(1, 1, 1, 1)
+    build_objective(diffusion).sample(sampler, denoise, x, lambda _: x)
+    return visited

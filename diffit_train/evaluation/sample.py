@@ -1,0 +1,143 @@
+"""`diffit sample`: pictures of chosen classes and seeds, from any weights, on this machine.
+
+A picture depends on its seed and class alone: not on the others, nor on how many are made at once
+(beyond rounding).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffit_train import storage
+from diffit_train.checkpoints import read_weights
+from diffit_train.config import Recipe
+from diffit_train.data.autoencoder import load_autoencoder
+from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
+from diffit_train.errors import UserError
+from diffit_train.evaluation.generate import Generator, guidance_saving
+from diffit_train.evaluation.grid import draw_grid
+from diffit_train.models.build import build_model
+from diffit_train.models.published import check_published, read_weights_file
+from diffit_train.progress import Progress, say
+
+# Without --class: at most so many, evenly spread.
+DEFAULT_CLASSES = 8
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-3,8` to [0, 1, 2, 3, 8].
+
+    Raises:
+        UserError: not such a list.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--seeds is {text!r}, but must be numbers and ranges, as 0-3,8")
+        if dash and int(last) < int(first):
+            raise UserError(f"--seeds holds {part.strip()!r}, whose end lies before its start")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    return seeds
+
+
+def class_names(recipe: Recipe) -> list[str]:
+    """Names of the classes from the latents where they are there, else their numbers."""
+    url = latents_url(recipe)
+    if storage.exists(storage.join(url, MANIFEST)):
+        names = load_manifest(url).classes
+        if len(names) == recipe.data.num_classes:
+            return names
+    return [str(number) for number in range(recipe.data.num_classes)]
+
+
+def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Labels of classes given by name or number; without any, some evenly spread.
+
+    A name comes before a number: class `7` of the digits is the class of that name.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if not wanted:
+        spread = np.linspace(0, len(names) - 1, min(len(names), DEFAULT_CLASSES))
+        return [int(label) for label in spread]
+    by_name = {name: label for label, name in enumerate(names)}
+    labels = []
+    for text in wanted:
+        if text in by_name:
+            labels.append(by_name[text])
+        elif text.isdigit() and int(text) < len(names):
+            labels.append(int(text))
+        else:
+            raise UserError(
+                f"--class is {text!r}, but must be a number from 0 to {len(names) - 1} or one of "
+                f"the names: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
+            )
+    return labels
+
+
+def run_weights(recipe: Recipe, url: str, step: int) -> dict[str, Tensor]:
+    """Weights of a run's checkpoint, EMA or raw as `evaluate.weights` says."""
+    return read_weights(url, step, recipe.evaluate.weights)
+
+
+def file_weights(recipe: Recipe, file: str, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Weights of an export or a published file."""
+    return check_published(build_model(recipe), read_weights_file(file, allow_pickle), file)
+
+
+def sample(
+    recipe: Recipe,
+    weights: dict[str, Tensor],
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    out: str,
+    batch_size: int,
+    title: str,
+) -> dict[str, Any]:
+    """Make a picture for each class and seed: single PNG files, a grid, and samples.json.
+
+    Args:
+        title: what the weights are, for grid and record.
+    """
+    names = class_names(recipe)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = Generator(recipe, weights, load_autoencoder(recipe, device))
+    if saving := guidance_saving(recipe):
+        say(saving)
+    wanted = [(label, seed) for label in labels for seed in seeds]
+    shown: dict[int, list[np.ndarray]] = {}
+    record = []
+    with Progress("sample", len(wanted), "pictures") as progress:
+        for start in range(0, len(wanted), batch_size):
+            chunk = wanted[start : start + batch_size]
+            pixels = generator([(seed, 0) for _, seed in chunk], [label for label, _ in chunk])
+            for picture, (label, seed) in zip(pixels, chunk, strict=True):
+                name = f"class{label:04d}-seed{seed:06d}.png"
+                with storage.atomic_file(storage.join(out, name)) as path:
+                    Image.fromarray(picture).save(path, format="PNG")
+                shown.setdefault(label, []).append(picture)
+                record.append({"file": name, "class": names[label], "label": label, "seed": seed})
+            progress.update(start + len(chunk))
+    grid = storage.join(out, "grid.png")
+    sampler, guidance = recipe.evaluate.sampler, recipe.evaluate.guidance
+    how = f"{sampler.name} {sampler.steps}, guidance {guidance.kind} {guidance.scale:g}"
+    draw_grid(shown, names, f"{title}\n{how}", grid)
+    result = {
+        "weights": title,
+        "sampler": sampler.model_dump(mode="json"),
+        "guidance": guidance.model_dump(mode="json"),
+        "grid": grid,
+        "pictures": record,
+    }
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    storage.write_text(storage.join(out, "samples.json"), text)
+    return result

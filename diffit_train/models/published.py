@@ -1,0 +1,146 @@
+"""Weight files under the names of NVIDIA's release: reading, checking, writing.
+
+The models here bear those names themselves, so nothing is renamed. A file that does not fit is
+refused with the names of what is missing, unexpected or wrongly shaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffit_train import storage
+from diffit_train.errors import UserError
+
+# Set when a model is made, not learned: training checkpoints do not hold them, the release does.
+FIXED = ("pos_embed", "relative_position_index")
+# The release's position table was made by other code; float32 sines may differ by rounding.
+POSITION_TOLERANCE = 1e-5
+
+# First bytes of the two forms in which torch pickles: a zip archive, and the older bare pickle.
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_SHOWN_NAMES = 40
+
+
+def read_weights_file(url: str, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; of a pickle only if `allow_pickle`.
+
+    A pickle is read by torch with `weights_only=True`; a dictionary under `ema`, `model` or
+    `state_dict` is taken where there is one.
+
+    Raises:
+        UserError: the file is missing, truncated, or a pickle that was not asked for.
+    """
+    try:
+        with storage.local_copy(url) as path:
+            with path.open("rb") as file:
+                start = file.read(8)
+            if start.startswith(_PICKLE_STARTS):
+                return _read_pickle(path, url, allow_pickle)
+            return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no weight file {url}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{url} is a folder; give the safetensors file in it") from error
+    except SafetensorError as error:
+        raise UserError(
+            f"{url} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def _read_pickle(path: Path, url: str, allow_pickle: bool) -> dict[str, Tensor]:
+    if not allow_pickle:
+        raise UserError(
+            f"{url} is a pickle, which can run any code when it is read; convert it to "
+            "safetensors, or say --allow-pickle if you trust where it comes from"
+        )
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a foreign pickle raises is not to be foreseen
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{url} cannot be read as a pickle of tensors: {reason}") from error
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
+    if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
+        raise UserError(f"{url} holds no dictionary of tensors")
+    return value
+
+
+def check_published(model: nn.Module, tensors: Mapping[str, Tensor], url: str) -> dict[str, Tensor]:
+    """The tensors that `model` needs, in fp32: what is learned, and the position table.
+
+    Args:
+        model: of the architecture expected; it may lie on the meta device.
+
+    Raises:
+        UserError: names, shapes or fixed tensors differ; every one is named.
+    """
+    expected = model.state_dict()
+    lines = []
+    for title, names in (
+        ("missing", expected.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - expected.keys()),
+    ):
+        lines += [f"{title}: {name}" for name in sorted(names)[:_SHOWN_NAMES]]
+        if len(names) > _SHOWN_NAMES:
+            lines.append(f"{title}: {len(names) - _SHOWN_NAMES} more")
+    lines += [
+        f"wrong shape: {name} is {_size(tensors[name])}, expected {_size(expected[name])}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != expected[name].shape
+    ]
+    if not lines:
+        lines = _wrong_fixed(model, tensors)
+    if lines:
+        raise UserError(
+            "\n  ".join([f"{url} does not hold this recipe's model:", *lines[: 3 * _SHOWN_NAMES]])
+        )
+    return {
+        name: value.to(torch.float32).contiguous()
+        for name, value in tensors.items()
+        if not name.endswith("relative_position_index")
+    }
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _wrong_fixed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Fixed tensors whose values are not this model's; the meta device has none to compare."""
+    lines = []
+    for name, mine in model.state_dict().items():
+        if not name.endswith(FIXED) or mine.is_meta:
+            continue
+        theirs = tensors[name]
+        if mine.is_floating_point():
+            equal = torch.allclose(theirs.float(), mine, rtol=0, atol=POSITION_TOLERANCE)
+        else:
+            equal = torch.equal(theirs.to(mine.dtype), mine)
+        if not equal:
+            lines.append(f"wrong values: {name}")
+    return lines
+
+
+def write_published(
+    model: nn.Module, weights: Mapping[str, Tensor], url: str, metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file with every name of the release, in the model's order.
+
+    Args:
+        model: of the weights' architecture, whose fixed tensors are written where `weights`
+            holds none.
+        weights: what is learned, by name.
+    """
+    tensors = {
+        name: weights.get(name, value).detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
+    with storage.atomic_file(url) as path:
+        save_file(tensors, str(path), metadata={"format": "pt", **metadata})

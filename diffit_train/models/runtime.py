@@ -1,0 +1,80 @@
+"""What is put around a plain model: attention kernel, activation checkpointing, compilation.
+
+None of them changes a result beyond rounding, and the model's parameters keep their names.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from diffit_train.models.attention import KERNELS, TMSA, SelfAttention, kernel_name
+from diffit_train.models.latent import LatentTransformer
+
+Checkpointing = Literal["none", "selective", "blocks"]
+
+_aten = torch.ops.aten
+# Results of matrix products and attention are kept, what is cheap to compute again is not.
+KEPT_OPERATIONS = {
+    _aten.addmm.default,
+    _aten.mm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def use_kernel(model: nn.Module, wanted: str, device: torch.device) -> str:
+    """Give every attention of the model the kernel `wanted` (or `auto`); its name."""
+    name = kernel_name(wanted, device)
+    for module in model.modules():
+        if isinstance(module, TMSA | SelfAttention):
+            module.kernel = KERNELS[name]
+    return name
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return (
+        CheckpointPolicy.MUST_SAVE if op in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+    )
+
+
+def checkpoint_activations(
+    model: LatentTransformer, mode: Checkpointing, every_nth: int = 1
+) -> None:
+    """Compute activations of blocks again in the backward pass rather than keep them.
+
+    Args:
+        mode: `selective` keeps the results of matrix products and attention of each block;
+            `blocks` keeps only what goes into a block.
+        every_nth: do so for one block in so many.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.blocks[::every_nth]:
+        # The module stays in place, so that names in checkpoints do not change.
+        block.forward = functools.partial(_checkpointed, block.forward, options)
+
+
+def _checkpointed(forward: Any, options: dict[str, Any], x: Tensor, c: Tensor) -> Tensor:
+    return checkpoint(forward, x, c, **options)
+
+
+def compile_blocks(model: LatentTransformer) -> None:
+    """Compile each block; equal blocks share one compilation."""
+    for block in model.blocks:
+        block.compile()

@@ -1,0 +1,368 @@
+"""`diffit plan`: what a run needs, before any GPU is rented.
+
+Parameters and multiply-adds are counted on the model itself, without memory (meta device).
+Bytes of states follow from what DeepSpeed ZeRO keeps at each stage; bytes of activations are those
+that autograd saves. Not counted: the framework's own memory, communication buffers, fragmentation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
+from diffit_train.errors import UserError
+from diffit_train.models.build import ARCHITECTURES, model_shape
+from diffit_train.models.latent import LatentTransformer, Shape, trainable_parameters
+from diffit_train.models.runtime import KEPT_OPERATIONS, use_kernel
+
+GIB = 2**30
+# Adam's two moments and the EMA are fp32, as are master weights.
+FP32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's memory, and its dense matrix rate in bf16 without sparsity (vendors' data sheets)."""
+
+    memory_gib: float
+    tflops_bf16: float
+
+
+GPUS = {
+    "A10G": Gpu(24, 70),
+    "L40S": Gpu(48, 362),
+    "A100-40": Gpu(40, 312),
+    "A100-80": Gpu(80, 312),
+    "H100": Gpu(80, 989),
+    "H200": Gpu(141, 989),
+    "B200": Gpu(180, 2250),
+}
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one rank that last from step to step."""
+
+    weights: int
+    gradients: int
+    master: int
+    moments: int
+    ema: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.master + self.moments + self.ema
+
+
+def state_bytes(parameters: int, stage: int, world: int, emas: int, bf16: bool) -> States:
+    """What each rank keeps under ZeRO.
+
+    Args:
+        parameters: trainable ones.
+        stage: 0 to 3. Stages 1 and up share out master weights, moments and EMA over the ranks, 2
+            gradients too, 3 the weights too. Below 3 the master weights are a tensor of their
+            own in fp32 as well.
+        bf16: whether the weights of the model are bf16.
+    """
+
+    def share(level: int) -> int:
+        return math.ceil(parameters / world) if stage >= level else parameters
+
+    size = BF16 if bf16 else FP32
+    master = FP32 * share(1) if stage > 0 or bf16 else 0
+    return States(
+        weights=size * share(3),
+        gradients=size * share(2),
+        master=master,
+        moments=2 * FP32 * share(1),
+        ema=emas * FP32 * share(1),
+    )
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters of each child of the model."""
+    return {name: trainable_parameters(child) for name, child in model.named_children()}
+
+
+def multiply_adds(model: LatentTransformer) -> tuple[int, int]:
+    """Multiply-adds of one forward pass of one picture: all, and those of attention products.
+
+    Args:
+        model: on the meta device; it is left with the reference kernel.
+    """
+    use_kernel(model, "reference", torch.device("meta"))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*_inputs(model.shape))
+    by_operation = counter.get_flop_counts()["Global"]
+    products = by_operation.get(torch.ops.aten.bmm, 0)
+    return counter.get_total_flops() // 2, products // 2
+
+
+def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    size, zero = shape.latent_size, torch.zeros(1, dtype=torch.long, device="meta")
+    return torch.empty(1, shape.latent_channels, size, size, device="meta"), zero, zero
+
+
+class _KeptBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the results of the operations that selective checkpointing keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        if function in KEPT_OPERATIONS:
+            outputs = result if isinstance(result, tuple) else (result,)
+            self.total += sum(t.numel() * t.element_size() for t in outputs)
+        return result
+
+
+def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass beside the module's own, each once."""
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in own:
+            kept[id(base)] = base
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = module(*inputs)
+    total = sum(t.numel() * t.element_size() for t in kept.values())
+    del result
+    return total
+
+
+def activation_bytes(
+    shape: Shape, architecture: str, batch: int, mode: str, every_nth: int, dtype: torch.dtype
+) -> int:
+    """Bytes of activations at their peak, at the start of the backward pass.
+
+    Args:
+        batch: pictures of one rank.
+        mode: as `train.activation_checkpointing`.
+    """
+    with torch.device("meta"):
+        model = ARCHITECTURES[architecture](replace(shape, depth=1)).to(dtype)
+    use_kernel(model, "sdpa", torch.device("meta"))
+    block = model.blocks[0]
+    tokens = torch.empty(
+        batch, shape.side**2, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True
+    )
+    condition = torch.empty(
+        batch, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True
+    )
+    into = tokens.numel() * tokens.element_size()
+    whole = _saved_bytes(block, tokens, condition)
+    with _KeptBytes() as kept:
+        block(tokens, condition)
+    lasting = {"none": whole, "selective": kept.total + into, "blocks": into}[mode]
+    covered = 0 if mode == "none" else math.ceil(shape.depth / every_nth)
+    again = whole if covered else 0
+    last = _saved_bytes(model.final_layer, tokens, condition)
+    return covered * lasting + (shape.depth - covered) * whole + again + last
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs a run would rent.
+
+    Attributes:
+        mfu: share of the GPU's matrix rate that training is assumed to reach.
+        price_per_hour: of one GPU; None where unknown.
+    """
+
+    gpu: str
+    mfu: float
+    price_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise UserError(f"--gpu is {self.gpu!r}, but must be one of: {', '.join(GPUS)}")
+        if not 0.0 < self.mfu <= 1.0:
+            raise UserError(f"--mfu is {self.mfu}, but must lie above 0 and at most 1")
+        if self.price_per_hour is not None and not self.price_per_hour >= 0.0:
+            raise UserError(f"--price is {self.price_per_hour}, but must be at least 0")
+
+
+def plan(recipe: Recipe, machine: Machine, emas: int = 1) -> dict[str, Any]:
+    """Everything that `diffit plan` says, as JSON has it; bytes and seconds unless named.
+
+    Args:
+        emas: how many averages of the weights are kept.
+    """
+    shape, train, world = model_shape(recipe), recipe.train, recipe.scaling.workers
+    with torch.device("meta"):
+        model = ARCHITECTURES[recipe.model.architecture](shape)
+    parameters = trainable_parameters(model)
+    forward, products = multiply_adds(model)
+    blocks = train.activation_checkpointing == "blocks"
+    again = forward / train.checkpoint_every_nth_block if blocks else 0
+    of_picture = round(3 * forward + again)
+    bf16 = train.precision == "bf16"
+    batch = train.batch_size // world
+    if train.batch_size % world:
+        raise UserError(f"scaling.workers is {world}, but must divide train.batch_size")
+    dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
+    activations = activation_bytes(
+        shape,
+        recipe.model.architecture,
+        batch,
+        train.activation_checkpointing,
+        train.checkpoint_every_nth_block,
+        dtype,
+    )
+    stages = {}
+    gpu = GPUS[machine.gpu]
+    for stage in range(4):
+        states = state_bytes(parameters, stage, world, emas, bf16)
+        total = states.total + activations
+        stages[str(stage)] = {
+            **asdict(states),
+            "states": states.total,
+            "activations": activations,
+            "total": total,
+            "fits": total < gpu.memory_gib * GIB,
+        }
+    checkpoint = parameters * FP32 * (3 + emas)
+    return {
+        "recipe": recipe.name,
+        "model": {"architecture": recipe.model.architecture, **asdict(shape)},
+        "parameters": {"total": parameters, **parameters_by_part(model)},
+        "multiply_adds": {
+            "forward": forward,
+            "forward_without_attention_products": forward - products,
+            "training_picture": of_picture,
+            "training_step": of_picture * train.batch_size,
+        },
+        "memory": {
+            "world_size": world,
+            "batch_per_gpu": batch,
+            "emas": emas,
+            "precision": train.precision,
+            "activation_checkpointing": train.activation_checkpointing,
+            "zero_stage": stages,
+        },
+        "storage": {
+            "checkpoint": checkpoint,
+            "export": parameters * FP32,
+            **_latents(recipe),
+        },
+        "time": _time(recipe, machine, 3 * forward),
+    }
+
+
+def _latents(recipe: Recipe) -> dict[str, Any]:
+    """Size of the latents: as they are if they are there, else from the expected number."""
+    url = latents_url(recipe)
+    if storage.exists(storage.join(url, MANIFEST)):
+        manifest = load_manifest(url)
+        size = sum(shard.bytes for shard in manifest.shards)
+        return {"pictures": manifest.totals.written, "latents": size}
+    pictures = recipe.data.expected_pictures
+    if pictures is None:
+        return {"pictures": None, "latents": None}
+    frames = 2 if recipe.data.flip else 1
+    values = frames * 2 * recipe.autoencoder.latent_channels * recipe.latent_size**2
+    # A tar member is a 512-byte header and contents filled up to 512; a .npy header is 128 bytes.
+    member = 512 + math.ceil((128 + 2 * values) / 512) * 512
+    return {"pictures": pictures, "latents": pictures * (member + 1024)}
+
+
+def _time(recipe: Recipe, machine: Machine, of_picture: int) -> dict[str, Any]:
+    """Speed and cost. MFU counts forward and backward once, so recomputation does not enter."""
+    train, world = recipe.train, recipe.scaling.workers
+    rate = GPUS[machine.gpu].tflops_bf16 * 1e12 * machine.mfu / (2 * of_picture)
+    seconds = train.steps * train.batch_size / (rate * world)
+    gpu_hours = seconds * world / 3600
+    pictures = _latents(recipe)["pictures"]
+    return {
+        "gpu": machine.gpu,
+        "mfu": machine.mfu,
+        "pictures_per_s_per_gpu": rate,
+        "pictures_per_s": rate * world,
+        "step_s": train.batch_size / (rate * world),
+        "steps": train.steps,
+        "epochs": train.steps * train.batch_size / pictures if pictures else None,
+        "hours": seconds / 3600,
+        "gpu_hours": gpu_hours,
+        "price_per_gpu_hour": machine.price_per_hour,
+        "cost": None if machine.price_per_hour is None else gpu_hours * machine.price_per_hour,
+    }
+
+
+def print_plan(result: dict[str, Any]) -> None:
+    """The plan as tables on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=100)
+    parameters, work, memory = result["parameters"], result["multiply_adds"], result["memory"]
+    time, disk = result["time"], result["storage"]
+    model = result["model"]
+
+    def table(title: str, *columns: str) -> Table:
+        console.print(title)  # a table's own title would be folded to its width
+        made = Table(*columns, show_header=len(columns) > 2)
+        for column in made.columns[1:]:
+            column.justify = "right"
+        return made
+
+    sizes = (
+        f"{model['architecture']}, width {model['hidden_size']}, depth {model['depth']}, "
+        f"{model['num_heads']} heads, {(model['latent_size'] // model['patch_size']) ** 2} tokens"
+    )
+    counts = table(f"{result['recipe']}: {sizes}", "", "")
+    for name, value in parameters.items():
+        label = "parameters" if name == "total" else f"  of them {name}"
+        counts.add_row(label, f"{value:,}")
+    counts.add_row(
+        "multiply-adds of a forward pass, one picture", f"{work['forward'] / 1e9:,.1f} G"
+    )
+    plain = work["forward_without_attention_products"]
+    counts.add_row("  without the attention products", f"{plain / 1e9:,.1f} G")
+    counts.add_row("  of a training step", f"{work['training_step'] / 1e12:,.1f} T")
+    console.print(counts)
+
+    title = (
+        f"GiB on each of {memory['world_size']} GPUs, {memory['batch_per_gpu']} pictures each, "
+        f"{memory['precision']}, {memory['emas']} EMA, activation checkpointing "
+        f"{memory['activation_checkpointing']}"
+    )
+    parts = ("weights", "gradients", "master", "moments", "ema", "activations", "total")
+    rows = table(title, "ZeRO stage", *parts, f"fits {time['gpu']}")
+    for stage, values in memory["zero_stage"].items():
+        shown = [f"{values[part] / GIB:,.2f}" for part in parts]
+        rows.add_row(stage, *shown, "yes" if values["fits"] else "no")
+    console.print(rows)
+
+    rest = table(f"{time['gpu']} at {time['mfu']:.0%} of its bf16 rate", "", "")
+    rest.add_row("pictures a second", f"{time['pictures_per_s']:,.0f}")
+    rest.add_row("  on each GPU", f"{time['pictures_per_s_per_gpu']:,.0f}")
+    rest.add_row("seconds a step", f"{time['step_s']:.3f}")
+    epochs = "" if time["epochs"] is None else f" ({time['epochs']:,.0f} epochs)"
+    rest.add_row(f"hours for {time['steps']:,} steps{epochs}", f"{time['hours']:,.1f}")
+    rest.add_row("GPU-hours", f"{time['gpu_hours']:,.0f}")
+    if time["cost"] is not None:
+        price = time["price_per_gpu_hour"]
+        rest.add_row(f"cost at {price:g} a GPU-hour", f"{time['cost']:,.0f}")
+    rest.add_row("checkpoint, GiB", f"{disk['checkpoint'] / GIB:,.2f}")
+    if disk["latents"] is not None:
+        rest.add_row(
+            f"latents of {disk['pictures']:,} pictures, GiB", f"{disk['latents'] / GIB:,.1f}"
+        )
+    console.print(rest)

@@ -1,0 +1,200 @@
+"""Samplers on a mixture of two normal distributions, whose noise and velocity are known exactly.
+
+In one dimension the probability-flow ODE carries quantiles to quantiles, so the exact end of every
+deterministic sampler is known, too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from scipy import optimize, stats
+from torch import Tensor
+
+from diffit_train.config.recipe import Diffusion, Sampler
+from diffit_train.diffusion import samplers
+from diffit_train.diffusion.flow import flow_loss, interpolate, score
+from diffit_train.diffusion.objective import build_objective, visited_timesteps
+from diffit_train.diffusion.schedule import evenly_spaced, linear_schedule, respace
+
+ADM = linear_schedule(1000, 1e-4, 0.02)
+WEIGHTS, MEANS, STDS = np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.2, 0.3])
+
+
+def _mixture_cdf(x: np.ndarray, signal: float, sigma: float) -> np.ndarray:
+    """Of signal * x_0 + sigma * noise."""
+    scale = np.sqrt((signal * STDS) ** 2 + sigma**2)
+    return (WEIGHTS * stats.norm.cdf(np.asarray(x)[..., None], signal * MEANS, scale)).sum(-1)
+
+
+def _expected_x0(x: Tensor, signal: float, sigma: float) -> Tensor:
+    """E[x_0 | signal * x_0 + sigma * noise = x], exactly."""
+    weights, means, stds = (torch.from_numpy(v) for v in (WEIGHTS, MEANS, STDS))
+    variance = (signal * stds) ** 2 + sigma**2
+    wide = x.unsqueeze(-1)
+    log = torch.log(weights) - 0.5 * torch.log(variance)
+    share = torch.softmax(log - (wide - signal * means) ** 2 / (2 * variance), -1)
+    each = means + signal * stds**2 / variance * (wide - signal * means)
+    return (share * each).sum(-1)
+
+
+def _noise_and_variance(x: Tensor, t: Tensor) -> Tensor:
+    """The exact denoiser, with the posterior's own variance."""
+    bar = float(ADM.alpha_bar[int(t[0])])
+    signal, sigma = math.sqrt(bar), math.sqrt(1 - bar)
+    noise = (x - signal * _expected_x0(x, signal, sigma)) / sigma
+    return torch.cat([noise, torch.full_like(noise, -1.0)], 1)
+
+
+def _velocity(x: Tensor, t: Tensor) -> Tensor:
+    time = float(t[0])
+    expected = _expected_x0(x, 1 - time, time)
+    # At t = 0 the noise is independent of x, so its mean is zero.
+    noise = (x - (1 - time) * expected) / time if time > 0 else torch.zeros_like(x)
+    return noise - expected
+
+
+def _quantiles(x: np.ndarray, signal: float, sigma: float) -> np.ndarray:
+    """Where the probability flow carries x."""
+    levels = _mixture_cdf(x, signal, sigma)
+    ends = [optimize.brentq(lambda v, p=p: _mixture_cdf(v, 1.0, 0.0) - p, -6, 6) for p in levels]
+    return np.array(ends)
+
+
+def _no_noise(step: int) -> Tensor:
+    raise AssertionError("a deterministic sampler asked for noise")
+
+
+START = np.linspace(-1.8, 1.8, 13)
+
+
+def _error(name: str, steps: int) -> float:
+    """Largest distance from the exact end, over starts that lie away from the border of modes."""
+    x = torch.from_numpy(START).view(-1, 1, 1, 1)
+    if name.startswith("flow"):
+        exact = _quantiles(START, 0.0, 1.0)
+        out = getattr(samplers, name)(steps, _velocity, x, _no_noise)
+    else:
+        bar = float(ADM.alpha_bar[-1])
+        exact = _quantiles(START, math.sqrt(bar), math.sqrt(1 - bar))
+        schedule = respace(ADM, evenly_spaced(1000, steps))
+        out = getattr(samplers, name)(schedule, _noise_and_variance, x, _no_noise)
+    return float(np.abs(out.flatten().numpy() - exact).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "order"),
+    [
+        ("ddim", 100, 1),
+        ("dpmpp_2m", 50, 2),
+        ("heun", 50, 2),
+        ("flow_euler", 100, 1),
+        ("flow_heun", 50, 2),
+    ],
+)
+def test_deterministic_samplers_converge_at_their_order(name: str, steps: int, order: int) -> None:
+    coarse, fine = _error(name, steps), _error(name, 2 * steps)
+    assert fine < 0.02
+    assert coarse / fine > 0.8 * 2**order
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "flow_sde"])
+def test_stochastic_samplers_reach_the_distribution(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh(_: int) -> Tensor:
+        return torch.randn(3000, 1, 1, 1, generator=generator, dtype=torch.float64)
+
+    if name == "flow_sde":
+        x = samplers.flow_sde(500, _velocity, fresh(0), fresh)
+    elif name == "ddpm":
+        x = samplers.ddpm(ADM, _noise_and_variance, fresh(0), fresh)
+    else:
+        schedule = respace(ADM, evenly_spaced(1000, 250))
+        x = samplers.ddim(schedule, _noise_and_variance, fresh(0), fresh, eta=0.5)
+    found = stats.kstest(x.flatten().numpy(), lambda v: _mixture_cdf(v, 1.0, 0.0))
+    # 1.95 / sqrt(n) is exceeded once in a thousand; some room for the discretisation.
+    assert found.statistic < 1.95 / math.sqrt(3000) + 0.01
+
+
+def test_dpm_solver_agrees_with_diffusers() -> None:
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        final_sigmas_type="zero",
+        lower_order_final=False,
+    )
+    kept = evenly_spaced(1000, 20)
+    # diffusers always ends at timestep 0, whichever are asked for.
+    scheduler.set_timesteps(timesteps=kept[::-1].tolist())
+    x = start = torch.from_numpy(START).view(-1, 1, 1, 1)
+    for t in scheduler.timesteps:
+        noise = _noise_and_variance(x, t[None]).chunk(2, dim=1)[0]
+        x = scheduler.step(noise, t, x).prev_sample
+    mine = samplers.dpmpp_2m(respace(ADM, kept), _noise_and_variance, start, _no_noise)
+    torch.testing.assert_close(mine, x.double(), atol=2e-4, rtol=1e-4)
+
+
+def test_the_path_of_the_flow_and_its_loss() -> None:
+    x0, noise = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
+    t = torch.tensor([0.0, 0.25])
+    x = interpolate(x0, t, noise)
+    torch.testing.assert_close(x[0], x0[0])
+    torch.testing.assert_close(x[1], 0.75 * x0[1] + 0.25 * noise[1])
+    assert torch.equal(flow_loss(noise - x0, x0, noise), torch.zeros(2))
+    torch.testing.assert_close(
+        flow_loss(torch.zeros_like(x0), x0, noise), ((noise - x0) ** 2).mean((1, 2, 3))
+    )
+
+
+def test_the_score_of_the_flow() -> None:
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1).requires_grad_()
+    t = torch.full((9,), 0.4, dtype=torch.float64)
+    weights, means, stds = (torch.from_numpy(v) for v in (WEIGHTS, MEANS, STDS))
+    scale = torch.sqrt((0.6 * stds) ** 2 + 0.16)
+    density = (weights * torch.distributions.Normal(0.6 * means, scale).log_prob(x).exp()).sum(-1)
+    (exact,) = torch.autograd.grad(density.log().sum(), x)
+    torch.testing.assert_close(score(_velocity(x, t), x, t), exact)
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "steps", "calls"),
+    [
+        ("epsilon", "ddpm", 5, 5),
+        ("epsilon", "ddim", 5, 5),
+        ("epsilon", "dpmpp_2m", 5, 5),
+        ("epsilon", "heun", 5, 9),
+        ("flow", "euler", 5, 5),
+        ("flow", "heun", 5, 10),
+        ("flow", "sde", 5, 5),
+    ],
+)
+def test_calls_of_the_denoiser(objective: str, name: str, steps: int, calls: int) -> None:
+    diffusion = Diffusion(objective=objective)
+    visited = visited_timesteps(diffusion, Sampler(name=name, steps=steps))
+    assert len(visited) == calls
+    assert visited[0] == (999 if objective == "epsilon" else 1000)
+    assert all(0 <= t <= 1000 for t in visited)
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "flow"])
+def test_an_objective_is_least_for_the_truth(objective: str) -> None:
+    made = build_objective(Diffusion(objective=objective))
+    random = np.random.default_rng(0)
+    t = torch.from_numpy(made.draw_timesteps(random, 64))
+    assert 0 <= t.min() < 200 < 800 < t.max() < 1000
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(64, 2, 2, 2, generator=generator) for _ in range(2))
+    x = made.noisy(x0, t, noise)
+    truth = noise - x0 if objective == "flow" else torch.cat([noise, -torch.ones_like(noise)], 1)
+    assert x.shape == x0.shape
+    best = made.loss(truth, x0, t, noise)
+    # The noise that is left in a picture costs bits only in the last step of ADM's diffusion.
+    assert (best[t >= 1] < 1e-4).all()
+    assert (made.loss(truth + 0.5, x0, t, noise) > best + 0.1).all()

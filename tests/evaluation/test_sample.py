@@ -1,0 +1,146 @@
+"""Sampling from runs and files; weights in and out of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffit_train import command
+from diffit_train.checkpoints import committed_steps, read_weights
+from diffit_train.config import load_recipe
+from diffit_train.errors import UserError
+from diffit_train.evaluation.sample import choose_classes, parse_seeds
+from tests.conftest import tiny_recipe
+
+
+def test_seeds_are_numbers_and_ranges() -> None:
+    assert parse_seeds("0-3,8") == [0, 1, 2, 3, 8]
+    assert parse_seeds("5") == [5]
+    for text in ("", "a", "1-", "-1", "1,,2", "0.5"):
+        with pytest.raises(UserError, match="--seeds is"):
+            parse_seeds(text)
+    with pytest.raises(UserError, match="whose end lies before its start"):
+        parse_seeds("3-1")
+
+
+def test_classes_by_name_and_number() -> None:
+    names = ["cat", "1", "dog"]
+    assert choose_classes(names, ["dog", "0", "1", "2"]) == [2, 0, 1, 2]
+    assert choose_classes(names, []) == [0, 1, 2]
+    assert choose_classes([str(i) for i in range(1000)], [])[-1] == 999
+    for wrong in ("bird", "3", "-1"):
+        with pytest.raises(UserError, match=f"--class is '{wrong}', .* 0 to 2 .*: cat, 1, dog"):
+            choose_classes(names, [wrong])
+
+
+def _sample(root: Path, out: Path, source: command.WeightSource, batch: int = 4) -> dict:
+    return command.sample(tiny_recipe(root), source, ["b", "2"], "0-1,7", str(out), batch)
+
+
+def _pictures(folder: Path) -> dict[str, np.ndarray]:
+    names = sorted(path.name for path in folder.glob("class*.png"))
+    return {name: np.asarray(Image.open(folder / name)).astype(int) for name in names}
+
+
+def test_a_run_and_its_export_give_the_same_pictures_in_any_batch(
+    trained: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(trained)
+    result = _sample(trained, tmp_path / "run", command.WeightSource("tiny"))
+    first = _pictures(tmp_path / "run")
+    assert len(first) == 6
+    assert first["class0001-seed000000.png"].shape == (16, 16, 3)
+    assert json.loads((tmp_path / "run" / "samples.json").read_text()) == result
+    assert [p["class"] for p in result["pictures"]] == ["b"] * 3 + ["c"] * 3
+    assert Image.open(tmp_path / "run" / "grid.png").size[0] > 100
+
+    file = command.export_weights(recipe, "tiny", "newest", False, str(tmp_path / "w.safetensors"))
+    tensors = load_file(file["file"])
+    ema = read_weights(str(trained / "runs" / "tiny"), 12, "ema")
+    assert set(ema) < set(tensors)
+    assert all(torch.equal(tensors[name], value) for name, value in ema.items())
+
+    source = command.WeightSource("none", file=file["file"])
+    _sample(trained, tmp_path / "file", source, batch=1)
+    second = _pictures(tmp_path / "file")
+    assert second.keys() == first.keys()
+    for name, picture in first.items():
+        # Products of another shape are rounded in another order; a level may differ by that.
+        assert np.abs(second[name] - picture).max() <= 1
+    assert not np.array_equal(first["class0001-seed000000.png"], first["class0001-seed000001.png"])
+
+
+def test_imported_weights_are_sampled_exported_and_not_trained_on(
+    trained: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(trained)
+    exported = command.export_weights(recipe, "tiny", "8", True, str(tmp_path / "raw.safetensors"))
+    file = exported["file"]
+    result = command.import_weights(recipe, "imported", file, 8, False)
+    assert committed_steps(result["url"]) == [8]
+    again = command.export_weights(
+        recipe, "imported", "8", False, str(tmp_path / "again.safetensors")
+    )
+    before, after = load_file(file), load_file(again["file"])
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    _sample(trained, tmp_path / "a", command.WeightSource("imported"))
+    _sample(trained, tmp_path / "b", command.WeightSource("none", file=file))
+    for name, picture in _pictures(tmp_path / "a").items():
+        assert np.array_equal(_pictures(tmp_path / "b")[name], picture)
+
+    with pytest.raises(UserError, match=r"run 'imported' .* exists; choose another --run"):
+        command.import_weights(recipe, "imported", file, 8, False)
+    with pytest.raises(UserError, match=r"holds no master, only ema: its weights were imported"):
+        command.export_weights(recipe, "imported", "8", True, None)
+    with pytest.raises(UserError, match=r"imported and have no optimizer state"):
+        command.train(recipe, "imported")
+
+
+def test_files_of_another_model_are_refused(trained: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(trained)
+    file = str(tmp_path / "other.safetensors")
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=r"missing: blocks\.0\.attn"):
+        command.import_weights(recipe, "other", file, 0, False)
+    assert not (trained / "runs" / "other").exists()
+    with pytest.raises(UserError, match="there is no run 'none'"):
+        command.sample(recipe, command.WeightSource("none"), [], "0", str(tmp_path / "o"), 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["evaluate.sampler.name=dpmpp_2m"],
+        ["evaluate.sampler.name=heun", "evaluate.guidance.kind=interval"],
+        ["evaluate.guidance.channels=all", "evaluate.precision=bf16_autocast"],
+    ],
+)
+def test_other_ways_to_sample_change_little_in_kind(
+    trained: Path, tmp_path: Path, changes: list[str]
+) -> None:
+    recipe = tiny_recipe(trained, *changes)
+    source = command.WeightSource("tiny")
+    result = command.sample(recipe, source, ["a"], "0", str(tmp_path), 1)
+    assert result["sampler"]["name"] == recipe.evaluate.sampler.name
+    assert len(_pictures(tmp_path)) == 1
+
+
+def test_the_packaged_recipe_reads_a_release(tmp_path: Path) -> None:
+    """The 256x256 recipe asks for exactly the names and shapes of the release."""
+    from diffit_train.models.build import build_model
+
+    with torch.device("meta"):
+        model = build_model(load_recipe("imagenet256"))
+    names = model.state_dict()
+    assert len(names) == 28 * 12 + 2 + 4 + 1 + 2 + 1
+    assert names["blocks.27.attn.relative_position_bias_table"].shape == (961, 16)
+    assert names["blocks.27.attn.relative_position_index"].shape == (256, 256)
+    assert names["y_embedder.embedding_table.weight"].shape == (1001, 1152)

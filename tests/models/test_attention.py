@@ -1,0 +1,117 @@
+"""Every attention kernel against the plain one in float64, with gradients; windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffit_train.models import attention
+from diffit_train.models.attention import KERNELS, TMSA, kernel_name, relative_position_index
+
+SIDE, HEADS, SIZE = 4, 3, 8
+
+
+def _inputs(batch: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    count = SIDE**2
+    # As TMSA hands them over: stretches of one projection.
+    qkv = torch.randn(batch, count, 3, HEADS, SIZE, generator=generator, dtype=torch.float64)
+    table = torch.randn((2 * SIDE - 1) ** 2, HEADS, generator=generator, dtype=torch.float64)
+    parts = [*qkv.permute(2, 0, 3, 1, 4), table]
+    return [part.detach().to(device, dtype).requires_grad_() for part in parts]
+
+
+def _results(kernel: attention.Kernel, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    q, k, v, table = inputs
+    out = kernel(q, k, v, table, relative_position_index(SIDE).to(q.device))
+    target = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device)
+    (out.double() * target.view(out.shape)).sum().backward()
+    return [out.detach(), *(tensor.grad for tensor in inputs)]
+
+
+def _assert_like_reference(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
+    expected = _results(attention.reference_attention, _inputs(5, torch.float64))
+    found = _results(KERNELS[name], _inputs(5, dtype, device))
+    for mine, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double().cpu(), exact, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.1)]
+)
+def test_kernels_give_the_reference_and_its_gradients(
+    name: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So small that the backward pass goes in stretches of two pictures, the last of one.
+    monkeypatch.setattr(attention, "STRETCH_WEIGHTS", 2 * HEADS * SIDE**4)
+    _assert_like_reference(name, dtype, tolerance, "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_gives_the_reference() -> None:
+    # torch has no backward pass of it on a CPU; the next test holds its gradients.
+    inputs = [tensor.detach() for tensor in _inputs(5, torch.float32)]
+    index = relative_position_index(SIDE)
+    out, exact = (KERNELS[name](*inputs, index) for name in ("flex", "reference"))
+    torch.testing.assert_close(out, exact, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_on_a_gpu(name: str) -> None:
+    _assert_like_reference(name, torch.float32, 2e-3, "cuda")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_without_position(name: str) -> None:
+    q, k, v = (tensor.detach() for tensor in _inputs(2, torch.float64)[:3])
+    expected = torch.softmax(torch.einsum("bhik,bhjk->bhij", q, k) / SIZE**0.5, -1)
+    out = KERNELS[name](q, k, v, None, None)
+    torch.testing.assert_close(out, torch.einsum("bhij,bhjk->bhik", expected, v))
+
+
+def test_the_backward_pass_keeps_no_attention_weights() -> None:
+    inputs = _inputs(5, torch.float32)
+    sizes: list[int] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
+    )
+    with hooks:
+        KERNELS["sdpa"](*inputs, relative_position_index(SIDE))
+    assert max(sizes) < 5 * HEADS * SIDE**4
+    with hooks:
+        KERNELS["reference"](*inputs, relative_position_index(SIDE))
+    assert max(sizes) == 5 * HEADS * SIDE**4
+
+
+def test_the_kernel_is_chosen_by_the_device() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert kernel_name("auto", cpu) == "sdpa"
+    assert kernel_name("auto", cuda) == "flex"
+    assert kernel_name("reference", cuda) == "reference"
+    with pytest.raises(ValueError, match="flex needs a CUDA device, not cpu"):
+        kernel_name("flex", cpu)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_tokens_attend_to_their_own_window(name: str) -> None:
+    torch.manual_seed(0)
+    side, window = 6, 3
+    whole = TMSA(HEADS * SIZE, HEADS, side, window=window, condition_size=5).double()
+    whole.kernel = KERNELS[name]
+    single = TMSA(HEADS * SIZE, HEADS, window, condition_size=5).double()
+    single.load_state_dict(whole.state_dict())
+    x, c = torch.randn(2, side, side, HEADS * SIZE).double(), torch.randn(2, 5).double()
+    with torch.no_grad():
+        out = whole(x.view(2, side**2, -1), c).view(2, side, side, -1)
+    for row in range(0, side, window):
+        for column in range(0, side, window):
+            place = (slice(None), slice(row, row + window), slice(column, column + window))
+            expected = single(x[place].reshape(2, window**2, -1), c)
+            torch.testing.assert_close(out[place].reshape(2, window**2, -1), expected)
+
+
+def test_impossible_windows_are_named() -> None:
+    with pytest.raises(ValueError, match="window 4 does not divide the side 6"):
+        TMSA(12, 3, 6, window=4)

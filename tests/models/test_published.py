@@ -1,0 +1,124 @@
+"""Weight files: bit for bit in and out, and refusals that name what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffit_train.errors import UserError
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.models.published import check_published, read_weights_file, write_published
+
+SMALL = Shape(latent_size=8, num_classes=5, hidden_size=16, depth=2, num_heads=2)
+
+
+def _model(**changes: int) -> LatentDiffiT:
+    torch.manual_seed(0)
+    return LatentDiffiT(Shape(**{**SMALL.__dict__, **changes}))
+
+
+def _write(path: Path, **changes: int) -> dict[str, torch.Tensor]:
+    tensors = {name: value.clone() for name, value in _model(**changes).state_dict().items()}
+    save_file(tensors, str(path))
+    return tensors
+
+
+def test_in_and_out_bit_for_bit(tmp_path: Path) -> None:
+    tensors = _write(tmp_path / "in.safetensors")
+    # A release's own position table, off by rounding, survives.
+    tensors["pos_embed"] = tensors["pos_embed"] + 1e-6
+    save_file(tensors, str(tmp_path / "in.safetensors"))
+    file = str(tmp_path / "in.safetensors")
+    weights = check_published(_model(), read_weights_file(file), file)
+    write_published(_model(), weights, str(tmp_path / "out.safetensors"), {"run": "x"})
+    out = load_file(tmp_path / "out.safetensors")
+    assert out.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert out[name].dtype == value.dtype
+        assert torch.equal(out[name], value), name
+
+
+def test_half_precision_files_are_widened(tmp_path: Path) -> None:
+    halves = _model().state_dict()
+    for name, value in halves.items():
+        if value.is_floating_point() and name != "pos_embed":
+            halves[name] = value.to(torch.bfloat16)
+    weights = check_published(_model(), halves, "x")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(weights[name], halves[name].float())
+
+
+def test_what_does_not_fit_is_listed_by_name(tmp_path: Path) -> None:
+    tensors = _write(tmp_path / "w.safetensors")
+    del tensors["t_embedder.mlp.0.bias"]
+    tensors["extra"] = torch.zeros(1)
+    tensors["blocks.1.attn.qkv.weight"] = torch.zeros(2, 3)
+    with pytest.raises(UserError) as caught:
+        check_published(_model(), tensors, "w.safetensors")
+    assert str(caught.value).splitlines() == [
+        "w.safetensors does not hold this recipe's model:",
+        "  missing: t_embedder.mlp.0.bias",
+        "  unexpected: extra",
+        "  wrong shape: blocks.1.attn.qkv.weight is 2x3, expected 48x16",
+    ]
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    deeper = _write(tmp_path / "w.safetensors", depth=3)
+    with pytest.raises(UserError, match=r"unexpected: blocks\.2\.attn\.proj\.bias"):
+        check_published(_model(), deeper, "w")
+    wider = _write(tmp_path / "w.safetensors", hidden_size=32)
+    with pytest.raises(UserError, match=r"x_embedder\.proj\.bias is 32, expected 16"):
+        check_published(_model(), wider, "w")
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "blocks.1.attn.relative_position_index"])
+def test_fixed_tensors_must_be_ours(tmp_path: Path, name: str) -> None:
+    tensors = _write(tmp_path / "w.safetensors")
+    tensors[name] = tensors[name].flip(1)
+    with pytest.raises(UserError, match=f"wrong values: {name}"):
+        check_published(_model(), tensors, "w")
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    _write(tmp_path / "w.safetensors")
+    whole = (tmp_path / "w.safetensors").read_bytes()
+    for number, data in enumerate(
+        (whole[: len(whole) // 2], whole[:4], b"", b"not tensors at all")
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"{path} is not a whole safetensors file"):
+            read_weights_file(str(path))
+    with pytest.raises(UserError, match="there is no weight file"):
+        read_weights_file(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="is a folder"):
+        read_weights_file(str(tmp_path))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_read_only_if_asked_for(tmp_path: Path, zipped: bool) -> None:
+    path = str(tmp_path / "w.pt")
+    weights = {"a": torch.arange(3.0)}
+    torch.save({"ema": weights, "step": 3}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"is a pickle.*--allow-pickle"):
+        read_weights_file(path)
+    assert torch.equal(read_weights_file(path, allow_pickle=True)["a"], weights["a"])
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    mark = tmp_path / "ran"
+
+    class Harmful:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return (open, (str(mark), "w"))
+
+    torch.save({"a": Harmful()}, path)
+    with pytest.raises(UserError, match="cannot be read as a pickle of tensors"):
+        read_weights_file(str(path), allow_pickle=True)
+    assert not mark.exists()

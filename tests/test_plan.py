@@ -1,0 +1,151 @@
+"""The plan against published counts, and its memory against what a real engine keeps."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffit_train.config import load_recipe
+from diffit_train.config.recipe import Train
+from diffit_train.errors import UserError
+from diffit_train.models.latent import LatentDiffiT, Shape, trainable_parameters
+from diffit_train.models.runtime import checkpoint_activations
+from diffit_train.plan import GPUS, Machine, activation_bytes, plan, print_plan, state_bytes
+from diffit_train.training.engine import Engine
+from tests.training.ranks import on_ranks
+
+H100 = Machine("H100", 0.4, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "forward", "plain"),
+    [("imagenet256", 561_035_232, 118.5, 114.3), ("imagenet512", 562_382_816, 524.4, 456.8)],
+)
+def test_published_counts(name: str, parameters: int, forward: float, plain: float) -> None:
+    result = plan(load_recipe(name), H100)
+    assert result["parameters"]["total"] == parameters
+    parts = [value for part, value in result["parameters"].items() if part != "total"]
+    assert sum(parts) == parameters
+    work = result["multiply_adds"]
+    assert work["forward"] / 1e9 == pytest.approx(forward, abs=0.05)
+    assert work["forward_without_attention_products"] / 1e9 == pytest.approx(plain, abs=0.05)
+    assert work["training_picture"] == 3 * work["forward"]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_speed_and_cost_follow_from_work_and_rate() -> None:
+    result = plan(load_recipe("imagenet256", ["scaling.workers=4"]), H100)
+    time = result["time"]
+    rate = GPUS["H100"].tflops_bf16 * 1e12 * 0.4 / (2 * result["multiply_adds"]["training_picture"])
+    assert time["pictures_per_s"] == pytest.approx(4 * rate)
+    assert time["step_s"] == pytest.approx(256 / (4 * rate))
+    assert time["gpu_hours"] == pytest.approx(7_000_000 * 256 / rate / 3600)
+    assert time["cost"] == pytest.approx(2 * time["gpu_hours"])
+    assert time["epochs"] == pytest.approx(7_000_000 * 256 / 1_281_167)
+
+
+def test_recomputing_blocks_costs_a_forward_pass_but_no_mfu() -> None:
+    plain = plan(load_recipe("imagenet256"), H100)
+    again = plan(load_recipe("imagenet256", ["train.activation_checkpointing=blocks"]), H100)
+    forward = plain["multiply_adds"]["forward"]
+    assert again["multiply_adds"]["training_picture"] == 4 * forward
+    assert again["time"] == plain["time"]
+    few = again["memory"]["zero_stage"]["2"]["activations"]
+    assert few < 0.2 * plain["memory"]["zero_stage"]["2"]["activations"]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_stages_share_out_more_and_more(bf16: bool) -> None:
+    totals = [state_bytes(10**6, stage, 4, 1, bf16).total for stage in range(4)]
+    # Stage 1 in fp32 pays for its own copy of the master weights with a share of the moments.
+    assert totals == sorted(totals, reverse=True)
+    alone = state_bytes(1000, 2, 1, 3, bf16)
+    assert alone.ema == 3 * 4000
+    assert alone.moments == 8000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_those_that_a_forward_pass_leaves(dtype: torch.dtype) -> None:
+    shape = Shape(latent_size=16, hidden_size=64, depth=6, num_heads=2, num_classes=3)
+    for mode, every_nth in (("none", 1), ("blocks", 1), ("selective", 1), ("blocks", 2)):
+        model = LatentDiffiT(shape).to(dtype)
+        checkpoint_activations(model, mode, every_nth)
+        x, t = torch.randn(8, 4, 16, 16, dtype=dtype), torch.zeros(8, dtype=torch.long)
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            out = model(x, t, t)
+        lasting = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+        del out
+        covered = 0 if mode == "none" else -(-6 // every_nth)
+        # Without what one block holds while it is computed again, which is not there yet.
+        one = activation_bytes(shape, "diffit", 8, "none", 1, dtype) // 6 if covered else 0
+        planned = activation_bytes(shape, "diffit", 8, mode, every_nth, dtype) - one
+        assert planned == pytest.approx(lasting, rel=0.12), mode
+
+
+def test_impossible_machines_are_named() -> None:
+    with pytest.raises(UserError, match=r"--gpu is 'H9', but must be one of: A10G"):
+        Machine("H9", 0.4)
+    with pytest.raises(UserError, match=r"--mfu is 0\.0"):
+        Machine("H100", 0.0)
+    with pytest.raises(UserError, match=r"--price is -1"):
+        Machine("H100", 0.4, -1.0)
+
+
+def test_the_table_holds_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(plan(load_recipe("imagenet256"), H100))
+    out = capsys.readouterr().out
+    for text in ("561,035,232", "118.5 G", "114.3 G", "ZeRO stage", "fits H100", "1,281,167"):
+        assert text in out
+
+
+def test_latents_are_sized_as_they_come_out(encoded: Path) -> None:
+    from tests.conftest import tiny_recipe
+
+    recipe = tiny_recipe(encoded, "data.expected_pictures=24")
+    real = plan(recipe, H100)["storage"]
+    guess = plan(tiny_recipe(encoded / "elsewhere", "data.expected_pictures=24"), H100)["storage"]
+    assert real["pictures"] == guess["pictures"] == 24
+    # Each shard ends with up to 10 KiB of zeros.
+    assert guess["latents"] == pytest.approx(real["latents"], abs=5 * 10240)
+
+
+def _held(rank: int, world: int, stage: int, precision: str) -> None:
+    """Bytes of all tensors after two steps, against the plan."""
+    torch.manual_seed(0)
+    sizes = {"latent_size": 8, "hidden_size": 192, "depth": 4, "num_heads": 4, "num_classes": 10}
+    gc.collect()
+    before = _tensor_bytes()
+    model = LatentDiffiT(Shape(**sizes))
+    count = trainable_parameters(model)
+    train = Train(steps=9, batch_size=4, zero_stage=stage, precision=precision)
+    engine = Engine(model, train, world, torch.device("cpu"))
+    x, t = torch.randn(4 // world, 4, 8, 8), torch.zeros(4 // world, dtype=torch.long)
+    for step in range(2):
+        engine.step(engine.forward(x, t, t).square().mean(), step)
+    gc.collect()
+    held = _tensor_bytes() - before
+    planned = state_bytes(count, stage, world, 1, precision == "bf16")
+    # Between steps ZeRO has dropped the gradients.
+    expected = planned.total - planned.gradients
+    assert held == pytest.approx(expected, rel=0.05), (held / count, expected / count)
+
+
+def _tensor_bytes() -> int:
+    storages = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor) and not item.is_meta:
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_states_are_those_that_ranks_keep(stage: int, precision: str) -> None:
+    on_ranks(2, _held, stage, precision)
