@@ -16,7 +16,8 @@ from diffit_train.cluster import connected
 from diffit_train.errors import DiffitError, UserError
 
 RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
-COMMANDS = ["encode", "train", "evaluate", "compare", "submit"]
+COMMANDS = ["plan", "encode", "train", "evaluate", "sample", "compare", "import", "export"]
+COMMANDS += ["submit"]
 COMMANDS += ["data digits", "autoencoder fit", "features fit"]
 
 
@@ -46,6 +47,13 @@ def test_version() -> None:
         (["encode", "demo"], ["is not a folder"]),
         (["evaluate", "demo"], ["there is no run 'demo'"]),
         (["compare"], ["mlflow.db", "train first"]),
+        (["plan", "demo", "--gpu", "H9"], ["--gpu is 'H9'", "H100"]),
+        (["sample", "demo", "--class", "eleven"], ["--class is 'eleven'", "0 to 9"]),
+        (["sample", "demo"], ["there is no run 'demo'", "--run"]),
+        (["sample", "demo", "evaluate.sampler.steps=-3"], ["evaluate.sampler.steps is -3"]),
+        (["sample", "demo", "evaluate.sampler.steps=2000"], ["steps is 2000", "(1000)"]),
+        (["import", "demo", "none.safetensors"], ["no weight file", "none.safetensors"]),
+        (["export", "demo"], ["there is no run 'demo'"]),
         (["train", "dmo"], ["did you mean 'demo'"]),
         (["autoencoder", "fit", "demo"], ["is not a folder"]),
         (["features", "fit", "demo"], ["is not a folder"]),

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from diffit_train import command
 from diffit_train.checkpoints import committed_steps, read_state, read_weights
 from diffit_train.config import dump_recipe
 from diffit_train.errors import UserError
@@ -174,3 +175,24 @@ def test_ctrl_c_ends_with_its_own_status_and_can_be_continued(
     assert max(committed_steps(str(tmp_path / "runs" / "killed"))) < 600
     assert train(tiny_recipe(tmp_path, *LONGER), "killed") == 600
     assert _losses(tmp_path, "killed") == undisturbed
+
+
+def test_another_objective_and_model_around_which_much_is_put(
+    encoded: Path, tmp_path: Path
+) -> None:
+    """Flow matching, a model without labels, autocast, selective checkpointing; then pictures."""
+    changes = ["diffusion.objective=flow", "model.architecture=dit_tmsa", "model.conditional=false"]
+    changes += ["train.precision=bf16_autocast", "train.activation_checkpointing=selective"]
+    changes += ["evaluate.sampler.name=sde", "evaluate.guidance.kind=none", "train.steps=6"]
+    changes += ["train.checkpoint_every=6"]
+    recipe = tiny_recipe(encoded, *changes)
+    assert train(recipe, "flow") == 6
+    losses = [loss for _, loss in _losses(encoded, "flow")]
+    # The untrained velocity is zero, so the loss begins near E (noise - x_0)^2 = 2 at the least.
+    assert losses[0] > 1.0
+    weights = read_weights(str(encoded / "runs" / "flow"), 6, "raw")
+    assert not any("y_embedder" in name for name in weights)
+    assert weights["final_layer.linear.weight"].shape == (16, 16)
+    source = command.WeightSource("flow")
+    result = command.sample(recipe, source, ["a"], "0-1", str(tmp_path), 2)
+    assert len(result["pictures"]) == 2

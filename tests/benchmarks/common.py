@@ -1,0 +1,74 @@
+"""Time, peak memory and tables of the benchmarks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved_seconds(
+    bodies: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """The best time of each body, taken in turns so that a noisy machine disturbs all alike."""
+    best = dict.fromkeys(bodies, float("inf"))
+    for _ in range(rounds + 1):  # the first round warms up and can hardly be the best
+        for name, body in bodies.items():
+            synchronize(device)
+            start = time.perf_counter()
+            body()
+            synchronize(device)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def peak_bytes(body: Callable[[], object], device: torch.device) -> int:
+    """The most memory that is allocated at once while the body runs, beyond what was before."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        body()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        body()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
+    """Operations a second of a large square matrix product, the best of some sizes."""
+    best = 0.0
+    for size in (1024, 2048) if device.type == "cpu" else (8192, 16384):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = interleaved_seconds({"product": lambda a=a, b=b: a @ b}, device, rounds)
+        best = max(best, 2.0 * size**3 / seconds["product"])
+    return best
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output."""
+    console = Console(width=120)
+    console.print(title)
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
