@@ -13,7 +13,7 @@ from diffit_train.config import load_recipe
 from diffit_train.config.recipe import Train
 from diffit_train.errors import UserError
 from diffit_train.models.latent import LatentDiffiT, Shape, trainable_parameters
-from diffit_train.models.runtime import checkpoint_activations
+from diffit_train.models.runtime import checkpoint_activations, use_kernel
 from diffit_train.plan import GPUS, Machine, activation_bytes, plan, print_plan, state_bytes
 from diffit_train.training.engine import Engine
 from tests.training.ranks import on_ranks
@@ -73,6 +73,7 @@ def test_activations_are_those_that_a_forward_pass_leaves(dtype: torch.dtype) ->
     shape = Shape(latent_size=16, hidden_size=64, depth=6, num_heads=2, num_classes=3)
     for mode, every_nth in (("none", 1), ("blocks", 1), ("selective", 1), ("blocks", 2)):
         model = LatentDiffiT(shape).to(dtype)
+        use_kernel(model, "stretched", torch.device("cpu"))
         checkpoint_activations(model, mode, every_nth)
         x, t = torch.randn(8, 4, 16, 16, dtype=dtype), torch.zeros(8, dtype=torch.long)
         with torch.profiler.profile(

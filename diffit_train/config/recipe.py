@@ -109,8 +109,8 @@ class Model(Section):
     label_init_std: Positive = Field(
         default=0.02, description="standard deviation of the label table at the start"
     )
-    attention: Literal["auto", "reference", "sdpa", "flex"] = Field(
-        default="auto", description="attention kernel; auto: flex on CUDA, sdpa elsewhere"
+    attention: Literal["auto", "reference", "sdpa", "stretched", "flex"] = Field(
+        default="auto", description="attention kernel; auto: flex on CUDA, stretched elsewhere"
     )
 
     @model_validator(mode="before")

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
-# The backward pass of one stretch of pictures holds this many attention weights at most, or one
-# picture's: 16 MiB in fp32, about what a core's cache holds.
-STRETCH_WEIGHTS = 1 << 22
+# Attention weights that `stretched_attention` computes at once: 4 MiB in fp32, for the cache.
+STRETCH_WEIGHTS = 1 << 20
 
 
 def relative_position_index(side: int) -> Tensor:
@@ -60,50 +60,111 @@ def reference_attention(
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """torch's scaled-dot-product attention with the bias as its mask."""
+    """torch's scaled-dot-product attention with the bias as its mask.
+
+    On a CPU torch holds every weight where the bias wants a gradient; see `stretched_attention`.
+    """
     if table is None or index is None:
         return F.scaled_dot_product_attention(q, k, v)
-    bias = position_bias(table, index).to(q.dtype)
-    # With a mask that wants a gradient torch holds every attention weight on a CPU. A compiler
-    # decides by itself what to keep.
-    wants_gradient = torch.is_grad_enabled() and bias.requires_grad
-    if wants_gradient and not q.is_cuda and not torch.compiler.is_compiling():
-        return _RecomputedAttention.apply(q, k, v, bias)  # type: ignore[no-untyped-call]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=position_bias(table, index).to(q.dtype)
+    )
 
 
-class _RecomputedAttention(torch.autograd.Function):
-    """Attention that keeps q, k, v and computes the weights again in its backward pass."""
+def stretched_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """For CPUs: attention in stretches that fit a cache, with weights computed again backward.
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    It keeps q, k and v only. Without position bias torch's own kernel does as well.
+    """
+    if table is None or index is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    return _biased_attention(q, k, v, table, index)
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, bias = ctx.saved_tensors
-        scale = 1.0 / math.sqrt(q.shape[-1])
-        # One buffer in the layout (B, N, 3, H, K) of the projection that q, k and v come from.
-        batch, heads, count, size = q.shape
-        whole = q.new_empty(batch, count, 3, heads, size)
-        grad_q, grad_k, grad_v = whole.permute(2, 0, 3, 1, 4)
-        grad_bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
-        stretch = max(1, STRETCH_WEIGHTS // (heads * count * count))
-        for start in range(0, batch, stretch):
-            rows = slice(start, start + stretch)
-            query, key, value, grad = q[rows], k[rows], v[rows], grad_out[rows]
-            weights = (query @ key.transpose(-2, -1)).mul_(scale).add_(bias).softmax(-1)
-            grad_v[rows] = weights.transpose(-2, -1) @ grad
-            # The softmax's gradient: weights * (dW - sum(weights * dW)), here in place.
-            grad_logits = grad @ value.transpose(-2, -1)
-            inner = torch.linalg.vecdot(grad_logits, weights).unsqueeze(-1)
-            grad_logits.sub_(inner).mul_(weights)
-            grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
-            grad_logits.mul_(scale)
-            grad_q[rows] = grad_logits @ key
-            grad_k[rows] = grad_logits.transpose(-2, -1) @ query
-        return grad_q, grad_k, grad_v, grad_bias.to(bias.dtype)
+
+def _stretches(batch: int, heads: int, count: int) -> Iterator[tuple[slice, slice]]:
+    """Pictures and heads whose attention weights fit the cache: some pictures, or some heads."""
+    heads_at_once = min(heads, max(1, STRETCH_WEIGHTS // count**2))
+    pictures = max(1, STRETCH_WEIGHTS // (heads * count**2))
+    for start in range(0, batch, pictures):
+        for head in range(0, heads, heads_at_once):
+            yield slice(start, start + pictures), slice(head, head + heads_at_once)
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).mul_(1.0 / math.sqrt(q.shape[-1])).add_(bias).softmax(-1)
+
+
+# One operation to torch, so that selective checkpointing keeps its result and compilers leave it
+# alone.
+@torch.library.custom_op("diffit::biased_attention", mutates_args=())
+def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    batch, heads, count, size = q.shape
+    bias = position_bias(table, index).to(q.dtype).contiguous()
+    out = q.new_empty(batch, count, heads, size).transpose(1, 2)
+    for rows, some in _stretches(batch, heads, count):
+        out[rows, some] = _weights(q[rows, some], k[rows, some], bias[some]) @ v[rows, some]
+    return out
+
+
+@_biased_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    batch, heads, count, size = q.shape
+    return q.new_empty(batch, count, heads, size).transpose(1, 2)
+
+
+@torch.library.custom_op("diffit::biased_attention_backward", mutates_args=())
+def _biased_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k, v in the layout (B, N, 3, H, K) of their projection, and of the table."""
+    batch, heads, count, size = q.shape
+    scale = 1.0 / math.sqrt(size)
+    bias = position_bias(table, index).to(q.dtype).contiguous()
+    grad_qkv = q.new_empty(batch, count, 3, heads, size)
+    grad_q, grad_k, grad_v = grad_qkv.permute(2, 0, 3, 1, 4)
+    grad_bias = torch.zeros_like(bias, dtype=table.dtype)
+    for rows, some in _stretches(batch, heads, count):
+        place = (rows, some)
+        query, key, value, grad = q[place], k[place], v[place], grad_out[place]
+        weights = _weights(query, key, bias[some])
+        grad_v[place] = weights.transpose(-2, -1) @ grad
+        # The softmax's gradient: weights * (dW - sum(weights * dW)), here in place.
+        grad_logits = grad @ value.transpose(-2, -1)
+        inner = torch.linalg.vecdot(grad_logits, weights).unsqueeze(-1)
+        grad_logits.sub_(inner).mul_(weights)
+        grad_bias[some] += grad_logits.sum(0, dtype=table.dtype)
+        grad_q[place] = (grad_logits @ key).mul_(scale)
+        grad_k[place] = (grad_logits.transpose(-2, -1) @ query).mul_(scale)
+    by_pair = grad_bias.permute(1, 2, 0).reshape(-1, heads)
+    return grad_qkv, torch.zeros_like(table).index_add_(0, index.view(-1), by_pair)
+
+
+@_biased_attention_backward.register_fake
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, heads, count, size = q.shape
+    return q.new_empty(batch, count, 3, heads, size), torch.empty_like(table)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    grad_qkv, grad_table = _biased_attention_backward(grad_out, *ctx.saved_tensors)
+    return *grad_qkv.permute(2, 0, 3, 1, 4), grad_table, None
+
+
+_biased_attention.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.diffit.biased_attention)
+def _flops(q: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, count, size = q
+    return 4 * batch * heads * count * count * size
 
 
 def flex_attention(
@@ -138,18 +199,19 @@ def _compiled_flex() -> Callable[..., Tensor]:
 KERNELS: dict[str, Kernel] = {
     "reference": reference_attention,
     "sdpa": sdpa_attention,
+    "stretched": stretched_attention,
     "flex": flex_attention,
 }
 
 
 def kernel_name(wanted: str, device: torch.device) -> str:
-    """The kernel to use: `wanted`, or for `auto` flex on CUDA and sdpa elsewhere.
+    """The kernel to use: `wanted`, or for `auto` flex on CUDA and stretched elsewhere.
 
     Raises:
         ValueError: flex was asked for where it would be evaluated eagerly.
     """
     if wanted == "auto":
-        return "flex" if device.type == "cuda" else "sdpa"
+        return "flex" if device.type == "cuda" else "stretched"
     if wanted == "flex" and device.type != "cuda":
         raise ValueError(f"the attention kernel flex needs a CUDA device, not {device.type}")
     return wanted

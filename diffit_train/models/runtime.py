@@ -22,11 +22,11 @@ from diffit_train.models.latent import LatentTransformer
 Checkpointing = Literal["none", "selective", "blocks"]
 
 _aten = torch.ops.aten
-# Results of matrix products and attention are kept, what is cheap to compute again is not.
+# Results of linear layers and attention are kept, what is cheap to compute again is not.
 KEPT_OPERATIONS = {
     _aten.addmm.default,
     _aten.mm.default,
-    _aten.bmm.default,
+    torch.ops.diffit.biased_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention.default,

@@ -31,6 +31,23 @@ def interleaved_seconds(
     return best
 
 
+def kept_bytes(forward: Callable[[], object], device: torch.device) -> int:
+    """What a forward pass leaves allocated for its backward pass, its result included."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        result = forward()
+        kept = torch.cuda.memory_allocated(device) - before
+    else:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            result = forward()
+        events = profile.profiler.kineto_results.events()
+        kept = sum(e.nbytes() for e in events if e.name() == "[memory]")
+    del result
+    return kept
+
+
 def peak_bytes(body: Callable[[], object], device: torch.device) -> int:
     """The most memory that is allocated at once while the body runs, beyond what was before."""
     if device.type == "cuda":

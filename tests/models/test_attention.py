@@ -36,16 +36,17 @@ def _assert_like_reference(name: str, dtype: torch.dtype, tolerance: float, devi
         torch.testing.assert_close(mine.double().cpu(), exact, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", ["reference", "sdpa", "stretched"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.1)]
 )
 def test_kernels_give_the_reference_and_its_gradients(
     name: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So small that the backward pass goes in stretches of two pictures, the last of one.
-    monkeypatch.setattr(attention, "STRETCH_WEIGHTS", 2 * HEADS * SIDE**4)
-    _assert_like_reference(name, dtype, tolerance, "cpu")
+    # So small that a stretch is of two pictures, the last of one; or of one picture's two heads.
+    for weights in (2 * HEADS * SIDE**4, 2 * SIDE**4):
+        monkeypatch.setattr(attention, "STRETCH_WEIGHTS", weights)
+        _assert_like_reference(name, dtype, tolerance, "cpu")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -78,7 +79,7 @@ def test_the_backward_pass_keeps_no_attention_weights() -> None:
         lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
     )
     with hooks:
-        KERNELS["sdpa"](*inputs, relative_position_index(SIDE))
+        KERNELS["stretched"](*inputs, relative_position_index(SIDE))
     assert max(sizes) < 5 * HEADS * SIDE**4
     with hooks:
         KERNELS["reference"](*inputs, relative_position_index(SIDE))
@@ -87,7 +88,7 @@ def test_the_backward_pass_keeps_no_attention_weights() -> None:
 
 def test_the_kernel_is_chosen_by_the_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert kernel_name("auto", cpu) == "sdpa"
+    assert kernel_name("auto", cpu) == "stretched"
     assert kernel_name("auto", cuda) == "flex"
     assert kernel_name("reference", cuda) == "reference"
     with pytest.raises(ValueError, match="flex needs a CUDA device, not cpu"):
