@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import diffit_train
-from diffit_train import command
+from diffit_train import command, storage
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
 
 
@@ -19,8 +19,8 @@ class WorkOrder(TyperGroup):
     """Lists the commands in the order in which they are used."""
 
     order = (
-        *("data", "autoencoder", "features", "plan", "encode", "train", "evaluate", "sample"),
-        *("compare", "import", "export", "submit"),
+        *("data", "autoencoder", "features", "plan", "encode", "verify", "train", "evaluate"),
+        *("sample", "compare", "import", "export", "submit"),
     )
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -43,7 +43,9 @@ app = typer.Typer(
 autoencoder_app = typer.Typer(help="An autoencoder of your own.", no_args_is_help=True)
 features_app = typer.Typer(help="A feature network of your own.", no_args_is_help=True)
 data_app = typer.Typer(help="Data sets that need no download.", no_args_is_help=True)
+verify_app = typer.Typer(help="Check what was written.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(verify_app, name="verify")
 app.add_typer(autoencoder_app, name="autoencoder")
 app.add_typer(features_app, name="features")
 
@@ -139,13 +141,36 @@ def encode(
     overrides: Overrides = None,
     root: Root = None,
     address: Address = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add pictures that have come since, as new shards.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode a folder of pictures into shards of VAE latents.
+    """Encode pictures (a folder, tars or parquet files) into shards of VAE latents.
 
     Example: `diffit encode imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
     """
-    _print(command.encode(_recipe(name, overrides, root), address), as_json)
+    _print(command.encode(_recipe(name, overrides, root), address, append), as_json)
+
+
+@verify_app.command("latents")
+def verify_latents(
+    url: Annotated[str, typer.Argument(help="Folder of the latents.", show_default=False)],
+    picture: Annotated[
+        str | None,
+        typer.Option(help="Draw originals beside their reconstructions into this PNG."),
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Encode the bad shards again.")] = False,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute hashes and counts of latent shards, and test every member.
+
+    Exit status 1 where something is bad and not repaired.
+
+    Example: `diffit verify latents my-project/latents/digits --picture check.png --repair`
+    """
+    _print(command.verify_latents(storage.absolute(url), picture, repair, address), as_json)
 
 
 @app.command()

@@ -50,15 +50,15 @@ def _status(error: SystemExit) -> int:
     return error.code if isinstance(error.code, int) else 0
 
 
-def encode(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
+def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> dict[str, Any]:
     """Encode the recipe's pictures; a summary of the latents."""
     from diffit_train.data.shards import finished, latents_url
 
     manifest = finished(recipe)
-    if manifest is None:
+    if manifest is None or append:
         from diffit_train.data import encode as stage
 
-        manifest = stage.encode(recipe, address)
+        manifest = stage.encode(recipe, address, append)
     else:
         say("encoded already")
     say(
@@ -70,6 +70,42 @@ def encode(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
         **manifest.totals.model_dump(),
         "digest": manifest.digest,
     }
+
+
+def verify_latents(
+    url: str, picture: str | None, repair: bool, address: str | None = None
+) -> dict[str, Any]:
+    """Check a folder of latents, make bad shards again if asked to, and draw a picture.
+
+    Raises:
+        DiffitError: something is bad and was not, or could not be, repaired.
+    """
+    from diffit_train.data import verify as stage
+
+    report = stage.verify(url)
+    for name, reason in report.bad.items():
+        say(f"bad: {name}: {reason}")
+    if report.bad and repair:
+        stage.repair(url, list(report.bad), address)
+        report = stage.verify(url)
+    found = report.as_json()
+    if report.bad:
+        raise DiffitError(
+            f"{len(report.bad)} of {report.shards} shards of {storage.shown(url)} are bad: "
+            f"{', '.join(list(report.bad)[:8])}"
+            + ("" if repair else "; --repair encodes them again")
+        )
+    spread = "  ".join(f"{m:.3f}±{s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True))
+    say(
+        f"{storage.shown(url)}: {report.pictures:,} pictures in {report.shards} shards are good; "
+        f"latents by channel {spread}, from {report.lowest:.2f} to {report.highest:.2f}"
+    )
+    if picture is not None:
+        target = storage.absolute(picture)
+        found["reconstruction_mse"] = stage.draw_reconstructions(url, target)
+        found["picture"] = target
+        say(f"reconstruction mse {found['reconstruction_mse']:.4g}: {storage.shown(target)}")
+    return found
 
 
 def train(recipe: Recipe, run: str, address: str | None = None) -> dict[str, Any]:

@@ -2,26 +2,45 @@
 
 What is written appears under its final name only when it is whole: locally through a temporary
 file, fsync and rename; on an object store through one upload, which is atomic there.
+
+What fails remotely and may pass (a lost connection, a server that is busy or restarts) is tried
+again for DIFFIT_STORAGE_RETRY_S seconds, 120 unless set, with growing pauses.
 """
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import fsspec
+import tenacity
 
 from diffit_train.errors import DiffitError, UserError
 
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
+T = TypeVar("T")
+
+# Answers of a local or remote file system that trying again would not change.
+_LASTING = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+)
+_CLIENT_LIBRARIES = ("botocore.", "aiobotocore.", "aiohttp.", "urllib3.")
+_CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 
 
 def is_local(url: str) -> bool:
@@ -75,31 +94,108 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ) from error
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether a failed remote call may succeed later."""
+    if isinstance(error, _LASTING):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError):
+        return True
+    kind = type(error)
+    if f"{kind.__module__}.".startswith(_CLIENT_LIBRARIES):
+        return kind.__name__ not in (*_CREDENTIAL_ERRORS, "ParamValidationError")
+    # s3fs turns answers of the server into these: 503 and SlowDown, and any other 5xx.
+    remote = getattr(errno, "EREMOTEIO", errno.EIO)
+    return isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EIO, remote)
+
+
+def retried(url: str, call: Callable[[], T]) -> T:
+    """The value of a call on `url`; a remote one that fails in passing is tried again.
+
+    Raises:
+        UserError: the credentials or the bucket are wrong.
+    """
+    if is_local(url):
+        return call()
+    seconds = float(os.environ.get("DIFFIT_STORAGE_RETRY_S", "120"))
+    attempts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_passing),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=10.0),
+        stop=tenacity.stop_after_delay(seconds),
+        reraise=True,
+    )
+    try:
+        return attempts(call)
+    except Exception as error:
+        raise _explained(url, error) from error
+
+
+def _explained(url: str, error: Exception) -> Exception:
+    """A remote failure in the user's words where it is the user's to mend, else itself."""
+    if type(error).__name__ in _CREDENTIAL_ERRORS:
+        return UserError(
+            f"no credentials for {url} ({error}); set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    if isinstance(error, PermissionError):
+        return UserError(f"access to {url} is denied ({error}); check the credentials")
+    if isinstance(error, FileNotFoundError) and "bucket" in str(error).lower():
+        return UserError(f"{url}: {error}; make the bucket, or mend its name")
+    if is_passing(error):
+        return DiffitError(
+            f"{url} cannot be reached ({type(error).__name__}: {error}); the same command "
+            "continues once it can"
+        )
+    return error
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder of this name is there."""
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    return bool(retried(url, lambda: fs.exists(path)))
+
+
+def is_folder(url: str) -> bool:
+    """Whether a folder of this name is there."""
+    fs, path = filesystem(url)
+    return bool(retried(url, lambda: fs.isdir(path)))
 
 
 def size_bytes(url: str) -> int:
     """Size of a file in bytes; FileNotFoundError where there is none."""
     fs, path = filesystem(url)
-    return int(fs.info(path)["size"])
+    return int(retried(url, lambda: fs.info(path))["size"])
 
 
 def list_names(url: str) -> list[str]:
     """Sorted names directly below a folder, temporary ones left out; empty where it is missing."""
     fs, path = filesystem(url)
-    if not fs.isdir(path):
+    if not is_folder(url):
         return []
-    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True))
+    entries = retried(url, lambda: fs.ls(path, detail=True))
+    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
     return sorted(name for name in names if TEMPORARY_MARK not in name and name)
+
+
+def find_files(url: str) -> list[str]:
+    """Sorted paths, below a remote folder, of all files in it."""
+    fs, path = filesystem(url)
+    base = path.rstrip("/")
+    found = retried(url, lambda: fs.find(base))
+    return sorted(str(name)[len(base) + 1 :] for name in found)
 
 
 def read_bytes(url: str) -> bytes:
     """The whole file; FileNotFoundError where there is none."""
     fs, path = filesystem(url)
-    return bytes(fs.cat_file(path))
+    return bytes(retried(url, lambda: fs.cat_file(path)))
+
+
+@contextmanager
+def open_file(url: str) -> Iterator[IO[bytes]]:
+    """A file to read from any place."""
+    fs, path = filesystem(url)
+    with retried(url, lambda: fs.open(path, "rb")) as file:
+        yield file
 
 
 def read_json(url: str) -> Any:
@@ -148,7 +244,7 @@ def atomic_file(url: str) -> Iterator[Path]:
     try:
         temporary = folder / path.rsplit("/", 1)[-1]
         yield temporary
-        fs.put_file(str(temporary), path)
+        retried(url, lambda: fs.put_file(str(temporary), path))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -179,7 +275,7 @@ def local_copy(url: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="diffit-download-"))
     try:
         target = folder / path.rsplit("/", 1)[-1]
-        fs.get_file(path, str(target))
+        retried(url, lambda: fs.get_file(path, str(target)))
         yield target
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -193,9 +289,10 @@ def local_folder(url: str) -> Iterator[Path]:
         return
     folder = Path(tempfile.mkdtemp(prefix="diffit-download-"))
     try:
+        fs, path = filesystem(url)
         for name in list_names(url):
-            fs, path = filesystem(join(url, name))
-            fs.get_file(path, str(folder / name))
+            source, target = join(path, name), str(folder / name)
+            retried(url, functools.partial(fs.get_file, source, target))
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -204,8 +301,8 @@ def local_folder(url: str) -> Iterator[Path]:
 def remove(url: str) -> None:
     """Remove a file or a folder with all it holds, if it is there."""
     fs, path = filesystem(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    if exists(url):
+        retried(url, lambda: fs.rm(path, recursive=True))
 
 
 def remove_temporary(url: str) -> None:

@@ -43,7 +43,10 @@ class Data(Section):
     """The pictures, and the latent shards made of them."""
 
     name: Name = Field(description="name of the latents under ROOT/latents")
-    source: str = Field(description="folder with one subfolder a class; `root:` means under ROOT")
+    source: str = Field(description="folder, tar or parquet; `root:` means under ROOT")
+    format: Literal["auto", "folder", "tar", "ilsvrc", "webdataset", "parquet"] = Field(
+        default="auto", description="what the source is; auto: what its name and contents say"
+    )
     resolution: PositiveInt = Field(description="side of the square pictures, in pixels")
     num_classes: PositiveInt = Field(description="number of classes")
     flip: bool = Field(default=False, description="also encode each picture mirrored (F = 2)")
@@ -80,7 +83,13 @@ class AutoencoderFit(Section):
 class Autoencoder(Section):
     """The VAE between pictures and latents."""
 
-    source: str = Field(description="hub id or folder in diffusers' format; `root:` under ROOT")
+    kind: Literal["kl", "tiny", "identity"] = Field(
+        default="kl",
+        description="diffusers' AutoencoderKL or AutoencoderTiny; identity: pixels as latents",
+    )
+    source: str = Field(
+        default="", description="hub id or folder in diffusers' format; `root:` under ROOT"
+    )
     latent_channels: PositiveInt = 4
     downsample: PositiveInt = Field(default=8, description="pixels for one latent pixel")
     scale: Positive | None = Field(
@@ -260,7 +269,13 @@ class Scaling(Section):
     workers: PositiveInt = Field(default=1, description="training workers")
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    encode_actors: PositiveInt = Field(default=1, description="autoencoder actors")
+    encode_actors: PositiveInt = Field(default=1, description="most autoencoder actors")
+    encode_min_actors: PositiveInt = Field(
+        default=1, description="autoencoder actors to begin with; more start as pictures wait"
+    )
+    encode_threads: PositiveInt = Field(
+        default=1, description="processors that each autoencoder actor computes on, without a GPU"
+    )
     evaluate_actors: PositiveInt = Field(default=1, description="generating actors")
     gpus_per_actor: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     max_failures: int = Field(default=3, ge=0, description="restarts of training workers")
@@ -325,7 +340,28 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _autoencoder_fits(self) -> Self:
-        fit = self.autoencoder.fit
+        fit, kind = self.autoencoder.fit, self.autoencoder.kind
+        if kind == "identity":
+            for key, value, needed in (
+                ("latent_channels", self.autoencoder.latent_channels, 3),
+                ("downsample", self.autoencoder.downsample, 1),
+            ):
+                if value != needed:
+                    raise ValueError(
+                        f"autoencoder.{key} is {value}, but must be {needed} where "
+                        "autoencoder.kind is 'identity'"
+                    )
+        elif not self.autoencoder.source:
+            raise ValueError(
+                f"autoencoder.source is empty, but autoencoder.kind {kind!r} needs a hub id or a "
+                "folder in diffusers' format"
+            )
+        scaling = self.scaling
+        if scaling.encode_min_actors > scaling.encode_actors:
+            raise ValueError(
+                f"scaling.encode_min_actors is {scaling.encode_min_actors}, but must be at most "
+                f"scaling.encode_actors ({scaling.encode_actors})"
+            )
         for channels in fit.block_out_channels:
             _divides(
                 "autoencoder.fit.norm_num_groups",

@@ -1,4 +1,4 @@
-"""The VAE between pictures and latents: diffusers' AutoencoderKL with one scale.
+"""The autoencoder between pictures and latents: diffusers' KL or Tiny, or none, with one scale.
 
 Shapes: B pictures, R x R pixels, C latent channels, h x w latent pixels.
 """
@@ -28,16 +28,21 @@ def scaled_sample(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
     """A scaled latent (B, C, h, w) of the posterior whose mean and log-variance are `moments`.
 
     Args:
-        moments: (B, 2C, h, w), mean first.
+        moments: (B, 2C, h, w), mean first; or (B, C, h, w) of an autoencoder without posterior.
         noise: (B, C, h, w), standard normal.
     """
+    if moments.shape[1] == noise.shape[1]:
+        return scale * moments.float()
     mean, log_variance = moments.float().chunk(2, dim=1)
     return scale * (mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)) * noise)
 
 
 @dataclass
 class Autoencoder:
-    """A frozen autoencoder on a device; `scale` multiplies its latents."""
+    """A frozen autoencoder on a device; `scale` multiplies its latents.
+
+    `model` is None for the identity, whose latents are pixels in [-1, 1].
+    """
 
     model: Any
     id: str
@@ -47,21 +52,33 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode_moments(self, pixels: np.ndarray) -> np.ndarray:
-        """(B, 3, R, R) float32 in [-1, 1] to mean then log-variance, (B, 2C, h, w), unscaled."""
+        """(B, 3, R, R) float32 in [-1, 1] to mean then log-variance, (B, 2C, h, w), unscaled.
+
+        An autoencoder without posterior gives its latents, (B, C, h, w).
+        """
+        if self.model is None:
+            return pixels
         x = torch.from_numpy(pixels).to(self.device, self.dtype)
-        return self.model.encode(x).latent_dist.parameters.float().cpu().numpy()
+        encoded = self.model.encode(x)
+        latents = getattr(encoded, "latents", None)
+        if latents is None:
+            latents = encoded.latent_dist.parameters
+        return latents.float().cpu().numpy()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (B, C, h, w) to pictures (B, R, R, 3), uint8."""
-        x = self.model.decode((latents / self.scale).to(self.device, self.dtype)).sample
+        x = latents / self.scale
+        if self.model is not None:
+            x = self.model.decode(x.to(self.device, self.dtype)).sample
         levels = ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return levels.permute(0, 2, 3, 1).cpu().numpy()
 
     def weight_hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the weights, in the order of the names."""
         out = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
+        weights = {} if self.model is None else self.model.state_dict()
+        for name, value in sorted(weights.items()):
             out.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             out.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return out.hexdigest()
@@ -80,8 +97,11 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
     """
     url, section = autoencoder_url(recipe), recipe.autoencoder
     dtype = _DTYPES[section.precision]
-    model = _load_model(url, dtype, hub=url == section.source and not _is_path(url))
-    channels, factor = model.config.latent_channels, 2 ** (len(model.config.block_out_channels) - 1)
+    if section.kind == "identity":
+        return Autoencoder(None, "identity", section.scale or 1.0, device, torch.float32)
+    hub = url == section.source and not _is_path(url)
+    model = _load_model(url, section.kind, dtype, hub)
+    channels, factor = model.config.latent_channels, _downsampling(model, section.kind)
     for key, mine, theirs in (
         ("latent_channels", section.latent_channels, channels),
         ("downsample", section.downsample, factor),
@@ -93,16 +113,24 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
     return Autoencoder(model, section.source, scale, device, dtype)
 
 
+def _downsampling(model: Any, kind: str) -> int:
+    """Pixels for one latent pixel in each direction."""
+    if kind == "tiny":
+        return 2 ** (len(model.config.encoder_block_out_channels) - 1)
+    return 2 ** (len(model.config.block_out_channels) - 1)
+
+
 def _is_path(source: str) -> bool:
     """Whether a source is a folder; a hub id is NAME/NAME and no folder that exists."""
     return "://" in source or source.startswith(("/", ".", "~")) or Path(source).exists()
 
 
-def _load_model(url: str, dtype: torch.dtype, hub: bool) -> Any:
+def _load_model(url: str, kind: str, dtype: torch.dtype, hub: bool) -> Any:
     # Progress bars of downloads are for people; inside actors they only fill logs.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
+    made = AutoencoderTiny if kind == "tiny" else AutoencoderKL
     if not hub and not storage.exists(storage.join(url, "config.json")):
         raise UserError(
             f"there is no autoencoder in {url}; run `diffit autoencoder fit`, or set "
@@ -112,12 +140,12 @@ def _load_model(url: str, dtype: torch.dtype, hub: bool) -> Any:
     options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     try:
         if hub or storage.is_local(url):
-            return AutoencoderKL.from_pretrained(url, **options)
+            return made.from_pretrained(url, **options)
         with storage.local_folder(url) as folder:
-            return AutoencoderKL.from_pretrained(folder, **options)
+            return made.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"autoencoder.source {url} cannot be loaded: {reason}; give a folder in diffusers' "
-            "format or the id of an AutoencoderKL on the hub"
+            f"format or the id of an {made.__name__} on the hub"
         ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.sources import list_pictures
+from diffit_train.data.sources import list_pictures, read_items
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 
@@ -117,11 +117,10 @@ def _fit(recipe: Recipe, url: str, identity: str) -> dict[str, Any]:
 
 def _all_pixels(recipe: Recipe) -> np.ndarray:
     """Every readable picture, (n, 3, R, R) float32 in [-1, 1]; unreadable ones are counted."""
-    from diffit_train.data.preprocess import read_pictures, to_model_range
+    from diffit_train.data.preprocess import to_model_range
 
     listing = list_pictures(recipe)
-    urls = (storage.join(listing.url, path) for path in listing.paths)
-    pictures = read_pictures(storage.read_bytes, urls, recipe.data.resolution)
+    pictures = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
     if pictures.rejected:
         say(f"{len(pictures.rejected):,} unreadable pictures are left out")
     if not pictures.kept:

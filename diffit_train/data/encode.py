@@ -12,6 +12,7 @@ import logging
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,22 @@ import ray
 from diffit_train import cluster, storage
 from diffit_train.config import Recipe
 from diffit_train.data.parts import (
+    REPAIR,
     RETRY,
     Part,
     Plan,
     Rejected,
+    Work,
     commit_manifest,
     count_pictures,
+    find_work,
     make_plan,
     read_parts,
-    shard_specs,
+    spec_items,
+    work_specs,
     write_plan,
 )
-from diffit_train.data.preprocess import read_pictures, to_model_range
+from diffit_train.data.preprocess import Pictures, to_model_range
 from diffit_train.data.shards import (
     Manifest,
     finished,
@@ -39,50 +44,89 @@ from diffit_train.data.shards import (
     shard_name,
     write_shard,
 )
-from diffit_train.data.sources import PictureList, list_pictures
+from diffit_train.data.sources import Kind, PictureList, read_items
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.progress import Progress
+from diffit_train.progress import Progress, say
+
+# Shards of pictures that may wait for each actor; Ray Data counts a row twice on its way.
+QUEUED_SHARDS = 6
+MIN_QUEUED_BYTES = 256 * 2**20
 
 
-def encode(recipe: Recipe, address: str | None = None) -> Manifest:
+def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> Manifest:
     """Encode the recipe's pictures on the Ray cluster at `address`. Rerunning continues.
+
+    Args:
+        append: to finished latents, add those of pictures that have come since, as new shards.
 
     Raises:
         UserError: bad input; nothing was written. Or too many unreadable pictures.
         DiffitError: a shard could not be made.
     """
     done = finished(recipe)
-    if done is not None:
+    if done is not None and not append:
         return done
-    listing = list_pictures(recipe)
+    work = find_work(recipe, done)
+    if work is None:
+        assert done is not None
+        say("no pictures have come; nothing to append")
+        return done
     _require_autoencoder(recipe)
-    with cluster.connected(address):
-        scaling = recipe.scaling
-        cluster.require(1, scaling.encode_actors * scaling.gpus_per_actor, "encoding")
-        parts = _encode_parts(recipe, listing)
-    return commit_manifest(recipe, latents_url(recipe), listing, parts)
-
-
-def _encode_parts(recipe: Recipe, listing: PictureList) -> dict[int, Part]:
-    """All parts: those of earlier runs, and those made now, as they finish."""
     url = latents_url(recipe)
-    plan = make_plan(recipe, url, listing)
-    parts = read_parts(url)
-    specs = [s for s in shard_specs(recipe, listing) if s["number"] not in parts]
+    with _cluster(recipe, address):
+        parts = _encode_parts(recipe, url, work)
+    return commit_manifest(recipe, url, work, parts)
+
+
+def encode_again(
+    recipe: Recipe, url: str, listing: PictureList, specs: list[dict[str, Any]], address: str | None
+) -> list[Part]:
+    """Encode these shards, whatever is there, and commit each; their parts stay in `parts/`."""
+    _require_autoencoder(recipe)
+    plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=REPAIR, appended_to=0)
+    made = []
+    with (
+        _cluster(recipe, address),
+        Progress("encode", count_pictures(specs), "pictures") as progress,
+    ):
+        for part in _encode_missing(recipe, listing, plan, specs, set()):
+            made.append(part)
+            done = sum((p.entry.count if p.entry else 0) + len(p.rejected) for p in made)
+            progress.update(done)
+    return made
+
+
+@contextmanager
+def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
+    scaling = recipe.scaling
+    with cluster.connected(address):
+        cluster.require(1, scaling.encode_min_actors * scaling.gpus_per_actor, "encoding")
+        yield
+
+
+def _encode_parts(recipe: Recipe, url: str, work: Work) -> dict[int, Part]:
+    """All parts: those of earlier runs, and those made now, as they finish."""
+    plan = make_plan(recipe, url, work)
+    parts, total = read_parts(url), len(work.listing)
+    specs = [s for s in work_specs(recipe, work) if s["number"] not in parts]
     known = {part.autoencoder_sha256 for part in parts.values()}
-    done = len(listing) - count_pictures(specs)
-    with Progress("encode", len(listing), "pictures", done) as progress:
-        for part in _encode_missing(recipe, plan, specs, known):
+    if work.base:
+        known.add(work.base.autoencoder_sha256)
+    done = total - count_pictures(specs)
+    with Progress("encode", total, "pictures", done) as progress:
+        for part in _encode_missing(recipe, work.listing, plan, specs, known):
             parts[part.number] = part
             done += (part.entry.count if part.entry else 0) + len(part.rejected)
             progress.update(done)
-            _check_rejected(recipe, url, parts, len(listing))
+            _check_rejected(recipe, url, parts, total)
     return parts
 
 
 def _require_autoencoder(recipe: Recipe) -> None:
     """Say early that the autoencoder of a `root:` reference has not been fitted yet."""
     source = recipe.autoencoder.source
+    if recipe.autoencoder.kind == "identity":
+        return
     url = storage.resolve(recipe.storage.root, source)
     if url != source and not storage.exists(storage.join(url, "config.json")):
         raise UserError(
@@ -92,25 +136,38 @@ def _require_autoencoder(recipe: Recipe) -> None:
 
 
 def _encode_missing(
-    recipe: Recipe, plan: Plan, specs: list[dict[str, Any]], known_autoencoders: set[str]
+    recipe: Recipe,
+    listing: PictureList,
+    plan: Plan,
+    specs: list[dict[str, Any]],
+    known_autoencoders: set[str],
 ) -> Iterator[Part]:
-    """Run the pipeline over the shards that are missing, in whatever order they finish."""
+    """Run the pipeline over these shards, in whatever order they finish."""
     if not specs:
         return
+    scaling, data = recipe.scaling, recipe.data
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Readers wait while this many bytes of pictures wait for actors, so that memory does not grow
+    # with the input: for each actor what it encodes, the next, and one that is being read.
+    shard_bytes = data.pictures_per_shard * data.resolution**2 * 3
+    waiting = int(QUEUED_SHARDS * scaling.encode_actors * shard_bytes)
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=max(waiting, MIN_QUEUED_BYTES)
+    )
     # A full pool of actors must leave processors for the readers that feed it. An amount other
     # than the readers' also keeps Ray Data from fusing them into the actors.
-    actors, cpus = recipe.scaling.encode_actors, ray.cluster_resources()["CPU"]
+    actors, cpus = scaling.encode_actors, ray.cluster_resources()["CPU"]
     actor_cpus = min(0.9, cpus / (2 * actors))
     reader_cpus = min(1.0, cpus - actors * actor_cpus)
-    source = storage.resolve(recipe.storage.root, recipe.data.source)
     rows = ray.data.from_items(
         [{"spec": json.dumps(spec)} for spec in specs], override_num_blocks=len(specs)
     )
     encoded = rows.map(
-        _read_shard_pictures, fn_args=(source, recipe.data.resolution), num_cpus=reader_cpus
+        _read_shard_pictures,
+        fn_args=(listing.url, listing.kind, data.resolution),
+        num_cpus=reader_cpus,
     ).map(
         _Encoder,
         fn_constructor_args=(
@@ -118,9 +175,12 @@ def _encode_missing(
             plan.model_dump(),
             sorted(known_autoencoders),
         ),
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(scaling.encode_min_actors, len(specs)),
+            max_size=min(actors, len(specs)),
+        ),
         num_cpus=actor_cpus,
-        num_gpus=recipe.scaling.gpus_per_actor or None,
+        num_gpus=scaling.gpus_per_actor or None,
     )
     try:
         for row in encoded.iter_rows():
@@ -150,12 +210,17 @@ def _reason(error: ray.exceptions.RayError) -> str:
     return (named or lines[-1:] or [type(error).__name__])[0]
 
 
-def _read_shard_pictures(row: dict[str, Any], source: str, resolution: int) -> dict[str, Any]:
+def _read_shard_pictures(
+    row: dict[str, Any], source: str, kind: Kind, resolution: int
+) -> dict[str, Any]:
     """CPU task: read, decode and crop the pictures of one shard."""
-    spec = json.loads(row["spec"])
     failure = _source_failure(source)
-    urls = (storage.join(source, path) for path in spec["paths"] if not failure)
-    pictures = read_pictures(storage.read_bytes, urls, resolution)
+    items = [] if failure else spec_items(json.loads(row["spec"]))
+    pictures = Pictures([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
+    try:
+        pictures = read_items(source, kind, items, resolution)
+    except DiffitError as error:
+        failure = _failure(error)
     return {
         "spec": row["spec"],
         "kept": json.dumps(pictures.kept),
@@ -200,6 +265,8 @@ class _Encoder:
         from diffit_train.data.autoencoder import load_autoencoder
 
         gpu = self.recipe.scaling.gpus_per_actor > 0
+        if not gpu:
+            torch.set_num_threads(self.recipe.scaling.encode_threads)
         self.autoencoder = load_autoencoder(self.recipe, torch.device("cuda" if gpu else "cpu"))
         self.sha256 = self.autoencoder.weight_hash()
         self.url = latents_url(self.recipe)
@@ -222,25 +289,25 @@ class _Encoder:
         """Encode and commit a shard; its part."""
         spec, kept = json.loads(row["spec"]), json.loads(row["kept"])
         number, size = spec["number"], self.recipe.data.resolution
+        items = spec_items(spec)
         pixels = np.frombuffer(row["pixels"], dtype=np.uint8).reshape(len(kept), size, size, 3)
         moments = self._moments(pixels)
         entry = None
         if kept:
             keys = [spec["first"] + position for position in kept]
-            labels = [spec["labels"][position] for position in kept]
+            labels = [items[position].label for position in kept]
             entry = write_shard(self.url, number, keys, moments, labels)
         total, squares = self._statistics(number, moments)
-        frames, channels2, height, width = moments.shape[1:]
         part = Part(
             number=number,
             entry=entry,
             rejected=[
-                Rejected(path=spec["paths"][position], reason=reason)
+                Rejected(path=items[position].name, reason=reason)
                 for position, reason in json.loads(row["rejected"])
             ],
             autoencoder_sha256=self.sha256,
             scale=self.autoencoder.scale,
-            shape=(frames, channels2 // 2, height, width),
+            shape=moments.shape[1:],
             total=total,
             squares=squares,
         )
@@ -250,11 +317,12 @@ class _Encoder:
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
         """(n, R, R, 3) uint8 to (n, F, 2C, h, w) float16, in batches of a fixed size."""
-        size = self.recipe.latent_size
+        size, section = self.recipe.latent_size, self.recipe.autoencoder
         frames = 2 if self.recipe.data.flip else 1
-        shape = (len(pixels), frames, 2 * self.recipe.autoencoder.latent_channels, size, size)
+        members = section.latent_channels * (2 if section.kind == "kl" else 1)
+        shape = (len(pixels), frames, members, size, size)
         out = np.empty(shape, dtype=np.float16)
-        batch = self.recipe.autoencoder.batch_size
+        batch = section.batch_size
         for start in range(0, len(pixels), batch):
             x = to_model_range(pixels[start : start + batch])
             for frame in range(frames):
@@ -275,7 +343,8 @@ class _Encoder:
 
         flat = moments.reshape(-1, *moments.shape[2:])
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([number])))
-        noise = random.standard_normal((len(flat), flat.shape[1] // 2, *flat.shape[2:]))
+        channels = self.recipe.autoencoder.latent_channels
+        noise = random.standard_normal((len(flat), channels, *flat.shape[2:]))
         tensors = torch.from_numpy(flat).float(), torch.from_numpy(noise)
         sampled = scaled_sample(*tensors, self.autoencoder.scale).double().numpy()
         return sampled.sum((0, 2, 3)).tolist(), (sampled**2).sum((0, 2, 3)).tolist()

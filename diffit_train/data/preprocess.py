@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ class UnreadablePicture(Exception):
 
 
 def decode(data: bytes) -> Image.Image:
-    """An RGB picture.
+    """An RGB picture: of an animation the first frame, of transparency the colours below it.
 
     Raises:
         UnreadablePicture: empty, truncated, no picture at all, or a decompression bomb.
@@ -32,7 +32,11 @@ def decode(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
+            if image.mode.startswith("I"):
+                # Sixteen bits of grey, of which Pillow would clip all but the lowest eight.
+                levels = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255)
+                image = Image.fromarray(levels.astype(np.uint8))
             return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadablePicture(f"decompression bomb: {error}") from error
@@ -75,16 +79,25 @@ class Pictures:
     rejected: list[tuple[int, str]]
 
 
-def read_pictures(read: Callable[[str], bytes], paths: Iterable[str], resolution: int) -> Pictures:
+def read_pictures(
+    reads: Iterable[Callable[[], bytes]], resolution: int, problems: Sequence[str] = ()
+) -> Pictures:
     """Read, decode and crop; an unreadable picture is put aside with its reason.
+
+    Args:
+        reads: for each picture, what gives its bytes.
+        problems: what is known to be wrong with each; such a picture is not read.
 
     Raises:
         OSError: reading failed in a way that says nothing about the picture, as a lost network.
     """
     kept, pixels, rejected = [], [], []
-    for position, path in enumerate(paths):
+    for position, read in enumerate(reads):
+        if position < len(problems) and problems[position]:
+            rejected.append((position, problems[position]))
+            continue
         try:
-            pixels.append(center_crop(decode(read(path)), resolution))
+            pixels.append(center_crop(decode(read()), resolution))
             kept.append(position)
         except UnreadablePicture as error:
             rejected.append((position, str(error)))

@@ -2,7 +2,8 @@
 
 Per picture two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
 log-variance, unscaled, the mirrored picture second where F = 2; and KEY.cls, the label in ASCII.
-KEY is the nine-digit index of the picture in the sorted input. The same content gives the same
+Of an autoencoder without posterior the member is (F, C, h, w). KEY is the nine-digit index of the
+picture in the sorted input; pictures appended later are counted on. The same content gives the same
 bytes: fixed order, times, owners and modes.
 """
 
@@ -25,6 +26,8 @@ os.environ.setdefault("WDS_SECURE", "1")
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+# Names and labels of all input pictures in the order of their keys, a JSON pair in each line.
+INPUTS = "inputs.jsonl.gz"
 REJECTED = "rejected.jsonl"
 
 
@@ -53,7 +56,8 @@ class Totals(_Strict):
 class Manifest(_Strict):
     """What the shards hold, and how they came to be.
 
-    `mean` and `std` are of the scaled, sampled latents, by channel.
+    `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of
+    input pictures that were encoded at once: the first encoding, then what was appended.
     """
 
     schema_version: int
@@ -65,12 +69,21 @@ class Manifest(_Strict):
     height: int
     width: int
     frames: int
+    posterior: bool = True
+    pictures_per_shard: int
+    segments: list[int]
     classes: list[str]
     input_sha256: str
     shards: list[ShardEntry]
     totals: Totals
     mean: list[float]
     std: list[float]
+
+    @property
+    def member_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a picture's latent member."""
+        channels = self.channels * (2 if self.posterior else 1)
+        return self.frames, channels, self.height, self.width
 
     @property
     def digest(self) -> str:
@@ -120,9 +133,7 @@ def finished(recipe: Recipe) -> Manifest | None:
     sizes = {shard.name: shard.bytes for shard in manifest.shards}
     missing = sorted(set(sizes) - set(storage.list_names(url)))
     if missing:
-        raise DiffitError(
-            f"{url} lacks {missing[0]}; delete its {MANIFEST} and run `diffit encode`"
-        )
+        raise DiffitError(f"{url} lacks {missing[0]}; run `diffit verify latents {url} --repair`")
     return manifest
 
 
@@ -212,7 +223,7 @@ def read_shard(url: str, entry: ShardEntry) -> Shard:
     return Shard(np.array(keys), np.stack(moments), np.array(labels, dtype=np.int64))
 
 
-_MEND = f"delete {MANIFEST} beside it and run `diffit encode`, which makes it again"
+_MEND = "run `diffit verify latents FOLDER --repair`, which makes it again"
 
 
 def _samples(name: str, data: bytes) -> list[dict[str, bytes]]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.fit import fit
-from diffit_train.data.preprocess import read_pictures, to_model_range
-from diffit_train.data.sources import list_pictures
+from diffit_train.data.preprocess import to_model_range
+from diffit_train.data.sources import list_pictures, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import FeaturesInfo, features_info, features_url
 
@@ -83,8 +83,7 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
     """Fit the classifier on the recipe's pictures, measure it on those held out, and save it."""
     section, url = recipe.evaluate.features.fit, features_url(recipe)
     listing = list_pictures(recipe)
-    urls = (storage.join(listing.url, path) for path in listing.paths)
-    pictures = read_pictures(storage.read_bytes, urls, recipe.data.resolution)
+    pictures = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
     labels = np.array(listing.labels)[pictures.kept]
     order = np.random.Generator(np.random.Philox(section.seed)).permutation(len(labels))
     held_out, used = np.split(order, [max(1, round(section.held_out_fraction * len(labels)))])

@@ -10,8 +10,7 @@ from safetensors.numpy import save_file
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.preprocess import read_pictures
-from diffit_train.data.sources import list_pictures
+from diffit_train.data.sources import list_pictures, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.features import FeatureNetwork
 from diffit_train.evaluation.metrics import Moments
@@ -80,9 +79,8 @@ def _compute(recipe: Recipe, network: FeatureNetwork) -> Reference:
     chosen: list[np.ndarray] = []
     with Progress("reference", len(listing), "pictures") as progress:
         for start in range(0, len(listing), BATCH):
-            paths = listing.paths[start : start + BATCH]
-            urls = (storage.join(listing.url, path) for path in paths)
-            pictures = read_pictures(storage.read_bytes, urls, recipe.data.resolution)
+            items = listing.items[start : start + BATCH]
+            pictures = read_items(listing.url, listing.kind, items, recipe.data.resolution)
             if pictures.kept:
                 features, _ = network.extract(pictures.pixels)
                 parts.append(Moments.of(features))

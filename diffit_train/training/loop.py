@@ -160,8 +160,8 @@ class Trainer:
     def _draw(self, batch: Batch) -> Drawn:
         """Timesteps, noise, posterior samples, flips and dropped labels, lane by lane."""
         count = len(batch.labels) // len(batch.lanes)
-        frames, channels2, height, width = batch.moments.shape[1:]
-        shape = (channels2 // 2, height, width)
+        frames = self.manifest.frames
+        shape = (self.manifest.channels, self.manifest.height, self.manifest.width)
         seed, dropout = self.recipe.train.seed, self.recipe.train.label_dropout
         timesteps = self.objective.draw_timesteps
         lanes = [

@@ -79,6 +79,19 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
     return best
 
 
+def beside_matrix_rate(
+    body: Callable[[], object], device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Seconds of the body, and the mean matrix rate right before and after it."""
+    before = matrix_rate(device, dtype)
+    synchronize(device)
+    start = time.perf_counter()
+    body()
+    synchronize(device)
+    elapsed_s = time.perf_counter() - start
+    return elapsed_s, (before + matrix_rate(device, dtype)) / 2
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output."""
     console = Console(width=120)

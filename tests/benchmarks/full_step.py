@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
 import time
 
 import numpy as np
@@ -36,6 +37,7 @@ def tensor_bytes() -> int:
 
 def _train(rank: int, world: int, batch: int, steps: int, stage: int) -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     process = psutil.Process()
     resident, before = process.memory_info().rss, tensor_bytes()
     model = LatentDiffiT(Shape())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,16 +16,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from diffit_train import command, storage
 from diffit_train.config import Recipe, dump_recipe
-from diffit_train.data.autoencoder import load_autoencoder
+from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
 from diffit_train.data.encode import _read_shard_pictures, encode
-from diffit_train.data.parts import make_plan, write_plan
+from diffit_train.data.parts import find_work, make_plan, shard_spec, write_plan
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
-from diffit_train.data.shards import finished, latents_url, load_manifest, read_shard
-from diffit_train.data.sources import list_pictures
+from diffit_train.data.shards import (
+    finished,
+    latents_url,
+    load_manifest,
+    read_shard,
+    write_shard,
+)
+from diffit_train.data.sources import Item, Place
+from diffit_train.data.verify import verify
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.training.worker import train
 from tests.conftest import tiny_recipe
+from tests.data.test_sources import write_as
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -131,7 +144,7 @@ def test_too_many_unreadable_pictures_stop_and_can_be_mended(
 
 
 def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="does not exist"):
         encode(tiny_recipe(tmp_path))
     shutil.copytree(project / "pictures", tmp_path / "pictures")
     with pytest.raises(UserError, match="diffit autoencoder fit"):
@@ -158,22 +171,22 @@ def test_an_autoencoder_that_cannot_serve_is_named_and_can_be_mended(
     with pytest.raises(UserError, match=words):
         encode(tiny_recipe(tmp_path, override))
     assert not (tmp_path / "latents").exists()
-    make_plan(recipe, latents_url(recipe), list_pictures(recipe))
+    make_plan(recipe, latents_url(recipe), find_work(recipe, None))
 
 
 def test_a_plan_binds_from_the_first_finished_shard_on(encoded: Path, tmp_path: Path) -> None:
     mine = tiny_recipe(_copy(encoded, tmp_path))
     other, url = tiny_recipe(tmp_path, "data.flip=true"), latents_url(mine)
-    listing = list_pictures(mine)
-    write_plan(url, make_plan(mine, url, listing))
-    assert make_plan(other, url, listing).recipe_hash == other.encode_hash()
+    work = find_work(mine, None)
+    write_plan(url, make_plan(mine, url, work))
+    assert make_plan(other, url, work).recipe_hash == other.encode_hash()
     (Path(url) / "parts" / "shard-000000.tar.json").write_text("{}")
-    assert make_plan(mine, url, listing).recipe_hash == mine.encode_hash()
+    assert make_plan(mine, url, work).recipe_hash == mine.encode_hash()
     with pytest.raises(UserError, match="are of another recipe"):
-        make_plan(other, url, listing)
+        make_plan(other, url, work)
     next((tmp_path / "pictures").rglob("*.png")).unlink()
     with pytest.raises(UserError, match="have changed since"):
-        make_plan(mine, url, list_pictures(mine))
+        make_plan(mine, url, find_work(mine, None))
 
 
 def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Path) -> None:
@@ -184,8 +197,8 @@ def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Pa
 
 
 def test_a_node_without_the_source_is_told_from_unreadable_pictures(tmp_path: Path) -> None:
-    row = {"spec": json.dumps({"paths": ["a/1.png"], "labels": [0], "number": 0, "first": 0})}
-    read = _read_shard_pictures(row, str(tmp_path / "unmounted"), 16)
+    row = {"spec": json.dumps(shard_spec(0, 0, [Item("a/1.png", 0, Place("a/1.png"))]))}
+    read = _read_shard_pictures(row, str(tmp_path / "unmounted"), "folder", 16)
     assert "unmounted is not there on node" in read["failure"]
     assert json.loads(read["rejected"]) == []
 
@@ -225,3 +238,217 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(encoded: Path, tmp_path: Pa
 def _environment() -> dict[str, str]:
     # The command starts a cluster of its own beside the one of these tests.
     return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_JOB_ID")}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "parquet",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("tar", "ilsvrc", "webdataset")),
+    ],
+)
+def test_every_kind_of_source_gives_the_same_bytes(
+    encoded: Path, tmp_path: Path, kind: str
+) -> None:
+    pictures = encoded / "pictures" / "digits"
+    files = {str(p.relative_to(pictures)): p.read_bytes() for p in sorted(pictures.rglob("*.png"))}
+    place = tmp_path / ("x.tar" if kind in ("tar", "ilsvrc") else "x")
+    source = write_as(kind, files, place)
+    shutil.copytree(encoded / "autoencoders", tmp_path / "autoencoders")
+    recipe = tiny_recipe(tmp_path, f"data.source={source}")
+    encode(recipe)
+    assert _hashes(recipe) == _hashes(tiny_recipe(encoded))
+
+
+def test_new_pictures_are_appended_on_request_only(encoded: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(_copy(encoded, tmp_path))
+    shutil.copytree(encoded / "latents", tmp_path / "latents")
+    before = load_manifest(latents_url(recipe))
+    assert encode(recipe, append=True) == before
+    source = tmp_path / "pictures" / "digits"
+    # They sort before, between and behind those that are there.
+    for name in ("a/+.png", "b/0015.png", "b/0016.png", "c/999.png", "c/9990.png", "c/9991.png"):
+        shutil.copy(source / "a" / "000.png", source / name)
+    (source / "c" / "9990.png").write_bytes(b"broken")
+    assert encode(recipe) == before
+    after = encode(recipe, append=True)
+    assert after.shards[: len(before.shards)] == before.shards
+    assert after.segments == [24, 6]
+    assert after.totals.model_dump() == {"input": 30, "written": 29, "rejected": 1}
+    added = [read_shard(latents_url(recipe), entry) for entry in after.shards[5:]]
+    assert [shard.name for shard in after.shards[5:]] == ["shard-000005.tar", "shard-000006.tar"]
+    assert np.concatenate([shard.keys for shard in added]).tolist() == [24, 25, 26, 27, 29]
+    assert np.concatenate([shard.labels for shard in added]).tolist() == [0, 1, 1, 2, 2]
+    rejected = (tmp_path / "latents/digits/rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["path"] for line in rejected] == ["c/9990.png"]
+    # Five copies of one picture move the mean towards it, by hand:
+    first = read_shard(latents_url(recipe), before.shards[0]).moments[0, 0, :4].astype(float)
+    expected = (np.array(before.mean) * 24 + first.mean((1, 2)) * before.scale * 5) / 29
+    np.testing.assert_allclose(after.mean, expected, atol=0.15)
+    assert verify(latents_url(recipe)).bad == {}
+    (source / "b" / "001.png").unlink()
+    with pytest.raises(UserError, match=r"1 encoded pictures are gone .* as b/001\.png"):
+        encode(recipe, append=True)
+
+
+def test_bad_shards_are_found_and_made_again(encoded: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(_copy(encoded, tmp_path))
+    shutil.copytree(encoded / "latents", tmp_path / "latents")
+    # The stored recipe says where the pictures lie.
+    url = latents_url(recipe)
+    (Path(url) / "recipe.yaml").write_text(dump_recipe(recipe))
+    good = verify(url)
+    assert (good.bad, good.pictures, good.shards) == ({}, 24, 5)
+    manifest = load_manifest(url)
+    assert np.allclose(good.as_json()["mean"], manifest.mean, atol=0.1)
+    hashes = _hashes(recipe)
+    data = bytearray((Path(url) / "shard-000001.tar").read_bytes())
+    data[700] ^= 1
+    (Path(url) / "shard-000001.tar").write_bytes(data)
+    (Path(url) / "shard-000003.tar").unlink()
+    bad = verify(url).bad
+    assert list(bad) == ["shard-000001.tar", "shard-000003.tar"]
+    assert "differs from its recorded size or sha256" in bad["shard-000001.tar"]
+    assert "is missing" in bad["shard-000003.tar"]
+    with pytest.raises(DiffitError, match=r"2 of 5 shards .* are bad: .*--repair encodes them"):
+        command.verify_latents(url, None, False)
+    kept = (Path(url) / "shard-000002.tar").stat().st_mtime_ns
+    found = command.verify_latents(url, str(tmp_path / "check.png"), True)
+    assert found["bad"] == {}
+    assert 0 < found["reconstruction_mse"] < 2
+    assert Image.open(tmp_path / "check.png").size[0] > 500
+    assert _hashes(recipe) == hashes
+    assert (Path(url) / "shard-000002.tar").stat().st_mtime_ns == kept
+    assert not (Path(url) / "parts").exists()
+
+
+def test_members_that_are_wrong_though_their_hash_is_right(encoded: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoded / "latents", tmp_path / "latents")
+    url = str(tmp_path / "latents" / "digits")
+    manifest = load_manifest(url)
+    moments = np.zeros((2, 1, 8, 4, 4), np.float16)
+    spoiled = moments.copy()
+    spoiled[1, 0, 0, 0, 0] = np.nan
+    changes = {
+        0: ("latents are not finite", [0, 1], spoiled, [0, 1]),
+        1: (r"members are \(1, 8, 2, 4\)", [5, 6], moments[..., :2, :], [0, 1]),
+        2: ("labels are out of range", [10, 11], moments, [0, 3]),
+        3: ("keys are not ascending", [16, 15], moments, [0, 1]),
+    }
+    shards = list(manifest.shards)
+    for number, (_, keys, values, labels) in changes.items():
+        shards[number] = write_shard(url, number, keys, values, labels)
+    (Path(url) / "manifest.json").write_text(
+        manifest.model_copy(update={"shards": shards}).model_dump_json()
+    )
+    bad = verify(url).bad
+    for number, (reason, *_) in changes.items():
+        assert re.search(reason, bad[f"shard-{number:06d}.tar"])
+    assert "totals do not add up" in bad["manifest.json"]
+
+
+def test_pixels_may_be_the_latents(project: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        _copy(project, tmp_path),
+        "autoencoder={kind: identity, latent_channels: 3, downsample: 1, batch_size: 4}",
+        "model.patch_size=4",
+        "evaluate.guidance.channels=3",
+    )
+    manifest = encode(recipe)
+    assert (manifest.posterior, manifest.channels, manifest.height) == (False, 3, 16)
+    shard = read_shard(latents_url(recipe), manifest.shards[0])
+    assert shard.moments.shape == (5, 1, 3, 16, 16)
+    autoencoder = load_autoencoder(recipe, torch.device("cpu"))
+    sampled = scaled_sample(torch.from_numpy(shard.moments[:, 0]), torch.randn(5, 3, 16, 16), 1.0)
+    path = sorted((tmp_path / "pictures" / "digits").rglob("*.png"))[2]
+    pixels = center_crop(decode(path.read_bytes()), 16)
+    assert np.array_equal(autoencoder.decode(sampled)[2], pixels)
+    assert train(recipe, "pixels") == 12
+
+
+def test_a_tiny_autoencoder_serves(project: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    sizes = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    made = AutoencoderTiny(
+        **sizes, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), latent_channels=4
+    )
+    made.save_pretrained(tmp_path / "autoencoders" / "tiny")
+    shutil.copytree(project / "pictures", tmp_path / "pictures")
+    recipe = tiny_recipe(
+        tmp_path, "autoencoder.kind=tiny", "autoencoder.source=root:autoencoders/tiny"
+    )
+    manifest = encode(recipe)
+    assert (manifest.posterior, manifest.channels, manifest.scale) == (False, 4, 1.0)
+    shard = read_shard(latents_url(recipe), manifest.shards[0])
+    path = sorted((tmp_path / "pictures" / "digits").rglob("*.png"))[0]
+    x = torch.from_numpy(to_model_range(center_crop(decode(path.read_bytes()), 16)[None]))
+    expected = made.encode(x).latents[0].detach().numpy()
+    np.testing.assert_allclose(shard.moments[0, 0], expected, atol=2e-3)
+
+
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def test_a_folder_of_every_odd_picture(project: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(_copy(project, tmp_path), "data.max_rejected_fraction=0.3")
+    folder = tmp_path / "pictures" / "digits" / "b"
+    noise = Image.effect_noise((40, 30), 90).convert("RGB")
+    jpeg, png = _saved(noise, "JPEG"), _saved(noise, "PNG")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    readable = {
+        "cmyk.jpg": _saved(noise.convert("CMYK"), "JPEG"),
+        "sixteen-bit.png": _saved(Image.new("I;16", (20, 20), 40_000), "PNG"),
+        "palette.png": _saved(noise.convert("P"), "PNG"),
+        "alpha.png": _saved(noise.convert("RGBA"), "PNG"),
+        "animated.webp": _saved(noise, "WEBP", save_all=True, append_images=[noise.rotate(90)]),
+        "turned.jpg": _saved(noise, "JPEG", exif=turned),
+        "one-pixel.png": _saved(Image.new("RGB", (1, 1), "red"), "PNG"),
+        "jpeg-called.png": jpeg,
+        "n\u00e4me with 'odd' ch\u00e4racters \U0001f600 #%.png": png,
+    }
+    broken = {
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "cut.png": (png[: len(png) // 2], "truncated"),
+        "empty.jpg": (b"", "empty file"),
+        "text.jpg": (b"no picture at all", "not a picture"),
+        "strip.png": (_saved(Image.new("L", (60_000, 1)), "PNG"), "too long a strip|bomb"),
+        "bomb.png": (_saved(Image.new("1", (20_000, 20_000)), "PNG"), "decompression bomb"),
+    }
+    for name, data in readable.items():
+        (folder / name).write_bytes(data)
+    for name, (data, _) in broken.items():
+        (folder / name).write_bytes(data)
+    manifest = encode(recipe)
+    rows = [json.loads(r) for r in (tmp_path / "latents/digits/rejected.jsonl").open()]
+    reasons = {Path(row["path"]).name: row["reason"] for row in rows}
+    total = 24 + len(readable) + len(broken)
+    assert manifest.totals.input == total
+    assert manifest.totals.written + manifest.totals.rejected == total
+    assert reasons.keys() <= broken.keys()
+    for name, (_, reason) in broken.items():
+        if name != "strip.png":  # at 16 pixels it is small enough
+            assert re.search(reason, reasons[name]), (name, reasons[name])
+
+
+def test_a_full_disk_stops_with_its_reason(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the file system says it, in the process that writes; nothing half-written is left."""
+    real = storage.sha256_file
+
+    def full(path: Path) -> str:
+        raise OSError(28, "No space left on device")
+
+    url = str(tmp_path / "latents")
+    monkeypatch.setattr(storage, "sha256_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_shard(url, 0, [0], np.zeros((1, 1, 8, 4, 4)), [0])
+    assert list(Path(url).iterdir()) == []
+    monkeypatch.setattr(storage, "sha256_file", real)
+    write_shard(url, 0, [0], np.zeros((1, 1, 8, 4, 4)), [0])

@@ -160,6 +160,8 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
         height=2,
         width=2,
         frames=1,
+        pictures_per_shard=10,
+        segments=[40],
         classes=["a", "b", "c"],
         input_sha256="i",
         shards=shards,

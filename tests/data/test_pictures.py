@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import sys
@@ -48,13 +49,13 @@ def test_pictures_are_sorted_and_labelled_by_folder(tmp_path: Path) -> None:
 
 
 def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.source .*digits is not a folder"):
+    with pytest.raises(UserError, match=r"data\.source .*digits does not exist"):
         list_pictures(tiny_recipe(tmp_path))
     (tmp_path / "pictures" / "digits" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="holds no pictures"):
         list_pictures(tiny_recipe(tmp_path))
     write_pictures(tmp_path / "pictures" / "digits", count=2, classes=2)
-    with pytest.raises(UserError, match=r"2 class folders, but data\.num_classes is 3"):
+    with pytest.raises(UserError, match=r"2 classes, but data\.num_classes is 3"):
         list_pictures(tiny_recipe(tmp_path))
 
 
@@ -142,7 +143,8 @@ def test_a_picture_that_cannot_be_opened_is_put_aside(error: type[OSError]) -> N
     def read(path: str) -> bytes:
         raise error(2, "cannot be opened", path)
 
-    assert read_pictures(read, ["a"], 4).rejected == [(0, f"{error.__name__}: cannot be opened")]
+    found = read_pictures([functools.partial(read, "a")], 4)
+    assert found.rejected == [(0, f"{error.__name__}: cannot be opened")]
 
 
 def test_a_lost_network_is_no_fault_of_a_picture() -> None:
@@ -150,7 +152,7 @@ def test_a_lost_network_is_no_fault_of_a_picture() -> None:
         raise ConnectionResetError("reset by peer")
 
     with pytest.raises(ConnectionResetError):
-        read_pictures(read, ["a"], 4)
+        read_pictures([functools.partial(read, "a")], 4)
 
 
 def test_reading_keeps_positions() -> None:
@@ -159,12 +161,13 @@ def test_reading_keeps_positions() -> None:
         "b": b"",
         "c": _bytes(Image.new("L", (4, 4))),
     }
-    found = read_pictures(files.__getitem__, ["a", "b", "c"], 4)
+    reads = [functools.partial(files.__getitem__, name) for name in "abcc"]
+    found = read_pictures(reads, 4, ["", "", "", "known to be wrong"])
     assert found.kept == [0, 2]
-    assert found.rejected == [(1, "empty file")]
+    assert found.rejected == [(1, "empty file"), (3, "known to be wrong")]
     assert found.pixels.shape == (2, 4, 4, 3)
     assert found.pixels[0, 0, 0].tolist() == [255, 0, 0]
-    assert read_pictures(files.__getitem__, ["b"], 4).pixels.shape == (0, 4, 4, 3)
+    assert read_pictures(reads[1:2], 4).pixels.shape == (0, 4, 4, 3)
 
 
 def test_digits_are_written_once_and_completed(

@@ -1,0 +1,281 @@
+"""`diffit verify latents`: whether shards are what the manifest says, and what their latents hold.
+
+Every member's shape, label and finiteness, every count and hash; statistics of the latents; and a
+picture of originals beside what the autoencoder makes of their latents. Bad shards can be made
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.config.load import validate
+from diffit_train.data.parts import REPAIR, read_inputs, read_plan, shard_ranges, shard_spec
+from diffit_train.data.shards import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    ShardEntry,
+    load_manifest,
+    read_shard,
+    shard_name,
+)
+from diffit_train.data.sources import PictureList, list_pictures
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.progress import Progress, say
+
+THREADS = 4
+# Originals and reconstructions in the picture.
+SHOWN = 8
+
+
+@dataclass
+class Report:
+    """What was found; `bad` holds a reason for each bad shard."""
+
+    url: str
+    shards: int
+    pictures: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    total: Any = 0.0
+    squares: Any = 0.0
+    values: int = 0
+    lowest: float = float("inf")
+    highest: float = float("-inf")
+
+    def as_json(self) -> dict[str, Any]:
+        """The report for programs; mean and standard deviation are of scaled means, by channel."""
+        mean = np.asarray(self.total) / max(1, self.values)
+        spread = np.sqrt(np.maximum(np.asarray(self.squares) / max(1, self.values) - mean**2, 0))
+        return {
+            "latents": self.url,
+            "shards": self.shards,
+            "pictures": self.pictures,
+            "bad": self.bad,
+            "mean": np.atleast_1d(mean).tolist(),
+            "std": np.atleast_1d(spread).tolist(),
+            "lowest": self.lowest if self.pictures else None,
+            "highest": self.highest if self.pictures else None,
+        }
+
+
+def verify(url: str) -> Report:
+    """Read every shard of a folder of latents.
+
+    Raises:
+        UserError: there are no finished latents.
+    """
+    manifest = load_manifest(url)
+    report = Report(url, len(manifest.shards))
+    total = sum(entry.count for entry in manifest.shards)
+    read = 0
+    with ThreadPoolExecutor(THREADS) as pool, Progress("verify", total, "pictures") as progress:
+        results = pool.map(lambda entry: _read(url, manifest, entry), manifest.shards)
+        for entry, result in zip(manifest.shards, results, strict=True):
+            if isinstance(result, str):
+                report.bad[entry.name] = result
+            else:
+                _add(report, manifest, result)
+            read += entry.count
+            progress.update(read)
+    _check_totals(manifest, report)
+    return report
+
+
+def _read(url: str, manifest: Manifest, entry: ShardEntry) -> Shard | str:
+    """A good shard, or what is wrong with it."""
+    try:
+        shard = read_shard(url, entry)
+    except DiffitError as error:
+        return str(error).partition(";")[0]
+    # What tar, NumPy and int raise for members that are not what they should be.
+    except (ValueError, KeyError, EOFError, OSError) as error:
+        return f"a member cannot be read: {type(error).__name__}: {error}"
+    if shard.moments.shape[1:] != manifest.member_shape:
+        return f"members are {shard.moments.shape[1:]}, not {manifest.member_shape}"
+    if shard.moments.dtype != np.float16:
+        return f"members are {shard.moments.dtype}, not float16"
+    if not np.isfinite(shard.moments).all():
+        return "latents are not finite"
+    if not ((shard.labels >= 0) & (shard.labels < len(manifest.classes))).all():
+        return "labels are out of range"
+    if not (np.diff(shard.keys) > 0).all() or shard.keys[0] != entry.first_index:
+        return "keys are not ascending from the recorded first"
+    return shard
+
+
+def _add(report: Report, manifest: Manifest, shard: Shard) -> None:
+    means = shard.moments[:, :, : manifest.channels].astype(np.float64) * manifest.scale
+    report.pictures += len(shard.keys)
+    report.total = report.total + means.sum((0, 1, 3, 4))
+    report.squares = report.squares + (means**2).sum((0, 1, 3, 4))
+    report.values += means.size // manifest.channels
+    report.lowest = min(report.lowest, float(means.min()))
+    report.highest = max(report.highest, float(means.max()))
+
+
+def _check_totals(manifest: Manifest, report: Report) -> None:
+    totals = manifest.totals
+    recorded = sum(entry.count for entry in manifest.shards)
+    if recorded != totals.written or totals.written + totals.rejected != totals.input:
+        report.bad[MANIFEST] = (
+            f"totals do not add up: {recorded} in shards, {totals.written} written, "
+            f"{totals.rejected} rejected, {totals.input} in the input"
+        )
+
+
+# ---- Making bad shards again ----
+
+
+def recipe_of(url: str) -> Recipe:
+    """The recipe that a folder of latents was made by, stored beside its manifest."""
+    import yaml
+
+    name = storage.join(url, "recipe.yaml")
+    try:
+        tree = yaml.safe_load(storage.read_bytes(name))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{name} is missing, so it is not known how to read the pictures"
+        ) from error
+    return validate(tree, name)
+
+
+def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
+    """Encode these shards again from the pictures, and write the manifest anew.
+
+    Raises:
+        UserError: the pictures are not those that were encoded.
+    """
+    from diffit_train.data.encode import encode_again
+
+    manifest, recipe = load_manifest(url), recipe_of(url)
+    started = read_plan(url)
+    if started is not None and started.input_sha256 != REPAIR:
+        raise UserError(
+            f"an encoding to {url} is under way; finish it first by `diffit encode --append`"
+        )
+    by_key = _items_by_key(recipe, url)
+    ranges = shard_ranges(manifest.segments, manifest.pictures_per_shard)
+    specs = [
+        shard_spec(number, first, by_key.items[first:end])
+        for number, first, end in ranges
+        if shard_name(number) in names
+    ]
+    made = {}
+    for part in encode_again(recipe, url, by_key, specs, address):
+        if part.entry is None or part.autoencoder_sha256 != manifest.autoencoder_sha256:
+            raise DiffitError(
+                f"shard {part.number} of {url} cannot be made again: its pictures cannot be read "
+                "any more, or the autoencoder has changed"
+            )
+        made[part.entry.name] = part.entry
+    shards = [made.get(entry.name, entry) for entry in manifest.shards]
+    for before, after in zip(manifest.shards, shards, strict=True):
+        if before.count != after.count:
+            raise DiffitError(
+                f"{before.name} held {before.count} pictures, of which {after.count} can be read "
+                "now; mend the source and repair again"
+            )
+        if before.sha256 != after.sha256:
+            say(f"{before.name} has other bytes than before: another device encoded it")
+    mended = manifest.model_copy(update={"shards": shards})
+    storage.write_text(storage.join(url, MANIFEST), mended.model_dump_json(indent=1) + "\n")
+    storage.remove(storage.join(url, "parts"))
+    return mended
+
+
+def _items_by_key(recipe: Recipe, url: str) -> PictureList:
+    """The pictures of the source in the order of their keys."""
+    listing = list_pictures(recipe)
+    here = {item.name: item for item in listing.items}
+    inputs = read_inputs(url)
+    gone = [name for name, label in inputs if name not in here or here[name].label != label]
+    if gone:
+        raise UserError(
+            f"{len(gone):,} encoded pictures are gone from {listing.url} or have another label, as "
+            f"{gone[0]}; bring them back, or encode anew under another data.name"
+        )
+    items = [here[name] for name, _ in inputs]
+    return PictureList(listing.url, listing.kind, listing.classes, items)
+
+
+# ---- Originals beside reconstructions ----
+
+
+def draw_reconstructions(url: str, picture: str) -> float:
+    """Write a PNG of originals above their reconstructions; their mean squared error in [-1, 1].
+
+    Args:
+        url: folder of good latents.
+        picture: where the PNG goes.
+
+    Raises:
+        UserError: pictures or autoencoder cannot be had.
+    """
+    import torch
+
+    from diffit_train.data.autoencoder import load_autoencoder
+    from diffit_train.data.preprocess import to_model_range
+    from diffit_train.data.sources import read_items
+
+    manifest, recipe = load_manifest(url), recipe_of(url)
+    by_key = _items_by_key(recipe, url)
+    keys, moments = _spread(url, manifest)
+    chosen = [by_key.items[key] for key in keys]
+    originals = read_items(by_key.url, by_key.kind, chosen, recipe.data.resolution).pixels
+    autoencoder = load_autoencoder(recipe, torch.device("cpu"))
+    means = torch.from_numpy(moments[:, 0, : manifest.channels].astype(np.float32))
+    made = autoencoder.decode(means * manifest.scale)
+    error = float(((to_model_range(originals) - to_model_range(made)) ** 2).mean())
+    names = [by_key.classes[item.label] for item in chosen]
+    _draw(originals, made, names, f"{storage.shown(url)}: mse {error:.4g}", picture)
+    return error
+
+
+def _spread(url: str, manifest: Manifest) -> tuple[list[int], np.ndarray]:
+    """Keys and moments of some pictures, evenly spread over all."""
+    counts = np.cumsum([entry.count for entry in manifest.shards])
+    wanted = np.unique(np.linspace(0, counts[-1] - 1, min(SHOWN, int(counts[-1]))).astype(int))
+    keys, moments = [], []
+    for place in wanted.tolist():
+        number = int(np.searchsorted(counts, place, side="right"))
+        shard = read_shard(url, manifest.shards[number])
+        offset = place - int(counts[number] - len(shard.keys))
+        keys.append(int(shard.keys[offset]))
+        moments.append(shard.moments[offset])
+    return keys, np.stack(moments)
+
+
+def _rows(originals: np.ndarray, made: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    yield "original", originals
+    yield "decoded", made
+
+
+def _draw(
+    originals: np.ndarray, made: np.ndarray, names: list[str], title: str, picture: str
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.3 * len(names) + 0.8, 3.4), layout="constrained")
+    axes = figure.subplots(2, len(names), squeeze=False)
+    for row, (label, pictures) in zip(axes, _rows(originals, made), strict=True):
+        for cell, pixels in zip(row, pictures, strict=True):
+            cell.imshow(pixels, interpolation="nearest")
+            cell.set_axis_off()
+        row[0].text(
+            -0.08, 0.5, label, transform=row[0].transAxes, ha="right", va="center", rotation=90
+        )
+    for cell, name in zip(axes[0], names, strict=True):
+        cell.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    with storage.atomic_file(picture) as path, path.open("wb") as file:
+        FigureCanvasAgg(figure).print_figure(file, format="png", dpi=150)

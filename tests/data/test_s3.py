@@ -1,0 +1,180 @@
+"""A real S3 server: what is written and read, wrong keys and buckets, a server that goes away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffit_train import storage
+from diffit_train.config import dump_recipe
+from diffit_train.data.shards import load_manifest
+from diffit_train.data.sources import PictureReader, list_pictures
+from diffit_train.errors import DiffitError, UserError
+from tests.conftest import tiny_recipe
+from tests.data.test_sources import write_as
+from tests.s3 import BUCKET, S3Server
+
+ROOT = f"s3://{BUCKET}/project"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The server, with its environment in this process; the bucket is made."""
+    import s3fs
+
+    running = S3Server(tmp_path_factory.mktemp("s3"))
+    running.start()
+    before = dict(os.environ)
+    os.environ.update(running.environment())
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        s3fs.S3FileSystem().mkdir(BUCKET)
+        yield running
+    finally:
+        running.stop()
+        os.environ.clear()
+        os.environ.update(before)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _upload(folder: Path, url: str) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            storage.write_bytes(storage.join(url, str(path.relative_to(folder))), path.read_bytes())
+
+
+def test_files_come_back(server: S3Server) -> None:
+    url = storage.join(ROOT, "files")
+    storage.write_text(storage.join(url, "a/b.txt"), "hello")
+    storage.write_bytes(storage.join(url, "c.bin"), b"x" * 6_000_000)
+    assert storage.read_bytes(storage.join(url, "a/b.txt")) == b"hello"
+    assert storage.list_names(url) == ["a", "c.bin"]
+    assert storage.find_files(url) == ["a/b.txt", "c.bin"]
+    assert storage.size_bytes(storage.join(url, "c.bin")) == 6_000_000
+    assert storage.is_folder(storage.join(url, "a"))
+    assert not storage.exists(storage.join(url, "d"))
+    with storage.open_file(storage.join(url, "c.bin")) as file:
+        file.seek(5_999_999)
+        assert file.read() == b"x"
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(url, "d"))
+    storage.remove(url)
+    assert storage.list_names(url) == []
+
+
+def test_a_failed_writer_leaves_nothing(server: S3Server) -> None:
+    url = storage.join(ROOT, "half/file.bin")
+
+    def fail() -> None:
+        with storage.atomic_file(url) as path:
+            path.write_bytes(b"half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    assert not storage.exists(url)
+
+
+def test_a_missing_bucket_is_named(server: S3Server) -> None:
+    with pytest.raises(UserError, match=r"s3://none-such/x: .*bucket.*make the bucket"):
+        storage.write_text("s3://none-such/x", "1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "access to s3://.* is denied"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "access to s3://.* is denied"),
+        ({"AWS_PROFILE": "none-such"}, "none-such.*AWS_PROFILE"),
+    ],
+)
+def test_wrong_credentials_are_named(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    import s3fs
+
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(UserError, match=message):
+            storage.read_bytes(storage.join(ROOT, "anything"))
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "webdataset", "parquet"])
+def test_sources_are_read_from_s3(
+    server: S3Server, project: Path, tmp_path: Path, kind: str
+) -> None:
+    pictures = project / "pictures" / "digits"
+    files = {str(p.relative_to(pictures)): p.read_bytes() for p in sorted(pictures.rglob("*.png"))}
+    url = storage.join(ROOT, f"sources/{kind}")
+    if kind == "folder":
+        _upload(pictures, url)
+    else:
+        local = Path(write_as(kind, files, tmp_path / ("x.tar" if kind == "tar" else "x")))
+        if local.is_file():
+            url += ".tar"
+            storage.write_bytes(url, local.read_bytes())
+        else:
+            _upload(local, url)
+    found = list_pictures(tiny_recipe(tmp_path, f"data.source={url}"))
+    with PictureReader(found.url, found.kind) as reader:
+        assert [reader.read(item.place) for item in found.items] == list(files.values())
+
+
+def test_a_server_that_goes_away_is_waited_for(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = storage.join(ROOT, "waited.txt")
+    storage.write_text(url, "here")
+    server.stop()
+    try:
+        monkeypatch.setenv("DIFFIT_STORAGE_RETRY_S", "1")
+        with pytest.raises(DiffitError, match="cannot be reached.*the same command continues"):
+            storage.read_bytes(url)
+        monkeypatch.setenv("DIFFIT_STORAGE_RETRY_S", "120")
+        again = threading.Timer(2.0, server.start)
+        again.start()
+        assert storage.read_bytes(url) == b"here"
+        again.join()
+    finally:
+        if server.process is None:
+            server.start()
+
+
+def test_encoding_outlives_its_storage(server: S3Server, encoded: Path, tmp_path: Path) -> None:
+    """Source and root on S3; the server is stopped and started amid the run."""
+    for name in ("pictures", "autoencoders"):
+        _upload(encoded / name, storage.join(ROOT, name))
+    recipe = tiny_recipe(tmp_path).model_copy(
+        update={"storage": tiny_recipe(tmp_path).storage.model_copy(update={"root": ROOT})}
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    command = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
+    command += ["encode", str(tmp_path / "recipe.yaml")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_JOB_ID")}
+    url = storage.join(ROOT, "latents/digits")
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(storage.list_names(storage.join(url, "parts"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    server.stop()
+    time.sleep(2.0)
+    server.start()
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == 0, messages
+    expected = load_manifest(f"{encoded}/latents/digits")
+    assert load_manifest(url).shards == expected.shards
+    assert [n for n in storage.list_names(url) if n.endswith(".tar")] == [
+        shard.name for shard in expected.shards
+    ]

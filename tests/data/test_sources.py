@@ -1,0 +1,264 @@
+"""Five kinds of source: the same pictures out of each, and what may be wrong in them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffit_train import storage
+from diffit_train.data.sources import PictureReader, list_pictures, source_kind
+from diffit_train.errors import UserError
+from tests.conftest import tiny_recipe, write_pictures
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def _tar(members: list[tuple[str, bytes]]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def write_as(kind: str, files: dict[str, bytes], place: Path) -> str:
+    """The files of an ImageFolder as a source of another kind; its path."""
+    classes = sorted({name.split("/")[0] for name in files})
+    label = {name: classes.index(name.split("/")[0]) for name in files}
+    if kind == "tar":
+        # Not in order: names are sorted, whatever the tar does.
+        place.write_bytes(_tar(list(reversed(files.items()))))
+    elif kind == "ilsvrc":
+        inner = {}
+        for name in classes:
+            mine = [
+                (n.split("/")[1], data) for n, data in files.items() if n.startswith(f"{name}/")
+            ]
+            inner[f"{name}.tar"] = _tar(mine)
+        place.write_bytes(_tar(list(inner.items())))
+    elif kind == "webdataset":
+        place.mkdir()
+        rows = list(files.items())
+        for number in range(2):
+            members = []
+            for position, (name, data) in enumerate(rows[number * 13 : (number + 1) * 13]):
+                key = f"{number}{position:04d}"
+                members.append((f"{key}.png", data))
+                if position % 2:
+                    members.append((f"{key}.cls", str(label[name]).encode()))
+                else:
+                    text = json.dumps({"label": label[name]}).encode()
+                    members.append((f"{key}.json", text))
+            (place / f"part-{number}.tar").write_bytes(_tar(members))
+    elif kind == "parquet":
+        place.mkdir()
+        rows = list(files.items())
+        for number in range(2):
+            some = rows[number * 13 : (number + 1) * 13]
+            table = pa.table(
+                {
+                    "image": [{"bytes": data, "path": name} for name, data in some],
+                    "label": [label[name] for name, _ in some],
+                }
+            )
+            pq.write_table(table, place / f"part-{number}.parquet", row_group_size=4)
+    return str(place)
+
+
+KINDS = ["tar", "ilsvrc", "webdataset", "parquet"]
+ENDINGS = {"tar": "x.tar", "ilsvrc": "x.tar", "webdataset": "x", "parquet": "x"}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_holds_the_same_pictures(kind: str, remote: bool, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures" / "digits")
+    folder = list_pictures(tiny_recipe(tmp_path))
+    files = _files(tmp_path / "pictures" / "digits")
+    source = write_as(kind, files, tmp_path / ENDINGS[kind])
+    if remote:
+        remote_url = f"memory://sources/{kind}/{ENDINGS[kind]}"
+        local = Path(source)
+        for path in [local] if local.is_file() else sorted(local.iterdir()):
+            name = remote_url if local.is_file() else storage.join(remote_url, path.name)
+            storage.write_bytes(name, path.read_bytes())
+        source = remote_url
+    found = list_pictures(tiny_recipe(tmp_path, f"data.source={source}"))
+    assert found.kind == kind
+    assert found.labels == folder.labels
+    assert not any(item.problem for item in found.items)
+    if kind in ("tar", "ilsvrc"):
+        assert found.paths == folder.paths
+        assert found.classes == folder.classes == ("a", "b", "c")
+    with PictureReader(found.url, found.kind) as reader:
+        data = [reader.read(item.place) for item in found.items]
+        assert data == list(files.values())
+        # Also out of order.
+        assert reader.read(found.items[20].place) == data[20]
+        assert reader.read(found.items[1].place) == data[1]
+
+
+def test_class_names_of_a_hub_data_set(tmp_path: Path) -> None:
+    info = {"info": {"features": {"label": {"names": ["cat", "dog", "eel"]}}}}
+    table = pa.table({"image": [{"bytes": b"x", "path": None}], "label": [1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    found = list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+    assert found.classes == ("cat", "dog", "eel")
+    assert (found.paths, found.labels) == (("file:0:0",), (1,))
+
+
+def _problems(root: Path, source: Path, **options: str) -> dict[str, str]:
+    changes = [f"data.{key}={value}" for key, value in options.items()]
+    found = list_pictures(tiny_recipe(root, f"data.source={source}", *changes))
+    return {item.name: item.problem for item in found.items if item.problem}
+
+
+def test_wrong_members_of_a_tar_carry_their_problem(tmp_path: Path) -> None:
+    good = [(f"{name}/1.png", b"1") for name in "abc"]
+    odd = [("a/n\u00e4me with 'odd' ch\u00e4racters \U0001f600.png", b"2"), ("./b/2.png", b"3")]
+    bad = [("../evil/1.png", b"4"), ("/abs/1.png", b"5"), ("a/1.png", b"6")]
+    (tmp_path / "x.tar").write_bytes(_tar(good + odd + bad))
+    assert _problems(tmp_path, tmp_path / "x.tar") == {
+        "../evil/1.png": "the name leads out of the archive",
+        "/abs/1.png": "the name leads out of the archive",
+        "a/1.png": "the name occurs twice",
+    }
+    found = list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
+    assert len(found) == 8
+    assert found.classes == ("a", "b", "c")
+
+
+def test_wrong_samples_of_a_webdataset_carry_their_problem(tmp_path: Path) -> None:
+    members = [("1.png", b"1"), ("1.cls", b"0"), ("2.png", b"2"), ("2.cls", b"3")]
+    members += [("3.png", b"3"), ("4.cls", b"1"), ("5.png", b"5"), ("5.cls", b"cat")]
+    members += [("1.png", b"6"), ("1.cls", b"1"), ("7.jpg", b"7"), ("7.json", b'{"label": -1}')]
+    members += [("8.png", b"8"), ("8.json", b'{"caption": "x"}')]
+    (tmp_path / "x.tar").write_bytes(_tar(members))
+    assert source_kind(str(tmp_path / "x.tar"), "auto") == "webdataset"
+    assert _problems(tmp_path, tmp_path / "x.tar") == {
+        "2": "label 3 is not between 0 and 2",
+        "3": "the sample has no label (cls, or json with `label`)",
+        "4": "the sample has no picture",
+        "5": "the label is not a number",
+        "1": "the key occurs twice",
+        "7": "label -1 is not between 0 and 2",
+        "8": "the sample has no label (cls, or json with `label`)",
+    }
+
+
+def test_wrong_labels_of_parquet_carry_their_problem(tmp_path: Path) -> None:
+    images = [{"bytes": b"x", "path": f"{i}.png"} for i in range(4)]
+    pq.write_table(pa.table({"image": images, "label": [0, 3, None, 2]}), tmp_path / "x.parquet")
+    assert _problems(tmp_path, tmp_path / "x.parquet") == {
+        "1.png": "label 3 is not between 0 and 2",
+        "2.png": "the label is null",
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"picture": [b"x"], "label": [0]}, "has columns picture, label; needed are `image`"),
+        ({"image": [b"x"], "label": [0]}, "has columns image, label; needed are `image`, a struct"),
+        ({"image": [{"bytes": b"x", "path": ""}]}, "has columns image; needed"),
+        ({"image": [{"bytes": b"x", "path": ""}], "label": ["cat"]}, "not of whole numbers"),
+    ],
+)
+def test_parquet_without_the_columns_is_refused(
+    tmp_path: Path, columns: dict[str, list[object]], message: str
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=message):
+        list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+
+
+def _gzipped(data: bytes) -> bytes:
+    import gzip
+
+    return gzip.compress(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("x.tar", lambda data: data[:-3000], "cut off|not a whole"),
+        ("x.tar", lambda data: b"", "not a whole uncompressed tar|holds no pictures"),
+        ("x.tar", lambda data: b"nothing like a tar" * 99, "not a whole uncompressed tar"),
+        ("x.tar", _gzipped, "not a whole uncompressed tar"),
+        ("x.parquet", lambda data: data, "not a whole parquet file"),
+        ("x.zip", lambda data: data, "neither a folder nor a .tar"),
+    ],
+)
+def test_broken_archives_are_named(
+    tmp_path: Path, name: str, spoil: Callable[[bytes], bytes], message: str
+) -> None:
+    data = _tar([(f"{label}/1.png", b"1" * 2000) for label in "abc"])
+    (tmp_path / name).write_bytes(spoil(data))
+    with pytest.raises(UserError, match=message):
+        list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/{name}"))
+
+
+def test_a_kind_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures" / "digits")
+    with pytest.raises(UserError, match=r"is a folder, but data\.format is 'tar'"):
+        list_pictures(tiny_recipe(tmp_path, "data.format=tar"))
+    (tmp_path / "x.tar").write_bytes(_tar([("a/1.png", b"")]))
+    with pytest.raises(UserError, match=r"is not a folder, but data\.format is 'folder'"):
+        list_pictures(tiny_recipe(tmp_path, "data.format=folder", f"data.source={tmp_path}/x.tar"))
+
+
+def test_a_folder_that_may_not_be_read_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read everything, so the refusal is made by hand."""
+    import os
+
+    write_pictures(tmp_path / "pictures" / "digits")
+    real = os.scandir
+
+    def refusing(path: str):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr("os.scandir", refusing)
+    with pytest.raises(UserError, match=r"digits/b may not be read"):
+        list_pictures(tiny_recipe(tmp_path))
+
+
+NAMES = st.text(
+    st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="/\\."),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(st.tuples(st.sampled_from("abc"), NAMES), st.binary(max_size=2000)))
+def test_any_tar_gives_back_its_pictures(
+    tmp_path_factory: pytest.TempPathFactory, pictures: dict[tuple[str, str], bytes]
+) -> None:
+    root = tmp_path_factory.mktemp("tar")
+    files = {f"{folder}/{name}.png": data for (folder, name), data in pictures.items()}
+    files |= {f"{folder}/0.png": b"0" for folder in "abc"}
+    (root / "x.tar").write_bytes(_tar(list(files.items())))
+    found = list_pictures(tiny_recipe(root, f"data.source={root}/x.tar"))
+    assert list(found.paths) == sorted(files)
+    with PictureReader(found.url, found.kind) as reader:
+        for item in found.items:
+            assert reader.read(item.place) == files[item.name]

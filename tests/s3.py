@@ -1,0 +1,89 @@
+"""A real S3 server for tests: SeaweedFS on 127.0.0.1, every component bound there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+KEY, SECRET, BUCKET = "diffit-key", "diffit-secret", "bucket"
+
+
+def free_port() -> int:
+    """A port that nobody listens on, whose neighbour 10000 above is free for gRPC."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            if port + 10000 > 65535:
+                continue
+            try:
+                second.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+            return port
+
+
+class S3Server:
+    """`weed server` with its S3 gateway; it may be stopped and started again on its data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the gateway."""
+        return f"http://127.0.0.1:{self.ports['s3']}"
+
+    def environment(self) -> dict[str, str]:
+        """What any S3 client needs."""
+        return {
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        data, log = self.folder / "data", self.folder / "log"
+        data.mkdir(parents=True, exist_ok=True)
+        command = [str(Path(sys.executable).parent / "weed"), "server", f"-dir={data}"]
+        command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-volume.max=20"]
+        command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false"]
+        command += [f"-master.port={self.ports['master']}", f"-volume.port={self.ports['volume']}"]
+        command += [f"-filer.port={self.ports['filer']}", f"-s3.port={self.ports['s3']}"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"]
+        environment = {**os.environ, **self.environment()}
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(self.endpoint, timeout=2)
+                break
+            except urllib.error.HTTPError:
+                break  # it answers, if only to refuse
+            except OSError as error:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    text = log.read_text(errors="replace")[-3000:]
+                    raise RuntimeError(f"the S3 server did not start:\n{text}") from error
+                time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End it; what it holds stays."""
+        if self.process is not None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
