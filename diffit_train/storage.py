@@ -138,7 +138,7 @@ def _explained(url: str, error: Exception) -> Exception:
         )
     if isinstance(error, PermissionError):
         return UserError(f"access to {url} is denied ({error}); check the credentials")
-    if isinstance(error, FileNotFoundError) and "bucket" in str(error).lower():
+    if isinstance(error, FileNotFoundError) and "bucket does not exist" in str(error).lower():
         return UserError(f"{url}: {error}; make the bucket, or mend its name")
     if is_passing(error):
         return DiffitError(

@@ -151,6 +151,7 @@ def test_a_server_that_goes_away_is_waited_for(
             server.start()
 
 
+@pytest.mark.slow
 def test_encoding_outlives_its_storage(server: S3Server, encoded: Path, tmp_path: Path) -> None:
     """Source and root on S3; the server is stopped and started amid the run."""
     for name in ("pictures", "autoencoders"):

@@ -1,0 +1,183 @@
+"""The encoding pipeline beside a bare loop, and its memory with more and more pictures.
+
+    python -m tests.benchmarks.encode [--pictures FOLDER_OR_TAR --classes N] [--count 48]
+
+The autoencoder has the size of Stable Diffusion's, with random weights. The bare loop decodes and
+encodes in one process on the same processors. Without --pictures noisy JPEG files are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from diffit_train.config import Recipe, load_recipe
+from diffit_train.data.autoencoder import load_autoencoder
+from diffit_train.data.encode import encode
+from diffit_train.data.preprocess import to_model_range
+from diffit_train.data.sources import list_pictures, read_items
+from tests.benchmarks.common import print_table
+
+CPUS = os.cpu_count() or 1
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """JPEG files of about ImageNet's size in two classes."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        small = random.integers(0, 256, (50, 64, 3), dtype=np.uint8)
+        path = folder / "ab"[number % 2] / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize((500, 390), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def make_autoencoder(folder: Path, channels: tuple[int, ...]) -> None:
+    """An AutoencoderKL with random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=2,
+        norm_num_groups=8,
+    ).save_pretrained(folder)
+
+
+def recipe_for(root: Path, source: str, classes: int, per_shard: int, batch: int) -> Recipe:
+    """The ImageNet recipe on this machine's processors."""
+    return load_recipe(
+        "imagenet256",
+        [
+            f"data.source={source}",
+            f"data.num_classes={classes}",
+            "data.flip=false",
+            f"data.pictures_per_shard={per_shard}",
+            "autoencoder.source=root:autoencoder",
+            f"autoencoder.batch_size={batch}",
+            "autoencoder.precision=fp32",
+            "scaling.encode_actors=1",
+            f"scaling.encode_threads={CPUS}",
+            "scaling.gpus_per_actor=0",
+        ],
+        root=str(root),
+    )
+
+
+def bare_loop(recipe: Recipe, skip: int) -> float:
+    """Pictures a second of decoding and encoding in this process, after the first `skip`."""
+    torch.set_num_threads(CPUS)
+    autoencoder = load_autoencoder(recipe, torch.device("cpu"))
+    listing, batch = list_pictures(recipe), recipe.autoencoder.batch_size
+    started_s = 0.0
+    for start in range(0, len(listing), batch):
+        if start == skip:
+            started_s = time.perf_counter()
+        items = listing.items[start : start + batch]
+        pixels = read_items(listing.url, listing.kind, items, recipe.data.resolution).pixels
+        autoencoder.encode_moments(to_model_range(pixels)).astype(np.float16)
+    return (len(listing) - skip) / (time.perf_counter() - started_s)
+
+
+def pipeline(recipe: Recipe, skip: int) -> tuple[float, float]:
+    """Pictures a second after the first shards of `skip` pictures, and seconds in all."""
+    shutil.rmtree(Path(recipe.storage.root) / "latents", ignore_errors=True)
+    started_s = time.time()
+    manifest = encode(recipe)
+    total_s = time.time() - started_s
+    folder = Path(recipe.storage.root) / "latents" / recipe.data.name
+    times = [(folder / shard.name).stat().st_mtime for shard in manifest.shards]
+    first = skip // recipe.data.pictures_per_shard
+    return (manifest.totals.written - skip) / (max(times) - times[first - 1]), total_s
+
+
+def peak_bytes(body: Callable[[], object]) -> int:
+    """The most memory of this process and all it has started, shared memory counted once."""
+    peak, stop = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.25):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue  # it has just ended
+            peak = max(peak, total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    body()
+    stop.set()
+    thread.join()
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", help="source of pictures, as data.source")
+    parser.add_argument("--classes", type=int, default=2)
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--memory-count", type=int, default=512)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        make_autoencoder(root / "autoencoder", (128, 256, 512, 512))
+        source = options.pictures
+        if source is None:
+            make_pictures(root / "pictures", options.count)
+            source = str(root / "pictures")
+        recipe = recipe_for(root, source, options.classes, per_shard=8, batch=4)
+        listing = list_pictures(recipe)
+        start = time.perf_counter()
+        read_items(listing.url, listing.kind, listing.items, 256)
+        reading = len(listing) / (time.perf_counter() - start)
+        bare = bare_loop(recipe, skip=8)
+        steady, total_s = pipeline(recipe, skip=8)
+        again = bare_loop(recipe, skip=8)
+        bare = (bare + again) / 2
+        print_table(
+            f"{len(listing)} pictures at 256, autoencoder of real size, {CPUS} processors",
+            ["", "pictures/s", "to the bare loop"],
+            [
+                ["bare loop (before and after)", f"{bare:.3f}", "1.00"],
+                ["pipeline, once it runs", f"{steady:.3f}", f"{steady / bare:.2f}"],
+                [
+                    "pipeline, with its start",
+                    f"{len(listing) / total_s:.3f}",
+                    f"{len(listing) / total_s / bare:.2f}",
+                ],
+                ["reading, decoding, cropping, one process", f"{reading:.1f}", ""],
+            ],
+        )
+
+        shutil.rmtree(root / "autoencoder")
+        make_autoencoder(root / "autoencoder", (8, 8, 8, 8))
+        rows, first = [], 0
+        for times in (1, 4):
+            shutil.rmtree(root / "pictures", ignore_errors=True)
+            make_pictures(root / "pictures", times * options.memory_count)
+            small = recipe_for(root, str(root / "pictures"), 2, per_shard=64, batch=16)
+            shutil.rmtree(root / "latents", ignore_errors=True)
+            peak = peak_bytes(lambda small=small: encode(small))
+            first = first or peak
+            count = times * options.memory_count
+            rows.append([f"{count:,}", f"{peak / 2**20:,.0f}", f"{peak / first:.3f}"])
+        print_table("peak memory of all processes", ["pictures", "MiB", "to the first"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Pictures a second out of latent shards: our loader, plain webdataset, tarfile; local and from S3.
+
+    python -m tests.benchmarks.loader [--pictures 16384]
+
+Members are those of ImageNet at 256x256: (1, 8, 32, 32) float16. The loader verifies each shard's
+hash, shuffles, and puts together batches; the other two only iterate. S3 is a SeaweedFS server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from diffit_train import storage
+from diffit_train.data.loader import LatentLoader, SampleOrder
+from diffit_train.data.shards import Manifest, Totals, write_shard
+from tests.benchmarks.common import print_table
+from tests.s3 import BUCKET, S3Server
+
+BATCH, LANES, PER_SHARD = 256, 64, 512
+
+
+def write_latents(url: str, pictures: int) -> Manifest:
+    """Random latents in shards."""
+    random = np.random.default_rng(0)
+    shards = []
+    for number in range(pictures // PER_SHARD):
+        moments = random.standard_normal((PER_SHARD, 1, 8, 32, 32)).astype(np.float16)
+        keys = range(number * PER_SHARD, (number + 1) * PER_SHARD)
+        shards.append(write_shard(url, number, keys, moments, [0] * PER_SHARD))
+    return Manifest(
+        schema_version=1,
+        recipe_hash="",
+        autoencoder="",
+        autoencoder_sha256="",
+        scale=1.0,
+        channels=4,
+        height=32,
+        width=32,
+        frames=1,
+        pictures_per_shard=PER_SHARD,
+        segments=[pictures],
+        classes=["0"],
+        input_sha256="",
+        shards=shards,
+        totals=Totals(input=pictures, written=pictures, rejected=0),
+        mean=[0.0] * 4,
+        std=[1.0] * 4,
+    )
+
+
+def with_loader(url: str, manifest: Manifest) -> float:
+    """One epoch of whole batches."""
+    counts = [shard.count for shard in manifest.shards]
+    order = SampleOrder(counts, BATCH, LANES, 1024, seed=0)
+    steps = sum(counts) // BATCH
+    start = time.perf_counter()
+    with LatentLoader(url, manifest, order, 0, 1, 0) as loader:
+        for number, _ in enumerate(loader, start=1):
+            if number == steps:
+                break
+    return steps * BATCH / (time.perf_counter() - start)
+
+
+def _decoded(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data)).astype(np.float32)
+
+
+def with_webdataset(url: str, manifest: Manifest) -> float:
+    """Plain iteration in the order of the shards."""
+    import webdataset
+
+    names = [storage.join(url, shard.name) for shard in manifest.shards]
+    start, count = time.perf_counter(), 0
+    if storage.is_local(url):
+        for sample in webdataset.WebDataset(names, shardshuffle=False):
+            _decoded(sample["latent.npy"])
+            count += 1
+    else:
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        # webdataset itself opens no s3:// but by a shell command; fsspec opens it here.
+        for name in names:
+            with storage.open_file(name) as file:
+                for sample in group_by_keys(tar_file_expander([{"url": name, "stream": file}])):
+                    _decoded(sample["latent.npy"])
+                    count += 1
+    return count / (time.perf_counter() - start)
+
+
+def with_tarfile(url: str, manifest: Manifest) -> float:
+    """The standard library's tarfile, member after member."""
+    start, count = time.perf_counter(), 0
+    for shard in manifest.shards:
+        with (
+            storage.open_file(storage.join(url, shard.name)) as file,
+            tarfile.open(fileobj=file, mode="r|") as tar,
+        ):
+            for member in tar:
+                opened = tar.extractfile(member)
+                if opened is not None and member.name.endswith(".npy"):
+                    _decoded(opened.read())
+                    count += 1
+    return count / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    ways = {"diffit": with_loader, "webdataset": with_webdataset, "tarfile": with_tarfile}
+    with tempfile.TemporaryDirectory() as name:
+        server = S3Server(Path(name) / "s3")
+        server.start()
+        os.environ.update(server.environment())
+        try:
+            import s3fs
+
+            s3fs.S3FileSystem().mkdir(BUCKET)
+            rows = []
+            for place, url in (("local", f"{name}/latents"), ("S3", f"s3://{BUCKET}/latents")):
+                manifest = write_latents(url, options.pictures)
+                best = dict.fromkeys(ways, 0.0)
+                for _ in range(options.rounds):
+                    for way, body in ways.items():
+                        best[way] = max(best[way], body(url, manifest))
+                rows += [
+                    [f"{place}, {way}", f"{rate:,.0f}", f"{rate / best['webdataset']:.2f}"]
+                    for way, rate in best.items()
+                ]
+        finally:
+            server.stop()
+    title = f"{options.pictures:,} pictures in shards of {PER_SHARD}, batches of {BATCH}"
+    print_table(title, ["", "pictures/s", "to webdataset"], rows)
+
+
+if __name__ == "__main__":
+    main()
