@@ -66,7 +66,8 @@ def test_files_come_back(server: S3Server) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(url, "d"))
     storage.remove(url)
-    assert storage.list_names(url) == []
+    # The server keeps empty folders.
+    assert storage.find_files(url) == []
 
 
 def test_a_failed_writer_leaves_nothing(server: S3Server) -> None:
