@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -213,22 +214,40 @@ def read_shard(url: str, entry: ShardEntry) -> Shard:
         raise DiffitError(f"shard {name} is missing; {_MEND}") from error
     if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:
         raise DiffitError(f"shard {name} differs from its recorded size or sha256; {_MEND}")
-    keys, moments, labels = [], [], []
-    for sample in _samples(name, data):
-        keys.append(int(sample["__key__"]))
-        moments.append(np.load(io.BytesIO(sample["latent.npy"]), allow_pickle=False))
-        labels.append(int(sample["cls"]))
-    if len(keys) != entry.count:
-        raise DiffitError(f"shard {name} holds {len(keys)} pictures, not {entry.count}; {_MEND}")
-    return Shard(np.array(keys), np.stack(moments), np.array(labels, dtype=np.int64))
+    latents, labels = _members(name, data)
+    if len(latents) != entry.count or latents.keys() != labels.keys():
+        raise DiffitError(f"shard {name} holds {len(latents)} pictures, not {entry.count}; {_MEND}")
+    keys = np.array([int(key) for key in latents])
+    return Shard(keys, np.stack(list(latents.values())), np.array([labels[k] for k in latents]))
 
 
 _MEND = "run `diffit verify latents FOLDER --repair`, which makes it again"
 
 
-def _samples(name: str, data: bytes) -> list[dict[str, bytes]]:
-    """webdataset's grouping of the members, from memory: no name is ever opened by it."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+def _members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Latents and labels by key, in the order of the tar.
 
-    streams = [{"url": name, "stream": io.BytesIO(data)}]
-    return list(group_by_keys(tar_file_expander(streams)))
+    Raises:
+        DiffitError: a member is not of the schema.
+    """
+    latents: dict[str, np.ndarray] = {}
+    labels: dict[str, int] = {}
+    header, like = b"", np.zeros(0)
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            key, _, kind = member.name.partition(".")
+            content = data[member.offset_data : member.offset_data + member.size]
+            if kind == "cls":
+                labels[key] = int(content)
+            elif kind != "latent.npy":
+                raise DiffitError(f"shard {name} holds a member {member.name}; {_MEND}")
+            elif (
+                header and content.startswith(header) and len(content) - len(header) == like.nbytes
+            ):
+                # Nearly all members have the header of the first, which NumPy reads slowly.
+                values = np.frombuffer(content, like.dtype, offset=len(header))
+                latents[key] = values.reshape(like.shape)
+            else:
+                like = latents[key] = np.load(io.BytesIO(content), allow_pickle=False)
+                header = content[: len(content) - like.nbytes]
+    return latents, labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -10,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -237,6 +240,39 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(encoded: Path, tmp_path: Pa
         kept = [p for p, t in before.items() if p.stat().st_mtime_ns == t]
         assert len(kept) >= made
     assert _hashes(recipe) == _hashes(tiny_recipe(encoded))
+
+
+def test_a_killed_actor_is_replaced(encoded: Path, tmp_path: Path) -> None:
+    """SIGKILL of the process that encodes, after its first shard; the run itself goes on."""
+    recipe = tiny_recipe(_copy(encoded, tmp_path), "data.pictures_per_shard=1")
+    parts, killed = tmp_path / "latents" / "digits" / "parts", []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not killed and time.monotonic() < deadline:
+            time.sleep(0.005)
+            if not list(parts.glob("shard*.json")):
+                continue
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "MapWorker(Map(_Encoder))" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(len(list(parts.glob("shard*.json"))))
+
+    watcher = threading.Thread(target=kill)
+    watcher.start()
+    manifest = encode(recipe)
+    watcher.join()
+    assert 1 <= killed[0] < 24
+    assert manifest.totals.written == 24
+    assert verify(latents_url(recipe)).bad == {}
+    expected = [
+        read_shard(f"{encoded}/latents/digits", e)
+        for e in load_manifest(f"{encoded}/latents/digits").shards
+    ]
+    moments = np.concatenate([shard.moments for shard in expected])
+    found = [read_shard(latents_url(recipe), e).moments for e in manifest.shards]
+    np.testing.assert_allclose(np.concatenate(found), moments, atol=2e-3)
 
 
 def _environment() -> dict[str, str]:

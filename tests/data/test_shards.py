@@ -74,7 +74,7 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
     else:
         data[600] ^= 1
         path.write_bytes(data)
-    with pytest.raises(DiffitError, match=r"shard-000000\.tar .*diffit encode"):
+    with pytest.raises(DiffitError, match=r"shard-000000\.tar .*--repair"):
         read_shard(str(tmp_path), entry)
 
 
