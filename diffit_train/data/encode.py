@@ -311,7 +311,7 @@ class _Encoder:
             number=number,
             entry=entry,
             rejected=[
-                Rejected(path=items[position].name, reason=reason)
+                Rejected(path=_shown(items[position].name), reason=reason)
                 for position, reason in json.loads(row["rejected"])
             ],
             autoencoder_sha256=self.sha256,
@@ -357,6 +357,11 @@ class _Encoder:
         tensors = torch.from_numpy(flat).float(), torch.from_numpy(noise)
         sampled = scaled_sample(*tensors, self.autoencoder.scale).double().numpy()
         return sampled.sum((0, 2, 3)).tolist(), (sampled**2).sum((0, 2, 3)).tolist()
+
+
+def _shown(name: str) -> str:
+    """A name as text: a local file's may hold bytes that are no UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _check_rejected(recipe: Recipe, url: str, parts: dict[int, Part], total: int) -> None:

@@ -124,7 +124,8 @@ def find_work(recipe: Recipe, done: Manifest | None) -> Work | None:
     listing = list_pictures(recipe)
     if done is None:
         return Work(listing)
-    before = read_inputs(latents_url(recipe))
+    # A commit that was cut off may have left more than the manifest knows of.
+    before = read_inputs(latents_url(recipe))[: done.totals.input]
     known = dict(before)
     here = {item.name: item.label for item in listing.items}
     changed = [name for name, label in before if here.get(name) != label]
@@ -237,7 +238,7 @@ def read_inputs(url: str) -> list[tuple[str, int]]:
     """
     name = storage.join(url, INPUTS)
     try:
-        lines = gzip.decompress(storage.read_bytes(name)).decode().splitlines()
+        lines = gzip.decompress(storage.read_bytes(name)).decode("ascii").splitlines()
         return [(str(path), int(label)) for path, label in map(json.loads, lines)]
     except (FileNotFoundError, OSError, ValueError, EOFError) as error:
         raise DiffitError(
@@ -247,7 +248,7 @@ def read_inputs(url: str) -> list[tuple[str, int]]:
 
 
 def _write_inputs(url: str, inputs: list[tuple[str, int]]) -> None:
-    text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in inputs)
+    text = "".join(json.dumps(pair) + "\n" for pair in inputs)
     # No time in the header, so that the same list gives the same bytes.
     storage.write_bytes(storage.join(url, INPUTS), gzip.compress(text.encode(), mtime=0))
 
@@ -270,7 +271,9 @@ def commit_manifest(recipe: Recipe, url: str, work: Work, parts: dict[int, Part]
     written = sum(shard.count for shard in shards)
     lines = "".join(item.model_dump_json() + "\n" for item in rejected)
     if base:
-        lines = storage.read_bytes(storage.join(url, REJECTED)).decode() + lines
+        earlier_lines = storage.read_bytes(storage.join(url, REJECTED)).decode().split("\n")
+        kept = earlier_lines[: base.totals.rejected]
+        lines = "".join(line + "\n" for line in kept) + lines
     frames, members, height, width = ordered[0].shape
     values = written * frames * height * width
     total = np.sum([part.total for part in ordered], axis=0)

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -108,7 +109,16 @@ def list_pictures(recipe: Recipe) -> PictureList:
             f"data.source {url} has {len(classes)} classes, but data.num_classes is "
             f"{recipe.data.num_classes}; set data.num_classes={len(classes)} or mend the source"
         )
-    return PictureList(url, kind, tuple(classes), items)
+    return PictureList(url, kind, tuple(classes), list(_unique(items)))
+
+
+def _unique(items: Iterable[Item]) -> Iterator[Item]:
+    """Items by names that tell them apart: a name that occurs again says so."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        seen[item.name] += 1
+        again = seen[item.name] - 1
+        yield item._replace(name=f"{item.name} (again {again})") if again else item
 
 
 def source_kind(url: str, wanted: str) -> Kind:

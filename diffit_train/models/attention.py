@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from diffit_train.errors import UserError
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 # Attention weights that `stretched_attention` computes at once: 4 MiB in fp32, for the cache.
@@ -208,12 +210,15 @@ def kernel_name(wanted: str, device: torch.device) -> str:
     """The kernel to use: `wanted`, or for `auto` flex on CUDA and stretched elsewhere.
 
     Raises:
-        ValueError: flex was asked for where it would be evaluated eagerly.
+        UserError: flex was asked for where it would be evaluated eagerly.
     """
     if wanted == "auto":
         return "flex" if device.type == "cuda" else "stretched"
     if wanted == "flex" and device.type != "cuda":
-        raise ValueError(f"the attention kernel flex needs a CUDA device, not {device.type}")
+        raise UserError(
+            f"model.attention is 'flex', which needs a CUDA device, but this runs on "
+            f"{device.type}; set model.attention=auto"
+        )
     return wanted
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from diffit_train.training.telemetry import (
     training_flops_per_image,
 )
 
-logger = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 
 # Names under which a record's fields go to MLflow.
@@ -100,9 +98,7 @@ class Trainer:
             weights = read_weights(self.url, newest[0], "raw")
             model.load_state_dict(weights, strict=False)
         model.to(self.device)
-        kernel = use_kernel(model, self.recipe.model.attention, self.device)
-        if self.rank == 0:
-            logger.info("attention kernel: %s", kernel)
+        use_kernel(model, self.recipe.model.attention, self.device)
         checkpoint_activations(
             model, train.activation_checkpointing, train.checkpoint_every_nth_block
         )

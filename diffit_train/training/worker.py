@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import ray
+import torch
 
 from diffit_train import cluster, storage
 from diffit_train.checkpoints import committed_steps, read_index
 from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.models.attention import kernel_name
 from diffit_train.progress import Progress, say
 from diffit_train.tracking import Tracker, git_commit, tracking_uri
 from diffit_train.training.run import (
@@ -52,12 +54,19 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> int:
     _check_resumable(run_url(recipe, run))
     manifest = _check_latents(recipe)
     tracking_uri(recipe)
+    _kernel(recipe)
     scaling = recipe.scaling
     cpus, gpus = scaling.cpus_per_worker, scaling.gpus_per_worker
     with cluster.connected(address):
         cluster.require(scaling.workers * cpus, scaling.workers * gpus, "training")
         identity = check_recipe(recipe, run) or create_identity(recipe, run)
         return _tracked_fit(recipe, identity, manifest)
+
+
+def _kernel(recipe: Recipe) -> str:
+    """The attention kernel of the workers; a UserError where their device has it not."""
+    device = torch.device("cuda" if recipe.scaling.gpus_per_worker else "cpu")
+    return kernel_name(recipe.model.attention, device)
 
 
 def _check_resumable(url: str) -> None:
@@ -127,7 +136,6 @@ def _worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import ray.train
     import ray.train.torch
-    import torch
 
     from diffit_train.training.loop import Trainer
 
@@ -217,7 +225,10 @@ def _progress(recipe: Recipe, board: Any, start: int) -> Iterator[None]:
     """Show the board's record while the block runs."""
     stop = threading.Event()
     batch, steps = recipe.train.batch_size, recipe.train.steps
-    say(f"starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}")
+    say(
+        f"starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}, "
+        f"attention kernel {_kernel(recipe)}"
+    )
 
     def watch() -> None:
         with Progress("train", steps, "steps", done=start) as progress:

@@ -326,6 +326,11 @@ def test_new_pictures_are_appended_on_request_only(encoded: Path, tmp_path: Path
     expected = (np.array(before.mean) * 24 + first.mean((1, 2)) * before.scale * 5) / 29
     np.testing.assert_allclose(after.mean, expected, atol=0.15)
     assert verify(latents_url(recipe)).bad == {}
+    # A commit that is killed before its manifest is done again to the same end.
+    rejected_lines = (tmp_path / "latents/digits/rejected.jsonl").read_text()
+    Path(latents_url(recipe), "manifest.json").write_text(before.model_dump_json())
+    assert encode(recipe, append=True) == after
+    assert (tmp_path / "latents/digits/rejected.jsonl").read_text() == rejected_lines
     (source / "b" / "001.png").unlink()
     with pytest.raises(UserError, match=r"1 encoded pictures are gone .* as b/001\.png"):
         encode(recipe, append=True)

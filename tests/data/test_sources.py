@@ -136,7 +136,7 @@ def test_wrong_members_of_a_tar_carry_their_problem(tmp_path: Path) -> None:
     assert _problems(tmp_path, tmp_path / "x.tar") == {
         "../evil/1.png": "the name leads out of the archive",
         "/abs/1.png": "the name leads out of the archive",
-        "a/1.png": "the name occurs twice",
+        "a/1.png (again 1)": "the name occurs twice",
     }
     found = list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
     assert len(found) == 8
@@ -155,15 +155,17 @@ def test_wrong_samples_of_a_webdataset_carry_their_problem(tmp_path: Path) -> No
         "3": "the sample has no label (cls, or json with `label`)",
         "4": "the sample has no picture",
         "5": "the label is not a number",
-        "1": "the key occurs twice",
+        "1 (again 1)": "the key occurs twice",
         "7": "label -1 is not between 0 and 2",
         "8": "the sample has no label (cls, or json with `label`)",
     }
 
 
 def test_wrong_labels_of_parquet_carry_their_problem(tmp_path: Path) -> None:
-    images = [{"bytes": b"x", "path": f"{i}.png"} for i in range(4)]
+    images = [{"bytes": b"x", "path": f"{i}.png"} for i in (0, 1, 2, 0)]
     pq.write_table(pa.table({"image": images, "label": [0, 3, None, 2]}), tmp_path / "x.parquet")
+    found = list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+    assert found.paths == ("0.png", "1.png", "2.png", "0.png (again 1)")
     assert _problems(tmp_path, tmp_path / "x.parquet") == {
         "1.png": "label 3 is not between 0 and 2",
         "2.png": "the label is null",

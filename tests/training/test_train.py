@@ -196,3 +196,9 @@ def test_another_objective_and_model_around_which_much_is_put(
     source = command.WeightSource("flow")
     result = command.sample(recipe, source, ["a"], "0-1", str(tmp_path), 2)
     assert len(result["pictures"]) == 2
+
+
+def test_a_kernel_that_the_workers_lack_is_refused_at_once(encoded: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.attention is 'flex', which needs a CUDA device"):
+        train(tiny_recipe(encoded, "model.attention=flex"), "flex")
+    assert not (encoded / "runs" / "flex").exists()
