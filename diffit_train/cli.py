@@ -158,8 +158,11 @@ def verify_latents(
     url: Annotated[str, typer.Argument(help="Folder of the latents.", show_default=False)],
     picture: Annotated[
         str | None,
-        typer.Option(help="Draw originals beside their reconstructions into this PNG."),
+        typer.Option(help="PNG of originals beside reconstructions. Default: URL/verify.png."),
     ] = None,
+    no_picture: Annotated[
+        bool, typer.Option("--no-picture", help="Leave out the picture, which needs the source.")
+    ] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Encode the bad shards again.")] = False,
     address: Address = None,
     as_json: Json = False,
@@ -168,9 +171,12 @@ def verify_latents(
 
     Exit status 1 where something is bad and not repaired.
 
-    Example: `diffit verify latents my-project/latents/digits --picture check.png --repair`
+    Example: `diffit verify latents my-project/latents/digits --repair`
     """
-    _print(command.verify_latents(storage.absolute(url), picture, repair, address), as_json)
+    url = storage.absolute(url)
+    target = storage.absolute(picture) if picture else storage.join(url, "verify.png")
+    result = command.verify_latents(url, None if no_picture else target, repair, address)
+    _print(result, as_json)
 
 
 @app.command()
@@ -271,9 +277,12 @@ def sample(
 
 @app.command("import")
 def import_(
-    name: RecipeName,
     file: Annotated[str, typer.Argument(help="Weight file.", show_default=False)],
     overrides: Overrides = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Recipe of the weights. Default: what the file itself says."),
+    ] = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[int, typer.Option(min=0, help="Step under which the weights are kept.")] = 0,
@@ -282,9 +291,9 @@ def import_(
 ) -> None:
     """Read a weight file under the published names into a run, ready to sample and evaluate.
 
-    Example: `diffit import imagenet256 diffit_256.safetensors --root my-project --run nvidia`
+    Example: `diffit import diffit_256.safetensors --root my-project --run nvidia`
     """
-    recipe = _recipe(name, overrides, root)
+    recipe = command.recipe_of_weights(file, name, overrides or (), root)
     result = command.import_weights(recipe, run or recipe.name, file, step, allow_pickle)
     _print(result, as_json)
 

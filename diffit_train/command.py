@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffit_train import storage
-from diffit_train.config import Recipe
+from diffit_train.config import Recipe, load_recipe, load_recipe_text
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 
@@ -77,6 +77,9 @@ def verify_latents(
 ) -> dict[str, Any]:
     """Check a folder of latents, make bad shards again if asked to, and draw a picture.
 
+    Args:
+        picture: a PNG of originals beside their reconstructions; None for no picture.
+
     Raises:
         DiffitError: something is bad and was not, or could not be, repaired.
     """
@@ -101,10 +104,9 @@ def verify_latents(
         f"latents by channel {spread}, from {report.lowest:.2f} to {report.highest:.2f}"
     )
     if picture is not None:
-        target = storage.absolute(picture)
-        found["reconstruction_mse"] = stage.draw_reconstructions(url, target)
-        found["picture"] = target
-        say(f"reconstruction mse {found['reconstruction_mse']:.4g}: {storage.shown(target)}")
+        found["reconstruction_mse"] = stage.draw_reconstructions(url, picture)
+        found["picture"] = picture
+        say(f"reconstruction mse {found['reconstruction_mse']:.4g}: {storage.shown(picture)}")
     return found
 
 
@@ -180,6 +182,28 @@ def sample(
     result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
     say(f"{len(result['pictures'])} pictures in {storage.shown(folder)}")
     return result
+
+
+def recipe_of_weights(
+    file: str, name: str | None, overrides: Sequence[str], root: str | None
+) -> Recipe:
+    """The recipe named, or that of the weight file itself.
+
+    Raises:
+        UserError: the file does not say which, so it must be named.
+    """
+    if name is not None:
+        return load_recipe(name, overrides, root)
+    from diffit_train.models.published import stored_recipe
+
+    found = stored_recipe(storage.absolute(file))
+    if found is None:
+        raise UserError(f"{file} does not say what model it holds; name its recipe by --recipe")
+    text, reference = found
+    if text:
+        return load_recipe_text(text, reference, overrides, root)
+    say(f"{file} has the shapes of {reference}")
+    return load_recipe(reference, overrides, root)
 
 
 def import_weights(

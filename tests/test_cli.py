@@ -17,7 +17,7 @@ from diffit_train.errors import DiffitError, UserError
 
 RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
 COMMANDS = ["plan", "encode", "train", "evaluate", "sample", "compare", "import", "export"]
-COMMANDS += ["submit"]
+COMMANDS += ["submit", "verify latents"]
 COMMANDS += ["data digits", "autoencoder fit", "features fit"]
 
 
@@ -52,7 +52,7 @@ def test_version() -> None:
         (["sample", "demo"], ["there is no run 'demo'", "--run"]),
         (["sample", "demo", "evaluate.sampler.steps=-3"], ["evaluate.sampler.steps is -3"]),
         (["sample", "demo", "evaluate.sampler.steps=2000"], ["steps is 2000", "(1000)"]),
-        (["import", "demo", "none.safetensors"], ["no weight file", "none.safetensors"]),
+        (["import", "none.safetensors"], ["no weight file", "none.safetensors"]),
         (["export", "demo"], ["there is no run 'demo'"]),
         (["train", "dmo"], ["did you mean 'demo'"]),
         (["autoencoder", "fit", "demo"], ["does not exist"]),

@@ -1,6 +1,19 @@
 """The recipe and everything about reading it."""
 
-from diffit_train.config.load import dump_recipe, load_recipe, packaged_recipes, validate
+from diffit_train.config.load import (
+    dump_recipe,
+    load_recipe,
+    load_recipe_text,
+    packaged_recipes,
+    validate,
+)
 from diffit_train.config.recipe import Recipe
 
-__all__ = ["Recipe", "dump_recipe", "load_recipe", "packaged_recipes", "validate"]
+__all__ = [
+    "Recipe",
+    "dump_recipe",
+    "load_recipe",
+    "load_recipe_text",
+    "packaged_recipes",
+    "validate",
+]

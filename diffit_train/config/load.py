@@ -39,7 +39,14 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
-    tree = _parse(_read_text(reference), reference)
+    return load_recipe_text(_read_text(reference), reference, overrides, root)
+
+
+def load_recipe_text(
+    text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
+) -> Recipe:
+    """As `load_recipe`, from YAML text; `reference` is named in errors."""
+    tree = _parse(text, reference)
     for override in overrides:
         _apply(tree, override)
     if root is not None:

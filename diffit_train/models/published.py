@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -51,6 +51,31 @@ def read_weights_file(url: str, allow_pickle: bool = False) -> dict[str, Tensor]
         raise UserError(
             f"{url} is not a whole safetensors file ({error}); fetch it again"
         ) from error
+
+
+def stored_recipe(url: str) -> tuple[str, str] | None:
+    """The recipe that a weight file is of, as its text and a name; None where it cannot be told.
+
+    An export holds its recipe. A release does not, but the size of its position bias tells which
+    of the two it is.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    try:
+        with storage.local_copy(url) as path, safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("recipe")
+            if text is not None:
+                return text, f"in {url}"
+            name = "blocks.0.attn.relative_position_bias_table"
+            if name not in file.keys():  # noqa: SIM118  (it is no dictionary)
+                return None
+            rows = file.get_slice(name).get_shape()[0]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no weight file {url}") from error
+    except (SafetensorError, IsADirectoryError):
+        return None  # what it is instead is said when it is read
+    return {961: ("", "imagenet256"), 3969: ("", "imagenet512")}.get(rows)
 
 
 def _read_pickle(path: Path, url: str, allow_pickle: bool) -> dict[str, Tensor]:

@@ -8,9 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffit_train.command import recipe_of_weights
 from diffit_train.errors import UserError
 from diffit_train.models.latent import LatentDiffiT, Shape
-from diffit_train.models.published import check_published, read_weights_file, write_published
+from diffit_train.models.published import (
+    check_published,
+    read_weights_file,
+    stored_recipe,
+    write_published,
+)
 
 SMALL = Shape(latent_size=8, num_classes=5, hidden_size=16, depth=2, num_heads=2)
 
@@ -122,3 +128,17 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as a pickle of tensors"):
         read_weights_file(str(path), allow_pickle=True)
     assert not mark.exists()
+
+
+def test_a_release_is_told_by_its_position_bias(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    for rows, recipe in ((961, "imagenet256"), (3969, "imagenet512")):
+        save_file({"blocks.0.attn.relative_position_bias_table": torch.zeros(rows, 1)}, str(file))
+        assert stored_recipe(str(file)) == ("", recipe)
+    save_file({"x": torch.zeros(1)}, str(file))
+    assert stored_recipe(str(file)) is None
+    save_file({"x": torch.zeros(1)}, str(file), metadata={"recipe": "name: x"})
+    assert stored_recipe(str(file)) == ("name: x", f"in {file}")
+    with pytest.raises(UserError, match="does not say what model it holds; name its recipe"):
+        save_file({"x": torch.zeros(1)}, str(file))
+        recipe_of_weights(str(file), None, (), None)
