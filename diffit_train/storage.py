@@ -181,7 +181,9 @@ def find_files(url: str) -> list[str]:
     fs, path = filesystem(url)
     base = path.rstrip("/")
     found = retried(url, lambda: fs.find(base))
-    return sorted(str(name)[len(base) + 1 :] for name in found)
+    below = (str(name)[len(base) + 1 :] for name in found)
+    # Some servers list folders, too, as empty objects.
+    return sorted(name for name in below if name and not name.endswith("/"))
 
 
 def read_bytes(url: str) -> bytes:
