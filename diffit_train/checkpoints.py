@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,9 +28,10 @@ from diffit_train import storage
 from diffit_train.errors import DiffitError, UserError
 
 SCHEMA = 1
-Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema"]
+# What a piece holds: one of these, or the average of the weights of that name.
+Kind = str
+STATES: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
 M = TypeVar("M", bound=BaseModel)
-KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 class _Strict(BaseModel):
@@ -63,13 +64,19 @@ class Index(_Strict):
     """What lies where in a checkpoint; one made from imported weights holds only `ema`."""
 
     schema_version: int
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[Kind, ...]
     files: dict[str, FileEntry]
     parameters: dict[str, Parameter]
 
 
 class State(_Strict):
-    """Where training stood. `optimizer_steps` is Adam's own count."""
+    """Where training stood.
+
+    Attributes:
+        optimizer_steps: Adam's own count.
+        interval: sums of the loss since the last record of the log, where the checkpoint lies
+            between two records.
+    """
 
     step: int
     images_seen: int
@@ -78,6 +85,7 @@ class State(_Strict):
     mlflow_run_id: str
     world_size: int
     zero_stage: int
+    interval: tuple[tuple[float, ...], ...] | None = None
 
 
 class Commit(_Strict):
@@ -148,20 +156,40 @@ def read_index(run_url: str, step: int) -> Index:
     return index
 
 
+def damage(run_url: str, step: int, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a committed checkpoint, or None; every byte of it is read.
+
+    Args:
+        share: (number, of how many) parts of the files that this caller looks at.
+    """
+    try:
+        index, url = read_index(run_url, step), checkpoint_url(run_url, step)
+        read_state(run_url, step)
+        for file in sorted(index.files)[share[0] :: share[1]]:
+            with _verified(url, file, index.files[file]):
+                pass
+    except DiffitError as error:
+        return str(error)
+    return None
+
+
 def checkpoint_digest(run_url: str, step: int) -> str:
     """SHA-256 that names the contents of a checkpoint: that of its index."""
     return _commit(checkpoint_url(run_url, step)).index_sha256
 
 
-def read_weights(run_url: str, step: int, kind: Literal["ema", "raw"]) -> dict[str, torch.Tensor]:
-    """Every trainable parameter by name, fp32, whole: the EMA or the master weights.
+def read_weights(run_url: str, step: int, kind: str) -> dict[str, torch.Tensor]:
+    """Every trainable parameter by name, fp32, whole.
+
+    Args:
+        kind: `raw` for the master weights, or the name of an average.
 
     Raises:
         DiffitError: a file is missing or damaged; it is named.
     """
     index = read_index(run_url, step)
     wanted = [Slice(name, 0, math.prod(p.shape)) for name, p in index.parameters.items()]
-    source: Kind = "ema" if kind == "ema" else "master"
+    source: Kind = "master" if kind == "raw" else kind
     flat = read_slices(run_url, step, wanted, (source,))[source]
     return {
         s.name: t.view(index.parameters[s.name].shape) for s, t in zip(wanted, flat, strict=True)
@@ -184,8 +212,8 @@ def read_slices(
     absent = [kind for kind in kinds if kind not in index.kinds]
     if absent:
         raise UserError(
-            f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}: its "
-            "weights were imported; they can be sampled and evaluated as the EMA, not trained on"
+            f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
+            + ("" if "master" in index.kinds else "; its weights were imported")
         )
     out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
     by_file: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
@@ -230,9 +258,7 @@ def _verified(url: str, file: str, entry: FileEntry) -> Iterator[Any]:
 
 
 def _damaged(url: str, what: str) -> str:
-    return (
-        f"checkpoint {url} is damaged: {what}; delete that folder to go on from the one before it"
-    )
+    return f"checkpoint {url} is damaged: {what}"
 
 
 def _commit(url: str) -> Commit:

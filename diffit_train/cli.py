@@ -224,7 +224,10 @@ def plan(
         float, typer.Option(help="Share of its bf16 matrix rate that training reaches.")
     ] = 0.4,
     price: Annotated[float | None, typer.Option(help="Price of a GPU-hour.")] = None,
-    emas: Annotated[int, typer.Option(min=0, help="Averages of the weights that are kept.")] = 1,
+    emas: Annotated[
+        int | None,
+        typer.Option(min=0, help="Averages of the weights that are kept. Default: the recipe's."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a run needs: parameters, work, memory per GPU, storage, hours and cost.

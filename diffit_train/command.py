@@ -112,7 +112,7 @@ def verify_latents(
 
 def train(recipe: Recipe, run: str, address: str | None = None) -> dict[str, Any]:
     """Train a run; where it stands."""
-    from diffit_train.training.run import finished_step, run_url
+    from diffit_train.training.run import finished_step, run_url, send_unsent
 
     step = finished_step(recipe, run)
     if step is None:
@@ -121,6 +121,7 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> dict[str, Any
         step = worker.train(recipe, run, address)
     else:
         say("trained already")
+        send_unsent(recipe, run, say)
     say(f"run {storage.shown(run_url(recipe, run))} stands at step {step:,}")
     return {"run": run, "url": run_url(recipe, run), "step": step}
 

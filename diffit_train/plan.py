@@ -199,13 +199,14 @@ class Machine:
             raise UserError(f"--price is {self.price_per_hour}, but must be at least 0")
 
 
-def plan(recipe: Recipe, machine: Machine, emas: int = 1) -> dict[str, Any]:
+def plan(recipe: Recipe, machine: Machine, emas: int | None = None) -> dict[str, Any]:
     """Everything that `diffit plan` says, as JSON has it; bytes and seconds unless named.
 
     Args:
-        emas: how many averages of the weights are kept.
+        emas: how many averages of the weights are kept; None for as many as the recipe has.
     """
-    shape, train, world = model_shape(recipe), recipe.train, recipe.scaling.workers
+    shape, train, world = model_shape(recipe), recipe.train, recipe.scaling.most_workers
+    emas = len(train.ema) if emas is None else emas
     with torch.device("meta"):
         model = ARCHITECTURES[recipe.model.architecture](shape)
     parameters = trainable_parameters(model)
@@ -214,9 +215,8 @@ def plan(recipe: Recipe, machine: Machine, emas: int = 1) -> dict[str, Any]:
     again = forward / train.checkpoint_every_nth_block if blocks else 0
     of_picture = round(3 * forward + again)
     bf16 = train.precision == "bf16"
-    batch = train.batch_size // world
-    if train.batch_size % world:
-        raise UserError(f"scaling.workers is {world}, but must divide train.batch_size")
+    share = math.ceil(train.batch_size / world)
+    batch = min(share, train.micro_batch_size or share)
     dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
     activations = activation_bytes(
         shape,
@@ -230,10 +230,12 @@ def plan(recipe: Recipe, machine: Machine, emas: int = 1) -> dict[str, Any]:
     gpu = GPUS[machine.gpu]
     for stage in range(4):
         states = state_bytes(parameters, stage, world, emas, bf16)
-        total = states.total + activations
+        host = _offloaded(states, stage, train.offload)
+        total = states.total - host + activations
         stages[str(stage)] = {
             **asdict(states),
             "states": states.total,
+            "of_them_on_host": host,
             "activations": activations,
             "total": total,
             "fits": total < gpu.memory_gib * GIB,
@@ -266,6 +268,14 @@ def plan(recipe: Recipe, machine: Machine, emas: int = 1) -> dict[str, Any]:
     }
 
 
+def _offloaded(states: States, stage: int, offload: str) -> int:
+    """Bytes of the states that lie in the memory of the host."""
+    if stage == 0 or offload == "none":
+        return 0
+    weights = states.weights if offload == "parameters" and stage == 3 else 0
+    return weights + states.master + states.moments + states.ema
+
+
 def _latents(recipe: Recipe) -> dict[str, Any]:
     """Size of the latents: as they are if they are there, else from the expected number."""
     url = latents_url(recipe)
@@ -285,7 +295,7 @@ def _latents(recipe: Recipe) -> dict[str, Any]:
 
 def _time(recipe: Recipe, machine: Machine, of_picture: int) -> dict[str, Any]:
     """Speed and cost. MFU counts forward and backward once, so recomputation does not enter."""
-    train, world = recipe.train, recipe.scaling.workers
+    train, world = recipe.train, recipe.scaling.most_workers
     rate = GPUS[machine.gpu].tflops_bf16 * 1e12 * machine.mfu / (2 * of_picture)
     seconds = train.steps * train.batch_size / (rate * world)
     gpu_hours = seconds * world / 3600

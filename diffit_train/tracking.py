@@ -6,14 +6,17 @@ finds its run; parameters are written once, when a run is made (a changed one wo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import logging
 import os
+import queue
 import re
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 # Nothing about the use of MLflow leaves the machine unless asked to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# MLflow itself would try for minutes before it says that a server is out of reach.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
@@ -81,6 +87,14 @@ def git_commit() -> str | None:
         ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def unreachable_errors() -> tuple[type[Exception], ...]:
+    """What is raised where MLflow does not answer."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError, UserError)
 
 
 class Tracker:
@@ -257,6 +271,84 @@ class Tracker:
             token = page.token
             if not token:
                 return records
+
+
+class MetricsOutbox:
+    """Sends a run's metrics from a thread, so that training never waits for MLflow.
+
+    Points that MLflow has already are dropped. While it is out of reach they are kept, and sent
+    when it answers again.
+
+    Args:
+        recipe: says where MLflow is.
+        run_id: the run.
+        say: told when MLflow goes out of reach, and when it is back.
+        pause_s: seconds between tries.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run_id: str, say: Callable[[str], None], pause_s: float = 10.0
+    ) -> None:
+        self.recipe, self.run_id, self.say, self.pause_s = recipe, run_id, say, pause_s
+        self._points: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
+        self._leaving = threading.Event()
+        self.unsent = 0
+        self._thread = threading.Thread(target=self._send_all, name="metrics", daemon=True)
+        self._thread.start()
+
+    def put(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in the values at a step; steps must ascend."""
+        self._points.put((step, dict(metrics)))
+
+    def close(self) -> int:
+        """Send what is left, in one more try; the number of points that could not be sent."""
+        self._leaving.set()
+        self._points.put(None)
+        self._thread.join()
+        if self.unsent:
+            self.say(
+                f"MLflow at {redact(tracking_uri(self.recipe))} is out of reach: {self.unsent} "
+                "points are kept in log.jsonl; the same command sends them once it answers"
+            )
+        return self.unsent
+
+    def _send_all(self) -> None:
+        tracker: Tracker | None = None
+        sent, away = -1, False
+        while (point := self._points.get()) is not None:
+            step, metrics = point
+            while True:
+                try:
+                    if tracker is None:
+                        tracker = Tracker.of(self.recipe)
+                        sent = tracker.last_step(self.run_id, "perf/step_s")
+                    if step > sent:
+                        tracker.log_metrics(self.run_id, metrics, step)
+                        sent = step
+                except unreachable_errors() as error:
+                    if not away:
+                        away = True
+                        self.say(f"MLflow is out of reach, metrics are kept: {_first_line(error)}")
+                    if self._leaving.is_set():
+                        self.unsent = 1 + sum(p is not None for p in self._drained())
+                        return
+                    self._leaving.wait(self.pause_s)
+                    continue
+                if away:
+                    away = False
+                    self.say("MLflow answers again")
+                break
+
+    def _drained(self) -> list[tuple[int, dict[str, float]] | None]:
+        left = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                left.append(self._points.get_nowait())
+        return left
+
+
+def _first_line(error: Exception) -> str:
+    return redact((str(error) or type(error).__name__).splitlines()[0])
 
 
 def _record(run: Any, experiments: dict[str, str]) -> RunRecord:

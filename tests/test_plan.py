@@ -125,10 +125,12 @@ def _held(rank: int, world: int, stage: int, precision: str) -> None:
     model = LatentDiffiT(Shape(**sizes))
     count = trainable_parameters(model)
     train = Train(steps=9, batch_size=4, zero_stage=stage, precision=precision)
-    engine = Engine(model, train, world, torch.device("cpu"))
+    engine = Engine(model, train, rank, world, torch.device("cpu"))
     x, t = torch.randn(4 // world, 4, 8, 8), torch.zeros(4 // world, dtype=torch.long)
     for step in range(2):
-        engine.step(engine.forward(x, t, t).square().mean(), step)
+        engine.backward(engine.forward(x, t, t).square().mean() / world)
+        assert engine.step(step)
+        engine.update_ema(step)
     gc.collect()
     held = _tensor_bytes() - before
     planned = state_bytes(count, stage, world, 1, precision == "bf16")

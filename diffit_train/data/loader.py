@@ -14,12 +14,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 
-from diffit_train.data.shards import Manifest, Shard, read_shard
+from diffit_train.data.shards import Manifest, Shard, ShardEntry, read_shard
 from diffit_train.errors import UserError
+
+T = TypeVar("T")
 
 # Streams of randomness, so that no two uses of one seed meet.
 _SHARDS, _WINDOW, _DRAW = 0, 1, 2
@@ -80,19 +82,21 @@ class SampleOrder:
         return int(whole) + 2
 
     def rank_lanes(self, rank: int, world: int) -> range:
-        """The lanes that a rank serves.
+        """The lanes that a rank serves, neighbours; some have one more where it does not divide.
 
         Raises:
-            UserError: the ranks do not divide the lanes.
+            UserError: there are more ranks than lanes.
         """
-        if self.lanes % world:
+        if world > self.lanes:
             raise UserError(
                 f"{world} workers cannot share the {self.lanes} lanes of {len(self.counts)} "
-                "shards; set scaling.workers to a divisor, or encode with fewer "
-                "data.pictures_per_shard"
+                "shards; lower scaling.workers, or encode with fewer data.pictures_per_shard"
             )
-        share = self.lanes // world
-        return range(rank * share, (rank + 1) * share)
+        return range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
+
+    def largest_share(self, world: int) -> int:
+        """Pictures of a batch that the most burdened of so many ranks takes."""
+        return self.per_lane * max(len(self.rank_lanes(rank, world)) for rank in range(world))
 
     def _permuted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and the place in the row where each of them begins."""
@@ -154,15 +158,18 @@ class Batch:
     step: int
     lanes: range
     keys: np.ndarray  # (n,) int64, input indices of the pictures
+    shards: tuple[str, ...]  # names of the shards that they came from
     moments: np.ndarray  # (n, F, 2C, h, w) float32
     labels: np.ndarray  # (n,) int64
 
 
-class LatentLoader:
-    """Iterate over a rank's batches from a step on, read ahead by a thread.
+class LatentLoader(Generic[T]):
+    """Iterate over a rank's batches from a step on, read and prepared ahead by a thread.
 
     Args:
         url: folder of the latents.
+        prepare: what the thread makes of a batch, which is what iteration gives.
+        read: how a shard is read.
         prefetch: batches read ahead.
 
     `wait_s` is the time that the consumer has waited so far.
@@ -176,15 +183,18 @@ class LatentLoader:
         rank: int,
         world: int,
         start_step: int,
+        prepare: Callable[[Batch], T],
+        read: Callable[[str, ShardEntry], Shard] = read_shard,
         prefetch: int = 4,
     ) -> None:
         self.url, self.manifest, self.order = url, manifest, order
+        self.prepare, self.read = prepare, read
         self.lanes = order.rank_lanes(rank, world)
         self.step = start_step
         self.wait_s = 0.0
         self._capacity = len(self.lanes) * order.shards_per_window()
         self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
+        self._queue: queue.Queue[T | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="latents", daemon=True)
 
@@ -201,7 +211,7 @@ class LatentLoader:
         self._stop.set()
         self._thread.join()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[T]:
         while True:
             started_s = time.monotonic()
             item = self._queue.get()
@@ -214,7 +224,7 @@ class LatentLoader:
         step = self.step
         while not self._stop.is_set():
             try:
-                item: Batch | BaseException = self.batch(step)
+                item: T | BaseException = self.prepare(self.batch(step))
             except Exception as error:  # raised again where the batch was asked for
                 item = error
             while not self._stop.is_set():
@@ -235,6 +245,7 @@ class LatentLoader:
             step=step,
             lanes=self.lanes,
             keys=np.array([shard.keys[offset] for shard, offset in samples]),
+            shards=tuple(sorted({self.manifest.shards[number].name for number, _ in places})),
             moments=np.stack([s.moments[offset] for s, offset in samples]).astype(np.float32),
             labels=np.array([shard.labels[offset] for shard, offset in samples]),
         )
@@ -244,7 +255,7 @@ class LatentLoader:
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
-        shard = read_shard(self.url, self.manifest.shards[number])
+        shard = self.read(self.url, self.manifest.shards[number])
         self._shards[number] = shard
         while len(self._shards) > self._capacity:
             self._shards.popitem(last=False)

@@ -207,6 +207,11 @@ def read_shard(url: str, entry: ShardEntry) -> Shard:
     Raises:
         DiffitError: it is missing or damaged; it is named.
     """
+    return parse_shard(storage.join(url, entry.name), entry, read_shard_bytes(url, entry))
+
+
+def read_shard_bytes(url: str, entry: ShardEntry) -> bytes:
+    """The tar of a shard, its size and hash verified; errors as `read_shard`."""
     name = storage.join(url, entry.name)
     try:
         data = storage.read_bytes(name)
@@ -214,6 +219,11 @@ def read_shard(url: str, entry: ShardEntry) -> Shard:
         raise DiffitError(f"shard {name} is missing; {_MEND}") from error
     if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:
         raise DiffitError(f"shard {name} differs from its recorded size or sha256; {_MEND}")
+    return data
+
+
+def parse_shard(name: str, entry: ShardEntry, data: bytes) -> Shard:
+    """The pictures in the tar of a shard; errors as `read_shard`."""
     latents, labels = _members(name, data)
     if len(latents) != entry.count or latents.keys() != labels.keys():
         raise DiffitError(f"shard {name} holds {len(latents)} pictures, not {entry.count}; {_MEND}")

@@ -27,6 +27,7 @@ def model_shape(recipe: Recipe) -> Shape:
         num_heads=model.num_heads,
         mlp_ratio=model.mlp_ratio,
         label_init_std=model.label_init_std,
+        position_side=model.position_side,
     )
 
 

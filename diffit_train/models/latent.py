@@ -34,6 +34,7 @@ class Shape:
         num_classes: classes of the data, where label `num_classes` is the null class; None for
             a model without labels.
         label_init_std: standard deviation of the label table at the start (0.02 as published).
+        position_side: side of the token grid over which the fixed positions spread; None: its own.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -49,6 +50,7 @@ class Shape:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     label_init_std: float = 0.02
+    position_side: int | None = None
 
     def __post_init__(self) -> None:
         if self.latent_size % self.patch_size:
@@ -79,7 +81,7 @@ class LatentTransformer(nn.Module, ABC):
             if shape.num_classes is None
             else LabelEmbedder(shape.num_classes, width, shape.label_init_std)
         )
-        table = sincos_position_table(width, shape.side)
+        table = sincos_position_table(width, shape.side, shape.position_side)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList([self.make_block(shape) for _ in range(shape.depth)])
         self.final_layer = self.make_final_layer(shape)

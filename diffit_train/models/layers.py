@@ -41,13 +41,19 @@ def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
     return x.reshape(batch, channels, side * patch_size, side * patch_size)
 
 
-def sincos_position_table(hidden_size: int, side: int) -> Tensor:
-    """Fixed 2D sine-cosine positions (1, side^2, D): the column's half first, then the row's."""
+def sincos_position_table(hidden_size: int, side: int, spread: int | None = None) -> Tensor:
+    """Fixed 2D sine-cosine positions (1, side^2, D): the column's half first, then the row's.
+
+    Args:
+        spread: side of the grid whose positions the `side` tokens share evenly; None for `side`.
+            A model made for `spread` tokens a row then sees no position that it has not learnt.
+    """
     if hidden_size % 4:
         raise ValueError(f"hidden_size must be a multiple of 4, not {hidden_size}")
     quarter = hidden_size // 4
     frequency = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
-    row, column = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+    places = np.arange(side) * ((spread or side) / side)
+    row, column = np.meshgrid(places, places, indexing="ij")
 
     def encode(position: np.ndarray) -> np.ndarray:
         angle = position.reshape(-1, 1) * frequency

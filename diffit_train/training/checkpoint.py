@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,8 +17,8 @@ from safetensors.torch import save_file
 
 from diffit_train import storage
 from diffit_train.checkpoints import (
-    KINDS,
     SCHEMA,
+    STATES,
     Commit,
     FileEntry,
     Index,
@@ -21,31 +28,182 @@ from diffit_train.checkpoints import (
     State,
     checkpoint_url,
     committed_steps,
+    damage,
     read_slices,
     read_state,
 )
-from diffit_train.training.engine import Engine
+from diffit_train.errors import DiffitError
+from diffit_train.training.engine import Engine, Stretch
+
+# Checkpoints in a row that may fail before training stops: storage may be away for a while.
+FAILED_SAVES = 3
 
 
-def save_checkpoint(engine: Engine, run_url: str, state: State) -> None:
-    """Write a checkpoint; all ranks must call it, and it is committed when it returns.
+def _nothing() -> None:
+    pass
 
-    A failure on any rank reaches every rank as an exception, and nothing is committed.
+
+@dataclass(frozen=True)
+class _Saving:
+    """A checkpoint on its way: this rank's part is on the disk, the rest is the thread's."""
+
+    url: str
+    state: State
+    kinds: tuple[Kind, ...]
+    pieces: list[tuple[str, int, int]]
+    name: str
+    before_commit: Callable[[], None]
+    after_commit: Callable[[], None]
+
+
+class CheckpointWriter:
+    """Writes checkpoints of an engine, in two parts.
+
+    `save` writes this rank's part to a local file, which is all that training waits for. A thread
+    hashes it, uploads or renames it, and agrees with the other ranks' threads; then rank 0
+    commits. All ranks must make the same calls in the same order.
+
+    Args:
+        say: told what went wrong where training goes on nevertheless.
     """
-    url = checkpoint_url(run_url, state.step)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    try:
-        mine: dict[str, object] = _write_rank_file(engine, url, rank, world)
-    except Exception as error:
-        mine = {"error": f"rank {rank}: {error}"}
-    everyone: list[dict[str, object]] = [{} for _ in range(world)]
-    dist.all_gather_object(everyone, mine)
-    failed = [str(part["error"]) for part in everyone if "error" in part]
-    if failed:
-        raise OSError(f"checkpoint {url} could not be written: {'; '.join(failed)}")
-    if rank == 0:
-        commit_checkpoint(url, state, engine.shapes, everyone)
-    dist.barrier()
+
+    def __init__(self, engine: Engine, say: Callable[[str], None] = lambda text: None) -> None:
+        self.engine, self.say = engine, say
+        # A group of the threads' own: their collectives must not meet those of training.
+        self.group = dist.new_group(backend="gloo")
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.blocked_s = 0.0
+        self.failures: list[str] = []
+        self._thread: threading.Thread | None = None
+
+    def save(
+        self,
+        run_url: str,
+        state: State,
+        kinds: Sequence[Kind] | None = None,
+        before_commit: Callable[[], None] = _nothing,
+        after_commit: Callable[[], None] = _nothing,
+    ) -> None:
+        """Begin a checkpoint, once the one before it is done.
+
+        Args:
+            kinds: what to write; None for everything.
+            before_commit, after_commit: called by rank 0's thread around the commit; the second
+                must not raise.
+
+        Raises:
+            DiffitError: too many checkpoints in a row could not be written.
+        """
+        started_s = time.monotonic()
+        self.wait()
+        if len(self.failures) >= FAILED_SAVES:
+            raise DiffitError(self.failures[-1])
+        name = f"rank-{self.rank:05d}-of-{self.world:05d}.safetensors"
+        kinds = tuple(kinds or (*STATES, *self.engine.train.ema))
+        owned = self.engine.owned()
+        url = checkpoint_url(run_url, state.step)
+        pieces = [(s.slice.name, s.slice.offset, s.slice.length) for s in owned]
+        saving = _Saving(url, state, kinds, pieces, name, before_commit, after_commit)
+        stack, error = contextlib.ExitStack(), None
+        try:
+            path = stack.enter_context(storage.atomic_file(storage.join(url, name)))
+            write_pieces(path, owned, kinds)
+        except Exception as problem:
+            error = problem
+            path = None
+        self._thread = threading.Thread(
+            target=self._finish, args=(saving, stack, path, error), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        self.blocked_s += time.monotonic() - started_s
+
+    def wait(self) -> None:
+        """Return when no checkpoint is on its way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def save_now(self, run_url: str, state: State, **rest: Any) -> None:
+        """Write a checkpoint and return when it is committed.
+
+        Raises:
+            DiffitError: it could not be written.
+        """
+        self.save(run_url, state, **rest)
+        started_s = time.monotonic()
+        self.wait()
+        self.blocked_s += time.monotonic() - started_s
+        if self.failures:
+            raise DiffitError(self.failures[-1])
+
+    def _finish(
+        self,
+        saving: _Saving,
+        stack: contextlib.ExitStack,
+        path: Path | None,
+        error: Exception | None,
+    ) -> None:
+        """Hash, upload, agree, commit; on every rank, in a thread."""
+        mine: dict[str, Any] = {"name": saving.name, "pieces": saving.pieces}
+        try:
+            with stack:
+                if error is not None or path is None:
+                    raise error or OSError("no file")
+                entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
+                mine["entry"] = entry.model_dump()
+        except Exception as problem:
+            mine = {"error": f"rank {self.rank}: {problem}"}
+        everyone: list[dict[str, Any]] = [{} for _ in range(self.world)]
+        dist.all_gather_object(everyone, mine, group=self.group)
+        failed = [str(part["error"]) for part in everyone if "error" in part]
+        if not failed and self.rank == 0:
+            try:
+                saving.before_commit()
+                commit_checkpoint(
+                    saving.url, saving.state, self.engine.shapes, everyone, saving.kinds
+                )
+            except Exception as problem:
+                failed = [f"rank 0: {problem}"]
+        verdict: list[Any] = [failed]
+        dist.broadcast_object_list(verdict, src=0, group=self.group)
+        if not verdict[0]:
+            self.failures = []
+            if self.rank == 0:
+                saving.after_commit()
+            return
+        text = f"checkpoint {saving.url} could not be written: {'; '.join(verdict[0])}"
+        self.failures.append(text)
+        if self.rank == 0:
+            self.say(text)
+
+
+def write_pieces(path: Path, stretches: Iterable[Stretch], kinds: Sequence[Kind]) -> None:
+    """Write stretches as a safetensors file of 1-D tensors named KIND/PARAMETER.
+
+    The library's own writer wants every tensor in memory apart from the others, which would be
+    a second copy of the state; here one stretch at a time passes through the memory of the host.
+    """
+    stretches = list(stretches)
+    header: dict[str, Any] = {}
+    place = 0
+    for kind in kinds:
+        for stretch in stretches:
+            size = 4 * stretch.slice.length
+            header[f"{kind}/{stretch.slice.name}"] = {
+                "dtype": "F32",
+                "shape": [stretch.slice.length],
+                "data_offsets": [place, place + size],
+            }
+            place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for kind in kinds:
+            for stretch in stretches:
+                values = stretch.values[kind].detach().to("cpu", torch.float32)
+                values.contiguous().numpy().tofile(file)
 
 
 def save_weights(weights: dict[str, torch.Tensor], run_url: str, state: State) -> None:
@@ -57,76 +215,89 @@ def save_weights(weights: dict[str, torch.Tensor], run_url: str, state: State) -
         entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
     pieces = [(key, 0, value.numel()) for key, value in weights.items()]
     shapes = {key: value.shape for key, value in weights.items()}
-    part: dict[str, object] = {"name": name, "entry": entry.model_dump(), "pieces": pieces}
+    part: dict[str, Any] = {"name": name, "entry": entry.model_dump(), "pieces": pieces}
     commit_checkpoint(url, state, shapes, [part], kinds=("ema",))
 
 
 def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
-    """Fill this rank's master weights, moments and EMA; any world size, stage 1 or 2.
+    """Fill this rank's master weights, moments and averages; any world size, any ZeRO stage.
 
     The model itself must have been given the checkpoint's weights before the engine was made.
     """
     state = read_state(run_url, step)
-    for partition in engine.partitions():
-        exp_avg, exp_avg_sq = engine.moments(partition.master)
-        targets: dict[Kind, torch.Tensor] = {
-            "master": partition.master,
-            "exp_avg": exp_avg,
-            "exp_avg_sq": exp_avg_sq,
-            "ema": partition.ema,
-        }
-        wanted = [part for part, _ in partition.pieces]
-        loaded = read_slices(run_url, step, wanted, KINDS)
-        with torch.no_grad():
-            for kind, target in targets.items():
-                for (part, start), values in zip(partition.pieces, loaded[kind], strict=True):
-                    target[start : start + part.length].copy_(values)
-        if state.optimizer_steps:
-            engine.set_moments(partition.master, exp_avg, exp_avg_sq, state.optimizer_steps)
+    owned = engine.owned()
+    _fill(owned, run_url, step, (*STATES, *engine.train.ema))
+    _fill(engine.replicated(), run_url, step, STATES)
+    engine.set_optimizer_steps(state.optimizer_steps)
     return state
 
 
-def remove_old(run_url: str, keep: int) -> None:
-    """Remove all but the newest `keep` committed checkpoints and that of step 0.
+@torch.no_grad()
+def _fill(stretches: list[Stretch], run_url: str, step: int, kinds: tuple[Kind, ...]) -> None:
+    if not stretches:
+        return
+    loaded = read_slices(run_url, step, [s.slice for s in stretches], kinds)
+    for kind in kinds:
+        for stretch, values in zip(stretches, loaded[kind], strict=True):
+            stretch.values[kind].copy_(values)
+
+
+def newest_whole(run_url: str, say: Callable[[str], None]) -> int | None:
+    """Step of the newest committed checkpoint that is not damaged; None where there is none.
+
+    All ranks must call it; they share out the reading. A damaged one is named and loses its
+    commit marker, so that training writes it again when it comes by.
+
+    Raises:
+        DiffitError: there are checkpoints, and all of them are damaged.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    steps: list[Any] = [committed_steps(run_url)]
+    dist.broadcast_object_list(steps)
+    for step in reversed(steps[0]):
+        found: list[str | None] = [None] * world
+        dist.all_gather_object(found, damage(run_url, step, (rank, world)))
+        problems = [text for text in found if text is not None]
+        if not problems:
+            return int(step)
+        earlier = [s for s in steps[0] if s < step]
+        if not earlier:
+            raise DiffitError(f"{problems[0]}; there is no checkpoint before it")
+        if rank == 0:
+            say(f"{problems[0]}; going on from step {earlier[-1]:,}")
+            storage.remove(storage.join(checkpoint_url(run_url, step), "commit.json"))
+        dist.barrier()
+    return None
+
+
+def remove_old(run_url: str, keep: int, every: int | None = None) -> None:
+    """Remove all but the newest `keep` committed checkpoints, that of step 0, and those for good.
 
     The commit marker goes first, so a half-removed checkpoint is never taken for a whole one.
+
+    Args:
+        every: checkpoints at multiples of so many steps are kept for good.
     """
     for step in [s for s in committed_steps(run_url) if s > 0][:-keep]:
+        if every is not None and step % every == 0:
+            continue
         url = checkpoint_url(run_url, step)
         storage.remove(storage.join(url, "commit.json"))
         storage.remove(url)
-
-
-def _write_rank_file(engine: Engine, url: str, rank: int, world: int) -> dict[str, object]:
-    name = f"rank-{rank:05d}-of-{world:05d}.safetensors"
-    tensors: dict[str, torch.Tensor] = {}
-    pieces: list[tuple[str, int, int]] = []
-    for partition in engine.partitions():
-        exp_avg, exp_avg_sq = engine.moments(partition.master)
-        flat = dict(zip(KINDS, (partition.master, exp_avg, exp_avg_sq, partition.ema), strict=True))
-        for part, start in partition.pieces:
-            pieces.append((part.name, part.offset, part.length))
-            for kind, source in flat.items():
-                stretch = source[start : start + part.length].detach()
-                tensors[f"{kind}/{part.name}"] = stretch.cpu().contiguous().clone()
-    with storage.atomic_file(storage.join(url, name)) as path:
-        save_file(tensors, str(path))
-        entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
-    return {"name": name, "entry": entry.model_dump(), "pieces": pieces}
 
 
 def commit_checkpoint(
     url: str,
     state: State,
     shapes: dict[str, torch.Size],
-    parts: list[dict[str, object]],
-    kinds: tuple[Kind, ...] = KINDS,
+    parts: list[dict[str, Any]],
+    kinds: tuple[Kind, ...],
 ) -> None:
     """Write index, state and, last, the commit marker over the files that ranks have written."""
     by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
     for part in parts:
         file = str(part["name"])
-        for name, offset, length in part["pieces"]:  # type: ignore[attr-defined]
+        for name, offset, length in part["pieces"]:
             by_name[name].append(Piece(file=file, offset=offset, length=length))
     index = Index(
         schema_version=SCHEMA,

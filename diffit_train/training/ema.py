@@ -1,29 +1,56 @@
-"""Exponential moving average of the fp32 master weights, sharded exactly as they are."""
+"""Exponential moving averages of the fp32 master weights, sharded exactly as they are."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from diffit_train.config.recipe import EmaProfile
+from diffit_train.training.posthoc import power_exponent
+
+
+def ema_decay(profile: EmaProfile, step: int, batch_size: int) -> float:
+    """Weight of the past in the update that follows training step `step` (the first is 0).
+
+    Constant; EDM's half-life of `half_life_images`, at most `ramp_ratio` of the pictures seen
+    before the step (EDM, training_loop.py); or (1 - 1/t)^(gamma + 1) with t = step + 1, which
+    makes the average a power function of training time (EDM2, section 3.1).
+    """
+    if profile.decay is not None:
+        return profile.decay
+    if profile.half_life_images is not None:
+        half_life = profile.half_life_images
+        if profile.ramp_ratio is not None:
+            half_life = min(half_life, step * batch_size * profile.ramp_ratio)
+        return 0.5 ** (batch_size / half_life) if half_life > 0.0 else 0.0
+    assert profile.sigma_rel is not None
+    return (1.0 - 1.0 / (step + 1)) ** (power_exponent(profile.sigma_rel) + 1.0)
+
 
 class ShardedEMA:
-    """An average of flat tensors: ema <- decay * ema + (1 - decay) * weights, in fp32.
+    """Averages of flat tensors: average <- decay * average + (1 - decay) * weights, in fp32.
 
-    Each rank averages only the partition of the master weights that ZeRO gave it, so no rank
-    ever holds a whole copy, and the pieces together equal the average of the whole weights.
+    Each rank averages only the master weights that it owns, so no rank ever holds a whole copy,
+    and the pieces together equal the averages of the whole weights, bit for bit.
 
     Args:
-        sources: this rank's flat fp32 partitions, one for each parameter group.
-        decay: weight of the past, in [0, 1).
+        sources: this rank's fp32 master weights.
+        profiles: the averages to keep, by name.
+        batch_size: pictures of a step.
     """
 
-    def __init__(self, sources: list[Tensor], decay: float) -> None:
-        self.sources = sources
-        self.decay = decay
-        self.averages = [source.detach().clone() for source in sources]
+    def __init__(
+        self, sources: list[Tensor], profiles: Mapping[str, EmaProfile], batch_size: int
+    ) -> None:
+        self.sources, self.profiles, self.batch_size = sources, dict(profiles), batch_size
+        self.averages = {name: [s.detach().clone() for s in sources] for name in profiles}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are now."""
-        for average, source in zip(self.averages, self.sources, strict=True):
-            average.lerp_(source, 1.0 - self.decay)
+    def update(self, step: int) -> None:
+        """Take in the weights as they are after training step `step`."""
+        for name, profile in self.profiles.items():
+            decay = ema_decay(profile, step, self.batch_size)
+            for average, source in zip(self.averages[name], self.sources, strict=True):
+                average.lerp_(source, 1.0 - decay)

@@ -1,161 +1,350 @@
-"""DeepSpeed ZeRO around a plain model: partitions, optimizer step, learning rate."""
+"""DeepSpeed ZeRO around a plain model: owned stretches, optimizer step, learning rate, EMA."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from diffit_train.checkpoints import Slice
+from diffit_train.checkpoints import Kind, Slice
 from diffit_train.config.recipe import Train
 from diffit_train.errors import DiffitError
 from diffit_train.training.ema import ShardedEMA
 
 # Elements that are reduced or gathered at once.
 BUCKET_ELEMENTS = 50_000_000
+# Says from a step's gradient norm, on all ranks alike, whether the step may be taken.
+Judge = Callable[[float], bool]
 
 
 def learning_rate(train: Train, step: int) -> float:
     """Learning rate of a step, a pure function of the recipe: linear rise, then the schedule."""
     rise = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
-    if train.lr_schedule == "constant":
-        return train.lr * rise
-    return train.lr * rise * 0.5 * (1.0 + math.cos(math.pi * step / train.steps))
+    lr = train.lr * rise
+    if train.lr_schedule == "cosine":
+        return lr * 0.5 * (1.0 + math.cos(math.pi * step / train.steps))
+    if train.lr_schedule == "inverse_sqrt":
+        return lr / math.sqrt(max(1.0, step / train.lr_decay_start))
+    return lr
 
 
 @dataclass(frozen=True)
-class Partition:
-    """One parameter group's flat tensors on this rank, and which stretch of what lies where."""
+class Stretch:
+    """A stretch of a flattened parameter on this rank, and the tensors that hold its state.
 
-    master: Tensor
-    ema: Tensor
-    pieces: list[tuple[Slice, int]]  # the stretch of a parameter, and its start in `master`
+    Attributes:
+        values: 1-D views, as long as the stretch, of the kinds of a checkpoint.
+    """
+
+    slice: Slice
+    values: dict[Kind, Tensor]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where a stretch lies: `start` elements into the flat tensor `flat`."""
+
+    slice: Slice
+    flat: Tensor
+    start: int
 
 
 class Engine:
-    """A model under ZeRO stage 1 or 2, with its AdamW and its sharded EMA.
+    """A model under ZeRO stage 0 to 3, with its AdamW and its sharded averages.
 
     torch.distributed must be initialised. The model must have the same weights on every rank.
 
     Args:
         model: a single-device module; its forward is (x, t, y).
         train: the recipe's section.
-        world_size: number of ranks; it must divide the batch.
+        rank: this process's number.
+        world_size: number of processes.
         device: where the model runs.
+        micro_batches: backward passes whose gradients make up a step.
     """
 
     def __init__(
-        self, model: nn.Module, train: Train, world_size: int, device: torch.device
+        self,
+        model: nn.Module,
+        train: Train,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        micro_batches: int = 1,
     ) -> None:
-        self.train, self.device = train, device
+        self.train, self.device, self.micro_batches = train, device, micro_batches
+        self.rank, self.world_size = rank, world_size
         deepspeed = _quiet_deepspeed(device)
-        self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters,
+        self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {n: p.shape for p, n in self.names.items()}
+        self.base_optimizer = torch.optim.AdamW(
+            list(self.names),
             lr=train.lr,
             betas=train.betas,
             weight_decay=train.weight_decay,
             fused=True,
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_deepspeed_config(train, world_size)
+            model=model,
+            optimizer=self.base_optimizer,
+            config=_deepspeed_config(train, micro_batches, device),
         )
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        self.ema = ShardedEMA(list(self.optimizer.single_partition_of_fp32_groups), train.ema_decay)
+        self._norm = float("nan")
+        self._judge: Judge = math.isfinite
+        self._put_judge_in()
+        self._pieces = list(self._own_pieces())
+        self._start_moments()
+        sources = list({id(p.flat): p.flat for p in self._pieces}.values())
+        if train.zero_stage == 0:  # every rank has all weights, but averages only its share
+            sources = [p.flat.narrow(0, p.start, p.slice.length) for p in self._pieces]
+        self.ema = ShardedEMA(sources, train.ema, train.batch_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output in fp32."""
         autocast = self.train.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            return self.engine(x.to(self.dtype), t, y).float()
+            return cast(Tensor, self.engine(x.to(self.dtype), t, y)).float()
 
-    def step(self, loss: Tensor, step: int) -> None:
-        """Backward, optimizer step at this step's learning rate, EMA.
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add a micro-batch's gradients; `micro_batches` of them make a step.
 
         Args:
-            loss: mean over this rank's part of the batch; ranks hold equal parts.
+            loss: this rank's share of the micro-batch's part of the mean over the whole batch:
+                the sum over ranks and micro-batches is what is descended.
+            last: whether it is the step's last micro-batch.
         """
-        for group in self.optimizer.param_groups:
+        # DeepSpeed divides by the number of micro-batches and takes the mean over the ranks.
+        self.engine.backward(loss * float(self.micro_batches * self.world_size))
+        if not last:
+            self.engine.step()
+
+    def step(self, step: int, judge: Judge = math.isfinite) -> bool:
+        """Optimizer step at this step's learning rate; whether it was taken.
+
+        Args:
+            judge: called once with the norm of the gradient before clipping; where it says no,
+                weights and moments stay as they are.
+        """
+        for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
-        self.engine.backward(loss)
+        self._judge = judge
+        if self.train.zero_stage == 0:
+            return self._replicated_step()
         self.engine.step()
-        self.ema.update()
+        return not self.optimizer.overflow
+
+    def update_ema(self, step: int) -> None:
+        """Let the averages take in the weights as they are after a step, taken or not."""
+        self.ema.update(step)
 
     def grad_norm(self) -> float:
         """L2 norm of the last global gradient, before clipping."""
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
-
-    # ---- State, by the stretches that this rank owns ----
-
-    def partitions(self) -> Iterator[Partition]:
-        """This rank's part of every parameter group."""
-        mappings = [
-            {name: parameter._hp_mapping for parameter, name in self._named(group)}
-            for group in self.optimizer.bit16_groups
-        ]
-        for master, ema, mapping in zip(self.ema.sources, self.ema.averages, mappings, strict=True):
-            pieces = [
-                (
-                    Slice(name, part.lp_fragment_address.start, part.lp_fragment_address.numel),
-                    part.hp_fragment_address.start,
-                )
-                for name, part in mapping.items()
-                if part is not None  # wholly on other ranks
-            ]
-            yield Partition(master, ema, pieces)
-
-    def _named(self, group: list[nn.Parameter]) -> Iterator[tuple[Any, str]]:
-        for parameter in group:
-            yield parameter, self.optimizer.param_names[parameter]
-
-    def moments(self, master: Tensor) -> tuple[Tensor, Tensor]:
-        """Adam's two moments of a flat partition; zero before the first step."""
-        state = self.optimizer.optimizer.state.get(master, {})
-        if "exp_avg" not in state:
-            return torch.zeros_like(master), torch.zeros_like(master)
-        return state["exp_avg"], state["exp_avg_sq"]
+        return self._norm
 
     def optimizer_steps(self) -> int:
         """How often Adam has stepped, its bias correction's count."""
-        steps = {int(s["step"]) for s in self.optimizer.optimizer.state.values() if "step" in s}
+        steps = {int(self._adam(piece.flat)["step"]) for piece in self._pieces}
         if len(steps) > 1:
             raise DiffitError(f"Adam's parameter groups disagree on their step: {sorted(steps)}")
         return steps.pop() if steps else 0
 
-    def set_moments(self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: int) -> None:
-        """Put Adam where it stood after `steps` steps."""
-        self.optimizer.optimizer.state[master] = {
-            "step": torch.tensor(float(steps)),
-            "exp_avg": exp_avg,
-            "exp_avg_sq": exp_avg_sq,
+    def set_optimizer_steps(self, steps: int) -> None:
+        """Put Adam's count where it stood after so many steps."""
+        for piece in self._held_pieces():
+            self._adam(piece.flat)["step"].fill_(float(steps))
+
+    def destroy(self) -> None:
+        """Take DeepSpeed's hooks off the model, so that its memory can be freed."""
+        self.engine.destroy()
+
+    # ---- State, by stretches ----
+
+    def owned(self) -> list[Stretch]:
+        """What this rank, and no other, answers for; all ranks together cover every parameter."""
+        averages = self.ema.averages
+        stage_0 = self.train.zero_stage == 0
+        places = {id(flat): number for number, flat in enumerate(self.ema.sources)}
+        out = []
+        for number, piece in enumerate(self._pieces):
+            values = self._adam_values(piece)
+            for name, flats in averages.items():
+                if stage_0:
+                    values[name] = flats[number]
+                else:
+                    flat = flats[places[id(piece.flat)]]
+                    values[name] = flat.narrow(0, piece.start, piece.slice.length)
+            out.append(Stretch(piece.slice, values))
+        return out
+
+    def replicated(self) -> list[Stretch]:
+        """What every rank holds beside what it owns: whole weights and moments, at stage 0."""
+        if self.train.zero_stage:
+            return []
+        return [Stretch(piece.slice, self._adam_values(piece)) for piece in self._held_pieces()]
+
+    def _adam_values(self, piece: _Piece) -> dict[Kind, Tensor]:
+        state = self._adam(piece.flat)
+        flats = {
+            "master": piece.flat.detach(),
+            "exp_avg": state["exp_avg"].view(-1),
+            "exp_avg_sq": state["exp_avg_sq"].view(-1),
         }
+        return {kind: f.narrow(0, piece.start, piece.slice.length) for kind, f in flats.items()}
+
+    def _adam(self, flat: Tensor) -> dict[str, Tensor]:
+        """Adam's state of a flat tensor, or at stage 0 of the parameter behind it."""
+        owner = self._flat_owner.get(id(flat), flat)
+        return cast(dict[str, Tensor], self.base_optimizer.state[owner])
+
+    def _start_moments(self) -> None:
+        """Zero moments, as Adam itself would make them at its first step."""
+        for piece in self._held_pieces():
+            master = self._flat_owner.get(id(piece.flat), piece.flat)
+            state = self.base_optimizer.state[master]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+                state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+
+    def _own_pieces(self) -> Iterator[_Piece]:
+        self._flat_owner: dict[int, Tensor] = {}
+        stage = self.train.zero_stage
+        if stage == 0:
+            yield from self._shares_of_replicas()
+        elif stage == 3:
+            yield from self._partitions_of_parameters()
+        else:
+            yield from self._partitions_of_groups()
+
+    def _partitions_of_groups(self) -> Iterator[_Piece]:
+        """Stages 1 and 2: a group's parameters laid end to end, cut into one part for each rank."""
+        masters = self.optimizer.single_partition_of_fp32_groups
+        for group, flat in zip(self.optimizer.bit16_groups, masters, strict=True):
+            for parameter in group:
+                part = parameter._hp_mapping
+                if part is None:  # wholly on other ranks
+                    continue
+                source = part.lp_fragment_address
+                slice_ = Slice(self.names[parameter], source.start, source.numel)
+                yield _Piece(slice_, flat, part.hp_fragment_address.start)
+
+    def _partitions_of_parameters(self) -> Iterator[_Piece]:
+        """Stage 3: each parameter cut into one part for each rank, the last ones filled up."""
+        flats = self.optimizer.fp32_partitioned_groups_flat
+        for group, flat in zip(self.optimizer.fp16_groups, flats, strict=True):
+            place = 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                offset = self.rank * size
+                length = min(size, parameter.ds_numel - offset)
+                if length > 0:
+                    yield _Piece(Slice(self.names[parameter], offset, length), flat, place)
+                place += size
+
+    def _held_pieces(self) -> Iterator[_Piece]:
+        """At stage 0 whole parameters, else what this rank owns."""
+        if self.train.zero_stage:
+            yield from self._pieces
+            return
+        for flat, name in self._replicas():
+            yield _Piece(Slice(name, 0, flat.numel()), flat, 0)
+
+    def _shares_of_replicas(self) -> Iterator[_Piece]:
+        """Stage 0: all parameters laid end to end, cut into one part for each rank."""
+        total = sum(p.numel() for p in self.names)
+        first, last = (total * r // self.world_size for r in (self.rank, self.rank + 1))
+        place = 0
+        for flat, name in self._replicas():
+            start, end = max(first, place), min(last, place + flat.numel())
+            if start < end:
+                yield _Piece(Slice(name, start - place, end - start), flat, start - place)
+            place += flat.numel()
+
+    def _replicas(self) -> Iterator[tuple[Tensor, str]]:
+        if not hasattr(self, "_flat_replicas"):
+            self._flat_replicas = [(p.detach().view(-1), n) for p, n in self.names.items()]
+            owners = zip(self._flat_replicas, self.names, strict=True)
+            self._flat_owner = {id(flat): parameter for (flat, _), parameter in owners}
+        yield from self._flat_replicas
+
+    # ---- Judging a step ----
+
+    def _put_judge_in(self) -> None:
+        """Let the judge decide where DeepSpeed looks whether the gradient's norm is a number.
+
+        What it takes for no number it skips, on all ranks, with everything cleared up.
+        """
+        stage = self.train.zero_stage
+        if stage in (1, 2):
+            norm = self.optimizer.scaled_global_norm
+            self.optimizer.scaled_global_norm = lambda *args, **kwargs: self._judged(
+                norm(*args, **kwargs)
+            )
+        elif stage == 3:
+            groups = self.optimizer._get_norm_groups
+            self.optimizer._get_norm_groups = lambda: [self._judged(_joined(groups()))]
+
+    def _judged(self, norm: Tensor) -> Tensor:
+        # DeepSpeed marks sums that are no number by -1.
+        self._norm = float(norm) if float(norm) >= 0.0 else float("inf")
+        return norm if self._judge(self._norm) else torch.full_like(norm, float("inf"))
+
+    def _replicated_step(self) -> bool:
+        """Stage 0, where DeepSpeed neither looks at the norm nor tells it."""
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        self._norm = float(torch.nn.utils.get_total_norm(gradients))
+        good = self._judge(self._norm)
+        if not good:
+            for parameter in self.names:
+                parameter.grad = None
+        elif self.train.grad_clip is not None:
+            factor = self.train.grad_clip / (self._norm + 1e-6)
+            if factor < 1.0:
+                torch._foreach_mul_(gradients, factor)
+        self.engine.step()
+        return good
 
 
-def _deepspeed_config(train: Train, world_size: int) -> dict[str, Any]:
+def _joined(norms: list[Any]) -> Tensor:
+    values = torch.stack([torch.as_tensor(n, dtype=torch.float32) for n in norms])
+    bad = bool((~torch.isfinite(values) | (values < 0)).any())
+    return torch.tensor(float("inf")) if bad else torch.linalg.vector_norm(values)
+
+
+def _deepspeed_config(train: Train, micro_batches: int, device: torch.device) -> dict[str, Any]:
+    # DeepSpeed's own bucket is ten times as large and takes 2 GB on every rank in fp32.
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
+    pin = device.type == "cuda"
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+    if train.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
     config: dict[str, Any] = {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // world_size,
-        "gradient_accumulation_steps": 1,
-        # DeepSpeed's own bucket is ten times as large and takes 2 GB on every rank in fp32.
-        "zero_optimization": {
-            "stage": train.zero_stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-        },
+        # Only for counting: ranks may take unequal shares of a batch.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "zero_optimization": zero,
+        # DeepSpeed's own Adam for CPUs would be compiled at the first start, for minutes.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    if train.grad_clip is not None:
+    if train.grad_clip is not None and train.zero_stage:
         config["gradient_clipping"] = train.grad_clip
     if train.precision == "bf16":
         config["bf16"] = {"enabled": True}
+        if train.zero_stage in (2, 3):
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
 

@@ -1,8 +1,13 @@
-"""What is measured while training: losses by timestep quarter, speed, data wait, MFU."""
+"""What is measured while training: losses by timestep quarter, speed, parts of a step, MFU."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -33,12 +38,25 @@ class LossMeter:
         rows = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         self.sums.index_add_(1, quarter, rows)
 
-    def reduce(self) -> dict[str, float]:
-        """`loss` and `loss_q0`…, over all ranks (a collective); empty quarters are left out."""
+    def total(self) -> Tensor:
+        """Sums of losses and of pictures by quarter, (2, 4), over all ranks (a collective)."""
         total = self.sums.clone()
         dist.all_reduce(total)
-        sums, counts = total.cpu()
+        return total.cpu()
+
+    def restore(self, total: Sequence[Sequence[float]]) -> None:
+        """Begin with sums over all ranks that an interrupted interval had come to."""
+        self.sums.copy_(torch.tensor(total, dtype=torch.float64))
+
+    def reduce(self) -> dict[str, float]:
+        """`loss` and `loss_q0`…, over all ranks (a collective); empty quarters are left out.
+
+        Empty where no picture was taken in.
+        """
+        sums, counts = self.total()
         self.reset()
+        if not counts.sum():
+            return {}
         values = {"loss": float(sums.sum() / counts.sum())}
         for quarter in range(QUARTERS):
             if counts[quarter] > 0:
@@ -64,6 +82,10 @@ class SpeedMeter:
         """Begin an interval; `waited_s` is the loader's total so far."""
         self.started_s, self.waited_before_s = time.monotonic(), waited_s
 
+    def pause(self, seconds: float) -> None:
+        """Leave out a time that has just passed."""
+        self.started_s += seconds
+
     def measure(self, steps: int, waited_s: float) -> dict[str, float]:
         """Figures of the interval of `steps` steps that ends now."""
         elapsed_s = time.monotonic() - self.started_s
@@ -74,6 +96,51 @@ class SpeedMeter:
             "data_wait_fraction": (waited_s - self.waited_before_s) / elapsed_s,
             "mfu": images_per_s * self.flops_per_image / self.peak_flops_per_s,
         }
+
+
+class Stopwatch:
+    """Seconds spent in each phase of the steps since the last `take`.
+
+    On a GPU the time between events of its stream, so nothing waits for it; elsewhere wall time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        if self.cuda:
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+            return
+        started_s = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - started_s
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase, and begin anew."""
+        for name, start, end in self._events:
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000.0
+        seconds = dict(self._seconds)
+        self._events.clear()
+        self._seconds.clear()
+        return seconds
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that tensors took on the GPU, or the process on a machine without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def training_flops_per_image(model: nn.Module, channels: int, size: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Iterator
@@ -16,15 +17,21 @@ from typing import Any, Literal
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import cluster, storage
-from diffit_train.checkpoints import committed_steps, read_index
+from diffit_train.checkpoints import (
+    checkpoint_digest,
+    committed_steps,
+    read_index,
+    read_state,
+)
 from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.attention import kernel_name
 from diffit_train.progress import Progress, say
-from diffit_train.tracking import Tracker, git_commit, tracking_uri
+from diffit_train.tracking import Tracker, git_commit, tracking_uri, unreachable_errors
 from diffit_train.training.run import (
     RunIdentity,
     check_recipe,
@@ -34,6 +41,7 @@ from diffit_train.training.run import (
 )
 
 POLL_S = 0.5
+STOPPED = 143  # as a shell has it for a process that SIGTERM ended
 
 
 def train(recipe: Recipe, run: str, address: str | None = None) -> int:
@@ -42,7 +50,8 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> int:
     Args:
         address: of the Ray cluster; None as in `cluster.connected`.
 
-    Rerunning continues; a finished run is left alone.
+    Rerunning continues; a finished run is left alone. SIGTERM makes the workers save and leave,
+    and ends the process by SystemExit with status 143.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -53,12 +62,14 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> int:
         return done
     _check_resumable(run_url(recipe, run))
     manifest = _check_latents(recipe)
+    _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
     scaling = recipe.scaling
     cpus, gpus = scaling.cpus_per_worker, scaling.gpus_per_worker
     with cluster.connected(address):
-        cluster.require(scaling.workers * cpus, scaling.workers * gpus, "training")
+        fewest = scaling.fewest_workers
+        cluster.require(fewest * cpus, fewest * gpus, "training")
         identity = check_recipe(recipe, run) or create_identity(recipe, run)
         return _tracked_fit(recipe, identity, manifest)
 
@@ -79,34 +90,72 @@ def _check_resumable(url: str) -> None:
         )
 
 
+def _check_start(recipe: Recipe) -> None:
+    """Refuse to start from a checkpoint that is not there, or has changed."""
+    start = recipe.train.start
+    if start is None:
+        return
+    url = run_url(recipe, start.run)
+    if start.step not in committed_steps(url) or checkpoint_digest(url, start.step) != start.digest:
+        raise UserError(
+            f"train.start is step {start.step} of run {start.run!r}, but {storage.shown(url)} has "
+            "no such checkpoint any more, or another one; name it anew by --from"
+        )
+
+
 def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> int:
     """Train, with an MLflow run that ends as training did."""
-    tracker = Tracker.of(recipe)
     tags = {
         "diffit.recipe_hash": identity.recipe_hash,
         "diffit.dataset_digest": manifest.digest,
         "mlflow.source.name": "diffit train",
     }
+    start = recipe.train.start
     for name, value in (
         ("mlflow.source.git.commit", git_commit()),
         ("diffit.submission_id", os.environ.get("DIFFIT_SUBMISSION_ID")),
+        ("diffit.started_from", start and f"{start.run}@{start.step} {start.weights}"),
     ):
         if value:
             tags[name] = value
-    mlflow_run_id = tracker.training_run(
-        recipe.tracking.experiment, identity.uuid, identity.name, recipe.flat(), tags
-    )
-    tracker.log_dataset(mlflow_run_id, recipe.data.name, manifest.digest, recipe.data.source)
+    mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         step = _fit(recipe, identity.name, mlflow_run_id)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
-        tracker.finish(mlflow_run_id, status)
+        try:
+            Tracker.of(recipe).finish(mlflow_run_id, status)
+        except unreachable_errors() as error:
+            say(f"MLflow was not told that the run is {status}: {error}")
     return step
+
+
+def _mlflow_run(
+    recipe: Recipe, identity: RunIdentity, manifest: Manifest, tags: dict[str, str]
+) -> str:
+    """The run's id in MLflow. A run that goes on needs no answer from MLflow to know it.
+
+    Raises:
+        UserError: MLflow is out of reach, and the run is new.
+    """
+    try:
+        tracker = Tracker.of(recipe)
+        run_id = tracker.training_run(
+            recipe.tracking.experiment, identity.uuid, identity.name, recipe.flat(), tags
+        )
+        tracker.log_dataset(run_id, recipe.data.name, manifest.digest, recipe.data.source)
+    except unreachable_errors() as error:
+        url = run_url(recipe, identity.name)
+        steps = committed_steps(url)
+        if not steps:
+            raise UserError(f"a new run needs MLflow to start with: {error}") from error
+        say(f"going on without MLflow: {error}")
+        return read_state(url, steps[-1]).mlflow_run_id
+    return run_id
 
 
 def _check_latents(recipe: Recipe) -> Manifest:
@@ -118,18 +167,91 @@ def _check_latents(recipe: Recipe) -> Manifest:
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Where rank 0 writes its newest record, and the driver reads it."""
+    """Where rank 0 writes its newest record, and where the driver asks the workers to stop."""
 
     def __init__(self) -> None:
         self.record: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.groups = 0
+        self.stopping = False
 
     def put(self, record: dict[str, Any]) -> None:
         """Replace the record."""
         self.record = record
 
-    def get(self) -> dict[str, Any]:
-        """The newest record."""
-        return self.record
+    def say(self, line: str) -> None:
+        """Add a line for the user."""
+        self.lines.append(line)
+
+    def begin(self, workers: int) -> None:
+        """A group of workers has started."""
+        self.groups += 1
+        if self.groups > 1:
+            self.say(f"workers started again, {workers} of them")
+
+    def read(self, seen: int) -> tuple[dict[str, Any], list[str]]:
+        """The newest record, and the lines after the first `seen`."""
+        return self.record, self.lines[seen:]
+
+    def stop(self) -> None:
+        """Let the workers save and leave."""
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether they should."""
+        return self.stopping
+
+
+class _Around:
+    """What surrounds a rank under Ray Train (`training.loop.Surroundings`)."""
+
+    def __init__(self, board: Any, rank: int, world: int, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self.board, self.rank, self.run = board, rank, run
+        self.stopping = threading.Event()
+        self.gauges: dict[str, Gauge] = {}
+        if rank == 0:
+            board.begin.remote(world)
+            threading.Thread(target=self._watch, name="stop-wanted", daemon=True).start()
+
+    def _watch(self) -> None:
+        # Asked apart from training, which must not wait for an answer at every step.
+        pause = threading.Event()
+        while not pause.wait(POLL_S):
+            if ray.get(self.board.is_stopping.remote()):
+                self.stopping.set()
+                return
+
+    def report(self, record: dict[str, Any]) -> None:
+        """To the driver, and to Ray's metrics as diffit_train_NAME."""
+        if self.rank != 0:
+            return
+        self.board.put.remote(record)
+        for name, value in record.items():
+            self._gauge(name).set(value, tags={"run": self.run})
+
+    def _gauge(self, name: str) -> Any:
+        from ray.util.metrics import Gauge
+
+        if name not in self.gauges:
+            self.gauges[name] = Gauge(f"diffit_train_{name}", name, ("run",))
+        return self.gauges[name]
+
+    def say(self, text: str) -> None:
+        """To the driver."""
+        if self.rank == 0:
+            self.board.say.remote(text)
+
+    def stop_wanted(self) -> bool:
+        """Whether the driver has been asked to end."""
+        return self.stopping.is_set()
+
+    def preempted(self) -> bool:
+        """Whether Ray has announced that it takes a node of this group away."""
+        import ray.train
+
+        return ray.train.get_preemption_info() is not None
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -137,20 +259,15 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    from diffit_train.training.loop import Trainer
+    from diffit_train.training.loop import train_to_the_end
 
-    recipe, board = Recipe.model_validate(config["recipe"]), config["board"]
-    rank = ray.train.get_context().get_world_rank()
-
-    def report(record: dict[str, Any]) -> None:
-        if rank == 0:
-            board.put.remote(record)
-
+    recipe, run = Recipe.model_validate(config["recipe"]), config["run"]
+    context = ray.train.get_context()
+    around = _Around(config["board"], context.get_world_rank(), context.get_world_size(), run)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(recipe.scaling.cpus_per_worker)
-    trainer = Trainer(recipe, config["run"], config["mlflow_run_id"], device, report)
-    step = trainer.run()
+    step = train_to_the_end(recipe, run, config["mlflow_run_id"], device, around)
     ray.train.report({"step": step})
 
 
@@ -160,13 +277,15 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     scaling = recipe.scaling
-    board = Board.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     url = run_url(recipe, run)
     scratch = storage.join(url, "ray")
     storage.remove(scratch)
     resources = {"CPU": float(scaling.cpus_per_worker)}
     if scaling.gpus_per_worker:
         resources["GPU"] = float(scaling.gpus_per_worker)
+    fewest, most = scaling.fewest_workers, scaling.most_workers
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -176,18 +295,24 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
             "board": board,
         },
         scaling_config=ScalingConfig(
-            num_workers=scaling.workers,
+            num_workers=most if fewest == most else (fewest, most),
+            elastic_resize_monitor_interval_s=scaling.resize_check_s,
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=f"attempt-{uuid.uuid4().hex[:12]}",
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            failure_config=FailureConfig(
+                max_failures=scaling.max_failures,
+                max_preemption_failures=scaling.max_preemptions,
+                controller_failure_limit=scaling.max_failures,
+            ),
             **_ray_storage(scratch),
         ),
     )
+    stop = threading.Event()
     try:
-        with _progress(recipe, board, max(committed_steps(url), default=0)):
+        with _on_sigterm(stop), _progress(recipe, board, committed_steps(url), stop):
             trainer.fit()
     except SystemExit as error:  # Ray Train's answer to Ctrl-C, with status 0
         raise KeyboardInterrupt from error
@@ -198,8 +323,24 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
     storage.remove(scratch)
     step = max(committed_steps(url), default=0)
     if step < recipe.train.steps:
+        if stop.is_set():
+            say(f"stopped at step {step:,}, which is saved; the same command continues")
+            raise SystemExit(STOPPED)
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
     return step
+
+
+@contextlib.contextmanager
+def _on_sigterm(stop: threading.Event) -> Iterator[None]:
+    """Set an event on SIGTERM while the block runs, where this thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ray_storage(url: str) -> dict[str, Any]:
@@ -221,32 +362,48 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _progress(recipe: Recipe, board: Any, start: int) -> Iterator[None]:
-    """Show the board's record while the block runs."""
-    stop = threading.Event()
-    batch, steps = recipe.train.batch_size, recipe.train.steps
+def _progress(
+    recipe: Recipe, board: Any, committed: list[int], stop: threading.Event
+) -> Iterator[None]:
+    """Show the board's record and lines while the block runs; pass on that it is to stop."""
+    ended = threading.Event()
+    batch, steps, start = recipe.train.batch_size, recipe.train.steps, max(committed, default=0)
     say(
         f"starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}, "
         f"attention kernel {_kernel(recipe)}"
     )
+    seen = 0
+
+    def show(progress: Progress) -> dict[str, Any]:
+        nonlocal seen
+        record, lines = ray.get(board.read.remote(seen))
+        seen += len(lines)
+        for line in lines:
+            say(line)
+        if "loss" in record:
+            detail = f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} pictures/s"
+            progress.update(record["step"], detail)
+        return dict(record)
 
     def watch() -> None:
         with Progress("train", steps, "steps", done=start) as progress:
-            begun = False
-            while not stop.wait(POLL_S):
-                record = ray.get(board.get.remote())
-                if record and not begun:
+            begun = told = False
+            while not ended.wait(POLL_S):
+                if stop.is_set() and not told:
+                    told = True
+                    say("asked to end: saving a checkpoint")
+                    board.stop.remote()
+                if show(progress) and not begun:
                     begun = True
                     progress.restart_clock()
-                if "loss" in record:
-                    detail = f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} pictures/s"
-                    progress.update(record["step"], detail)
+            show(progress)
 
     thread = threading.Thread(target=watch, name="training-progress", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        stop.set()
+        ended.set()
         thread.join()
-    say(f"trained {steps:,} steps of {batch} pictures")
+    if not stop.is_set():
+        say(f"trained {steps:,} steps of {batch} pictures")

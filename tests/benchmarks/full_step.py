@@ -43,7 +43,7 @@ def _train(rank: int, world: int, batch: int, steps: int, stage: int) -> None:
     model = LatentDiffiT(Shape())
     count = trainable_parameters(model)
     train = Train(steps=1000, batch_size=batch, lr=3e-4, zero_stage=stage)
-    engine = Engine(model, train, world, torch.device("cpu"))
+    engine = Engine(model, train, rank, world, torch.device("cpu"))
     objective = build_objective(Diffusion())
     rows = []
     for step in range(steps):
@@ -54,7 +54,9 @@ def _train(rank: int, world: int, batch: int, steps: int, stage: int) -> None:
         start = time.perf_counter()
         output = engine.forward(objective.noisy(x0, t, noise), t, t)
         loss = objective.loss(output, x0, t, noise).mean()
-        engine.step(loss, step)
+        engine.backward(loss / world)
+        engine.step(step)
+        engine.update_ema(step)
         seconds = time.perf_counter() - start
         mean = loss.detach().clone()
         dist.all_reduce(mean)

@@ -43,7 +43,7 @@ def test_packaged_recipes_survive_a_round_trip(name: str) -> None:
                 "train.betas": [0.9, 0.999],
                 "train.weight_decay": 0.0,
                 "train.batch_size": 256,
-                "train.ema_decay": 0.9999,
+                "train.ema.ema.decay": 0.9999,
                 "train.label_dropout": 0.1,
                 "evaluate.samples": 50_000,
                 "evaluate.sampler.name": "ddpm",
@@ -102,7 +102,18 @@ def test_local_paths_are_absolute_and_others_left_alone() -> None:
         ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
         ("train.steps=0", ["train.steps", "0", "greater than 0"]),
         ("train.batch_size=60", ["data.lanes is 8", "train.batch_size (60)"]),
-        ("scaling.workers=3", ["scaling.workers is 3", "data.lanes (8)"]),
+        ("scaling.workers=9", ["scaling.workers is 9", "at most data.lanes (8)"]),
+        ("scaling.workers=4..2", ["scaling.workers", "'4..2'", "first number"]),
+        ("scaling.workers=few", ["scaling.workers", "'few'"]),
+        ("train.ema.ema.sigma_rel=0.1", ["exactly one of", "decay, sigma_rel"]),
+        ("train.ema.b.ramp_ratio=0.1", ["exactly one of", "none"]),
+        ("train.ema.raw.decay=0.9", ["'raw'", "names are taken"]),
+        ("train.ema.b.sigma_rel=0.3", ["sigma_rel", "0.3", "0.28"]),
+        ("evaluate.weights=slow", ["evaluate.weights is 'slow'", "raw, ema"]),
+        ("train.ema_snapshot_every=10", ["ema_snapshot_every is 10", "sigma_rel"]),
+        ("train.offload=parameters", ["zero_stage is 2", "offload 'parameters'", "stage 3"]),
+        ("train.keep_every=50", ["checkpoint_every", "train.keep_every (50)"]),
+        ("train.profile_steps=[5,2]", ["profile_steps is [5, 2]", "first and a last"]),
         ("model.patch_size=3", ["model.patch_size is 3", "latent size"]),
         ("model.num_heads=5", ["model.num_heads is 5", "hidden_size"]),
         ("autoencoder.downsample=3", ["autoencoder.downsample is 3", "data.resolution (16)"]),
@@ -154,10 +165,38 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str) -> None
         load_recipe(str(path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("train.zero_stage=0 train.precision=bf16", ["zero_stage is 0", "precision 'bf16'"]),
+        ("train.zero_stage=0 train.offload=optimizer", ["zero_stage is 0", "offload"]),
+        ("train.zero_stage=3 train.compile=true", ["zero_stage is 3", "compile"]),
+        (
+            "train.zero_stage=1 train.precision=bf16 train.micro_batch_size=4",
+            ["zero_stage is 1", "micro_batch_size", "bf16"],
+        ),
+    ],
+)
+def test_ways_of_computing_that_do_not_go_together_are_refused(
+    changes: str, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("demo", changes.split())
+    for word in words:
+        assert word in str(caught.value)
+
+
 @given(
     key=st.sampled_from(
         [
             "scaling.workers=4",
+            "scaling.workers=2..4",
+            "train.zero_stage=0",
+            "train.offload=optimizer",
+            "train.micro_batch_size=3",
+            "train.keep_every=1200",
+            "train.max_rollbacks=0",
+            "train.profile_steps=[1,2]",
             "scaling.evaluate_actors=7",
             "storage.root=x",
             "tracking.experiment=y",

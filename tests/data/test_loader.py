@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffit_train.data.loader import LatentLoader, SampleOrder, draw
+from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
 from diffit_train.data.shards import Manifest, Totals, write_shard
 from diffit_train.errors import DiffitError, UserError
 
@@ -100,16 +100,23 @@ def test_lanes_are_reduced_where_shards_are_few() -> None:
 
 def test_ranks_share_the_lanes_and_concatenate_to_the_global_batch() -> None:
     order = SampleOrder([10] * 8, 16, 8, 8, seed=0)
-    for world in (1, 2, 4, 8):
+    for world in range(1, 9):
         lanes = [lane for rank in range(world) for lane in order.rank_lanes(rank, world)]
         assert lanes == list(range(8))
-    with pytest.raises(UserError, match=r"3 workers .* 8 lanes .*scaling\.workers"):
-        order.rank_lanes(0, 3)
+        shares = [2 * len(order.rank_lanes(rank, world)) for rank in range(world)]
+        assert max(shares) == order.largest_share(world)
+        assert max(shares) - min(shares) in (0, 2)
+    with pytest.raises(UserError, match=r"9 workers .* 8 lanes .*scaling\.workers"):
+        order.rank_lanes(0, 9)
 
 
 def test_too_few_pictures_are_named() -> None:
     with pytest.raises(UserError, match=r"train\.batch_size is 64, .* 10 pictures"):
         SampleOrder([10], 64, 1, 8, 0)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _timesteps(random: np.random.Generator, count: int) -> np.ndarray:
@@ -178,11 +185,12 @@ def _keys(latents: tuple[str, Manifest], world: int, first: int, last: int) -> l
     batches: list[list[int]] = [[] for _ in range(first, last)]
     for rank in range(world):
         order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
-        with LatentLoader(url, manifest, order, rank, world, first) as loader:
+        with LatentLoader(url, manifest, order, rank, world, first, _as_it_is) as loader:
             for batch in loader:
                 batches[batch.step - first] += batch.keys.tolist()
                 assert (batch.labels == batch.keys % 3).all()
-                assert batch.moments.shape == (8 // world, 1, 4, 2, 2)
+                assert batch.moments.shape == (2 * len(batch.lanes), 1, 4, 2, 2)
+                assert batch.shards
                 if batch.step == last - 1:
                     break
     return batches
@@ -204,7 +212,7 @@ def test_a_damaged_shard_reaches_the_consumer(
     for shard in manifest.shards[:3]:
         (tmp_path / shard.name).write_bytes((Path(url) / shard.name).read_bytes())
     order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
-    loader = LatentLoader(str(tmp_path), manifest, order, 0, 1, 0)
+    loader = LatentLoader(str(tmp_path), manifest, order, 0, 1, 0, _as_it_is)
     with pytest.raises(DiffitError, match=r"shard-000003\.tar is missing"), loader:
         for batch in loader:
             assert batch.step < 20

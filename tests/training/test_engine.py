@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from diffit_train import storage
 from diffit_train.checkpoints import (
-    KINDS,
+    STATES,
     Slice,
     State,
     checkpoint_url,
@@ -24,17 +25,21 @@ from diffit_train.checkpoints import (
 from diffit_train.config.recipe import Train
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.latent import LatentDiffiT, Shape
-from diffit_train.training.checkpoint import load_checkpoint, remove_old, save_checkpoint
-from diffit_train.training.engine import Engine, learning_rate
+from diffit_train.training.checkpoint import CheckpointWriter, load_checkpoint, remove_old
+from diffit_train.training.engine import Engine, Judge, learning_rate
 from tests.training.ranks import on_ranks
 
 BATCH = 4
+EMA = {"ema": {"decay": 0.9}, "power": {"sigma_rel": 0.1}}
+KINDS = (*STATES, *EMA)
+CPU = torch.device("cpu")
 # Four processes that each import DeepSpeed take most of a minute to start on two cores.
 FOUR_RANKS = pytest.param((4, 2), (2, 1), marks=pytest.mark.slow)
 
 
 def _train(**changes: object) -> Train:
-    values: dict[str, object] = {"steps": 100, "batch_size": BATCH, "lr": 1e-2, "ema_decay": 0.9}
+    values: dict[str, object] = {"steps": 100, "batch_size": BATCH, "lr": 1e-2}
+    values |= {"ema": EMA}
     values |= {"warmup_steps": 3, "lr_schedule": "cosine", "weight_decay": 0.01}
     return Train.model_validate(values | changes)
 
@@ -66,18 +71,40 @@ def _state(step: int, engine: Engine, world: int) -> State:
     )
 
 
-def _steps(engine: Engine, rank: int, world: int, first: int, last: int) -> None:
+def _engine(model: LatentDiffiT, train: Train, rank: int, world: int) -> Engine:
+    micro_batches = math.ceil(BATCH / world / (train.micro_batch_size or BATCH))
+    return Engine(model, train, rank, world, CPU, micro_batches)
+
+
+def _one_step(engine: Engine, step: int, judge: Judge = math.isfinite) -> bool:
+    mine = slice(engine.rank * BATCH // engine.world_size, None)
+    count = BATCH // engine.world_size // engine.micro_batches
+    x, t, y = (part[mine] for part in _batch(step))
+    for number in range(engine.micro_batches):
+        part = slice(number * count, (number + 1) * count)
+        squares = engine.forward(x[part], t[part], y[part]) ** 2
+        engine.backward(
+            squares.mean(dim=(1, 2, 3)).sum() / BATCH, number == engine.micro_batches - 1
+        )
+    taken = engine.step(step, judge)
+    engine.update_ema(step)
+    return taken
+
+
+def _steps(engine: Engine, first: int, last: int) -> None:
     for step in range(first, last):
-        mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-        x, t, y = (part[mine] for part in _batch(step))
-        engine.step((engine.forward(x, t, y) ** 2).mean(), step)
+        assert _one_step(engine, step)
+
+
+def _save(engine: Engine, run: str, step: int) -> None:
+    CheckpointWriter(engine).save_now(run, _state(step, engine, engine.world_size))
 
 
 def _train_and_save(rank: int, world: int, run: str, train: Train, steps: int) -> None:
-    engine = Engine(_model(), train, world, torch.device("cpu"))
-    save_checkpoint(engine, run, _state(0, engine, world))
-    _steps(engine, rank, world, 0, steps)
-    save_checkpoint(engine, run, _state(steps, engine, world))
+    engine = _engine(_model(), train, rank, world)
+    _save(engine, run, 0)
+    _steps(engine, 0, steps)
+    _save(engine, run, steps)
 
 
 def _resume_and_save(
@@ -85,11 +112,11 @@ def _resume_and_save(
 ) -> None:
     model = _model()
     model.load_state_dict(read_weights(run, step, "raw"), strict=False)
-    engine = Engine(model, train, world, torch.device("cpu"))
+    engine = _engine(model, train, rank, world)
     assert load_checkpoint(engine, run, step).step == step
-    save_checkpoint(engine, into, _state(step, engine, world))
-    _steps(engine, rank, world, step, steps)
-    save_checkpoint(engine, into, _state(steps, engine, world))
+    _save(engine, into, step)
+    _steps(engine, step, steps)
+    _save(engine, into, steps)
 
 
 def _plain(train: Train, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -107,7 +134,7 @@ def _plain(train: Train, steps: int) -> tuple[dict[str, torch.Tensor], dict[str,
         (model(x, t, y) ** 2).mean().backward()
         optimizer.step()
         for name, parameter in named.items():
-            ema[name] = train.ema_decay * ema[name] + (1 - train.ema_decay) * parameter.detach()
+            ema[name] = 0.9 * ema[name] + 0.1 * parameter.detach()
     return {n: p.detach() for n, p in named.items()}, ema
 
 
@@ -128,9 +155,23 @@ def _assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         assert torch.equal(values, b[name]), name
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 1), (2, 2)])
-def test_training_equals_a_plain_loop(tmp_path: Path, world: int, stage: int) -> None:
-    train, run = _train(zero_stage=stage), str(tmp_path)
+@pytest.mark.parametrize(
+    ("world", "stage", "changes"),
+    [
+        (1, 0, {}),
+        (1, 1, {}),
+        (2, 0, {"micro_batch_size": 1}),
+        (2, 1, {}),
+        (2, 2, {"micro_batch_size": 1}),
+        (2, 3, {"micro_batch_size": 1}),
+        (2, 2, {"offload": "optimizer"}),
+        (2, 3, {"offload": "parameters"}),
+    ],
+)
+def test_training_equals_a_plain_loop(
+    tmp_path: Path, world: int, stage: int, changes: dict[str, object]
+) -> None:
+    train, run = _train(zero_stage=stage, **changes), str(tmp_path)
     on_ranks(world, _train_and_save, run, train, 8)
     weights, ema = _plain(train, 8)
     saved, saved_ema = read_weights(run, 8, "raw"), read_weights(run, 8, "ema")
@@ -146,7 +187,11 @@ def test_training_equals_a_plain_loop(tmp_path: Path, world: int, stage: int) ->
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, 2), (2, 2)), ((2, 2), (1, 1)), ((1, 1), (2, 2)), FOUR_RANKS]
+    ("before", "after"),
+    [
+        *[((2, 2), (2, 2)), ((2, 2), (1, 1)), ((1, 1), (2, 3))],
+        *[((2, 3), (2, 0)), ((2, 0), (1, 3)), FOUR_RANKS],
+    ],
 )
 def test_a_checkpoint_loads_bit_for_bit_at_any_world_size_and_stage(
     tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
@@ -217,11 +262,11 @@ def test_another_models_checkpoint_is_named(trained: str) -> None:
 
 
 def _save_where_one_rank_cannot(rank: int, world: int, run: str) -> None:
-    engine = Engine(_model(), _train(), world, torch.device("cpu"))
+    engine = _engine(_model(), _train(), rank, world)
     if rank == 1:
         storage.write_text(f"{run}/blocked", "a file where rank 1 wants a folder")
-    with pytest.raises(OSError, match="rank 1"):
-        save_checkpoint(engine, run if rank == 0 else f"{run}/blocked", _state(0, engine, world))
+    with pytest.raises(DiffitError, match=r"could not be written: rank 1: .*blocked"):
+        _save(engine, run if rank == 0 else f"{run}/blocked", 0)
     dist.barrier()
 
 

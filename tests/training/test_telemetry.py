@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from diffit_train import storage
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.training.run import TrainingLog
 from diffit_train.training.telemetry import (
     LossMeter,
     SpeedMeter,
+    Stopwatch,
     matmul_flops_per_s,
+    peak_memory_bytes,
     training_flops_per_image,
 )
 from tests.training.ranks import on_ranks
@@ -30,6 +35,33 @@ def _meter_on_two_ranks(rank: int, world: int) -> None:
     assert values == {"loss": 2.5, "loss_q0": 1.5, "loss_q1": 3.0, "loss_q3": 4.0}
     meter.add(torch.tensor([7.0]), torch.tensor([500]))
     assert meter.reduce() == {"loss": 7.0, "loss_q2": 7.0}
+    assert meter.reduce() == {}
+    # An interval cut in two by a restart gives what the whole one would have.
+    meter.add(losses[mine], t[mine])
+    total = meter.total().tolist()
+    again = LossMeter(1000, CPU)
+    if rank == 0:
+        again.restore(total)
+    again.add(torch.tensor([9.0]), torch.tensor([999]))
+    assert again.reduce() == {"loss": 28 / 6, "loss_q0": 1.5, "loss_q1": 3.0, "loss_q3": 22 / 3}
+
+
+def test_phases_are_timed_apart() -> None:
+    watch = Stopwatch(CPU)
+    for _ in range(2):
+        with watch.phase("a"):
+            time.sleep(0.02)
+        with watch.phase("b"):
+            pass
+    seconds = watch.take()
+    assert 0.04 <= seconds["a"] < 2.0
+    assert seconds["b"] < 0.02
+    assert watch.take() == {}
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    now = psutil.Process().memory_info().rss
+    assert now * 0.99 <= peak_memory_bytes(CPU) < now * 10
 
 
 def test_losses_are_averaged_over_ranks_and_by_quarter() -> None:
@@ -61,12 +93,11 @@ def test_a_log_drops_what_lies_behind_the_checkpoint(tmp_path: Path) -> None:
     log = TrainingLog(str(tmp_path), 0)
     for step in (2, 4, 6):
         log.append({"step": step, "loss": 1.0 / step})
-    assert not (tmp_path / "log.jsonl").exists()
-    log.write()
+    storage.write_text(log.url, log.text())
     resumed = TrainingLog(str(tmp_path), 4)
     assert [record["step"] for record in resumed.records] == [2, 4]
     resumed.append({"step": 6, "loss": 0.5})
-    resumed.write()
+    storage.write_text(resumed.url, resumed.text())
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[-1]["loss"] == 0.5

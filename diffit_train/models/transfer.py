@@ -1,0 +1,65 @@
+"""Weights of one model for another of the same kind at another resolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffit_train.errors import UserError
+
+BIAS_TABLE = "relative_position_bias_table"
+
+
+def resized_bias_table(table: Tensor, side: int) -> Tensor:
+    """A relative-position bias table for a grid of another side.
+
+    Offsets are scaled with the grid, so a token looks as far, measured in pictures, as before:
+    the new entry of offset d is the old table, bicubic, at d * old side / new side. Offsets that
+    lie beyond the old table take its outermost entry.
+
+    Args:
+        table: ((2 w - 1)^2, heads), as `models.attention` has it, w the old side.
+        side: the new side.
+
+    Returns:
+        ((2 side - 1)^2, heads).
+    """
+    old = (math.isqrt(table.shape[0]) + 1) // 2
+    grid = table.T.reshape(1, -1, 2 * old - 1, 2 * old - 1).double()
+    offsets = torch.arange(1 - side, side, dtype=torch.float64) * (old / side) / max(1, old - 1)
+    rows, columns = torch.meshgrid(offsets, offsets, indexing="ij")
+    places = torch.stack([columns, rows], dim=-1).unsqueeze(0)
+    resized = F.grid_sample(grid, places, "bicubic", "border", align_corners=True)
+    return resized[0].flatten(1).T.to(table.dtype).contiguous()
+
+
+def transfer_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Weights for all trainable parameters of `model`, made of another model's.
+
+    Raises:
+        UserError: the other model differs in more than the size of its token grid.
+    """
+    wanted = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    out, wrong = {}, []
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in weights or name not in wanted:
+            wrong.append(f"{name} ({'only there' if name not in wanted else 'missing there'})")
+        elif weights[name].shape == wanted[name]:
+            out[name] = weights[name]
+        elif name.endswith(BIAS_TABLE) and weights[name].shape[1] == wanted[name][1]:
+            out[name] = resized_bias_table(weights[name], (math.isqrt(wanted[name][0]) + 1) // 2)
+        else:
+            wrong.append(f"{name} (there {tuple(weights[name].shape)}, here {tuple(wanted[name])})")
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise UserError(
+            f"{source} holds another model than the recipe's: {', '.join(wrong[:6])}{more}; only "
+            "the resolution may differ"
+        )
+    return out

@@ -1,0 +1,89 @@
+"""Averages of the weights chosen after training: EDM2's post-hoc EMA (section 3, appendix C).
+
+A run keeps a few averages whose profiles are power functions of training time, and snapshots of
+them. A sum of snapshots whose profiles add up to a wanted profile, in the sense of least squares,
+is then the average with that profile.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import brentq
+
+# Steps of training whose weights are held at once when profiles are multiplied.
+_STRETCH = 1 << 16
+
+
+@functools.cache
+def power_exponent(sigma_rel: float) -> float:
+    """gamma of the profile t^gamma whose standard deviation is `sigma_rel` of training.
+
+    Solves sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2, section 3.1).
+
+    Raises:
+        ValueError: sigma_rel is not below that of the plain mean, 12^-0.5, and above 0.
+    """
+
+    def excess(gamma: float) -> float:
+        return (gamma + 1.0) / ((gamma + 2.0) ** 2 * (gamma + 3.0)) - sigma_rel**2
+
+    if not 0.0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel is {sigma_rel}, but must lie between 0 and 0.2886")
+    return float(brentq(excess, 0.0, 2.0 / sigma_rel, xtol=1e-14, rtol=1e-15))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The average with exponent `gamma` as it stands after `steps` training steps."""
+
+    steps: int
+    gamma: float
+
+    def weights(self, first: int, last: int) -> np.ndarray:
+        """How much the weights after steps first..last (counted from 1) contribute, float64.
+
+        The product of the update's decays (1 - 1/t)^(gamma + 1) telescopes, so the weights after
+        step s count (s^(gamma+1) - (s-1)^(gamma+1)) / steps^(gamma+1), those before none.
+        """
+        t = np.arange(first - 1, last + 1, dtype=np.float64) / self.steps
+        return np.where(t[1:] <= 1.0, np.diff(t ** (self.gamma + 1.0)), 0.0)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Coefficients of the snapshots, and how far their sum is from the wanted profile.
+
+    Attributes:
+        error: L2 norm of the difference between the profiles, relative to the wanted one.
+    """
+
+    coefficients: np.ndarray
+    error: float
+
+
+def reconstruct(snapshots: list[Profile], wanted: Profile) -> Solution:
+    """The sum of snapshots that comes closest to a wanted average (EDM2, appendix C).
+
+    The profiles are those of the discrete updates, not of the continuous limit, so a snapshot
+    that has the wanted profile is found exactly.
+
+    Raises:
+        ValueError: there are no snapshots.
+    """
+    if not snapshots:
+        raise ValueError("there are no snapshots to reconstruct an average from")
+    everything, last = [*snapshots, wanted], max(p.steps for p in [*snapshots, wanted])
+    triangle = np.zeros((0, len(everything)))
+    for first in range(1, last + 1, _STRETCH):
+        end = min(first + _STRETCH - 1, last)
+        rows = np.stack([p.weights(first, end) for p in everything], axis=1)
+        # A QR of what was reduced so far and the new rows: products of profiles would lose half
+        # of the digits, and neighbouring snapshots are nearly alike.
+        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, rows]), mode="r"))
+    matrix, target = triangle[:, :-1], triangle[:, -1]
+    coefficients = np.linalg.lstsq(matrix, target, rcond=1e-12)[0]
+    error = np.linalg.norm(matrix @ coefficients - target) / np.linalg.norm(target)
+    return Solution(coefficients, float(error))
