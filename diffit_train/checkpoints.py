@@ -213,7 +213,7 @@ def read_slices(
     if absent:
         raise UserError(
             f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
-            + ("" if "master" in index.kinds else "; its weights were imported")
+            + ("" if "master" in index.kinds else ": its weights were imported")
         )
     out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
     by_file: dict[str, list[tuple[int, Piece]]] = defaultdict(list)

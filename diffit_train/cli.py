@@ -20,7 +20,7 @@ class WorkOrder(TyperGroup):
 
     order = (
         *("data", "autoencoder", "features", "plan", "encode", "verify", "train", "evaluate"),
-        *("sample", "compare", "import", "export", "submit"),
+        *("sample", "compare", "ema", "import", "export", "submit"),
     )
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -44,6 +44,8 @@ autoencoder_app = typer.Typer(help="An autoencoder of your own.", no_args_is_hel
 features_app = typer.Typer(help="A feature network of your own.", no_args_is_help=True)
 data_app = typer.Typer(help="Data sets that need no download.", no_args_is_help=True)
 verify_app = typer.Typer(help="Check what was written.", no_args_is_help=True)
+ema_app = typer.Typer(help="Averages of the weights.", no_args_is_help=True)
+app.add_typer(ema_app, name="ema")
 app.add_typer(data_app, name="data")
 app.add_typer(verify_app, name="verify")
 app.add_typer(autoencoder_app, name="autoencoder")
@@ -79,6 +81,13 @@ RunName = Annotated[
 Steps = Annotated[
     list[str] | None,
     typer.Option("--step", help="Checkpoint by its step, or `newest`; may be repeated."),
+]
+Source = Annotated[
+    str | None,
+    typer.Option("--from", help="RUN or RUN@STEP whose weights a new run starts from."),
+]
+SourceWeights = Annotated[
+    str, typer.Option("--from-weights", help="Which of them: raw, or the name of an average.")
 ]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read a weight file that is a pickle.")
@@ -185,15 +194,23 @@ def train(
     overrides: Overrides = None,
     root: Root = None,
     run: RunName = None,
+    source: Source = None,
+    source_weights: SourceWeights = "ema",
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Train on the latents, from the newest checkpoint if there is one.
 
+    The same command starts a run, continues it after any end, and with a larger train.steps trains
+    it on. SIGTERM makes it save and leave.
+
     Example: `diffit train demo --root my-project --run first train.lr=1e-3`
+
+    Example: `diffit train imagenet512 --root s3://bucket/project --from imagenet256@400000`
     """
     recipe = _recipe(name, overrides, root)
-    _print(command.train(recipe, run or recipe.name, address), as_json)
+    result = command.train(recipe, run or recipe.name, address, source, source_weights)
+    _print(result, as_json)
 
 
 @app.command()
@@ -294,6 +311,8 @@ def import_(
 ) -> None:
     """Read a weight file under the published names into a run, ready to sample and evaluate.
 
+    A folder of DeepSpeed's `save_checkpoint` becomes a run that can be trained on.
+
     Example: `diffit import diffit_256.safetensors --root my-project --run nvidia`
     """
     recipe = command.recipe_of_weights(file, name, overrides or (), root)
@@ -310,7 +329,9 @@ def export(
     step: Annotated[
         str, typer.Option("--step", help="Checkpoint by its step, or `newest`.")
     ] = command.NEWEST,
-    raw: Annotated[bool, typer.Option("--raw", help="Raw weights, not the EMA.")] = False,
+    weights: Annotated[
+        str, typer.Option(help="Which weights: raw, or the name of an average.")
+    ] = "ema",
     out: Annotated[
         str | None, typer.Option(help="File. Default: RUN/export/ema-STEP.safetensors.")
     ] = None,
@@ -321,7 +342,35 @@ def export(
     Example: `diffit export demo --root my-project --step newest`
     """
     recipe = _recipe(name, overrides, root)
-    result = command.export_weights(recipe, run or recipe.name, step, raw, out)
+    result = command.export_weights(recipe, run or recipe.name, step, weights, out)
+    _print(result, as_json)
+
+
+@ema_app.command("reconstruct")
+def ema_reconstruct(
+    name: RecipeName,
+    sigma_rel: Annotated[
+        float, typer.Option(help="Width of the profile, relative to the training up to the step.")
+    ],
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Annotated[
+        str, typer.Option("--step", help="Step of the average, or `newest`: the last snapshot's.")
+    ] = command.NEWEST,
+    out: Annotated[
+        str | None, typer.Option(help="File. Default: RUN/export/ema-SIGMA-STEP.safetensors.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make an average with another profile than those trained with, from a run's snapshots.
+
+    The run needs averages with a sigma_rel in train.ema, and train.ema_snapshot_every (EDM2).
+
+    Example: `diffit ema reconstruct demo --root my-project --run first --sigma-rel 0.07`
+    """
+    recipe = _recipe(name, overrides, root)
+    result = command.reconstruct_ema(recipe, run or recipe.name, sigma_rel, step, out)
     _print(result, as_json)
 
 
@@ -365,6 +414,8 @@ def submit(
     root: Root = None,
     run: RunName = None,
     step: Steps = None,
+    source: Source = None,
+    source_weights: SourceWeights = "ema",
     follow: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
     python: Annotated[
         str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
@@ -379,7 +430,9 @@ def submit(
     """
     from diffit_train import submit as jobs
 
-    job = jobs.job(stage, _recipe(name, overrides, root), run, step or [])
+    recipe = _recipe(name, overrides, root)
+    recipe = command.starting_from(recipe, run or recipe.name, source, source_weights)
+    job = jobs.job(stage, recipe, run, step or [])
     submission_id = jobs.submit(job, address, follow=follow, python=python)
     _print({"submission_id": submission_id, "name": job.name}, as_json)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffit_train import storage
@@ -17,6 +17,8 @@ from diffit_train.progress import say
 
 NEWEST = "newest"
 INTERRUPTED = 130
+# Relative error of a reconstructed profile beyond which the user is warned.
+POOR_PROFILE = 0.1
 
 
 def guarded(body: Callable[[], object]) -> int:
@@ -110,10 +112,31 @@ def verify_latents(
     return found
 
 
-def train(recipe: Recipe, run: str, address: str | None = None) -> dict[str, Any]:
-    """Train a run; where it stands."""
+def starting_from(recipe: Recipe, run: str, source: str | None, weights: str) -> Recipe:
+    """The recipe of a run that starts from another run's weights, where one is named."""
+    if source is None:
+        return recipe
+    from diffit_train.training.run import starting_from as resolved
+
+    return resolved(recipe, run, source, weights)
+
+
+def train(
+    recipe: Recipe,
+    run: str,
+    address: str | None = None,
+    source: str | None = None,
+    source_weights: str = "ema",
+) -> dict[str, Any]:
+    """Train a run; where it stands.
+
+    Args:
+        source: RUN or RUN@STEP whose weights a new run starts from.
+        source_weights: which of them: raw, or the name of an average.
+    """
     from diffit_train.training.run import finished_step, run_url, send_unsent
 
+    recipe = starting_from(recipe, run, source, source_weights)
     step = finished_step(recipe, run)
     if step is None:
         from diffit_train.training import worker
@@ -212,24 +235,53 @@ def import_weights(
 ) -> dict[str, Any]:
     """Read a weight file into a run."""
     from diffit_train.training import exchange
+    from diffit_train.training.deepspeed_checkpoint import is_deepspeed_checkpoint
 
-    url = exchange.import_weights(recipe, run, storage.absolute(file), step, allow_pickle)
+    file = storage.absolute(file)
+    if is_deepspeed_checkpoint(file):
+        url, step = exchange.import_deepspeed(recipe, run, file, allow_pickle)
+        say(
+            f"run {storage.shown(url)} holds {storage.shown(file)} at step {step:,}, ready to be "
+            "trained on; its averages of the weights begin anew"
+        )
+        return {"run": run, "url": url, "step": step}
+    url = exchange.import_weights(recipe, run, file, step, allow_pickle)
     say(f"run {storage.shown(url)} holds {storage.shown(file)} as the EMA of step {step:,}")
     return {"run": run, "url": url, "step": step}
 
 
 def export_weights(
-    recipe: Recipe, run: str, step: str, raw: bool, out: str | None
+    recipe: Recipe, run: str, step: str, kind: str, out: str | None
 ) -> dict[str, Any]:
     """Write a checkpoint's weights to a file."""
     from diffit_train.training import exchange
 
     _, number = _checkpoint(recipe, run, step)
-    kind = "raw" if raw else "ema"
     target = None if out is None else storage.absolute(out)
     file = exchange.export_weights(recipe, run, number, kind, target)
     say(f"wrote {storage.shown(file)}: {kind} of {run}, step {number:,}")
     return {"file": file, "run": run, "step": number, "weights": kind}
+
+
+def reconstruct_ema(
+    recipe: Recipe, run: str, sigma_rel: float, step: str, out: str | None
+) -> dict[str, Any]:
+    """Make an average of the weights from a run's snapshots."""
+    from diffit_train.training import exchange
+
+    _checkpoint(recipe, run, NEWEST)
+    target = None if out is None else storage.absolute(out)
+    made = exchange.reconstruct_ema(recipe, run, sigma_rel, _step(step), target)
+    say(
+        f"wrote {storage.shown(made.file)}: sigma_rel {sigma_rel:g} of {run}, step {made.step:,}, "
+        f"from {made.snapshots} snapshots; its profile is off by {made.error:.2%}"
+    )
+    if made.error > POOR_PROFILE:
+        say(
+            "that is far from what was asked; take a sigma_rel nearer those of train.ema, or more "
+            "snapshots"
+        )
+    return {**asdict(made), "run": run, "sigma_rel": sigma_rel}
 
 
 def _checkpoint(recipe: Recipe, run: str, step: str) -> tuple[str, int]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from diffit_train import storage
 from diffit_train.checkpoints import (
@@ -25,6 +24,7 @@ from diffit_train.checkpoints import (
     Kind,
     Parameter,
     Piece,
+    Slice,
     State,
     checkpoint_url,
     committed_steps,
@@ -206,17 +206,24 @@ def write_pieces(path: Path, stretches: Iterable[Stretch], kinds: Sequence[Kind]
                 values.contiguous().numpy().tofile(file)
 
 
-def save_weights(weights: dict[str, torch.Tensor], run_url: str, state: State) -> None:
-    """Write a checkpoint that holds nothing but these weights, as the EMA."""
+def save_whole(
+    values: dict[Kind, dict[str, torch.Tensor]],
+    shapes: dict[str, torch.Size],
+    run_url: str,
+    state: State,
+) -> None:
+    """Write a checkpoint from whole tensors, by kind and parameter, in this process alone."""
     url, name = checkpoint_url(run_url, state.step), "rank-00000-of-00001.safetensors"
-    flat = {f"ema/{key}": value.reshape(-1).contiguous() for key, value in weights.items()}
+    stretches = [
+        Stretch(Slice(key, 0, shape.numel()), {k: v[key].reshape(-1) for k, v in values.items()})
+        for key, shape in shapes.items()
+    ]
     with storage.atomic_file(storage.join(url, name)) as path:
-        save_file(flat, str(path))
+        write_pieces(path, stretches, tuple(values))
         entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
-    pieces = [(key, 0, value.numel()) for key, value in weights.items()]
-    shapes = {key: value.shape for key, value in weights.items()}
+    pieces = [(key, 0, shape.numel()) for key, shape in shapes.items()]
     part: dict[str, Any] = {"name": name, "entry": entry.model_dump(), "pieces": pieces}
-    commit_checkpoint(url, state, shapes, [part], kinds=("ema",))
+    commit_checkpoint(url, state, shapes, [part], tuple(values))
 
 
 def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:

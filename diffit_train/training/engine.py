@@ -337,10 +337,10 @@ def _deepspeed_config(train: Train, micro_batches: int, device: torch.device) ->
         "zero_optimization": zero,
         # DeepSpeed's own Adam for CPUs would be compiled at the first start, for minutes.
         "zero_force_ds_cpu_optimizer": False,
+        # Left out, DeepSpeed would clip at 1; at stage 0 we clip, having looked at the norm.
+        "gradient_clipping": (train.grad_clip or 0.0) if train.zero_stage else 0.0,
         "steps_per_print": 10**9,
     }
-    if train.grad_clip is not None and train.zero_stage:
-        config["gradient_clipping"] = train.grad_clip
     if train.precision == "bf16":
         config["bf16"] = {"enabled": True}
         if train.zero_stage in (2, 3):

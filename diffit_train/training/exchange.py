@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
 from diffit_train import storage
-from diffit_train.checkpoints import State, committed_steps, read_weights
+from diffit_train.checkpoints import (
+    Kind,
+    Slice,
+    State,
+    committed_steps,
+    read_index,
+    read_slices,
+    read_weights,
+)
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
 from diffit_train.models.published import check_published, read_weights_file, write_published
+from diffit_train.progress import Progress
 from diffit_train.tracking import Tracker
-from diffit_train.training.checkpoint import save_weights
-from diffit_train.training.run import check_recipe, create_identity, run_url
+from diffit_train.training.checkpoint import save_whole
+from diffit_train.training.posthoc import (
+    WIDEST_PROFILE,
+    Profile,
+    power_exponent,
+    reconstruct,
+)
+from diffit_train.training.run import SNAPSHOTS, check_recipe, create_identity, run_url
 
 
 def import_weights(
@@ -25,11 +45,70 @@ def import_weights(
     Raises:
         UserError: the run exists already, or the file does not hold the recipe's model.
     """
-    url = run_url(recipe, run)
-    if committed_steps(url):
-        raise UserError(f"run {run!r} in {recipe.storage.root} exists; choose another --run")
+    _require_new(recipe, run)
     tensors = read_weights_file(file, allow_pickle)
     weights = check_published(build_model(recipe), tensors, file)
+    shapes = {name: value.shape for name, value in weights.items()}
+    state = {"step": step, "images_seen": 0, "optimizer_steps": 0}
+    return _new_run(recipe, run, file, {"ema": weights}, shapes, state)
+
+
+def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) -> tuple[str, int]:
+    """Make a run of a checkpoint of DeepSpeed's own, to be trained on; its folder and step.
+
+    Master weights and Adam's moments are taken over. DeepSpeed keeps no averages of the weights,
+    so those of the recipe begin anew.
+
+    Raises:
+        UserError: the run exists already, or the checkpoint does not hold the recipe's model.
+    """
+    _require_new(recipe, run)
+    if not allow_pickle:
+        raise UserError(
+            f"{folder} is a checkpoint of DeepSpeed's, made of pickles, which may run any code "
+            "when they are read; if you trust it, give --allow-pickle"
+        )
+    from diffit_train.training.deepspeed_checkpoint import read_deepspeed_checkpoint
+
+    found = read_deepspeed_checkpoint(folder)
+    shapes = {n: p.shape for n, p in build_model(recipe).named_parameters() if p.requires_grad}
+    masters = found.values["master"]
+    wrong = [f"missing: {n}" for n in sorted(shapes.keys() - masters.keys())]
+    wrong += [f"unexpected: {n}" for n in sorted(masters.keys() - shapes.keys())]
+    wrong += [
+        f"wrong size: {n} has {masters[n].numel():,} elements, expected {shapes[n].numel():,}"
+        for n in sorted(shapes.keys() & masters.keys())
+        if masters[n].numel() != shapes[n].numel()
+    ]
+    if wrong:
+        more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        raise UserError(
+            "\n  ".join([f"{folder} does not hold this recipe's model:", *wrong[:8], *more])
+        )
+    values = {**found.values, **dict.fromkeys(recipe.train.ema, masters)}
+    state = {
+        "step": found.step,
+        "images_seen": found.step * recipe.train.batch_size,
+        "optimizer_steps": found.optimizer_steps,
+    }
+    return _new_run(recipe, run, folder, values, shapes, state), found.step
+
+
+def _require_new(recipe: Recipe, run: str) -> None:
+    if committed_steps(run_url(recipe, run)):
+        raise UserError(f"run {run!r} in {recipe.storage.root} exists; choose another --run")
+
+
+def _new_run(
+    recipe: Recipe,
+    run: str,
+    file: str,
+    values: dict[Kind, dict[str, Tensor]],
+    shapes: dict[str, torch.Size],
+    counts: dict[str, int],
+) -> str:
+    """Identity, MLflow run and checkpoint of a run that begins with imported values."""
+    url = run_url(recipe, run)
     identity = check_recipe(recipe, run) or create_identity(recipe, run)
     tracker = Tracker.of(recipe)
     tags = {
@@ -41,15 +120,13 @@ def import_weights(
         recipe.tracking.experiment, identity.uuid, identity.name, recipe.flat(), tags
     )
     state = State(
-        step=step,
-        images_seen=0,
-        optimizer_steps=0,
+        **counts,
         recipe_hash=identity.recipe_hash,
         mlflow_run_id=mlflow_run_id,
         world_size=1,
         zero_stage=0,
     )
-    save_weights(weights, url, state)
+    save_whole(values, shapes, url, state)
     tracker.finish(mlflow_run_id)
     return url
 
@@ -58,7 +135,7 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
     """Write a checkpoint's weights to one safetensors file under the published names; its URL.
 
     Args:
-        kind: `ema` or `raw`.
+        kind: `raw`, or the name of an average.
         out: where to; None for RUN/export/KIND-STEP.safetensors.
 
     Raises:
@@ -66,7 +143,74 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
     """
     url = run_url(recipe, run)
     out = out or storage.join(url, "export", f"{kind}-{step:010d}.safetensors")
-    weights = read_weights(url, step, "raw" if kind == "raw" else "ema")
+    weights = read_weights(url, step, kind)
     metadata = {"run": run, "step": str(step), "weights": kind, "recipe": dump_recipe(recipe)}
     write_published(build_model(recipe), weights, out, metadata)
     return out
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """An average that was made of snapshots.
+
+    Attributes:
+        error: L2 distance of its profile from the wanted one, relative to the wanted one.
+        snapshots: how many were summed.
+    """
+
+    file: str
+    step: int
+    error: float
+    snapshots: int
+
+
+def reconstruct_ema(
+    recipe: Recipe, run: str, sigma_rel: float, step: int | None = None, out: str | None = None
+) -> Reconstruction:
+    """Make the average with another power profile from a run's snapshots (EDM2, section 3).
+
+    Args:
+        sigma_rel: width of the profile, relative to the training up to `step`.
+        step: of the average; None for the newest snapshot's.
+        out: where to; None for RUN/export/ema-SIGMA-STEP.safetensors.
+
+    Raises:
+        UserError: there are no snapshots, or none that late.
+    """
+    if not 0.0 < sigma_rel < WIDEST_PROFILE:
+        raise UserError(
+            f"--sigma-rel is {sigma_rel}, but must lie above 0 and below {WIDEST_PROFILE:.4f}, "
+            "the width of the plain mean"
+        )
+    url = run_url(recipe, run)
+    snapshots, profiles = storage.join(url, SNAPSHOTS), recipe.train.power_profiles()
+    steps = committed_steps(snapshots)
+    if not profiles or not steps:
+        raise UserError(
+            f"run {run!r} has no snapshots of averages; train with averages that have a sigma_rel "
+            "(as 0.05 and 0.1) in train.ema, and with train.ema_snapshot_every"
+        )
+    step = steps[-1] if step is None else step
+    if not 0 < step <= steps[-1]:
+        raise UserError(f"--step is {step}, but the snapshots of {run!r} end at step {steps[-1]}")
+    gammas = {name: power_exponent(width) for name, width in profiles.items()}
+    taken = [s for s in steps if s > 0]
+    sources = [(s, name) for s in taken for name in profiles]
+    solution = reconstruct(
+        [Profile(s, gammas[name]) for s, name in sources], Profile(step, power_exponent(sigma_rel))
+    )
+    coefficients = dict(zip(sources, solution.coefficients.tolist(), strict=True))
+    shapes = {n: torch.Size(p.shape) for n, p in read_index(snapshots, taken[0]).parameters.items()}
+    wanted = [Slice(name, 0, shape.numel()) for name, shape in shapes.items()]
+    sums = [torch.zeros(s.length, dtype=torch.float64) for s in wanted]
+    with Progress("reconstruct", len(taken), "snapshots") as progress:
+        for number, at in enumerate(taken, start=1):
+            for kind, values in read_slices(snapshots, at, wanted, tuple(profiles)).items():
+                for total, value in zip(sums, values, strict=True):
+                    total.add_(value, alpha=coefficients[at, kind])
+            progress.update(number)
+    weights = {s.name: t.float().view(shapes[s.name]) for s, t in zip(wanted, sums, strict=True)}
+    out = out or storage.join(url, "export", f"ema-{sigma_rel:g}-{step:010d}.safetensors")
+    metadata = {"run": run, "step": str(step), "weights": f"sigma_rel {sigma_rel:g}"}
+    write_published(build_model(recipe), weights, out, {**metadata, "recipe": dump_recipe(recipe)})
+    return Reconstruction(out, step, solution.error, len(sources))

@@ -40,6 +40,7 @@ from diffit_train.training.checkpoint import (
 )
 from diffit_train.training.engine import Engine, learning_rate
 from diffit_train.training.run import (
+    SNAPSHOTS,
     PassedOver,
     TrainingLog,
     append_bad_step,
@@ -56,8 +57,6 @@ from diffit_train.training.telemetry import (
     training_flops_per_image,
 )
 
-# Where snapshots of averages lie under a run, in the format of checkpoints.
-SNAPSHOTS = "ema-snapshots"
 # Seconds between looks whether Ray has announced a preemption.
 PREEMPTION_POLL_S = 1.0
 GIB = 2**30

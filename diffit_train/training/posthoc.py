@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq
 
+# sigma_rel of the mean over all of training, gamma = 0.
+WIDEST_PROFILE = 12**-0.5
 # Steps of training whose weights are held at once when profiles are multiplied.
 _STRETCH = 1 << 16
 
@@ -30,7 +32,7 @@ def power_exponent(sigma_rel: float) -> float:
     def excess(gamma: float) -> float:
         return (gamma + 1.0) / ((gamma + 2.0) ** 2 * (gamma + 3.0)) - sigma_rel**2
 
-    if not 0.0 < sigma_rel < 12**-0.5:
+    if not 0.0 < sigma_rel < WIDEST_PROFILE:
         raise ValueError(f"sigma_rel is {sigma_rel}, but must lie between 0 and 0.2886")
     return float(brentq(excess, 0.0, 2.0 / sigma_rel, xtol=1e-14, rtol=1e-15))
 

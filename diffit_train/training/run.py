@@ -12,10 +12,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffit_train import storage
-from diffit_train.checkpoints import committed_steps, read_state
+from diffit_train.checkpoints import (
+    checkpoint_digest,
+    committed_steps,
+    read_index,
+    read_state,
+    require_step,
+)
 from diffit_train.config import Recipe, dump_recipe, validate
+from diffit_train.config.recipe import Start
 from diffit_train.errors import DiffitError, UserError
 
+# Where snapshots of averages lie under a run, in the format of checkpoints.
+SNAPSHOTS = "ema-snapshots"
 _PERF = (
     *("images_per_s", "step_s", "data_wait_fraction", "mfu", "memory_gib"),
     *("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s"),
@@ -74,9 +83,14 @@ def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
     )
 
 
+def stored_recipe(url: str) -> Recipe:
+    """The recipe of the run in a folder."""
+    return validate(yaml.safe_load(storage.read_bytes(storage.join(url, "recipe.yaml"))), url)
+
+
 def _differences(recipe: Recipe, url: str) -> str:
     """`: train.lr is 0.1, there 0.2` for the keys that make the recipes differ."""
-    stored = validate(yaml.safe_load(storage.read_bytes(storage.join(url, "recipe.yaml"))), url)
+    stored = stored_recipe(url)
     mine, theirs = _leaves(recipe.train_identity()), _leaves(stored.train_identity())
     changed = [
         f"{key} is {mine.get(key)!r}, there {theirs.get(key)!r}"
@@ -193,3 +207,51 @@ def send_unsent(recipe: Recipe, run: str, say: Callable[[str], None]) -> None:
     if not outbox.close():
         storage.remove(mark)
         say("sent the metrics that MLflow lacked")
+
+
+def starting_from(recipe: Recipe, run: str, source: str, weights: str) -> Recipe:
+    """The recipe with `train.start` filled in.
+
+    A run that exists keeps the checkpoint that it started from, though its source may have
+    trained on since. Where the resolution differs, the fixed positions keep the spread that
+    the source has learnt.
+
+    Args:
+        run: the new run.
+        source: RUN or RUN@STEP, without a step the newest checkpoint.
+        weights: raw, or the name of an average.
+
+    Raises:
+        UserError: there is no such run, checkpoint or average.
+    """
+    name, _, step = source.partition("@")
+    if step and not step.isdigit():
+        raise UserError(f"--from is {source!r}, but must be RUN or RUN@STEP, as first@5000")
+    if name == run:
+        raise UserError(f"--from names run {run!r} itself; give the new run another name by --run")
+    url = run_url(recipe, name)
+    if read_identity(url) is None:
+        raise UserError(f"--from is {source!r}, but there is no run {name!r} in {url}")
+    theirs = stored_recipe(url)
+    mine = run_url(recipe, run)
+    kept = stored_recipe(mine).train.start if read_identity(mine) is not None else None
+    if kept and kept.run == name and kept.weights == weights and step in ("", str(kept.step)):
+        start = kept
+    else:
+        number = require_step(url, int(step) if step else None)
+        kind = "master" if weights == "raw" else weights
+        known = read_index(url, number).kinds
+        if kind not in known:
+            raise UserError(f"--from-weights is {weights!r}, but {source} holds {', '.join(known)}")
+        digest = checkpoint_digest(url, number)
+        start = Start(run=name, step=number, weights=weights, digest=digest)
+    model = recipe.model
+    if model.position_side is None and _side(theirs) != _side(recipe):
+        side = theirs.model.position_side or _side(theirs)
+        model = model.model_copy(update={"position_side": side})
+    train = recipe.train.model_copy(update={"start": start})
+    return recipe.model_copy(update={"train": train, "model": model})
+
+
+def _side(recipe: Recipe) -> int:
+    return recipe.latent_size // recipe.model.patch_size

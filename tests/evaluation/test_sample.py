@@ -60,7 +60,7 @@ def test_a_run_and_its_export_give_the_same_pictures_in_any_batch(
     assert [p["class"] for p in result["pictures"]] == ["b"] * 3 + ["c"] * 3
     assert Image.open(tmp_path / "run" / "grid.png").size[0] > 100
 
-    file = command.export_weights(recipe, "tiny", "newest", False, str(tmp_path / "w.safetensors"))
+    file = command.export_weights(recipe, "tiny", "newest", "ema", str(tmp_path / "w.safetensors"))
     tensors = load_file(file["file"])
     ema = read_weights(str(trained / "runs" / "tiny"), 12, "ema")
     assert set(ema) < set(tensors)
@@ -80,7 +80,7 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     trained: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(trained)
-    exported = command.export_weights(recipe, "tiny", "8", True, str(tmp_path / "raw.safetensors"))
+    exported = command.export_weights(recipe, "tiny", "8", "raw", str(tmp_path / "raw.safetensors"))
     file = exported["file"]
     # The file itself says of which recipe it is.
     mine = command.recipe_of_weights(file, None, ["storage.root=" + str(trained)], None)
@@ -88,7 +88,7 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     result = command.import_weights(mine, "imported", file, 8, False)
     assert committed_steps(result["url"]) == [8]
     again = command.export_weights(
-        recipe, "imported", "8", False, str(tmp_path / "again.safetensors")
+        recipe, "imported", "8", "ema", str(tmp_path / "again.safetensors")
     )
     before, after = load_file(file), load_file(again["file"])
     assert before.keys() == after.keys()
@@ -102,7 +102,7 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     with pytest.raises(UserError, match=r"run 'imported' .* exists; choose another --run"):
         command.import_weights(recipe, "imported", file, 8, False)
     with pytest.raises(UserError, match=r"holds no master, only ema: its weights were imported"):
-        command.export_weights(recipe, "imported", "8", True, None)
+        command.export_weights(recipe, "imported", "8", "raw", None)
     with pytest.raises(UserError, match=r"imported and have no optimizer state"):
         command.train(recipe, "imported")
 

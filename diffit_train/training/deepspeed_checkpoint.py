@@ -1,0 +1,128 @@
+"""Read checkpoints that DeepSpeed itself wrote, for those who come with them.
+
+    DIR/latest                                          name of the newest tag
+    DIR/TAG/mp_rank_00_model_states.pt                  or zero_pp_rank_R_mp_rank_00_… at stage 3
+    DIR/TAG/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt
+
+These are pickles, which may run any code when they are read; nothing here is called unless the
+user has said so. Stages 1, 2 and 3, without tensor or pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffit_train.checkpoints import STATES, Kind
+from diffit_train.errors import UserError
+
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+
+
+@dataclass(frozen=True)
+class DeepSpeedState:
+    """Master weights and moments by parameter, 1-D float32, and how far training had come."""
+
+    values: dict[Kind, dict[str, Tensor]]
+    step: int
+    optimizer_steps: int
+
+
+def is_deepspeed_checkpoint(path: str) -> bool:
+    """Whether a local path is a folder that DeepSpeed's `save_checkpoint` wrote, or a tag in it."""
+    folder = Path(path)
+    return folder.is_dir() and ((folder / "latest").is_file() or bool(_files(folder)))
+
+
+def _files(folder: Path) -> dict[int, Path]:
+    matches = ((_OPTIMIZER_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def read_deepspeed_checkpoint(path: str) -> DeepSpeedState:
+    """The state of all ranks, joined.
+
+    Args:
+        path: the folder given to `save_checkpoint`, whose newest tag is read, or a tag's folder.
+
+    Raises:
+        UserError: files are missing, or of a kind that is not read here.
+    """
+    folder = Path(path)
+    if (folder / "latest").is_file():
+        folder = folder / (folder / "latest").read_text().strip()
+    files = _files(folder) if folder.is_dir() else {}
+    if not files:
+        raise UserError(f"{folder} holds no *_optim_states.pt of DeepSpeed's ZeRO stages 1 to 3")
+    models = sorted(folder.glob("*mp_rank_00_model_states.pt"))
+    if not models:
+        raise UserError(f"{folder} holds no *mp_rank_00_model_states.pt")
+    model = _load(models[0])
+    ranks = {rank: _load(file)["optimizer_state_dict"] for rank, file in sorted(files.items())}
+    first = ranks[min(ranks)]
+    count = _partition_count(first)
+    if sorted(ranks) != list(range(count)):
+        missing = sorted(set(range(count)) - set(ranks))
+        raise UserError(f"{folder} was written by {count} ranks; those of {missing} are missing")
+    pieces: dict[Kind, dict[str, list[Tensor]]] = {kind: defaultdict(list) for kind in STATES}
+    steps = 0
+    for rank in range(count):
+        taken = _stage_3(ranks[rank], model, rank, count) if int(first["zero_stage"]) == 3 else None
+        for name, tensors, step in taken or _stage_1_or_2(ranks[rank]):
+            steps = max(steps, step)
+            for kind, tensor in zip(STATES, tensors, strict=True):
+                pieces[kind][name].append(tensor.reshape(-1).float())
+    values = {kind: {n: torch.cat(p) for n, p in named.items()} for kind, named in pieces.items()}
+    return DeepSpeedState(values, int(model.get("global_steps", steps)), steps)
+
+
+_Taken = list[tuple[str, tuple[Tensor, Tensor, Tensor], int]]
+
+
+def _stage_1_or_2(state: dict[str, Any]) -> _Taken:
+    taken: _Taken = []
+    adam = state["base_optimizer_state"]["state"]
+    masters = state["single_partition_of_fp32_groups"]
+    for group, mapping in enumerate(state["param_slice_mappings"]):
+        flats = (masters[group], adam[group]["exp_avg"], adam[group]["exp_avg_sq"])
+        for name, place in mapping.items():
+            a, b, c = (flat.narrow(0, place.start, place.numel) for flat in flats)
+            taken.append((name, (a, b, c), int(adam[group]["step"])))
+    return taken
+
+
+def _stage_3(state: dict[str, Any], model: dict[str, Any], rank: int, count: int) -> _Taken:
+    """Each parameter in equal parts, filled up at the end."""
+    taken: _Taken = []
+    adam = state["optimizer_state_dict"]["state"]
+    for group, shapes in enumerate(model["param_shapes"]):
+        master = state["fp32_flat_groups"][group]
+        flats = (master, adam[group]["exp_avg"], adam[group]["exp_avg_sq"])
+        place = 0
+        for name, shape in shapes.items():
+            whole = math.prod(shape)
+            size = math.ceil(whole / count)
+            length = max(0, min(size, whole - rank * size))
+            a, b, c = (flat.reshape(-1).narrow(0, place, length) for flat in flats)
+            taken.append((name, (a, b, c), int(adam[group]["step"])))
+            place += size
+    return taken
+
+
+def _partition_count(state: dict[str, Any]) -> int:
+    count = state["partition_count"]
+    return int(max(count)) if isinstance(count, list | tuple) else int(count)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,138 @@
+"""Averages of the weights against their formulas, and those made of snapshots afterwards."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffit_train.checkpoints import Slice
+from diffit_train.config.recipe import EmaProfile, Train
+from diffit_train.training.ema import ema_decay
+from diffit_train.training.engine import Engine
+from diffit_train.training.posthoc import WIDEST_PROFILE, Profile, power_exponent, reconstruct
+from tests.training.ranks import on_ranks
+from tests.training.test_engine import BATCH, CPU, _model, _one_step
+
+PROFILES = {
+    "constant": EmaProfile(decay=0.9),
+    "ramped": EmaProfile(half_life_images=20.0, ramp_ratio=0.05),
+    "power": EmaProfile(sigma_rel=0.1),
+}
+
+
+@given(sigma_rel=st.floats(0.01, 0.28))
+def test_a_power_profile_has_the_width_it_is_named_by(sigma_rel: float) -> None:
+    gamma = power_exponent(sigma_rel)
+    t = (np.arange(200_000) + 0.5) / 200_000
+    density = (gamma + 1) * t**gamma
+    mean = (density * t).mean()
+    assert math.sqrt((density * (t - mean) ** 2).mean()) == pytest.approx(sigma_rel, rel=1e-3)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.3, math.nan])
+def test_widths_that_no_profile_has_are_refused(sigma_rel: float) -> None:
+    with pytest.raises(ValueError, match="must lie between"):
+        power_exponent(sigma_rel)
+
+
+def _averaged(profile: EmaProfile, weights: np.ndarray) -> float:
+    """By the update rule, from an average that begins far off."""
+    average = 1000.0
+    for step, value in enumerate(weights):
+        decay = ema_decay(profile, step, batch_size=8)
+        average = decay * average + (1 - decay) * value
+    return average
+
+
+def test_updates_add_up_to_the_profile() -> None:
+    weights = np.random.default_rng(0).normal(size=300)
+    for sigma_rel in (0.05, 0.2):
+        profile = Profile(300, power_exponent(sigma_rel)).weights(1, 300)
+        assert profile.sum() == pytest.approx(1.0)
+        by_rule = _averaged(EmaProfile(sigma_rel=sigma_rel), weights)
+        assert by_rule == pytest.approx(profile @ weights, rel=1e-9)
+
+
+def test_half_life_is_counted_in_pictures() -> None:
+    steady = EmaProfile(half_life_images=80.0)
+    # Ten steps of eight pictures.
+    assert ema_decay(steady, 0, 8) ** 10 == pytest.approx(0.5)
+    ramped = EmaProfile(half_life_images=80.0, ramp_ratio=0.05)
+    assert ema_decay(ramped, 0, 8) == 0.0
+    assert ema_decay(ramped, 100, 8) == pytest.approx(0.5 ** (8 / 40))
+    assert ema_decay(ramped, 10_000, 8) == ema_decay(steady, 0, 8)
+
+
+@pytest.mark.parametrize("wanted", [0.06, 0.1, 0.14])
+def test_an_average_made_of_snapshots_is_that_of_training(wanted: float) -> None:
+    steps = np.arange(40, 1001, 40)
+    # Weights that drift and jitter, as those of a training do.
+    weights = np.cumsum(np.random.default_rng(1).normal(size=1000)) / 10
+    weights += np.random.default_rng(2).normal(size=1000)
+    sources = [(int(s), sigma) for s in steps for sigma in (0.05, 0.15)]
+    snapshots = [Profile(s, power_exponent(sigma)) for s, sigma in sources]
+    values = [_averaged(EmaProfile(sigma_rel=sigma), weights[:s]) for s, sigma in sources]
+    solution = reconstruct(snapshots, Profile(1000, power_exponent(wanted)))
+    assert solution.error < 0.05
+    made = float(solution.coefficients @ values)
+    truth = _averaged(EmaProfile(sigma_rel=wanted), weights)
+    assert made == pytest.approx(truth, abs=0.02 * float(np.std(weights)))
+
+
+def test_a_snapshot_with_the_wanted_profile_is_taken_as_it_is() -> None:
+    snapshots = [Profile(s, power_exponent(w)) for s in (50, 100) for w in (0.05, 0.1)]
+    solution = reconstruct(snapshots, Profile(100, power_exponent(0.1)))
+    np.testing.assert_allclose(solution.coefficients, [0, 0, 0, 1], atol=1e-9)
+    assert solution.error < 1e-9
+    with pytest.raises(ValueError, match="no snapshots"):
+        reconstruct([], Profile(100, 3.0))
+    assert power_exponent(WIDEST_PROFILE * 0.9999) < 0.01
+
+
+def _gathered(engine: Engine, kind: str) -> dict[str, torch.Tensor]:
+    """The whole of a kind, from what each rank owns."""
+    mine = [(s.slice, s.values[kind].clone()) for s in engine.owned()]
+    everyone: list[Any] = [None] * engine.world_size
+    dist.all_gather_object(everyone, mine)
+    whole = {name: torch.full((shape.numel(),), torch.nan) for name, shape in engine.shapes.items()}
+    for part in everyone:
+        for slice_, values in part:
+            assert isinstance(slice_, Slice)
+            whole[slice_.name][slice_.offset : slice_.offset + slice_.length] = values
+    assert not any(values.isnan().any() for values in whole.values())
+    return whole
+
+
+def _compare_with_whole(rank: int, world: int, stage: int, precision: str) -> None:
+    train = Train(
+        steps=9, batch_size=BATCH, lr=1e-2, zero_stage=stage, precision=precision, ema=PROFILES
+    )
+    engine = Engine(_model(), train, rank, world, CPU)
+    averages = {name: _gathered(engine, "master") for name in PROFILES}
+    total = sum(s.slice.length for s in engine.owned())
+    assert total < 0.6 * sum(shape.numel() for shape in engine.shapes.values())
+    for step in range(5):
+        _one_step(engine, step)
+        masters = _gathered(engine, "master")
+        for name, profile in PROFILES.items():
+            for key, average in averages[name].items():
+                average.lerp_(masters[key], 1.0 - ema_decay(profile, step, BATCH))
+    for name in PROFILES:
+        mine = _gathered(engine, name)
+        assert all(torch.equal(mine[key], value) for key, value in averages[name].items()), name
+        assert any(not torch.equal(mine[key], masters[key]) for key in mine)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
+)
+def test_sharded_averages_are_those_of_gathered_weights(stage: int, precision: str) -> None:
+    on_ranks(2, _compare_with_whole, stage, precision)
