@@ -1,0 +1,220 @@
+"""A rank's loop without Ray: any world size, stops, bad steps, returns to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from diffit_train import storage
+from diffit_train.checkpoints import committed_steps, read_state, read_weights
+from diffit_train.config import Recipe
+from diffit_train.errors import DiffitError
+from diffit_train.tracking import Tracker
+from diffit_train.training import loop
+from diffit_train.training.run import PassedOver, create_identity
+from tests.conftest import tiny_recipe
+from tests.training.ranks import on_ranks
+
+CPU = torch.device("cpu")
+STEPS = ("train.steps=24", "train.checkpoint_every=8", "train.log_every=2")
+
+
+class Asked(loop.Alone):
+    """Wants to stop, or is preempted, once a step has been judged so many times."""
+
+    def __init__(self, stop_after: int | None, preempt: bool) -> None:
+        self.stop_after, self.preempt, self.asked = stop_after, preempt, 0
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def stop_wanted(self) -> bool:
+        self.asked += 1
+        return self.stop_after is not None and self.asked >= self.stop_after
+
+    def preempted(self) -> bool:
+        return self.preempt
+
+
+def _train(
+    rank: int,
+    world: int,
+    recipe: Recipe,
+    run: str,
+    run_id: str,
+    expected: int,
+    stop_after: int | None = None,
+    preempt: bool = False,
+    bad_steps: tuple[int, ...] = (),
+) -> None:
+    loop.PREEMPTION_POLL_S = 0.0
+    around = Asked(stop_after, preempt)
+    prepare: Callable[..., Any] = loop.Trainer._prepare
+
+    def spoilt(self: loop.Trainer, batch: Any) -> loop.Prepared:
+        made = prepare(self, batch)
+        if batch.step in bad_steps and rank == 0:
+            made.drawn.x0[0] = math.nan
+        return made
+
+    loop.Trainer._prepare = spoilt  # type: ignore[method-assign]
+    try:
+        step = loop.train_to_the_end(recipe, run, run_id, CPU, around)
+    finally:
+        loop.Trainer._prepare = prepare  # type: ignore[method-assign]
+    assert step == expected, step
+    if preempt and rank == 0:
+        assert any("is to be taken away; saved at step 1" in line for line in around.lines)
+    dist.barrier()
+
+
+def _run(root: Path, run: str, world: int, expected: int, *changes: str, **rest: Any) -> Path:
+    """Train on some ranks; the run's folder."""
+    recipe = tiny_recipe(root, *STEPS, *changes)
+    url = root / "runs" / run
+    identity = create_identity(recipe, run)
+    tracker = Tracker.of(recipe)
+    run_id = tracker.training_run("demo", identity.uuid, run, {}, {})
+    on_ranks(world, _train, recipe, run, run_id, expected, *rest.values())
+    return url
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").open()]
+
+
+def _curve(run: Path) -> list[tuple[float, ...]]:
+    names = ("step", "loss", "grad_norm", "lr")
+    return [tuple(record[name] for name in names) for record in _log(run)]
+
+
+def _same_weights(a: Path, b: Path, step: int) -> None:
+    for kind in ("raw", "ema"):
+        mine, theirs = read_weights(str(a), step, kind), read_weights(str(b), step, kind)
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+@pytest.fixture(scope="module")
+def whole(encoded: Path) -> Path:
+    """The undisturbed run of two ranks."""
+    return _run(encoded, "whole", 2, 24)
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (1, ("train.micro_batch_size=3",)),
+        (1, ("train.zero_stage=0",)),
+        (2, ("train.zero_stage=3", "train.micro_batch_size=2")),
+        # Four lanes of two pictures: one rank has twice as much as the others.
+        pytest.param(3, ("train.micro_batch_size=1",), marks=pytest.mark.slow),
+        pytest.param(4, (), marks=pytest.mark.slow),
+    ],
+)
+def test_the_curve_does_not_depend_on_how_it_is_computed(
+    encoded: Path, whole: Path, world: int, changes: tuple[str, ...]
+) -> None:
+    run = _run(encoded, f"other-{world}-{len(changes[0]) if changes else 0}", world, 24, *changes)
+    for mine, theirs in zip(_curve(run), _curve(whole), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
+    encoded: Path, whole: Path
+) -> None:
+    # In the middle of an interval of the log, whose sums must not be lost.
+    run = _run(encoded, "stopped", 2, 11, stop_after=11)
+    assert committed_steps(str(run)) == [0, 8, 11]
+    assert read_state(str(run), 11).interval is not None
+    recipe = tiny_recipe(encoded, *STEPS)
+    on_ranks(2, _train, recipe, "stopped", read_state(str(run), 11).mlflow_run_id, 24)
+    assert _curve(run) == _curve(whole)
+    _same_weights(run, whole, 24)
+    points = Tracker.of(recipe).history(read_state(str(run), 24).mlflow_run_id, "train/loss")
+    assert [step for step, _ in points] == list(range(2, 25, 2))
+
+
+def test_a_preemption_is_answered_by_one_checkpoint(encoded: Path, whole: Path) -> None:
+    run = _run(encoded, "preempted", 2, 24, stop_after=None, preempt=True)
+    assert committed_steps(str(run)) == [0, 1, 8, 16, 24]
+    assert _curve(run) == _curve(whole)
+
+
+def test_bad_batches_are_named_and_skipped(encoded: Path) -> None:
+    bad = (5, 9)
+    run = _run(encoded, "bad", 2, 24, stop_after=None, preempt=False, bad_steps=bad)
+    records = [json.loads(line) for line in (run / "bad-steps.jsonl").open()]
+    assert [record["step"] for record in records] == [5, 9]
+    assert all(len(record["keys"]) == 8 and record["shards"] for record in records)
+    assert all(record["loss"] == "nan" for record in records)
+    state = read_state(str(run), 24)
+    assert (state.step, state.optimizer_steps) == (24, 22)
+    skipped = {record["step"]: record.get("skipped_steps", 0) for record in _log(run)}
+    assert {step: n for step, n in skipped.items() if n} == {6: 1, 10: 1}
+    assert all(math.isfinite(record["loss"]) for record in _log(run))
+
+
+def test_after_too_many_bad_batches_in_a_row_the_run_goes_back_and_passes_over(
+    encoded: Path,
+) -> None:
+    bad, limit = (10, 11, 12), "train.bad_steps_in_row=3"
+    run = _run(encoded, "back", 2, 24, limit, stop_after=None, preempt=False, bad_steps=bad)
+    assert PassedOver.read(str(run)).ranges == ((10, 12),)
+    assert len((run / "bad-steps.jsonl").read_text().splitlines()) == 3
+    # A run that knew of them from the start comes to the very same weights.
+    knowing = encoded / "runs" / "knowing"
+    storage.write_json(str(knowing / "passed-over.json"), [[10, 12]])
+    assert _run(encoded, "knowing", 2, 24) == knowing
+    _same_weights(run, knowing, 24)
+    assert read_state(str(run), 24).optimizer_steps == 21
+
+
+def _gives_up(rank: int, world: int, recipe: Recipe, run: str, run_id: str) -> None:
+    with pytest.raises(DiffitError, match=r"2 steps in a row from 3 on .* lower train\.lr"):
+        _train(rank, world, recipe, run, run_id, 24, bad_steps=(3, 4))
+
+
+def test_a_run_that_may_not_go_back_stops(encoded: Path) -> None:
+    recipe = tiny_recipe(encoded, *STEPS, "train.bad_steps_in_row=2", "train.max_rollbacks=0")
+    identity = create_identity(recipe, "hopeless")
+    run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "hopeless", {}, {})
+    on_ranks(2, _gives_up, recipe, "hopeless", run_id)
+    assert committed_steps(str(encoded / "runs" / "hopeless")) == [0]
+
+
+def test_steps_beyond_a_limit_are_skipped(encoded: Path, whole: Path) -> None:
+    norms = sorted(record["grad_norm"] for record in _log(whole))
+    limit = norms[len(norms) // 2]
+    run = _run(encoded, "limited", 2, 24, f"train.grad_norm_limit={limit}",
+               "train.bad_steps_in_row=24")  # fmt: skip
+    records = [json.loads(line) for line in (run / "bad-steps.jsonl").open()]
+    assert 0 < len(records) < 24
+    assert all(float(record["grad_norm"]) > limit for record in records)
+    assert read_state(str(run), 24).optimizer_steps == 24 - len(records)
+
+
+def test_a_trace_and_snapshots_are_written_where_asked_for(encoded: Path) -> None:
+    changes = ["train.profile_steps=[3,4]", "train.ema_snapshot_every=6"]
+    changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.15}}"]
+    run = _run(encoded, "looked-at", 1, 24, *changes)
+    trace = run / "profile" / "steps-3-4.json.gz"
+    assert trace.stat().st_size > 1000
+    assert committed_steps(str(run / "ema-snapshots")) == [6, 12, 18, 24]
+    snapshot, checkpoint = read_weights(str(run / "ema-snapshots"), 24, "a"), str(run)
+    assert all(
+        torch.equal(value, snapshot[name])
+        for name, value in read_weights(checkpoint, 24, "a").items()
+    )
+    record = _log(run)[-1]
+    names = ("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "memory_gib")
+    assert all(record[name] >= 0.0 for name in names)
+    parts = record["forward_s"] + record["backward_s"] + record["optimizer_s"] + record["data_s"]
+    assert 0.3 * record["step_s"] < parts <= 1.05 * record["step_s"]
