@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
-from diffit_train.tracking import Tracker, redact, tracking_uri
+from diffit_train.tracking import MetricsOutbox, Tracker, redact, tracking_uri
+from tests.conftest import tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,39 @@ def test_the_store_lies_under_a_local_root_only(tmp_path: Path) -> None:
         tracking_uri(load_recipe("demo", root="s3://bucket/prefix"))
     given = load_recipe("demo", ["tracking.uri=http://mlflow:5000"], root="s3://bucket/prefix")
     assert tracking_uri(given) == "http://mlflow:5000"
+
+
+def test_metrics_wait_until_mlflow_answers(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    recipe = tiny_recipe(tmp_path, f"tracking.uri=sqlite:///{folder}/mlflow.db")
+    tracker = Tracker.of(recipe)
+    run_id = tracker.training_run("demo", "uuid", "run", {}, {})
+    tracker.log_metrics(run_id, {"train/loss": 3.0, "perf/step_s": 1.0}, 10)
+    folder.rename(tmp_path / "away")
+    folder.write_text("a file where MLflow's folder was")
+    said: list[str] = []
+    outbox = MetricsOutbox(recipe, run_id, said.append, pause_s=0.05)
+    for step in (10, 20, 30):
+        outbox.put(step, {"train/loss": 1.0, "perf/step_s": 1.0})
+    deadline = time.monotonic() + 30
+    while not said:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert "out of reach, metrics are kept" in said[0]
+    folder.unlink()
+    (tmp_path / "away").rename(folder)
+    assert outbox.close() == 0
+    assert said[-1] == "MLflow answers again"
+    # Step 10 was there already.
+    assert tracker.history(run_id, "train/loss") == [(10, 3.0), (20, 1.0), (30, 1.0)]
+
+
+def test_metrics_that_cannot_be_sent_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file where a folder is wanted")
+    recipe = tiny_recipe(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/store/mlflow.db")
+    said: list[str] = []
+    outbox = MetricsOutbox(recipe, "run", said.append, pause_s=0.05)
+    for step in (10, 20, 30):
+        outbox.put(step, {"train/loss": 1.0})
+    assert outbox.close() == 3
+    assert "3 points are kept in log.jsonl" in said[-1]

@@ -183,11 +183,11 @@ class Board:
         """Add a line for the user."""
         self.lines.append(line)
 
-    def begin(self, workers: int) -> None:
-        """A group of workers has started."""
+    def begin(self, workers: int, step: int) -> None:
+        """A group of workers has begun to train."""
         self.groups += 1
-        if self.groups > 1:
-            self.say(f"workers started again, {workers} of them")
+        again = "again " if self.groups > 1 else ""
+        self.say(f"training {again}from step {step:,} on {workers} workers")
 
     def read(self, seen: int) -> tuple[dict[str, Any], list[str]]:
         """The newest record, and the lines after the first `seen`."""
@@ -208,11 +208,11 @@ class _Around:
     def __init__(self, board: Any, rank: int, world: int, run: str) -> None:
         from ray.util.metrics import Gauge
 
-        self.board, self.rank, self.run = board, rank, run
+        self.board, self.rank, self.world, self.run = board, rank, world, run
+        self.begun = False
         self.stopping = threading.Event()
         self.gauges: dict[str, Gauge] = {}
         if rank == 0:
-            board.begin.remote(world)
             threading.Thread(target=self._watch, name="stop-wanted", daemon=True).start()
 
     def _watch(self) -> None:
@@ -227,6 +227,9 @@ class _Around:
         """To the driver, and to Ray's metrics as diffit_train_NAME."""
         if self.rank != 0:
             return
+        if not self.begun:
+            self.begun = True
+            self.board.begin.remote(self.world, record["step"])
         self.board.put.remote(record)
         for name, value in record.items():
             self._gauge(name).set(value, tags={"run": self.run})

@@ -129,9 +129,9 @@ def _wait_for_step(root: Path, step: int, process: subprocess.Popen[bytes]) -> N
         time.sleep(0.02)
 
 
-def _no_doubled_points(root: Path, expected: list[tuple[int, float]]) -> None:
+def _no_doubled_points(root: Path, expected: list[tuple[int, float]], run: str = "killed") -> None:
     tracker = Tracker.of(tiny_recipe(root))
-    (record,) = [r for r in tracker.runs() if r.name == "killed"]
+    (record,) = [r for r in tracker.runs() if r.name == run]
     points = tracker.history(record.run_id, "train/loss")
     assert [step for step, _ in points] == [step for step, _ in expected]
 

@@ -1,0 +1,175 @@
+"""A cluster of several raylets on this machine, and `diffit train` as a process to disturb."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+_BEGUN = re.compile(r"^training (?:again )?from step ([\d,]+) on (\d+) workers")
+_PROGRESS = re.compile(r"^train +([\d,]+)/")
+
+
+class Nodes:
+    """A head, and nodes of one CPU each that may die and come back.
+
+    Args:
+        count: nodes beside the head.
+        head_cpus: CPUs of the head, which no fault touches.
+    """
+
+    def __init__(self, count: int, head_cpus: int = 0) -> None:
+        from ray.cluster_utils import Cluster
+
+        # The watcher of preemptions is the job's controller, which takes it from here.
+        os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+        arguments = {"num_cpus": head_cpus, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=arguments)
+        self.nodes = [self.add() for _ in range(count)]
+
+    @property
+    def address(self) -> str:
+        """As --address takes it."""
+        return str(self.cluster.address)
+
+    def add(self) -> Any:
+        """One more node."""
+        return self.cluster.add_node(num_cpus=1)
+
+    def kill(self, node: Any) -> None:
+        """End a node's raylet and everything on it, without notice."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def announce_end(self, node: Any, seconds: float) -> None:
+        """Tell Ray that a node will be preempted."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        deadline_ms = int((time.time() + seconds) * 1000)
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        client = GcsClient(address=self.address)
+        accepted, why = client.drain_node(node.node_id, reason, "spot reclaim", deadline_ms)
+        assert accepted, why
+
+    def workers(self) -> list[psutil.Process]:
+        """Training workers on all nodes."""
+        nodes = [self.cluster.head_node, *self.cluster.worker_nodes]
+        found = []
+        for node in nodes:
+            raylet = node.all_processes["raylet"][0].process.pid
+            found += psutil.Process(raylet).children(recursive=True)
+        return [process for process in found if _name(process).startswith("ray::RayTrainW")]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cluster.shutdown()
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+@dataclass
+class Line:
+    """What the command said, and when."""
+
+    at_s: float
+    text: str
+
+
+@dataclass
+class Begun:
+    """A group of workers that began to train."""
+
+    at_s: float
+    step: int
+    workers: int
+
+
+@dataclass
+class Driver:
+    """`diffit train` in a process of its own."""
+
+    recipe: Path
+    run: str
+    address: str | None = None
+    lines: list[Line] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Begin, or go on."""
+        command = [sys.executable, "-c", "from diffit_train.cli import main; main()", "train"]
+        command += [self.recipe.name, "--root", ".", "--run", self.run]
+        command += ["--address", self.address] if self.address else []
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            command, cwd=self.recipe.parent, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for text in process.stderr:
+            self.lines.append(Line(time.monotonic(), text.rstrip()))
+
+    def end(self, number: signal.Signals, timeout_s: float = 120) -> int:
+        """Send a signal and wait for the end; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=timeout_s)
+
+    def begun(self, since_s: float) -> Begun | None:
+        """How training went on after a moment."""
+        for line in list(self.lines):
+            match = _BEGUN.match(line.text)
+            if match and line.at_s > since_s:
+                return Begun(line.at_s, int(match[1].replace(",", "")), int(match[2]))
+        return None
+
+    def wait_begun(self, since_s: float, timeout_s: float = 240) -> Begun:
+        """The first group of workers that began to train after a moment."""
+        found = self.wait(lambda: self.begun(since_s), timeout_s)
+        assert isinstance(found, Begun)
+        return found
+
+    def wait(self, what: Callable[[], Any], timeout_s: float = 120) -> Any:
+        """The first true value of `what`, asked again and again while the command runs."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := what()):
+            said = "\n".join(line.text for line in self.lines[-20:])
+            assert self.process.poll() is None, f"the command ended:\n{said}"
+            assert time.monotonic() < deadline, f"waited {timeout_s} s:\n{said}"
+            time.sleep(0.05)
+        return value
+
+    def said(self, text: str, since_s: float = 0.0) -> bool:
+        """Whether a line after a moment holds the text."""
+        return any(text in line.text for line in list(self.lines) if line.at_s > since_s)
+
+    def stepped(self, since_s: float) -> int | None:
+        """The newest step that the progress line told after a moment."""
+        for line in reversed(list(self.lines)):
+            if line.at_s <= since_s:
+                return None
+            if match := _PROGRESS.match(line.text):
+                return int(match[1].replace(",", ""))
+        return None

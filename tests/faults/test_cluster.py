@@ -1,0 +1,82 @@
+"""Faults on a cluster of several raylets: announced and sudden losses of nodes, SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffit_train.checkpoints import committed_steps, damage
+from diffit_train.config import dump_recipe
+from diffit_train.training.worker import STOPPED, train
+from tests.conftest import tiny_recipe
+from tests.faults.driver import Driver, Nodes
+from tests.training.test_train import _copy, _losses, _no_doubled_points
+
+LONG = ("train.steps=6000", "train.checkpoint_every=100", "train.log_every=50")
+LONG += ("train.lr=1e-4", "train.keep_checkpoints=2")
+ELASTIC = ("scaling.workers=1..2", "scaling.resize_check_s=3", "scaling.max_failures=5")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_nodes_come_and_go(encoded: Path, tmp_path: Path) -> None:
+    _copy(encoded, tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(tiny_recipe(tmp_path, *LONG, *ELASTIC)))
+    script = [sys.executable, "-m", "tests.faults.test_cluster", str(recipe)]
+    subprocess.run(script, check=True, timeout=400)
+    run = tmp_path / "runs" / "elastic"
+    assert committed_steps(str(run)) == [0, 5900, 6000]
+    assert all(damage(str(run), step) is None for step in (0, 5900, 6000))
+    train(tiny_recipe(encoded, *LONG), "undisturbed")
+    mine, theirs = _losses(tmp_path, "elastic"), _losses(encoded, "undisturbed")
+    assert [step for step, _ in mine] == [step for step, _ in theirs]
+    assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], rel=1e-3)
+    _no_doubled_points(tmp_path, theirs, "elastic")
+
+
+def _disturb(recipe: Path) -> None:
+    """In a process of its own, as a second cluster cannot be made where one is connected."""
+    with Nodes(2) as nodes:
+        driver = Driver(recipe, "elastic", nodes.address)
+        driver.start()
+        started_s = 0.0
+        first = driver.wait(lambda: driver.begun(started_s))
+        assert (first.step, first.workers) == (0, 2)
+        driver.wait(lambda: driver.stepped(first.at_s))
+
+        nodes.announce_end(nodes.nodes[0], 20.0)
+        driver.wait(lambda: driver.said("a node is to be taken away; saved at step"))
+        told_s = time.monotonic()
+        nodes.kill(nodes.nodes[0])
+        alone = driver.wait(lambda: driver.begun(told_s))
+        assert alone.workers == 1
+        assert alone.step > 0
+
+        nodes.add()
+        joined = driver.wait(lambda: driver.begun(alone.at_s))
+        assert joined.workers == 2
+
+        nodes.kill(nodes.nodes[1])
+        left = driver.wait(lambda: driver.begun(joined.at_s))
+        assert left.workers == 1
+
+        assert driver.end(signal.SIGTERM) == STOPPED
+        assert driver.said("which is saved; the same command continues")
+        stopped = committed_steps(str(recipe.parent / "runs" / "elastic"))[-1]
+        nodes.add()
+        driver.start()
+        again = driver.wait(lambda: driver.begun(left.at_s))
+        assert again.step == stopped
+        driver.process.wait(timeout=200)
+        assert driver.process.returncode == 0, json.dumps([line.text for line in driver.lines])
+
+
+if __name__ == "__main__":
+    _disturb(Path(sys.argv[1]))
