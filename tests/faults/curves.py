@@ -1,0 +1,146 @@
+"""One training five ways: the loss of every step, and how far apart the curves lie.
+
+    python -m tests.faults.curves --picture docs/curves.png
+
+On 2 workers; on 1; on 4; killed at ten random moments; interrupted in the middle and gone on with
+another number of workers and another ZeRO stage. Digits, fp32, 200 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import ray
+
+from diffit_train import command
+from diffit_train.config import Recipe, dump_recipe, load_recipe
+from diffit_train.training.run import TrainingLog
+from tests.benchmarks.common import print_table
+from tests.faults.driver import Driver
+
+KILLS = 10
+
+
+def _recipe(root: Path, steps: int, *changes: str) -> Recipe:
+    common = [f"train.steps={steps}", "train.lr_schedule=constant", "train.log_every=1"]
+    common += ["train.checkpoint_every=10", "train.keep_checkpoints=3", "scaling.max_failures=20"]
+    return load_recipe("demo", [*common, *changes], root=str(root))
+
+
+def _losses(root: Path, run: str, steps: int) -> np.ndarray:
+    records = TrainingLog(str(root / "runs" / run), steps).records
+    assert [record["step"] for record in records] == list(range(1, steps + 1)), run
+    return np.array([record["loss"] for record in records])
+
+
+def _train_while_killed(root: Path, steps: int, seed: int) -> list[str]:
+    """Kill a worker or the command, ten times in all; what was killed and when."""
+    chance, killed = random.Random(seed), []
+    (root / "recipe.yaml").write_text(dump_recipe(_recipe(root, steps, "scaling.workers=2")))
+    driver = Driver(root / "recipe.yaml", "killed")
+    driver.start()
+    since_s = 0.0
+    while len(killed) < KILLS:
+        begun = driver.wait_begun(since_s)
+        time.sleep(chance.uniform(0.0, 2.5))
+        if driver.process.poll() is not None:
+            break
+        since_s = max(time.monotonic(), begun.at_s)
+        children = psutil.Process(driver.process.pid).children(recursive=True)
+        workers = [c for c in children if c.name().startswith("ray::RayTrainW")]
+        if workers and chance.random() < 0.7:
+            os.kill(chance.choice(workers).pid, signal.SIGKILL)
+            killed.append("worker")
+        else:
+            driver.process.kill()
+            driver.process.wait()
+            time.sleep(5)  # its workers end by themselves when they miss it
+            driver.start()
+            killed.append("command")
+    assert driver.process.wait(timeout=300) == 0, [line.text for line in driver.lines[-5:]]
+    return killed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, help="a root whose demo latents are encoded")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture", type=Path, default=Path("curves.png"))
+    options = parser.parse_args()
+    root, steps = Path(tempfile.mkdtemp(prefix="diffit-curves-")), options.steps
+    if options.root:
+        shutil.copytree(options.root / "latents", root / "latents")
+    else:
+        from diffit_train.data.autoencoder_fit import fit_autoencoder
+        from diffit_train.data.digits import write_digits
+
+        write_digits(str(root / "pictures" / "digits"), 16)
+        fit_autoencoder(_recipe(root, steps))
+        command.encode(_recipe(root, steps))
+
+    killed = _train_while_killed(root, steps, options.seed)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    for run, workers in (("two", 2), ("one", 1), ("four", 4)):
+        command.train(_recipe(root, steps, f"scaling.workers={workers}"), run)
+    command.train(_recipe(root, steps // 2, "scaling.workers=2"), "changed")
+    command.train(_recipe(root, steps, "scaling.workers=1", "train.zero_stage=3"), "changed")
+    names = {
+        "two": "2 workers, ZeRO 2",
+        "one": "1 worker",
+        "four": "4 workers",
+        "killed": f"2 workers, killed {len(killed)} times",
+        "changed": f"2 workers, from step {steps // 2} on 1 worker with ZeRO 3",
+    }
+    curves = {run: _losses(root, run, steps) for run in names}
+    base, rows = curves["two"], []
+    for run, name in names.items():
+        away = np.abs(curves[run] - base)
+        rows.append(
+            [name, f"{curves[run][-1]:.6f}", f"{away.max():.2e}", f"{(away / base).max():.2e}"]
+        )
+    print_table(
+        f"Loss of each of {steps} steps, beside that of 2 workers; killed: "
+        f"{killed.count('worker')} times a worker, {killed.count('command')} times the command",
+        ["", "last loss", "largest difference", "relative"],
+        rows,
+    )
+    _draw(curves, names, options.picture)
+    print(options.picture)
+
+
+def _draw(curves: dict[str, np.ndarray], names: dict[str, str], picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (upper, lower) = pyplot.subplots(
+        2, 1, figsize=(9, 6), sharex=True, height_ratios=(2, 1)
+    figure, (upper, lower) = pyplot.subplots(
+        2, 1, figsize=(9, 6), sharex=True, height_ratios=(2, 1)
+    )
+    base = curves["two"]
+    for number, (run, name) in enumerate(names.items()):
+        steps = np.arange(1, len(base) + 1)
+        upper.plot(steps, curves[run], label=name, lw=4 - 0.7 * number, alpha=0.8)
+        away = np.abs(curves[run] - base) / base
+        lower.plot(steps, np.maximum(away, 1e-9), lw=1, color=f"C{number}")
+    upper.set_ylabel("loss")
+    upper.legend()
+    lower.set(yscale="log", xlabel="step", ylabel="relative difference\nto the first")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
