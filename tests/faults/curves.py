@@ -126,8 +126,6 @@ def _draw(curves: dict[str, np.ndarray], names: dict[str, str], picture: Path) -
 
     figure, (upper, lower) = pyplot.subplots(
         2, 1, figsize=(9, 6), sharex=True, height_ratios=(2, 1)
-    figure, (upper, lower) = pyplot.subplots(
-        2, 1, figsize=(9, 6), sharex=True, height_ratios=(2, 1)
     )
     base = curves["two"]
     for number, (run, name) in enumerate(names.items()):
