@@ -37,29 +37,45 @@ def resized_bias_table(table: Tensor, side: int) -> Tensor:
     return resized[0].flatten(1).T.to(table.dtype).contiguous()
 
 
-def transfer_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], source: str
-) -> dict[str, Tensor]:
-    """Weights for all trainable parameters of `model`, made of another model's.
+def check_transfer(model: nn.Module, shapes: Mapping[str, torch.Size], source: str) -> None:
+    """Refuse weights that `transfer_weights` could not use.
+
+    Args:
+        model: it may lie on the meta device.
+        shapes: of the other model's trainable parameters.
 
     Raises:
         UserError: the other model differs in more than the size of its token grid.
     """
     wanted = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
-    out, wrong = {}, []
-    for name in sorted(wanted.keys() | weights.keys()):
-        if name not in weights or name not in wanted:
+    wrong = []
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if name not in shapes or name not in wanted:
             wrong.append(f"{name} ({'only there' if name not in wanted else 'missing there'})")
-        elif weights[name].shape == wanted[name]:
-            out[name] = weights[name]
-        elif name.endswith(BIAS_TABLE) and weights[name].shape[1] == wanted[name][1]:
-            out[name] = resized_bias_table(weights[name], (math.isqrt(wanted[name][0]) + 1) // 2)
-        else:
-            wrong.append(f"{name} (there {tuple(weights[name].shape)}, here {tuple(wanted[name])})")
+        elif shapes[name] != wanted[name] and not (
+            name.endswith(BIAS_TABLE) and shapes[name][1] == wanted[name][1]
+        ):
+            wrong.append(f"{name} (there {tuple(shapes[name])}, here {tuple(wanted[name])})")
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise UserError(
             f"{source} holds another model than the recipe's: {', '.join(wrong[:6])}{more}; only "
             "the resolution may differ"
         )
+
+
+def transfer_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Weights for all trainable parameters of `model`, made of another model's.
+
+    Raises:
+        UserError: as `check_transfer`.
+    """
+    check_transfer(model, {name: value.shape for name, value in weights.items()}, source)
+    out = dict(weights)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.shape != weights[name].shape:
+            side = (math.isqrt(parameter.shape[0]) + 1) // 2
+            out[name] = resized_bias_table(weights[name], side)
     return out

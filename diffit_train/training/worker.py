@@ -30,6 +30,8 @@ from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.attention import kernel_name
+from diffit_train.models.build import build_model
+from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import Progress, say
 from diffit_train.tracking import Tracker, git_commit, tracking_uri, unreachable_errors
 from diffit_train.training.run import (
@@ -101,6 +103,11 @@ def _check_start(recipe: Recipe) -> None:
             f"train.start is step {start.step} of run {start.run!r}, but {storage.shown(url)} has "
             "no such checkpoint any more, or another one; name it anew by --from"
         )
+    with torch.device("meta"):
+        model = build_model(recipe)
+    index = read_index(url, start.step)
+    shapes = {name: torch.Size(p.shape) for name, p in index.parameters.items()}
+    check_transfer(model, shapes, f"{start.run}@{start.step}")
 
 
 def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> int:

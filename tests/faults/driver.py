@@ -145,7 +145,7 @@ class Driver:
                 return Begun(line.at_s, int(match[1].replace(",", "")), int(match[2]))
         return None
 
-    def wait_begun(self, since_s: float, timeout_s: float = 240) -> Begun:
+    def wait_begun(self, since_s: float, timeout_s: float = 400) -> Begun:
         """The first group of workers that began to train after a moment."""
         found = self.wait(lambda: self.begun(since_s), timeout_s)
         assert isinstance(found, Begun)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
-from diffit_train import storage
+from diffit_train import command, storage
 from diffit_train.checkpoints import committed_steps, read_state, read_weights
 from diffit_train.config import Recipe
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.models.build import build_model
 from diffit_train.tracking import Tracker
 from diffit_train.training import loop
 from diffit_train.training.run import PassedOver, create_identity
@@ -218,3 +220,107 @@ def test_a_trace_and_snapshots_are_written_where_asked_for(encoded: Path) -> Non
     assert all(record[name] >= 0.0 for name in names)
     parts = record["forward_s"] + record["backward_s"] + record["optimizer_s"] + record["data_s"]
     assert 0.3 * record["step_s"] < parts <= 1.05 * record["step_s"]
+
+
+def test_an_average_is_made_of_a_runs_snapshots(
+    encoded: Path, whole: Path, tmp_path: Path
+) -> None:
+    changes = ["train.ema_snapshot_every=2"]
+    changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.2}}"]
+    run = _run(encoded, "snapshots", 1, 24, *changes)
+    recipe = tiny_recipe(encoded, *STEPS, *changes)
+    same = command.reconstruct_ema(recipe, "snapshots", 0.05, "newest", None)
+    assert same["error"] < 1e-9
+    assert same["file"] == f"{run}/export/ema-0.05-0000000024.safetensors"
+    kept = read_weights(str(run), 24, "a")
+    made = load_file(same["file"])
+    for name, value in kept.items():
+        torch.testing.assert_close(made[name], value, atol=1e-7, rtol=1e-6)
+    # In between, at a step that has no snapshot, an average of what lies between.
+    out = str(tmp_path / "x.safetensors")
+    between = command.reconstruct_ema(recipe, "snapshots", 0.1, "21", out)
+    assert 0.0 < between["error"] < 0.2
+    assert recipe_of(out).train == recipe.train
+    for wrong, words in (
+        ((0.5, "newest"), r"--sigma-rel is 0\.5.*below 0\.2887"),
+        ((0.1, "99"), r"--step is 99, but the snapshots of 'snapshots' end at step 24"),
+    ):
+        with pytest.raises(UserError, match=words):
+            command.reconstruct_ema(recipe, "snapshots", *wrong, None)
+    with pytest.raises(UserError, match=r"no snapshots of averages; train with"):
+        command.reconstruct_ema(tiny_recipe(encoded, *STEPS), "whole", 0.1, "newest", None)
+
+
+def recipe_of(file: str) -> Recipe:
+    """The recipe that a weight file says it is of."""
+    return command.recipe_of_weights(file, None, [], None)
+
+
+def _deepspeed_alone(rank: int, world: int, recipe: Recipe, folder: str) -> None:
+    import deepspeed
+
+    torch.manual_seed(0)
+    model = build_model(recipe)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for step in range(5):
+        torch.manual_seed(step)
+        x, t = torch.randn(4, 4, 4, 4), torch.zeros(4, dtype=torch.long)
+        engine.backward((engine(x, t, t) - 1.0).square().mean())
+        engine.step()
+    engine.save_checkpoint(folder)
+
+
+def test_a_run_goes_on_from_deepspeeds_own_checkpoint(encoded: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(encoded, *STEPS)
+    on_ranks(2, _deepspeed_alone, recipe, str(tmp_path))
+    with pytest.raises(UserError, match=r"made of pickles.*--allow-pickle"):
+        command.import_weights(recipe, "taken-over", str(tmp_path), 0, False)
+    result = command.import_weights(recipe, "taken-over", str(tmp_path), 0, True)
+    assert result["step"] == 5
+    state = read_state(result["url"], 5)
+    assert (state.optimizer_steps, state.images_seen) == (5, 40)
+    on_ranks(2, _train, recipe, "taken-over", state.mlflow_run_id, 24)
+    assert read_state(result["url"], 24).optimizer_steps == 24
+    with pytest.raises(UserError, match=r"run 'taken-over' .* exists"):
+        command.import_weights(recipe, "taken-over", str(tmp_path), 0, True)
+    wider = tiny_recipe(encoded, *STEPS, "model.hidden_size=32")
+    with pytest.raises(UserError, match=r"wrong size: .* has [\d,]+ elements, expected"):
+        command.import_weights(wider, "wider", str(tmp_path), 0, True)
+    assert not (encoded / "runs" / "wider").exists()
+
+
+def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole: Path) -> None:
+    changes = ["data.name=large", "data.resolution=32", *STEPS]
+    large = tiny_recipe(encoded, *changes)
+    command.encode(large)
+    recipe = command.starting_from(large, "larger", "whole@16", "ema")
+    start = recipe.train.start
+    assert start is not None
+    assert (start.run, start.step, recipe.model.position_side) == ("whole", 16, 2)
+    identity = create_identity(recipe, "larger")
+    run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "larger", {}, {})
+    on_ranks(1, _train, recipe, "larger", run_id, 24)
+    source, first = read_weights(str(whole), 16, "ema"), encoded / "runs" / "larger"
+    begun = read_weights(str(first), 0, "raw")
+    assert torch.equal(begun["blocks.0.mlp.fc1.weight"], source["blocks.0.mlp.fc1.weight"])
+    table = "blocks.0.attn.relative_position_bias_table"
+    assert (source[table].shape[0], begun[table].shape[0]) == (9, 49)
+    # The same command goes on, though its source has newer checkpoints.
+    again = command.starting_from(large, "larger", "whole", "ema")
+    assert again.train_hash() == recipe.train_hash()
+    assert command.train(large, "larger", source="whole")["step"] == 24
+    for wrong, words in (
+        (("larger", "whole@17", "ema"), r"no committed checkpoint of step 17"),
+        (("new", "nobody", "ema"), r"there is no run 'nobody'"),
+        (("new", "whole", "slow"), r"--from-weights is 'slow', but whole holds master"),
+        (("new", "whole@x", "ema"), r"must be RUN or RUN@STEP"),
+        (("whole", "whole", "ema"), r"names run 'whole' itself"),
+    ):
+        with pytest.raises(UserError, match=words):
+            command.starting_from(large, *wrong)
+    wider = tiny_recipe(encoded, *changes, "model.hidden_size=32")
+    wider = command.starting_from(wider, "wider", "whole", "ema")
+    with pytest.raises(UserError, match=r"whole@24 holds another model than the recipe's"):
+        command.train(wider, "wider")
