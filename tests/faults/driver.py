@@ -114,12 +114,13 @@ class Driver:
     recipe: Path
     run: str
     address: str | None = None
+    root: str = "."
     lines: list[Line] = field(default_factory=list)
 
     def start(self) -> None:
         """Begin, or go on."""
         command = [sys.executable, "-c", "from diffit_train.cli import main; main()", "train"]
-        command += [self.recipe.name, "--root", ".", "--run", self.run]
+        command += [self.recipe.name, "--root", self.root, "--run", self.run]
         command += ["--address", self.address] if self.address else []
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         self.process = subprocess.Popen(

@@ -222,9 +222,7 @@ def test_a_trace_and_snapshots_are_written_where_asked_for(encoded: Path) -> Non
     assert 0.3 * record["step_s"] < parts <= 1.05 * record["step_s"]
 
 
-def test_an_average_is_made_of_a_runs_snapshots(
-    encoded: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_path: Path) -> None:
     changes = ["train.ema_snapshot_every=2"]
     changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.2}}"]
     run = _run(encoded, "snapshots", 1, 24, *changes)
