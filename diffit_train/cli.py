@@ -33,8 +33,8 @@ app = typer.Typer(
     cls=WorkOrder,
     help="Train diffusion vision transformers (DiffiT): encode pictures to latents, train, "
     "evaluate and compare, on this machine or on a Ray cluster.\n\n"
-    "Every command takes a RECIPE: a packaged name or the path of a YAML file. Rerunning a "
-    "command continues it.",
+    "Every command takes a RECIPE: a packaged name, or the path or URL of a YAML file. Rerunning "
+    "a command continues it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,7 +55,7 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help=f"Packaged recipe ({', '.join(packaged_recipes())}) or path of a YAML file.",
+        help=f"Packaged recipe ({', '.join(packaged_recipes())}), or path or URL of a YAML file.",
         show_default=False,
     ),
 ]
