@@ -89,10 +89,13 @@ Source = Annotated[
 SourceWeights = Annotated[
     str, typer.Option("--from-weights", help="Which of them: raw, or the name of an average.")
 ]
+# A flag takes no value, so help shows none.
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read a weight file that is a pickle.")
+    bool, typer.Option("--allow-pickle", metavar="", help="Read a weight file that is a pickle.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print the result as JSON on standard output.")
+]
 
 
 def _print(value: Any, as_json: bool) -> None:
@@ -151,7 +154,10 @@ def encode(
     root: Root = None,
     address: Address = None,
     append: Annotated[
-        bool, typer.Option("--append", help="Add pictures that have come since, as new shards.")
+        bool,
+        typer.Option(
+            "--append", metavar="", help="Add pictures that have come since, as new shards."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -170,9 +176,14 @@ def verify_latents(
         typer.Option(help="PNG of originals beside reconstructions. Default: URL/verify.png."),
     ] = None,
     no_picture: Annotated[
-        bool, typer.Option("--no-picture", help="Leave out the picture, which needs the source.")
+        bool,
+        typer.Option(
+            "--no-picture", metavar="", help="Leave out the picture, which needs the source."
+        ),
     ] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Encode the bad shards again.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", metavar="", help="Encode the bad shards again.")
+    ] = False,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -416,7 +427,9 @@ def submit(
     step: Steps = None,
     source: Source = None,
     source_weights: SourceWeights = "ema",
-    follow: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
+    follow: Annotated[
+        bool, typer.Option(metavar="", help="Follow the job's log until it ends.")
+    ] = True,
     python: Annotated[
         str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
     ] = None,
@@ -446,7 +459,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Hold the options of `diffit` itself."""

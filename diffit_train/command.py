@@ -204,7 +204,8 @@ def sample(
         weights = stage.run_weights(recipe, url, step)
     folder = storage.absolute(out)
     result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
-    say(f"{len(result['pictures'])} pictures in {storage.shown(folder)}")
+    count = len(result["pictures"])
+    say(f"{count:,} {'picture' if count == 1 else 'pictures'} in {storage.shown(folder)}")
     return result
 
 

@@ -127,13 +127,14 @@ def test_files_of_another_model_are_refused(trained: Path, tmp_path: Path) -> No
     ],
 )
 def test_other_ways_to_sample_change_little_in_kind(
-    trained: Path, tmp_path: Path, changes: list[str]
+    trained: Path, tmp_path: Path, changes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tiny_recipe(trained, *changes)
     source = command.WeightSource("tiny")
     result = command.sample(recipe, source, ["a"], "0", str(tmp_path), 1)
     assert result["sampler"]["name"] == recipe.evaluate.sampler.name
     assert len(_pictures(tmp_path)) == 1
+    assert "1 picture in " in capsys.readouterr().err
 
 
 def test_the_packaged_recipe_reads_a_release(tmp_path: Path) -> None:
