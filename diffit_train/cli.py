@@ -316,7 +316,12 @@ def import_(
     ] = None,
     root: Root = None,
     run: RunName = None,
-    step: Annotated[int, typer.Option(min=0, help="Step under which the weights are kept.")] = 0,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Step under which the weights are kept. Default: the file's own, or 0."
+        ),
+    ] = None,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
@@ -326,7 +331,7 @@ def import_(
 
     Example: `diffit import diffit_256.safetensors --root my-project --run nvidia`
     """
-    recipe = command.recipe_of_weights(file, name, overrides or (), root)
+    recipe = command.recipe_of_weights(file, name, overrides or (), root, allow_pickle)
     result = command.import_weights(recipe, run or recipe.name, file, step, allow_pickle)
     _print(result, as_json)
 
