@@ -33,8 +33,8 @@ app = typer.Typer(
     cls=WorkOrder,
     help="Train diffusion vision transformers (DiffiT): encode pictures to latents, train, "
     "evaluate and compare, on this machine or on a Ray cluster.\n\n"
-    "Every command takes a RECIPE: a packaged name or the path of a YAML file. Rerunning a "
-    "command continues it.",
+    "Every command takes a RECIPE: a packaged name, or the path or URL of a YAML file. Rerunning "
+    "a command continues it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,7 +55,7 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help=f"Packaged recipe ({', '.join(packaged_recipes())}) or path of a YAML file.",
+        help=f"Packaged recipe ({', '.join(packaged_recipes())}), or path or URL of a YAML file.",
         show_default=False,
     ),
 ]
@@ -89,10 +89,13 @@ Source = Annotated[
 SourceWeights = Annotated[
     str, typer.Option("--from-weights", help="Which of them: raw, or the name of an average.")
 ]
+# A flag takes no value, so help shows none.
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read a weight file that is a pickle.")
+    bool, typer.Option("--allow-pickle", metavar="", help="Read a weight file that is a pickle.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print the result as JSON on standard output.")
+]
 
 
 def _print(value: Any, as_json: bool) -> None:
@@ -151,7 +154,10 @@ def encode(
     root: Root = None,
     address: Address = None,
     append: Annotated[
-        bool, typer.Option("--append", help="Add pictures that have come since, as new shards.")
+        bool,
+        typer.Option(
+            "--append", metavar="", help="Add pictures that have come since, as new shards."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -170,9 +176,14 @@ def verify_latents(
         typer.Option(help="PNG of originals beside reconstructions. Default: URL/verify.png."),
     ] = None,
     no_picture: Annotated[
-        bool, typer.Option("--no-picture", help="Leave out the picture, which needs the source.")
+        bool,
+        typer.Option(
+            "--no-picture", metavar="", help="Leave out the picture, which needs the source."
+        ),
     ] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Encode the bad shards again.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", metavar="", help="Encode the bad shards again.")
+    ] = False,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -305,7 +316,12 @@ def import_(
     ] = None,
     root: Root = None,
     run: RunName = None,
-    step: Annotated[int, typer.Option(min=0, help="Step under which the weights are kept.")] = 0,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Step under which the weights are kept. Default: the file's own, or 0."
+        ),
+    ] = None,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
@@ -315,7 +331,7 @@ def import_(
 
     Example: `diffit import diffit_256.safetensors --root my-project --run nvidia`
     """
-    recipe = command.recipe_of_weights(file, name, overrides or (), root)
+    recipe = command.recipe_of_weights(file, name, overrides or (), root, allow_pickle)
     result = command.import_weights(recipe, run or recipe.name, file, step, allow_pickle)
     _print(result, as_json)
 
@@ -416,7 +432,9 @@ def submit(
     step: Steps = None,
     source: Source = None,
     source_weights: SourceWeights = "ema",
-    follow: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
+    follow: Annotated[
+        bool, typer.Option(metavar="", help="Follow the job's log until it ends.")
+    ] = True,
     python: Annotated[
         str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
     ] = None,
@@ -446,7 +464,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Hold the options of `diffit` itself."""

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
 from diffit_train.errors import UserError
@@ -39,18 +39,38 @@ def connected(address: str | None = None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or NEW_CLUSTER
     _knock(address)
     try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == NEW_CLUSTER else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _on_loopback() if address == NEW_CLUSTER else nullcontext():
+            ray.init(
+                address=address,
+                include_dashboard=False if address == NEW_CLUSTER else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, ValueError) as error:
         raise UserError(_no_answer(address, error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a cluster that is started within listen on 127.0.0.1 only.
+
+    Else every process of it listens on all interfaces. There is no public way: Ray turns
+    `_node_ip_address="127.0.0.1"` into the address of the network card. This switch makes it keep
+    to loopback, as it does on macOS; without the switch, in a later Ray, nothing changes.
+    """
+    from ray._private import ray_constants
+
+    switch = "ENABLE_RAY_CLUSTER"
+    before = getattr(ray_constants, switch, True)
+    setattr(ray_constants, switch, False)
+    try:
+        yield
+    finally:
+        setattr(ray_constants, switch, before)
 
 
 def _knock(address: str) -> None:

@@ -204,23 +204,28 @@ def sample(
         weights = stage.run_weights(recipe, url, step)
     folder = storage.absolute(out)
     result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
-    say(f"{len(result['pictures'])} pictures in {storage.shown(folder)}")
+    count = len(result["pictures"])
+    say(f"{count:,} {'picture' if count == 1 else 'pictures'} in {storage.shown(folder)}")
     return result
 
 
 def recipe_of_weights(
-    file: str, name: str | None, overrides: Sequence[str], root: str | None
+    file: str,
+    name: str | None,
+    overrides: Sequence[str],
+    root: str | None,
+    allow_pickle: bool = False,
 ) -> Recipe:
     """The recipe named, or that of the weight file itself.
 
     Raises:
-        UserError: the file does not say which, so it must be named.
+        UserError: the file does not say which, so it must be named; or it is broken.
     """
     if name is not None:
         return load_recipe(name, overrides, root)
     from diffit_train.models.published import stored_recipe
 
-    found = stored_recipe(storage.absolute(file))
+    found = stored_recipe(storage.absolute(file), allow_pickle)
     if found is None:
         raise UserError(f"{file} does not say what model it holds; name its recipe by --recipe")
     text, reference = found
@@ -231,23 +236,27 @@ def recipe_of_weights(
 
 
 def import_weights(
-    recipe: Recipe, run: str, file: str, step: int, allow_pickle: bool
+    recipe: Recipe, run: str, file: str, step: int | None, allow_pickle: bool
 ) -> dict[str, Any]:
-    """Read a weight file into a run."""
+    """Read a weight file into a run.
+
+    Args:
+        step: under which the weights are kept; None for the file's own.
+    """
     from diffit_train.training import exchange
     from diffit_train.training.deepspeed_checkpoint import is_deepspeed_checkpoint
 
     file = storage.absolute(file)
     if is_deepspeed_checkpoint(file):
-        url, step = exchange.import_deepspeed(recipe, run, file, allow_pickle)
+        url, number = exchange.import_deepspeed(recipe, run, file, allow_pickle)
         say(
-            f"run {storage.shown(url)} holds {storage.shown(file)} at step {step:,}, ready to be "
+            f"run {storage.shown(url)} holds {storage.shown(file)} at step {number:,}, ready to be "
             "trained on; its averages of the weights begin anew"
         )
-        return {"run": run, "url": url, "step": step}
-    url = exchange.import_weights(recipe, run, file, step, allow_pickle)
-    say(f"run {storage.shown(url)} holds {storage.shown(file)} as the EMA of step {step:,}")
-    return {"run": run, "url": url, "step": step}
+    else:
+        url, number = exchange.import_weights(recipe, run, file, step, allow_pickle)
+        say(f"run {storage.shown(url)} holds {storage.shown(file)} as the EMA of step {number:,}")
+    return {"run": run, "url": url, "step": number}
 
 
 def export_weights(

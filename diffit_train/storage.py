@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -46,6 +47,12 @@ _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileN
 def is_local(url: str) -> bool:
     """Whether `url` names a file of this machine."""
     return "://" not in url or url.startswith("file://")
+
+
+def missing_slash(url: str) -> str | None:
+    """What is wrong with `s3:/bucket/x`, which would else name a local folder `s3:`."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url)
+    return f"one slash is missing; write {found[1]}://…" if found else None
 
 
 def local_path(url: str) -> Path:

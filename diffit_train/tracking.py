@@ -74,7 +74,8 @@ def tracking_uri(recipe: Recipe) -> str:
     if not storage.is_local(root):
         raise UserError(
             f"storage.root is {redact(root)}, where MLflow's SQLite file cannot live; give a "
-            "server, as tracking.uri=http://mlflow:5000"
+            "server, as tracking.uri=http://mlflow:5000, or a file of this machine, as "
+            "tracking.uri=sqlite:////absolute/path/mlflow.db"
         )
     return f"sqlite:///{storage.local_path(root).absolute()}/mlflow.db"
 

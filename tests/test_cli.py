@@ -34,6 +34,14 @@ def test_help_lists_the_commands_in_the_order_of_work() -> None:
     assert places == sorted(places)
 
 
+def test_help_shows_no_value_behind_a_flag() -> None:
+    help_of = ["import", "--help"]
+    lines = CliRunner().invoke(app, help_of, env={"COLUMNS": "120"}).output.splitlines()
+    for flag in ("--json", "--allow-pickle"):
+        line = next(line for line in lines if f"│ {flag} " in line)
+        assert "bool" not in line.lower(), line
+
+
 def test_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output.strip() == __version__
 

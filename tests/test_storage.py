@@ -74,6 +74,19 @@ def test_an_unknown_protocol_is_named() -> None:
         storage.exists("gopher://x/y")
 
 
+@pytest.mark.parametrize("url", ["s3:/b/p", "gs:/b", "file:/tmp/x"])
+def test_a_missing_slash_is_seen(url: str) -> None:
+    scheme = url.partition(":")[0]
+    assert storage.missing_slash(url) == f"one slash is missing; write {scheme}://…"
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://b/p", "file:///tmp/x", "/a/b", "a/b:c", "a/b:/c", ".", "C:/x"]
+)
+def test_other_places_lack_no_slash(url: str) -> None:
+    assert storage.missing_slash(url) is None
+
+
 def test_root_references() -> None:
     assert storage.resolve("s3://b/p/", "root:pictures/x") == "s3://b/p/pictures/x"
     assert storage.resolve("s3://b/p", "/data/x") == "/data/x"

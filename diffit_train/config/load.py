@@ -1,4 +1,4 @@
-"""Read a recipe by path or packaged name, apply overrides, and say clearly what is wrong."""
+"""Read a recipe by path, URL or packaged name, apply overrides, and say clearly what is wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -35,6 +34,9 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
     each `key.sub=value` with a YAML value, later ones winning; 4. `root`, which is --root.
 
     Local paths are made absolute, since workers run in other folders.
+
+    Args:
+        reference: a packaged name, or the path or URL of a YAML file.
 
     Raises:
         UserError: naming the key, its value and what is allowed.
@@ -91,18 +93,22 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _read_text(reference: str) -> str:
-    path = Path(reference)
-    if path.suffix in YAML_SUFFIXES or "/" in reference:
+    if reference.endswith(YAML_SUFFIXES) or "/" in reference:
+        if fault := storage.missing_slash(reference):
+            raise UserError(f"recipe is {reference!r}: {fault}")
         try:
-            return path.read_text()
+            return storage.read_bytes(reference).decode()
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            # Object stores name no reason beside that the file is missing.
+            missing = "No such file" if isinstance(error, FileNotFoundError) else str(error)
+            reason = (error.strerror or missing) if isinstance(error, OSError) else "not UTF-8 text"
             raise UserError(f"cannot read recipe file {reference}: {reason}") from error
     known = packaged_recipes()
     if reference not in known:
         raise UserError(
             f"no packaged recipe is named {reference!r}{_nearest(reference, known)}; known: "
-            f"{', '.join(known)}; a recipe of your own is given by its path, as my/recipe.yaml"
+            f"{', '.join(known)}; a recipe of your own is given by its path or URL, as "
+            "my/recipe.yaml"
         )
     return (files("diffit_train.config") / "recipes" / f"{reference}.yaml").read_text()
 

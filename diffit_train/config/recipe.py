@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from diffit_train import storage
 from diffit_train.config.presets import PRESETS
@@ -478,6 +478,13 @@ class Storage(Section):
     """Where everything lies."""
 
     root: str = Field(default=".", description="folder or s3://bucket/prefix; --root overrides it")
+
+    @field_validator("root")
+    @classmethod
+    def _a_url_has_two_slashes(cls, root: str) -> str:
+        if fault := storage.missing_slash(root):
+            raise ValueError(fault)
+        return root
 
 
 class Tracking(Section):

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from diffit_train import storage
 from diffit_train.errors import UserError
-from diffit_train.tracking import RunRecord, Tracker
+from diffit_train.tracking import RunRecord, Tracker, redact
 
 # Recipe keys that say where and on how much a run ran, not what it is.
 _UNINTERESTING = ("storage.", "tracking.", "scaling.", "name")
@@ -22,10 +22,14 @@ History = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation of a run at a step; `metrics` without their prefix `eval/`."""
+    """An evaluation of a run at a step; `metrics` without their prefix `eval/`.
+
+    A Frechet distance falls with the number of `samples`, so it is compared at equal ones only.
+    """
 
     step: int
     key: str
+    samples: int | None
     metrics: dict[str, float]
 
 
@@ -51,7 +55,10 @@ class RunRow:
             "last_step": self.last_step,
             "train_loss": metrics.get("train/loss"),
             "images_per_s": metrics.get("perf/images_per_s"),
-            "evaluations": [{"step": e.step, "key": e.key, **e.metrics} for e in self.evaluations],
+            "evaluations": [
+                {"step": e.step, "key": e.key, "samples": e.samples, **e.metrics}
+                for e in self.evaluations
+            ],
         }
 
 
@@ -91,8 +98,13 @@ def compare_store(
     """
     if uri is None:
         database = storage.local_path(root).absolute() / "mlflow.db"
+        if fault := storage.missing_slash(root):
+            raise UserError(f"--root is {root!r}: {fault}")
         if not storage.is_local(root):
-            raise UserError(f"--root is {root}; give its MLflow server by --tracking-uri")
+            raise UserError(
+                f"--root is {redact(root)}, where no MLflow file lies; give the MLflow of its runs "
+                "by --tracking-uri, as http://mlflow:5000 or sqlite:////absolute/path/mlflow.db"
+            )
         if not database.exists():
             raise UserError(f"there is no {database}; train first, or mend --root")
         uri = f"sqlite:///{database}"
@@ -146,7 +158,9 @@ def _evaluation(child: RunRecord) -> Evaluation:
         if name.startswith("eval/")
     }
     key = child.tags.get("diffit.evaluation_key", child.name)
-    return Evaluation(int(child.params.get("step", 0)), key, metrics)
+    samples = child.params.get("evaluate.samples")
+    step = int(child.params.get("step", 0))
+    return Evaluation(step, key, None if samples is None else int(samples), metrics)
 
 
 def _number(value: float | None) -> str:
@@ -186,12 +200,15 @@ def _evaluations_table(runs: list[RunRow]) -> Table:
     table = Table(title="evaluations", title_justify="left")
     for name in ("run", "evaluation"):
         table.add_column(name)
-    for name in ("step", *names):
+    for name in ("step", "samples", *names):
         table.add_column(name, justify="right")
     for run in runs:
         for evaluation in run.evaluations:
             figures = [_number(evaluation.metrics.get(name)) for name in names]
-            table.add_row(run.record.name, evaluation.key, f"{evaluation.step:,}", *figures)
+            samples = "-" if evaluation.samples is None else f"{evaluation.samples:,}"
+            table.add_row(
+                run.record.name, evaluation.key, f"{evaluation.step:,}", samples, *figures
+            )
     return table
 
 

@@ -6,7 +6,8 @@ refused with the names of what is missing, unexpected or wrongly shaped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,13 +37,52 @@ def read_weights_file(url: str, allow_pickle: bool = False) -> dict[str, Tensor]
     Raises:
         UserError: the file is missing, truncated, or a pickle that was not asked for.
     """
+    return read_weights_and_step(url, allow_pickle)[0]
+
+
+def read_weights_and_step(
+    url: str, allow_pickle: bool = False
+) -> tuple[dict[str, Tensor], int | None]:
+    """As `read_weights_file`, and the step of which the file says it is; None if it does not."""
+    with _weights_file(url) as path:
+        if _is_pickle(path, url, allow_pickle):
+            return _read_pickle(path, url), None
+        with safe_open(str(path), framework="pt") as file:
+            step = (file.metadata() or {}).get("step", "")
+        return load_file(path), int(step) if step.isdecimal() else None
+
+
+def stored_recipe(url: str, allow_pickle: bool = False) -> tuple[str, str] | None:
+    """The recipe that a weight file is of, as its text and a name; None where it cannot be told.
+
+    An export holds its recipe. A release does not, but the size of its position bias tells which
+    of the two it is. Pickles and folders never say.
+
+    Raises:
+        UserError: the file is missing, truncated, or a pickle that was not asked for.
+    """
+    if storage.is_folder(url):
+        return None
+    with _weights_file(url) as path:
+        if _is_pickle(path, url, allow_pickle):
+            return None
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("recipe")
+            if text is not None:
+                return text, f"in {url}"
+            name = "blocks.0.attn.relative_position_bias_table"
+            if name not in file.keys():  # noqa: SIM118  (it is no dictionary)
+                return None
+            rows = file.get_slice(name).get_shape()[0]
+    return {961: ("", "imagenet256"), 3969: ("", "imagenet512")}.get(rows)
+
+
+@contextmanager
+def _weights_file(url: str) -> Iterator[Path]:
+    """A local path to read a weight file from; what is wrong with it is said of `url`."""
     try:
         with storage.local_copy(url) as path:
-            with path.open("rb") as file:
-                start = file.read(8)
-            if start.startswith(_PICKLE_STARTS):
-                return _read_pickle(path, url, allow_pickle)
-            return load_file(path)
+            yield path
     except FileNotFoundError as error:
         raise UserError(f"there is no weight file {url}") from error
     except IsADirectoryError as error:
@@ -53,42 +93,32 @@ def read_weights_file(url: str, allow_pickle: bool = False) -> dict[str, Tensor]
         ) from error
 
 
-def stored_recipe(url: str) -> tuple[str, str] | None:
-    """The recipe that a weight file is of, as its text and a name; None where it cannot be told.
-
-    An export holds its recipe. A release does not, but the size of its position bias tells which
-    of the two it is.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
-    try:
-        with storage.local_copy(url) as path, safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("recipe")
-            if text is not None:
-                return text, f"in {url}"
-            name = "blocks.0.attn.relative_position_bias_table"
-            if name not in file.keys():  # noqa: SIM118  (it is no dictionary)
-                return None
-            rows = file.get_slice(name).get_shape()[0]
-    except FileNotFoundError as error:
-        raise UserError(f"there is no weight file {url}") from error
-    except (SafetensorError, IsADirectoryError):
-        return None  # what it is instead is said when it is read
-    return {961: ("", "imagenet256"), 3969: ("", "imagenet512")}.get(rows)
-
-
-def _read_pickle(path: Path, url: str, allow_pickle: bool) -> dict[str, Tensor]:
-    if not allow_pickle:
+def _is_pickle(path: Path, url: str, allowed: bool) -> bool:
+    """Whether the file is a pickle; refused unless allowed."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start.startswith(_PICKLE_STARTS):
+        return False
+    if not allowed:
         raise UserError(
             f"{url} is a pickle, which can run any code when it is read; convert it to "
             "safetensors, or say --allow-pickle if you trust where it comes from"
         )
+    return True
+
+
+def _read_pickle(path: Path, url: str) -> dict[str, Tensor]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a foreign pickle raises is not to be foreseen
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{url} cannot be read as a pickle of tensors: {reason}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if type(error).__name__ == "UnpicklingError":
+            # Torch's words advise weights_only=False, which would run what the pickle holds.
+            reason = "it holds more than tensors, or is cut off"
+        raise UserError(
+            f"{url} cannot be read as a pickle of tensors: {reason}; convert it to safetensors "
+            "by the program that wrote it, or fetch it again if it is not whole"
+        ) from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]

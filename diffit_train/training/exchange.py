@@ -20,7 +20,11 @@ from diffit_train.checkpoints import (
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
-from diffit_train.models.published import check_published, read_weights_file, write_published
+from diffit_train.models.published import (
+    check_published,
+    read_weights_and_step,
+    write_published,
+)
 from diffit_train.progress import Progress
 from diffit_train.tracking import Tracker
 from diffit_train.training.checkpoint import save_whole
@@ -30,27 +34,33 @@ from diffit_train.training.posthoc import (
     power_exponent,
     reconstruct,
 )
-from diffit_train.training.run import SNAPSHOTS, check_recipe, create_identity, run_url
+from diffit_train.training.run import (
+    SNAPSHOTS,
+    check_recipe,
+    create_identity,
+    run_url,
+    stored_recipe,
+)
 
 
 def import_weights(
-    recipe: Recipe, run: str, file: str, step: int = 0, allow_pickle: bool = False
-) -> str:
-    """Make a run of a weight file, ready to be sampled and evaluated; the run's folder.
+    recipe: Recipe, run: str, file: str, step: int | None = None, allow_pickle: bool = False
+) -> tuple[str, int]:
+    """Make a run of a weight file, ready to be sampled and evaluated; its folder and step.
 
     Args:
-        step: under which the weights are stored, where the file does not say how long it was
-            trained.
+        step: under which the weights are kept; None for the one that the file says, else 0.
 
     Raises:
         UserError: the run exists already, or the file does not hold the recipe's model.
     """
     _require_new(recipe, run)
-    tensors = read_weights_file(file, allow_pickle)
+    tensors, said = read_weights_and_step(file, allow_pickle)
+    step = step if step is not None else said or 0
     weights = check_published(build_model(recipe), tensors, file)
     shapes = {name: value.shape for name, value in weights.items()}
     state = {"step": step, "images_seen": 0, "optimizer_steps": 0}
-    return _new_run(recipe, run, file, {"ema": weights}, shapes, state)
+    return _new_run(recipe, run, file, {"ema": weights}, shapes, state), step
 
 
 def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) -> tuple[str, int]:
@@ -109,8 +119,10 @@ def _new_run(
 ) -> str:
     """Identity, MLflow run and checkpoint of a run that begins with imported values."""
     url = run_url(recipe, run)
-    identity = check_recipe(recipe, run) or create_identity(recipe, run)
+    known = check_recipe(recipe, run)
+    # Before the identity: where MLflow cannot be used, nothing must be written.
     tracker = Tracker.of(recipe)
+    identity = known or create_identity(recipe, run)
     tags = {
         "diffit.recipe_hash": identity.recipe_hash,
         "diffit.imported_from": storage.shown(file),
@@ -144,9 +156,15 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
     url = run_url(recipe, run)
     out = out or storage.join(url, "export", f"{kind}-{step:010d}.safetensors")
     weights = read_weights(url, step, kind)
-    metadata = {"run": run, "step": str(step), "weights": kind, "recipe": dump_recipe(recipe)}
-    write_published(build_model(recipe), weights, out, metadata)
+    write_published(build_model(recipe), weights, out, _metadata(recipe, run, step, kind))
     return out
+
+
+def _metadata(recipe: Recipe, run: str, step: int, weights: str) -> dict[str, str]:
+    """What a file says of itself. Its recipe is the run's own, at the places given now."""
+    places = {"storage": recipe.storage, "tracking": recipe.tracking}
+    own = stored_recipe(run_url(recipe, run)).model_copy(update=places)
+    return {"run": run, "step": str(step), "weights": weights, "recipe": dump_recipe(own)}
 
 
 @dataclass(frozen=True)
@@ -211,6 +229,6 @@ def reconstruct_ema(
             progress.update(number)
     weights = {s.name: t.float().view(shapes[s.name]) for s, t in zip(wanted, sums, strict=True)}
     out = out or storage.join(url, "export", f"ema-{sigma_rel:g}-{step:010d}.safetensors")
-    metadata = {"run": run, "step": str(step), "weights": f"sigma_rel {sigma_rel:g}"}
-    write_published(build_model(recipe), weights, out, {**metadata, "recipe": dump_recipe(recipe)})
+    metadata = _metadata(recipe, run, step, f"sigma_rel {sigma_rel:g}")
+    write_published(build_model(recipe), weights, out, metadata)
     return Reconstruction(out, step, solution.error, len(sources))

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffit_train import storage
 from diffit_train.config import dump_recipe, load_recipe, packaged_recipes, validate
 from diffit_train.errors import UserError
 
@@ -124,6 +125,7 @@ def test_local_paths_are_absolute_and_others_left_alone() -> None:
         ("evaluate.guidance.channels=5", ["guidance.channels is 5", "latent_channels (4)"]),
         ("evaluate.guidance.scale=-1", ["evaluate.guidance.scale", "-1"]),
         ("diffusion.beta_start=0.5", ["diffusion.beta_start is 0.5", "beta_end"]),
+        ("storage.root=s3:/work/project", ["storage.root is 's3:/work/project'", "s3://…"]),
         ("name=a/b", ["name", "'a/b'"]),
         ("data=3", ["data", "3"]),
         ("train", ["'train'", "key.sub=value"]),
@@ -148,6 +150,8 @@ def test_every_error_of_a_recipe_is_reported_at_once() -> None:
     [
         ("dmo", ["'dmo'", "did you mean 'demo'"]),
         ("nothing/here.yaml", ["nothing/here.yaml", "No such file"]),
+        ("memory://nothing/here.yaml", ["memory://nothing/here.yaml", "No such file"]),
+        ("s3:/work/recipe.yaml", ["recipe is 's3:/work/recipe.yaml'", "s3://…"]),
     ],
 )
 def test_unknown_recipes_are_named(reference: str, words: list[str]) -> None:
@@ -155,6 +159,12 @@ def test_unknown_recipes_are_named(reference: str, words: list[str]) -> None:
         load_recipe(reference)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_recipe_may_lie_anywhere() -> None:
+    recipe = load_recipe("demo", ["train.lr=0.5"])
+    storage.write_text("memory://work/runs/x/recipe.yaml", dump_recipe(recipe))
+    assert load_recipe("memory://work/runs/x/recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words", ""])

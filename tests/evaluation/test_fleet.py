@@ -168,18 +168,24 @@ def test_runs_are_compared(
     comparison = compare_store(str(root), None, "demo", tmp_path / "curves.png")
     value = next(r for r in comparison.as_json()["runs"] if r["name"] == "tiny")
     assert [e["step"] for e in value["evaluations"]] == [0, 12]
+    assert [e["samples"] for e in value["evaluations"]] == [12, 12]
     expected = results[1].metrics["fd_digits"]
     assert value["evaluations"][1]["fd_digits"] == pytest.approx(expected)
     assert Image.open(tmp_path / "curves.png").size[0] > 600
     comparison.print_table()
     printed = capsys.readouterr().out
     assert results[1].key in printed
+    assert "samples" in printed
     assert "0.003" in printed
 
 
 def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no .*mlflow\.db; train first"):
         compare_store(str(tmp_path), None, None, None)
+    with pytest.raises(UserError, match=r"--tracking-uri, as http.* or sqlite:////"):
+        compare_store("s3://bucket/project", None, None, None)
+    with pytest.raises(UserError, match=r"--root is 's3:/bucket/project': .* s3://…"):
+        compare_store("s3:/bucket/project", None, None, None)
     Tracker(f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(UserError, match="no training run"):
         compare_store(str(tmp_path), None, None, None)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffit_train import command
+from diffit_train import command, storage
 from diffit_train.checkpoints import committed_steps, read_weights
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
@@ -107,6 +107,31 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
         command.train(recipe, "imported")
 
 
+def test_an_export_says_its_step_and_its_runs_recipe(trained: Path, tmp_path: Path) -> None:
+    # What the command changes of the recipe is not how the run was trained.
+    recipe = tiny_recipe(trained, "evaluate.seed=5", "tracking.experiment=other")
+    out = str(tmp_path / "w.safetensors")
+    file = command.export_weights(recipe, "tiny", "8", "ema", out)["file"]
+    said = command.recipe_of_weights(file, None, (), None)
+    assert said == tiny_recipe(trained, "tracking.experiment=other")
+    own = command.recipe_of_weights(file, None, (), str(tmp_path / "project"))
+    assert command.import_weights(own, "own", file, None, False)["step"] == 8
+    assert committed_steps(str(tmp_path / "project" / "runs" / "own")) == [8]
+    given = command.import_weights(own, "given", file, 3, False)
+    assert given["step"] == 3
+    assert committed_steps(given["url"]) == [3]
+
+
+def test_without_mlflow_nothing_is_imported(trained: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(trained)
+    out = str(tmp_path / "w.safetensors")
+    file = command.export_weights(recipe, "tiny", "8", "ema", out)["file"]
+    remote = command.recipe_of_weights(file, None, (), "memory://import")
+    with pytest.raises(UserError, match=r"give a server, as tracking\.uri="):
+        command.import_weights(remote, "x", file, None, False)
+    assert not storage.exists("memory://import")
+
+
 def test_files_of_another_model_are_refused(trained: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(trained)
     file = str(tmp_path / "other.safetensors")
@@ -127,13 +152,14 @@ def test_files_of_another_model_are_refused(trained: Path, tmp_path: Path) -> No
     ],
 )
 def test_other_ways_to_sample_change_little_in_kind(
-    trained: Path, tmp_path: Path, changes: list[str]
+    trained: Path, tmp_path: Path, changes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tiny_recipe(trained, *changes)
     source = command.WeightSource("tiny")
     result = command.sample(recipe, source, ["a"], "0", str(tmp_path), 1)
     assert result["sampler"]["name"] == recipe.evaluate.sampler.name
     assert len(_pictures(tmp_path)) == 1
+    assert "1 picture in " in capsys.readouterr().err
 
 
 def test_the_packaged_recipe_reads_a_release(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from diffit_train.errors import UserError
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.published import (
     check_published,
+    read_weights_and_step,
     read_weights_file,
     stored_recipe,
     write_published,
@@ -98,10 +99,12 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{number}.safetensors"
         path.write_bytes(data)
-        with pytest.raises(UserError, match=f"{path} is not a whole safetensors file"):
-            read_weights_file(str(path))
-    with pytest.raises(UserError, match="there is no weight file"):
-        read_weights_file(str(tmp_path / "none"))
+        for read in (read_weights_file, stored_recipe):
+            with pytest.raises(UserError, match=f"{path} is not a whole safetensors file"):
+                read(str(path))
+    for read in (read_weights_file, stored_recipe):
+        with pytest.raises(UserError, match="there is no weight file"):
+            read(str(tmp_path / "none"))
     with pytest.raises(UserError, match="is a folder"):
         read_weights_file(str(tmp_path))
 
@@ -114,6 +117,25 @@ def test_a_pickle_is_read_only_if_asked_for(tmp_path: Path, zipped: bool) -> Non
     with pytest.raises(UserError, match=r"is a pickle.*--allow-pickle"):
         read_weights_file(path)
     assert torch.equal(read_weights_file(path, allow_pickle=True)["a"], weights["a"])
+    # So it is when the file is asked of which recipe it is, which no pickle says.
+    with pytest.raises(UserError, match=r"is a pickle.*--allow-pickle"):
+        recipe_of_weights(path, None, (), None)
+    with pytest.raises(UserError, match="does not say what model it holds; name its recipe"):
+        recipe_of_weights(path, None, (), None, allow_pickle=True)
+
+
+def test_a_folder_of_deepspeeds_asks_for_its_recipe(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("global_step3")
+    with pytest.raises(UserError, match=f"{tmp_path} does not say .* by --recipe"):
+        recipe_of_weights(str(tmp_path), None, (), None)
+    assert recipe_of_weights(str(tmp_path), "demo", (), None).name == "demo"
+
+
+@pytest.mark.parametrize(("said", "step"), [("300", 300), ("many", None), (None, None)])
+def test_a_file_says_its_step(tmp_path: Path, said: str | None, step: int | None) -> None:
+    path = str(tmp_path / "w.safetensors")
+    save_file({"a": torch.zeros(1)}, path, metadata={"x": "y"} if said is None else {"step": said})
+    assert read_weights_and_step(path)[1] == step
 
 
 def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
@@ -125,9 +147,22 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
             return (open, (str(mark), "w"))
 
     torch.save({"a": Harmful()}, path)
-    with pytest.raises(UserError, match="cannot be read as a pickle of tensors"):
+    with pytest.raises(UserError, match="it holds more than tensors.*convert it to safe") as caught:
         read_weights_file(str(path), allow_pickle=True)
+    # Torch's own advice would run it.
+    assert "weights_only" not in str(caught.value)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_is_cut_off_is_named(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.zeros(999)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in (20, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=f"{path} cannot be read as a pickle .*if it is not wh"):
+            read_weights_file(str(path), allow_pickle=True)
 
 
 def test_a_release_is_told_by_its_position_bias(tmp_path: Path) -> None:
