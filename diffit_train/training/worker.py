@@ -320,6 +320,8 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
             **_ray_storage(scratch),
         ),
     )
+    if fewest != most:
+        _renew_claim(url, trainer.train_run_context.run_id)
     stop = threading.Event()
     try:
         with _on_sigterm(stop), _progress(recipe, board, committed_steps(url), stop):
@@ -338,6 +340,23 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
             raise SystemExit(STOPPED)
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
     return step
+
+
+def _renew_claim(url: str, ray_run_id: str) -> None:
+    """Take back what an earlier attempt of an elastic run claimed of the cluster.
+
+    Where a command was killed, Ray would keep the claim for three minutes and let this attempt
+    wait for it. The name of a claim is Ray's own (`ScalingPolicy.after_controller_start`).
+    """
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    place = storage.join(url, "ray-claim.json")
+    if storage.exists(place):
+        coordinator = get_or_create_autoscaling_coordinator()
+        ray.get(coordinator.cancel_request.remote(requester_id=storage.read_json(place)))
+    storage.write_json(place, f"train-{ray_run_id}")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from diffit_train.training.run import TrainingLog
 from tests.benchmarks.common import print_table
 from tests.faults.driver import Driver, Nodes
 
-KINDS = {"worker": 8, "raylet": 4, "driver": 1, "SIGTERM": 3}
+KINDS = {"worker": 6, "raylet": 3, "driver": 2, "SIGTERM": 2}
 RUN = "soaked"
 
 
