@@ -112,13 +112,15 @@ def verify_latents(
     return found
 
 
-def starting_from(recipe: Recipe, run: str, source: str | None, weights: str) -> Recipe:
-    """The recipe of a run that starts from another run's weights, where one is named."""
-    if source is None:
-        return recipe
-    from diffit_train.training.run import starting_from as resolved
+def starting_from(
+    recipe: Recipe, run: str, source: str | None = None, weights: str = "ema"
+) -> Recipe:
+    """The recipe of a run that starts from another run's weights: one named, or one it had."""
+    from diffit_train.training.run import begun_from, starting_from
 
-    return resolved(recipe, run, source, weights)
+    if source is None:
+        return begun_from(recipe, run)
+    return starting_from(recipe, run, source, weights)
 
 
 def train(
@@ -155,6 +157,7 @@ def evaluate(
     """Evaluate checkpoints of a run: a result for each of `steps`, numbers or `newest`."""
     from diffit_train.evaluation.result import finished
 
+    recipe = starting_from(recipe, run)
     wanted = [_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
     results = {step: finished(recipe, run, step) for step in wanted}
     missing = [step for step, result in results.items() if result is None]
@@ -199,6 +202,7 @@ def sample(
         title = storage.shown(source.file)
         weights = stage.file_weights(recipe, source.file, source.allow_pickle)
     else:
+        recipe = starting_from(recipe, source.run)
         url, step = _checkpoint(recipe, source.run, source.step)
         title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
         weights = stage.run_weights(recipe, url, step)
@@ -265,6 +269,7 @@ def export_weights(
     """Write a checkpoint's weights to a file."""
     from diffit_train.training import exchange
 
+    recipe = starting_from(recipe, run)
     _, number = _checkpoint(recipe, run, step)
     target = None if out is None else storage.absolute(out)
     file = exchange.export_weights(recipe, run, number, kind, target)
@@ -278,6 +283,7 @@ def reconstruct_ema(
     """Make an average of the weights from a run's snapshots."""
     from diffit_train.training import exchange
 
+    recipe = starting_from(recipe, run)
     _checkpoint(recipe, run, NEWEST)
     target = None if out is None else storage.absolute(out)
     made = exchange.reconstruct_ema(recipe, run, sigma_rel, _step(step), target)

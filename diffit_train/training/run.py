@@ -253,5 +253,19 @@ def starting_from(recipe: Recipe, run: str, source: str, weights: str) -> Recipe
     return recipe.model_copy(update={"train": train, "model": model})
 
 
+def begun_from(recipe: Recipe, run: str) -> Recipe:
+    """The recipe, with what `--from` once filled in where the run exists and had it."""
+    url = run_url(recipe, run)
+    if recipe.train.start is not None or read_identity(url) is None:
+        return recipe
+    stored = stored_recipe(url)
+    if stored.train.start is None:
+        return recipe
+    side = recipe.model.position_side or stored.model.position_side
+    model = recipe.model.model_copy(update={"position_side": side})
+    train = recipe.train.model_copy(update={"start": stored.train.start})
+    return recipe.model_copy(update={"train": train, "model": model})
+
+
 def _side(recipe: Recipe) -> int:
     return recipe.latent_size // recipe.model.patch_size

@@ -309,6 +309,9 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     again = command.starting_from(large, "larger", "whole", "ema")
     assert again.train_hash() == recipe.train_hash()
     assert command.train(large, "larger", source="whole")["step"] == 24
+    # Other commands need not be told where it came from.
+    assert command.train(large, "larger")["step"] == 24
+    assert command.export_weights(large, "larger", "24", "raw", None)["step"] == 24
     for wrong, words in (
         (("larger", "whole@17", "ema"), r"no committed checkpoint of step 17"),
         (("new", "nobody", "ema"), r"there is no run 'nobody'"),
