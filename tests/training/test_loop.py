@@ -129,6 +129,16 @@ def test_the_curve_does_not_depend_on_how_it_is_computed(
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
+def test_bf16_weights_follow_the_fp32_curve(encoded: Path, whole: Path) -> None:
+    changes = ("train.precision=bf16", "train.zero_stage=3", "train.micro_batch_size=2")
+    run = _run(encoded, "bf16", 2, 24, *changes)
+    for mine, theirs in zip(_log(run), _log(whole), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.03)
+    # The masters are fp32: they hold what bf16 cannot.
+    masters = read_weights(str(run), 24, "raw").values()
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in masters)
+
+
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
     encoded: Path, whole: Path
 ) -> None:
