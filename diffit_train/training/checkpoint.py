@@ -39,6 +39,10 @@ from diffit_train.training.engine import Engine, Stretch
 FAILED_SAVES = 3
 
 
+class GivingUp(DiffitError):
+    """What all ranks find alike, and would find again if they were started anew."""
+
+
 def _nothing() -> None:
     pass
 
@@ -92,12 +96,12 @@ class CheckpointWriter:
                 must not raise.
 
         Raises:
-            DiffitError: too many checkpoints in a row could not be written.
+            GivingUp: too many checkpoints in a row could not be written.
         """
         started_s = time.monotonic()
         self.wait()
         if len(self.failures) >= FAILED_SAVES:
-            raise DiffitError(self.failures[-1])
+            raise GivingUp(self.failures[-1])
         name = f"rank-{self.rank:05d}-of-{self.world:05d}.safetensors"
         kinds = tuple(kinds or (*STATES, *self.engine.train.ema))
         owned = self.engine.owned()
@@ -127,14 +131,14 @@ class CheckpointWriter:
         """Write a checkpoint and return when it is committed.
 
         Raises:
-            DiffitError: it could not be written.
+            GivingUp: it could not be written.
         """
         self.save(run_url, state, **rest)
         started_s = time.monotonic()
         self.wait()
         self.blocked_s += time.monotonic() - started_s
         if self.failures:
-            raise DiffitError(self.failures[-1])
+            raise GivingUp(self.failures[-1])
 
     def _finish(
         self,

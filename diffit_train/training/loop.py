@@ -34,6 +34,7 @@ from diffit_train.models.transfer import transfer_weights
 from diffit_train.tracking import MetricsOutbox
 from diffit_train.training.checkpoint import (
     CheckpointWriter,
+    GivingUp,
     load_checkpoint,
     newest_whole,
     remove_old,
@@ -268,7 +269,7 @@ class Trainer:
 
         Raises:
             RollBack: there were too many bad steps in a row; their batches are noted.
-            DiffitError: the same, too often; or checkpoints cannot be written.
+            GivingUp: the same, too often; or checkpoints cannot be written.
         """
         train = self.recipe.train
         if self.step >= train.steps:
@@ -385,10 +386,10 @@ class Trainer:
             return
         first = self.bad_in_row[0]
         if len(self.passed_over.ranges) >= train.max_rollbacks:
-            raise DiffitError(
+            raise GivingUp(
                 f"{len(self.bad_in_row)} steps in a row from {first:,} on had a loss or gradient "
-                f"that is no number or beyond its limit, after {len(self.passed_over.ranges)} "
-                f"returns to a checkpoint; see {self.url}/bad-steps.jsonl; lower train.lr or set "
+                "that is no number or beyond its limit (times gone back to a checkpoint: "
+                f"{len(self.passed_over.ranges)}); see {self.url}/bad-steps.jsonl; lower train.lr or set "
                 "train.grad_clip in a new run, or raise train.max_rollbacks"
             )
         self.writer.wait()
@@ -532,7 +533,7 @@ class Trainer:
         """Wait for the last checkpoint; once more where it failed.
 
         Raises:
-            DiffitError: it cannot be written.
+            GivingUp: it cannot be written.
         """
         self.writer.wait()
         if self.step in self._committed():
@@ -541,7 +542,7 @@ class Trainer:
         self._save()
         self.writer.wait()
         if self.writer.failures:
-            raise DiffitError(self.writer.failures[-1])
+            raise GivingUp(self.writer.failures[-1])
 
     def _committed(self) -> list[int]:
         steps: list[Any] = [committed_steps(self.url) if self.rank == 0 else None]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import cluster, storage
@@ -181,6 +182,7 @@ class Board:
         self.lines: list[str] = []
         self.groups = 0
         self.stopping = False
+        self.failure = ""
 
     def put(self, record: dict[str, Any]) -> None:
         """Replace the record."""
@@ -194,7 +196,16 @@ class Board:
         """A group of workers has begun to train."""
         self.groups += 1
         again = "again " if self.groups > 1 else ""
-        self.say(f"training {again}from step {step:,} on {workers} workers")
+        plural = "" if workers == 1 else "s"
+        self.say(f"training {again}from step {step:,} on {workers} worker{plural}")
+
+    def fail(self, reason: str) -> None:
+        """Training gave up; to start the workers again would not help."""
+        self.failure = reason
+
+    def why_failed(self) -> str:
+        """Why training gave up; empty where it did not."""
+        return self.failure
 
     def read(self, seen: int) -> tuple[dict[str, Any], list[str]]:
         """The newest record, and the lines after the first `seen`."""
@@ -225,10 +236,11 @@ class _Around:
     def _watch(self) -> None:
         # Asked apart from training, which must not wait for an answer at every step.
         pause = threading.Event()
-        while not pause.wait(POLL_S):
-            if ray.get(self.board.is_stopping.remote()):
-                self.stopping.set()
-                return
+        with contextlib.suppress(RayActorError):  # the driver is gone, and Ray ends this process
+            while not pause.wait(POLL_S):
+                if ray.get(self.board.is_stopping.remote()):
+                    self.stopping.set()
+                    return
 
     def report(self, record: dict[str, Any]) -> None:
         """To the driver, and to Ray's metrics as diffit_train_NAME."""
@@ -269,6 +281,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    from diffit_train.training.checkpoint import GivingUp
     from diffit_train.training.loop import train_to_the_end
 
     recipe, run = Recipe.model_validate(config["recipe"]), config["run"]
@@ -277,7 +290,12 @@ def _worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(recipe.scaling.cpus_per_worker)
-    step = train_to_the_end(recipe, run, config["mlflow_run_id"], device, around)
+    try:
+        step = train_to_the_end(recipe, run, config["mlflow_run_id"], device, around)
+    except GivingUp as error:  # raised on all ranks alike
+        if around.rank == 0:
+            ray.get(around.board.fail.remote(str(error)))
+        return
     ray.train.report({"step": step})
 
 
@@ -326,6 +344,8 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
     try:
         with _on_sigterm(stop), _progress(recipe, board, committed_steps(url), stop):
             trainer.fit()
+        if reason := ray.get(board.why_failed.remote()):
+            raise DiffitError(f"training of {run!r} failed: {reason}")
     except SystemExit as error:  # Ray Train's answer to Ctrl-C, with status 0
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
@@ -339,6 +359,7 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
             say(f"stopped at step {step:,}, which is saved; the same command continues")
             raise SystemExit(STOPPED)
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
+    say(f"trained {step:,} steps of {recipe.train.batch_size} pictures")
     return step
 
 
@@ -396,7 +417,7 @@ def _progress(
 ) -> Iterator[None]:
     """Show the board's record and lines while the block runs; pass on that it is to stop."""
     ended = threading.Event()
-    batch, steps, start = recipe.train.batch_size, recipe.train.steps, max(committed, default=0)
+    steps, start = recipe.train.steps, max(committed, default=0)
     say(
         f"starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}, "
         f"attention kernel {_kernel(recipe)}"
@@ -434,5 +455,3 @@ def _progress(
     finally:
         ended.set()
         thread.join()
-    if not stop.is_set():
-        say(f"trained {steps:,} steps of {batch} pictures")

@@ -19,7 +19,7 @@ import torch
 from diffit_train import command
 from diffit_train.checkpoints import committed_steps, read_state, read_weights
 from diffit_train.config import dump_recipe
-from diffit_train.errors import UserError
+from diffit_train.errors import DiffitError, UserError
 from diffit_train.tracking import Tracker
 from diffit_train.training.run import finished_step
 from diffit_train.training.worker import train
@@ -97,6 +97,7 @@ def test_bad_input_writes_nothing(trained: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_workers_draw_the_same_curve(trained: Path) -> None:
     train(tiny_recipe(trained, "scaling.workers=2"), "two-workers")
     for mine, theirs in zip(_log(trained, "two-workers"), _log(trained, "tiny"), strict=True):
@@ -202,3 +203,19 @@ def test_a_kernel_that_the_workers_lack_is_refused_at_once(encoded: Path) -> Non
     with pytest.raises(UserError, match=r"model\.attention is 'flex', which needs a CUDA device"):
         train(tiny_recipe(encoded, "model.attention=flex"), "flex")
     assert not (encoded / "runs" / "flex").exists()
+
+
+def test_a_hopeless_run_says_why_and_is_not_started_again(
+    encoded: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["train.grad_norm_limit=1e-9", "train.bad_steps_in_row=2", "train.max_rollbacks=1"]
+    words = r"'hopeless-run' failed: 2 steps in a row from 2 on .*gone back to a checkpoint: 1\)"
+    with pytest.raises(DiffitError, match=words):
+        train(tiny_recipe(encoded, *changes), "hopeless-run")
+    said = capfd.readouterr().err
+    assert said.count("from step 0 on 1 worker\n") == 1
+    assert "step 0 skipped: loss" in said
+    assert "going back to the last checkpoint" in said
+    assert "trained" not in said
+    (record,) = [r for r in Tracker.of(tiny_recipe(encoded)).runs() if r.name == "hopeless-run"]
+    assert record.status == "FAILED"
