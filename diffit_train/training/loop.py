@@ -389,8 +389,8 @@ class Trainer:
             raise GivingUp(
                 f"{len(self.bad_in_row)} steps in a row from {first:,} on had a loss or gradient "
                 "that is no number or beyond its limit (times gone back to a checkpoint: "
-                f"{len(self.passed_over.ranges)}); see {self.url}/bad-steps.jsonl; lower train.lr or set "
-                "train.grad_clip in a new run, or raise train.max_rollbacks"
+                f"{len(self.passed_over.ranges)}); see {self.url}/bad-steps.jsonl; lower train.lr "
+                "or set train.grad_clip in a new run, or raise train.max_rollbacks"
             )
         self.writer.wait()
         if self.rank == 0:
