@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -201,6 +201,23 @@ def read_slices(
 ) -> dict[Kind, list[torch.Tensor]]:
     """For each kind, the wanted stretches as 1-D float32 tensors, in the order asked for.
 
+    Raises:
+        UserError, DiffitError: as `fill_slices`.
+    """
+    out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
+    targets = [{kind: out[kind][number] for kind in kinds} for number in range(len(wanted))]
+    fill_slices(run_url, step, list(zip(wanted, targets, strict=True)), kinds)
+    return out
+
+
+def fill_slices(
+    run_url: str,
+    step: int,
+    wanted: Sequence[tuple[Slice, Mapping[Kind, torch.Tensor]]],
+    kinds: tuple[Kind, ...],
+) -> None:
+    """Read stretches into 1-D tensors that are there already, of any device and precision.
+
     Only the files that hold a part of them are read; each is verified first.
 
     Raises:
@@ -215,25 +232,23 @@ def read_slices(
             f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
             + ("" if "master" in index.kinds else ": its weights were imported")
         )
-    out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
     by_file: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
-    for number, part in enumerate(wanted):
+    for number, (part, _) in enumerate(wanted):
         if part.name not in index.parameters:
             raise DiffitError(f"{url} holds no parameter {part.name!r}: it is of another model")
         for piece in index.parameters[part.name].pieces:
             if _overlap(part, piece)[1] > 0:
                 by_file[piece.file].append((number, piece))
     for file, needs in by_file.items():
-        with _verified(url, file, index.files[file]) as tensors:
+        with _verified(url, file, index.files[file]) as tensors, torch.no_grad():
             for number, piece in needs:
-                part = wanted[number]
+                part, targets = wanted[number]
                 start, length = _overlap(part, piece)
                 for kind in kinds:
                     source: Any = tensors.get_slice(f"{kind}/{part.name}")
                     first = start - piece.offset
-                    target = out[kind][number][start - part.offset :][:length]
+                    target = targets[kind][start - part.offset :][:length]
                     target.copy_(source[first : first + length])
-    return out
 
 
 def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from diffit_train import storage
 from diffit_train.checkpoints import (
@@ -29,7 +30,7 @@ from diffit_train.checkpoints import (
     checkpoint_url,
     committed_steps,
     damage,
-    read_slices,
+    fill_slices,
     read_state,
 )
 from diffit_train.errors import DiffitError
@@ -243,14 +244,19 @@ def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
     return state
 
 
-@torch.no_grad()
+def load_weights(model: nn.Module, run_url: str, step: int) -> None:
+    """Give a model the master weights of a checkpoint, without a second copy of them."""
+    wanted = [
+        (Slice(name, 0, p.numel()), {"master": p.detach().view(-1)})
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    fill_slices(run_url, step, wanted, ("master",))
+
+
 def _fill(stretches: list[Stretch], run_url: str, step: int, kinds: tuple[Kind, ...]) -> None:
-    if not stretches:
-        return
-    loaded = read_slices(run_url, step, [s.slice for s in stretches], kinds)
-    for kind in kinds:
-        for stretch, values in zip(stretches, loaded[kind], strict=True):
-            stretch.values[kind].copy_(values)
+    if stretches:
+        fill_slices(run_url, step, [(s.slice, s.values) for s in stretches], kinds)
 
 
 def newest_whole(run_url: str, say: Callable[[str], None]) -> int | None:

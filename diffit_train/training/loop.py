@@ -36,6 +36,7 @@ from diffit_train.training.checkpoint import (
     CheckpointWriter,
     GivingUp,
     load_checkpoint,
+    load_weights,
     newest_whole,
     remove_old,
 )
@@ -221,8 +222,7 @@ class Trainer:
         model = build_model(self.recipe)
         self._measure_peak(model)
         if newest is not None:
-            weights = read_weights(self.url, newest, "raw")
-            model.load_state_dict(weights, strict=False)
+            load_weights(model, self.url, newest)
         elif train.start is not None:
             model.load_state_dict(self._starting_weights(model), strict=False)
         model.to(self.device)

@@ -29,6 +29,7 @@ from diffit_train.training.checkpoint import (
     FAILED_SAVES,
     CheckpointWriter,
     load_checkpoint,
+    load_weights,
     newest_whole,
     remove_old,
 )
@@ -122,7 +123,7 @@ def _resume_and_save(
     rank: int, world: int, run: str, step: int, train: Train, steps: int, into: str
 ) -> None:
     model = _model()
-    model.load_state_dict(read_weights(run, step, "raw"), strict=False)
+    load_weights(model, run, step)
     engine = _engine(model, train, rank, world)
     assert load_checkpoint(engine, run, step).step == step
     _save(engine, into, step)
