@@ -173,15 +173,15 @@ def _assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 @pytest.mark.parametrize(
     ("world", "stage", "changes"),
     [
-        (1, 0, {}),
+        pytest.param(1, 0, {}, marks=pytest.mark.slow),
         (1, 1, {}),
         (2, 0, {"micro_batch_size": 1, "grad_clip": 0.5}),
         (2, 1, {}),
-        (2, 1, {"grad_clip": 0.5}),
+        pytest.param(2, 1, {"grad_clip": 0.5}, marks=pytest.mark.slow),
         (2, 2, {"micro_batch_size": 1}),
         (2, 3, {"micro_batch_size": 1}),
         (2, 3, {"grad_clip": 0.5}),
-        (2, 2, {"offload": "optimizer"}),
+        pytest.param(2, 2, {"offload": "optimizer"}, marks=pytest.mark.slow),
         (2, 3, {"offload": "parameters"}),
     ],
 )

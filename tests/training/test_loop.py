@@ -114,7 +114,7 @@ def whole(encoded: Path) -> Path:
     ("world", "changes"),
     [
         (1, ("train.micro_batch_size=3",)),
-        (1, ("train.zero_stage=0",)),
+        pytest.param(1, ("train.zero_stage=0",), marks=pytest.mark.slow),
         (2, ("train.zero_stage=3", "train.micro_batch_size=2")),
         # Four lanes of two pictures: one rank has twice as much as the others.
         pytest.param(3, ("train.micro_batch_size=1",), marks=pytest.mark.slow),
@@ -129,6 +129,7 @@ def test_the_curve_does_not_depend_on_how_it_is_computed(
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_weights_follow_the_fp32_curve(encoded: Path, whole: Path) -> None:
     changes = ("train.precision=bf16", "train.zero_stage=3", "train.micro_batch_size=2")
     run = _run(encoded, "bf16", 2, 24, *changes)
@@ -154,6 +155,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
     assert [step for step, _ in points] == list(range(2, 25, 2))
 
 
+@pytest.mark.slow
 def test_a_preemption_is_answered_by_one_checkpoint(encoded: Path, whole: Path) -> None:
     run = _run(encoded, "preempted", 2, 24, stop_after=None, preempt=True)
     assert committed_steps(str(run)) == [0, 1, 8, 16, 24]
@@ -202,6 +204,7 @@ def test_a_run_that_may_not_go_back_stops(encoded: Path) -> None:
     assert committed_steps(str(encoded / "runs" / "hopeless")) == [0]
 
 
+@pytest.mark.slow
 def test_steps_beyond_a_limit_are_skipped(encoded: Path, whole: Path) -> None:
     norms = sorted(record["grad_norm"] for record in _log(whole))
     limit = norms[len(norms) // 2]
