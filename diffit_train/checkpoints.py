@@ -34,6 +34,13 @@ STATES: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
 M = TypeVar("M", bound=BaseModel)
 
 
+class DamagedCheckpoint(DiffitError):
+    """A committed checkpoint does not hold what was committed; not said of storage that is away."""
+
+    def __init__(self, url: str, what: str) -> None:
+        super().__init__(f"checkpoint {url} is damaged: {what}")
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -157,10 +164,13 @@ def read_index(run_url: str, step: int) -> Index:
 
 
 def damage(run_url: str, step: int, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a committed checkpoint, or None; every byte of it is read.
+    """What is damaged in a committed checkpoint, or None; every byte of it is read.
 
     Args:
         share: (number, of how many) parts of the files that this caller looks at.
+
+    Raises:
+        DiffitError: it could not be looked at, as where storage is out of reach.
     """
     try:
         index, url = read_index(run_url, step), checkpoint_url(run_url, step)
@@ -168,7 +178,7 @@ def damage(run_url: str, step: int, share: tuple[int, int] = (0, 1)) -> str | No
         for file in sorted(index.files)[share[0] :: share[1]]:
             with _verified(url, file, index.files[file]):
                 pass
-    except DiffitError as error:
+    except DamagedCheckpoint as error:
         return str(error)
     return None
 
@@ -263,17 +273,13 @@ def _verified(url: str, file: str, entry: FileEntry) -> Iterator[Any]:
     try:
         with storage.local_copy(name) as path:
             if path.stat().st_size != entry.bytes or storage.sha256_file(path) != entry.sha256:
-                raise DiffitError(_damaged(url, f"{file} differs from its recorded size or sha256"))
+                raise DamagedCheckpoint(url, f"{file} differs from its recorded size or sha256")
             with safe_open(str(path), framework="pt") as tensors:
                 yield tensors
     except FileNotFoundError as error:
-        raise DiffitError(_damaged(url, f"{file} is missing")) from error
+        raise DamagedCheckpoint(url, f"{file} is missing") from error
     except SafetensorError as error:
-        raise DiffitError(_damaged(url, f"{file}: {error}")) from error
-
-
-def _damaged(url: str, what: str) -> str:
-    return f"checkpoint {url} is damaged: {what}"
+        raise DamagedCheckpoint(url, f"{file}: {error}") from error
 
 
 def _commit(url: str) -> Commit:
@@ -282,17 +288,17 @@ def _commit(url: str) -> Commit:
     except FileNotFoundError as error:
         raise DiffitError(f"checkpoint {url} is not committed; it was never finished") from error
     except ValidationError as error:
-        raise DiffitError(_damaged(url, "commit.json is not a commit marker")) from error
+        raise DamagedCheckpoint(url, "commit.json is not a commit marker") from error
 
 
 def _read_model(model: type[M], url: str, file: str, sha256: str) -> M:
     try:
         data = storage.read_bytes(storage.join(url, file))
     except FileNotFoundError as error:
-        raise DiffitError(_damaged(url, f"{file} is missing")) from error
+        raise DamagedCheckpoint(url, f"{file} is missing") from error
     if storage.sha256_bytes(data) != sha256:
-        raise DiffitError(_damaged(url, f"{file} differs from its recorded sha256"))
+        raise DamagedCheckpoint(url, f"{file} differs from its recorded sha256")
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        raise DiffitError(_damaged(url, f"{file}: {error.error_count()} wrong fields")) from error
+        raise DamagedCheckpoint(url, f"{file}: {error.error_count()} wrong fields") from error

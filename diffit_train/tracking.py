@@ -329,7 +329,7 @@ class MetricsOutbox:
                 except unreachable_errors() as error:
                     if not away:
                         away = True
-                        self.say(f"MLflow is out of reach, metrics are kept: {_first_line(error)}")
+                        self.say(f"MLflow is out of reach, metrics are kept: {first_line(error)}")
                     if self._leaving.is_set():
                         self.unsent = 1 + sum(p is not None for p in self._drained())
                         return
@@ -348,7 +348,8 @@ class MetricsOutbox:
         return left
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line without credentials."""
     return redact((str(error) or type(error).__name__).splitlines()[0])
 
 

@@ -259,6 +259,13 @@ def _fill(stretches: list[Stretch], run_url: str, step: int, kinds: tuple[Kind, 
         fill_slices(run_url, step, [(s.slice, s.values) for s in stretches], kinds)
 
 
+def agreed_steps(run_url: str, group: dist.ProcessGroup | None = None) -> list[int]:
+    """The run's committed steps as rank 0 sees them, on all ranks, which must call it together."""
+    steps: list[Any] = [committed_steps(run_url) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(steps, group=group)
+    return list(steps[0])
+
+
 def newest_whole(run_url: str, say: Callable[[str], None]) -> int | None:
     """Step of the newest committed checkpoint that is not damaged; None where there is none.
 
@@ -269,15 +276,14 @@ def newest_whole(run_url: str, say: Callable[[str], None]) -> int | None:
         DiffitError: there are checkpoints, and all of them are damaged.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    steps: list[Any] = [committed_steps(run_url)]
-    dist.broadcast_object_list(steps)
-    for step in reversed(steps[0]):
+    steps = agreed_steps(run_url)
+    for step in reversed(steps):
         found: list[str | None] = [None] * world
         dist.all_gather_object(found, damage(run_url, step, (rank, world)))
         problems = [text for text in found if text is not None]
         if not problems:
-            return int(step)
-        earlier = [s for s in steps[0] if s < step]
+            return step
+        earlier = [s for s in steps if s < step]
         if not earlier:
             raise DiffitError(f"{problems[0]}; there is no checkpoint before it")
         if rank == 0:

@@ -65,7 +65,19 @@ def read_deepspeed_checkpoint(path: str) -> DeepSpeedState:
     if not models:
         raise UserError(f"{folder} holds no *mp_rank_00_model_states.pt")
     model = _load(models[0])
-    ranks = {rank: _load(file)["optimizer_state_dict"] for rank, file in sorted(files.items())}
+    loaded = {rank: _load(file) for rank, file in sorted(files.items())}
+    try:
+        return _joined(folder, model, loaded)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder} is not laid out as DeepSpeed 0.19 lays out ZeRO stages 1 to 3 with Adam "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _joined(folder: Path, model: Any, loaded: dict[int, Any]) -> DeepSpeedState:
+    """The ranks' parts end to end."""
+    ranks = {rank: content["optimizer_state_dict"] for rank, content in loaded.items()}
     first = ranks[min(ranks)]
     count = _partition_count(first)
     if sorted(ranks) != list(range(count)):
@@ -124,5 +136,5 @@ def _partition_count(state: dict[str, Any]) -> int:
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # what a foreign pickle raises is not to be foreseen
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error

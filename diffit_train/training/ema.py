@@ -30,7 +30,7 @@ def ema_decay(profile: EmaProfile, step: int, batch_size: int) -> float:
 
 
 class ShardedEMA:
-    """Averages of flat tensors: average <- decay * average + (1 - decay) * weights, in fp32.
+    """Averages of tensors: average <- decay * average + (1 - decay) * weights, in fp32.
 
     Each rank averages only the master weights that it owns, so no rank ever holds a whole copy,
     and the pieces together equal the averages of the whole weights, bit for bit.
@@ -52,5 +52,5 @@ class ShardedEMA:
         """Take in the weights as they are after training step `step`."""
         for name, profile in self.profiles.items():
             decay = ema_decay(profile, step, self.batch_size)
-            for average, source in zip(self.averages[name], self.sources, strict=True):
-                average.lerp_(source, 1.0 - decay)
+            if self.sources:
+                torch._foreach_lerp_(self.averages[name], self.sources, 1.0 - decay)

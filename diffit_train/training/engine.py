@@ -99,12 +99,15 @@ class Engine:
         self._norm = float("nan")
         self._judge: Judge = math.isfinite
         self._put_judge_in()
+        # At stage 0 the parameters themselves are the masters, and Adam's state is theirs.
+        replicas = list(self.names) if train.zero_stage == 0 else []
+        self._replicas = [(p.detach().view(-1), self.names[p]) for p in replicas]
+        owners = zip(self._replicas, replicas, strict=True)
+        self._flat_owner = {id(flat): parameter for (flat, _), parameter in owners}
         self._pieces = list(self._own_pieces())
         self._start_moments()
-        sources = list({id(p.flat): p.flat for p in self._pieces}.values())
-        if train.zero_stage == 0:  # every rank has all weights, but averages only its share
-            sources = [p.flat.narrow(0, p.start, p.slice.length) for p in self._pieces]
-        self.ema = ShardedEMA(sources, train.ema, train.batch_size)
+        masters = [self._adam_values(piece)["master"] for piece in self._pieces]
+        self.ema = ShardedEMA(masters, train.ema, train.batch_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output in fp32."""
@@ -168,19 +171,10 @@ class Engine:
 
     def owned(self) -> list[Stretch]:
         """What this rank, and no other, answers for; all ranks together cover every parameter."""
-        averages = self.ema.averages
-        stage_0 = self.train.zero_stage == 0
-        places = {id(flat): number for number, flat in enumerate(self.ema.sources)}
         out = []
         for number, piece in enumerate(self._pieces):
-            values = self._adam_values(piece)
-            for name, flats in averages.items():
-                if stage_0:
-                    values[name] = flats[number]
-                else:
-                    flat = flats[places[id(piece.flat)]]
-                    values[name] = flat.narrow(0, piece.start, piece.slice.length)
-            out.append(Stretch(piece.slice, values))
+            averages = {name: parts[number] for name, parts in self.ema.averages.items()}
+            out.append(Stretch(piece.slice, self._adam_values(piece) | averages))
         return out
 
     def replicated(self) -> list[Stretch]:
@@ -214,7 +208,6 @@ class Engine:
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
 
     def _own_pieces(self) -> Iterator[_Piece]:
-        self._flat_owner: dict[int, Tensor] = {}
         stage = self.train.zero_stage
         if stage == 0:
             yield from self._shares_of_replicas()
@@ -253,7 +246,7 @@ class Engine:
         if self.train.zero_stage:
             yield from self._pieces
             return
-        for flat, name in self._replicas():
+        for flat, name in self._replicas:
             yield _Piece(Slice(name, 0, flat.numel()), flat, 0)
 
     def _shares_of_replicas(self) -> Iterator[_Piece]:
@@ -261,18 +254,11 @@ class Engine:
         total = sum(p.numel() for p in self.names)
         first, last = (total * r // self.world_size for r in (self.rank, self.rank + 1))
         place = 0
-        for flat, name in self._replicas():
+        for flat, name in self._replicas:
             start, end = max(first, place), min(last, place + flat.numel())
             if start < end:
                 yield _Piece(Slice(name, start - place, end - start), flat, start - place)
             place += flat.numel()
-
-    def _replicas(self) -> Iterator[tuple[Tensor, str]]:
-        if not hasattr(self, "_flat_replicas"):
-            self._flat_replicas = [(p.detach().view(-1), n) for p, n in self.names.items()]
-            owners = zip(self._flat_replicas, self.names, strict=True)
-            self._flat_owner = {id(flat): parameter for (flat, _), parameter in owners}
-        yield from self._flat_replicas
 
     # ---- Judging a step ----
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.checkpoints import State, committed_steps, read_weights
+from diffit_train.checkpoints import State, read_weights
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import scaled_sample
 from diffit_train.data.cache import ShardCache
@@ -35,6 +35,7 @@ from diffit_train.tracking import MetricsOutbox
 from diffit_train.training.checkpoint import (
     CheckpointWriter,
     GivingUp,
+    agreed_steps,
     load_checkpoint,
     load_weights,
     newest_whole,
@@ -78,24 +79,6 @@ class Surroundings(Protocol):
 
     def preempted(self) -> bool:
         """Whether a node is about to be taken away; all ranks ask together."""
-
-
-class Alone:
-    """Surroundings that want nothing."""
-
-    def report(self, record: dict[str, Any]) -> None:
-        """Nobody listens."""
-
-    def say(self, text: str) -> None:
-        """Nobody listens."""
-
-    def stop_wanted(self) -> bool:
-        """Never."""
-        return False
-
-    def preempted(self) -> bool:
-        """Never."""
-        return False
 
 
 class RollBack(Exception):
@@ -180,6 +163,7 @@ class Trainer:
         )
         self.stop = self.preempted = False
         self.polled_s = 0.0
+        self.judged_loss = float("nan")
         self.profiler: torch.profiler.profile | None = None
         self.saved_for_preemption = False
         self.bad_in_row: list[int] = []
@@ -206,7 +190,8 @@ class Trainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None or issubclass(kind, RollBack):
+        # Where one rank failed alone, the others' threads may never come to an end.
+        if kind is None or issubclass(kind, GivingUp):
             self.writer.wait()
             if self.outbox is not None and self.outbox.close():
                 mark_unsent(self.url)
@@ -536,15 +521,10 @@ class Trainer:
             GivingUp: it cannot be written.
         """
         self.writer.wait()
-        if self.step in self._committed():
+        if self.step in agreed_steps(self.url, self.control):
             return
         self.writer.failures = []
         self._save()
         self.writer.wait()
         if self.writer.failures:
             raise GivingUp(self.writer.failures[-1])
-
-    def _committed(self) -> list[int]:
-        steps: list[Any] = [committed_steps(self.url) if self.rank == 0 else None]
-        dist.broadcast_object_list(steps, group=self.control)
-        return list(steps[0])

@@ -213,8 +213,8 @@ def starting_from(recipe: Recipe, run: str, source: str, weights: str) -> Recipe
     """The recipe with `train.start` filled in.
 
     A run that exists keeps the checkpoint that it started from, though its source may have
-    trained on since. Where the resolution differs, the fixed positions keep the spread that
-    the source has learnt.
+    trained on since, or be gone. Where the resolution differs, the fixed positions keep the
+    spread that the source has learnt.
 
     Args:
         run: the new run.
@@ -229,28 +229,23 @@ def starting_from(recipe: Recipe, run: str, source: str, weights: str) -> Recipe
         raise UserError(f"--from is {source!r}, but must be RUN or RUN@STEP, as first@5000")
     if name == run:
         raise UserError(f"--from names run {run!r} itself; give the new run another name by --run")
+    begun = begun_from(recipe, run)
+    kept = begun.train.start
+    if kept and kept.run == name and kept.weights == weights and step in ("", str(kept.step)):
+        return begun
     url = run_url(recipe, name)
     if read_identity(url) is None:
         raise UserError(f"--from is {source!r}, but there is no run {name!r} in {url}")
+    number = require_step(url, int(step) if step else None)
+    kind = "master" if weights == "raw" else weights
+    known = read_index(url, number).kinds
+    if kind not in known:
+        raise UserError(f"--from-weights is {weights!r}, but {source} holds {', '.join(known)}")
+    digest = checkpoint_digest(url, number)
+    start = Start(run=name, step=number, weights=weights, digest=digest)
     theirs = stored_recipe(url)
-    mine = run_url(recipe, run)
-    kept = stored_recipe(mine).train.start if read_identity(mine) is not None else None
-    if kept and kept.run == name and kept.weights == weights and step in ("", str(kept.step)):
-        start = kept
-    else:
-        number = require_step(url, int(step) if step else None)
-        kind = "master" if weights == "raw" else weights
-        known = read_index(url, number).kinds
-        if kind not in known:
-            raise UserError(f"--from-weights is {weights!r}, but {source} holds {', '.join(known)}")
-        digest = checkpoint_digest(url, number)
-        start = Start(run=name, step=number, weights=weights, digest=digest)
-    model = recipe.model
-    if model.position_side is None and _side(theirs) != _side(recipe):
-        side = theirs.model.position_side or _side(theirs)
-        model = model.model_copy(update={"position_side": side})
-    train = recipe.train.model_copy(update={"start": start})
-    return recipe.model_copy(update={"train": train, "model": model})
+    spread = theirs.model.position_side or _side(theirs)
+    return _started(recipe, start, spread if _side(theirs) != _side(recipe) else None)
 
 
 def begun_from(recipe: Recipe, run: str) -> Recipe:
@@ -261,9 +256,14 @@ def begun_from(recipe: Recipe, run: str) -> Recipe:
     stored = stored_recipe(url)
     if stored.train.start is None:
         return recipe
-    side = recipe.model.position_side or stored.model.position_side
-    model = recipe.model.model_copy(update={"position_side": side})
-    train = recipe.train.model_copy(update={"start": stored.train.start})
+    return _started(recipe, stored.train.start, stored.model.position_side)
+
+
+def _started(recipe: Recipe, start: Start, side: int | None) -> Recipe:
+    """The recipe with a start, and the spread of its positions where it says none itself."""
+    update = {"position_side": recipe.model.position_side or side}
+    model = recipe.model.model_copy(update=update)
+    train = recipe.train.model_copy(update={"start": start})
     return recipe.model_copy(update={"train": train, "model": model})
 
 

@@ -34,7 +34,13 @@ from diffit_train.models.attention import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import Progress, say
-from diffit_train.tracking import Tracker, git_commit, tracking_uri, unreachable_errors
+from diffit_train.tracking import (
+    Tracker,
+    first_line,
+    git_commit,
+    tracking_uri,
+    unreachable_errors,
+)
 from diffit_train.training.run import (
     RunIdentity,
     check_recipe,
@@ -65,7 +71,8 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> int:
         return done
     _check_resumable(run_url(recipe, run))
     manifest = _check_latents(recipe)
-    _check_start(recipe)
+    if not committed_steps(run_url(recipe, run)):
+        _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
     scaling = recipe.scaling
@@ -138,7 +145,7 @@ def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> i
         try:
             Tracker.of(recipe).finish(mlflow_run_id, status)
         except unreachable_errors() as error:
-            say(f"MLflow was not told that the run is {status}: {error}")
+            say(f"MLflow was not told that the run is {status}: {first_line(error)}")
     return step
 
 
@@ -160,8 +167,8 @@ def _mlflow_run(
         url = run_url(recipe, identity.name)
         steps = committed_steps(url)
         if not steps:
-            raise UserError(f"a new run needs MLflow to start with: {error}") from error
-        say(f"going on without MLflow: {error}")
+            raise UserError(f"a new run needs MLflow to start with: {first_line(error)}") from error
+        say(f"going on without MLflow: {first_line(error)}")
         return read_state(url, steps[-1]).mlflow_run_id
     return run_id
 

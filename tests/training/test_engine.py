@@ -369,6 +369,18 @@ def _find_newest(rank: int, world: int, run: str, expected: int | None, words: s
     assert all(words in line for line in lines)
 
 
+def _storage_is_away(rank: int, world: int, run: str) -> None:
+    def away(url: str) -> bytes:
+        raise DiffitError(f"{url} cannot be reached")
+
+    before, storage.read_bytes = storage.read_bytes, away
+    try:
+        with pytest.raises(DiffitError, match="cannot be reached"):
+            newest_whole(run, print)
+    finally:
+        storage.read_bytes = before
+
+
 def _all_damaged(rank: int, world: int, run: str) -> None:
     with pytest.raises(DiffitError, match=r"is damaged.*no checkpoint before it"):
         newest_whole(run, print)
@@ -377,6 +389,9 @@ def _all_damaged(rank: int, world: int, run: str) -> None:
 def test_a_damaged_newest_checkpoint_is_passed_over(trained: str, tmp_path: Path) -> None:
     run = _copy(trained, tmp_path)
     on_ranks(2, _find_newest, str(run), 2, "")
+    # What cannot be looked at is not taken for damaged.
+    on_ranks(2, _storage_is_away, str(run))
+    assert committed_steps(str(run)) == [0, 2]
     file = Path(checkpoint_url(str(run), 2)) / "rank-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     on_ranks(2, _find_newest, str(run), 0, "rank-00001-of-00002.safetensors differs")
@@ -464,7 +479,14 @@ def test_deepspeeds_own_checkpoints_are_read(tmp_path: Path, stage: int) -> None
     assert mine.keys() == expected.keys()
     for name, values in expected.items():
         assert torch.equal(mine[name], values.reshape(-1)), name
-    next((tmp_path / "mine").glob("*zero_pp_rank_1_*optim*")).unlink()
+    optimizer = next((tmp_path / "mine").glob("*zero_pp_rank_1_*optim*"))
+    torch.save({"optimizer_state_dict": {"zero_stage": stage}}, optimizer)
+    with pytest.raises(UserError, match=r"is not laid out as DeepSpeed.*KeyError"):
+        read_deepspeed_checkpoint(str(tmp_path))
+    optimizer.write_bytes(b"no pickle")
+    with pytest.raises(UserError, match=r"optim_states\.pt cannot be read"):
+        read_deepspeed_checkpoint(str(tmp_path))
+    optimizer.unlink()
     with pytest.raises(UserError, match=r"written by 2 ranks; those of \[1\] are missing"):
         read_deepspeed_checkpoint(str(tmp_path))
     assert not is_deepspeed_checkpoint(str(tmp_path / "nowhere"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from diffit_train import command, storage
-from diffit_train.checkpoints import committed_steps, read_state, read_weights
+from diffit_train.checkpoints import (
+    checkpoint_url,
+    committed_steps,
+    read_state,
+    read_weights,
+)
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
@@ -28,12 +34,15 @@ CPU = torch.device("cpu")
 STEPS = ("train.steps=24", "train.checkpoint_every=8", "train.log_every=2")
 
 
-class Asked(loop.Alone):
-    """Wants to stop, or is preempted, once a step has been judged so many times."""
+class Asked:
+    """Surroundings that want to stop once a step has been judged so many times, or preempt."""
 
     def __init__(self, stop_after: int | None, preempt: bool) -> None:
         self.stop_after, self.preempt, self.asked = stop_after, preempt, 0
         self.lines: list[str] = []
+
+    def report(self, record: dict[str, Any]) -> None:
+        pass
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -325,6 +334,13 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     # Other commands need not be told where it came from.
     assert command.train(large, "larger")["step"] == 24
     assert command.export_weights(large, "larger", "24", "raw", None)["step"] == 24
+    # Nor need the source be there any more, once the run has its own checkpoints.
+    gone = whole.rename(whole.parent / "gone")
+    more = tiny_recipe(encoded, *changes, "train.keep_every=24")
+    assert command.starting_from(more, "larger", "whole", "ema").train_hash() == recipe.train_hash()
+    shutil.rmtree(checkpoint_url(str(first), 24))
+    assert command.train(more, "larger", source="whole")["step"] == 24
+    gone.rename(whole)
     for wrong, words in (
         (("larger", "whole@17", "ema"), r"no committed checkpoint of step 17"),
         (("new", "nobody", "ema"), r"there is no run 'nobody'"),
