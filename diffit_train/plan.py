@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.config.recipe import BUCKET_ELEMENTS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 from diffit_train.models.build import ARCHITECTURES, model_shape
@@ -231,11 +232,13 @@ def plan(recipe: Recipe, machine: Machine, emas: int | None = None) -> dict[str,
     for stage in range(4):
         states = state_bytes(parameters, stage, world, emas, bf16)
         host = _offloaded(states, stage, train.offload)
-        total = states.total - host + activations
+        bucket = (BF16 if bf16 else FP32) * BUCKET_ELEMENTS if stage else 0
+        total = states.total - host + bucket + activations
         stages[str(stage)] = {
             **asdict(states),
             "states": states.total,
             "of_them_on_host": host,
+            "bucket": bucket,
             "activations": activations,
             "total": total,
             "fits": total < gpu.memory_gib * GIB,
@@ -353,7 +356,7 @@ def print_plan(result: dict[str, Any]) -> None:
         f"{memory['precision']}, {memory['emas']} EMA, activation checkpointing "
         f"{memory['activation_checkpointing']}"
     )
-    parts = ("weights", "gradients", "master", "moments", "ema", "activations", "total")
+    parts = ("weights", "gradients", "master", "moments", "ema", "bucket", "activations", "total")
     rows = table(title, "ZeRO stage", *parts, f"fits {time['gpu']}")
     for stage, values in memory["zero_stage"].items():
         shown = [f"{values[part] / GIB:,.2f}" for part in parts]

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from diffit_train.checkpoints import Kind, Slice
-from diffit_train.config.recipe import Train
+from diffit_train.config.recipe import BUCKET_ELEMENTS, Train
 from diffit_train.errors import DiffitError
 from diffit_train.training.ema import ShardedEMA
 
 # Elements that are reduced or gathered at once.
-BUCKET_ELEMENTS = 50_000_000
 # Says from a step's gradient norm, on all ranks alike, whether the step may be taken.
 Judge = Callable[[float], bool]
 
@@ -305,7 +304,6 @@ def _joined(norms: list[Any]) -> Tensor:
 
 
 def _deepspeed_config(train: Train, micro_batches: int, device: torch.device) -> dict[str, Any]:
-    # DeepSpeed's own bucket is ten times as large and takes 2 GB on every rank in fp32.
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
