@@ -2,7 +2,7 @@
 
 Parameters and multiply-adds are counted on the model itself, without memory (meta device).
 Bytes of states follow from what DeepSpeed ZeRO keeps at each stage; bytes of activations are those
-that autograd saves. Not counted: the framework's own memory, communication buffers, fragmentation.
+that autograd saves. Not counted: the framework's own memory, NCCL's buffers, fragmentation.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def print_plan(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=100)
+    console = Console(width=110)
     parameters, work, memory = result["parameters"], result["multiply_adds"], result["memory"]
     time, disk = result["time"], result["storage"]
     model = result["model"]
