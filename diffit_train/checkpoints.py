@@ -121,6 +121,11 @@ def checkpoint_url(run_url: str, step: int) -> str:
     return storage.join(run_url, "checkpoints", step_name(step))
 
 
+def reconstructed_url(run_url: str, sigma_rel: float, step: int) -> str:
+    """Where a run keeps an average that was made of its snapshots."""
+    return storage.join(run_url, "export", f"ema-{sigma_rel:g}-{step:010d}.safetensors")
+
+
 def committed_steps(run_url: str) -> list[int]:
     """Steps of the run's committed checkpoints, ascending."""
     folder = storage.join(run_url, "checkpoints")

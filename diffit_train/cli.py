@@ -13,14 +13,15 @@ from typer.core import TyperGroup
 import diffit_train
 from diffit_train import command, storage
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
+from diffit_train.errors import UserError
 
 
 class WorkOrder(TyperGroup):
     """Lists the commands in the order in which they are used."""
 
     order = (
-        *("data", "autoencoder", "features", "plan", "encode", "verify", "train", "evaluate"),
-        *("sample", "compare", "ema", "import", "export", "submit"),
+        *("data", "autoencoder", "features", "plan", "encode", "verify", "train", "references"),
+        *("evaluate", "sweep", "sample", "compare", "ema", "import", "export", "submit"),
     )
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -44,8 +45,10 @@ autoencoder_app = typer.Typer(help="An autoencoder of your own.", no_args_is_hel
 features_app = typer.Typer(help="A feature network of your own.", no_args_is_help=True)
 data_app = typer.Typer(help="Data sets that need no download.", no_args_is_help=True)
 verify_app = typer.Typer(help="Check what was written.", no_args_is_help=True)
+sweep_app = typer.Typer(help="Sweeps begun by `diffit evaluate --sweep`.", no_args_is_help=True)
 ema_app = typer.Typer(help="Averages of the weights.", no_args_is_help=True)
 app.add_typer(ema_app, name="ema")
+app.add_typer(sweep_app, name="sweep")
 app.add_typer(data_app, name="data")
 app.add_typer(verify_app, name="verify")
 app.add_typer(autoencoder_app, name="autoencoder")
@@ -71,6 +74,7 @@ Root = Annotated[
     str | None,
     typer.Option(help="Folder or s3://bucket/prefix that holds the project (storage.root)."),
 ]
+ProjectRoot = Annotated[str, typer.Option("--root", help="Folder of the project.")]
 Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster, as 10.0.0.1:6379 or auto. Default: this machine."),
@@ -226,20 +230,148 @@ def train(
 
 @app.command()
 def evaluate(
-    name: RecipeName,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help=f"Packaged recipe ({', '.join(packaged_recipes())}), or path or URL of a YAML "
+            "file.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
     root: Root = None,
     run: RunName = None,
     step: Steps = None,
-    address: Address = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster, as 10.0.0.1:6379 or auto; with --fleet its job server, as "
+            "http://head:8265. Default: this machine."
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            help="KEY=VALUES, as guidance.scale=1.0:5.0:0.4 or sampler.steps=50,250; repeated, "
+            "all combinations.",
+        ),
+    ] = None,
+    sweep_name: Annotated[
+        str | None,
+        typer.Option("--name", help="Name of the sweep. Default: made of its keys."),
+    ] = None,
+    fleet: Annotated[
+        bool,
+        typer.Option("--fleet", metavar="", help="Send each evaluation as a Ray job of its own."),
+    ] = False,
+    at_most: Annotated[int, typer.Option(min=1, help="Jobs of the fleet that run at once.")] = 4,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Times that a failed job of the fleet is sent again.")
+    ] = 2,
+    python: Annotated[
+        str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
+    ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", metavar="", help="Evaluate each new checkpoint while training goes on."
+        ),
+    ] = False,
+    npz: Annotated[
+        bool, typer.Option("--npz", metavar="", help="Write samples.npz as ADM's evaluator reads.")
+    ] = False,
+    conformance: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with the published self-check (weights, reference and sample batch); its "
+            "figures beside the expected ones."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate pictures from checkpoints of a run and measure them.
 
+    With --sweep: every combination of some keys' values, with a table and a picture. The same
+    command goes on with what is missing.
+
     Example: `diffit evaluate demo --root my-project --step 0 --step newest`
+
+    Example: `diffit evaluate imagenet256 --root s3://bucket/project --step newest
+    --sweep guidance.scale=1.0:5.0:0.4 --fleet --address http://head:8265`
     """
+    if conformance is not None:
+        from diffit_train.evaluation.conformance import conform
+
+        _print(conform(storage.absolute(conformance)), as_json)
+        return
+    if name is None:
+        raise UserError("evaluate needs a RECIPE, as `diffit evaluate demo`")
+    if watch and (sweep or step or fleet):
+        raise UserError("--watch evaluates every checkpoint; leave out --step, --sweep and --fleet")
+    if fleet and (not sweep or address is None):
+        raise UserError("--fleet needs --sweep, and the job server's --address http://head:8265")
+    if sweep and npz:
+        raise UserError("--npz is for single evaluations; leave out --sweep")
     recipe = _recipe(name, overrides, root)
-    _print(command.evaluate(recipe, run or recipe.name, step or [], address), as_json)
+    run = run or recipe.name
+    if watch:
+        _print(command.watch(recipe, run, address), as_json)
+    elif sweep:
+        jobs = command.Fleet(address, at_most, retries, python) if fleet and address else None
+        cluster = None if fleet else address
+        found = command.sweep(recipe, run, step or [], sweep, sweep_name, cluster, jobs)
+        _print(found, as_json)
+    else:
+        _print(command.evaluate(recipe, run, step or [], address, npz=npz), as_json)
+
+
+@sweep_app.command("show")
+def sweep_show(
+    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Of the sweep.")],
+    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    root: ProjectRoot = ".",
+    as_json: Json = False,
+) -> None:
+    """Print the table of a sweep as far as it has got.
+
+    Example: `diffit sweep show guidance.scale --root my-project --run demo`
+    """
+    _print(command.show_sweep(root, run, sweep), as_json)
+
+
+@sweep_app.command("cancel")
+def sweep_cancel(
+    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Of the sweep.")],
+    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    address: Annotated[str, typer.Option(help="Ray's job server, as http://head:8265.")],
+    root: ProjectRoot = ".",
+    as_json: Json = False,
+) -> None:
+    """Stop the jobs of a sweep; the same `diffit evaluate` goes on with it.
+
+    Example: `diffit sweep cancel guidance.scale --root my-project --run demo
+    --address http://head:8265`
+    """
+    _print(command.cancel_sweep(root, run, sweep, address), as_json)
+
+
+@app.command()
+def references(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Compute the statistics of the real pictures that evaluations compare with.
+
+    `diffit evaluate` does so itself where they are missing.
+
+    Example: `diffit references imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
+    """
+    _print(command.references(_recipe(name, overrides, root), address), as_json)
 
 
 @app.command()
@@ -392,6 +524,15 @@ def ema_reconstruct(
 
 @app.command()
 def compare(
+    selection: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN|RUN@STEP|RUN/SWEEP]...",
+            help="Runs by name; with @STEP (or @newest) or /SWEEP only those of their evaluations. "
+            "Default: every run.",
+            show_default=False,
+        ),
+    ] = None,
     root: Annotated[
         str, typer.Option(help="Folder of the project, whose MLflow store is read.")
     ] = ".",
@@ -404,17 +545,50 @@ def compare(
     picture: Annotated[
         Path | None, typer.Option(help="Where the curves go. Default: ROOT/compare.png.")
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(help="File for a report with curves and sample grids that opens anywhere."),
+    ] = None,
+    csv: Annotated[
+        str | None, typer.Option(help="File for a table with a row for each evaluation.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Metric to rank by. Default: fid, else another distance."),
+    ] = None,
+    markdown: Annotated[
+        bool,
+        typer.Option("--markdown", metavar="", help="Print the tables as GitHub's Markdown."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the runs of an experiment side by side, and draw their curves.
+    """Print runs, checkpoints or sweeps side by side, and draw their curves.
+
+    Evaluations that differ in seeds only are shown as mean and standard deviation, too. Those with
+    other numbers of samples, features or references are never ranked together.
 
     Example: `diffit compare --root my-project`
+
+    Example: `diffit compare first@400000 second@400000 --root my-project --html report.html`
     """
     from diffit_train.evaluation import report
 
-    comparison = report.compare_store(root, uri, experiment, picture)
+    if markdown and as_json:
+        raise UserError("--markdown and --json both print; choose one of them")
+    comparison = report.compare_store(
+        root,
+        uri,
+        experiment,
+        picture,
+        selection=selection or (),
+        metric=metric,
+        html=html and storage.absolute(html),
+        csv=csv and storage.absolute(csv),
+    )
     if as_json:
         _print(comparison.as_json(), as_json)
+    elif markdown:
+        sys.stdout.write(comparison.markdown())
     else:
         comparison.print_table()
 

@@ -5,7 +5,9 @@ What is finished is found out before Ray, torch or MLflow are imported, so a rer
 
 from __future__ import annotations
 
+import functools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe, load_recipe_text
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.progress import say
+from diffit_train.progress import print_rows, say
 
 NEWEST = "newest"
 INTERRUPTED = 130
+# Between looks for new checkpoints.
+WATCH_S = 30.0
 # Relative error of a reconstructed profile beyond which the user is warned.
 POOR_PROFILE = 0.1
 
@@ -143,7 +147,7 @@ def train(
     if step is None:
         from diffit_train.training import worker
 
-        step = worker.train(recipe, run, address)
+        step = worker.train(recipe, run, address, _validation(recipe, run))
     else:
         say("trained already")
         send_unsent(recipe, run, say)
@@ -151,28 +155,358 @@ def train(
     return {"run": run, "url": run_url(recipe, run), "step": step}
 
 
-def evaluate(
-    recipe: Recipe, run: str, steps: Sequence[str], address: str | None = None
-) -> list[dict[str, Any]]:
-    """Evaluate checkpoints of a run: a result for each of `steps`, numbers or `newest`."""
-    from diffit_train.evaluation.result import finished
+def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
+    """What evaluates checkpoints while a run trains; None where the recipe wants none."""
+    if recipe.train.validate_every is None:
+        return None
+    from diffit_train.evaluation import fleet
 
+    changed = {"samples": recipe.train.validate_samples}
+    evaluate = recipe.evaluate.model_copy(update=changed)
+    recipe = recipe.model_copy(update={"evaluate": evaluate})
+    fleet.check(recipe)
+    return functools.partial(validate_checkpoint, recipe, run)
+
+
+def validate_checkpoint(recipe: Recipe, run: str, step: int) -> str:
+    """Evaluate a checkpoint of a run in training; a line that says what came of it."""
+    from diffit_train.evaluation import fleet
+
+    request = fleet.Request(recipe, run, step, curve="validation")
+    result = request.finished or fleet.evaluate([request])[0]
+    keep_best(recipe, run)
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    return f"step {step:,} evaluated: {figures}  {storage.shown(result.grid)}"
+
+
+def evaluate(
+    recipe: Recipe,
+    run: str,
+    steps: Sequence[str],
+    address: str | None = None,
+    sweep: str = "",
+    npz: bool = False,
+) -> list[dict[str, Any]]:
+    """Evaluate checkpoints of a run: a result for each of `steps`, numbers or `newest`.
+
+    Args:
+        sweep: that the evaluations belong to.
+        npz: write the pictures as ADM's samples.npz beside each result.
+    """
     recipe = starting_from(recipe, run)
     wanted = [_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
-    results = {step: finished(recipe, run, step) for step in wanted}
-    missing = [step for step, result in results.items() if result is None]
+    return _evaluated([(recipe, step) for step in wanted], run, address, sweep, npz)
+
+
+def _evaluated(
+    wanted: Sequence[tuple[Recipe, int]], run: str, address: str | None, sweep: str, npz: bool
+) -> list[dict[str, Any]]:
+    """Results of (recipe, step), those made that are missing."""
+    from diffit_train.evaluation.result import evaluation_url, finished
+
+    results = [finished(recipe, run, step) for recipe, step in wanted]
+    missing = [number for number, result in enumerate(results) if result is None]
     if missing:
         from diffit_train.evaluation import fleet
 
-        for result in fleet.evaluate(recipe, run, missing, address):
-            results[result.step] = result
+        for number in missing:
+            _reconstruct(*wanted[number], run)
+        requests = [
+            fleet.Request(wanted[number][0], run, wanted[number][1], sweep, npz)
+            for number in missing
+        ]
+        made = fleet.evaluate(requests, address)
+        for number, new in zip(missing, made, strict=True):
+            results[number] = new
     else:
         say("evaluated already")
-    found = [result for result in results.values() if result is not None]
-    for result in found:
+    found = []
+    for (recipe, step), result in zip(wanted, results, strict=True):
+        if result is None:
+            continue
+        found.append(result)
         figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-        say(f"step {result.step:,}: {figures}  {storage.shown(result.grid)}")
+        say(f"step {step:,}: {figures}  {storage.shown(result.grid)}")
+        if npz:
+            from diffit_train.evaluation import fleet
+
+            fleet.write_npz(recipe, evaluation_url(recipe, run, step, result.key))
+    if not sweep:
+        keep_best(wanted[0][0], run)
     return [result.model_dump(mode="json") for result in found]
+
+
+def _reconstruct(recipe: Recipe, step: int, run: str) -> None:
+    """Make the average that an evaluation wants of the run's snapshots, where it is not there."""
+    from diffit_train.checkpoints import reconstructed_url
+    from diffit_train.training.run import run_url
+
+    width = recipe.evaluate.reconstructed
+    if width is None or storage.exists(reconstructed_url(run_url(recipe, run), width, step)):
+        return
+    reconstruct_ema(recipe, run, width, str(step), None)
+
+
+def keep_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
+    """Tag a run's best checkpoint in MLflow, and register its weights under the alias `best`.
+
+    The best is that of the smallest distance among evaluations made alike, outside of sweeps. Its
+    weights are exported, so they outlast the checkpoint.
+
+    Returns:
+        step, value and file of the best; None where nothing was evaluated.
+    """
+    from diffit_train.evaluation.result import best_metric, best_result
+    from diffit_train.tracking import Tracker, first_line, unreachable_errors
+
+    best = best_result(recipe, run)
+    if best is None:
+        return None
+    metric = best_metric(recipe)
+    found: dict[str, Any] = {"step": best.step, metric: best.metrics[metric]}
+    try:
+        tracker = Tracker.of(recipe)
+        tracker.tag_best(best.mlflow_run_id, best.step, metric, best.metrics[metric])
+    except unreachable_errors() as error:
+        say(f"MLflow was not told of the best checkpoint: {first_line(error)}")
+        return found
+    if recipe.tracking.register_best:
+        found["file"] = _register(recipe, run, best, tracker)
+    return found
+
+
+def _register(recipe: Recipe, run: str, best: Any, tracker: Any) -> str | None:
+    """Export and register the best weights where they are not yet; their file if they were."""
+    from diffit_train.checkpoints import committed_steps, reconstructed_url
+    from diffit_train.evaluation.result import best_metric, run_url
+    from diffit_train.tracking import first_line, unreachable_errors
+    from diffit_train.training import exchange
+
+    name = f"{recipe.tracking.experiment}-{run}"
+    metric, weights = best_metric(recipe), recipe.evaluate.weights
+    shown = f"step {best.step:,}, {metric} {best.metrics[metric]:.4g}"
+    try:
+        if tracker.registered_step(name) == best.step:
+            return None
+        if best.step not in committed_steps(run_url(recipe, run)):
+            say(f"best so far: {shown}; its checkpoint is gone, so its weights are not registered")
+            return None
+        width = recipe.evaluate.reconstructed
+        if width is None:
+            file = exchange.export_weights(recipe, run, best.step, weights, None)
+        else:
+            file = reconstructed_url(run_url(recipe, run), width, best.step)
+        tags = {"step": best.step, metric: best.metrics[metric], "weights": weights}
+        tracker.register(name, file, best.mlflow_run_id, tags)
+    except unreachable_errors() as error:
+        say(f"best so far: {shown}; not registered: {first_line(error)}")
+        return None
+    say(f"best so far: {shown}; MLflow's model {name}@best is {storage.shown(file)}")
+    return file
+
+
+def watch(
+    recipe: Recipe,
+    run: str,
+    address: str | None = None,
+    pause: Callable[[float], None] = time.sleep,
+) -> list[dict[str, Any]]:
+    """Evaluate each checkpoint of a run as it comes, until that of its last step.
+
+    Checkpoints that training has removed meanwhile are passed over.
+
+    Args:
+        pause: waits between looks, so many seconds.
+    """
+    from diffit_train.checkpoints import committed_steps
+    from diffit_train.evaluation.result import finished, run_url
+
+    recipe = starting_from(recipe, run)
+    _checkpoint(recipe, run, NEWEST)
+    url, waiting = run_url(recipe, run), False
+    found: dict[int, dict[str, Any]] = {}
+    while True:
+        steps = committed_steps(url)
+        missing = [s for s in steps if s not in found]
+        for step in missing:
+            if finished(recipe, run, step) is None:
+                say(f"checkpoint of step {step:,}")
+            try:
+                (found[step],) = _evaluated([(recipe, step)], run, address, "", npz=False)
+            except DiffitError as error:
+                if step in committed_steps(url):
+                    raise
+                say(f"step {step:,} was removed while it was evaluated: {error}")
+        if steps and steps[-1] >= recipe.train.steps:
+            return [found[step] for step in sorted(found)]
+        if not missing and not waiting:
+            waiting = True
+            say(f"waiting for checkpoints of {storage.shown(url)}")
+        pause(WATCH_S)
+
+
+def references(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
+    """Compute the statistics of the recipe's real pictures, or find them computed."""
+    from diffit_train.evaluation import fleet
+
+    url, reference = fleet.make_reference(recipe, address)
+    kept = 0 if reference.features is None else len(reference.features)
+    count = "" if reference.count is None else f" of {reference.count:,} pictures"
+    say(
+        f"reference {storage.shown(url)}: {len(reference.pool.mean):,} features{count}, "
+        f"{kept:,} of them kept for precision and recall"
+    )
+    return {
+        "reference": url,
+        "pictures": reference.count,
+        "features": len(reference.pool.mean),
+        "kept": kept,
+    }
+
+
+# ---- Sweeps ----
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Where and how the jobs of a sweep run."""
+
+    address: str
+    at_most: int = 4
+    retries: int = 2
+    python: str | None = None
+
+
+def sweep(
+    recipe: Recipe,
+    run: str,
+    steps: Sequence[str],
+    texts: Sequence[str],
+    name: str | None,
+    address: str | None = None,
+    fleet: Fleet | None = None,
+) -> dict[str, Any]:
+    """Evaluate every combination of some keys' values; a table and a picture of them.
+
+    Args:
+        texts: KEY=VALUES each.
+        fleet: send each evaluation as a Ray job of its own; None makes them here one by one, on
+            the Ray cluster at `address`.
+
+    Raises:
+        DiffitError: some evaluations failed, or the sweep was cancelled; the others are kept.
+    """
+    from diffit_train.evaluation import sweep as stage
+
+    recipe = starting_from(recipe, run)
+    wanted = [_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
+    plan = stage.plan_sweep(recipe, run, wanted, texts, name)
+    stage.open_sweep(plan)
+    say(f"sweep {plan.name!r}: {len(plan.members)} evaluations in {storage.shown(plan.url())}")
+    failed: list[str] = []
+    if fleet is None:
+        pairs = [(member.recipe(recipe), member.step) for member in plan.members]
+        _evaluated(pairs, run, address, plan.name, npz=False)
+    else:
+        failed = _sweep_by_jobs(plan, recipe, fleet)
+    found = stage.results(plan)
+    outputs: dict[str, str] = {}
+    if any(result is not None for result in found):
+        outputs = stage.write_outputs(plan, found)
+        print_rows(plan.name, stage.rows(plan, found))
+        say(f"{storage.shown(outputs['csv'])}  {storage.shown(outputs['picture'])}")
+    if failed:
+        raise DiffitError(
+            f"{len(failed)} of {len(plan.members)} evaluations of sweep {plan.name!r} were not "
+            f"made: {'; '.join(failed[:3])}. The same command tries them again"
+        )
+    return {"name": plan.name, "rows": stage.rows(plan, found), **outputs}
+
+
+def _sweep_by_jobs(plan: Any, recipe: Recipe, fleet: Fleet) -> list[str]:
+    """Make a sweep's evaluations as Ray jobs; why those failed that did."""
+    from diffit_train import submit as jobs
+    from diffit_train.evaluation import sweep as stage
+    from diffit_train.evaluation.result import finished
+    from diffit_train.progress import StatesTable
+
+    members = list(enumerate(plan.members))
+    every = {number: member.recipe(recipe) for number, member in members}
+    todo = [
+        jobs.Job("evaluate", every[n], plan.run, (str(m.step),), plan.name, n) for n, m in members
+    ]
+
+    def is_done(job: jobs.Job) -> bool:
+        return finished(job.recipe, plan.run, plan.members[job.number].step) is not None
+
+    with StatesTable(f"sweep {plan.name}", len(todo)) as table:
+
+        def show(states: list[jobs.JobState]) -> None:
+            table.show([_state_row(plan.members[s.job.number], s) for s in states])
+
+        states = jobs.submit_fleet(
+            todo,
+            fleet.address,
+            jobs.FleetPlan(
+                fleet.at_most,
+                fleet.retries,
+                is_done,
+                lambda: stage.is_cancelled(plan.url()),
+                show,
+                fleet.python,
+            ),
+        )
+    return [
+        state.reason or f"{state.job.name} was cancelled"
+        for state in states
+        if state.state != "done"
+    ]
+
+
+def _state_row(member: Any, state: Any) -> dict[str, str]:
+    begun, ended = state.begun_s, state.ended_s
+    seconds = (ended or time.monotonic()) - begun if begun else 0.0
+    changes = {key.removeprefix("evaluate."): str(v) for key, v in member.changes.items()}
+    return {
+        "step": f"{member.step:,}",
+        **changes,
+        "state": state.state,
+        "s": f"{seconds:.0f}" if begun else "",
+        "failures": str(state.failures or ""),
+        "job": state.submission_id,
+    }
+
+
+def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
+    """The table of a sweep as far as it has got."""
+    from diffit_train.evaluation import sweep as stage
+
+    plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
+    found = stage.results(plan)
+    done = sum(result is not None for result in found)
+    state = ", cancelled" if stage.is_cancelled(plan.url()) else ""
+    say(f"sweep {name!r}: {done} of {len(found)} evaluations are done{state}")
+    table = stage.rows(plan, found)
+    if table:
+        print_rows(name, table)
+    return {"name": name, "done": done, "members": len(found), "rows": table}
+
+
+def cancel_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
+    """Stop the jobs of a sweep; what is finished stays."""
+    from diffit_train import submit as jobs
+    from diffit_train.evaluation import sweep as stage
+
+    plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
+    recipe = plan.loaded()
+    names = [
+        jobs.Job("evaluate", recipe, run, (), name, number).name
+        for number in range(len(plan.members))
+    ]
+    stage.cancel_sweep(plan.url())
+    stopped = jobs.cancel_jobs(names, address)
+    say(f"sweep {name!r} is cancelled; {stopped} jobs were running")
+    return {"name": name, "stopped": stopped}
 
 
 @dataclass(frozen=True)

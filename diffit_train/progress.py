@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Table
 
 PLAIN_INTERVAL_S = 5.0
+PLAIN_WIDTH = 200
 
 _console = Console(stderr=True)
 
@@ -20,6 +25,69 @@ _console = Console(stderr=True)
 def say(message: str) -> None:
     """One line for the user, on standard error, so that standard output stays for results."""
     _console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table for the user, on standard error; all rows have the keys of the first."""
+    # A pipe has no width that a table would have to fit in.
+    wide = _console if _console.is_terminal else Console(stderr=True, width=PLAIN_WIDTH)
+    wide.print(_table(title, rows))
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        number = isinstance(value, (int, float))
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else f"{v}" for v in row.values()))
+    return table
+
+
+class StatesTable:
+    """Where each of many pieces of work stands: a live table on a terminal, elsewhere lines.
+
+    Rows hold `state` and `job` beside whatever tells them apart.
+    """
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total = title, total
+        self._live: Live | None = None
+        self._said: dict[int, str] = {}
+        self._started_s = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if _console.is_terminal:
+            self._live = Live(console=_console, auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Set where all stand."""
+        if self._live is not None:
+            self._live.update(_table(f"{self.title}  {self._summary(rows)}", rows), refresh=True)
+            return
+        for number, row in enumerate(rows):
+            if self._said.get(number, "waiting") != row["state"]:
+                rest = "  ".join(
+                    f"{key} {value}" for key, value in row.items() if key != "state" and value
+                )
+                say(f"{self.title}  {row['state']}: {rest}  ({self._summary(rows)})")
+            self._said[number] = row["state"]
+
+    def _summary(self, rows: Sequence[Mapping[str, str]]) -> str:
+        counts = Counter(row["state"] for row in rows)
+        elapsed = timedelta(seconds=round(time.monotonic() - self._started_s))
+        return ", ".join(f"{count} {state}" for state, count in counts.items()) + f", {elapsed}"
 
 
 class Progress:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,22 +30,30 @@ Stage = Literal["encode", "train", "evaluate"]
 LIVE = ("PENDING", "RUNNING")
 BAD_INPUT = 2
 READY_S = 60.0
+SILENT_S = 300.0
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted."""
+    """What is submitted.
+
+    Attributes:
+        sweep: that an evaluation belongs to, and `number` in it.
+    """
 
     stage: Stage
     recipe: Recipe
     run: str
     steps: Sequence[str] = ()
+    sweep: str = ""
+    number: int = 0
 
     @property
     def name(self) -> str:
         """The name under which a later submission finds this one."""
-        return f"{self.stage}-{self.run}"
+        name = f"{self.stage}-{self.run}"
+        return f"{name}-{self.sweep}-{self.number:04d}" if self.sweep else name
 
     def metadata(self) -> dict[str, str]:
         """Metadata of the Ray job."""
@@ -65,6 +73,8 @@ class Job:
             words += ["--run", self.run]
         for step in self.steps:
             words += ["--step", step]
+        if self.sweep:
+            words += ["--sweep-name", self.sweep]
         return shlex.join(words)
 
 
@@ -95,9 +105,7 @@ def submit(job: Job, address: str, *, follow: bool = True, python: str | None = 
         DiffitError: the job was followed and failed.
     """
     client = _client(address)
-    earlier = [
-        info for info in client.list_jobs() if (info.metadata or {}).get("diffit.name") == job.name
-    ]
+    earlier = _attempts(client).get(job.name, [])
     live = [info for info in earlier if info.status in LIVE]
     if live:
         submission_id = str(live[0].submission_id)
@@ -108,6 +116,158 @@ def submit(job: Job, address: str, *, follow: bool = True, python: str | None = 
     if follow:
         _follow(client, submission_id)
     return submission_id
+
+
+def _attempts(client: Any) -> dict[str, list[Any]]:
+    """All jobs of ours on the cluster by their names, each one's attempts in order."""
+    found: dict[str, list[Any]] = {}
+    for info in client.list_jobs():
+        metadata = info.metadata or {}
+        if "diffit.name" in metadata:
+            found.setdefault(metadata["diffit.name"], []).append(info)
+    for infos in found.values():
+        infos.sort(key=lambda info: int(info.metadata.get("diffit.attempt", 0)))
+    return found
+
+
+# ---- Many jobs ----
+
+
+@dataclass
+class JobState:
+    """Where a job of a fleet stands.
+
+    Attributes:
+        state: waiting, running, done, failed or cancelled.
+        failures: of its attempts since the fleet was begun.
+        reason: why the last of them failed.
+    """
+
+    job: Job
+    state: Literal["waiting", "running", "done", "failed", "cancelled"] = "waiting"
+    submission_id: str = ""
+    failures: int = 0
+    reason: str = ""
+    begun_s: float = 0.0
+    ended_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class FleetPlan:
+    """How a fleet of jobs is driven.
+
+    Attributes:
+        at_most: jobs that are on the cluster at once.
+        retries: attempts of a job beyond the first, in this call; bad input is not tried again.
+        is_done: whether a job has nothing left to do.
+        is_cancelled: whether no more jobs are wanted.
+        show: told of all states after each look.
+    """
+
+    at_most: int
+    retries: int
+    is_done: Callable[[Job], bool]
+    is_cancelled: Callable[[], bool]
+    show: Callable[[list[JobState]], None]
+    python: str | None = None
+    pause_s: float = 2.0
+
+
+def submit_fleet(jobs: Sequence[Job], address: str, plan: FleetPlan) -> list[JobState]:
+    """Submit jobs, a few at once, until each is done or has failed for good.
+
+    Jobs that are on the cluster already are taken over, and those that are done passed over: the
+    same call continues what an earlier one began. A job server that does not answer for a while is
+    waited for.
+
+    Raises:
+        UserError: no job server answers at the beginning.
+        DiffitError: it has not answered for minutes.
+    """
+    client = _client(address)
+    states = [JobState(job) for job in jobs]
+    for state in states:
+        if plan.is_done(state.job):
+            state.state = "done"
+    silent_s: float | None = None
+    while True:
+        try:
+            _advance(client, states, address, plan)
+            silent_s = None
+        except (ConnectionError, OSError) as error:
+            now_s = time.monotonic()
+            if silent_s is None:
+                say(f"{address} does not answer ({type(error).__name__}); waiting for it")
+            silent_s = silent_s or now_s
+            if now_s - silent_s > SILENT_S:
+                raise DiffitError(
+                    f"{address} has not answered for {SILENT_S:g} s; its jobs may go on; the same "
+                    "command takes them over"
+                ) from error
+        plan.show(states)
+        if all(state.state in ("done", "failed", "cancelled") for state in states):
+            return states
+        time.sleep(plan.pause_s)
+
+
+def cancel_jobs(names: Sequence[str], address: str) -> int:
+    """Stop those of the named jobs that are on the cluster; how many they were."""
+    client = _client(address)
+    attempts, stopped = _attempts(client), 0
+    for name in names:
+        for info in attempts.get(name, []):
+            if info.status in LIVE:
+                client.stop_job(info.submission_id)
+                stopped += 1
+    return stopped
+
+
+def _advance(client: Any, states: list[JobState], address: str, plan: FleetPlan) -> None:
+    """Look at all jobs once, and submit as many as there is room for."""
+    attempts = _attempts(client)
+    cancelled = plan.is_cancelled()
+    for state in states:
+        if state.state in ("done", "failed"):
+            continue
+        infos = attempts.get(state.job.name, [])
+        newest = infos[-1] if infos else None
+        if newest is not None and newest.status in LIVE:
+            if state.state == "waiting":
+                state.state, state.begun_s = "running", time.monotonic()
+            state.submission_id = str(newest.submission_id)
+        elif state.state == "running":
+            _ended(state, newest, plan, cancelled)
+        elif cancelled:
+            state.state = "cancelled"
+    running = sum(state.state == "running" for state in states)
+    for state in states:
+        if cancelled or running >= plan.at_most:
+            return
+        if state.state == "waiting":
+            number = len(attempts.get(state.job.name, [])) + 1
+            state.submission_id = _send(client, state.job, address, plan.python, number)
+            state.state, state.begun_s = "running", time.monotonic()
+            running += 1
+
+
+def _ended(state: JobState, info: Any, plan: FleetPlan, cancelled: bool) -> None:
+    state.ended_s = time.monotonic()
+    if plan.is_done(state.job):
+        state.state = "done"
+        return
+    if cancelled:
+        state.state = "cancelled"
+        return
+    state.failures += 1
+    status = "is gone" if info is None else f"ended as {info.status}"
+    state.reason = f"{state.submission_id} {status}: {_why(info)}"
+    refused = info is not None and info.driver_exit_code == BAD_INPUT
+    state.state = "failed" if refused or state.failures > plan.retries else "waiting"
+
+
+def _why(info: Any) -> str:
+    message = str(getattr(info, "message", None) or "no reason given")
+    return message.splitlines()[0].partition(", last available")[0]
 
 
 def _client(address: str) -> Any:
@@ -209,10 +369,8 @@ def _follow(client: Any, submission_id: str) -> None:
     if info.status == "SUCCEEDED":
         say(f"job {submission_id} succeeded")
         return
-    reason = str(info.message or "no reason given").splitlines()[0]
     if info.driver_exit_code == BAD_INPUT:
         raise UserError(f"job {submission_id} refused its input; its log above says why")
     raise DiffitError(
-        f"job {submission_id} ended as {info.status}: {reason.partition(', last available')[0]}; "
-        "the same command continues it"
+        f"job {submission_id} ended as {info.status}: {_why(info)}; the same command continues it"
     )

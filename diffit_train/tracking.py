@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +39,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
 TAG_ATTEMPT = "diffit.attempt"
+# Alias of a registered model's best version.
+BEST = "best"
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
 
@@ -230,6 +233,51 @@ class Tracker:
         """Close a run."""
         self.client.set_terminated(run_id, status)
 
+    # ---- The best checkpoint ----
+
+    def tag_best(self, evaluation_run_id: str, step: int, metric: str, value: float) -> None:
+        """Say on the training run of an evaluation that this one is its best."""
+        tags = self.client.get_run(evaluation_run_id).data.tags
+        parent = tags["mlflow.parentRunId"]
+        for name, text in (
+            ("step", str(step)),
+            ("metric", metric),
+            ("value", f"{value:.6g}"),
+            ("evaluation", evaluation_run_id),
+        ):
+            self.client.set_tag(parent, f"diffit.best_{name}", text)
+
+    def registered_step(self, name: str) -> int | None:
+        """Step of the registered model that is called the best; None where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            version = self.client.get_model_version_by_alias(name, BEST)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+        return int(version.tags["step"])
+
+    def register(self, name: str, file: str, run_id: str, tags: Mapping[str, Any]) -> None:
+        """Make a weight file the best version of a registered model.
+
+        Args:
+            run_id: the evaluation that measured it.
+            tags: of the version; `step` must be among them.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        plain = {key: str(value) for key, value in tags.items()}
+        source = Path(file).as_uri() if storage.is_local(file) else file
+        version = self.client.create_model_version(name, source, run_id, tags=plain)
+        self.client.set_registered_model_alias(name, BEST, version.version)
+
     # ---- Reading ----
 
     def last_step(self, run_id: str, metric: str) -> int:
@@ -244,6 +292,15 @@ class Tracker:
     def value_at(self, run_id: str, metric: str, step: int) -> float | None:
         """The value that was logged last at a step; None where none was."""
         return dict(self.history(run_id, metric)).get(step)
+
+    def artifact(self, run_id: str, name: str) -> bytes | None:
+        """A file kept with a run; None where it has none of this name."""
+        # MLflow would draw a progress bar of its own for each file.
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        if name not in (file.path for file in self.client.list_artifacts(run_id)):
+            return None
+        with tempfile.TemporaryDirectory(prefix="diffit-artifact-") as folder:
+            return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
 
     def experiments(self) -> list[str]:
         """Names of the experiments that hold something."""

@@ -22,9 +22,12 @@ def main() -> None:
     parser.add_argument("--root", help="folder or s3://bucket/prefix of the project")
     parser.add_argument("--run", help="name of the run; default: the recipe's")
     parser.add_argument("--step", action="append", default=[], help="step, or newest; repeatable")
+    parser.add_argument("--sweep-name", default="", help="sweep that this evaluation belongs to")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.root)
-    command.evaluate(recipe, arguments.run or recipe.name, arguments.step)
+    command.evaluate(
+        recipe, arguments.run or recipe.name, arguments.step, sweep=arguments.sweep_name
+    )
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from diffit_train import __version__, command
-from diffit_train.cli import app
+from diffit_train.cli import app, main
 from diffit_train.cluster import connected
 from diffit_train.errors import DiffitError, UserError
 
 RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
 COMMANDS = ["plan", "encode", "train", "evaluate", "sample", "compare", "import", "export"]
-COMMANDS += ["submit", "verify latents"]
+COMMANDS += ["submit", "verify latents", "references", "sweep show", "sweep cancel"]
 COMMANDS += ["data digits", "autoencoder fit", "features fit"]
 
 
@@ -67,17 +67,32 @@ def test_version() -> None:
         (["features", "fit", "demo"], ["does not exist"]),
         (["submit", "train", "demo", "--address", "nowhere"], ["http://head:8265"]),
         (["train"], ["Missing argument"]),
+        (["evaluate"], ["evaluate needs a RECIPE"]),
+        (["evaluate", "demo", "--fleet", "--sweep", "seed=1,2"], ["--fleet needs", "http://head"]),
+        (["evaluate", "demo", "--watch", "--step", "3"], ["leave out --step"]),
+        (["evaluate", "demo", "--npz", "--sweep", "seed=1,2"], ["leave out --sweep"]),
+        (["evaluate", "demo", "--conformance", "nowhere"], ["nowhere is no folder"]),
+        (["references", "demo"], ["there is no feature network"]),
+        (["sweep", "show", "none", "--run", "demo"], ["there is no sweep in"]),
     ],
 )
 def test_bad_input_is_one_clear_message(
-    tmp_path: Path, arguments: list[str], words: list[str]
+    tmp_path: Path,
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     root = [] if arguments == ["train"] else ["--root", str(tmp_path / "project")]
-    done = subprocess.run([*RUN, *arguments, *root], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["diffit", *arguments, *root])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
     for word in words:
-        assert word in done.stderr
+        assert word in said
     assert list(tmp_path.iterdir()) == []
 
 

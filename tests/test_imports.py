@@ -28,7 +28,7 @@ ALLOWED = {
     "data": BASE | {"models", "diffusion"},
     "training": BASE | {"models", "diffusion", "data", "tracking"},
     "evaluation": BASE | {"models", "diffusion", "data", "tracking"},
-    "command": BASE | {"models", "data", "training", "evaluation", "tracking"},
+    "command": BASE | {"models", "data", "training", "evaluation", "tracking", "submit"},
     "plan": BASE | {"models", "data"},
     "submit": BASE,
     "cli": BASE | {"command", "plan", "submit", "data", "training", "evaluation", "tracking"},

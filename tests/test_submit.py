@@ -2,58 +2,33 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.submit import Job, job, submit
+from diffit_train.submit import (
+    FleetPlan,
+    Job,
+    JobState,
+    cancel_jobs,
+    job,
+    submit,
+    submit_fleet,
+)
 from tests.conftest import tiny_recipe, write_pictures
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+from tests.head import Head, free_port
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The job server of a cluster of its own, as `ray start --head` makes it."""
-    port, dashboard, agent = _free_port(), _free_port(), _free_port()
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
-    command += ["--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
-    # Any other Ray session of this machine holds the agent's default port, and an agent
-    # without its port takes no jobs.
-    command += [f"--dashboard-agent-listen-port={agent}"]
-    log = (tmp_path_factory.mktemp("head") / "log").open("wb")
-    head = subprocess.Popen(command, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/api/version", timeout=2)
-            break
-        except urllib.error.HTTPError:
-            break  # it answers, if only to ask for its token
-        except OSError:
-            assert head.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-    yield url
-    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-    for process in processes:
-        process.kill()
-    head.wait()
+    with Head(tmp_path_factory.mktemp("head") / "log") as head:
+        yield head.address
 
 
 def test_a_chain_of_jobs_and_a_second_attempt(
@@ -76,8 +51,6 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-3"
     assert "trained already" in capfd.readouterr().err
 
-    from ray.job_submission import JobSubmissionClient
-
     info = JobSubmissionClient(address).get_job_info("train-tiny-3")
     assert info.metadata["diffit.run"] == "tiny"
     assert info.metadata["diffit.attempt"] == "3"
@@ -85,8 +58,6 @@ def test_a_chain_of_jobs_and_a_second_attempt(
 
 
 def test_a_running_job_is_followed_not_doubled(address: str, tmp_path: Path) -> None:
-    from ray.job_submission import JobSubmissionClient
-
     client = JobSubmissionClient(address)
     waiting = Job("train", tiny_recipe(tmp_path), "waiting")
     client.submit_job(
@@ -101,6 +72,84 @@ def test_a_running_job_is_followed_not_doubled(address: str, tmp_path: Path) -> 
         submit(waiting, address)
 
 
+class _Shell:
+    """Jobs that are shell commands: each leaves a file when it is done."""
+
+    def __init__(self, folder: Path, commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.seen = folder, list[list[str]]()
+        recipe, sweep = tiny_recipe(folder), f"s{abs(hash(folder)) % 10**8}"
+        self.jobs = [Job("evaluate", recipe, "r", (), sweep, n) for n in range(len(commands))]
+
+        def entrypoint(job: Job, python: str) -> str:
+            done = self.folder / f"done-{job.number}"
+            log = self.folder / f"log-{job.number}"
+            return f"echo begun >> {log}; {commands[job.number]} && touch {done}"
+
+        monkeypatch.setattr(Job, "entrypoint", entrypoint)
+
+    def attempts(self, number: int) -> int:
+        return len((self.folder / f"log-{number}").read_text().splitlines())
+
+    def run(self, address: str, at_most: int, retries: int) -> list[JobState]:
+        plan = FleetPlan(
+            at_most,
+            retries,
+            lambda job: (self.folder / f"done-{job.number}").exists(),
+            lambda: (self.folder / "cancelled").exists(),
+            lambda states: self.seen.append([state.state for state in states]),
+            pause_s=0.2,
+        )
+        return submit_fleet(self.jobs, address, plan)
+
+
+def test_a_fleet_of_jobs_is_seen_through(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second fails once, the third always, the fourth is refused, the fifth was done before.
+    flag = tmp_path / "flag"
+    once = f"(test -e {flag} || (touch {flag}; exit 1))"
+    shell = _Shell(tmp_path, ["sleep 1", once, "exit 1", "exit 2", "exit 3"], monkeypatch)
+    (tmp_path / "done-4").touch()
+    states = shell.run(address, at_most=2, retries=1)
+    assert [s.state for s in states] == ["done", "done", "failed", "failed", "done"]
+    assert [shell.attempts(n) for n in range(4)] == [1, 2, 2, 1]
+    assert not (tmp_path / "log-4").exists()
+    assert "ended as FAILED" in states[2].reason
+    assert max(row.count("running") for row in shell.seen) == 2
+
+
+def test_a_fleet_that_is_cancelled_ends_and_can_go_on(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = _Shell(tmp_path, ["sleep 60", "true"], monkeypatch)
+    names = [job.name for job in shell.jobs]
+    found: list[JobState] = []
+    thread = threading.Thread(target=lambda: found.extend(shell.run(address, 1, 2)))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log-0").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (tmp_path / "cancelled").touch()
+    assert cancel_jobs(names, address) == 1
+    thread.join(60)
+    assert [state.state for state in found] == ["cancelled", "cancelled"]
+    assert not (tmp_path / "log-1").exists()
+
+    # A job that still runs, as after the death of whoever drove the fleet, is taken over.
+    (tmp_path / "cancelled").unlink()
+    done = tmp_path / "done-0"
+    JobSubmissionClient(address).submit_job(
+        entrypoint=f"sleep 3; touch {done}",
+        submission_id=f"orphan-{tmp_path.name}",
+        metadata={"diffit.name": names[0], "diffit.attempt": "9"},
+    )
+    states = shell.run(address, at_most=2, retries=0)
+    assert [state.state for state in states] == ["done", "done"]
+    assert states[0].submission_id == f"orphan-{tmp_path.name}"
+    assert shell.attempts(0) == 1
+
+
 def test_bad_requests_are_named(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(UserError, match="stage is 'trian'"):
@@ -108,7 +157,7 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--step is for evaluate"):
         job("train", recipe, None, ["3"])
     with pytest.raises(UserError, match="no Ray job server answers"):
-        submit(job("train", recipe, None, []), f"http://127.0.0.1:{_free_port()}")
+        submit(job("train", recipe, None, []), f"http://127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match=r"must be as http://head:8265"):
         submit(job("train", recipe, None, []), "head:8265")
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from diffit_train import storage
 from diffit_train.config.presets import PRESETS
-from diffit_train.config.recipe import Recipe
+from diffit_train.config.recipe import PUBLISHED, Recipe
 from diffit_train.errors import UserError
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -57,10 +57,8 @@ def load_recipe_text(
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    root, source = recipe.storage.root, recipe.data.source
-    if not source.startswith(storage.ROOT_PREFIX):
-        source = storage.absolute(source)
-    update = {
+    root, source = recipe.storage.root, _absolute(recipe.data.source)
+    update: dict[str, Any] = {
         "storage": recipe.storage.model_copy(update={"root": storage.absolute(root)}),
         "data": recipe.data.model_copy(update={"source": source}),
     }
@@ -68,12 +66,16 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     if recipe.autoencoder.source.startswith("."):
         path = storage.absolute(recipe.autoencoder.source)
         update["autoencoder"] = recipe.autoencoder.model_copy(update={"source": path})
-    features = recipe.evaluate.features
-    if not features.source.startswith(storage.ROOT_PREFIX):
-        path = storage.absolute(features.source)
-        changed = {"features": features.model_copy(update={"source": path})}
-        update["evaluate"] = recipe.evaluate.model_copy(update=changed)
+    evaluate, features = recipe.evaluate, recipe.evaluate.features
+    changed: dict[str, Any] = {"reference": _absolute(evaluate.reference)}
+    if features.source != PUBLISHED:
+        changed["features"] = features.model_copy(update={"source": _absolute(features.source)})
+    update["evaluate"] = evaluate.model_copy(update=changed)
     return recipe.model_copy(update=update)
+
+
+def _absolute(place: str) -> str:
+    return storage.absolute(place) if place and not place.startswith(storage.ROOT_PREFIX) else place
 
 
 def validate(tree: dict[str, Any], reference: str) -> Recipe:

@@ -6,6 +6,7 @@ here, before anything starts.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -27,6 +28,9 @@ SAMPLERS = {
 # Gradients that a rank gathers before they are exchanged. DeepSpeed's own bucket is ten times as
 # large and takes 2 GB on every rank in fp32.
 BUCKET_ELEMENTS = 50_000_000
+# The published feature network, and where its weights come from.
+INCEPTION = "inception"
+PUBLISHED = "published"
 # Keys of `train` that say how a step is computed; results differ by rounding only.
 EXECUTION_KEYS = (
     "zero_stage",
@@ -44,6 +48,8 @@ KEEPING_KEYS = (
     "keep_every",
     "log_every",
     "ema_snapshot_every",
+    "validate_every",
+    "validate_samples",
     "bad_steps_in_row",
     "max_rollbacks",
 )
@@ -276,6 +282,13 @@ class Train(Section):
     keep_every: PositiveInt | None = Field(
         default=None, description="checkpoints at multiples of so many steps are kept for good"
     )
+    validate_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between checkpoints that are evaluated while training goes on",
+    )
+    validate_samples: Annotated[int, Field(gt=1)] = Field(
+        default=10_000, description="pictures of such an evaluation"
+    )
     log_every: PositiveInt = Field(default=50, description="steps averaged in a point of the log")
     loss_limit: Positive | None = Field(
         default=None, description="a step whose loss is larger is skipped and reported"
@@ -396,29 +409,85 @@ class FeaturesFit(Section):
 class Features(Section):
     """The network whose features are compared."""
 
-    name: Name = Field(description="the distance is called fd_NAME")
-    source: str = Field(description="folder written by `diffit features fit`; `root:` under ROOT")
+    name: Name = Field(
+        description="the distance is called fd_NAME; inception, and only it, names the published "
+        "network, whose distance is the FID"
+    )
+    kind: Literal["inception", "classifier"] = Field(
+        default="classifier",
+        description="Inception of 2015, or a classifier of one's own (`diffit features fit`)",
+    )
+    source: str = Field(
+        default="published",
+        description="folder written by `diffit features fit`, or Inception's weight file; "
+        "published: the published one, fetched once. `root:` under ROOT",
+    )
     fit: FeaturesFit = FeaturesFit()
+
+    @model_validator(mode="after")
+    def _names_are_honest(self) -> Self:
+        if self.kind == "classifier" and self.name == INCEPTION:
+            raise ValueError(
+                "evaluate.features.name is 'inception', but that is the name of the published "
+                "network; give a classifier of your own another name, or set "
+                "evaluate.features.kind=inception"
+            )
+        if self.kind == "classifier" and self.source == PUBLISHED:
+            raise ValueError(
+                "evaluate.features.source is 'published', but a classifier is in a folder written "
+                "by `diffit features fit`; name it, as root:features/own"
+            )
+        return self
+
+    @property
+    def published(self) -> bool:
+        """Whether distances on these features may be called FID."""
+        return self.kind == "inception" and self.name == INCEPTION
 
 
 class Evaluate(Section):
     """What `diffit evaluate` generates and measures."""
 
     samples: Annotated[int, Field(gt=1)] = 50_000
-    batch_size: PositiveInt = Field(default=64, description="pictures generated and kept at once")
-    weights: str = Field(default="ema", description="raw, or the name of an average in train.ema")
+    batch_size: PositiveInt = Field(
+        default=64, description="pictures that pass through the networks at once"
+    )
+    weights: str = Field(
+        default="ema",
+        description="raw; the name of an average in train.ema; or sigma_rel:0.07 for one that is "
+        "made of the run's snapshots (EDM2)",
+    )
     precision: Literal["fp32", "bf16_autocast"] = "fp32"
     compile: bool = Field(default=False, description="compile the blocks by torch.compile")
     seed: int = Field(default=0, ge=0)
     sampler: Sampler = Sampler()
     guidance: Guidance = Guidance()
     features: Features
+    reference: str = Field(
+        default="",
+        description="statistics of the real pictures: an .npz file of ADM or EDM; `root:` under "
+        "ROOT. Empty: computed from data.source",
+    )
     neighbours: PositiveInt = Field(default=3, description="k of precision and recall")
     reference_pictures: PositiveInt = Field(
         default=10_000, description="most real pictures used for precision and recall"
     )
     grid_columns: PositiveInt = Field(default=10, description="pictures of a class in the grid")
     grid_rows: PositiveInt = Field(default=10, description="classes in the grid")
+
+    @property
+    def reconstructed(self) -> float | None:
+        """Width of the profile where the weights are made of snapshots; else None."""
+        kind, colon, width = self.weights.partition(":")
+        return float(width) if colon and kind == "sigma_rel" else None
+
+    @field_validator("weights")
+    @classmethod
+    def _width_is_a_number(cls, weights: str) -> str:
+        kind, colon, width = weights.partition(":")
+        if colon and kind == "sigma_rel" and not re.fullmatch(r"0?\.\d+", width):
+            raise ValueError(f"evaluate.weights is {weights!r}, but must be as sigma_rel:0.07")
+        return weights
 
 
 class Scaling(Section):
@@ -438,6 +507,9 @@ class Scaling(Section):
         default=1, description="processors that each autoencoder actor computes on, without a GPU"
     )
     evaluate_actors: PositiveInt = Field(default=1, description="generating actors")
+    evaluate_batches: PositiveInt = Field(
+        default=1, description="batches of an evaluation that an actor makes and commits at once"
+    )
     gpus_per_actor: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     max_failures: int = Field(
         default=3, ge=-1, description="restarts of the training workers; -1: any number"
@@ -495,6 +567,11 @@ class Tracking(Section):
 
     uri: str | None = Field(default=None, description="null: sqlite under the root")
     experiment: str = Field(default="diffit", min_length=1)
+    register_best: bool = Field(
+        default=True,
+        description="export the weights of a run's best evaluated checkpoint, and register them "
+        "as model EXPERIMENT-RUN under the alias best",
+    )
 
 
 class Recipe(Section):
@@ -538,13 +615,12 @@ class Recipe(Section):
         _divides(
             "train.log_every", train.log_every, "train.checkpoint_every", train.checkpoint_every
         )
-        if train.keep_every:
-            _divides(
-                "train.checkpoint_every",
-                train.checkpoint_every,
-                "train.keep_every",
-                train.keep_every,
-            )
+        for name, every in (
+            ("train.keep_every", train.keep_every),
+            ("train.validate_every", train.validate_every),
+        ):
+            if every:
+                _divides("train.checkpoint_every", train.checkpoint_every, name, every)
         if train.warmup_steps >= train.steps:
             raise ValueError(
                 f"train.warmup_steps is {train.warmup_steps}, but must be below train.steps "
@@ -605,7 +681,13 @@ class Recipe(Section):
                 f"{', '.join(samplers)} where diffusion.objective is {diffusion.objective!r}"
             )
         averages = ("raw", *self.train.ema)
-        if evaluate.weights not in averages:
+        if evaluate.reconstructed is not None:
+            if not self.train.power_profiles():
+                raise ValueError(
+                    f"evaluate.weights is {evaluate.weights!r}, but no average in train.ema has a "
+                    "sigma_rel of which it could be made"
+                )
+        elif evaluate.weights not in averages:
             raise ValueError(
                 f"evaluate.weights is {evaluate.weights!r}, but must be one of "
                 f"{', '.join(averages)}"

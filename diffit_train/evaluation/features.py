@@ -1,11 +1,11 @@
-"""A small classifier of one's own, whose features measure quality where Inception's cannot.
+"""The networks whose features are compared: Inception, or a small classifier of one's own.
 
-A Frechet distance on them is called fd_NAME, never FID.
+A Frechet distance on the classifier's features is called fd_NAME, never FID.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from diffit_train.data.fit import fit
 from diffit_train.data.preprocess import to_model_range
 from diffit_train.data.sources import list_pictures, read_items
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.chunks import FEATURES, LOGITS, SEEN, SPATIAL
+from diffit_train.evaluation.inception import Inception, load_inception
 from diffit_train.evaluation.result import FeaturesInfo, features_info, features_url
 
 WEIGHTS = "model.safetensors"
@@ -47,28 +49,58 @@ class Classifier(nn.Module):
         return features, self.to_classes(nn.functional.silu(features))
 
 
-class FeatureNetwork:
-    """A fitted classifier on a device."""
+class FeatureNetwork(Protocol):
+    """A network on a device."""
 
-    def __init__(self, model: Classifier, info: FeaturesInfo, device: torch.device) -> None:
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.info, self.device = info, device
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Pictures (B, R, R, 3) uint8 to what is measured of each, rows of float32 and int64.
+
+        `features` (B, D) always. Inception's also: `spatial` (B, 2023) and `logits` (B, 1008). A
+        classifier's: `seen` (B,), the class that it sees.
+        """
+
+
+class _ClassifierFeatures:
+    def __init__(self, model: Classifier, device: torch.device) -> None:
+        self.model, self.device = model.to(device).eval().requires_grad_(False), device
 
     @torch.no_grad()
-    def extract(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures (B, R, R, 3) uint8 to features (B, D) and logits (B, classes), float32."""
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         x = torch.from_numpy(to_model_range(pixels)).to(self.device)
         features, logits = self.model(x)
-        return features.cpu().numpy(), logits.cpu().numpy()
+        return {FEATURES: features.cpu().numpy(), SEEN: logits.argmax(1).cpu().numpy()}
+
+
+class _InceptionFeatures:
+    def __init__(self, model: Inception, device: torch.device) -> None:
+        self.model, self.device = model, device
+
+    @torch.no_grad()
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        out = self.model(torch.from_numpy(pixels).to(self.device))
+        return {
+            FEATURES: out.pool.cpu().numpy(),
+            SPATIAL: out.spatial.cpu().numpy(),
+            LOGITS: out.logits.cpu().numpy(),
+        }
 
 
 def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
     """The recipe's feature network, its hash verified.
 
     Raises:
-        UserError: it has not been fitted.
+        UserError: it has not been fitted, or is not the one that its name says.
         DiffitError: its weights are damaged.
     """
+    section = recipe.evaluate.features
+    if section.kind == "inception":
+        source = features_url(recipe)
+        network, _ = load_inception(source, device, any_weights=not section.published)
+        return _InceptionFeatures(network, device)
+    return _ClassifierFeatures(_load_classifier(recipe), device)
+
+
+def _load_classifier(recipe: Recipe) -> Classifier:
     info, url = features_info(recipe), features_url(recipe)
     with storage.local_copy(storage.join(url, WEIGHTS)) as path:
         if not path.exists() or storage.sha256_file(path) != info.sha256:
@@ -76,7 +108,7 @@ def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
         weights = load_file(path)
     model = Classifier(info.resolution, len(info.classes), info.channels, info.features)
     model.load_state_dict(weights)
-    return FeatureNetwork(model, info, device)
+    return model
 
 
 def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:

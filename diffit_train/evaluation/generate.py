@@ -112,6 +112,16 @@ def guidance_saving(recipe: Recipe) -> str:
     )
 
 
+def network_evaluations(recipe: Recipe) -> float:
+    """Passes of the network that a picture takes, with those for guidance."""
+    guidance, diffusion = recipe.evaluate.guidance, recipe.diffusion
+    visited = visited_timesteps(diffusion, recipe.evaluate.sampler)
+    if not recipe.model.conditional:
+        return float(len(visited))
+    weight = build_weight(guidance, diffusion.timesteps)
+    return 2.0 * len(visited) * (1.0 - saved_share(weight, visited, guidance.skip_within))
+
+
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Fill a model, strictly: what was learned must be there, and nothing else.
 

@@ -1,8 +1,16 @@
-"""Features of the real pictures, computed once and kept by content."""
+"""Statistics of the real pictures: computed from a source once, or read from ADM's or EDM's files.
+
+Both are kept under ROOT/references, named by a hash of all that they depend on.
+"""
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -10,83 +18,406 @@ from safetensors.numpy import save_file
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.sources import list_pictures, read_items
+from diffit_train.data.sources import Item, Kind, PictureList, read_items
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.chunks import FEATURES, SPATIAL
 from diffit_train.evaluation.features import FeatureNetwork
 from diffit_train.evaluation.metrics import Moments
+from diffit_train.evaluation.result import features_digest
 from diffit_train.progress import Progress
 
-BATCH = 256
+# A source is measured in at most so many parts, each of at least so many pictures: sums of 2048
+# features are 32 MB, whatever the number of pictures.
+MOST_PARTS = 64
+SMALLEST_PART = 512
+# Belongs to every identity, so that files of an earlier layout are not met.
+LAYOUT = 2
+# Pictures of a pass through the network.
+BATCH = 64
+# What ADM's and EDM's files call mean and covariance; the last two are of the spatial features.
+_ADM_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D, D), float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Sums over all real pictures (for the Frechet distance), and features of some, (n, D)."""
+    """The real pictures: `pool` and `spatial` over all, `features` (n, D) of some.
 
-    moments: Moments
+    `count` is how many there are in all, and `features` what precision and recall need; None
+    where a file does not say.
+    """
+
+    pool: Statistics
+    spatial: Statistics | None
+    features: np.ndarray | None
+    count: int | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sums over a stretch of the source's pictures, and the features of those kept."""
+
+    pool: Moments
+    spatial: Moments | None
     features: np.ndarray
 
 
-def load_reference(recipe: Recipe, network: FeatureNetwork) -> Reference:
-    """The reference of the recipe's pictures, made where it is missing.
+@dataclass(frozen=True)
+class PartTask:
+    """A stretch of a source that is measured at once; `kept` are places in `items`."""
 
-    Raises:
-        UserError: the pictures are missing, or fewer than two can be read.
-    """
-    listing = list_pictures(recipe)
-    identity = storage.digest(
+    number: int
+    url: str
+    kind: Kind
+    items: Sequence[Item]
+    kept: Sequence[int]
+    resolution: int
+
+
+def reference_file(recipe: Recipe) -> str | None:
+    """The recipe's reference file; None where the reference is computed from the pictures."""
+    reference = recipe.evaluate.reference
+    return storage.resolve(recipe.storage.root, reference) if reference else None
+
+
+def reference_url(recipe: Recipe, identity: str) -> str:
+    """Where a reference is kept."""
+    section = recipe.evaluate.features
+    name = f"{recipe.data.name}-{section.name}-{identity[:12]}.safetensors"
+    return storage.join(recipe.storage.root, "references", name)
+
+
+def source_identity(recipe: Recipe, listing: PictureList) -> str:
+    """Hash of what a reference of a picture source depends on."""
+    return storage.digest(
         [
+            LAYOUT,
             listing.digest(),
-            network.info.sha256,
+            features_digest(recipe),
             recipe.data.resolution,
             recipe.evaluate.reference_pictures,
         ]
     )
-    name = f"{recipe.data.name}-{recipe.evaluate.features.name}-{identity[:12]}.safetensors"
-    url = storage.join(recipe.storage.root, "references", name)
-    if storage.exists(url):
-        return _read(url, identity)
-    reference = _compute(recipe, network)
+
+
+def file_identity(recipe: Recipe, sha256: str) -> str:
+    """Hash of what a reference of a file depends on."""
+    return storage.digest(
+        [LAYOUT, "file", sha256, features_digest(recipe), recipe.evaluate.reference_pictures]
+    )
+
+
+# ---- From pictures ----
+
+
+def kept_pictures(recipe: Recipe, listing: PictureList) -> list[int]:
+    """Places of the pictures whose features are kept.
+
+    The list is sorted by class, so they are spread evenly over the whole of it.
+    """
+    wanted = min(recipe.evaluate.reference_pictures, len(listing))
+    spread = np.linspace(0, len(listing) - 1, wanted).round().astype(int)
+    return sorted(set(spread.tolist()))
+
+
+def part_tasks(recipe: Recipe, listing: PictureList) -> Iterator[PartTask]:
+    """The parts of a source, in order."""
+    size = max(SMALLEST_PART, -(-len(listing) // MOST_PARTS))
+    places = np.array(kept_pictures(recipe, listing))
+    for number, start in enumerate(range(0, len(listing), size)):
+        kept = places[(places >= start) & (places < start + size)] - start
+        items = listing.items[start : start + size]
+        side = recipe.data.resolution
+        yield PartTask(number, listing.url, listing.kind, items, kept.tolist(), side)
+
+
+def measure_part(network: FeatureNetwork, task: PartTask) -> Part | None:
+    """Sums over a stretch of a source; None where not one of its pictures can be read."""
+    wanted, chosen = set(task.kept), []
+    pool: Moments | None = None
+    spatial: Moments | None = None
+    for start in range(0, len(task.items), BATCH):
+        items = task.items[start : start + BATCH]
+        pictures = read_items(task.url, task.kind, items, task.resolution)
+        if not pictures.kept:
+            continue
+        rows = network.extract(pictures.pixels)
+        pool = added(pool, rows[FEATURES])
+        if SPATIAL in rows:
+            spatial = added(spatial, rows[SPATIAL])
+        here = [row for row, place in enumerate(pictures.kept) if start + place in wanted]
+        chosen.append(rows[FEATURES][here])
+    return None if pool is None else Part(pool, spatial, np.concatenate(chosen))
+
+
+def added(sums: Moments | None, rows: np.ndarray) -> Moments:
+    """Sums with further rows (n, D) in them."""
+    return Moments.of(rows) if sums is None else sums + Moments.of(rows)
+
+
+def part_name(task: PartTask) -> str:
+    """File of a part."""
+    return f"part-{task.number:05d}.safetensors"
+
+
+def write_part(target: str, part: Part | None) -> None:
+    """Commit a part; one without pictures is an empty file of tensors."""
+    tensors: dict[str, np.ndarray] = {}
+    if part is not None:
+        tensors["features"] = np.ascontiguousarray(part.features)
+        for name, sums in (("pool", part.pool), ("spatial", part.spatial)):
+            if sums is not None:
+                tensors |= {f"{name}_total": sums.total, f"{name}_outer": sums.outer}
+    with storage.atomic_file(target) as path:
+        save_file(tensors, str(path), metadata={"count": str(part.pool.count if part else 0)})
+
+
+def read_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[Part]:
+    """The parts of all tasks, in order; FileNotFoundError where one is missing."""
+    for task in tasks:
+        file = storage.join(url, part_name(task))
+        if not storage.exists(file):
+            raise FileNotFoundError(file)
+        try:
+            with storage.local_copy(file) as path, safe_open(str(path), framework="np") as tensors:
+                rows = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+                count = int(tensors.metadata()["count"])
+        except SafetensorError as error:
+            raise DiffitError(f"{file} is damaged ({error}); delete it and go on") from error
+        if count:
+            sums = {
+                key: Moments(count, rows[f"{key}_total"], rows[f"{key}_outer"])
+                for key in ("pool", "spatial")
+                if f"{key}_total" in rows
+            }
+            yield Part(sums["pool"], sums.get("spatial"), rows["features"])
+
+
+def joined(parts: Iterable[Part], url: str) -> Reference:
+    """The reference of all parts of a source, in order; one part is in memory at a time.
+
+    Raises:
+        UserError: fewer than two pictures could be read.
+    """
+    pool: Moments | None = None
+    spatial: Moments | None = None
+    features = []
+    for part in parts:
+        pool = part.pool if pool is None else pool + part.pool
+        if part.spatial is not None:
+            spatial = part.spatial if spatial is None else spatial + part.spatial
+        features.append(part.features)
+    if pool is None or pool.count < 2:
+        raise UserError(f"fewer than two pictures of {url} can be read")
+    return Reference(
+        Statistics(pool.mean, pool.covariance),
+        None if spatial is None else Statistics(spatial.mean, spatial.covariance),
+        np.concatenate(features),
+        pool.count,
+    )
+
+
+# ---- From a file of ADM or EDM ----
+
+
+def check_reference_file(recipe: Recipe) -> None:
+    """Refuse a reference file that could not serve, before anything is generated.
+
+    Raises:
+        UserError: it is missing, no such file, of other features or another resolution, or holds
+            too few pictures.
+    """
+    url = reference_file(recipe)
+    if url is None:
+        return
+    if not recipe.evaluate.features.published:
+        raise UserError(
+            f"evaluate.reference {url} holds statistics of the published Inception's features, "
+            f"but evaluate.features.name is {recipe.evaluate.features.name!r}; leave "
+            "evaluate.reference empty, or set evaluate.features.name=inception and "
+            "evaluate.features.kind=inception"
+        )
+    if not storage.exists(url):
+        raise UserError(f"evaluate.reference {url} does not exist")
+    with storage.local_copy(url) as path, opened_npz(recipe, path):
+        pass
+
+
+@dataclass(frozen=True)
+class NpzReference:
+    """A file of ADM (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`) or EDM (`mu`, `sigma`), opened."""
+
+    archive: zipfile.ZipFile
+    statistics: dict[str, np.ndarray]
+    pictures: bool
+
+    def read(self, recipe: Recipe, extract: Callable[[np.ndarray], np.ndarray]) -> Reference:
+        """The reference, with the features of the file's first pictures if it has any.
+
+        Args:
+            extract: pictures (B, R, R, 3) uint8 to features (B, D).
+        """
+        found, spatial, features = self.statistics, None, None
+        if "mu_s" in found:
+            spatial = Statistics(found["mu_s"], found["sigma_s"])
+        if self.pictures:
+            features = self._measured(recipe.evaluate.reference_pictures, extract)
+        return Reference(Statistics(found["mu"], found["sigma"]), spatial, features, None)
+
+    def _measured(self, wanted: int, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        rows = []
+        with (
+            self.archive.open("arr_0.npy") as file,
+            Progress("reference", wanted, "pictures") as progress,
+        ):
+            shape, _ = array_header(file)
+            for pixels in batches(file, (wanted, *shape[1:])):
+                rows.append(extract(pixels))
+                progress.update(progress.done + len(pixels))
+        return np.concatenate(rows)
+
+
+@contextmanager
+def opened_npz(recipe: Recipe, path: Path) -> Iterator[NpzReference]:
+    """A reference file, checked against the recipe: its shapes, numbers and pictures.
+
+    Raises:
+        UserError: it cannot serve.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"evaluate.reference {path} is no .npz file ({error}); files of ADM and EDM are"
+        ) from error
+    with archive:
+        there = {name.removesuffix(".npy") for name in archive.namelist()}
+        if not {"mu", "sigma"} <= there:
+            raise UserError(
+                f"evaluate.reference {path} holds {', '.join(sorted(there)) or 'nothing'}, but "
+                "must hold mu and sigma, as ADM's and EDM's files do"
+            )
+        found = {key: _member(archive, key, path) for key in _ADM_KEYS if key in there}
+        _check_statistics(found, path)
+        if "arr_0" in there:
+            _check_pictures(recipe, archive, path)
+        yield NpzReference(archive, found, "arr_0" in there)
+
+
+def _member(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
+    try:
+        with archive.open(f"{key}.npy") as file:
+            values = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{key} of evaluate.reference {path} cannot be read: {error}") from error
+    return np.asarray(values, dtype=np.float64)
+
+
+def _check_statistics(found: dict[str, np.ndarray], path: Path) -> None:
+    for mean, covariance, dims in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
+        if mean not in found:
+            continue
+        for key, shape in ((mean, (dims,)), (covariance, (dims, dims))):
+            values = found.get(key)
+            if values is None or values.shape != shape:
+                seen = "missing" if values is None else f"of shape {values.shape}"
+                raise UserError(
+                    f"{key} of evaluate.reference {path} is {seen}, but must be {shape}: the "
+                    "file is of other features"
+                )
+            if not np.isfinite(values).all():
+                raise UserError(f"{key} of evaluate.reference {path} is not finite")
+
+
+def _check_pictures(recipe: Recipe, archive: zipfile.ZipFile, path: Path) -> None:
+    wanted, side = recipe.evaluate.reference_pictures, recipe.data.resolution
+    with archive.open("arr_0.npy") as file:
+        shape, dtype = array_header(file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (side, side, 3):
+        raise UserError(
+            f"arr_0 of evaluate.reference {path} holds {dtype} of shape {shape}, but must be "
+            f"uint8 pictures of data.resolution {side}"
+        )
+    if shape[0] < wanted:
+        raise UserError(
+            f"evaluate.reference {path} holds {shape[0]:,} pictures, but "
+            f"evaluate.reference_pictures is {wanted:,}; set it to {shape[0]} if that is meant"
+        )
+
+
+def array_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an .npy stream, which then stands at its data.
+
+    Raises:
+        ValueError: no such stream, or in Fortran's order.
+    """
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran:
+        raise ValueError("the array is in Fortran's order")
+    return shape, dtype
+
+
+def batches(file: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """The first pictures of an .npy stream, batch by batch.
+
+    Args:
+        file: at its data.
+        shape: (wanted, R, R, 3).
+    """
+    for start in range(0, shape[0], BATCH):
+        pixels = np.empty((min(BATCH, shape[0] - start), *shape[1:]), np.uint8)
+        data = file.read(pixels.nbytes)
+        if len(data) != pixels.nbytes:
+            raise ValueError(f"the array ends in picture {start + len(data) // pixels[0].nbytes}")
+        pixels.reshape(-1)[:] = np.frombuffer(data, np.uint8)
+        yield pixels
+
+
+# ---- Kept ----
+
+
+def write_reference(url: str, identity: str, reference: Reference) -> None:
+    """Commit a reference."""
+    tensors = {"mean": reference.pool.mean, "covariance": reference.pool.covariance}
+    if reference.spatial is not None:
+        tensors["spatial_mean"] = reference.spatial.mean
+        tensors["spatial_covariance"] = reference.spatial.covariance
+    if reference.features is not None:
+        tensors["features"] = reference.features
     with storage.atomic_file(url) as path:
-        tensors = {
-            "total": reference.moments.total,
-            "outer": reference.moments.outer,
-            "features": reference.features,
-        }
-        count = str(reference.moments.count)
-        save_file(tensors, str(path), metadata={"identity": identity, "count": count})
-    return reference
+        rows = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+        count = str(reference.count or "")
+        save_file(rows, str(path), metadata={"identity": identity, "count": count})
 
 
-def _read(url: str, identity: str) -> Reference:
+def read_reference(url: str, identity: str) -> Reference:
+    """A reference that was kept.
+
+    Raises:
+        DiffitError: it is damaged, or of something else.
+    """
     try:
         with storage.local_copy(url) as path, safe_open(str(path), framework="np") as file:
             metadata = file.metadata()
             if metadata["identity"] != identity:
                 raise DiffitError(f"{url} is of other pictures; delete it and evaluate again")
-            total, outer, features = (file.get_tensor(k) for k in ("total", "outer", "features"))
+            rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DiffitError(f"{url} is damaged ({error}); delete it and evaluate again") from error
-    return Reference(Moments(int(metadata["count"]), total, outer), features)
-
-
-def _compute(recipe: Recipe, network: FeatureNetwork) -> Reference:
-    listing = list_pictures(recipe)
-    wanted = recipe.evaluate.reference_pictures
-    # Pictures are sorted by class, so those kept are spread evenly over the whole list.
-    kept = set(np.linspace(0, len(listing) - 1, min(wanted, len(listing))).round().astype(int))
-    parts: list[Moments] = []
-    chosen: list[np.ndarray] = []
-    with Progress("reference", len(listing), "pictures") as progress:
-        for start in range(0, len(listing), BATCH):
-            items = listing.items[start : start + BATCH]
-            pictures = read_items(listing.url, listing.kind, items, recipe.data.resolution)
-            if pictures.kept:
-                features, _ = network.extract(pictures.pixels)
-                parts.append(Moments.of(features))
-                rows = [i for i, p in enumerate(pictures.kept) if start + p in kept]
-                chosen.append(features[rows])
-            progress.update(min(start + BATCH, len(listing)))
-    if sum(part.count for part in parts) < 2:
-        raise UserError(f"fewer than two pictures of {listing.url} can be read")
-    return Reference(sum(parts[1:], start=parts[0]), np.concatenate(chosen))
+    spatial = None
+    if "spatial_mean" in rows:
+        spatial = Statistics(rows["spatial_mean"], rows["spatial_covariance"])
+    count = int(metadata["count"]) if metadata["count"] else None
+    pool = Statistics(rows["mean"], rows["covariance"])
+    return Reference(pool, spatial, rows.get("features"), count)

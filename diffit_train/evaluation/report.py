@@ -1,247 +1,156 @@
-"""`diffit compare`: the runs of an experiment side by side, as MLflow holds them."""
+"""`diffit compare`: runs, checkpoints and sweeps side by side, as MLflow holds them."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from diffit_train import storage
 from diffit_train.errors import UserError
-from diffit_train.tracking import RunRecord, Tracker, redact
+from diffit_train.evaluation.html_report import write_html
+from diffit_train.evaluation.report_pictures import draw_panels, panels
+from diffit_train.evaluation.report_ranks import (
+    Compared,
+    best_by_protocol,
+    fronts,
+    main_metric,
+    pareto_axes,
+)
+from diffit_train.evaluation.report_runs import RunRow, collect
+from diffit_train.evaluation.report_tables import (
+    csv_text,
+    markdown_table,
+    markdown_text,
+    rich_table,
+    sheets,
+)
+from diffit_train.tracking import Tracker, redact
 
-# Recipe keys that say where and on how much a run ran, not what it is.
-_UNINTERESTING = ("storage.", "tracking.", "scaling.", "name")
-PLAIN_WIDTH = 200
-History = list[tuple[int, float]]
+__all__ = ["Comparison", "collect", "compare_store"]
+
+# A pipe has no width that a table would have to fit in.
+PLAIN_WIDTH = 1000
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """An evaluation of a run at a step; `metrics` without their prefix `eval/`.
+class Comparison(Compared):
+    """What was compared, and the files that show it."""
 
-    A Frechet distance falls with the number of `samples`, so it is compared at equal ones only.
-    """
-
-    step: int
-    key: str
-    samples: int | None
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """A training run."""
-
-    record: RunRecord
-    differences: dict[str, str]
-    last_step: int
-    loss: History
-    evaluations: list[Evaluation] = field(default_factory=list)
+    picture: str
+    html: str | None
+    csv: str | None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        metrics = self.record.metrics
         return {
-            "name": self.record.name,
-            "run_id": self.record.run_id,
-            "experiment": self.record.experiment,
-            "status": self.record.status,
-            "differences": self.differences,
-            "last_step": self.last_step,
-            "train_loss": metrics.get("train/loss"),
-            "images_per_s": metrics.get("perf/images_per_s"),
-            "evaluations": [
-                {"step": e.step, "key": e.key, "samples": e.samples, **e.metrics}
-                for e in self.evaluations
-            ],
+            "runs": [{**run.as_json(), "best": self._best(run)} for run in self.runs],
+            "picture": self.picture,
+            "metric": self.metric,
+            "seeds": [r.as_json() for r in self.replicates if len(r.by_seeds) > 1],
+            "front": self._front(),
+            "notes": self.notes(),
+            "html": self.html,
+            "csv": self.csv,
         }
 
+    def _best(self, run: RunRow) -> list[dict[str, Any]]:
+        """The best evaluation by each protocol."""
+        if self.metric is None:
+            return []
+        return [
+            {
+                "metric": self.metric,
+                "value": top.metrics[self.metric],
+                "samples": protocol.samples,
+                "step": top.step,
+                "key": top.key,
+            }
+            for protocol, top in best_by_protocol(run, self.metric).items()
+        ]
 
-@dataclass(frozen=True)
-class Comparison:
-    """Runs side by side, and where the picture of their curves is."""
+    def _front(self) -> dict[str, Any] | None:
+        """The points of the Pareto fronts; figures are means over seeds."""
+        axes = pareto_axes(self.replicates, self.metric)
+        if axes is None:
+            return None
+        members = [r for front in fronts(self.replicates, axes).values() for r in front]
+        return {"axes": axes, "points": [r.as_json() for r in members]}
 
-    runs: list[RunRow]
-    picture: str
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"runs": [run.as_json() for run in self.runs], "picture": self.picture}
+    def _lines(self) -> list[str]:
+        places = {"curves": self.picture, "report": self.html, "table": self.csv}
+        return [*self.notes(), *(f"{what}: {place}" for what, place in places.items() if place)]
 
     def print_table(self) -> None:
-        """Runs with their differences, then their evaluations, on standard output."""
-        # A pipe has no width that a table would have to fit in.
+        """The tables on standard output."""
         console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
-        console.print(_runs_table(self.runs))
-        if self.runs[0].differences:
-            console.print(_differences_table(self.runs))
-        console.print(_evaluations_table(self.runs))
-        console.print(f"curves: {self.picture}", soft_wrap=True, highlight=False)
+        for sheet in sheets(self):
+            # A table folds its own title into its width.
+            console.print(Text(sheet.title, "italic"))
+            console.print(rich_table(sheet))
+        for line in self._lines():
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def markdown(self) -> str:
+        """The tables as GitHub's Markdown, then a list of notes."""
+        notes = "".join(f"- {markdown_text(line)}\n" for line in self._lines())
+        return "\n".join([*(markdown_table(sheet) for sheet in sheets(self)), notes])
 
 
 def compare_store(
-    root: str, uri: str | None, experiment: str | None, picture: Path | None
+    root: str,
+    uri: str | None,
+    experiment: str | None,
+    picture: Path | None,
+    *,
+    selection: Sequence[str] = (),
+    metric: str | None = None,
+    html: str | None = None,
+    csv: str | None = None,
 ) -> Comparison:
-    """Compare the runs of one experiment, or of all in a store, and draw their curves.
+    """Compare runs of one experiment, or of all in a store, and draw their curves.
 
     Args:
         root: of the project; its MLflow store is read where `uri` is None.
         picture: where the curves go; by default ROOT/compare.png.
+        selection: RUN, RUN@STEP (or RUN@newest) and RUN/SWEEP; by default every run.
+        metric: what runs are ranked by; by default the FID, else another Frechet distance.
+        html: where a report with the curves and grids goes, if anywhere.
+        csv: where a table with a row an evaluation goes, if anywhere.
 
     Raises:
-        UserError: there is no store, no such experiment, or no training run in it.
+        UserError: there is no store, no such experiment, run, sweep, step or metric, or no training
+            run; nothing was written.
     """
-    if uri is None:
-        database = storage.local_path(root).absolute() / "mlflow.db"
-        if fault := storage.missing_slash(root):
-            raise UserError(f"--root is {root!r}: {fault}")
-        if not storage.is_local(root):
-            raise UserError(
-                f"--root is {redact(root)}, where no MLflow file lies; give the MLflow of its runs "
-                "by --tracking-uri, as http://mlflow:5000 or sqlite:////absolute/path/mlflow.db"
-            )
-        if not database.exists():
-            raise UserError(f"there is no {database}; train first, or mend --root")
-        uri = f"sqlite:///{database}"
+    tracker = Tracker(uri if uri is not None else _store_of(root))
+    runs = collect(tracker, experiment, selection)
+    ranked = main_metric([e for run in runs for e in run.evaluations], metric)
     target = str(picture) if picture is not None else storage.join(root, "compare.png")
-    comparison = Comparison(collect(Tracker(uri), experiment), target)
-    draw_curves(comparison.runs, target)
+    comparison = Comparison(runs, ranked, target, html, csv)
+    found = panels(comparison)
+    with storage.atomic_file(target) as path, path.open("wb") as file:
+        draw_panels(found, file)
+    if csv is not None:
+        storage.write_text(csv, csv_text(runs))
+    if html is not None:
+        write_html(comparison, found, tracker, html)
     return comparison
 
 
-def collect(tracker: Tracker, experiment: str | None) -> list[RunRow]:
-    """The training runs with their evaluations, oldest first.
-
-    Raises:
-        UserError: there is none.
-    """
-    records = tracker.runs(experiment)
-    parents = [record for record in records if record.parent_id is None]
-    if not parents:
-        raise UserError("MLflow holds no training run; run `diffit train` first")
-    differing = _differing_keys(parents)
-    rows = []
-    for record in parents:
-        loss = tracker.history(record.run_id, "train/loss")
-        children = [child for child in records if child.parent_id == record.run_id]
-        rows.append(
-            RunRow(
-                record,
-                {key: record.params.get(key, "-") for key in differing},
-                max((step for step, _ in loss), default=0),
-                loss,
-                sorted((_evaluation(child) for child in children), key=lambda e: (e.step, e.key)),
-            )
+def _store_of(root: str) -> str:
+    if fault := storage.missing_slash(root):
+        raise UserError(f"--root is {root!r}: {fault}")
+    if not storage.is_local(root):
+        raise UserError(
+            f"--root is {redact(root)}, where no MLflow file lies; give the MLflow of its runs "
+            "by --tracking-uri, as http://mlflow:5000 or sqlite:////absolute/path/mlflow.db"
         )
-    return rows
-
-
-def _differing_keys(records: list[RunRecord]) -> list[str]:
-    keys = sorted({key for record in records for key in record.params})
-    return [
-        key
-        for key in keys
-        if not key.startswith(_UNINTERESTING)
-        and len({record.params.get(key) for record in records}) > 1
-    ]
-
-
-def _evaluation(child: RunRecord) -> Evaluation:
-    metrics = {
-        name.removeprefix("eval/"): value
-        for name, value in sorted(child.metrics.items())
-        if name.startswith("eval/")
-    }
-    key = child.tags.get("diffit.evaluation_key", child.name)
-    samples = child.params.get("evaluate.samples")
-    step = int(child.params.get("step", 0))
-    return Evaluation(step, key, None if samples is None else int(samples), metrics)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _runs_table(runs: list[RunRow]) -> Table:
-    table = Table(title="runs", title_justify="left")
-    for name in ("run", "status"):
-        table.add_column(name)
-    for name in ("step", "loss", "pictures/s"):
-        table.add_column(name, justify="right")
-    for run in runs:
-        metrics = run.record.metrics
-        table.add_row(
-            run.record.name,
-            run.record.status.lower(),
-            f"{run.last_step:,}",
-            _number(metrics.get("train/loss")),
-            _number(metrics.get("perf/images_per_s")),
-        )
-    return table
-
-
-def _differences_table(runs: list[RunRow]) -> Table:
-    table = Table(title="recipe differences", title_justify="left")
-    table.add_column("key")
-    for run in runs:
-        table.add_column(run.record.name, justify="right")
-    for key in runs[0].differences:
-        table.add_row(key, *(run.differences[key] for run in runs))
-    return table
-
-
-def _evaluations_table(runs: list[RunRow]) -> Table:
-    names = sorted({name for run in runs for e in run.evaluations for name in e.metrics})
-    table = Table(title="evaluations", title_justify="left")
-    for name in ("run", "evaluation"):
-        table.add_column(name)
-    for name in ("step", "samples", *names):
-        table.add_column(name, justify="right")
-    for run in runs:
-        for evaluation in run.evaluations:
-            figures = [_number(evaluation.metrics.get(name)) for name in names]
-            samples = "-" if evaluation.samples is None else f"{evaluation.samples:,}"
-            table.add_row(
-                run.record.name, evaluation.key, f"{evaluation.step:,}", samples, *figures
-            )
-    return table
-
-
-def draw_curves(runs: list[RunRow], url: str) -> None:
-    """Write a PNG: loss over steps, and every evaluation metric over steps, a line a run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = sorted({name for run in runs for e in run.evaluations for name in e.metrics})
-    panels = ["train/loss", *names]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained", dpi=120)
-    cells = figure.subplots(rows, columns, squeeze=False).flatten()
-    for cell, name in zip(cells, panels, strict=False):
-        for run in runs:
-            for label, points in _lines(run, name):
-                marker = "o" if name in names else None
-                cell.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
-        cell.set(title=name, xlabel="step")
-        cell.grid(alpha=0.3)
-        if name == "train/loss" or name.startswith("fd_"):
-            cell.set_yscale("log")
-    for cell in cells[len(panels) :]:
-        cell.set_axis_off()
-    cells[0].legend(fontsize=8)
-    with storage.atomic_file(url) as path, path.open("wb") as file:
-        FigureCanvasAgg(figure).print_figure(file, format="png")
-
-
-def _lines(run: RunRow, name: str) -> list[tuple[str, History]]:
-    """A run's lines of a panel: its loss, or a metric for each way of evaluating."""
-    if name == "train/loss":
-        return [(run.record.name, run.loss)] if run.loss else []
-    points = [(e.step, e.metrics[name]) for e in run.evaluations if name in e.metrics]
-    return [(run.record.name, points)] if points else []
+    database = storage.local_path(root).absolute() / "mlflow.db"
+    if not database.exists():
+        raise UserError(f"there is no {database}; train first, or mend --root")
+    return f"sqlite:///{database}"

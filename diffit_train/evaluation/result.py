@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,7 +10,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffit_train import storage
 from diffit_train.checkpoints import checkpoint_digest, step_name
 from diffit_train.config import Recipe
+from diffit_train.config.recipe import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
+
+# Of the published weights, pt_inception-2015-12-05-6726825d.pth.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class FeaturesInfo(BaseModel):
@@ -29,8 +34,10 @@ class FeaturesInfo(BaseModel):
 class Result(BaseModel):
     """result.json, the commit marker of an evaluation.
 
-    `metrics` holds `fd_NAME`, `precision`, `recall` and `label_agreement`, the share of pictures
-    in which the feature network's classifier sees the class that was asked for.
+    `metrics` holds, with the published Inception, `fid`, `sfid`, `inception_score` and `kid`, else
+    `fd_NAME` and `kd_NAME`; with either, `precision` and `recall`, where the reference has
+    pictures; with a classifier `label_agreement`, the share of pictures in which it sees the class
+    that was asked for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,13 +49,16 @@ class Result(BaseModel):
     metrics: dict[str, float]
     grid: str
     seconds: float
+    network_evaluations: float
     evaluate: dict[str, Any]
     recipe_hash: str
     mlflow_run_id: str
 
 
 def features_url(recipe: Recipe) -> str:
-    """Folder of the recipe's feature network."""
+    """Folder of the recipe's feature network, or Inception's weight file."""
+    if recipe.evaluate.features.source == PUBLISHED:
+        return PUBLISHED
     return storage.resolve(recipe.storage.root, recipe.evaluate.features.source)
 
 
@@ -79,6 +89,34 @@ def features_info(recipe: Recipe) -> FeaturesInfo:
     return info
 
 
+def features_digest(recipe: Recipe) -> str:
+    """SHA-256 of the feature network's weights.
+
+    Raises:
+        UserError: it has not been fitted, or its weight file is not there.
+    """
+    section = recipe.evaluate.features
+    if section.kind == "classifier":
+        return features_info(recipe).sha256
+    if section.published:
+        return INCEPTION_SHA256
+    return _file_digest(features_url(recipe))
+
+
+@functools.cache
+def _file_digest(url: str) -> str:
+    if not storage.exists(url):
+        raise UserError(f"evaluate.features.source {url} does not exist")
+    with storage.local_copy(url) as path:
+        return storage.sha256_file(path)
+
+
+def best_metric(recipe: Recipe) -> str:
+    """The metric by which checkpoints are ranked; the lowest is the best."""
+    features = recipe.evaluate.features
+    return "fid" if features.published else f"fd_{features.name}"
+
+
 def evaluation_key(recipe: Recipe, run_url: str, step: int) -> str:
     """A readable name, made unique by a hash of all that determines the figures."""
     evaluate = recipe.evaluate
@@ -86,11 +124,16 @@ def evaluation_key(recipe: Recipe, run_url: str, step: int) -> str:
         recipe.evaluate_identity(),
         recipe.train_hash(),
         checkpoint_digest(run_url, step),
-        features_info(recipe).sha256,
+        features_digest(recipe),
     ]
     sampler, guidance = evaluate.sampler, evaluate.guidance
     name = f"{sampler.name}{sampler.steps}-{guidance.kind}{guidance.scale:g}"
     return f"{name.replace('_', '')}-{storage.digest(identity)[:10]}"
+
+
+def run_url(recipe: Recipe, run: str) -> str:
+    """Folder of a run."""
+    return storage.join(recipe.storage.root, "runs", run)
 
 
 def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
@@ -100,8 +143,7 @@ def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
 
 def finished(recipe: Recipe, run: str, step: int) -> Result | None:
     """The result of an evaluation; None where it is to be done."""
-    run_url = storage.join(recipe.storage.root, "runs", run)
-    key = evaluation_key(recipe, run_url, step)
+    key = evaluation_key(recipe, run_url(recipe, run), step)
     url = storage.join(evaluation_url(recipe, run, step, key), "result.json")
     if not storage.exists(url):
         return None
@@ -109,3 +151,24 @@ def finished(recipe: Recipe, run: str, step: int) -> Result | None:
         return Result.model_validate_json(storage.read_bytes(url))
     except ValidationError as error:
         raise DiffitError(f"{url} is damaged; delete it and evaluate again") from error
+
+
+def best_result(recipe: Recipe, run: str) -> Result | None:
+    """The run's evaluation of the smallest distance, of those made as the recipe says.
+
+    None where there is none.
+    """
+    folder = storage.join(recipe.storage.root, "evaluations", run)
+    identity, metric = recipe.evaluate_identity(), best_metric(recipe)
+    found = []
+    for name in storage.find_files(folder):
+        if name.rsplit("/", 1)[-1] != "result.json":
+            continue
+        try:
+            data = storage.read_bytes(storage.join(folder, name))
+            result = Result.model_validate_json(data)
+        except ValidationError:
+            continue  # of an earlier version; evaluated again, it is named
+        if result.evaluate == identity and result.recipe_hash == recipe.train_hash():
+            found.append(result)
+    return min(found, key=lambda result: result.metrics[metric], default=None)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.checkpoints import read_weights
+from diffit_train.checkpoints import read_weights, reconstructed_url
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
@@ -85,7 +85,20 @@ def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
 
 
 def run_weights(recipe: Recipe, url: str, step: int) -> dict[str, Tensor]:
-    """Weights of a run's checkpoint, EMA or raw as `evaluate.weights` says."""
+    """Weights of a run's checkpoint, EMA or raw as `evaluate.weights` says.
+
+    Raises:
+        UserError: they are to be of another profile, which has not been made.
+    """
+    width = recipe.evaluate.reconstructed
+    if width is not None:
+        file = reconstructed_url(url, width, step)
+        if not storage.exists(file):
+            raise UserError(
+                f"{file} has not been made; run `diffit ema reconstruct` with --sigma-rel "
+                f"{width:g} --step {step}"
+            )
+        return file_weights(recipe, file)
     return read_weights(url, step, recipe.evaluate.weights)
 
 

@@ -16,6 +16,7 @@ from diffit_train.checkpoints import (
     read_index,
     read_slices,
     read_weights,
+    reconstructed_url,
 )
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import UserError
@@ -190,7 +191,7 @@ def reconstruct_ema(
     Args:
         sigma_rel: width of the profile, relative to the training up to `step`.
         step: of the average; None for the newest snapshot's.
-        out: where to; None for RUN/export/ema-SIGMA-STEP.safetensors.
+        out: where to; None for `checkpoints.reconstructed_url`.
 
     Raises:
         UserError: there are no snapshots, or none that late.
@@ -228,7 +229,7 @@ def reconstruct_ema(
                     total.add_(value, alpha=coefficients[at, kind])
             progress.update(number)
     weights = {s.name: t.float().view(shapes[s.name]) for s, t in zip(wanted, sums, strict=True)}
-    out = out or storage.join(url, "export", f"ema-{sigma_rel:g}-{step:010d}.safetensors")
+    out = out or reconstructed_url(url, sigma_rel, step)
     metadata = _metadata(recipe, run, step, f"sigma_rel {sigma_rel:g}")
     write_published(build_model(recipe), weights, out, metadata)
     return Reconstruction(out, step, solution.error, len(sources))

@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,9 @@ class Surroundings(Protocol):
 
     def preempted(self) -> bool:
         """Whether a node is about to be taken away; all ranks ask together."""
+
+    def validate(self, step: int) -> None:
+        """A committed checkpoint is to be evaluated beside training; all ranks say so together."""
 
 
 class RollBack(Exception):
@@ -162,6 +166,8 @@ class Trainer:
             recipe.train.seed,
         )
         self.stop = self.preempted = False
+        # On rank 0: steps whose checkpoints are committed and wait to be evaluated.
+        self.to_validate: deque[int] = deque()
         self.polled_s = 0.0
         self.judged_loss = float("nan")
         self.profiler: torch.profiler.profile | None = None
@@ -227,6 +233,9 @@ class Trainer:
         else:
             state = load_checkpoint(self.engine, self.url, newest)
             self.step = state.step
+            every = train.validate_every
+            if every and self.step and self.step % every == 0:
+                self.to_validate.append(self.step)  # perhaps nobody came to it
             if state.interval is not None and self.rank == 0:
                 self.losses.restore(state.interval)
 
@@ -326,7 +335,7 @@ class Trainer:
     def _judge(self, norm: float, loss: Tensor) -> bool:
         """Whether to take a step; here, once a step, the ranks also agree on what to do next."""
         train = self.recipe.train
-        mine = torch.zeros(3, dtype=torch.float64)
+        mine = torch.zeros(4, dtype=torch.float64)
         mine[0] = float(loss.double().sum()) / train.batch_size
         if self.rank == 0:
             mine[1] = self.around.stop_wanted()
@@ -334,8 +343,11 @@ class Trainer:
             if now_s - self.polled_s > PREEMPTION_POLL_S:
                 self.polled_s = now_s
                 mine[2] = 1.0
+            mine[3] = self.to_validate.popleft() if self.to_validate else 0.0
         dist.all_reduce(mine, group=self.control)
-        mean, stop, poll = mine.tolist()
+        mean, stop, poll, validated = mine.tolist()
+        if validated:
+            self.around.validate(int(validated))
         self.stop = self.stop or stop > 0
         if poll and not self.saved_for_preemption:
             self.preempted = self.around.preempted()
@@ -484,12 +496,15 @@ class Trainer:
     def _save(self) -> None:
         """Log first, then the checkpoint that vouches for it, then what retention removes."""
         train, text, started_s = self.recipe.train, self.log.text(), time.monotonic()
+        step = self.step
 
         def write_log() -> None:
             if self.log.records:
                 storage.write_text(self.log.url, text)
 
         def retain() -> None:
+            if train.validate_every and step % train.validate_every == 0:
+                self.to_validate.append(step)
             try:
                 remove_old(self.url, train.keep_checkpoints, train.keep_every)
             except (OSError, DiffitError) as error:
@@ -521,10 +536,15 @@ class Trainer:
             GivingUp: it cannot be written.
         """
         self.writer.wait()
-        if self.step in agreed_steps(self.url, self.control):
+        if self.step not in agreed_steps(self.url, self.control):
+            self.writer.failures = []
+            self._save()
+            self.writer.wait()
+            if self.writer.failures:
+                raise GivingUp(self.writer.failures[-1])
+        if self.stop:
             return
-        self.writer.failures = []
-        self._save()
-        self.writer.wait()
-        if self.writer.failures:
-            raise GivingUp(self.writer.failures[-1])
+        left: list[Any] = [list(self.to_validate)]
+        dist.broadcast_object_list(left, group=self.control)
+        for step in left[0]:
+            self.around.validate(step)

@@ -8,11 +8,14 @@ from the newest committed checkpoint of the run; Ray gets a fresh name each time
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -53,11 +56,18 @@ POLL_S = 0.5
 STOPPED = 143  # as a shell has it for a process that SIGTERM ended
 
 
-def train(recipe: Recipe, run: str, address: str | None = None) -> int:
+# Evaluates a checkpoint of a step beside training; a line that says what came of it.
+Validate = Callable[[int], str]
+
+
+def train(
+    recipe: Recipe, run: str, address: str | None = None, validate: Validate | None = None
+) -> int:
     """Train a run to its last step, from wherever it stands; returns that step.
 
     Args:
         address: of the Ray cluster; None as in `cluster.connected`.
+        validate: evaluates a checkpoint every `train.validate_every` steps, while training goes on.
 
     Rerunning continues; a finished run is left alone. SIGTERM makes the workers save and leave,
     and ends the process by SystemExit with status 143.
@@ -81,7 +91,7 @@ def train(recipe: Recipe, run: str, address: str | None = None) -> int:
         fewest = scaling.fewest_workers
         cluster.require(fewest * cpus, fewest * gpus, "training")
         identity = check_recipe(recipe, run) or create_identity(recipe, run)
-        return _tracked_fit(recipe, identity, manifest)
+        return _tracked_fit(recipe, identity, manifest, validate)
 
 
 def _kernel(recipe: Recipe) -> str:
@@ -118,7 +128,9 @@ def _check_start(recipe: Recipe) -> None:
     check_transfer(model, shapes, f"{start.run}@{start.step}")
 
 
-def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> int:
+def _tracked_fit(
+    recipe: Recipe, identity: RunIdentity, manifest: Manifest, validate: Validate | None
+) -> int:
     """Train, with an MLflow run that ends as training did."""
     tags = {
         "diffit.recipe_hash": identity.recipe_hash,
@@ -136,7 +148,7 @@ def _tracked_fit(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> i
     mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        step = _fit(recipe, identity.name, mlflow_run_id)
+        step = _fit(recipe, identity.name, mlflow_run_id, validate)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -282,6 +294,23 @@ class _Around:
 
         return ray.train.get_preemption_info() is not None
 
+    def validate(self, step: int) -> None:
+        """By Ray Train's own validation, which wants a checkpoint to know it by."""
+        import ray.train
+        from ray.train.v2.api.validation_config import ValidationTaskConfig
+
+        metrics = {"step": step}
+        if self.rank:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory(prefix="diffit-validate-") as folder:
+            Path(folder, "step.json").write_text(json.dumps(metrics))
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                validation=ValidationTaskConfig(fn_kwargs=metrics),
+            )
+
 
 def _worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
@@ -306,10 +335,26 @@ def _worker(config: dict[str, Any]) -> None:
     ray.train.report({"step": step})
 
 
-def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
+class _Validation:
+    """What Ray Train runs, as a task, for each checkpoint that is to be evaluated."""
+
+    def __init__(self, board: Any, validate: Validate) -> None:
+        self.board, self.validate = board, validate
+
+    def __call__(self, checkpoint: Any, step: int) -> dict[str, Any]:
+        try:
+            self.board.say.remote(self.validate(step))
+        except DiffitError as error:
+            self.board.say.remote(f"step {step:,} could not be evaluated: {error}")
+            raise
+        return {"step": step}
+
+
+def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None) -> int:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.v2.api.validation_config import ValidationConfig
 
     scaling = recipe.scaling
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -321,8 +366,15 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str) -> int:
     if scaling.gpus_per_worker:
         resources["GPU"] = float(scaling.gpus_per_worker)
     fewest, most = scaling.fewest_workers, scaling.most_workers
+    validation = None
+    if validate is not None and recipe.train.validate_every:
+        # The task only waits for the evaluation's actors, which take what they need themselves.
+        validation = ValidationConfig(
+            _Validation(board, validate), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
+        )
     trainer = TorchTrainer(
         _worker,
+        validation_config=validation,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "run": run,

@@ -166,7 +166,11 @@ def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("autoencoder.source=nobody/no-such-vae", "no-such-vae cannot be loaded"),
+        pytest.param(
+            "autoencoder.source=nobody/no-such-vae",
+            "no-such-vae cannot be loaded",
+            marks=pytest.mark.slow,  # the message itself is tested without actors
+        ),
         ("autoencoder.latent_channels=5", "latent_channels is 5, but .* has 4"),
     ],
 )

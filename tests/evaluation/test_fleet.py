@@ -10,14 +10,28 @@ import pytest
 import ray
 from PIL import Image
 
-from diffit_train.checkpoints import read_state
+from diffit_train import command
+from diffit_train.checkpoints import checkpoint_digest, read_state
 from diffit_train.command import evaluate as evaluate_command
+from diffit_train.config import Recipe
+from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.fleet import Fleet, evaluate
+from diffit_train.evaluation import fleet as fleet_module
+from diffit_train.evaluation.chunks import committed_chunks, read_pictures
+from diffit_train.evaluation.fleet import Fleet, Request, make_reference
 from diffit_train.evaluation.report import collect, compare_store
 from diffit_train.evaluation.result import Result, evaluation_key, evaluation_url, finished
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
+
+
+def evaluate(recipe: Recipe, run: str, steps: list[int]) -> list[Result]:
+    return fleet_module.evaluate([Request(recipe, run, step) for step in steps])
+
+
+def _pictures(result: Result) -> np.ndarray:
+    url = str(Path(result.grid).parent)
+    return np.concatenate([read_pictures(url, part) for part in committed_chunks(url)])
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +53,10 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
     root, results = evaluated
     recipe = tiny_recipe(root)
     assert [r.step for r in results] == [0, 12]
-    assert results[0].metrics.keys() == {"fd_digits", "precision", "recall", "label_agreement"}
+    names = {"fd_digits", "kd_digits", "precision", "recall", "label_agreement"}
+    assert results[0].metrics.keys() == names
+    # Three steps, each with and without the label.
+    assert results[0].network_evaluations == 6
     for result in results:
         assert finished(recipe, "tiny", result.step) == result
         assert result.metrics["fd_digits"] > 0
@@ -50,7 +67,11 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
         assert (child.parent_id, child.status) == (parent, "FINISHED")
         assert child.params["evaluate.sampler.steps"] == "3"
         logged = {f"eval/{name}": value for name, value in result.metrics.items()}
-        assert child.metrics == pytest.approx(logged)
+        assert child.metrics == pytest.approx({**logged, "cost/network_evaluations": 6})
+        source = str(root / "runs" / "tiny")
+        assert child.tags["diffit.checkpoint_digest"] == checkpoint_digest(source, result.step)
+        inputs = tracker.client.get_run(result.mlflow_run_id).inputs.dataset_inputs
+        assert [i.dataset.name.startswith("digits-digits-") for i in inputs] == [True]
         for name, value in logged.items():
             assert dict(tracker.history(parent, name))[result.step] == pytest.approx(value)
         files = [f.path for f in tracker.client.list_artifacts(result.mlflow_run_id)]
@@ -69,7 +90,7 @@ def test_figures_are_those_of_the_pictures(evaluated: tuple[Path, list[Result]])
     assert labels.tolist() == [i % 3 for i in range(12)]
     seen = np.concatenate([chunk["seen"] for chunk in chunks])
     assert result.metrics["label_agreement"] == (labels == seen).mean()
-    assert chunks[0]["pixels"].shape == (4, 16, 16, 3)
+    assert _pictures(result).shape == (12, 16, 16, 3)
 
 
 def test_two_actors_and_an_interruption_give_the_same_figures(
@@ -80,14 +101,20 @@ def test_two_actors_and_an_interruption_give_the_same_figures(
     (again,) = evaluate(recipe, "tiny", [12])
     assert again.metrics == result.metrics
     assert again.key == result.key
+    assert np.array_equal(_pictures(again), _pictures(result))
 
     folder = Path(again.grid).parent
-    for name in ("result.json", "chunk-00001.safetensors"):
+    for name in ("result.json", "chunk-0000000-0000004.safetensors"):
         (folder / name).unlink()
-    (folder / "chunk-00002.safetensors.tmp-killed").write_bytes(b"half")
+    (folder / "chunk-0000004-0000008.safetensors").unlink()
+    (folder / "chunk-0000008-0000012.safetensors.tmp-killed").write_bytes(b"half")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("chunk-*")}
+    # Cut otherwise: both batches that are missing make one chunk.
+    recipe = tiny_recipe(tmp_path, "scaling.evaluate_batches=2")
     (resumed,) = evaluate(recipe, "tiny", [12])
+    assert (folder / "chunk-0000000-0000008.safetensors").exists()
     assert resumed.metrics == result.metrics
+    assert np.array_equal(_pictures(resumed), _pictures(result))
     assert resumed.mlflow_run_id == again.mlflow_run_id
     history = Tracker.of(recipe).history(resumed.mlflow_run_id, "eval/fd_digits")
     assert len(history) == 1
@@ -103,12 +130,134 @@ def test_a_dead_actors_chunks_are_made_by_another(
     run_url = str(tmp_path / "runs" / "tiny")
     key = evaluation_key(recipe, run_url, 12)
     url = evaluation_url(recipe, "tiny", 12, key)
-    fleet = Fleet(recipe, "tiny")
-    ray.kill(fleet.actors[0])
-    fleet.generate(12, url, key)
+    fleet = Fleet(recipe)
+    (first,) = fleet.actors.actors
+    ray.kill(first)
+    fleet.generate(run_url, 12, url, key)
+    assert first not in fleet.actors.actors
     fleet.close()
     (again,) = evaluate(recipe, "tiny", [12])
     assert again.metrics == result.metrics
+
+
+def test_more_samples_begin_with_the_same_pictures(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path
+) -> None:
+    root, (_, result) = evaluated
+    recipe = tiny_recipe(_copy(root, tmp_path), "evaluate.samples=15", "scaling.evaluate_batches=9")
+    (more,) = command.evaluate(recipe, "tiny", ["12"], npz=True)
+    assert np.array_equal(_pictures(Result.model_validate(more))[:12], _pictures(result))
+    with np.load(Path(more["grid"]).parent / "samples.npz") as file:
+        assert np.array_equal(file["arr_0"], _pictures(Result.model_validate(more)))
+        assert file["arr_1"].tolist() == [i % 3 for i in range(15)]
+
+
+def test_the_best_checkpoint_is_tagged_and_registered(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path
+) -> None:
+    from diffit_train.models.published import read_weights_file
+
+    root, results = evaluated
+    recipe = tiny_recipe(_copy(root, tmp_path))
+    shutil.copytree(root / "evaluations", tmp_path / "evaluations")
+    best = min(results, key=lambda r: r.metrics["fd_digits"])
+    found = command.keep_best(recipe, "tiny")
+    assert found is not None
+    assert found["step"] == best.step
+    tracker = Tracker.of(recipe)
+    parent = read_state(str(tmp_path / "runs" / "tiny"), best.step).mlflow_run_id
+    tags = tracker.client.get_run(parent).data.tags
+    assert tags["diffit.best_step"] == str(best.step)
+    assert tags["diffit.best_metric"] == "fd_digits"
+    version = tracker.client.get_model_version_by_alias("demo-tiny", "best")
+    assert version.source == Path(found["file"]).as_uri()
+    assert version.run_id == best.mlflow_run_id
+    assert "blocks.0.attn.qkv.weight" in read_weights_file(found["file"], False)
+    # Nothing has become better since.
+    again = command.keep_best(recipe, "tiny")
+    assert again is not None
+    assert again["file"] is None
+    versions = tracker.client.search_model_versions("name='demo-tiny'")
+    assert len(versions) == 1
+
+
+def test_a_sweep_is_evaluated_in_place_and_goes_on(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path
+) -> None:
+    root, _ = evaluated
+    recipe = tiny_recipe(_copy(root, tmp_path), "evaluate.samples=8")
+    texts = ["guidance.scale=1:2:1", "sampler.steps=2,3"]
+    found = command.sweep(recipe, "tiny", ["12"], texts, "first")
+    rows = found["rows"]
+    pairs = [(row["guidance.scale"], row["sampler.steps"]) for row in rows]
+    assert pairs == [(1, 2), (1, 3), (2, 2), (2, 3)]
+    # At scale 1 the unconditional pass is left out.
+    assert [row["network_evaluations"] for row in rows] == [2, 3, 4, 6]
+    lines = Path(found["csv"]).read_text().splitlines()
+    assert lines[0].startswith("step,guidance.scale,sampler.steps,network_evaluations,fd_digits")
+    assert len(lines) == 5
+    assert Image.open(found["picture"]).size[0] > 900
+    children = [r for r in Tracker.of(recipe).runs() if r.tags.get("diffit.sweep") == "first"]
+    assert len(children) == 4
+    # A sweep is no part of the run's own curve.
+    parent = read_state(str(tmp_path / "runs" / "tiny"), 12).mlflow_run_id
+    curve = Tracker.of(recipe).history(parent, "eval/fd_digits")
+    assert [step for step, _ in curve] == [0, 12]
+
+    lost = next((tmp_path / "evaluations" / "tiny").glob("step-*/ddim2-constant2-*"))
+    kept = {p: p.stat().st_mtime_ns for p in lost.parent.rglob("result.json")}
+    shutil.rmtree(lost)
+    again = command.sweep(recipe, "tiny", ["12"], texts, "first")
+    assert again["rows"] == rows
+    after = {p: p.stat().st_mtime_ns for p in lost.parent.rglob("result.json")}
+    assert {p for p in kept if kept[p] != after[p]} == {lost / "result.json"}
+    with pytest.raises(UserError, match="another sweep 'first'"):
+        command.sweep(recipe, "tiny", ["0"], texts, "first")
+    shown = command.show_sweep(str(tmp_path), "tiny", "first")
+    assert (shown["done"], shown["members"]) == (4, 4)
+
+
+def test_a_reference_is_made_in_parts_and_goes_on(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffit_train.evaluation import references
+
+    monkeypatch.setattr(references, "SMALLEST_PART", 7)
+    recipe = tiny_recipe(_copy(trained, tmp_path), "evaluate.reference_pictures=10")
+    place, whole = make_reference(recipe)
+    assert whole.count == 24
+    assert whole.features is not None
+    assert whole.features.shape == (10, 5)
+    Path(place).unlink()
+    # As if it had been killed with one part of four done.
+    fleet = Fleet(recipe)
+    listing = list_pictures(recipe)
+    tasks = list(references.part_tasks(recipe, listing))
+    assert [len(task.items) for task in tasks] == [7, 7, 7, 3]
+    assert sum(len(task.kept) for task in tasks) == 10
+    parts = Path(f"{place}.parts")
+    target = parts / references.part_name(tasks[1])
+    call = fleet.actors.run(
+        [tasks[1]], lambda a, t: a.reference_part.remote(t, str(target)), references.part_name
+    )
+    assert [count for _, count in call] == [7]
+    before = target.stat().st_mtime_ns
+    seen, real = [], references.read_parts
+
+    def read(url: str, wanted: list[references.PartTask]) -> list[references.Part]:
+        seen.append(target.stat().st_mtime_ns)
+        if len(seen) == 1:
+            # As if another evaluation, done with the same, were clearing up just now.
+            (parts / references.part_name(tasks[3])).unlink()
+        return list(real(url, wanted))
+
+    monkeypatch.setattr(references, "read_parts", read)
+    again = fleet.reference()
+    fleet.close()
+    assert seen == [before, before]
+    assert not parts.exists()
+    assert np.array_equal(again.pool.covariance, whole.pool.covariance)
+    assert np.array_equal(again.features, whole.features)
 
 
 def test_other_settings_are_another_evaluation(evaluated: tuple[Path, list[Result]]) -> None:
@@ -128,8 +277,8 @@ def test_a_chunk_of_another_evaluation_is_refused(
     recipe = tiny_recipe(_copy(root, tmp_path))
     folder = Path(evaluation_url(recipe, "tiny", 12, last.key))
     folder.mkdir(parents=True)
-    shutil.copy(Path(first.grid).parent / "chunk-00001.safetensors", folder)
-    with pytest.raises(DiffitError, match=r"chunk-00001\.safetensors is of another evaluation"):
+    shutil.copy(Path(first.grid).parent / "chunk-0000004-0000008.safetensors", folder)
+    with pytest.raises(DiffitError, match=r"chunk-0000004-0000008\S* is of another evaluation"):
         evaluate(recipe, "tiny", [12])
 
 

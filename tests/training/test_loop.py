@@ -256,6 +256,11 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
     made = load_file(same["file"])
     for name, value in kept.items():
         torch.testing.assert_close(made[name], value, atol=1e-7, rtol=1e-6)
+    # An evaluation has it made, and finds it the next time.
+    changes += ["evaluate.weights=sigma_rel:0.07", "evaluate.samples=4"]
+    (result,) = command.evaluate(tiny_recipe(encoded, *STEPS, *changes), "snapshots", ["24"])
+    assert (run / "export" / "ema-0.07-0000000024.safetensors").exists()
+    assert result["evaluate"]["weights"] == "sigma_rel:0.07"
     # In between, at a step that has no snapshot, an average of what lies between.
     out = str(tmp_path / "x.safetensors")
     between = command.reconstruct_ema(recipe, "snapshots", 0.1, "21", out)

@@ -178,6 +178,7 @@ def test_ctrl_c_ends_with_its_own_status_and_can_be_continued(
     assert _losses(tmp_path, "killed") == undisturbed
 
 
+@pytest.mark.slow  # objectives, models and what is put around them are tested one by one
 def test_another_objective_and_model_around_which_much_is_put(
     encoded: Path, tmp_path: Path
 ) -> None:

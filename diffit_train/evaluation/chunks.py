@@ -1,0 +1,184 @@
+"""The pieces in which an evaluation is made, kept and read; and samples.npz out of them.
+
+A chunk is a range of whole batches, named by its first picture and the one after its last. Its
+pictures are committed before what was measured of them, so a measured chunk is a whole one. Which
+ranges there are may change from run to run: what is there is kept, the rest is made.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from diffit_train import storage
+from diffit_train.errors import DiffitError
+
+# What is measured: labels and features always, the others where the feature network gives them.
+LABELS = "labels"
+FEATURES = "features"
+SPATIAL = "spatial"
+LOGITS = "logits"
+SEEN = "seen"
+_NAME = re.compile(r"chunk-(\d{7})-(\d{7})\.safetensors")
+
+
+class Range(NamedTuple):
+    """Pictures from `first` up to, not including, `stop`."""
+
+    first: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Pictures."""
+        return self.stop - self.first
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which ranges an evaluation consists of.
+
+    Args:
+        samples: pictures in all.
+        batch_size: pictures of a batch. Every batch is made whole, so that a picture does not
+            depend on how many there are; what is beyond `samples` is dropped.
+        batches: of a chunk.
+    """
+
+    samples: int
+    batch_size: int
+    batches: int
+
+    def missing(self, there: list[Range]) -> list[Range]:
+        """Ranges that `there` does not cover, cut into chunks.
+
+        Raises:
+            DiffitError: two of `there` overlap.
+        """
+        found: list[Range] = []
+        place = 0
+        for part in [*sorted(there), Range(self.samples, self.samples)]:
+            if part.first < place:
+                raise DiffitError(
+                    f"pictures {part.first} to {place - 1} lie in two chunks; delete "
+                    f"{chunk_name(part)}"
+                )
+            found += self._cut(place, part.first)
+            place = part.stop
+        return found
+
+    def _cut(self, first: int, stop: int) -> Iterator[Range]:
+        size = self.batch_size * self.batches
+        for start in range(first, stop, size):
+            yield Range(start, min(start + size, stop))
+
+
+def chunk_name(part: Range) -> str:
+    """File of what was measured."""
+    return f"chunk-{part.first:07d}-{part.stop:07d}.safetensors"
+
+
+def pictures_name(part: Range) -> str:
+    """File of the pictures, uint8 (n, R, R, 3)."""
+    return f"pictures-{part.first:07d}-{part.stop:07d}.npy"
+
+
+def committed_chunks(url: str) -> list[Range]:
+    """The chunks of an evaluation's folder that are whole, in order."""
+    matches = [_NAME.fullmatch(name) for name in storage.list_names(url)]
+    return sorted(Range(int(m[1]), int(m[2])) for m in matches if m)
+
+
+def write_chunk(
+    url: str, part: Range, key: str, pixels: np.ndarray, measured: dict[str, np.ndarray]
+) -> None:
+    """Commit a chunk.
+
+    Args:
+        key: of the evaluation, by which a chunk of another one is told.
+        pixels: (n, R, R, 3) uint8.
+        measured: rows for each picture.
+    """
+    with (
+        storage.atomic_file(storage.join(url, pictures_name(part))) as path,
+        path.open("wb") as file,
+    ):
+        np.save(file, np.ascontiguousarray(pixels))
+    with storage.atomic_file(storage.join(url, chunk_name(part))) as path:
+        rows = {name: np.ascontiguousarray(values) for name, values in measured.items()}
+        save_file(rows, str(path), metadata={"key": key})
+
+
+def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
+    """What was measured of a chunk's pictures.
+
+    Raises:
+        DiffitError: it is damaged, or of another evaluation.
+    """
+    name = storage.join(url, chunk_name(part))
+    try:
+        with storage.local_copy(name) as path, safe_open(str(path), framework="np") as file:
+            if file.metadata() != {"key": key}:
+                raise DiffitError(f"{name} is of another evaluation; delete it and evaluate again")
+            rows = {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError) as error:
+        raise DiffitError(f"{name} is damaged ({error}); delete it and evaluate again") from error
+    for tensor, values in rows.items():
+        if len(values) != part.size:
+            raise DiffitError(
+                f"{name} holds {len(values)} rows of {tensor}, not {part.size}; delete it and "
+                "evaluate again"
+            )
+    return rows
+
+
+def read_pictures(url: str, part: Range) -> np.ndarray:
+    """A chunk's pictures, (n, R, R, 3) uint8.
+
+    Raises:
+        DiffitError: they are damaged.
+    """
+    name = storage.join(url, pictures_name(part))
+    try:
+        with storage.local_copy(name) as path:
+            pixels = np.load(path, allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        raise DiffitError(
+            f"{name} is damaged ({error}); delete it and {chunk_name(part)}, and evaluate again"
+        ) from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != part.size:
+        raise DiffitError(
+            f"{name} holds {pixels.dtype} of shape {pixels.shape}, not {part.size} pictures; "
+            f"delete it and {chunk_name(part)}, and evaluate again"
+        )
+    return np.asarray(pixels)
+
+
+def write_samples(url: str, target: str, samples: int, labelled: list[np.ndarray]) -> None:
+    """Write ADM's samples file: `arr_0`, uint8 (N, R, R, 3), and `arr_1`, the labels.
+
+    One chunk is in memory at a time.
+
+    Args:
+        labelled: labels of each chunk.
+    """
+    parts = committed_chunks(url)
+    shape = (samples, *read_pictures(url, parts[0]).shape[1:])
+    with (
+        storage.atomic_file(target) as path,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(read_pictures(url, part).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.save(file, np.concatenate(labelled))

@@ -1,0 +1,173 @@
+"""`diffit evaluate --conformance`: do our figures agree with those published for a known batch?
+
+The folder holds what ADM's authors published: a reference batch (.npz with `mu` and `sigma`), a
+sample batch (.npz without), and the Inception weights.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffit_train import storage
+from diffit_train.config import Recipe, load_recipe
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation import references
+from diffit_train.evaluation.chunks import FEATURES
+from diffit_train.evaluation.features import load_features
+from diffit_train.evaluation.figures import Figures
+from diffit_train.evaluation.result import INCEPTION_SHA256
+from diffit_train.progress import Progress, print_rows, say
+
+EXPECTED_FILE = "expected.json"
+_WEIGHTS = (".pth", ".safetensors")
+
+
+class Expected(BaseModel):
+    """expected.json, where the folder holds another batch than the published one.
+
+    Attributes:
+        figures: by name.
+        relative: largest relative difference of distances and scores that is let pass; the
+            published figures are of other arithmetic (TensorFlow, partly half precision).
+        absolute: largest difference of precision and recall.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    figures: dict[str, float]
+    relative: float = 5e-3
+    absolute: float = 5e-3
+
+    def passes(self, name: str, found: float) -> bool:
+        """Whether a figure agrees."""
+        difference = abs(found - self.figures[name])
+        if name in ("precision", "recall"):
+            return difference <= self.absolute
+        return difference <= self.relative * abs(self.figures[name])
+
+
+# ADM-G + ADM-U on ImageNet at 256 (Dhariwal & Nichol 2021, the evaluator's README).
+PUBLISHED = Expected(
+    figures={
+        "inception_score": 215.84,
+        "fid": 3.9426,
+        "sfid": 6.1404,
+        "precision": 0.8265,
+        "recall": 0.5309,
+    }
+)
+
+
+def conform(folder: str) -> dict[str, Any]:
+    """Measure the folder's sample batch; figures beside the expected ones.
+
+    Raises:
+        UserError: the folder lacks something; what and where it is to be had.
+        DiffitError: a figure does not agree.
+    """
+    weights, reference, samples = _files(folder)
+    expected = _expected(folder)
+    with zipfile.ZipFile(samples) as archive, archive.open("arr_0.npy") as file:
+        shape, _ = references.array_header(file)
+    with zipfile.ZipFile(reference) as archive:
+        kept = 1
+        if "arr_0.npy" in archive.namelist():
+            with archive.open("arr_0.npy") as file:
+                kept = references.array_header(file)[0][0]
+    recipe = load_recipe(
+        "imagenet256",
+        [
+            f"data.resolution={shape[1]}",
+            f"evaluate.samples={shape[0]}",
+            f"evaluate.reference={reference}",
+            f"evaluate.reference_pictures={kept}",
+            f"evaluate.features.source={weights}",
+            f"evaluate.features.name={_features_name(weights)}",
+        ],
+        root=folder,
+    )
+    found = _figures(recipe, reference, samples, shape)
+    missing = sorted(set(expected.figures) - set(found))
+    if missing:
+        raise UserError(f"{folder}: there is no figure {', '.join(missing)}; it has {list(found)}")
+    rows = [
+        {
+            "figure": name,
+            "expected": value,
+            "found": found[name],
+            "verdict": "pass" if expected.passes(name, found[name]) else "FAIL",
+        }
+        for name, value in expected.figures.items()
+    ]
+    print_rows("conformance", rows)
+    failed = [row["figure"] for row in rows if row["verdict"] == "FAIL"]
+    if failed:
+        raise DiffitError(f"{', '.join(map(str, failed))} do not agree with what is expected")
+    say(f"all {len(rows)} figures agree")
+    return {"figures": rows, "all": found}
+
+
+def _features_name(weights: Path) -> str:
+    return "inception" if storage.sha256_file(weights) == INCEPTION_SHA256 else "own"
+
+
+def _figures(
+    recipe: Recipe, reference: Path, samples: Path, shape: tuple[int, ...]
+) -> dict[str, float]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_features(recipe, device)
+    with references.opened_npz(recipe, reference) as opened:
+        known = opened.read(recipe, lambda pixels: network.extract(pixels)[FEATURES])
+    figures = Figures(recipe, known)
+    with (
+        zipfile.ZipFile(samples) as archive,
+        archive.open("arr_0.npy") as file,
+        Progress("conformance", shape[0], "pictures") as progress,
+    ):
+        references.array_header(file)
+        for pixels in references.batches(file, shape):
+            figures.add(network.extract(pixels))
+            progress.update(progress.done + len(pixels))
+    return figures.values()
+
+
+def _files(folder: str) -> tuple[Path, Path, Path]:
+    """Weights, reference batch and sample batch."""
+    place = Path(folder)
+    if not place.is_dir():
+        raise UserError(f"--conformance {folder} is no folder of this machine")
+    weights = [path for path in sorted(place.iterdir()) if path.suffix in _WEIGHTS]
+    batches: dict[bool, list[Path]] = {True: [], False: []}
+    for path in sorted(place.glob("*.npz")):
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is no .npz file; fetch it again")
+        with zipfile.ZipFile(path) as archive:
+            batches["mu.npy" in archive.namelist()].append(path)
+    for found, what in (
+        (weights, "Inception's weights, pt_inception-2015-12-05-6726825d.pth of pytorch-fid"),
+        (batches[True], "the reference batch, VIRTUAL_imagenet256_labeled.npz"),
+        (batches[False], "the sample batch, admnet_guided_upsampled_imagenet256.npz"),
+    ):
+        if len(found) != 1:
+            seen = ", ".join(path.name for path in found) or "nothing"
+            raise UserError(
+                f"--conformance {folder} must hold one file for {what} (the batches are linked in "
+                f"the README of guided-diffusion's evaluations); found: {seen}"
+            )
+    return weights[0], batches[True][0], batches[False][0]
+
+
+def _expected(folder: str) -> Expected:
+    path = Path(folder) / EXPECTED_FILE
+    if not path.exists():
+        return PUBLISHED
+    try:
+        return Expected.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

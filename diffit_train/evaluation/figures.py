@@ -1,0 +1,105 @@
+"""From what was measured of generated pictures, chunk by chunk, to the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from diffit_train.config import Recipe
+from diffit_train.errors import DiffitError
+from diffit_train.evaluation.chunks import FEATURES, LABELS, LOGITS, SEEN, SPATIAL
+from diffit_train.evaluation.metrics import (
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+from diffit_train.evaluation.references import Reference, Statistics, added
+
+# Fewer rows than dimensions: the covariance is singular, and the distance depends on chance.
+SINGULAR = (
+    "{count:,} {which} pictures are fewer than the {dims:,} features, so their covariance is "
+    "singular; compare such a distance only with others of the same number of pictures"
+)
+
+
+class Figures:
+    """All metrics of an evaluation; takes chunks in the order of their pictures.
+
+    Only the features that precision, recall and KID need are held, float32; everything else is
+    sums.
+    """
+
+    def __init__(self, recipe: Recipe, reference: Reference) -> None:
+        self.recipe, self.reference = recipe, reference
+        self.features: list[np.ndarray] = []
+        self.moments: Moments | None = None
+        self.spatial: Moments | None = None
+        self.score = InceptionScore()
+        self.agreeing = self.count = 0
+
+    def add(self, rows: dict[str, np.ndarray]) -> None:
+        """Take in a chunk.
+
+        Raises:
+            DiffitError: features are not finite.
+        """
+        for name in (FEATURES, SPATIAL, LOGITS):
+            if name in rows and not np.isfinite(rows[name]).all():
+                raise DiffitError(
+                    f"the {name} of pictures {self.count} to "
+                    f"{self.count + len(rows[name]) - 1} are not finite"
+                )
+        self.count += len(rows[FEATURES])
+        self.features.append(rows[FEATURES])
+        self.moments = added(self.moments, rows[FEATURES])
+        if SPATIAL in rows:
+            self.spatial = added(self.spatial, rows[SPATIAL])
+        if LOGITS in rows:
+            self.score.add(rows[LOGITS])
+        if SEEN in rows:
+            self.agreeing += int((rows[LABELS] == rows[SEEN]).sum())
+
+    def warnings(self) -> Iterator[str]:
+        """What a reader of the figures should know."""
+        dims = self.features[0].shape[1]
+        for which, count in (("generated", self.count), ("real", self.reference.count)):
+            if count is not None and count <= dims:
+                yield SINGULAR.format(count=count, which=which, dims=dims)
+
+    def values(self) -> dict[str, float]:
+        """The metrics by name.
+
+        Raises:
+            DiffitError: they cannot be computed.
+        """
+        try:
+            return dict(self._values())
+        except ValueError as error:
+            raise DiffitError(f"no figures: {error}") from error
+
+    def _values(self) -> Iterator[tuple[str, float]]:
+        assert self.moments is not None
+        evaluate, reference = self.recipe.evaluate, self.reference
+        published, own = evaluate.features.published, evaluate.features.name
+        yield "fid" if published else f"fd_{own}", _distance(self.moments, reference.pool)
+        if self.spatial is not None and reference.spatial is not None:
+            name = "sfid" if published else f"sfd_{own}"
+            yield name, _distance(self.spatial, reference.spatial)
+        features = np.concatenate(self.features)
+        if reference.features is not None:
+            precision, recall = precision_recall(reference.features, features, evaluate.neighbours)
+            yield "precision", precision
+            yield "recall", recall
+            kernel, _ = kernel_distance(reference.features, features)
+            yield "kid" if published else f"kd_{own}", kernel
+        if published:
+            yield "inception_score", self.score.value()[0]
+        if evaluate.features.kind == "classifier" and self.recipe.model.conditional:
+            yield "label_agreement", self.agreeing / self.count
+
+
+def _distance(fake: Moments, real: Statistics) -> float:
+    return frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)

@@ -1,0 +1,155 @@
+"""The page of `diffit compare --html`: one file that opens anywhere and loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from PIL import Image
+
+from diffit_train import __version__, storage
+from diffit_train.evaluation.report_pictures import Panel, draw_panels
+from diffit_train.evaluation.report_ranks import Compared, best_by_protocol, protocols_of
+from diffit_train.evaluation.report_runs import Evaluation, RunRow
+from diffit_train.evaluation.report_tables import Cell, Sheet, sheets
+from diffit_train.tracking import Tracker, first_line, redact
+
+MAX_GRIDS = 24
+# A grid above this is embedded smaller, or a page of many would not open on a phone.
+MAX_GRID_BYTES = 800_000
+SMALL_SIDE_PX = 1400
+GRID_NAME = "grid.png"
+HASH_CHARACTERS = 12
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a data URI."""
+
+    caption: str
+    uri: str
+
+
+def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, url: str) -> None:
+    """Write tables, panels and the grids of samples that MLflow holds as one HTML file."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("diffit_train.evaluation", "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    labels = [run.label for run in compared.runs]
+    experiments = dict.fromkeys(run.record.experiment for run in compared.runs)
+    facts = {
+        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by diffit {__version__}",
+        "MLflow": redact(tracker.uri),
+        "experiment": ", ".join(experiments),
+        "ranked by": compared.metric or "-",
+    }
+    found = sheets(compared)
+    # What is long stands below the pictures.
+    summary = [sheet for sheet in found if sheet.title in ("runs", "recipe differences")]
+    details = [sheet for sheet in found if sheet not in summary]
+    chosen, left_out = chosen_grids(compared)
+    grids, grid_notes = _grids(chosen, tracker)
+    if left_out:
+        grid_notes.insert(
+            0,
+            f"{left_out} further evaluations are left out: shown are each run's best by "
+            f"{compared.metric} and its newest, at most {MAX_GRIDS} grids",
+        )
+    page = environment.get_template("report.html.j2").render(
+        title=f"Comparison of {', '.join(labels) if len(labels) <= 3 else f'{len(labels)} runs'}",
+        facts=facts,
+        notes=compared.notes(),
+        summary=summary,
+        details=[*details, _origins_sheet(compared.runs)],
+        pictures=[_drawn(panel) for panel in panels],
+        grids=grids,
+        grid_notes=grid_notes,
+    )
+    storage.write_text(url, page)
+
+
+def chosen_grids(compared: Compared) -> tuple[list[tuple[str, Evaluation]], int]:
+    """(caption, evaluation) of each run's best and newest, and how many others there are.
+
+    The best is that of the protocol that most evaluations share, where the run has it, else of its
+    own main one.
+    """
+    every = [e for e in compared.evaluations if e.metrics]
+    chosen = []
+    for run in compared.runs:
+        mine = [e for e in run.evaluations if e.metrics]
+        if not mine:
+            continue
+        newest = max(mine, key=lambda e: e.step)
+        tops = best_by_protocol(run, compared.metric) if compared.metric else {}
+        best = tops.get(protocols_of(every)[0], next(iter(tops.values()), None))
+        same = best is not None and best.step == newest.step
+        if best is not None:
+            chosen.append((_caption(run, best, "best and newest" if same else "best"), best))
+        if not same:
+            chosen.append((_caption(run, newest, "newest"), newest))
+    return chosen[:MAX_GRIDS], len(every) - len(chosen[:MAX_GRIDS])
+
+
+def _caption(run: RunRow, evaluation: Evaluation, why: str) -> str:
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+    return f"{run.label}, step {evaluation.step:,} ({why}): {evaluation.key}; {figures}"
+
+
+def _grids(
+    chosen: Sequence[tuple[str, Evaluation]], tracker: Tracker
+) -> tuple[list[Picture], list[str]]:
+    """The grids, and what is to be said of those that MLflow does not give."""
+    pictures, notes = [], []
+    for caption, evaluation in chosen:
+        try:
+            data = tracker.artifact(evaluation.run_id, GRID_NAME)
+            if data is None:
+                notes.append(f"MLflow holds no grid of {evaluation.key}")
+            else:
+                pictures.append(Picture(caption, _grid_uri(data)))
+        # Each artifact store fails in a way of its own; the figures are worth a page without it.
+        except Exception as error:
+            notes.append(f"the grid of {evaluation.key} cannot be read: {first_line(error)}")
+    return pictures, notes
+
+
+def _grid_uri(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as picture:
+        if len(data) <= MAX_GRID_BYTES:
+            picture.verify()
+            return _data_uri(data, "png")
+        small = picture.convert("RGB")
+    small.thumbnail((SMALL_SIDE_PX, SMALL_SIDE_PX))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=88)
+    return _data_uri(file.getvalue(), "jpeg")
+
+
+def _drawn(panel: Panel) -> Picture:
+    file = io.BytesIO()
+    draw_panels([panel], file, width_inches=5.0)
+    return Picture(panel.title, _data_uri(file.getvalue(), "png"))
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _origins_sheet(runs: Sequence[RunRow]) -> Sheet:
+    """Where each run comes from; hashes by their beginnings."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.origin()))
+    rows = []
+    for run in runs:
+        started = datetime.fromtimestamp(run.record.start_time_ms / 1000, UTC)
+        origin = {"mlflow_run": run.record.run_id, **run.origin()}
+        texts = [origin.get(key, "-") for key in ("mlflow_run", *keys)]
+        texts = [t[:HASH_CHARACTERS] if re.fullmatch("[0-9a-f]+", t) else t for t in texts]
+        rows.append([Cell(text) for text in (run.label, f"{started:%Y-%m-%d %H:%M}", *texts)])
+    names = [key.replace("_", " ") for key in keys]
+    return Sheet("origin of the runs", ["run", "started (UTC)", "MLflow run", *names], rows)

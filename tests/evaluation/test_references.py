@@ -1,0 +1,156 @@
+"""Reference files of others, and the published self-check in small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffit_train.config import Recipe, load_recipe
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation import conformance, references
+from diffit_train.evaluation.inception import Inception
+from diffit_train.evaluation.references import (
+    Reference,
+    Statistics,
+    opened_npz,
+    read_reference,
+    write_reference,
+)
+
+SIDE = 32
+
+
+def _recipe(root: Path, *changes: str) -> Recipe:
+    small = [f"data.resolution={SIDE}", "evaluate.reference_pictures=6", *changes]
+    return load_recipe("imagenet256", small, root=str(root))
+
+
+def _statistics(seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    found = {}
+    for mean, covariance, dims in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
+        found[mean] = random.normal(size=dims)
+        found[covariance] = np.diag(random.uniform(0.1, 1.0, dims))
+    return found
+
+
+def _pixels(count: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+
+
+def test_adms_and_edms_files_are_read(tmp_path: Path) -> None:
+    found, pixels = _statistics(), _pixels(9)
+    adm, edm = tmp_path / "adm.npz", tmp_path / "edm.npz"
+    np.savez(adm, arr_0=pixels, **found)
+    np.savez(edm, mu=found["mu"], sigma=found["sigma"])
+    recipe = _recipe(tmp_path, f"evaluate.reference={adm}")
+    references.check_reference_file(recipe)
+    with opened_npz(recipe, adm) as opened:
+        read = opened.read(recipe, lambda batch: batch.reshape(len(batch), -1)[:, :5])
+    assert np.array_equal(read.pool.mean, found["mu"])
+    assert read.spatial is not None
+    assert np.array_equal(read.spatial.covariance, found["sigma_s"])
+    # The first six pictures, as the recipe says.
+    assert np.array_equal(read.features, pixels[:6].reshape(6, -1)[:, :5])
+    with opened_npz(recipe, edm) as opened:
+        bare = opened.read(recipe, lambda batch: batch)
+    assert (bare.spatial, bare.features, bare.count) == (None, None, None)
+    assert np.array_equal(bare.pool.covariance, found["sigma"])
+
+
+def test_a_file_that_cannot_serve_is_named(tmp_path: Path) -> None:
+    found = _statistics()
+    file = tmp_path / "reference.npz"
+    recipe = _recipe(tmp_path, f"evaluate.reference={file}")
+    with pytest.raises(UserError, match="does not exist"):
+        references.check_reference_file(recipe)
+    file.write_bytes(b"PK no archive")
+    with pytest.raises(UserError, match=r"is no \.npz file"):
+        references.check_reference_file(recipe)
+    for content, words in (
+        ({"arr_0": _pixels(6)}, r"holds arr_0, but must hold mu and sigma"),
+        ({**found, "mu": np.zeros(64)}, r"mu of .* is of shape \(64,\), but must be \(2048,\)"),
+        ({k: v for k, v in found.items() if k != "sigma_s"}, "sigma_s of .* is missing"),
+        ({**found, "mu": np.full(2048, np.nan)}, "mu of .* is not finite"),
+        ({**found, "arr_0": _pixels(5)}, r"holds 5 pictures, but .*reference_pictures is 6"),
+        ({**found, "arr_0": _pixels(6)[:, :16, :16]}, r"must be uint8 pictures .* 32"),
+        ({**found, "arr_0": _pixels(6) / 2.0}, "holds float64 of shape"),
+        ({**found, "mu": np.array([None])}, "mu of .* cannot be read"),
+    ):
+        np.savez(file, **content)
+        with pytest.raises(UserError, match=words):
+            references.check_reference_file(recipe)
+    own = ("evaluate.features.kind=classifier", "evaluate.features.source=root:x")
+    other = _recipe(tmp_path, f"evaluate.reference={file}", "evaluate.features.name=own", *own)
+    with pytest.raises(UserError, match=r"published Inception's features, but .* is 'own'"):
+        references.check_reference_file(other)
+
+
+def test_a_kept_reference_comes_back(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pool = Statistics(random.normal(size=4), random.normal(size=(4, 4)))
+    whole = Reference(pool, pool, random.normal(size=(3, 4)).astype(np.float32), 7)
+    for number, reference in enumerate((whole, Reference(pool, None, None, None))):
+        url = str(tmp_path / f"{number}.safetensors")
+        write_reference(url, "identity", reference)
+        again = read_reference(url, "identity")
+        assert again.count == reference.count
+        assert np.array_equal(again.pool.covariance, pool.covariance)
+        assert (again.spatial is None, again.features is None) == (bool(number), bool(number))
+        with pytest.raises(DiffitError, match="is of other pictures"):
+            read_reference(url, "other")
+    file = tmp_path / "0.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DiffitError, match="is damaged"):
+        read_reference(str(file), "identity")
+
+
+def test_the_self_check_measures_what_the_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = Inception().eval()
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    real, fake, found = _pixels(5, 2), _pixels(7, 3), _statistics()
+    alike = 0.25 * np.eye(2048)
+    np.savez(tmp_path / "reference.npz", arr_0=real, mu=found["mu"], sigma=alike)
+    with pytest.raises(UserError, match=r"sample batch.*found: nothing"):
+        conformance.conform(str(tmp_path))
+    np.savez(tmp_path / "samples.npz", arr_0=fake)
+    with torch.no_grad():
+        rows = network(torch.from_numpy(fake)).pool.double().numpy()
+    # All eigenvalues of the real covariance are alike, and of the other only six are not 0.
+    spread = np.linalg.svd(rows - rows.mean(0), compute_uv=False) / np.sqrt(len(rows) - 1)
+    distance = ((rows.mean(0) - found["mu"]) ** 2).sum() + (spread**2).sum()
+    distance += 0.25 * 2048 - 2 * 0.5 * spread.sum()
+    expected = {"figures": {"fd_own": float(distance)}, "relative": 1e-6}
+    (tmp_path / "expected.json").write_text(json.dumps(expected))
+    answer = conformance.conform(str(tmp_path))
+    assert [row["verdict"] for row in answer["figures"]] == ["pass"]
+    assert answer["all"].keys() == {"fd_own", "precision", "recall", "kd_own"}
+
+    monkeypatch.setattr(conformance, "_figures", lambda *_: {"fd_own": float(distance) * 1.001})
+    with pytest.raises(DiffitError, match="fd_own do not agree"):
+        conformance.conform(str(tmp_path))
+    (tmp_path / "expected.json").write_text('{"figures": {"fid": 3.0}}')
+    with pytest.raises(UserError, match=r"no figure fid; it has \['fd_own'\]"):
+        conformance.conform(str(tmp_path))
+    (tmp_path / "expected.json").write_text('{"figure": {}}')
+    with pytest.raises(UserError, match=r"expected\.json: figures: Field required"):
+        conformance.conform(str(tmp_path))
+    (tmp_path / "more.npz").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"more\.npz is no \.npz file"):
+        conformance.conform(str(tmp_path))
+
+
+def test_published_figures_pass_within_their_tolerance() -> None:
+    published = conformance.PUBLISHED
+    assert published.passes("fid", 3.95)
+    assert not published.passes("fid", 3.97)
+    assert published.passes("recall", 0.5350)
+    assert not published.passes("recall", 0.5370)

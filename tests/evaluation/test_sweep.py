@@ -1,0 +1,107 @@
+"""Sweeps: which evaluations they are, and that one name stands for one sweep."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffit_train.errors import UserError
+from diffit_train.evaluation.sweep import (
+    cancel_sweep,
+    is_cancelled,
+    open_sweep,
+    parse_values,
+    plan_sweep,
+    read_sweep,
+)
+from tests.conftest import tiny_recipe
+
+
+def test_values_are_listed_and_ranges_hold_both_ends() -> None:
+    key, values = parse_values("guidance.scale=1.0:5.0:0.4")
+    assert key == "evaluate.guidance.scale"
+    assert values == [1.0, 1.4, 1.8, 2.2, 2.6, 3.0, 3.4, 3.8, 4.2, 4.6, 5.0]
+    assert parse_values("sampler.steps=50,250") == ("evaluate.sampler.steps", [50, 250])
+    assert parse_values("evaluate.seed=0:3:1, 9") == ("evaluate.seed", [0, 1, 2, 3, 9])
+    assert parse_values("weights=ema,raw") == ("evaluate.weights", ["ema", "raw"])
+
+
+@given(first=st.integers(-500, 500), count=st.integers(1, 60), step=st.integers(1, 300))
+def test_ranges_are_those_of_decimal_numbers(first: int, count: int, step: int) -> None:
+    start, pace = Decimal(first) / 100, Decimal(step) / 100
+    last = start + pace * (count - 1)
+    _, values = parse_values(f"guidance.scale={start}:{last}:{pace}")
+    assert [Decimal(str(value)) for value in values] == [start + pace * i for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("guidance.scale", "must be KEY=VALUES"),
+        ("=1,2", "must be KEY=VALUES"),
+        ("guidance.scale=5:1:0.5", "must rise"),
+        ("guidance.scale=1:5:0", "must rise"),
+        ("guidance.scale=1:x:2", "must be FIRST:LAST:STEP"),
+        ("guidance.scale=1:nan:2", "must rise"),
+        ("guidance.scale=0:1e9:1", "1,000,000,001 values"),
+        ("seed=1,2,1", "a value twice"),
+        ("features.name=a,b", "cannot vary evaluate.features.name"),
+    ],
+)
+def test_bad_values_are_named(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_values(text)
+
+
+def test_a_sweep_is_every_combination(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    texts = ["guidance.scale=1:2:0.5", "sampler.steps=2,3"]
+    sweep = plan_sweep(recipe, "tiny", [4, 8], texts, None)
+    assert sweep.name == "guidance.scale-by-sampler.steps"
+    assert len(sweep.members) == 2 * 3 * 2
+    member = sweep.members[-1]
+    assert (member.step, list(member.changes.values())) == (8, [2.0, 3])
+    changed = member.recipe(recipe)
+    assert changed.evaluate.guidance.scale == 2.0
+    assert changed.evaluate.sampler.steps == 3
+    assert changed.train_hash() == recipe.train_hash()
+    assert sweep.loaded() == recipe
+
+
+def test_what_a_sweep_cannot_be_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    for texts, name, words in (
+        (["guidance.scale=1,-2"], None, r"evaluate\.guidance\.scale"),
+        (["guidance.scal=1,2"], None, r"guidance\.scal"),
+        (["sampler.name=ddim,euler"], None, "must be one of"),
+        (["seed=1,2", "evaluate.seed=3"], None, "names evaluate.seed twice"),
+        (["seed=1,2"], "a/b", "--name is 'a/b'"),
+        (["seed=0:9999:1", "sampler.steps=1,2"], None, "20,000 evaluations"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_sweep(recipe, "tiny", [4], texts, name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_name_is_one_sweep(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    sweep = plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first")
+    open_sweep(sweep)
+    cancel_sweep(sweep.url())
+    assert is_cancelled(sweep.url())
+    open_sweep(plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first"))
+    assert not is_cancelled(sweep.url())
+    assert read_sweep(sweep.url()) == sweep
+    for changed in (
+        plan_sweep(recipe, "tiny", [4], ["seed=1,3"], "first"),
+        plan_sweep(tiny_recipe(tmp_path, "evaluate.samples=9"), "tiny", [4], ["seed=1,2"], "first"),
+    ):
+        with pytest.raises(UserError, match=r"another sweep 'first' .* by --name"):
+            open_sweep(changed)
+    assert read_sweep(sweep.url()) == sweep
+    with pytest.raises(UserError, match="there is no sweep in"):
+        read_sweep(str(tmp_path / "nowhere"))

@@ -1,0 +1,21 @@
+"""A fleet of evaluation jobs of which an actor and a whole job die."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_recipe
+from tests.faults.fleet import disturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_disturbed_fleet_gives_the_same_figures(trained: Path, tmp_path: Path) -> None:
+    changes = ("evaluate.samples=400", "evaluate.sampler.steps=20")
+    texts = ["guidance.scale=1,2,3,4", "seed=0,1"]
+    outcome = disturbed(lambda root: tiny_recipe(root, *changes), trained, "tiny", texts, tmp_path)
+    assert len(outcome.killed) == 2
+    assert len(outcome.alone) == 8
+    assert outcome.fleet == outcome.alone

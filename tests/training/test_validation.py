@@ -1,0 +1,59 @@
+"""Checkpoints evaluated by Ray Train's own validation, while training goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diffit_train import command
+from diffit_train.checkpoints import read_state
+from diffit_train.errors import UserError
+from diffit_train.evaluation.result import finished
+from diffit_train.tracking import Tracker
+from tests.conftest import tiny_recipe
+
+
+def test_checkpoints_are_evaluated_while_training_goes_on(
+    encoded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("pictures", "autoencoders", "features", "latents"):
+        shutil.copytree(encoded / name, tmp_path / name)
+    validate = ("train.validate_every=8", "train.validate_samples=6")
+    recipe = tiny_recipe(tmp_path, *validate, "train.steps=16")
+    assert command.train(recipe, "watched")["step"] == 16
+    assert "step 16 evaluated: fd_digits" in capfd.readouterr().err
+    smaller = tiny_recipe(tmp_path, *validate, "train.steps=16", "evaluate.samples=6")
+    results = [finished(smaller, "watched", step) for step in (8, 16)]
+    assert [r.step for r in results if r] == [8, 16]
+    # They are no part of the curve of whole evaluations, which have more samples.
+    run_id = read_state(str(tmp_path / "runs" / "watched"), 16).mlflow_run_id
+    tracker = Tracker.of(recipe)
+    curve = tracker.history(run_id, "validation/fd_digits")
+    assert curve == [(r.step, pytest.approx(r.metrics["fd_digits"])) for r in results if r]
+    assert tracker.history(run_id, "eval/fd_digits") == []
+    assert tracker.client.get_run(run_id).data.tags["diffit.best_step"] in ("8", "16")
+
+    with pytest.raises(UserError, match="there is no feature network"):
+        missing = "evaluate.features.source=root:features/none"
+        command.train(tiny_recipe(tmp_path, *validate, missing), "other")
+    assert not (tmp_path / "runs" / "other").exists()
+
+
+def test_every_checkpoint_of_a_run_is_watched(trained: Path, tmp_path: Path) -> None:
+    for name in ("pictures", "autoencoders", "features", "latents", "runs"):
+        shutil.copytree(trained / name, tmp_path / name)
+    shutil.copy(trained / "mlflow.db", tmp_path)
+    last = tmp_path / "runs" / "tiny" / "checkpoints" / "step-0000000012"
+    aside = last.rename(tmp_path / "aside")
+    found: list[int] = []
+
+    def pause(seconds: float) -> None:
+        # Training commits its last checkpoint only now.
+        found.append(len(list((tmp_path / "evaluations").rglob("result.json"))))
+        aside.rename(last)
+
+    rows = command.watch(tiny_recipe(tmp_path, "evaluate.samples=4"), "tiny", pause=pause)
+    assert found == [3]
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
