@@ -31,7 +31,7 @@ demo: $(INSTALLED)
 	$(BIN)/diffit encode demo --root $(ROOT)
 	$(BIN)/diffit train demo --root $(ROOT)
 	$(BIN)/diffit evaluate demo --root $(ROOT) --step 0 --step newest
-	$(BIN)/diffit compare --root $(ROOT)
+	$(BIN)/diffit compare --root $(ROOT) --html $(ROOT)/compare.html
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -48,6 +48,19 @@ TINY = [
 ]
 
 
+# Files that take minutes, longest first: begun last, one of them would run on alone in the end.
+LONGEST = ("training/test_train", "data/test_encode", "evaluation/test_fleet", "test_submit")
+LONGEST += ("training/test_validation", "training/test_loop", "training/test_engine", "test_cli")
+LONGEST += ("evaluation/test_report", "data/test_s3", "evaluation/test_sample", "test_plan")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; within a file, and among the others, the order stays."""
+    here = Path(__file__).parent
+    places = {here / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def write_pictures(folder: Path, count: int = 24, classes: int = 3, size: int = 20) -> None:
     """`count` pictures of soft random blobs, an ImageFolder with class names a, b, …"""
     random = np.random.default_rng(0)

@@ -206,6 +206,7 @@ def test_a_kernel_that_the_workers_lack_is_refused_at_once(encoded: Path) -> Non
     assert not (encoded / "runs" / "flex").exists()
 
 
+@pytest.mark.slow  # that a hopeless run gives up is tested without Ray
 def test_a_hopeless_run_says_why_and_is_not_started_again(
     encoded: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
