@@ -159,12 +159,15 @@ def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
     """What evaluates checkpoints while a run trains; None where the recipe wants none."""
     if recipe.train.validate_every is None:
         return None
+    from diffit_train.data.sources import list_pictures
     from diffit_train.evaluation import fleet
 
     changed = {"samples": recipe.train.validate_samples}
     evaluate = recipe.evaluate.model_copy(update=changed)
     recipe = recipe.model_copy(update={"evaluate": evaluate})
     fleet.check(recipe)
+    if not recipe.evaluate.reference:
+        list_pictures(recipe)
     return functools.partial(validate_checkpoint, recipe, run)
 
 

@@ -84,7 +84,7 @@ class Comparison(Compared):
 
     def _lines(self) -> list[str]:
         places = {"curves": self.picture, "report": self.html, "table": self.csv}
-        return [*self.notes(), *(f"{what}: {place}" for what, place in places.items() if place)]
+        return [*self.notes(), *(f"{what}: {storage.shown(p)}" for what, p in places.items() if p)]
 
     def print_table(self) -> None:
         """The tables on standard output."""
