@@ -18,6 +18,7 @@ import ray
 from diffit_train import cluster, storage
 from diffit_train.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.config import Recipe
+from diffit_train.data.encode import KEEP_FREED_MEMORY
 from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
@@ -443,7 +444,10 @@ class Fleet:
         scaling = recipe.scaling
         count = scaling.evaluate_actors
         cluster.require(count, count * scaling.gpus_per_actor, "evaluation")
-        remote = ray.remote(num_cpus=1, num_gpus=scaling.gpus_per_actor or None)(Worker)
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": scaling.gpus_per_actor or None}
+        if not scaling.gpus_per_actor:
+            options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
+        remote = ray.remote(**options)(Worker)
         plain = recipe.model_dump(mode="json")
         self.actors = Actors(lambda: remote.remote(plain), count)
         self._reference: tuple[str, Reference] | None = None
