@@ -51,14 +51,6 @@ from diffit_train.progress import Progress, say
 # Shards of pictures that may wait for each actor; Ray Data counts a row twice on its way.
 QUEUED_SHARDS = 6
 MIN_QUEUED_BYTES = 256 * 2**20
-# glibc gives each freed block above 32 MiB back to the kernel and has it zeroed again page by page:
-# in a loop over an autoencoder's activations on a CPU a fifth of the time. Here what an actor has
-# freed stays with it. They must be set before the process starts.
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_ARENA_MAX": "1",
-}
 
 
 def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> Manifest:
@@ -189,7 +181,11 @@ def _encode_missing(
         ),
         num_cpus=actor_cpus,
         num_gpus=scaling.gpus_per_actor or None,
-        **({} if scaling.gpus_per_actor else {"runtime_env": {"env_vars": KEEP_FREED_MEMORY}}),
+        **(
+            {}
+            if scaling.gpus_per_actor
+            else {"runtime_env": {"env_vars": cluster.KEEP_FREED_MEMORY}}
+        ),
     )
     try:
         for row in encoded.iter_rows():

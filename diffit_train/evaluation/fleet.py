@@ -18,7 +18,6 @@ import ray
 from diffit_train import cluster, storage
 from diffit_train.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.config import Recipe
-from diffit_train.data.encode import KEEP_FREED_MEMORY
 from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
@@ -446,7 +445,7 @@ class Fleet:
         cluster.require(count, count * scaling.gpus_per_actor, "evaluation")
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": scaling.gpus_per_actor or None}
         if not scaling.gpus_per_actor:
-            options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
+            options["runtime_env"] = {"env_vars": cluster.KEEP_FREED_MEMORY}
         remote = ray.remote(**options)(Worker)
         plain = recipe.model_dump(mode="json")
         self.actors = Actors(lambda: remote.remote(plain), count)

@@ -365,6 +365,7 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None
     resources = {"CPU": float(scaling.cpus_per_worker)}
     if scaling.gpus_per_worker:
         resources["GPU"] = float(scaling.gpus_per_worker)
+    environment = {} if scaling.gpus_per_worker else {"env_vars": cluster.KEEP_FREED_MEMORY}
     fewest, most = scaling.fewest_workers, scaling.most_workers
     validation = None
     if validate is not None and recipe.train.validate_every:
@@ -389,6 +390,7 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None
         ),
         run_config=RunConfig(
             name=f"attempt-{uuid.uuid4().hex[:12]}",
+            worker_runtime_env=environment,
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures,
                 max_preemption_failures=scaling.max_preemptions,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import tempfile
 import time
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffit_train.checkpoints import State
+from diffit_train.cluster import KEEP_FREED_MEMORY
 from diffit_train.config.recipe import BUCKET_ELEMENTS, Diffusion, EmaProfile, Train
 from diffit_train.diffusion.objective import build_objective
 from diffit_train.models.latent import LatentDiffiT, Shape, trainable_parameters
@@ -227,6 +229,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "bf16_autocast"), default="fp32")
     options = parser.parse_args()
     ranks.TIMEOUT_S = 3600
+    # As in training workers; the plain loop has it, too.
+    os.environ.update(KEEP_FREED_MEMORY)
     if options.what == "step":
         arguments = (options.size, options.batch, options.rounds, options.precision)
         ranks.on_ranks(1, _step, *arguments)
