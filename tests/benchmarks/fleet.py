@@ -41,8 +41,9 @@ PROCESSES = 4
 CPU = torch.device("cpu")
 
 
-def _recipe(root: Path, actors: int, samples: int) -> Recipe:
+def _recipe(root: Path, actors: int, samples: int, batches: int) -> Recipe:
     changes = [f"scaling.evaluate_actors={actors}", f"evaluate.samples={samples}"]
+    changes += [f"scaling.evaluate_batches={batches}"]
     return load_recipe("demo", changes, root=str(root))
 
 
@@ -85,9 +86,9 @@ class _Started:
         return taken_s
 
 
-def overhead(root: Path, samples: int, rounds: int) -> None:
+def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
     """One actor against a bare loop."""
-    recipe = _recipe(root, 1, samples)
+    recipe = _recipe(root, 1, samples, batches)
     step = committed_steps(run_url(recipe, "demo"))[-1]
     with cluster.connected():
         started = _Started(recipe, step)
@@ -97,8 +98,8 @@ def overhead(root: Path, samples: int, rounds: int) -> None:
         started.fleet.close()
     alone, fleet = (float(np.median(column)) for column in zip(*pairs, strict=True))
     print_table(
-        f"{samples} pictures of the demo; baseline: a bare loop in one process, one thread; "
-        f"medians of {rounds} rounds in turn",
+        f"{samples} pictures of the demo in chunks of {recipe.evaluate.batch_size * batches}; baseline: a bare loop in "
+        f"one process, one thread; medians of {rounds} rounds in turn",
         ["", "s", "pictures/s", "to the bare loop"],
         [
             ["bare loop", f"{alone:.2f}", f"{samples / alone:.1f}", "1.000"],
@@ -112,7 +113,7 @@ def actors(root: Path, samples: int, rounds: int) -> None:
     found: dict[int, list[float]] = {1: [], 2: []}
     with cluster.connected():
         for count in found:
-            recipe = _recipe(root, count, samples)
+            recipe = _recipe(root, count, samples, 1)
             started = _Started(recipe, committed_steps(run_url(recipe, "demo"))[-1])
             found[count] = [started.seconds() for _ in range(rounds)]
             started.fleet.close()
@@ -208,10 +209,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("diffit-demo"))
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=1, help="of a chunk")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64, 512])
     chosen = parser.parse_args()
     if chosen.what == "overhead":
-        overhead(chosen.root, chosen.samples, chosen.rounds)
+        overhead(chosen.root, chosen.samples, chosen.rounds, chosen.batches)
     elif chosen.what == "actors":
         actors(chosen.root, chosen.samples, chosen.rounds)
     elif chosen.what == "simulate":
