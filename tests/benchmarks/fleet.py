@@ -98,8 +98,8 @@ def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
         started.fleet.close()
     alone, fleet = (float(np.median(column)) for column in zip(*pairs, strict=True))
     print_table(
-        f"{samples} pictures of the demo in chunks of {recipe.evaluate.batch_size * batches}; baseline: a bare loop in "
-        f"one process, one thread; medians of {rounds} rounds in turn",
+        f"{samples} pictures of the demo in chunks of {recipe.evaluate.batch_size * batches}; "
+        f"baseline: a bare loop in one process, one thread; medians of {rounds} rounds in turn",
         ["", "s", "pictures/s", "to the bare loop"],
         [
             ["bare loop", f"{alone:.2f}", f"{samples / alone:.1f}", "1.000"],
