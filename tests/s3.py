@@ -29,6 +29,10 @@ def free_port() -> int:
             return port
 
 
+# It may wait long for its own parts to part; what it has written is with the kernel already.
+STOP_S = 3.0
+
+
 class S3Server:
     """`weed server` with its S3 gateway; it may be stopped and started again on its data."""
 
@@ -82,7 +86,7 @@ class S3Server:
         if self.process is not None:
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

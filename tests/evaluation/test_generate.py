@@ -11,9 +11,11 @@ import torch
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.chunks import FEATURES, SEEN
 from diffit_train.evaluation.features import load_features
 from diffit_train.evaluation.features_fit import fit_features
 from diffit_train.evaluation.generate import Generator, PictureNoise
+from diffit_train.evaluation.result import features_info
 from diffit_train.models.build import build_model
 from tests.conftest import tiny_recipe
 
@@ -67,11 +69,12 @@ def test_features_are_deterministic_and_guarded(project: Path, tmp_path: Path) -
     recipe = tiny_recipe(project)
     network = load_features(recipe, CPU)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    features, logits = network.extract(pixels)
-    assert features.shape == (4, 5)
-    assert logits.shape == (4, 3)
-    np.testing.assert_allclose(network.extract(pixels[2:3])[0][0], features[2], atol=1e-5)
-    assert 0 <= network.info.held_out_accuracy <= 1
+    rows = network.extract(pixels)
+    assert {name: values.shape for name, values in rows.items()} == {FEATURES: (4, 5), SEEN: (4,)}
+    assert set(rows[SEEN].tolist()) <= {0, 1, 2}
+    alone = network.extract(pixels[2:3])
+    np.testing.assert_allclose(alone[FEATURES][0], rows[FEATURES][2], atol=1e-5)
+    assert 0 <= features_info(recipe).held_out_accuracy <= 1
     with pytest.raises(UserError, match="feature network of another recipe"):
         fit_features(tiny_recipe(project, "evaluate.features.fit.steps=11"))
     with pytest.raises(UserError, match="diffit features fit"):
