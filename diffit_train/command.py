@@ -442,7 +442,7 @@ def _sweep_by_jobs(plan: Any, recipe: Recipe, fleet: Fleet) -> list[str]:
     def is_done(job: jobs.Job) -> bool:
         return finished(job.recipe, plan.run, plan.members[job.number].step) is not None
 
-    with StatesTable(f"sweep {plan.name}", len(todo)) as table:
+    with StatesTable(f"sweep {plan.name}") as table:
 
         def show(states: list[jobs.JobState]) -> None:
             table.show([_state_row(plan.members[s.job.number], s) for s in states])

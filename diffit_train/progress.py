@@ -50,8 +50,8 @@ class StatesTable:
     Rows hold `state` and `job` beside whatever tells them apart.
     """
 
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total = title, total
+    def __init__(self, title: str) -> None:
+        self.title = title
         self._live: Live | None = None
         self._said: dict[int, str] = {}
         self._started_s = time.monotonic()

@@ -194,7 +194,7 @@ def submit_fleet(jobs: Sequence[Job], address: str, plan: FleetPlan) -> list[Job
         try:
             _advance(client, states, address, plan)
             silent_s = None
-        except (ConnectionError, OSError) as error:
+        except (OSError, RuntimeError) as error:  # no connection, or an answer of 5xx
             now_s = time.monotonic()
             if silent_s is None:
                 say(f"{address} does not answer ({type(error).__name__}); waiting for it")
@@ -246,7 +246,7 @@ def _advance(client: Any, states: list[JobState], address: str, plan: FleetPlan)
         if state.state == "waiting":
             number = len(attempts.get(state.job.name, [])) + 1
             state.submission_id = _send(client, state.job, address, plan.python, number)
-            state.state, state.begun_s = "running", time.monotonic()
+            state.state, state.begun_s, state.ended_s = "running", time.monotonic(), 0.0
             running += 1
 
 

@@ -72,13 +72,13 @@ def conform(folder: str) -> dict[str, Any]:
     """
     weights, reference, samples = _files(folder)
     expected = _expected(folder)
-    with zipfile.ZipFile(samples) as archive, archive.open("arr_0.npy") as file:
-        shape, _ = references.array_header(file)
+    with zipfile.ZipFile(samples) as archive, references.opened_array(archive) as (_, shape, _):
+        pass
     with zipfile.ZipFile(reference) as archive:
         kept = 1
         if "arr_0.npy" in archive.namelist():
-            with archive.open("arr_0.npy") as file:
-                kept = references.array_header(file)[0][0]
+            with references.opened_array(archive) as (_, held, _):
+                kept = held[0]
     recipe = load_recipe(
         "imagenet256",
         [
@@ -126,10 +126,9 @@ def _figures(
     figures = Figures(recipe, known)
     with (
         zipfile.ZipFile(samples) as archive,
-        archive.open("arr_0.npy") as file,
+        references.opened_array(archive) as (file, _, _),
         Progress("conformance", shape[0], "pictures") as progress,
     ):
-        references.array_header(file)
         for pixels in references.batches(file, shape):
             figures.add(network.extract(pixels))
             progress.update(progress.done + len(pixels))

@@ -6,6 +6,7 @@ Both are kept under ROOT/references, named by a hash of all that they depend on.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -274,10 +275,9 @@ class NpzReference:
     def _measured(self, wanted: int, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         rows = []
         with (
-            self.archive.open("arr_0.npy") as file,
+            opened_array(self.archive) as (file, shape, _),
             Progress("reference", wanted, "pictures") as progress,
         ):
-            shape, _ = array_header(file)
             for pixels in batches(file, (wanted, *shape[1:])):
                 rows.append(extract(pixels))
                 progress.update(progress.done + len(pixels))
@@ -338,8 +338,8 @@ def _check_statistics(found: dict[str, np.ndarray], path: Path) -> None:
 
 def _check_pictures(recipe: Recipe, archive: zipfile.ZipFile, path: Path) -> None:
     wanted, side = recipe.evaluate.reference_pictures, recipe.data.resolution
-    with archive.open("arr_0.npy") as file:
-        shape, dtype = array_header(file)
+    with opened_array(archive) as (_, shape, dtype):
+        pass
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (side, side, 3):
         raise UserError(
             f"arr_0 of evaluate.reference {path} holds {dtype} of shape {shape}, but must be "
@@ -352,20 +352,28 @@ def _check_pictures(recipe: Recipe, archive: zipfile.ZipFile, path: Path) -> Non
         )
 
 
-def array_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an .npy stream, which then stands at its data.
+@contextmanager
+def opened_array(
+    archive: zipfile.ZipFile,
+) -> Iterator[tuple[Any, tuple[int, ...], np.dtype[Any]]]:
+    """`arr_0` of an .npz file: the stream at its data, its shape and its type.
 
     Raises:
-        ValueError: no such stream, or in Fortran's order.
+        UserError: there is none, it is damaged, or in Fortran's order.
     """
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-        read = np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    try:
+        file = archive.open("arr_0.npy")
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"arr_0 of {archive.filename} cannot be read: {error}") from error
     if fortran:
-        raise ValueError("the array is in Fortran's order")
-    return shape, dtype
+        raise UserError(f"arr_0 of {archive.filename} is in Fortran's order")
+    with file:
+        yield file, shape, dtype
 
 
 def batches(file: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -377,9 +385,12 @@ def batches(file: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """
     for start in range(0, shape[0], BATCH):
         pixels = np.empty((min(BATCH, shape[0] - start), *shape[1:]), np.uint8)
-        data = file.read(pixels.nbytes)
+        try:
+            data = file.read(pixels.nbytes)
+        except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"the pictures from {start} on cannot be read: {error}") from error
         if len(data) != pixels.nbytes:
-            raise ValueError(f"the array ends in picture {start + len(data) // pixels[0].nbytes}")
+            raise UserError(f"the array ends in picture {start + len(data) // pixels[0].nbytes}")
         pixels.reshape(-1)[:] = np.frombuffer(data, np.uint8)
         yield pixels
 

@@ -344,8 +344,8 @@ class _Validation:
     def __call__(self, checkpoint: Any, step: int) -> dict[str, Any]:
         try:
             self.board.say.remote(self.validate(step))
-        except DiffitError as error:
-            self.board.say.remote(f"step {step:,} could not be evaluated: {error}")
+        except Exception as error:  # Ray Train would only log it, where nobody looks
+            self.board.say.remote(f"step {step:,} could not be evaluated: {first_line(error)}")
             raise
         return {"step": step}
 

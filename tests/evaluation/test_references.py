@@ -81,6 +81,7 @@ def test_a_file_that_cannot_serve_is_named(tmp_path: Path) -> None:
         ({**found, "arr_0": _pixels(6)[:, :16, :16]}, r"must be uint8 pictures .* 32"),
         ({**found, "arr_0": _pixels(6) / 2.0}, "holds float64 of shape"),
         ({**found, "mu": np.array([None])}, "mu of .* cannot be read"),
+        ({**found, "arr_0": np.asfortranarray(_pixels(6))}, "is in Fortran's order"),
     ):
         np.savez(file, **content)
         with pytest.raises(UserError, match=words):
@@ -120,6 +121,9 @@ def test_the_self_check_measures_what_the_folder_holds(
     alike = 0.25 * np.eye(2048)
     np.savez(tmp_path / "reference.npz", arr_0=real, mu=found["mu"], sigma=alike)
     with pytest.raises(UserError, match=r"sample batch.*found: nothing"):
+        conformance.conform(str(tmp_path))
+    np.savez(tmp_path / "samples.npz", pictures=fake)
+    with pytest.raises(UserError, match=r"arr_0 of \S*samples\.npz cannot be read"):
         conformance.conform(str(tmp_path))
     np.savez(tmp_path / "samples.npz", arr_0=fake)
     with torch.no_grad():
