@@ -114,7 +114,7 @@ def encoded(project: Path, ray_session: None) -> Path:
 @pytest.fixture(scope="session")
 def trained(encoded: Path) -> Path:
     """The project with a run `tiny`, trained undisturbed by one worker."""
-    from diffit_train.training.worker import train
+    from diffit_train.training.driver import train
 
     train(tiny_recipe(encoded), "tiny")
     return encoded

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from diffit_train import __version__, command
-from diffit_train.cli import app, main
-from diffit_train.cluster import connected
+from diffit_train import __version__
+from diffit_train.cli import app, exit_status, main
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.ray_session import connected
 
 RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
 COMMANDS = ["plan", "encode", "train", "evaluate", "sample", "compare", "import", "export"]
@@ -111,9 +111,9 @@ def test_statuses() -> None:
         def body() -> None:
             raise error
 
-        return command.guarded(body)
+        return exit_status(body)
 
-    assert command.guarded(lambda: None) == 0
+    assert exit_status(lambda: None) == 0
     assert fails(DiffitError("x")) == 1
     assert fails(UserError("x")) == 2
     assert fails(KeyboardInterrupt()) == 130

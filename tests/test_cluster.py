@@ -9,7 +9,7 @@ import sys
 # Its own process, as a session of Ray lasts for all tests of one.
 LISTENERS = """
 import json, psutil, ray
-from diffit_train.cluster import connected
+from diffit_train.ray_session import connected
 with connected():
     ray.get(ray.remote(lambda: None).remote())
     me = psutil.Process()

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffit_train.commands.plan import GPUS, Machine, plan, print_plan, state_bytes
 from diffit_train.config import load_recipe
 from diffit_train.config.recipe import Train
 from diffit_train.errors import UserError
-from diffit_train.models.latent import LatentDiffiT, Shape, trainable_parameters
-from diffit_train.models.runtime import checkpoint_activations, use_kernel
-from diffit_train.plan import GPUS, Machine, activation_bytes, plan, print_plan, state_bytes
+from diffit_train.models.backbone import trainable_parameters
+from diffit_train.models.cost import activation_bytes
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.models.wrap import checkpoint_activations, use_kernel
 from diffit_train.training.engine import Engine
 from tests.training.ranks import on_ranks
 

@@ -11,15 +11,7 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.submit import (
-    FleetPlan,
-    Job,
-    JobState,
-    cancel_jobs,
-    job,
-    submit,
-    submit_fleet,
-)
+from diffit_train.ray_jobs import FleetPlan, Job, JobState, cancel_jobs, job, submit, submit_fleet
 from tests.conftest import tiny_recipe, write_pictures
 from tests.head import Head, free_port
 
@@ -34,8 +26,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_chain_of_jobs_and_a_second_attempt(
     address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from diffit_train.checkpoints import committed_steps
     from diffit_train.data.autoencoder_fit import fit_autoencoder
+    from diffit_train.runs.checkpoints import committed_steps
 
     write_pictures(tmp_path / "pictures" / "digits")
     recipe = tiny_recipe(tmp_path)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from diffit_train import cluster, storage
+from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
-from diffit_train.data.parts import (
+from diffit_train.data.encode_plan import (
     REPAIR,
     RETRY,
     Part,
@@ -99,8 +99,8 @@ def encode_again(
 @contextmanager
 def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
     scaling = recipe.scaling
-    with cluster.connected(address):
-        cluster.require(1, scaling.encode_min_actors * scaling.gpus_per_actor, "encoding")
+    with ray_session.connected(address):
+        ray_session.require(1, scaling.encode_min_actors * scaling.gpus_per_actor, "encoding")
         yield
 
 
@@ -184,7 +184,7 @@ def _encode_missing(
         **(
             {}
             if scaling.gpus_per_actor
-            else {"runtime_env": {"env_vars": cluster.KEEP_FREED_MEMORY}}
+            else {"runtime_env": {"env_vars": ray_session.KEEP_FREED_MEMORY}}
         ),
     )
     try:

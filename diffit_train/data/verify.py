@@ -17,7 +17,7 @@ import numpy as np
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.load import validate
-from diffit_train.data.parts import REPAIR, read_inputs, read_plan, shard_ranges, shard_spec
+from diffit_train.data.encode_plan import REPAIR, read_inputs, read_plan, shard_ranges, shard_spec
 from diffit_train.data.shards import (
     MANIFEST,
     Manifest,

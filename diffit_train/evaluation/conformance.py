@@ -19,8 +19,8 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import references
 from diffit_train.evaluation.chunks import FEATURES
 from diffit_train.evaluation.features import load_features
-from diffit_train.evaluation.figures import Figures
 from diffit_train.evaluation.result import INCEPTION_SHA256
+from diffit_train.evaluation.scores import Figures
 from diffit_train.progress import Progress, print_rows, say
 
 EXPECTED_FILE = "expected.json"

@@ -15,14 +15,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import ray
 
-from diffit_train import cluster, storage
-from diffit_train.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
+from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
 from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.chunks import LABELS, Layout, Range
-from diffit_train.evaluation.figures import Figures
 from diffit_train.evaluation.generate import guidance_saving, network_evaluations
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.references import PartTask, Reference
@@ -35,7 +33,9 @@ from diffit_train.evaluation.result import (
     run_url,
 )
 from diffit_train.evaluation.sample import class_names
+from diffit_train.evaluation.scores import Figures
 from diffit_train.progress import Progress, say
+from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.tracking import Tracker, first_line, unreachable_errors
 
 # A piece of work whose actors died this often kills them itself.
@@ -79,7 +79,7 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
     for request in requests:
         check(request.recipe)
     results: list[Result] = []
-    with cluster.connected(address):
+    with ray_session.connected(address):
         fleet: Fleet | None = None
         try:
             for request in requests:
@@ -114,7 +114,7 @@ def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Ref
         UserError: the pictures or the file cannot serve.
     """
     check(recipe)
-    with cluster.connected(address):
+    with ray_session.connected(address):
         fleet = Fleet(recipe)
         try:
             return fleet.reference_place(), fleet.reference()
@@ -442,10 +442,10 @@ class Fleet:
         self.recipe = recipe
         scaling = recipe.scaling
         count = scaling.evaluate_actors
-        cluster.require(count, count * scaling.gpus_per_actor, "evaluation")
+        ray_session.require(count, count * scaling.gpus_per_actor, "evaluation")
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": scaling.gpus_per_actor or None}
         if not scaling.gpus_per_actor:
-            options["runtime_env"] = {"env_vars": cluster.KEEP_FREED_MEMORY}
+            options["runtime_env"] = {"env_vars": ray_session.KEEP_FREED_MEMORY}
         remote = ray.remote(**options)(Worker)
         plain = recipe.model_dump(mode="json")
         self.actors = Actors(lambda: remote.remote(plain), count)

@@ -15,7 +15,7 @@ from diffit_train.diffusion.objective import build_objective, visited_timesteps
 from diffit_train.errors import DiffitError
 from diffit_train.models.build import build_model
 from diffit_train.models.published import FIXED
-from diffit_train.models.runtime import compile_blocks, use_kernel
+from diffit_train.models.wrap import compile_blocks, use_kernel
 
 
 class PictureNoise:

@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffit_train import storage
-from diffit_train.checkpoints import checkpoint_digest, step_name
 from diffit_train.config import Recipe
 from diffit_train.config.recipe import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.runs.checkpoints import checkpoint_digest, step_name
 
 # Of the published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -111,12 +111,6 @@ def _file_digest(url: str) -> str:
         return storage.sha256_file(path)
 
 
-def best_metric(recipe: Recipe) -> str:
-    """The metric by which checkpoints are ranked; the lowest is the best."""
-    features = recipe.evaluate.features
-    return "fid" if features.published else f"fd_{features.name}"
-
-
 def evaluation_key(recipe: Recipe, run_url: str, step: int) -> str:
     """A readable name, made unique by a hash of all that determines the figures."""
     evaluate = recipe.evaluate
@@ -151,24 +145,3 @@ def finished(recipe: Recipe, run: str, step: int) -> Result | None:
         return Result.model_validate_json(storage.read_bytes(url))
     except ValidationError as error:
         raise DiffitError(f"{url} is damaged; delete it and evaluate again") from error
-
-
-def best_result(recipe: Recipe, run: str) -> Result | None:
-    """The run's evaluation of the smallest distance, of those made as the recipe says.
-
-    None where there is none.
-    """
-    folder = storage.join(recipe.storage.root, "evaluations", run)
-    identity, metric = recipe.evaluate_identity(), best_metric(recipe)
-    found = []
-    for name in storage.find_files(folder):
-        if name.rsplit("/", 1)[-1] != "result.json":
-            continue
-        try:
-            data = storage.read_bytes(storage.join(folder, name))
-            result = Result.model_validate_json(data)
-        except ValidationError:
-            continue  # of an earlier version; evaluated again, it is named
-        if result.evaluate == identity and result.recipe_hash == recipe.train_hash():
-            found.append(result)
-    return min(found, key=lambda result: result.metrics[metric], default=None)

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.checkpoints import read_weights, reconstructed_url
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
@@ -26,6 +25,7 @@ from diffit_train.evaluation.grid import draw_grid
 from diffit_train.models.build import build_model
 from diffit_train.models.published import check_published, read_weights_file
 from diffit_train.progress import Progress, say
+from diffit_train.runs.checkpoints import read_weights, reconstructed_url
 
 # Without --class: at most so many, evenly spread.
 DEFAULT_CLASSES = 8

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe, load_recipe_text
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.result import Result, best_metric, finished
+from diffit_train.evaluation.best import best_metric
+from diffit_train.evaluation.result import Result, finished
 
 DEFINITION = "sweep.json"
 CANCELLED = "cancelled"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffit_train.config import Recipe
+from diffit_train.models.backbone import Backbone
 from diffit_train.models.dit import DiT, DiTWithTMSA
 from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
 
@@ -31,6 +32,6 @@ def model_shape(recipe: Recipe) -> Shape:
     )
 
 
-def build_model(recipe: Recipe) -> LatentTransformer:
+def build_model(recipe: Recipe) -> Backbone:
     """The recipe's model, initialised from torch's current random state."""
     return ARCHITECTURES[recipe.model.architecture](model_shape(recipe))

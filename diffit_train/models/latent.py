@@ -6,12 +6,13 @@ size.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from diffit_train.models.attention import TMSA
+from diffit_train.models.backbone import Backbone
 from diffit_train.models.layers import (
     LabelEmbedder,
     Mlp,
@@ -64,7 +65,7 @@ class Shape:
         return self.latent_size // self.patch_size
 
 
-class LatentTransformer(nn.Module, ABC):
+class LatentTransformer(Backbone):
     """Embed patches, time and label; run blocks; project tokens back to patches.
 
     A subclass says what a block and the last layer are; both are called with (x, c).
@@ -90,6 +91,11 @@ class LatentTransformer(nn.Module, ABC):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         self.zero_initialise()
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of noisy latents."""
+        return self.shape.latent_channels, self.shape.latent_size, self.shape.latent_size
 
     @abstractmethod
     def make_block(self, shape: Shape) -> nn.Module:
@@ -162,8 +168,3 @@ class LatentDiffiT(LatentTransformer):
     def zero_initialise(self) -> None:
         """The first prediction is zero whatever the input, as in DiT."""
         nn.init.zeros_(self.final_layer.get_parameter("linear.weight"))
-
-
-def trainable_parameters(model: nn.Module) -> int:
-    """Number of parameters that the optimizer moves."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffit_train.config.recipe import EmaProfile
-from diffit_train.training.posthoc import power_exponent
+from diffit_train.runs.phema import power_exponent
 
 
 def ema_decay(profile: EmaProfile, step: int, batch_size: int) -> float:

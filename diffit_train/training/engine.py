@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from diffit_train.checkpoints import Kind, Slice
 from diffit_train.config.recipe import BUCKET_ELEMENTS, Train
 from diffit_train.errors import DiffitError
+from diffit_train.runs.checkpoints import Kind, OwnedSlice, Slice
 from diffit_train.training.ema import ShardedEMA
 
 # Elements that are reduced or gathered at once.
@@ -31,18 +31,6 @@ def learning_rate(train: Train, step: int) -> float:
     if train.lr_schedule == "inverse_sqrt":
         return lr / math.sqrt(max(1.0, step / train.lr_decay_start))
     return lr
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A stretch of a flattened parameter on this rank, and the tensors that hold its state.
-
-    Attributes:
-        values: 1-D views, as long as the stretch, of the kinds of a checkpoint.
-    """
-
-    slice: Slice
-    values: dict[Kind, Tensor]
 
 
 @dataclass(frozen=True)
@@ -168,19 +156,19 @@ class Engine:
 
     # ---- State, by stretches ----
 
-    def owned(self) -> list[Stretch]:
+    def owned(self) -> list[OwnedSlice]:
         """What this rank, and no other, answers for; all ranks together cover every parameter."""
         out = []
         for number, piece in enumerate(self._pieces):
             averages = {name: parts[number] for name, parts in self.ema.averages.items()}
-            out.append(Stretch(piece.slice, self._adam_values(piece) | averages))
+            out.append(OwnedSlice(piece.slice, self._adam_values(piece) | averages))
         return out
 
-    def replicated(self) -> list[Stretch]:
+    def replicated(self) -> list[OwnedSlice]:
         """What every rank holds beside what it owns: whole weights and moments, at stage 0."""
         if self.train.zero_stage:
             return []
-        return [Stretch(piece.slice, self._adam_values(piece)) for piece in self._held_pieces()]
+        return [OwnedSlice(piece.slice, self._adam_values(piece)) for piece in self._held_pieces()]
 
     def _adam_values(self, piece: _Piece) -> dict[Kind, Tensor]:
         state = self._adam(piece.flat)

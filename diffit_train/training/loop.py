@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.checkpoints import State, read_weights
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import scaled_sample
 from diffit_train.data.cache import ShardCache
@@ -28,29 +27,29 @@ from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, read_shard
 from diffit_train.diffusion.objective import build_objective
 from diffit_train.errors import DiffitError
+from diffit_train.models.backbone import Backbone
 from diffit_train.models.build import build_model
-from diffit_train.models.latent import LatentTransformer
-from diffit_train.models.runtime import checkpoint_activations, compile_blocks, use_kernel
+from diffit_train.models.cost import training_flops_per_image
 from diffit_train.models.transfer import transfer_weights
+from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
+from diffit_train.runs.checkpoints import SNAPSHOTS, State, read_weights, remove_old
+from diffit_train.runs.identity import run_url
 from diffit_train.tracking import MetricsOutbox
-from diffit_train.training.checkpoint import (
+from diffit_train.training.checkpointer import (
     CheckpointWriter,
-    GivingUp,
+    UnrecoverableError,
     agreed_steps,
     load_checkpoint,
     load_weights,
     newest_whole,
-    remove_old,
 )
 from diffit_train.training.engine import Engine, learning_rate
-from diffit_train.training.run import (
-    SNAPSHOTS,
-    PassedOver,
+from diffit_train.training.log import (
+    SkippedSteps,
     TrainingLog,
     append_bad_step,
     as_metrics,
     mark_unsent,
-    run_url,
 )
 from diffit_train.training.telemetry import (
     LossMeter,
@@ -58,7 +57,6 @@ from diffit_train.training.telemetry import (
     Stopwatch,
     matmul_flops_per_s,
     peak_memory_bytes,
-    training_flops_per_image,
 )
 
 # Seconds between looks whether Ray has announced a preemption.
@@ -85,7 +83,7 @@ class Surroundings(Protocol):
         """A committed checkpoint is to be evaluated beside training; all ranks say so together."""
 
 
-class RollBack(Exception):
+class RollbackRequested(Exception):
     """Too many bad steps in a row: to the last checkpoint, and past these batches."""
 
 
@@ -122,7 +120,7 @@ def train_to_the_end(
         with Trainer(recipe, run, mlflow_run_id, device, around) as trainer:
             try:
                 return trainer.run()
-            except RollBack:
+            except RollbackRequested:
                 around.say("going back to the last checkpoint")
         del trainer
         gc.collect()
@@ -175,7 +173,7 @@ class Trainer:
         self.bad_in_row: list[int] = []
         self.skipped = 0
         self.grad_norm = float("nan")
-        self.passed_over = PassedOver.read(self.url)
+        self.skipped_steps = SkippedSteps.read(self.url)
         self.watch = Stopwatch(device)
         self.losses = LossMeter(self.objective.timesteps, device)
         self._start_engine()
@@ -197,7 +195,7 @@ class Trainer:
         trace: TracebackType | None,
     ) -> None:
         # Where one rank failed alone, the others' threads may never come to an end.
-        if kind is None or issubclass(kind, GivingUp):
+        if kind is None or issubclass(kind, UnrecoverableError):
             self.writer.wait()
             if self.outbox is not None and self.outbox.close():
                 mark_unsent(self.url)
@@ -239,17 +237,15 @@ class Trainer:
             if state.interval is not None and self.rank == 0:
                 self.losses.restore(state.interval)
 
-    def _measure_peak(self, model: LatentTransformer) -> None:
+    def _measure_peak(self, model: Backbone) -> None:
         train = self.recipe.train
         peak_size = 512 if self.device.type == "cpu" else 8192
         dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
         peak = matmul_flops_per_s(self.device, dtype, peak_size) * self.world
-        flops = training_flops_per_image(
-            model, self.recipe.autoencoder.latent_channels, self.recipe.latent_size
-        )
+        flops = training_flops_per_image(model)
         self.speed = SpeedMeter(train.batch_size, flops, peak)
 
-    def _starting_weights(self, model: LatentTransformer) -> dict[str, Tensor]:
+    def _starting_weights(self, model: Backbone) -> dict[str, Tensor]:
         start = self.recipe.train.start
         assert start is not None
         source = run_url(self.recipe, start.run)
@@ -262,8 +258,8 @@ class Trainer:
         """Train to the last step, or until asked to stop; the step reached, saved and logged.
 
         Raises:
-            RollBack: there were too many bad steps in a row; their batches are noted.
-            GivingUp: the same, too often; or checkpoints cannot be written.
+            RollbackRequested: there were too many bad steps in a row; their batches are noted.
+            UnrecoverableError: the same, too often; or checkpoints cannot be written.
         """
         train = self.recipe.train
         if self.step >= train.steps:
@@ -301,7 +297,7 @@ class Trainer:
         return ShardCache(scaling.shard_cache_folder, int(scaling.shard_cache_gib * GIB))
 
     def _train_step(self, prepared: Prepared) -> None:
-        if self.step in self.passed_over:
+        if self.step in self.skipped_steps:
             self.engine.update_ema(self.step)
             return
         drawn = [v.to(self.device, non_blocking=True) for v in prepared.drawn.tensors()]
@@ -382,18 +378,18 @@ class Trainer:
         if len(self.bad_in_row) < train.bad_steps_in_row:
             return
         first = self.bad_in_row[0]
-        if len(self.passed_over.ranges) >= train.max_rollbacks:
-            raise GivingUp(
+        if len(self.skipped_steps.ranges) >= train.max_rollbacks:
+            raise UnrecoverableError(
                 f"{len(self.bad_in_row)} steps in a row from {first:,} on had a loss or gradient "
                 "that is no number or beyond its limit (times gone back to a checkpoint: "
-                f"{len(self.passed_over.ranges)}); see {self.url}/bad-steps.jsonl; lower train.lr "
+                f"{len(self.skipped_steps.ranges)}); see {self.url}/bad-steps.jsonl; lower train.lr "
                 "or set train.grad_clip in a new run, or raise train.max_rollbacks"
             )
         self.writer.wait()
         if self.rank == 0:
-            self.passed_over.adding(first, self.step).write(self.url)
+            self.skipped_steps.adding(first, self.step).write(self.url)
         dist.barrier(group=self.control)
-        raise RollBack
+        raise RollbackRequested
 
     # ---- Data ----
 
@@ -533,7 +529,7 @@ class Trainer:
         """Wait for the last checkpoint; once more where it failed.
 
         Raises:
-            GivingUp: it cannot be written.
+            UnrecoverableError: it cannot be written.
         """
         self.writer.wait()
         if self.step not in agreed_steps(self.url, self.control):
@@ -541,7 +537,7 @@ class Trainer:
             self._save()
             self.writer.wait()
             if self.writer.failures:
-                raise GivingUp(self.writer.failures[-1])
+                raise UnrecoverableError(self.writer.failures[-1])
         if self.stop:
             return
         left: list[Any] = [list(self.to_validate)]

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 QUARTERS = 4
 
@@ -141,20 +140,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def training_flops_per_image(model: nn.Module, channels: int, size: int) -> float:
-    """Floating-point operations of forward and backward for one picture.
-
-    Counted by torch on the products of a forward pass; a backward pass costs twice as much.
-    """
-    device = next(model.parameters()).device
-    x = torch.zeros(1, channels, size, size, device=device)
-    zero = torch.zeros(1, dtype=torch.long, device=device)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(x, zero, zero)
-    return 3.0 * counter.get_total_flops()
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -9,187 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import tempfile
 import threading
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diffit_train import cluster, storage
-from diffit_train.checkpoints import (
-    checkpoint_digest,
-    committed_steps,
-    read_index,
-    read_state,
-)
 from diffit_train.config import Recipe
-from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
-from diffit_train.errors import DiffitError, UserError
-from diffit_train.models.attention import kernel_name
-from diffit_train.models.build import build_model
-from diffit_train.models.transfer import check_transfer
-from diffit_train.progress import Progress, say
 from diffit_train.tracking import (
-    Tracker,
     first_line,
-    git_commit,
-    tracking_uri,
-    unreachable_errors,
-)
-from diffit_train.training.run import (
-    RunIdentity,
-    check_recipe,
-    create_identity,
-    finished_step,
-    run_url,
 )
 
 POLL_S = 0.5
-STOPPED = 143  # as a shell has it for a process that SIGTERM ended
 
 
 # Evaluates a checkpoint of a step beside training; a line that says what came of it.
 Validate = Callable[[int], str]
-
-
-def train(
-    recipe: Recipe, run: str, address: str | None = None, validate: Validate | None = None
-) -> int:
-    """Train a run to its last step, from wherever it stands; returns that step.
-
-    Args:
-        address: of the Ray cluster; None as in `cluster.connected`.
-        validate: evaluates a checkpoint every `train.validate_every` steps, while training goes on.
-
-    Rerunning continues; a finished run is left alone. SIGTERM makes the workers save and leave,
-    and ends the process by SystemExit with status 143.
-
-    Raises:
-        UserError: bad input; nothing was written.
-        DiffitError: training failed more often than `scaling.max_failures` allows.
-    """
-    done = finished_step(recipe, run)
-    if done is not None:
-        return done
-    _check_resumable(run_url(recipe, run))
-    manifest = _check_latents(recipe)
-    if not committed_steps(run_url(recipe, run)):
-        _check_start(recipe)
-    tracking_uri(recipe)
-    _kernel(recipe)
-    scaling = recipe.scaling
-    cpus, gpus = scaling.cpus_per_worker, scaling.gpus_per_worker
-    with cluster.connected(address):
-        fewest = scaling.fewest_workers
-        cluster.require(fewest * cpus, fewest * gpus, "training")
-        identity = check_recipe(recipe, run) or create_identity(recipe, run)
-        return _tracked_fit(recipe, identity, manifest, validate)
-
-
-def _kernel(recipe: Recipe) -> str:
-    """The attention kernel of the workers; a UserError where their device has it not."""
-    device = torch.device("cuda" if recipe.scaling.gpus_per_worker else "cpu")
-    return kernel_name(recipe.model.attention, device)
-
-
-def _check_resumable(url: str) -> None:
-    """Refuse a run of imported weights: they came without the state of an optimizer."""
-    steps = committed_steps(url)
-    if steps and "master" not in read_index(url, steps[-1]).kinds:
-        raise UserError(
-            f"the weights of {url} were imported and have no optimizer state to go on from; they "
-            "can be sampled and evaluated; to train, choose another --run"
-        )
-
-
-def _check_start(recipe: Recipe) -> None:
-    """Refuse to start from a checkpoint that is not there, or has changed."""
-    start = recipe.train.start
-    if start is None:
-        return
-    url = run_url(recipe, start.run)
-    if start.step not in committed_steps(url) or checkpoint_digest(url, start.step) != start.digest:
-        raise UserError(
-            f"train.start is step {start.step} of run {start.run!r}, but {storage.shown(url)} has "
-            "no such checkpoint any more, or another one; name it anew by --from"
-        )
-    with torch.device("meta"):
-        model = build_model(recipe)
-    index = read_index(url, start.step)
-    shapes = {name: torch.Size(p.shape) for name, p in index.parameters.items()}
-    check_transfer(model, shapes, f"{start.run}@{start.step}")
-
-
-def _tracked_fit(
-    recipe: Recipe, identity: RunIdentity, manifest: Manifest, validate: Validate | None
-) -> int:
-    """Train, with an MLflow run that ends as training did."""
-    tags = {
-        "diffit.recipe_hash": identity.recipe_hash,
-        "diffit.dataset_digest": manifest.digest,
-        "mlflow.source.name": "diffit train",
-    }
-    start = recipe.train.start
-    for name, value in (
-        ("mlflow.source.git.commit", git_commit()),
-        ("diffit.submission_id", os.environ.get("DIFFIT_SUBMISSION_ID")),
-        ("diffit.started_from", start and f"{start.run}@{start.step} {start.weights}"),
-    ):
-        if value:
-            tags[name] = value
-    mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
-        step = _fit(recipe, identity.name, mlflow_run_id, validate)
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        try:
-            Tracker.of(recipe).finish(mlflow_run_id, status)
-        except unreachable_errors() as error:
-            say(f"MLflow was not told that the run is {status}: {first_line(error)}")
-    return step
-
-
-def _mlflow_run(
-    recipe: Recipe, identity: RunIdentity, manifest: Manifest, tags: dict[str, str]
-) -> str:
-    """The run's id in MLflow. A run that goes on needs no answer from MLflow to know it.
-
-    Raises:
-        UserError: MLflow is out of reach, and the run is new.
-    """
-    try:
-        tracker = Tracker.of(recipe)
-        run_id = tracker.training_run(
-            recipe.tracking.experiment, identity.uuid, identity.name, recipe.flat(), tags
-        )
-        tracker.log_dataset(run_id, recipe.data.name, manifest.digest, recipe.data.source)
-    except unreachable_errors() as error:
-        url = run_url(recipe, identity.name)
-        steps = committed_steps(url)
-        if not steps:
-            raise UserError(f"a new run needs MLflow to start with: {first_line(error)}") from error
-        say(f"going on without MLflow: {first_line(error)}")
-        return read_state(url, steps[-1]).mlflow_run_id
-    return run_id
-
-
-def _check_latents(recipe: Recipe) -> Manifest:
-    """The latents, if they are those of the recipe."""
-    manifest = load_manifest(latents_url(recipe))
-    require_recipe(recipe, manifest.recipe_hash)
-    return manifest
 
 
 @ray.remote(num_cpus=0)
@@ -317,7 +156,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    from diffit_train.training.checkpoint import GivingUp
+    from diffit_train.training.checkpointer import UnrecoverableError
     from diffit_train.training.loop import train_to_the_end
 
     recipe, run = Recipe.model_validate(config["recipe"]), config["run"]
@@ -328,7 +167,7 @@ def _worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(recipe.scaling.cpus_per_worker)
     try:
         step = train_to_the_end(recipe, run, config["mlflow_run_id"], device, around)
-    except GivingUp as error:  # raised on all ranks alike
+    except UnrecoverableError as error:  # raised on all ranks alike
         if around.rank == 0:
             ray.get(around.board.fail.remote(str(error)))
         return
@@ -348,171 +187,3 @@ class _Validation:
             self.board.say.remote(f"step {step:,} could not be evaluated: {first_line(error)}")
             raise
         return {"step": step}
-
-
-def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None) -> int:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-    from ray.train.v2.api.validation_config import ValidationConfig
-
-    scaling = recipe.scaling
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    url = run_url(recipe, run)
-    scratch = storage.join(url, "ray")
-    storage.remove(scratch)
-    resources = {"CPU": float(scaling.cpus_per_worker)}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = float(scaling.gpus_per_worker)
-    environment = {} if scaling.gpus_per_worker else {"env_vars": cluster.KEEP_FREED_MEMORY}
-    fewest, most = scaling.fewest_workers, scaling.most_workers
-    validation = None
-    if validate is not None and recipe.train.validate_every:
-        # The task only waits for the evaluation's actors, which take what they need themselves.
-        validation = ValidationConfig(
-            _Validation(board, validate), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
-        )
-    trainer = TorchTrainer(
-        _worker,
-        validation_config=validation,
-        train_loop_config={
-            "recipe": recipe.model_dump(mode="json"),
-            "run": run,
-            "mlflow_run_id": mlflow_run_id,
-            "board": board,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=most if fewest == most else (fewest, most),
-            elastic_resize_monitor_interval_s=scaling.resize_check_s,
-            use_gpu=scaling.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{uuid.uuid4().hex[:12]}",
-            worker_runtime_env=environment,
-            failure_config=FailureConfig(
-                max_failures=scaling.max_failures,
-                max_preemption_failures=scaling.max_preemptions,
-                controller_failure_limit=scaling.max_failures,
-            ),
-            **_ray_storage(scratch),
-        ),
-    )
-    if fewest != most:
-        _renew_claim(url, trainer.train_run_context.run_id)
-    stop = threading.Event()
-    try:
-        with _on_sigterm(stop), _progress(recipe, board, committed_steps(url), stop):
-            trainer.fit()
-        if reason := ray.get(board.why_failed.remote()):
-            raise DiffitError(f"training of {run!r} failed: {reason}")
-    except SystemExit as error:  # Ray Train's answer to Ctrl-C, with status 0
-        raise KeyboardInterrupt from error
-    except TrainingFailedError as error:
-        raise DiffitError(f"training of {run!r} failed: {_cause(error)}") from error
-    finally:
-        ray.kill(board)
-    storage.remove(scratch)
-    step = max(committed_steps(url), default=0)
-    if step < recipe.train.steps:
-        if stop.is_set():
-            say(f"stopped at step {step:,}, which is saved; the same command continues")
-            raise SystemExit(STOPPED)
-        raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
-    say(f"trained {step:,} steps of {recipe.train.batch_size} pictures")
-    return step
-
-
-def _renew_claim(url: str, ray_run_id: str) -> None:
-    """Take back what an earlier attempt of an elastic run claimed of the cluster.
-
-    Where a command was killed, Ray would keep the claim for three minutes and let this attempt
-    wait for it. The name of a claim is Ray's own (`ScalingPolicy.after_controller_start`).
-    """
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-        get_or_create_autoscaling_coordinator,
-    )
-
-    place = storage.join(url, "ray-claim.json")
-    if storage.exists(place):
-        coordinator = get_or_create_autoscaling_coordinator()
-        ray.get(coordinator.cancel_request.remote(requester_id=storage.read_json(place)))
-    storage.write_json(place, f"train-{ray_run_id}")
-
-
-@contextlib.contextmanager
-def _on_sigterm(stop: threading.Event) -> Iterator[None]:
-    """Set an event on SIGTERM while the block runs, where this thread may say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _ray_storage(url: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own state, as RunConfig wants it."""
-    if storage.is_local(url):
-        return {"storage_path": str(storage.local_path(url).absolute())}
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    fs, path = storage.filesystem(url)
-    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of the innermost failure, which is what went wrong."""
-    failures = getattr(error, "worker_failures", None) or {}
-    texts = [str(failure) for failure in failures.values()] or [str(error)]
-    lines = [line for line in texts[0].strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _progress(
-    recipe: Recipe, board: Any, committed: list[int], stop: threading.Event
-) -> Iterator[None]:
-    """Show the board's record and lines while the block runs; pass on that it is to stop."""
-    ended = threading.Event()
-    steps, start = recipe.train.steps, max(committed, default=0)
-    say(
-        f"starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}, "
-        f"attention kernel {_kernel(recipe)}"
-    )
-    seen = 0
-
-    def show(progress: Progress) -> dict[str, Any]:
-        nonlocal seen
-        record, lines = ray.get(board.read.remote(seen))
-        seen += len(lines)
-        for line in lines:
-            say(line)
-        if "loss" in record:
-            detail = f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} pictures/s"
-            progress.update(record["step"], detail)
-        return dict(record)
-
-    def watch() -> None:
-        with Progress("train", steps, "steps", done=start) as progress:
-            begun = told = False
-            while not ended.wait(POLL_S):
-                if stop.is_set() and not told:
-                    told = True
-                    say("asked to end: saving a checkpoint")
-                    board.stop.remote()
-                if show(progress) and not begun:
-                    begun = True
-                    progress.restart_clock()
-            show(progress)
-
-    thread = threading.Thread(target=watch, name="training-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from diffit_train.models.attention import TMSA
+from diffit_train.models.backbone import Backbone
 from diffit_train.models.dit import DiT
-from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
-from diffit_train.models.runtime import checkpoint_activations, use_kernel
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.models.wrap import checkpoint_activations, use_kernel
 from tests.benchmarks.common import interleaved_seconds, kept_bytes, peak_bytes, print_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _block(
-    kind: type[LatentTransformer], side: int, kernel: str, mode: str, x: Tensor
-) -> nn.Module:
+def _block(kind: type[Backbone], side: int, kernel: str, mode: str, x: Tensor) -> nn.Module:
     model = kind(Shape(latent_size=2 * side, depth=1)).to(x.device, x.dtype)
     use_kernel(model, kernel, x.device)
     checkpoint_activations(model, mode)

@@ -22,8 +22,7 @@ import numpy as np
 import ray
 import torch
 
-from diffit_train import cluster
-from diffit_train.checkpoints import committed_steps
+from diffit_train import ray_session
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.evaluation.features import load_features
@@ -31,6 +30,7 @@ from diffit_train.evaluation.fleet import Actors, Fleet
 from diffit_train.evaluation.generate import Generator, network_evaluations
 from diffit_train.evaluation.result import run_url
 from diffit_train.evaluation.sample import run_weights
+from diffit_train.runs.checkpoints import committed_steps
 from tests.benchmarks.common import print_table
 
 # The sleeping model: seconds of a chunk, and chunks that each actor would make.
@@ -90,7 +90,7 @@ def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
     """One actor against a bare loop."""
     recipe = _recipe(root, 1, samples, batches)
     step = committed_steps(run_url(recipe, "demo"))[-1]
-    with cluster.connected():
+    with ray_session.connected():
         started = _Started(recipe, step)
         bare = _Bare(recipe, step)
         bare.seconds()
@@ -111,7 +111,7 @@ def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
 def actors(root: Path, samples: int, rounds: int) -> None:
     """Two actors against one."""
     found: dict[int, list[float]] = {1: [], 2: []}
-    with cluster.connected():
+    with ray_session.connected():
         for count in found:
             recipe = _recipe(root, count, samples, 1)
             started = _Started(recipe, committed_steps(run_url(recipe, "demo"))[-1])
@@ -152,7 +152,7 @@ class _Sleeper:
 def simulate(counts: list[int]) -> None:
     """The dispatch of chunks to many actors, against chunks that took no dispatching."""
     rows = []
-    with cluster.connected():
+    with ray_session.connected():
         processes = [_Sleepers.remote() for _ in range(PROCESSES)]  # type: ignore[attr-defined]
         ray.get([process.ready.remote() for process in processes])
         for count in counts:

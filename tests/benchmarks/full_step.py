@@ -16,10 +16,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from diffit_train.commands.plan import GIB, state_bytes
 from diffit_train.config.recipe import Diffusion, Train
 from diffit_train.diffusion.objective import build_objective
-from diffit_train.models.latent import LatentDiffiT, Shape, trainable_parameters
-from diffit_train.plan import GIB, state_bytes
+from diffit_train.models.backbone import trainable_parameters
+from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import print_table
 from tests.training import ranks

@@ -13,10 +13,11 @@ import functools
 
 import torch
 
+from diffit_train.models.backbone import Backbone
+from diffit_train.models.cost import training_flops_per_image
 from diffit_train.models.dit import DiT
-from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
-from diffit_train.models.runtime import checkpoint_activations, compile_blocks, use_kernel
-from diffit_train.training.telemetry import training_flops_per_image
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
 from tests.benchmarks.block import DTYPES
 from tests.benchmarks.common import (
     beside_matrix_rate,
@@ -26,7 +27,7 @@ from tests.benchmarks.common import (
 )
 
 
-def _body(model: LatentTransformer, x: torch.Tensor, dtype: torch.dtype):
+def _body(model: Backbone, x: torch.Tensor, dtype: torch.dtype):
     t = torch.randint(1000, (len(x),), device=x.device)
 
     def run() -> None:
@@ -63,7 +64,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = kind(shape).to(device)
         use_kernel(model, kernel, device)
-        flops = training_flops_per_image(model, 4, options.latent) * options.batch
+        flops = training_flops_per_image(model) * options.batch
         checkpoint_activations(model, mode)
         if options.compile:
             compile_blocks(model)

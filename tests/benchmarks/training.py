@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffit_train.checkpoints import State
-from diffit_train.cluster import KEEP_FREED_MEMORY
+from diffit_train.commands.plan import state_bytes
 from diffit_train.config.recipe import BUCKET_ELEMENTS, Diffusion, EmaProfile, Train
 from diffit_train.diffusion.objective import build_objective
-from diffit_train.models.latent import LatentDiffiT, Shape, trainable_parameters
-from diffit_train.models.runtime import use_kernel
-from diffit_train.plan import state_bytes
-from diffit_train.training.checkpoint import CheckpointWriter
+from diffit_train.models.backbone import trainable_parameters
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.models.wrap import use_kernel
+from diffit_train.ray_session import KEEP_FREED_MEMORY
+from diffit_train.runs.checkpoints import State
+from diffit_train.training.checkpointer import CheckpointWriter
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import interleaved_seconds, print_table
 from tests.benchmarks.full_step import tensor_bytes

@@ -21,11 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffit_train import command, storage
+from diffit_train import storage
+from diffit_train.commands.verify import check_latents
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
 from diffit_train.data.encode import _read_shard_pictures, encode
-from diffit_train.data.parts import find_work, make_plan, shard_spec, write_plan
+from diffit_train.data.encode_plan import find_work, make_plan, shard_spec, write_plan
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
 from diffit_train.data.shards import (
     finished,
@@ -37,7 +38,7 @@ from diffit_train.data.shards import (
 from diffit_train.data.sources import Item, Place
 from diffit_train.data.verify import verify
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.training.worker import train
+from diffit_train.training.driver import train
 from tests.conftest import tiny_recipe
 from tests.data.test_sources import write_as
 
@@ -361,9 +362,9 @@ def test_bad_shards_are_found_and_made_again(encoded: Path, tmp_path: Path) -> N
     assert "differs from its recorded size or sha256" in bad["shard-000001.tar"]
     assert "is missing" in bad["shard-000003.tar"]
     with pytest.raises(DiffitError, match=r"2 of 5 shards .* are bad: .*--repair encodes them"):
-        command.verify_latents(url, None, False)
+        check_latents(url, None, False)
     kept = (Path(url) / "shard-000002.tar").stat().st_mtime_ns
-    found = command.verify_latents(url, str(tmp_path / "check.png"), True)
+    found = check_latents(url, str(tmp_path / "check.png"), True)
     assert found["bad"] == {}
     assert 0 < found["reconstruction_mse"] < 2
     assert Image.open(tmp_path / "check.png").size[0] > 500

@@ -10,17 +10,18 @@ import pytest
 import ray
 from PIL import Image
 
-from diffit_train import command
-from diffit_train.checkpoints import checkpoint_digest, read_state
-from diffit_train.command import evaluate as evaluate_command
+from diffit_train.commands.evaluate import evaluate_run
+from diffit_train.commands.sweep import run_sweep, show_sweep
+from diffit_train.compare.comparison import collect, compare_store
 from diffit_train.config import Recipe
 from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import fleet as fleet_module
+from diffit_train.evaluation.best import register_best
 from diffit_train.evaluation.chunks import committed_chunks, read_pictures
 from diffit_train.evaluation.fleet import Fleet, Request, make_reference
-from diffit_train.evaluation.report import collect, compare_store
 from diffit_train.evaluation.result import Result, evaluation_key, evaluation_url, finished
+from diffit_train.runs.checkpoints import checkpoint_digest, read_state
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 
@@ -145,7 +146,7 @@ def test_more_samples_begin_with_the_same_pictures(
 ) -> None:
     root, (_, result) = evaluated
     recipe = tiny_recipe(_copy(root, tmp_path), "evaluate.samples=15", "scaling.evaluate_batches=9")
-    (more,) = command.evaluate(recipe, "tiny", ["12"], npz=True)
+    (more,) = evaluate_run(recipe, "tiny", ["12"], npz=True)
     assert np.array_equal(_pictures(Result.model_validate(more))[:12], _pictures(result))
     with np.load(Path(more["grid"]).parent / "samples.npz") as file:
         assert np.array_equal(file["arr_0"], _pictures(Result.model_validate(more)))
@@ -161,7 +162,7 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     recipe = tiny_recipe(_copy(root, tmp_path))
     shutil.copytree(root / "evaluations", tmp_path / "evaluations")
     best = min(results, key=lambda r: r.metrics["fd_digits"])
-    found = command.keep_best(recipe, "tiny")
+    found = register_best(recipe, "tiny")
     assert found is not None
     assert found["step"] == best.step
     tracker = Tracker.of(recipe)
@@ -174,7 +175,7 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     assert version.run_id == best.mlflow_run_id
     assert "blocks.0.attn.qkv.weight" in read_weights_file(found["file"], False)
     # Nothing has become better since.
-    again = command.keep_best(recipe, "tiny")
+    again = register_best(recipe, "tiny")
     assert again is not None
     assert again["file"] is None
     versions = tracker.client.search_model_versions("name='demo-tiny'")
@@ -187,7 +188,7 @@ def test_a_sweep_is_evaluated_in_place_and_goes_on(
     root, _ = evaluated
     recipe = tiny_recipe(_copy(root, tmp_path), "evaluate.samples=8")
     texts = ["guidance.scale=1:2:1", "sampler.steps=2,3"]
-    found = command.sweep(recipe, "tiny", ["12"], texts, "first")
+    found = run_sweep(recipe, "tiny", ["12"], texts, "first")
     rows = found["rows"]
     pairs = [(row["guidance.scale"], row["sampler.steps"]) for row in rows]
     assert pairs == [(1, 2), (1, 3), (2, 2), (2, 3)]
@@ -207,13 +208,13 @@ def test_a_sweep_is_evaluated_in_place_and_goes_on(
     lost = next((tmp_path / "evaluations" / "tiny").glob("step-*/ddim2-constant2-*"))
     kept = {p: p.stat().st_mtime_ns for p in lost.parent.rglob("result.json")}
     shutil.rmtree(lost)
-    again = command.sweep(recipe, "tiny", ["12"], texts, "first")
+    again = run_sweep(recipe, "tiny", ["12"], texts, "first")
     assert again["rows"] == rows
     after = {p: p.stat().st_mtime_ns for p in lost.parent.rglob("result.json")}
     assert {p for p in kept if kept[p] != after[p]} == {lost / "result.json"}
     with pytest.raises(UserError, match="another sweep 'first'"):
-        command.sweep(recipe, "tiny", ["0"], texts, "first")
-    shown = command.show_sweep(str(tmp_path), "tiny", "first")
+        run_sweep(recipe, "tiny", ["0"], texts, "first")
+    shown = show_sweep(str(tmp_path), "tiny", "first")
     assert (shown["done"], shown["members"]) == (4, 4)
 
 
@@ -299,7 +300,7 @@ def test_bad_input_writes_nothing(
     recipe = tiny_recipe(trained, "evaluate.seed=99", *overrides)
     before = sorted((trained / "evaluations").rglob("*"))
     with pytest.raises(UserError, match=words):
-        evaluate_command(recipe, run, steps)
+        evaluate_run(recipe, run, steps)
     assert sorted((trained / "evaluations").rglob("*")) == before
 
 

@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffit_train.cli import app
-from diffit_train.command import guarded
-from diffit_train.errors import UserError
-from diffit_train.evaluation import html_report
-from diffit_train.evaluation.report import Comparison, compare_store
-from diffit_train.evaluation.report_pictures import Panel, draw_panels, panels
-from diffit_train.evaluation.report_ranks import (
+from diffit_train.cli import app, exit_status
+from diffit_train.compare import html
+from diffit_train.compare.collect import Evaluation, Protocol, RunRow, collect
+from diffit_train.compare.comparison import Comparison, compare_store
+from diffit_train.compare.plots import Panel, draw_panels, panels
+from diffit_train.compare.ranking import (
     best_of,
     best_places,
     fronts,
@@ -35,8 +34,8 @@ from diffit_train.evaluation.report_ranks import (
     pareto_front,
     protocol_names,
 )
-from diffit_train.evaluation.report_runs import Evaluation, Protocol, RunRow, collect
-from diffit_train.evaluation.report_tables import csv_text, sheets
+from diffit_train.compare.tables import csv_text, sheets
+from diffit_train.errors import UserError
 from diffit_train.tracking import Tracker
 
 RECIPE = {
@@ -567,10 +566,10 @@ def test_a_heavy_grid_is_embedded_smaller(monkeypatch: pytest.MonkeyPatch) -> No
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
-    assert html_report._grid_uri(file.getvalue()).startswith("data:image/png")
-    monkeypatch.setattr(html_report, "MAX_GRID_BYTES", 1000)
-    monkeypatch.setattr(html_report, "SMALL_SIDE_PX", 60)
-    uri = html_report._grid_uri(file.getvalue())
+    assert html._grid_uri(file.getvalue()).startswith("data:image/png")
+    monkeypatch.setattr(html, "MAX_GRID_BYTES", 1000)
+    monkeypatch.setattr(html, "SMALL_SIDE_PX", 60)
+    uri = html._grid_uri(file.getvalue())
     assert uri.startswith("data:image/jpeg")
     assert Image.open(io.BytesIO(_decoded(uri))).size == (60, 45)
 
@@ -578,9 +577,9 @@ def test_a_heavy_grid_is_embedded_smaller(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_page_is_bounded_and_tells_no_secret(
     store: Store, comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(html_report, "MAX_GRIDS", 1)
+    monkeypatch.setattr(html, "MAX_GRIDS", 1)
     monkeypatch.setattr(store.tracker, "uri", "http://user:secret@mlflow:5000")
-    html_report.write_html(comparison, [], store.tracker, str(tmp_path / "r.html"))
+    html.write_html(comparison, [], store.tracker, str(tmp_path / "r.html"))
     text = (tmp_path / "r.html").read_text()
     assert "16 further evaluations are left out" in text
     assert "http://mlflow:5000" in text
@@ -593,7 +592,7 @@ def test_a_grid_that_cannot_be_read_is_said(store: Store, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(store.tracker, "artifact", refuse)
     chosen = [("caption", _measured({}, Protocol()))]
-    pictures, notes = html_report._grids(chosen, store.tracker)
+    pictures, notes = html._grids(chosen, store.tracker)
     assert pictures == []
     assert notes == ["the grid of key cannot be read: http://store is away"]
 
@@ -627,7 +626,7 @@ def test_the_command_prints_one_form(store: Store, tmp_path: Path) -> None:
 def test_bad_input_writes_nothing(store: Store, tmp_path: Path, words: list[str]) -> None:
     files = ["--picture", f"{tmp_path}/p.png", "--html", f"{tmp_path}/r.html"]
     arguments = ["compare", "--root", str(store.folder), *files, *words]
-    assert guarded(lambda: app(arguments, standalone_mode=False)) == 2
+    assert exit_status(lambda: app(arguments, standalone_mode=False)) == 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,11 +11,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffit_train import command, storage
-from diffit_train.checkpoints import committed_steps, read_weights
+from diffit_train import storage
+from diffit_train.commands.train import train_run
+from diffit_train.commands.weights import (
+    WeightSource,
+    export_checkpoint,
+    import_file,
+    recipe_of_weights,
+    sample_images,
+)
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
 from diffit_train.evaluation.sample import choose_classes, parse_seeds
+from diffit_train.runs.checkpoints import committed_steps, read_weights
 from tests.conftest import tiny_recipe
 
 
@@ -39,8 +47,8 @@ def test_classes_by_name_and_number() -> None:
             choose_classes(names, [wrong])
 
 
-def _sample(root: Path, out: Path, source: command.WeightSource, batch: int = 4) -> dict:
-    return command.sample(tiny_recipe(root), source, ["b", "2"], "0-1,7", str(out), batch)
+def _sample(root: Path, out: Path, source: WeightSource, batch: int = 4) -> dict:
+    return sample_images(tiny_recipe(root), source, ["b", "2"], "0-1,7", str(out), batch)
 
 
 def _pictures(folder: Path) -> dict[str, np.ndarray]:
@@ -52,7 +60,7 @@ def test_a_run_and_its_export_give_the_same_pictures_in_any_batch(
     trained: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(trained)
-    result = _sample(trained, tmp_path / "run", command.WeightSource("tiny"))
+    result = _sample(trained, tmp_path / "run", WeightSource("tiny"))
     first = _pictures(tmp_path / "run")
     assert len(first) == 6
     assert first["class0001-seed000000.png"].shape == (16, 16, 3)
@@ -60,13 +68,13 @@ def test_a_run_and_its_export_give_the_same_pictures_in_any_batch(
     assert [p["class"] for p in result["pictures"]] == ["b"] * 3 + ["c"] * 3
     assert Image.open(tmp_path / "run" / "grid.png").size[0] > 100
 
-    file = command.export_weights(recipe, "tiny", "newest", "ema", str(tmp_path / "w.safetensors"))
+    file = export_checkpoint(recipe, "tiny", "newest", "ema", str(tmp_path / "w.safetensors"))
     tensors = load_file(file["file"])
     ema = read_weights(str(trained / "runs" / "tiny"), 12, "ema")
     assert set(ema) < set(tensors)
     assert all(torch.equal(tensors[name], value) for name, value in ema.items())
 
-    source = command.WeightSource("none", file=file["file"])
+    source = WeightSource("none", file=file["file"])
     _sample(trained, tmp_path / "file", source, batch=1)
     second = _pictures(tmp_path / "file")
     assert second.keys() == first.keys()
@@ -80,44 +88,42 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     trained: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(trained)
-    exported = command.export_weights(recipe, "tiny", "8", "raw", str(tmp_path / "raw.safetensors"))
+    exported = export_checkpoint(recipe, "tiny", "8", "raw", str(tmp_path / "raw.safetensors"))
     file = exported["file"]
     # The file itself says of which recipe it is.
-    mine = command.recipe_of_weights(file, None, ["storage.root=" + str(trained)], None)
+    mine = recipe_of_weights(file, None, ["storage.root=" + str(trained)], None)
     assert mine == recipe
-    result = command.import_weights(mine, "imported", file, 8, False)
+    result = import_file(mine, "imported", file, 8, False)
     assert committed_steps(result["url"]) == [8]
-    again = command.export_weights(
-        recipe, "imported", "8", "ema", str(tmp_path / "again.safetensors")
-    )
+    again = export_checkpoint(recipe, "imported", "8", "ema", str(tmp_path / "again.safetensors"))
     before, after = load_file(file), load_file(again["file"])
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
-    _sample(trained, tmp_path / "a", command.WeightSource("imported"))
-    _sample(trained, tmp_path / "b", command.WeightSource("none", file=file))
+    _sample(trained, tmp_path / "a", WeightSource("imported"))
+    _sample(trained, tmp_path / "b", WeightSource("none", file=file))
     for name, picture in _pictures(tmp_path / "a").items():
         assert np.array_equal(_pictures(tmp_path / "b")[name], picture)
 
     with pytest.raises(UserError, match=r"run 'imported' .* exists; choose another --run"):
-        command.import_weights(recipe, "imported", file, 8, False)
+        import_file(recipe, "imported", file, 8, False)
     with pytest.raises(UserError, match=r"holds no master, only ema: its weights were imported"):
-        command.export_weights(recipe, "imported", "8", "raw", None)
+        export_checkpoint(recipe, "imported", "8", "raw", None)
     with pytest.raises(UserError, match=r"imported and have no optimizer state"):
-        command.train(recipe, "imported")
+        train_run(recipe, "imported")
 
 
 def test_an_export_says_its_step_and_its_runs_recipe(trained: Path, tmp_path: Path) -> None:
     # What the command changes of the recipe is not how the run was trained.
     recipe = tiny_recipe(trained, "evaluate.seed=5", "tracking.experiment=other")
     out = str(tmp_path / "w.safetensors")
-    file = command.export_weights(recipe, "tiny", "8", "ema", out)["file"]
-    said = command.recipe_of_weights(file, None, (), None)
+    file = export_checkpoint(recipe, "tiny", "8", "ema", out)["file"]
+    said = recipe_of_weights(file, None, (), None)
     assert said == tiny_recipe(trained, "tracking.experiment=other")
-    own = command.recipe_of_weights(file, None, (), str(tmp_path / "project"))
-    assert command.import_weights(own, "own", file, None, False)["step"] == 8
+    own = recipe_of_weights(file, None, (), str(tmp_path / "project"))
+    assert import_file(own, "own", file, None, False)["step"] == 8
     assert committed_steps(str(tmp_path / "project" / "runs" / "own")) == [8]
-    given = command.import_weights(own, "given", file, 3, False)
+    given = import_file(own, "given", file, 3, False)
     assert given["step"] == 3
     assert committed_steps(given["url"]) == [3]
 
@@ -125,10 +131,10 @@ def test_an_export_says_its_step_and_its_runs_recipe(trained: Path, tmp_path: Pa
 def test_without_mlflow_nothing_is_imported(trained: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(trained)
     out = str(tmp_path / "w.safetensors")
-    file = command.export_weights(recipe, "tiny", "8", "ema", out)["file"]
-    remote = command.recipe_of_weights(file, None, (), "memory://import")
+    file = export_checkpoint(recipe, "tiny", "8", "ema", out)["file"]
+    remote = recipe_of_weights(file, None, (), "memory://import")
     with pytest.raises(UserError, match=r"give a server, as tracking\.uri="):
-        command.import_weights(remote, "x", file, None, False)
+        import_file(remote, "x", file, None, False)
     assert not storage.exists("memory://import")
 
 
@@ -137,10 +143,10 @@ def test_files_of_another_model_are_refused(trained: Path, tmp_path: Path) -> No
     file = str(tmp_path / "other.safetensors")
     save_file({"x": torch.zeros(1)}, file)
     with pytest.raises(UserError, match=r"missing: blocks\.0\.attn"):
-        command.import_weights(recipe, "other", file, 0, False)
+        import_file(recipe, "other", file, 0, False)
     assert not (trained / "runs" / "other").exists()
     with pytest.raises(UserError, match="there is no run 'none'"):
-        command.sample(recipe, command.WeightSource("none"), [], "0", str(tmp_path / "o"), 1)
+        sample_images(recipe, WeightSource("none"), [], "0", str(tmp_path / "o"), 1)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +161,8 @@ def test_other_ways_to_sample_change_little_in_kind(
     trained: Path, tmp_path: Path, changes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tiny_recipe(trained, *changes)
-    source = command.WeightSource("tiny")
-    result = command.sample(recipe, source, ["a"], "0", str(tmp_path), 1)
+    source = WeightSource("tiny")
+    result = sample_images(recipe, source, ["a"], "0", str(tmp_path), 1)
     assert result["sampler"]["name"] == recipe.evaluate.sampler.name
     assert len(_pictures(tmp_path)) == 1
     assert "1 picture in " in capsys.readouterr().err

@@ -21,9 +21,10 @@ import numpy as np
 import psutil
 import ray
 
-from diffit_train import command
+from diffit_train.commands.encode import encode_latents
+from diffit_train.commands.train import train_run
 from diffit_train.config import Recipe, dump_recipe, load_recipe
-from diffit_train.training.run import TrainingLog
+from diffit_train.training.log import TrainingLog
 from tests.benchmarks.common import print_table
 from tests.faults.driver import Driver
 
@@ -86,14 +87,14 @@ def main() -> None:
 
         write_digits(str(root / "pictures" / "digits"), 16)
         fit_autoencoder(_recipe(root, steps))
-        command.encode(_recipe(root, steps))
+        encode_latents(_recipe(root, steps))
 
     killed = _train_while_killed(root, steps, options.seed)
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     for run, workers in (("two", 2), ("one", 1), ("four", 4)):
-        command.train(_recipe(root, steps, f"scaling.workers={workers}"), run)
-    command.train(_recipe(root, steps // 2, "scaling.workers=2"), "changed")
-    command.train(_recipe(root, steps, "scaling.workers=1", "train.zero_stage=3"), "changed")
+        train_run(_recipe(root, steps, f"scaling.workers={workers}"), run)
+    train_run(_recipe(root, steps // 2, "scaling.workers=2"), "changed")
+    train_run(_recipe(root, steps, "scaling.workers=1", "train.zero_stage=3"), "changed")
     names = {
         "two": "2 workers, ZeRO 2",
         "one": "1 worker",

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from diffit_train import command
+from diffit_train.commands.sweep import FleetOptions, run_sweep
 from diffit_train.config import Recipe, load_recipe
 from tests.benchmarks.common import print_table
 from tests.head import Head
@@ -57,14 +57,14 @@ def disturbed(
         recipe: of a root.
         folder: where the copies go.
     """
-    alone = command.sweep(recipe(copy_root(root, folder / "alone")), run, [], texts, "swept")
+    alone = run_sweep(recipe(copy_root(root, folder / "alone")), run, [], texts, "swept")
     other = copy_root(root, folder / "fleet")
     found: list[dict[str, Any]] = []
     with Head(folder / "head.log") as head:
-        jobs = command.Fleet(head.address, at_most=2)
+        jobs = FleetOptions(head.address, at_most=2)
 
         def drive() -> None:
-            found.append(command.sweep(recipe(other), run, [], texts, "swept", fleet=jobs))
+            found.append(run_sweep(recipe(other), run, [], texts, "swept", fleet=jobs))
 
         thread = threading.Thread(target=drive)
         thread.start()

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffit_train import command
-from diffit_train.checkpoints import committed_steps, damage
+from diffit_train.commands.encode import encode_latents
+from diffit_train.commands.train import train_run
 from diffit_train.config import Recipe, dump_recipe, load_recipe
+from diffit_train.runs.checkpoints import committed_steps, damage
 from diffit_train.tracking import Tracker
-from diffit_train.training.run import TrainingLog
+from diffit_train.training.log import TrainingLog
 from tests.benchmarks.common import print_table
 from tests.faults.driver import Driver, Nodes
 
@@ -151,7 +152,7 @@ def _compare(root: Path, last: int) -> dict[str, Any]:
     bad = [text for step in committed_steps(run) if (text := damage(run, step))]
     recipe = _recipe(root, "2")
     train = recipe.train.model_copy(update={"steps": last})
-    command.train(recipe.model_copy(update={"train": train}), "undisturbed")
+    train_run(recipe.model_copy(update={"train": train}), "undisturbed")
     mine = TrainingLog(run, last).records
     theirs = TrainingLog(str(root / "runs" / "undisturbed"), last).records
     points = _points(root)
@@ -192,7 +193,7 @@ def main() -> None:
 
         write_digits(str(root / "pictures" / "digits"), 16)
         fit_autoencoder(_recipe(root, "1"))
-        command.encode(_recipe(root, "1"))
+        encode_latents(_recipe(root, "1"))
     faults, last = soak(root, options.minutes, options.seed)
     _tell(faults)
     print(json.dumps(_compare(root, last), indent=2))

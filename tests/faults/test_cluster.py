@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from diffit_train.checkpoints import committed_steps, damage
 from diffit_train.config import dump_recipe
-from diffit_train.training.worker import STOPPED, train
+from diffit_train.runs.checkpoints import committed_steps, damage
+from diffit_train.training.driver import STOPPED, train
 from tests.conftest import tiny_recipe
 from tests.faults.driver import Driver, Nodes
 from tests.training.test_train import _copy, _losses, _no_doubled_points

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from diffit_train import storage
-from diffit_train.checkpoints import committed_steps, damage
 from diffit_train.config import dump_recipe
-from diffit_train.training.worker import train
+from diffit_train.runs.checkpoints import committed_steps, damage
+from diffit_train.training.driver import train
 from tests.conftest import tiny_recipe
 from tests.faults.driver import Driver
 from tests.s3 import BUCKET, S3Server

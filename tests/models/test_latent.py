@@ -9,9 +9,10 @@ from torch import nn
 
 from diffit_train.config import load_recipe
 from diffit_train.models.attention import TMSA, relative_position_index
+from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.build import build_model
 from diffit_train.models.dit import DiT, DiTBlock
-from diffit_train.models.latent import LatentDiffiT, Shape, trainable_parameters
+from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.layers import TimestepEmbedder, sincos_position_table, unpatchify
 
 

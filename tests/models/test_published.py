@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffit_train.command import recipe_of_weights
+from diffit_train.commands.weights import recipe_of_weights
 from diffit_train.errors import UserError
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.published import (

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffit_train.checkpoints import Slice
 from diffit_train.config.recipe import EmaProfile, Train
+from diffit_train.runs.checkpoints import Slice
+from diffit_train.runs.phema import WIDEST_PROFILE, Profile, power_exponent, reconstruct
 from diffit_train.training.ema import ema_decay
 from diffit_train.training.engine import Engine
-from diffit_train.training.posthoc import WIDEST_PROFILE, Profile, power_exponent, reconstruct
 from tests.training.ranks import on_ranks
 from tests.training.test_engine import BATCH, CPU, _model, _one_step
 

@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 
 from diffit_train import storage
-from diffit_train.checkpoints import (
+from diffit_train.config.recipe import Train
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.runs.checkpoints import (
     STATES,
     Slice,
     State,
@@ -20,22 +23,16 @@ from diffit_train.checkpoints import (
     read_slices,
     read_state,
     read_weights,
+    remove_old,
     require_step,
 )
-from diffit_train.config.recipe import Train
-from diffit_train.errors import DiffitError, UserError
-from diffit_train.models.latent import LatentDiffiT, Shape
-from diffit_train.training.checkpoint import (
+from diffit_train.runs.deepspeed import is_deepspeed_checkpoint, read_deepspeed_checkpoint
+from diffit_train.training.checkpointer import (
     FAILED_SAVES,
     CheckpointWriter,
     load_checkpoint,
     load_weights,
     newest_whole,
-    remove_old,
-)
-from diffit_train.training.deepspeed_checkpoint import (
-    is_deepspeed_checkpoint,
-    read_deepspeed_checkpoint,
 )
 from diffit_train.training.engine import Engine, Judge, learning_rate
 from tests.training.ranks import on_ranks

@@ -14,19 +14,25 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from diffit_train import command, storage
-from diffit_train.checkpoints import (
-    checkpoint_url,
-    committed_steps,
-    read_state,
-    read_weights,
+from diffit_train import storage
+from diffit_train.commands.encode import encode_latents
+from diffit_train.commands.evaluate import evaluate_run
+from diffit_train.commands.train import train_run
+from diffit_train.commands.weights import (
+    export_checkpoint,
+    import_file,
+    recipe_of_weights,
+    reconstruct_average,
 )
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
+from diffit_train.runs.checkpoints import checkpoint_url, committed_steps, read_state, read_weights
+from diffit_train.runs.identity import create_identity
+from diffit_train.runs.start import starting_from
 from diffit_train.tracking import Tracker
 from diffit_train.training import loop
-from diffit_train.training.run import PassedOver, create_identity
+from diffit_train.training.log import SkippedSteps
 from tests.conftest import tiny_recipe
 from tests.training.ranks import on_ranks
 
@@ -190,7 +196,7 @@ def test_after_too_many_bad_batches_in_a_row_the_run_goes_back_and_passes_over(
 ) -> None:
     bad, limit = (10, 11, 12), "train.bad_steps_in_row=3"
     run = _run(encoded, "back", 2, 24, limit, stop_after=None, preempt=False, bad_steps=bad)
-    assert PassedOver.read(str(run)).ranges == ((10, 12),)
+    assert SkippedSteps.read(str(run)).ranges == ((10, 12),)
     assert len((run / "bad-steps.jsonl").read_text().splitlines()) == 3
     # A run that knew of them from the start comes to the very same weights.
     knowing = encoded / "runs" / "knowing"
@@ -249,7 +255,7 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
     changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.2}}"]
     run = _run(encoded, "snapshots", 1, 24, *changes)
     recipe = tiny_recipe(encoded, *STEPS, *changes)
-    same = command.reconstruct_ema(recipe, "snapshots", 0.05, "newest", None)
+    same = reconstruct_average(recipe, "snapshots", 0.05, "newest", None)
     assert same["error"] < 1e-9
     assert same["file"] == f"{run}/export/ema-0.05-0000000024.safetensors"
     kept = read_weights(str(run), 24, "a")
@@ -258,12 +264,12 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
         torch.testing.assert_close(made[name], value, atol=1e-7, rtol=1e-6)
     # An evaluation has it made, and finds it the next time.
     changes += ["evaluate.weights=sigma_rel:0.07", "evaluate.samples=4"]
-    (result,) = command.evaluate(tiny_recipe(encoded, *STEPS, *changes), "snapshots", ["24"])
+    (result,) = evaluate_run(tiny_recipe(encoded, *STEPS, *changes), "snapshots", ["24"])
     assert (run / "export" / "ema-0.07-0000000024.safetensors").exists()
     assert result["evaluate"]["weights"] == "sigma_rel:0.07"
     # In between, at a step that has no snapshot, an average of what lies between.
     out = str(tmp_path / "x.safetensors")
-    between = command.reconstruct_ema(recipe, "snapshots", 0.1, "21", out)
+    between = reconstruct_average(recipe, "snapshots", 0.1, "21", out)
     assert 0.0 < between["error"] < 0.2
     assert recipe_of(out).train == recipe.train
     for wrong, words in (
@@ -271,14 +277,14 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
         ((0.1, "99"), r"--step is 99, but the snapshots of 'snapshots' end at step 24"),
     ):
         with pytest.raises(UserError, match=words):
-            command.reconstruct_ema(recipe, "snapshots", *wrong, None)
+            reconstruct_average(recipe, "snapshots", *wrong, None)
     with pytest.raises(UserError, match=r"no snapshots of averages; train with"):
-        command.reconstruct_ema(tiny_recipe(encoded, *STEPS), "whole", 0.1, "newest", None)
+        reconstruct_average(tiny_recipe(encoded, *STEPS), "whole", 0.1, "newest", None)
 
 
 def recipe_of(file: str) -> Recipe:
     """The recipe that a weight file says it is of."""
-    return command.recipe_of_weights(file, None, [], None)
+    return recipe_of_weights(file, None, [], None)
 
 
 def _deepspeed_alone(rank: int, world: int, recipe: Recipe, folder: str) -> None:
@@ -301,26 +307,26 @@ def test_a_run_goes_on_from_deepspeeds_own_checkpoint(encoded: Path, tmp_path: P
     recipe = tiny_recipe(encoded, *STEPS)
     on_ranks(2, _deepspeed_alone, recipe, str(tmp_path))
     with pytest.raises(UserError, match=r"made of pickles.*--allow-pickle"):
-        command.import_weights(recipe, "taken-over", str(tmp_path), 0, False)
-    result = command.import_weights(recipe, "taken-over", str(tmp_path), 0, True)
+        import_file(recipe, "taken-over", str(tmp_path), 0, False)
+    result = import_file(recipe, "taken-over", str(tmp_path), 0, True)
     assert result["step"] == 5
     state = read_state(result["url"], 5)
     assert (state.optimizer_steps, state.images_seen) == (5, 40)
     on_ranks(2, _train, recipe, "taken-over", state.mlflow_run_id, 24)
     assert read_state(result["url"], 24).optimizer_steps == 24
     with pytest.raises(UserError, match=r"run 'taken-over' .* exists"):
-        command.import_weights(recipe, "taken-over", str(tmp_path), 0, True)
+        import_file(recipe, "taken-over", str(tmp_path), 0, True)
     wider = tiny_recipe(encoded, *STEPS, "model.hidden_size=32")
     with pytest.raises(UserError, match=r"wrong size: .* has [\d,]+ elements, expected"):
-        command.import_weights(wider, "wider", str(tmp_path), 0, True)
+        import_file(wider, "wider", str(tmp_path), 0, True)
     assert not (encoded / "runs" / "wider").exists()
 
 
 def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole: Path) -> None:
     changes = ["data.name=large", "data.resolution=32", *STEPS]
     large = tiny_recipe(encoded, *changes)
-    command.encode(large)
-    recipe = command.starting_from(large, "larger", "whole@16", "ema")
+    encode_latents(large)
+    recipe = starting_from(large, "larger", "whole@16", "ema")
     start = recipe.train.start
     assert start is not None
     assert (start.run, start.step, recipe.model.position_side) == ("whole", 16, 2)
@@ -333,18 +339,18 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     table = "blocks.0.attn.relative_position_bias_table"
     assert (source[table].shape[0], begun[table].shape[0]) == (9, 49)
     # The same command goes on, though its source has newer checkpoints.
-    again = command.starting_from(large, "larger", "whole", "ema")
+    again = starting_from(large, "larger", "whole", "ema")
     assert again.train_hash() == recipe.train_hash()
-    assert command.train(large, "larger", source="whole")["step"] == 24
+    assert train_run(large, "larger", source="whole")["step"] == 24
     # Other commands need not be told where it came from.
-    assert command.train(large, "larger")["step"] == 24
-    assert command.export_weights(large, "larger", "24", "raw", None)["step"] == 24
+    assert train_run(large, "larger")["step"] == 24
+    assert export_checkpoint(large, "larger", "24", "raw", None)["step"] == 24
     # Nor need the source be there any more, once the run has its own checkpoints.
     gone = whole.rename(whole.parent / "gone")
     more = tiny_recipe(encoded, *changes, "train.keep_every=24")
-    assert command.starting_from(more, "larger", "whole", "ema").train_hash() == recipe.train_hash()
+    assert starting_from(more, "larger", "whole", "ema").train_hash() == recipe.train_hash()
     shutil.rmtree(checkpoint_url(str(first), 24))
-    assert command.train(more, "larger", source="whole")["step"] == 24
+    assert train_run(more, "larger", source="whole")["step"] == 24
     gone.rename(whole)
     for wrong, words in (
         (("larger", "whole@17", "ema"), r"no committed checkpoint of step 17"),
@@ -354,8 +360,8 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
         (("whole", "whole", "ema"), r"names run 'whole' itself"),
     ):
         with pytest.raises(UserError, match=words):
-            command.starting_from(large, *wrong)
+            starting_from(large, *wrong)
     wider = tiny_recipe(encoded, *changes, "model.hidden_size=32")
-    wider = command.starting_from(wider, "wider", "whole", "ema")
+    wider = starting_from(wider, "wider", "whole", "ema")
     with pytest.raises(UserError, match=r"whole@24 holds another model than the recipe's"):
-        command.train(wider, "wider")
+        train_run(wider, "wider")

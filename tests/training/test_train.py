@@ -16,13 +16,13 @@ import psutil
 import pytest
 import torch
 
-from diffit_train import command
-from diffit_train.checkpoints import committed_steps, read_state, read_weights
+from diffit_train.commands.weights import WeightSource, sample_images
 from diffit_train.config import dump_recipe
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.runs.checkpoints import committed_steps, read_state, read_weights
+from diffit_train.runs.identity import finished_step
 from diffit_train.tracking import Tracker
-from diffit_train.training.run import finished_step
-from diffit_train.training.worker import train
+from diffit_train.training.driver import train
 from tests.conftest import tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -195,8 +195,8 @@ def test_another_objective_and_model_around_which_much_is_put(
     weights = read_weights(str(encoded / "runs" / "flow"), 6, "raw")
     assert not any("y_embedder" in name for name in weights)
     assert weights["final_layer.linear.weight"].shape == (16, 16)
-    source = command.WeightSource("flow")
-    result = command.sample(recipe, source, ["a"], "0-1", str(tmp_path), 2)
+    source = WeightSource("flow")
+    result = sample_images(recipe, source, ["a"], "0-1", str(tmp_path), 2)
     assert len(result["pictures"]) == 2
 
 

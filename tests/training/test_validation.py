@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from diffit_train import command
-from diffit_train.checkpoints import read_state
+from diffit_train.commands.evaluate import watch_run
+from diffit_train.commands.train import train_run
 from diffit_train.errors import UserError
 from diffit_train.evaluation.result import finished
+from diffit_train.runs.checkpoints import read_state
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 
@@ -22,7 +23,7 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
         shutil.copytree(encoded / name, tmp_path / name)
     validate = ("train.validate_every=8", "train.validate_samples=6")
     recipe = tiny_recipe(tmp_path, *validate, "train.steps=16")
-    assert command.train(recipe, "watched")["step"] == 16
+    assert train_run(recipe, "watched")["step"] == 16
     assert "step 16 evaluated: fd_digits" in capfd.readouterr().err
     smaller = tiny_recipe(tmp_path, *validate, "train.steps=16", "evaluate.samples=6")
     results = [finished(smaller, "watched", step) for step in (8, 16)]
@@ -37,7 +38,7 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
 
     with pytest.raises(UserError, match="there is no feature network"):
         missing = "evaluate.features.source=root:features/none"
-        command.train(tiny_recipe(tmp_path, *validate, missing), "other")
+        train_run(tiny_recipe(tmp_path, *validate, missing), "other")
     assert not (tmp_path / "runs" / "other").exists()
 
 
@@ -54,6 +55,6 @@ def test_every_checkpoint_of_a_run_is_watched(trained: Path, tmp_path: Path) -> 
         found.append(len(list((tmp_path / "evaluations").rglob("result.json"))))
         aside.rename(last)
 
-    rows = command.watch(tiny_recipe(tmp_path, "evaluate.samples=4"), "tiny", pause=pause)
+    rows = watch_run(tiny_recipe(tmp_path, "evaluate.samples=4"), "tiny", pause=pause)
     assert found == [3]
     assert [row["step"] for row in rows] == [0, 4, 8, 12]

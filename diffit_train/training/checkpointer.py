@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from diffit_train import storage
-from diffit_train.checkpoints import (
-    SCHEMA,
+from diffit_train.errors import DiffitError
+from diffit_train.runs.checkpoints import (
     STATES,
-    Commit,
     FileEntry,
-    Index,
     Kind,
-    Parameter,
-    Piece,
+    OwnedSlice,
     Slice,
     State,
     checkpoint_url,
+    commit_checkpoint,
     committed_steps,
     damage,
     fill_slices,
     read_state,
+    write_pieces,
 )
-from diffit_train.errors import DiffitError
-from diffit_train.training.engine import Engine, Stretch
+from diffit_train.training.engine import Engine
 
 # Checkpoints in a row that may fail before training stops: storage may be away for a while.
 FAILED_SAVES = 3
 
 
-class GivingUp(DiffitError):
+class UnrecoverableError(DiffitError):
     """What all ranks find alike, and would find again if they were started anew."""
 
 
@@ -97,12 +93,12 @@ class CheckpointWriter:
                 must not raise.
 
         Raises:
-            GivingUp: too many checkpoints in a row could not be written.
+            UnrecoverableError: too many checkpoints in a row could not be written.
         """
         started_s = time.monotonic()
         self.wait()
         if len(self.failures) >= FAILED_SAVES:
-            raise GivingUp(self.failures[-1])
+            raise UnrecoverableError(self.failures[-1])
         name = f"rank-{self.rank:05d}-of-{self.world:05d}.safetensors"
         kinds = tuple(kinds or (*STATES, *self.engine.train.ema))
         owned = self.engine.owned()
@@ -132,14 +128,14 @@ class CheckpointWriter:
         """Write a checkpoint and return when it is committed.
 
         Raises:
-            GivingUp: it could not be written.
+            UnrecoverableError: it could not be written.
         """
         self.save(run_url, state, **rest)
         started_s = time.monotonic()
         self.wait()
         self.blocked_s += time.monotonic() - started_s
         if self.failures:
-            raise GivingUp(self.failures[-1])
+            raise UnrecoverableError(self.failures[-1])
 
     def _finish(
         self,
@@ -182,55 +178,6 @@ class CheckpointWriter:
             self.say(text)
 
 
-def write_pieces(path: Path, stretches: Iterable[Stretch], kinds: Sequence[Kind]) -> None:
-    """Write stretches as a safetensors file of 1-D tensors named KIND/PARAMETER.
-
-    The library's own writer wants every tensor in memory apart from the others, which would be
-    a second copy of the state; here one stretch at a time passes through the memory of the host.
-    """
-    stretches = list(stretches)
-    header: dict[str, Any] = {}
-    place = 0
-    for kind in kinds:
-        for stretch in stretches:
-            size = 4 * stretch.slice.length
-            header[f"{kind}/{stretch.slice.name}"] = {
-                "dtype": "F32",
-                "shape": [stretch.slice.length],
-                "data_offsets": [place, place + size],
-            }
-            place += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for kind in kinds:
-            for stretch in stretches:
-                values = stretch.values[kind].detach().to("cpu", torch.float32)
-                values.contiguous().numpy().tofile(file)
-
-
-def save_whole(
-    values: dict[Kind, dict[str, torch.Tensor]],
-    shapes: dict[str, torch.Size],
-    run_url: str,
-    state: State,
-) -> None:
-    """Write a checkpoint from whole tensors, by kind and parameter, in this process alone."""
-    url, name = checkpoint_url(run_url, state.step), "rank-00000-of-00001.safetensors"
-    stretches = [
-        Stretch(Slice(key, 0, shape.numel()), {k: v[key].reshape(-1) for k, v in values.items()})
-        for key, shape in shapes.items()
-    ]
-    with storage.atomic_file(storage.join(url, name)) as path:
-        write_pieces(path, stretches, tuple(values))
-        entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
-    pieces = [(key, 0, shape.numel()) for key, shape in shapes.items()]
-    part: dict[str, Any] = {"name": name, "entry": entry.model_dump(), "pieces": pieces}
-    commit_checkpoint(url, state, shapes, [part], tuple(values))
-
-
 def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
     """Fill this rank's master weights, moments and averages; any world size, any ZeRO stage.
 
@@ -254,7 +201,7 @@ def load_weights(model: nn.Module, run_url: str, step: int) -> None:
     fill_slices(run_url, step, wanted, ("master",))
 
 
-def _fill(stretches: list[Stretch], run_url: str, step: int, kinds: tuple[Kind, ...]) -> None:
+def _fill(stretches: list[OwnedSlice], run_url: str, step: int, kinds: tuple[Kind, ...]) -> None:
     if stretches:
         fill_slices(run_url, step, [(s.slice, s.values) for s in stretches], kinds)
 
@@ -291,73 +238,3 @@ def newest_whole(run_url: str, say: Callable[[str], None]) -> int | None:
             storage.remove(storage.join(checkpoint_url(run_url, step), "commit.json"))
         dist.barrier()
     return None
-
-
-def remove_old(run_url: str, keep: int, every: int | None = None) -> None:
-    """Remove all but the newest `keep` committed checkpoints, that of step 0, and those for good.
-
-    The commit marker goes first, so a half-removed checkpoint is never taken for a whole one.
-
-    Args:
-        every: checkpoints at multiples of so many steps are kept for good.
-    """
-    for step in [s for s in committed_steps(run_url) if s > 0][:-keep]:
-        if every is not None and step % every == 0:
-            continue
-        url = checkpoint_url(run_url, step)
-        storage.remove(storage.join(url, "commit.json"))
-        storage.remove(url)
-
-
-def commit_checkpoint(
-    url: str,
-    state: State,
-    shapes: dict[str, torch.Size],
-    parts: list[dict[str, Any]],
-    kinds: tuple[Kind, ...],
-) -> None:
-    """Write index, state and, last, the commit marker over the files that ranks have written."""
-    by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
-    for part in parts:
-        file = str(part["name"])
-        for name, offset, length in part["pieces"]:
-            by_name[name].append(Piece(file=file, offset=offset, length=length))
-    index = Index(
-        schema_version=SCHEMA,
-        kinds=kinds,
-        files={str(p["name"]): FileEntry.model_validate(p["entry"]) for p in parts},
-        parameters={
-            name: Parameter(
-                shape=tuple(shapes[name]),
-                pieces=tuple(sorted(pieces, key=lambda piece: piece.offset)),
-            )
-            for name, pieces in by_name.items()
-        },
-    )
-    _require_whole(index)
-    texts = {
-        "index.json": json.dumps(index.model_dump(mode="json"), indent=1).encode(),
-        "state.json": json.dumps(state.model_dump(mode="json"), indent=1).encode(),
-    }
-    for file, data in texts.items():
-        storage.write_bytes(storage.join(url, file), data)
-    commit = Commit(
-        index_sha256=storage.sha256_bytes(texts["index.json"]),
-        state_sha256=storage.sha256_bytes(texts["state.json"]),
-    )
-    storage.write_json(storage.join(url, "commit.json"), commit.model_dump())
-
-
-def _require_whole(index: Index) -> None:
-    """Pieces must cover each parameter without gap or overlap; else a checkpoint would lie."""
-    for name, parameter in index.parameters.items():
-        end = 0
-        for piece in parameter.pieces:
-            if piece.offset != end:
-                raise RuntimeError(f"checkpoint pieces of {name} leave a gap or overlap at {end}")
-            end += piece.length
-        expected = 1
-        for side in parameter.shape:
-            expected *= side
-        if end != expected:
-            raise RuntimeError(f"checkpoint pieces of {name} hold {end} of {expected} elements")

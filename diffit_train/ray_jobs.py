@@ -74,7 +74,7 @@ class Job:
         for step in self.steps:
             words += ["--step", step]
         if self.sweep:
-            words += ["--sweep-name", self.sweep]
+            words += ["--sweep-member", self.sweep]
         return shlex.join(words)
 
 

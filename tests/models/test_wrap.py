@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
-from diffit_train.models.runtime import checkpoint_activations, compile_blocks, use_kernel
+from diffit_train.models.backbone import Backbone
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
 
 SMALL = Shape(
     latent_size=8, latent_channels=3, out_channels=6, num_classes=5, hidden_size=32, depth=4,
@@ -16,7 +17,7 @@ SMALL = Shape(
 )  # fmt: skip
 
 
-def _model() -> LatentTransformer:
+def _model() -> Backbone:
     torch.manual_seed(0)
     model = LatentDiffiT(SMALL)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
@@ -24,7 +25,7 @@ def _model() -> LatentTransformer:
 
 
 def _step(
-    model: LatentTransformer, autocast: bool = False
+    model: Backbone, autocast: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Output, gradients, and the most elements that one saved tensor of attention has."""
     generator = torch.Generator().manual_seed(1)
@@ -35,7 +36,7 @@ def _step(
     return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-def _compare(change: Callable[[LatentTransformer], object], tolerance: float, **options: bool):
+def _compare(change: Callable[[Backbone], object], tolerance: float, **options: bool):
     plain, changed = _model(), _model()
     change(changed)
     assert list(changed.state_dict()) == list(plain.state_dict())
@@ -65,7 +66,7 @@ def test_autocast_changes_nothing_beyond_bf16() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_compilation_changes_nothing_beyond_rounding(mode: str) -> None:
-    def change(model: LatentTransformer) -> None:
+    def change(model: Backbone) -> None:
         checkpoint_activations(model, mode)
         compile_blocks(model)
 

@@ -12,20 +12,25 @@ Training writes it, evaluation reads it; neither knows the other. No pickle is i
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SCHEMA = 1
 # What a piece holds: one of these, or the average of the weights of that name.
@@ -111,6 +116,18 @@ class Slice:
     length: int
 
 
+@dataclass(frozen=True)
+class OwnedSlice:
+    """A stretch of a flattened parameter on this rank, and the tensors that hold its state.
+
+    Attributes:
+        values: 1-D views, as long as the stretch, of the kinds of a checkpoint.
+    """
+
+    slice: Slice
+    values: dict[Kind, Tensor]
+
+
 def step_name(step: int) -> str:
     """Folder name of a step."""
     return f"step-{step:010d}"
@@ -193,7 +210,7 @@ def checkpoint_digest(run_url: str, step: int) -> str:
     return _commit(checkpoint_url(run_url, step)).index_sha256
 
 
-def read_weights(run_url: str, step: int, kind: str) -> dict[str, torch.Tensor]:
+def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
     """Every trainable parameter by name, fp32, whole.
 
     Args:
@@ -213,12 +230,14 @@ def read_weights(run_url: str, step: int, kind: str) -> dict[str, torch.Tensor]:
 
 def read_slices(
     run_url: str, step: int, wanted: list[Slice], kinds: tuple[Kind, ...]
-) -> dict[Kind, list[torch.Tensor]]:
+) -> dict[Kind, list[Tensor]]:
     """For each kind, the wanted stretches as 1-D float32 tensors, in the order asked for.
 
     Raises:
         UserError, DiffitError: as `fill_slices`.
     """
+    import torch
+
     out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
     targets = [{kind: out[kind][number] for kind in kinds} for number in range(len(wanted))]
     fill_slices(run_url, step, list(zip(wanted, targets, strict=True)), kinds)
@@ -228,7 +247,7 @@ def read_slices(
 def fill_slices(
     run_url: str,
     step: int,
-    wanted: Sequence[tuple[Slice, Mapping[Kind, torch.Tensor]]],
+    wanted: Sequence[tuple[Slice, Mapping[Kind, Tensor]]],
     kinds: tuple[Kind, ...],
 ) -> None:
     """Read stretches into 1-D tensors that are there already, of any device and precision.
@@ -239,6 +258,8 @@ def fill_slices(
         UserError: the checkpoint was imported and does not hold a kind.
         DiffitError: a file is missing or damaged, or a parameter is not in the checkpoint.
     """
+    import torch
+
     index = read_index(run_url, step)
     url = checkpoint_url(run_url, step)
     absent = [kind for kind in kinds if kind not in index.kinds]
@@ -307,3 +328,128 @@ def _read_model(model: type[M], url: str, file: str, sha256: str) -> M:
         return model.model_validate_json(data)
     except ValidationError as error:
         raise DamagedCheckpoint(url, f"{file}: {error.error_count()} wrong fields") from error
+
+
+# Where snapshots of averages lie under a run, in the format of checkpoints.
+SNAPSHOTS = "ema-snapshots"
+
+
+def write_pieces(path: Path, stretches: Iterable[OwnedSlice], kinds: Sequence[Kind]) -> None:
+    """Write stretches as a safetensors file of 1-D tensors named KIND/PARAMETER.
+
+    The library's own writer wants every tensor in memory apart from the others, which would be
+    a second copy of the state; here one stretch at a time passes through the memory of the host.
+    """
+    import torch
+
+    stretches = list(stretches)
+    header: dict[str, Any] = {}
+    place = 0
+    for kind in kinds:
+        for stretch in stretches:
+            size = 4 * stretch.slice.length
+            header[f"{kind}/{stretch.slice.name}"] = {
+                "dtype": "F32",
+                "shape": [stretch.slice.length],
+                "data_offsets": [place, place + size],
+            }
+            place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for kind in kinds:
+            for stretch in stretches:
+                values = stretch.values[kind].detach().to("cpu", torch.float32)
+                values.contiguous().numpy().tofile(file)
+
+
+def save_whole(
+    values: dict[Kind, dict[str, Tensor]],
+    shapes: dict[str, torch.Size],
+    run_url: str,
+    state: State,
+) -> None:
+    """Write a checkpoint from whole tensors, by kind and parameter, in this process alone."""
+    url, name = checkpoint_url(run_url, state.step), "rank-00000-of-00001.safetensors"
+    stretches = [
+        OwnedSlice(Slice(key, 0, shape.numel()), {k: v[key].reshape(-1) for k, v in values.items()})
+        for key, shape in shapes.items()
+    ]
+    with storage.atomic_file(storage.join(url, name)) as path:
+        write_pieces(path, stretches, tuple(values))
+        entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
+    pieces = [(key, 0, shape.numel()) for key, shape in shapes.items()]
+    part: dict[str, Any] = {"name": name, "entry": entry.model_dump(), "pieces": pieces}
+    commit_checkpoint(url, state, shapes, [part], tuple(values))
+
+
+def remove_old(run_url: str, keep: int, every: int | None = None) -> None:
+    """Remove all but the newest `keep` committed checkpoints, that of step 0, and those for good.
+
+    The commit marker goes first, so a half-removed checkpoint is never taken for a whole one.
+
+    Args:
+        every: checkpoints at multiples of so many steps are kept for good.
+    """
+    for step in [s for s in committed_steps(run_url) if s > 0][:-keep]:
+        if every is not None and step % every == 0:
+            continue
+        url = checkpoint_url(run_url, step)
+        storage.remove(storage.join(url, "commit.json"))
+        storage.remove(url)
+
+
+def commit_checkpoint(
+    url: str,
+    state: State,
+    shapes: dict[str, torch.Size],
+    parts: list[dict[str, Any]],
+    kinds: tuple[Kind, ...],
+) -> None:
+    """Write index, state and, last, the commit marker over the files that ranks have written."""
+    by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
+    for part in parts:
+        file = str(part["name"])
+        for name, offset, length in part["pieces"]:
+            by_name[name].append(Piece(file=file, offset=offset, length=length))
+    index = Index(
+        schema_version=SCHEMA,
+        kinds=kinds,
+        files={str(p["name"]): FileEntry.model_validate(p["entry"]) for p in parts},
+        parameters={
+            name: Parameter(
+                shape=tuple(shapes[name]),
+                pieces=tuple(sorted(pieces, key=lambda piece: piece.offset)),
+            )
+            for name, pieces in by_name.items()
+        },
+    )
+    _require_whole(index)
+    texts = {
+        "index.json": json.dumps(index.model_dump(mode="json"), indent=1).encode(),
+        "state.json": json.dumps(state.model_dump(mode="json"), indent=1).encode(),
+    }
+    for file, data in texts.items():
+        storage.write_bytes(storage.join(url, file), data)
+    commit = Commit(
+        index_sha256=storage.sha256_bytes(texts["index.json"]),
+        state_sha256=storage.sha256_bytes(texts["state.json"]),
+    )
+    storage.write_json(storage.join(url, "commit.json"), commit.model_dump())
+
+
+def _require_whole(index: Index) -> None:
+    """Pieces must cover each parameter without gap or overlap; else a checkpoint would lie."""
+    for name, parameter in index.parameters.items():
+        end = 0
+        for piece in parameter.pieces:
+            if piece.offset != end:
+                raise RuntimeError(f"checkpoint pieces of {name} leave a gap or overlap at {end}")
+            end += piece.length
+        expected = 1
+        for side in parameter.shape:
+            expected *= side
+        if end != expected:
+            raise RuntimeError(f"checkpoint pieces of {name} hold {end} of {expected} elements")

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffit_train.config.recipe import EXECUTION_KEYS, KEEPING_KEYS
-from diffit_train.evaluation.report_runs import (
+from diffit_train.compare.collect import (
     PLACE_KEYS,
     Evaluation,
     Protocol,
@@ -26,6 +25,7 @@ from diffit_train.evaluation.report_runs import (
     plain,
     unknown,
 )
+from diffit_train.config.recipe import EXECUTION_KEYS, KEEPING_KEYS
 from diffit_train.tracking import RunRecord
 
 _SEED = "train.seed"

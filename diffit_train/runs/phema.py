@@ -11,7 +11,27 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.optimize import brentq
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.errors import UserError
+from diffit_train.models.build import build_model
+from diffit_train.models.published import (
+    write_published,
+)
+from diffit_train.progress import Progress
+from diffit_train.runs.checkpoints import (
+    SNAPSHOTS,
+    Slice,
+    committed_steps,
+    read_index,
+    read_slices,
+    reconstructed_url,
+)
+from diffit_train.runs.identity import run_url
+from diffit_train.runs.import_export import _metadata
 
 # sigma_rel of the mean over all of training, gamma = 0.
 WIDEST_PROFILE = 12**-0.5
@@ -89,3 +109,70 @@ def reconstruct(snapshots: list[Profile], wanted: Profile) -> Solution:
     coefficients = np.linalg.lstsq(matrix, target, rcond=1e-12)[0]
     error = np.linalg.norm(matrix @ coefficients - target) / np.linalg.norm(target)
     return Solution(coefficients, float(error))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """An average that was made of snapshots.
+
+    Attributes:
+        error: L2 distance of its profile from the wanted one, relative to the wanted one.
+        snapshots: how many were summed.
+    """
+
+    file: str
+    step: int
+    error: float
+    snapshots: int
+
+
+def reconstruct_ema(
+    recipe: Recipe, run: str, sigma_rel: float, step: int | None = None, out: str | None = None
+) -> Reconstruction:
+    """Make the average with another power profile from a run's snapshots (EDM2, section 3).
+
+    Args:
+        sigma_rel: width of the profile, relative to the training up to `step`.
+        step: of the average; None for the newest snapshot's.
+        out: where to; None for `checkpoints.reconstructed_url`.
+
+    Raises:
+        UserError: there are no snapshots, or none that late.
+    """
+    if not 0.0 < sigma_rel < WIDEST_PROFILE:
+        raise UserError(
+            f"--sigma-rel is {sigma_rel}, but must lie above 0 and below {WIDEST_PROFILE:.4f}, "
+            "the width of the plain mean"
+        )
+    url = run_url(recipe, run)
+    snapshots, profiles = storage.join(url, SNAPSHOTS), recipe.train.power_profiles()
+    steps = committed_steps(snapshots)
+    if not profiles or not steps:
+        raise UserError(
+            f"run {run!r} has no snapshots of averages; train with averages that have a sigma_rel "
+            "(as 0.05 and 0.1) in train.ema, and with train.ema_snapshot_every"
+        )
+    step = steps[-1] if step is None else step
+    if not 0 < step <= steps[-1]:
+        raise UserError(f"--step is {step}, but the snapshots of {run!r} end at step {steps[-1]}")
+    gammas = {name: power_exponent(width) for name, width in profiles.items()}
+    taken = [s for s in steps if s > 0]
+    sources = [(s, name) for s in taken for name in profiles]
+    solution = reconstruct(
+        [Profile(s, gammas[name]) for s, name in sources], Profile(step, power_exponent(sigma_rel))
+    )
+    coefficients = dict(zip(sources, solution.coefficients.tolist(), strict=True))
+    shapes = {n: torch.Size(p.shape) for n, p in read_index(snapshots, taken[0]).parameters.items()}
+    wanted = [Slice(name, 0, shape.numel()) for name, shape in shapes.items()]
+    sums = [torch.zeros(s.length, dtype=torch.float64) for s in wanted]
+    with Progress("reconstruct", len(taken), "snapshots") as progress:
+        for number, at in enumerate(taken, start=1):
+            for kind, values in read_slices(snapshots, at, wanted, tuple(profiles)).items():
+                for total, value in zip(sums, values, strict=True):
+                    total.add_(value, alpha=coefficients[at, kind])
+            progress.update(number)
+    weights = {s.name: t.float().view(shapes[s.name]) for s, t in zip(wanted, sums, strict=True)}
+    out = out or reconstructed_url(url, sigma_rel, step)
+    metadata = _metadata(recipe, run, step, f"sigma_rel {sigma_rel:g}")
+    write_published(build_model(recipe), weights, out, metadata)
+    return Reconstruction(out, step, solution.error, len(sources))

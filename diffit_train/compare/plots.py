@@ -12,7 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from diffit_train.evaluation.report_ranks import (
+from diffit_train.compare.collect import Protocol, plain
+from diffit_train.compare.ranking import (
     Compared,
     Replicates,
     RunGroup,
@@ -23,7 +24,6 @@ from diffit_train.evaluation.report_ranks import (
     pareto_axes,
     protocol_names,
 )
-from diffit_train.evaluation.report_runs import Protocol, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,22 +8,24 @@ that autograd saves. Not counted: the framework's own memory, NCCL's buffers, fr
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+import typer
 
 from diffit_train import storage
+from diffit_train.commands.options import (
+    Json,
+    Overrides,
+    RecipeName,
+    Root,
+    print_result,
+    read_recipe,
+)
 from diffit_train.config import Recipe
 from diffit_train.config.recipe import BUCKET_ELEMENTS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
-from diffit_train.models.build import ARCHITECTURES, model_shape
-from diffit_train.models.latent import LatentTransformer, Shape, trainable_parameters
-from diffit_train.models.runtime import KEPT_OPERATIONS, use_kernel
 
 GIB = 2**30
 # Adam's two moments and the EMA are fp32, as are master weights.
@@ -90,94 +92,6 @@ def state_bytes(parameters: int, stage: int, world: int, emas: int, bf16: bool) 
     )
 
 
-def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters of each child of the model."""
-    return {name: trainable_parameters(child) for name, child in model.named_children()}
-
-
-def multiply_adds(model: LatentTransformer) -> tuple[int, int]:
-    """Multiply-adds of one forward pass of one picture: all, and those of attention products.
-
-    Args:
-        model: on the meta device; it is left with the reference kernel.
-    """
-    use_kernel(model, "reference", torch.device("meta"))
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(*_inputs(model.shape))
-    by_operation = counter.get_flop_counts()["Global"]
-    products = by_operation.get(torch.ops.aten.bmm, 0)
-    return counter.get_total_flops() // 2, products // 2
-
-
-def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    size, zero = shape.latent_size, torch.zeros(1, dtype=torch.long, device="meta")
-    return torch.empty(1, shape.latent_channels, size, size, device="meta"), zero, zero
-
-
-class _KeptBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the results of the operations that selective checkpointing keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
-        result = function(*args, **(kwargs or {}))
-        if function in KEPT_OPERATIONS:
-            outputs = result if isinstance(result, tuple) else (result,)
-            self.total += sum(t.numel() * t.element_size() for t in outputs)
-        return result
-
-
-def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass beside the module's own, each once."""
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in own:
-            kept[id(base)] = base
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = module(*inputs)
-    total = sum(t.numel() * t.element_size() for t in kept.values())
-    del result
-    return total
-
-
-def activation_bytes(
-    shape: Shape, architecture: str, batch: int, mode: str, every_nth: int, dtype: torch.dtype
-) -> int:
-    """Bytes of activations at their peak, at the start of the backward pass.
-
-    Args:
-        batch: pictures of one rank.
-        mode: as `train.activation_checkpointing`.
-    """
-    with torch.device("meta"):
-        model = ARCHITECTURES[architecture](replace(shape, depth=1)).to(dtype)
-    use_kernel(model, "stretched", torch.device("meta"))
-    block = model.blocks[0]
-    tokens = torch.empty(
-        batch, shape.side**2, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True
-    )
-    condition = torch.empty(
-        batch, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True
-    )
-    into = tokens.numel() * tokens.element_size()
-    whole = _saved_bytes(block, tokens, condition)
-    with _KeptBytes() as kept:
-        block(tokens, condition)
-    lasting = {"none": whole, "selective": kept.total + into, "blocks": into}[mode]
-    covered = 0 if mode == "none" else math.ceil(shape.depth / every_nth)
-    again = whole if covered else 0
-    last = _saved_bytes(model.final_layer, tokens, condition)
-    return covered * lasting + (shape.depth - covered) * whole + again + last
-
-
 @dataclass(frozen=True)
 class Machine:
     """The GPUs a run would rent.
@@ -206,6 +120,12 @@ def plan(recipe: Recipe, machine: Machine, emas: int | None = None) -> dict[str,
     Args:
         emas: how many averages of the weights are kept; None for as many as the recipe has.
     """
+    import torch
+
+    from diffit_train.models.backbone import trainable_parameters
+    from diffit_train.models.build import ARCHITECTURES, model_shape
+    from diffit_train.models.cost import activation_bytes, multiply_adds, parameters_by_part
+
     shape, train, world = model_shape(recipe), recipe.train, recipe.scaling.most_workers
     emas = len(train.ema) if emas is None else emas
     with torch.device("meta"):
@@ -379,3 +299,30 @@ def print_plan(result: dict[str, Any]) -> None:
             f"latents of {disk['pictures']:,} pictures, GiB", f"{disk['latents'] / GIB:,.1f}"
         )
     console.print(rest)
+
+
+def plan_command(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    gpu: Annotated[str, typer.Option(help="GPU that is reckoned with.")] = "H100",
+    mfu: Annotated[
+        float, typer.Option(help="Share of its bf16 matrix rate that training reaches.")
+    ] = 0.4,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU-hour.")] = None,
+    emas: Annotated[
+        int | None,
+        typer.Option(min=0, help="Averages of the weights that are kept. Default: the recipe's."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run needs: parameters, work, memory per GPU, storage, hours and cost.
+
+    Example: `diffit plan imagenet256 --gpu H100 --mfu 0.4 --price 2.5 scaling.workers=16`
+    """
+    recipe = read_recipe(name, overrides, root)
+    result = plan(recipe, Machine(gpu, mfu, price), emas)
+    if as_json:
+        print_result(result, as_json)
+    else:
+        print_plan(result)

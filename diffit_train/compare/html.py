@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from PIL import Image
 
 from diffit_train import __version__, storage
-from diffit_train.evaluation.report_pictures import Panel, draw_panels
-from diffit_train.evaluation.report_ranks import Compared, best_by_protocol, protocols_of
-from diffit_train.evaluation.report_runs import Evaluation, RunRow
-from diffit_train.evaluation.report_tables import Cell, Sheet, sheets
+from diffit_train.compare.collect import Evaluation, RunRow
+from diffit_train.compare.plots import Panel, draw_panels
+from diffit_train.compare.ranking import Compared, best_by_protocol, protocols_of
+from diffit_train.compare.tables import Cell, Sheet, sheets
 from diffit_train.tracking import Tracker, first_line, redact
 
 MAX_GRIDS = 24
@@ -38,7 +38,7 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
     """Write tables, panels and the grids of samples that MLflow holds as one HTML file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("diffit_train.evaluation", "")
+    loader = PackageLoader("diffit_train.compare", "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     labels = [run.label for run in compared.runs]
     experiments = dict.fromkeys(run.record.experiment for run in compared.runs)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from diffit_train.evaluation.report_ranks import (
+from diffit_train.compare.collect import RunRow, plain
+from diffit_train.compare.ranking import (
     Compared,
     Replicates,
     RunGroup,
@@ -23,7 +24,6 @@ from diffit_train.evaluation.report_ranks import (
     protocol_names,
     protocols_of,
 )
-from diffit_train.evaluation.report_runs import RunRow, plain
 
 
 @dataclass(frozen=True)

@@ -12,24 +12,18 @@ from rich.console import Console
 from rich.text import Text
 
 from diffit_train import storage
-from diffit_train.errors import UserError
-from diffit_train.evaluation.html_report import write_html
-from diffit_train.evaluation.report_pictures import draw_panels, panels
-from diffit_train.evaluation.report_ranks import (
+from diffit_train.compare.collect import RunRow, collect
+from diffit_train.compare.html import write_html
+from diffit_train.compare.plots import draw_panels, panels
+from diffit_train.compare.ranking import (
     Compared,
     best_by_protocol,
     fronts,
     main_metric,
     pareto_axes,
 )
-from diffit_train.evaluation.report_runs import RunRow, collect
-from diffit_train.evaluation.report_tables import (
-    csv_text,
-    markdown_table,
-    markdown_text,
-    rich_table,
-    sheets,
-)
+from diffit_train.compare.tables import csv_text, markdown_table, markdown_text, rich_table, sheets
+from diffit_train.errors import UserError
 from diffit_train.tracking import Tracker, redact
 
 __all__ = ["Comparison", "collect", "compare_store"]

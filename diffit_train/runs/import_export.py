@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.checkpoints import (
-    Kind,
-    Slice,
-    State,
-    committed_steps,
-    read_index,
-    read_slices,
-    read_weights,
-    reconstructed_url,
-)
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
@@ -26,22 +14,15 @@ from diffit_train.models.published import (
     read_weights_and_step,
     write_published,
 )
-from diffit_train.progress import Progress
+from diffit_train.runs.checkpoints import (
+    Kind,
+    State,
+    committed_steps,
+    read_weights,
+    save_whole,
+)
+from diffit_train.runs.identity import check_recipe, create_identity, run_url, stored_recipe
 from diffit_train.tracking import Tracker
-from diffit_train.training.checkpoint import save_whole
-from diffit_train.training.posthoc import (
-    WIDEST_PROFILE,
-    Profile,
-    power_exponent,
-    reconstruct,
-)
-from diffit_train.training.run import (
-    SNAPSHOTS,
-    check_recipe,
-    create_identity,
-    run_url,
-    stored_recipe,
-)
 
 
 def import_weights(
@@ -79,7 +60,7 @@ def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) 
             f"{folder} is a checkpoint of DeepSpeed's, made of pickles, which may run any code "
             "when they are read; if you trust it, give --allow-pickle"
         )
-    from diffit_train.training.deepspeed_checkpoint import read_deepspeed_checkpoint
+    from diffit_train.runs.deepspeed import read_deepspeed_checkpoint
 
     found = read_deepspeed_checkpoint(folder)
     shapes = {n: p.shape for n, p in build_model(recipe).named_parameters() if p.requires_grad}
@@ -166,70 +147,3 @@ def _metadata(recipe: Recipe, run: str, step: int, weights: str) -> dict[str, st
     places = {"storage": recipe.storage, "tracking": recipe.tracking}
     own = stored_recipe(run_url(recipe, run)).model_copy(update=places)
     return {"run": run, "step": str(step), "weights": weights, "recipe": dump_recipe(own)}
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """An average that was made of snapshots.
-
-    Attributes:
-        error: L2 distance of its profile from the wanted one, relative to the wanted one.
-        snapshots: how many were summed.
-    """
-
-    file: str
-    step: int
-    error: float
-    snapshots: int
-
-
-def reconstruct_ema(
-    recipe: Recipe, run: str, sigma_rel: float, step: int | None = None, out: str | None = None
-) -> Reconstruction:
-    """Make the average with another power profile from a run's snapshots (EDM2, section 3).
-
-    Args:
-        sigma_rel: width of the profile, relative to the training up to `step`.
-        step: of the average; None for the newest snapshot's.
-        out: where to; None for `checkpoints.reconstructed_url`.
-
-    Raises:
-        UserError: there are no snapshots, or none that late.
-    """
-    if not 0.0 < sigma_rel < WIDEST_PROFILE:
-        raise UserError(
-            f"--sigma-rel is {sigma_rel}, but must lie above 0 and below {WIDEST_PROFILE:.4f}, "
-            "the width of the plain mean"
-        )
-    url = run_url(recipe, run)
-    snapshots, profiles = storage.join(url, SNAPSHOTS), recipe.train.power_profiles()
-    steps = committed_steps(snapshots)
-    if not profiles or not steps:
-        raise UserError(
-            f"run {run!r} has no snapshots of averages; train with averages that have a sigma_rel "
-            "(as 0.05 and 0.1) in train.ema, and with train.ema_snapshot_every"
-        )
-    step = steps[-1] if step is None else step
-    if not 0 < step <= steps[-1]:
-        raise UserError(f"--step is {step}, but the snapshots of {run!r} end at step {steps[-1]}")
-    gammas = {name: power_exponent(width) for name, width in profiles.items()}
-    taken = [s for s in steps if s > 0]
-    sources = [(s, name) for s in taken for name in profiles]
-    solution = reconstruct(
-        [Profile(s, gammas[name]) for s, name in sources], Profile(step, power_exponent(sigma_rel))
-    )
-    coefficients = dict(zip(sources, solution.coefficients.tolist(), strict=True))
-    shapes = {n: torch.Size(p.shape) for n, p in read_index(snapshots, taken[0]).parameters.items()}
-    wanted = [Slice(name, 0, shape.numel()) for name, shape in shapes.items()]
-    sums = [torch.zeros(s.length, dtype=torch.float64) for s in wanted]
-    with Progress("reconstruct", len(taken), "snapshots") as progress:
-        for number, at in enumerate(taken, start=1):
-            for kind, values in read_slices(snapshots, at, wanted, tuple(profiles)).items():
-                for total, value in zip(sums, values, strict=True):
-                    total.add_(value, alpha=coefficients[at, kind])
-            progress.update(number)
-    weights = {s.name: t.float().view(shapes[s.name]) for s, t in zip(wanted, sums, strict=True)}
-    out = out or reconstructed_url(url, sigma_rel, step)
-    metadata = _metadata(recipe, run, step, f"sigma_rel {sigma_rel:g}")
-    write_published(build_model(recipe), weights, out, metadata)
-    return Reconstruction(out, step, solution.error, len(sources))

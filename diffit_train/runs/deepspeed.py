@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffit_train.checkpoints import STATES, Kind
 from diffit_train.errors import UserError
+from diffit_train.runs.checkpoints import STATES, Kind
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 

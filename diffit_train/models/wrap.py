@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 from diffit_train.models.attention import KERNELS, TMSA, SelfAttention, kernel_name
-from diffit_train.models.latent import LatentTransformer
+from diffit_train.models.backbone import Backbone
 
 Checkpointing = Literal["none", "selective", "blocks"]
 
@@ -50,9 +50,7 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     )
 
 
-def checkpoint_activations(
-    model: LatentTransformer, mode: Checkpointing, every_nth: int = 1
-) -> None:
+def checkpoint_activations(model: Backbone, mode: Checkpointing, every_nth: int = 1) -> None:
     """Compute activations of blocks again in the backward pass rather than keep them.
 
     Args:
@@ -74,7 +72,7 @@ def _checkpointed(forward: Any, options: dict[str, Any], x: Tensor, c: Tensor) -
     return checkpoint(forward, x, c, **options)
 
 
-def compile_blocks(model: LatentTransformer) -> None:
+def compile_blocks(model: Backbone) -> None:
     """Compile each block; equal blocks share one compilation."""
     for block in model.blocks:
         block.compile()

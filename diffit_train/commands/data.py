@@ -1,0 +1,48 @@
+"""`diffit data`, `autoencoder` and `features`: what a project may need before it encodes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from diffit_train.commands.options import Overrides, RecipeName, Root, read_recipe
+
+
+def data_digits_command(
+    folder: Annotated[str, typer.Argument(help="Where the pictures go.", show_default=False)],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels, 16 or 32.")] = 16,
+) -> None:
+    """Write scikit-learn's 1,797 handwritten digits as pictures, a folder for each class.
+
+    Example: `diffit data digits my-project/pictures/digits`
+    """
+    from diffit_train.data.digits import write_digits
+
+    write_digits(folder, size)
+
+
+def autoencoder_fit_command(
+    name: RecipeName, overrides: Overrides = None, root: Root = None
+) -> None:
+    """Train a small AutoencoderKL on the recipe's pictures, for domains no published VAE fits.
+
+    It is saved in diffusers' format at `autoencoder.source`, with a picture of reconstructions.
+
+    Example: `diffit autoencoder fit demo --root my-project`
+    """
+    from diffit_train.data.autoencoder_fit import fit_autoencoder
+
+    fit_autoencoder(read_recipe(name, overrides, root))
+
+
+def features_fit_command(name: RecipeName, overrides: Overrides = None, root: Root = None) -> None:
+    """Train a small classifier on the recipe's pictures, whose features measure quality.
+
+    The Frechet distance on them is called `fd_NAME`; only Inception's is a FID.
+
+    Example: `diffit features fit demo --root my-project`
+    """
+    from diffit_train.evaluation.features_fit import fit_features
+
+    fit_features(read_recipe(name, overrides, root))

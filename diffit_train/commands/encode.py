@@ -1,0 +1,64 @@
+"""`diffit encode` and `diffit verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from diffit_train import storage
+from diffit_train.commands.options import (
+    Address,
+    Json,
+    Overrides,
+    RecipeName,
+    Root,
+    print_result,
+    read_recipe,
+)
+from diffit_train.config import Recipe
+from diffit_train.progress import say
+
+
+def encode_latents(
+    recipe: Recipe, address: str | None = None, append: bool = False
+) -> dict[str, Any]:
+    """Encode the recipe's pictures; a summary of the latents."""
+    from diffit_train.data.shards import finished, latents_url
+
+    manifest = finished(recipe)
+    if manifest is None or append:
+        from diffit_train.data import encode as stage
+
+        manifest = stage.encode(recipe, address, append)
+    else:
+        say("encoded already")
+    say(
+        f"latents {storage.shown(latents_url(recipe))}: {manifest.totals.written:,} pictures in "
+        f"{len(manifest.shards)} shards, {manifest.totals.rejected:,} rejected"
+    )
+    return {
+        "latents": latents_url(recipe),
+        **manifest.totals.model_dump(),
+        "digest": manifest.digest,
+    }
+
+
+def encode_command(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    address: Address = None,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append", metavar="", help="Add pictures that have come since, as new shards."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode pictures (a folder, tars or parquet files) into shards of VAE latents.
+
+    Example: `diffit encode imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
+    """
+    print_result(encode_latents(read_recipe(name, overrides, root), address, append), as_json)

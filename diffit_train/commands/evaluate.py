@@ -1,0 +1,273 @@
+"""`diffit evaluate` and `diffit references`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from diffit_train import storage
+from diffit_train.commands.options import (
+    Address,
+    Json,
+    Overrides,
+    RecipeName,
+    Root,
+    RunName,
+    Steps,
+    print_result,
+    read_recipe,
+)
+from diffit_train.commands.weights import reconstruct_average
+from diffit_train.config import Recipe, packaged_recipes
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.best import register_best
+from diffit_train.evaluation.result import evaluation_url, finished
+from diffit_train.progress import say
+from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
+from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
+from diffit_train.runs.start import starting_from
+
+# Between looks for new checkpoints.
+WATCH_S = 30.0
+
+
+def evaluate_run(
+    recipe: Recipe,
+    run: str,
+    steps: Sequence[str],
+    address: str | None = None,
+    sweep: str = "",
+    npz: bool = False,
+) -> list[dict[str, Any]]:
+    """Evaluate checkpoints of a run: a result for each of `steps`, numbers or `newest`.
+
+    Args:
+        sweep: that the evaluations belong to.
+        npz: write the pictures as ADM's samples.npz beside each result.
+    """
+    recipe = starting_from(recipe, run)
+    wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
+    return evaluate_all([(recipe, step) for step in wanted], run, address, sweep, npz)
+
+
+def evaluate_all(
+    wanted: Sequence[tuple[Recipe, int]], run: str, address: str | None, sweep: str, npz: bool
+) -> list[dict[str, Any]]:
+    """Results of (recipe, step), those made that are missing."""
+    results = [finished(recipe, run, step) for recipe, step in wanted]
+    missing = [number for number, result in enumerate(results) if result is None]
+    if missing:
+        from diffit_train.evaluation import fleet
+
+        for number in missing:
+            _reconstruct(*wanted[number], run)
+        requests = [
+            fleet.Request(wanted[number][0], run, wanted[number][1], sweep, npz)
+            for number in missing
+        ]
+        made = fleet.evaluate(requests, address)
+        for number, new in zip(missing, made, strict=True):
+            results[number] = new
+    else:
+        say("evaluated already")
+    found = []
+    for (recipe, step), result in zip(wanted, results, strict=True):
+        if result is None:
+            continue
+        found.append(result)
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+        say(f"step {step:,}: {figures}  {storage.shown(result.grid)}")
+        if npz:
+            from diffit_train.evaluation import fleet
+
+            fleet.write_npz(recipe, evaluation_url(recipe, run, step, result.key))
+    if not sweep:
+        register_best(wanted[0][0], run)
+    return [result.model_dump(mode="json") for result in found]
+
+
+def _reconstruct(recipe: Recipe, step: int, run: str) -> None:
+    """Make the average that an evaluation wants of the run's snapshots, where it is not there."""
+    width = recipe.evaluate.reconstructed
+    if width is None or storage.exists(reconstructed_url(run_url(recipe, run), width, step)):
+        return
+    reconstruct_average(recipe, run, width, str(step), None)
+
+
+def watch_run(
+    recipe: Recipe,
+    run: str,
+    address: str | None = None,
+    pause: Callable[[float], None] = time.sleep,
+) -> list[dict[str, Any]]:
+    """Evaluate each checkpoint of a run as it comes, until that of its last step.
+
+    Checkpoints that training has removed meanwhile are passed over.
+
+    Args:
+        pause: waits between looks, so many seconds.
+    """
+    recipe = starting_from(recipe, run)
+    find_checkpoint(recipe, run, NEWEST)
+    url, waiting = run_url(recipe, run), False
+    found: dict[int, dict[str, Any]] = {}
+    while True:
+        steps = committed_steps(url)
+        missing = [s for s in steps if s not in found]
+        for step in missing:
+            if finished(recipe, run, step) is None:
+                say(f"checkpoint of step {step:,}")
+            try:
+                (found[step],) = evaluate_all([(recipe, step)], run, address, "", npz=False)
+            except DiffitError as error:
+                if step in committed_steps(url):
+                    raise
+                say(f"step {step:,} was removed while it was evaluated: {error}")
+        if steps and steps[-1] >= recipe.train.steps:
+            return [found[step] for step in sorted(found)]
+        if not missing and not waiting:
+            waiting = True
+            say(f"waiting for checkpoints of {storage.shown(url)}")
+        pause(WATCH_S)
+
+
+def compute_references(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
+    """Compute the statistics of the recipe's real pictures, or find them computed."""
+    from diffit_train.evaluation import fleet
+
+    url, reference = fleet.make_reference(recipe, address)
+    kept = 0 if reference.features is None else len(reference.features)
+    count = "" if reference.count is None else f" of {reference.count:,} pictures"
+    say(
+        f"reference {storage.shown(url)}: {len(reference.pool.mean):,} features{count}, "
+        f"{kept:,} of them kept for precision and recall"
+    )
+    return {
+        "reference": url,
+        "pictures": reference.count,
+        "features": len(reference.pool.mean),
+        "kept": kept,
+    }
+
+
+def evaluate_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help=f"Packaged recipe ({', '.join(packaged_recipes())}), or path or URL of a YAML "
+            "file.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Steps = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster, as 10.0.0.1:6379 or auto; with --fleet its job server, as "
+            "http://head:8265. Default: this machine."
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            help="KEY=VALUES, as guidance.scale=1.0:5.0:0.4 or sampler.steps=50,250; repeated, "
+            "all combinations.",
+        ),
+    ] = None,
+    sweep_name: Annotated[
+        str | None,
+        typer.Option("--name", help="Name of the sweep. Default: made of its keys."),
+    ] = None,
+    fleet: Annotated[
+        bool,
+        typer.Option("--fleet", metavar="", help="Send each evaluation as a Ray job of its own."),
+    ] = False,
+    at_most: Annotated[int, typer.Option(min=1, help="Jobs of the fleet that run at once.")] = 4,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Times that a failed job of the fleet is sent again.")
+    ] = 2,
+    python: Annotated[
+        str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
+    ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", metavar="", help="Evaluate each new checkpoint while training goes on."
+        ),
+    ] = False,
+    npz: Annotated[
+        bool, typer.Option("--npz", metavar="", help="Write samples.npz as ADM's evaluator reads.")
+    ] = False,
+    sweep_member: Annotated[
+        str, typer.Option("--sweep-member", hidden=True, help="Sweep this evaluation belongs to.")
+    ] = "",
+    conformance: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with the published self-check (weights, reference and sample batch); its "
+            "figures beside the expected ones."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate pictures from checkpoints of a run and measure them.
+
+    With --sweep: every combination of some keys' values, with a table and a picture. The same
+    command goes on with what is missing.
+
+    Example: `diffit evaluate demo --root my-project --step 0 --step newest`
+
+    Example: `diffit evaluate imagenet256 --root s3://bucket/project --step newest
+    --sweep guidance.scale=1.0:5.0:0.4 --fleet --address http://head:8265`
+    """
+    if conformance is not None:
+        from diffit_train.evaluation.conformance import conform
+
+        print_result(conform(storage.absolute(conformance)), as_json)
+        return
+    if name is None:
+        raise UserError("evaluate needs a RECIPE, as `diffit evaluate demo`")
+    if watch and (sweep or step or fleet):
+        raise UserError("--watch evaluates every checkpoint; leave out --step, --sweep and --fleet")
+    if fleet and (not sweep or address is None):
+        raise UserError("--fleet needs --sweep, and the job server's --address http://head:8265")
+    if sweep and npz:
+        raise UserError("--npz is for single evaluations; leave out --sweep")
+    recipe = read_recipe(name, overrides, root)
+    run = run or recipe.name
+    if watch:
+        print_result(watch_run(recipe, run, address), as_json)
+    elif sweep:
+        from diffit_train.commands.sweep import FleetOptions, run_sweep
+
+        jobs = FleetOptions(address, at_most, retries, python) if fleet and address else None
+        cluster = None if fleet else address
+        found = run_sweep(recipe, run, step or [], sweep, sweep_name, cluster, jobs)
+        print_result(found, as_json)
+    else:
+        results = evaluate_run(recipe, run, step or [], address, sweep_member, npz)
+        print_result(results, as_json)
+
+
+def references_command(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Compute the statistics of the real pictures that evaluations compare with.
+
+    `diffit evaluate` does so itself where they are missing.
+
+    Example: `diffit references imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
+    """
+    print_result(compute_references(read_recipe(name, overrides, root), address), as_json)

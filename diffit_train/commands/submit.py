@@ -1,0 +1,55 @@
+"""`diffit submit`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from diffit_train import ray_jobs as jobs
+from diffit_train.commands.options import (
+    Json,
+    Overrides,
+    RecipeName,
+    Root,
+    RunName,
+    Source,
+    SourceWeights,
+    Steps,
+    print_result,
+    read_recipe,
+)
+from diffit_train.runs.start import starting_from
+
+
+def submit_command(
+    stage: Annotated[str, typer.Argument(help="encode, train or evaluate.", show_default=False)],
+    name: RecipeName,
+    address: Annotated[
+        str, typer.Option(help="Ray's job server, as http://head:8265.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Steps = None,
+    source: Source = None,
+    source_weights: SourceWeights = "ema",
+    follow: Annotated[
+        bool, typer.Option(metavar="", help="Follow the job's log until it ends.")
+    ] = True,
+    python: Annotated[
+        str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Send encode, train or evaluate to a cluster as a Ray job, and follow its log.
+
+    Submitted again under the same name, a running job is followed and an ended one continued.
+
+    Example: `diffit submit train imagenet256 --address http://head:8265 --root s3://bucket/project`
+    """
+    recipe = read_recipe(name, overrides, root)
+    recipe = starting_from(recipe, run or recipe.name, source, source_weights)
+    job = jobs.job(stage, recipe, run, step or [])
+    submission_id = jobs.submit(job, address, follow=follow, python=python)
+    print_result({"submission_id": submission_id, "name": job.name}, as_json)

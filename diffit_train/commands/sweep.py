@@ -1,0 +1,183 @@
+"""`diffit evaluate --sweep` and `diffit sweep`: many evaluations, here or as Ray jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from diffit_train import ray_jobs as jobs
+from diffit_train import storage
+from diffit_train.commands.evaluate import evaluate_all
+from diffit_train.commands.options import Json, ProjectRoot, print_result
+from diffit_train.config import Recipe
+from diffit_train.errors import DiffitError
+from diffit_train.evaluation import sweep as stage
+from diffit_train.evaluation.result import finished
+from diffit_train.evaluation.sweep import Member, Sweep
+from diffit_train.progress import StatesTable, print_rows, say
+from diffit_train.runs.identity import NEWEST, find_checkpoint
+from diffit_train.runs.start import starting_from
+
+
+@dataclass(frozen=True)
+class FleetOptions:
+    """Where and how the jobs of a sweep run."""
+
+    address: str
+    at_most: int = 4
+    retries: int = 2
+    python: str | None = None
+
+
+def run_sweep(
+    recipe: Recipe,
+    run: str,
+    steps: Sequence[str],
+    texts: Sequence[str],
+    name: str | None,
+    address: str | None = None,
+    fleet: FleetOptions | None = None,
+) -> dict[str, Any]:
+    """Evaluate every combination of some keys' values; a table and a picture of them.
+
+    Args:
+        texts: KEY=VALUES each.
+        fleet: send each evaluation as a Ray job of its own; None makes them here one by one, on
+            the Ray cluster at `address`.
+
+    Raises:
+        DiffitError: some evaluations failed, or the sweep was cancelled; the others are kept.
+    """
+    recipe = starting_from(recipe, run)
+    wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
+    plan = stage.plan_sweep(recipe, run, wanted, texts, name)
+    stage.open_sweep(plan)
+    say(f"sweep {plan.name!r}: {len(plan.members)} evaluations in {storage.shown(plan.url())}")
+    failed: list[str] = []
+    if fleet is None:
+        pairs = [(member.recipe(recipe), member.step) for member in plan.members]
+        evaluate_all(pairs, run, address, plan.name, npz=False)
+    else:
+        failed = _sweep_by_jobs(plan, recipe, fleet)
+    found = stage.results(plan)
+    outputs: dict[str, str] = {}
+    if any(result is not None for result in found):
+        outputs = stage.write_outputs(plan, found)
+        print_rows(plan.name, stage.rows(plan, found))
+        say(f"{storage.shown(outputs['csv'])}  {storage.shown(outputs['picture'])}")
+    if failed:
+        raise DiffitError(
+            f"{len(failed)} of {len(plan.members)} evaluations of sweep {plan.name!r} were not "
+            f"made: {'; '.join(failed[:3])}. The same command tries them again"
+        )
+    return {"name": plan.name, "rows": stage.rows(plan, found), **outputs}
+
+
+def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str]:
+    """Make a sweep's evaluations as Ray jobs; why those failed that did."""
+    members = list(enumerate(plan.members))
+    every = {number: member.recipe(recipe) for number, member in members}
+    todo = [
+        jobs.Job("evaluate", every[n], plan.run, (str(m.step),), plan.name, n) for n, m in members
+    ]
+
+    def is_done(job: jobs.Job) -> bool:
+        return finished(job.recipe, plan.run, plan.members[job.number].step) is not None
+
+    with StatesTable(f"sweep {plan.name}") as table:
+
+        def show(states: list[jobs.JobState]) -> None:
+            table.show([_state_row(plan.members[s.job.number], s) for s in states])
+
+        states = jobs.submit_fleet(
+            todo,
+            fleet.address,
+            jobs.FleetPlan(
+                fleet.at_most,
+                fleet.retries,
+                is_done,
+                lambda: stage.is_cancelled(plan.url()),
+                show,
+                fleet.python,
+            ),
+        )
+    return [
+        state.reason or f"{state.job.name} was cancelled"
+        for state in states
+        if state.state != "done"
+    ]
+
+
+def _state_row(member: Member, state: jobs.JobState) -> dict[str, str]:
+    begun, ended = state.begun_s, state.ended_s
+    seconds = (ended or time.monotonic()) - begun if begun else 0.0
+    changes = {key.removeprefix("evaluate."): str(v) for key, v in member.changes.items()}
+    return {
+        "step": f"{member.step:,}",
+        **changes,
+        "state": state.state,
+        "s": f"{seconds:.0f}" if begun else "",
+        "failures": str(state.failures or ""),
+        "job": state.submission_id,
+    }
+
+
+def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
+    """The table of a sweep as far as it has got."""
+    plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
+    found = stage.results(plan)
+    done = sum(result is not None for result in found)
+    state = ", cancelled" if stage.is_cancelled(plan.url()) else ""
+    say(f"sweep {name!r}: {done} of {len(found)} evaluations are done{state}")
+    table = stage.rows(plan, found)
+    if table:
+        print_rows(name, table)
+    return {"name": name, "done": done, "members": len(found), "rows": table}
+
+
+def cancel_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
+    """Stop the jobs of a sweep; what is finished stays."""
+    from diffit_train import ray_jobs as jobs
+
+    plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
+    recipe = plan.loaded()
+    names = [
+        jobs.Job("evaluate", recipe, run, (), name, number).name
+        for number in range(len(plan.members))
+    ]
+    stage.cancel_sweep(plan.url())
+    stopped = jobs.cancel_jobs(names, address)
+    say(f"sweep {name!r} is cancelled; {stopped} jobs were running")
+    return {"name": name, "stopped": stopped}
+
+
+def sweep_show_command(
+    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Of the sweep.")],
+    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    root: ProjectRoot = ".",
+    as_json: Json = False,
+) -> None:
+    """Print the table of a sweep as far as it has got.
+
+    Example: `diffit sweep show guidance.scale --root my-project --run demo`
+    """
+    print_result(show_sweep(root, run, sweep), as_json)
+
+
+def sweep_cancel_command(
+    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Of the sweep.")],
+    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    address: Annotated[str, typer.Option(help="Ray's job server, as http://head:8265.")],
+    root: ProjectRoot = ".",
+    as_json: Json = False,
+) -> None:
+    """Stop the jobs of a sweep; the same `diffit evaluate` goes on with it.
+
+    Example: `diffit sweep cancel guidance.scale --root my-project --run demo
+    --address http://head:8265`
+    """
+    print_result(cancel_sweep(root, run, sweep, address), as_json)

@@ -1,0 +1,104 @@
+"""`diffit train`, with validation while training goes on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from diffit_train import storage
+from diffit_train.commands.options import (
+    Address,
+    Json,
+    Overrides,
+    RecipeName,
+    Root,
+    RunName,
+    Source,
+    SourceWeights,
+    print_result,
+    read_recipe,
+)
+from diffit_train.config import Recipe
+from diffit_train.evaluation.best import register_best
+from diffit_train.progress import say
+from diffit_train.runs.identity import finished_step, run_url
+from diffit_train.runs.start import starting_from
+from diffit_train.training.log import send_unsent
+
+
+def train_run(
+    recipe: Recipe,
+    run: str,
+    address: str | None = None,
+    source: str | None = None,
+    source_weights: str = "ema",
+) -> dict[str, Any]:
+    """Train a run; where it stands.
+
+    Args:
+        source: RUN or RUN@STEP whose weights a new run starts from.
+        source_weights: which of them: raw, or the name of an average.
+    """
+    recipe = starting_from(recipe, run, source, source_weights)
+    step = finished_step(recipe, run)
+    if step is None:
+        from diffit_train.training import driver
+
+        step = driver.train(recipe, run, address, _validation(recipe, run))
+    else:
+        say("trained already")
+        send_unsent(recipe, run, say)
+    say(f"run {storage.shown(run_url(recipe, run))} stands at step {step:,}")
+    return {"run": run, "url": run_url(recipe, run), "step": step}
+
+
+def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
+    """What evaluates checkpoints while a run trains; None where the recipe wants none."""
+    if recipe.train.validate_every is None:
+        return None
+    from diffit_train.data.sources import list_pictures
+    from diffit_train.evaluation import fleet
+
+    changed = {"samples": recipe.train.validate_samples}
+    evaluate = recipe.evaluate.model_copy(update=changed)
+    recipe = recipe.model_copy(update={"evaluate": evaluate})
+    fleet.check(recipe)
+    if not recipe.evaluate.reference:
+        list_pictures(recipe)
+    return functools.partial(validate_checkpoint, recipe, run)
+
+
+def validate_checkpoint(recipe: Recipe, run: str, step: int) -> str:
+    """Evaluate a checkpoint of a run in training; a line that says what came of it."""
+    from diffit_train.evaluation import fleet
+
+    request = fleet.Request(recipe, run, step, curve="validation")
+    result = request.finished or fleet.evaluate([request])[0]
+    register_best(recipe, run)
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    return f"step {step:,} evaluated: {figures}  {storage.shown(result.grid)}"
+
+
+def train_command(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    source: Source = None,
+    source_weights: SourceWeights = "ema",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Train on the latents, from the newest checkpoint if there is one.
+
+    The same command starts a run, continues it after any end, and with a larger train.steps trains
+    it on. SIGTERM makes it save and leave.
+
+    Example: `diffit train demo --root my-project --run first train.lr=1e-3`
+
+    Example: `diffit train imagenet512 --root s3://bucket/project --from imagenet256@400000`
+    """
+    recipe = read_recipe(name, overrides, root)
+    result = train_run(recipe, run or recipe.name, address, source, source_weights)
+    print_result(result, as_json)

@@ -1,0 +1,80 @@
+"""`diffit verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from diffit_train import storage
+from diffit_train.commands.options import Address, Json, print_result
+from diffit_train.errors import DiffitError
+from diffit_train.progress import say
+
+
+def verify_latents_command(
+    url: Annotated[str, typer.Argument(help="Folder of the latents.", show_default=False)],
+    picture: Annotated[
+        str | None,
+        typer.Option(help="PNG of originals beside reconstructions. Default: URL/verify.png."),
+    ] = None,
+    no_picture: Annotated[
+        bool,
+        typer.Option(
+            "--no-picture", metavar="", help="Leave out the picture, which needs the source."
+        ),
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", metavar="", help="Encode the bad shards again.")
+    ] = False,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute hashes and counts of latent shards, and test every member.
+
+    Exit status 1 where something is bad and not repaired.
+
+    Example: `diffit verify latents my-project/latents/digits --repair`
+    """
+    url = storage.absolute(url)
+    target = storage.absolute(picture) if picture else storage.join(url, "verify.png")
+    result = check_latents(url, None if no_picture else target, repair, address)
+    print_result(result, as_json)
+
+
+def check_latents(
+    url: str, picture: str | None, repair: bool, address: str | None = None
+) -> dict[str, Any]:
+    """Check a folder of latents, make bad shards again if asked to, and draw a picture.
+
+    Args:
+        picture: a PNG of originals beside their reconstructions; None for no picture.
+
+    Raises:
+        DiffitError: something is bad and was not, or could not be, repaired.
+    """
+    from diffit_train.data import verify as stage
+
+    report = stage.verify(url)
+    for name, reason in report.bad.items():
+        say(f"bad: {name}: {reason}")
+    if report.bad and repair:
+        stage.repair(url, list(report.bad), address)
+        report = stage.verify(url)
+    found = report.as_json()
+    if report.bad:
+        raise DiffitError(
+            f"{len(report.bad)} of {report.shards} shards of {storage.shown(url)} are bad: "
+            f"{', '.join(list(report.bad)[:8])}"
+            + ("" if repair else "; --repair encodes them again")
+        )
+    spread = "  ".join(f"{m:.3f}±{s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True))
+    say(
+        f"{storage.shown(url)}: {report.pictures:,} pictures in {report.shards} shards are good; "
+        f"latents by channel {spread}, from {report.lowest:.2f} to {report.highest:.2f}"
+    )
+    if picture is not None:
+        found["reconstruction_mse"] = stage.draw_reconstructions(url, picture)
+        found["picture"] = picture
+        say(f"reconstruction mse {found['reconstruction_mse']:.4g}: {storage.shown(picture)}")
+    return found

@@ -1,0 +1,267 @@
+"""`diffit sample`, `import`, `export` and `ema`: weights in and out of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from diffit_train import storage
+from diffit_train.commands.options import (
+    AllowPickle,
+    Json,
+    Overrides,
+    RecipeName,
+    Root,
+    RunName,
+    print_result,
+    read_recipe,
+)
+from diffit_train.config import Recipe, load_recipe, load_recipe_text
+from diffit_train.errors import UserError
+from diffit_train.progress import say
+from diffit_train.runs.identity import NEWEST, find_checkpoint, parse_step
+from diffit_train.runs.start import starting_from
+
+# Relative error of a reconstructed profile beyond which the user is warned.
+POOR_PROFILE = 0.1
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Which weights to sample: a checkpoint of a run, or a file."""
+
+    run: str
+    step: str = NEWEST
+    file: str | None = None
+    allow_pickle: bool = False
+
+
+def sample_images(
+    recipe: Recipe,
+    source: WeightSource,
+    classes: Sequence[str],
+    seeds: str,
+    out: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Sample pictures of classes and seeds into a folder; the record of samples.json."""
+    from diffit_train.evaluation import sample as stage
+
+    labels = stage.choose_classes(stage.class_names(recipe), classes)
+    numbers = stage.parse_seeds(seeds)
+    if source.file is not None:
+        title = storage.shown(source.file)
+        weights = stage.file_weights(recipe, source.file, source.allow_pickle)
+    else:
+        recipe = starting_from(recipe, source.run)
+        url, step = find_checkpoint(recipe, source.run, source.step)
+        title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
+        weights = stage.run_weights(recipe, url, step)
+    folder = storage.absolute(out)
+    result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
+    count = len(result["pictures"])
+    say(f"{count:,} {'picture' if count == 1 else 'pictures'} in {storage.shown(folder)}")
+    return result
+
+
+def recipe_of_weights(
+    file: str,
+    name: str | None,
+    overrides: Sequence[str],
+    root: str | None,
+    allow_pickle: bool = False,
+) -> Recipe:
+    """The recipe named, or that of the weight file itself.
+
+    Raises:
+        UserError: the file does not say which, so it must be named; or it is broken.
+    """
+    if name is not None:
+        return load_recipe(name, overrides, root)
+    from diffit_train.models.published import stored_recipe
+
+    found = stored_recipe(storage.absolute(file), allow_pickle)
+    if found is None:
+        raise UserError(f"{file} does not say what model it holds; name its recipe by --recipe")
+    text, reference = found
+    if text:
+        return load_recipe_text(text, reference, overrides, root)
+    say(f"{file} has the shapes of {reference}")
+    return load_recipe(reference, overrides, root)
+
+
+def import_file(
+    recipe: Recipe, run: str, file: str, step: int | None, allow_pickle: bool
+) -> dict[str, Any]:
+    """Read a weight file into a run.
+
+    Args:
+        step: under which the weights are kept; None for the file's own.
+    """
+    from diffit_train.runs import import_export
+    from diffit_train.runs.deepspeed import is_deepspeed_checkpoint
+
+    file = storage.absolute(file)
+    if is_deepspeed_checkpoint(file):
+        url, number = import_export.import_deepspeed(recipe, run, file, allow_pickle)
+        say(
+            f"run {storage.shown(url)} holds {storage.shown(file)} at step {number:,}, ready to be "
+            "trained on; its averages of the weights begin anew"
+        )
+    else:
+        url, number = import_export.import_weights(recipe, run, file, step, allow_pickle)
+        say(f"run {storage.shown(url)} holds {storage.shown(file)} as the EMA of step {number:,}")
+    return {"run": run, "url": url, "step": number}
+
+
+def export_checkpoint(
+    recipe: Recipe, run: str, step: str, kind: str, out: str | None
+) -> dict[str, Any]:
+    """Write a checkpoint's weights to a file."""
+    from diffit_train.runs import import_export
+
+    recipe = starting_from(recipe, run)
+    _, number = find_checkpoint(recipe, run, step)
+    target = None if out is None else storage.absolute(out)
+    file = import_export.export_weights(recipe, run, number, kind, target)
+    say(f"wrote {storage.shown(file)}: {kind} of {run}, step {number:,}")
+    return {"file": file, "run": run, "step": number, "weights": kind}
+
+
+def reconstruct_average(
+    recipe: Recipe, run: str, sigma_rel: float, step: str, out: str | None
+) -> dict[str, Any]:
+    """Make an average of the weights from a run's snapshots."""
+    from diffit_train.runs import phema
+
+    recipe = starting_from(recipe, run)
+    find_checkpoint(recipe, run, NEWEST)
+    target = None if out is None else storage.absolute(out)
+    made = phema.reconstruct_ema(recipe, run, sigma_rel, parse_step(step), target)
+    say(
+        f"wrote {storage.shown(made.file)}: sigma_rel {sigma_rel:g} of {run}, step {made.step:,}, "
+        f"from {made.snapshots} snapshots; its profile is off by {made.error:.2%}"
+    )
+    if made.error > POOR_PROFILE:
+        say(
+            "that is far from what was asked; take a sigma_rel nearer those of train.ema, or more "
+            "snapshots"
+        )
+    return {**asdict(made), "run": run, "sigma_rel": sigma_rel}
+
+
+def sample_command(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Annotated[
+        str, typer.Option("--step", help="Checkpoint by its step, or `newest`.")
+    ] = NEWEST,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights from a file (an export, or published) instead of a run."),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="Class by name or number; may be repeated."),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, as 0-3,8: a picture of each class for each.")
+    ] = "0-3",
+    out: Annotated[str, typer.Option(help="Folder for grid.png and single pictures.")] = "samples",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Make pictures of chosen classes and seeds; sampler and guidance are those of the recipe.
+
+    Example: `diffit sample demo --root my-project --class 3 --class 7 --seeds 0-9 --out threes`
+    """
+    recipe = read_recipe(name, overrides, root)
+    source = WeightSource(run or recipe.name, step, weights, allow_pickle)
+    print_result(sample_images(recipe, source, classes or [], seeds, out, batch_size), as_json)
+
+
+def import_command(
+    file: Annotated[str, typer.Argument(help="Weight file.", show_default=False)],
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Recipe of the weights. Default: what the file itself says."),
+    ] = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Step under which the weights are kept. Default: the file's own, or 0."
+        ),
+    ] = None,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Read a weight file under the published names into a run, ready to sample and evaluate.
+
+    A folder of DeepSpeed's `save_checkpoint` becomes a run that can be trained on.
+
+    Example: `diffit import diffit_256.safetensors --root my-project --run nvidia`
+    """
+    recipe = recipe_of_weights(file, name, overrides or (), root, allow_pickle)
+    result = import_file(recipe, run or recipe.name, file, step, allow_pickle)
+    print_result(result, as_json)
+
+
+def export_command(
+    name: RecipeName,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Annotated[
+        str, typer.Option("--step", help="Checkpoint by its step, or `newest`.")
+    ] = NEWEST,
+    weights: Annotated[
+        str, typer.Option(help="Which weights: raw, or the name of an average.")
+    ] = "ema",
+    out: Annotated[
+        str | None, typer.Option(help="File. Default: RUN/export/ema-STEP.safetensors.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint's weights to one safetensors file under the published names.
+
+    Example: `diffit export demo --root my-project --step newest`
+    """
+    recipe = read_recipe(name, overrides, root)
+    result = export_checkpoint(recipe, run or recipe.name, step, weights, out)
+    print_result(result, as_json)
+
+
+def ema_reconstruct_command(
+    name: RecipeName,
+    sigma_rel: Annotated[
+        float, typer.Option(help="Width of the profile, relative to the training up to the step.")
+    ],
+    overrides: Overrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Annotated[
+        str, typer.Option("--step", help="Step of the average, or `newest`: the last snapshot's.")
+    ] = NEWEST,
+    out: Annotated[
+        str | None, typer.Option(help="File. Default: RUN/export/ema-SIGMA-STEP.safetensors.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make an average with another profile than those trained with, from a run's snapshots.
+
+    The run needs averages with a sigma_rel in train.ema, and train.ema_snapshot_every (EDM2).
+
+    Example: `diffit ema reconstruct demo --root my-project --run first --sigma-rel 0.07`
+    """
+    recipe = read_recipe(name, overrides, root)
+    result = reconstruct_average(recipe, run or recipe.name, sigma_rel, step, out)
+    print_result(result, as_json)

@@ -1,0 +1,96 @@
+"""The best evaluated checkpoint of a run, tagged and registered in MLflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.evaluation.result import Result
+from diffit_train.progress import say
+
+
+def best_metric(recipe: Recipe) -> str:
+    """The metric by which checkpoints are ranked; the lowest is the best."""
+    features = recipe.evaluate.features
+    return "fid" if features.published else f"fd_{features.name}"
+
+
+def best_result(recipe: Recipe, run: str) -> Result | None:
+    """The run's evaluation of the smallest distance, of those made as the recipe says.
+
+    None where there is none.
+    """
+    folder = storage.join(recipe.storage.root, "evaluations", run)
+    identity, metric = recipe.evaluate_identity(), best_metric(recipe)
+    found = []
+    for name in storage.find_files(folder):
+        if name.rsplit("/", 1)[-1] != "result.json":
+            continue
+        try:
+            data = storage.read_bytes(storage.join(folder, name))
+            result = Result.model_validate_json(data)
+        except ValidationError:
+            continue  # of an earlier version; evaluated again, it is named
+        if result.evaluate == identity and result.recipe_hash == recipe.train_hash():
+            found.append(result)
+    return min(found, key=lambda result: result.metrics[metric], default=None)
+
+
+def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
+    """Tag a run's best checkpoint in MLflow, and register its weights under the alias `best`.
+
+    The best is that of the smallest distance among evaluations made alike, outside of sweeps. Its
+    weights are exported, so they outlast the checkpoint.
+
+    Returns:
+        step, value and file of the best; None where nothing was evaluated.
+    """
+    from diffit_train.tracking import Tracker, first_line, unreachable_errors
+
+    best = best_result(recipe, run)
+    if best is None:
+        return None
+    metric = best_metric(recipe)
+    found: dict[str, Any] = {"step": best.step, metric: best.metrics[metric]}
+    try:
+        tracker = Tracker.of(recipe)
+        tracker.tag_best(best.mlflow_run_id, best.step, metric, best.metrics[metric])
+    except unreachable_errors() as error:
+        say(f"MLflow was not told of the best checkpoint: {first_line(error)}")
+        return found
+    if recipe.tracking.register_best:
+        found["file"] = _register(recipe, run, best, tracker)
+    return found
+
+
+def _register(recipe: Recipe, run: str, best: Any, tracker: Any) -> str | None:
+    """Export and register the best weights where they are not yet; their file if they were."""
+    from diffit_train.evaluation.result import run_url
+    from diffit_train.runs import import_export
+    from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
+    from diffit_train.tracking import first_line, unreachable_errors
+
+    name = f"{recipe.tracking.experiment}-{run}"
+    metric, weights = best_metric(recipe), recipe.evaluate.weights
+    shown = f"step {best.step:,}, {metric} {best.metrics[metric]:.4g}"
+    try:
+        if tracker.registered_step(name) == best.step:
+            return None
+        if best.step not in committed_steps(run_url(recipe, run)):
+            say(f"best so far: {shown}; its checkpoint is gone, so its weights are not registered")
+            return None
+        width = recipe.evaluate.reconstructed
+        if width is None:
+            file = import_export.export_weights(recipe, run, best.step, weights, None)
+        else:
+            file = reconstructed_url(run_url(recipe, run), width, best.step)
+        tags = {"step": best.step, metric: best.metrics[metric], "weights": weights}
+        tracker.register(name, file, best.mlflow_run_id, tags)
+    except unreachable_errors() as error:
+        say(f"best so far: {shown}; not registered: {first_line(error)}")
+        return None
+    say(f"best so far: {shown}; MLflow's model {name}@best is {storage.shown(file)}")
+    return file

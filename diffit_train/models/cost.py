@@ -1,0 +1,120 @@
+"""What a model costs: parameters, multiply-adds and activation bytes.
+
+All are counted on the model itself, without memory (meta device) where it holds none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffit_train.models.backbone import Backbone, trainable_parameters
+from diffit_train.models.build import ARCHITECTURES
+from diffit_train.models.latent import Shape
+from diffit_train.models.wrap import KEPT_OPERATIONS, use_kernel
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters of each child of the model."""
+    return {name: trainable_parameters(child) for name, child in model.named_children()}
+
+
+def multiply_adds(model: Backbone) -> tuple[int, int]:
+    """Multiply-adds of one forward pass of one picture: all, and those of attention products.
+
+    Args:
+        model: on the meta device; it is left with the reference kernel.
+    """
+    use_kernel(model, "reference", torch.device("meta"))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*_inputs(model))
+    by_operation = counter.get_flop_counts()["Global"]
+    products = by_operation.get(torch.ops.aten.bmm, 0)
+    return counter.get_total_flops() // 2, products // 2
+
+
+def _inputs(model: Backbone) -> tuple[Tensor, Tensor, Tensor]:
+    """A noisy input, its noise level and its label, on the model's device."""
+    device = next(model.parameters()).device
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    return torch.zeros(1, *model.input_shape, device=device), zero, zero
+
+
+class _KeptBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the results of the operations that selective checkpointing keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        if function in KEPT_OPERATIONS:
+            outputs = result if isinstance(result, tuple) else (result,)
+            self.total += sum(t.numel() * t.element_size() for t in outputs)
+        return result
+
+
+def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass beside the module's own, each once."""
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in own:
+            kept[id(base)] = base
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = module(*inputs)
+    total = sum(t.numel() * t.element_size() for t in kept.values())
+    del result
+    return total
+
+
+def activation_bytes(
+    shape: Shape, architecture: str, batch: int, mode: str, every_nth: int, dtype: torch.dtype
+) -> int:
+    """Bytes of activations at their peak, at the start of the backward pass.
+
+    Args:
+        batch: pictures of one rank.
+        mode: as `train.activation_checkpointing`.
+    """
+    with torch.device("meta"):
+        model = ARCHITECTURES[architecture](replace(shape, depth=1)).to(dtype)
+    use_kernel(model, "stretched", torch.device("meta"))
+    block = model.blocks[0]
+    tokens = torch.empty(
+        batch, shape.side**2, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True
+    )
+    condition = torch.empty(
+        batch, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True
+    )
+    into = tokens.numel() * tokens.element_size()
+    whole = _saved_bytes(block, tokens, condition)
+    with _KeptBytes() as kept:
+        block(tokens, condition)
+    lasting = {"none": whole, "selective": kept.total + into, "blocks": into}[mode]
+    covered = 0 if mode == "none" else math.ceil(shape.depth / every_nth)
+    again = whole if covered else 0
+    last = _saved_bytes(model.final_layer, tokens, condition)
+    return covered * lasting + (shape.depth - covered) * whole + again + last
+
+
+def training_flops_per_image(model: Backbone) -> float:
+    """Floating-point operations of forward and backward for one picture.
+
+    Counted by torch on the products of a forward pass; a backward pass costs twice as much.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*_inputs(model))
+    return 3.0 * counter.get_total_flops()

@@ -1,0 +1,134 @@
+"""A run's folder: its identity, its recipe, and whether it is finished."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffit_train import storage
+from diffit_train.config import Recipe, dump_recipe, validate
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.runs.checkpoints import (
+    committed_steps,
+    require_step,
+)
+
+# The word for the newest checkpoint where a step is asked for.
+NEWEST = "newest"
+
+
+class RunIdentity(BaseModel):
+    """run.json: `uuid` tells apart two runs that bore the same name one after the other."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uuid: str
+    name: str
+    recipe_hash: str
+
+
+def run_url(recipe: Recipe, run: str) -> str:
+    """Folder of a run."""
+    return storage.join(recipe.storage.root, "runs", run)
+
+
+def read_identity(url: str) -> RunIdentity | None:
+    """The identity of the run in a folder; None where there is no run."""
+    try:
+        return RunIdentity.model_validate_json(storage.read_bytes(storage.join(url, "run.json")))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DiffitError(f"{url}/run.json is damaged: {error}; choose another --run") from error
+
+
+def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
+    """The run's identity, if it exists.
+
+    Raises:
+        UserError: the name holds the checkpoints of another recipe; the differing keys are named.
+    """
+    url = run_url(recipe, run)
+    identity = read_identity(url)
+    if identity is None or identity.recipe_hash == recipe.train_hash():
+        return identity
+    raise UserError(
+        f"run {run!r} in {recipe.storage.root} was trained by another recipe"
+        f"{_differences(recipe, url)}; choose another name by --run, or give the same recipe"
+    )
+
+
+def stored_recipe(url: str) -> Recipe:
+    """The recipe of the run in a folder."""
+    return validate(yaml.safe_load(storage.read_bytes(storage.join(url, "recipe.yaml"))), url)
+
+
+def _differences(recipe: Recipe, url: str) -> str:
+    """`: train.lr is 0.1, there 0.2` for the keys that make the recipes differ."""
+    stored = stored_recipe(url)
+    mine, theirs = _leaves(recipe.train_identity()), _leaves(stored.train_identity())
+    changed = [
+        f"{key} is {mine.get(key)!r}, there {theirs.get(key)!r}"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key)
+    ]
+    return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _leaves(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}".removeprefix("order.")] = value
+    return out
+
+
+def create_identity(recipe: Recipe, run: str) -> RunIdentity:
+    """Write recipe.yaml, then run.json, which makes the folder a run."""
+    url = run_url(recipe, run)
+    identity = RunIdentity(uuid=uuid.uuid4().hex, name=run, recipe_hash=recipe.train_hash())
+    storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
+    storage.write_text(storage.join(url, "run.json"), identity.model_dump_json(indent=2) + "\n")
+    return identity
+
+
+def finished_step(recipe: Recipe, run: str) -> int | None:
+    """The newest committed step where the recipe's steps are done, else None.
+
+    Raises:
+        UserError: as `check_recipe`.
+    """
+    if check_recipe(recipe, run) is None:
+        return None
+    steps = committed_steps(run_url(recipe, run))
+    return steps[-1] if steps and steps[-1] >= recipe.train.steps else None
+
+
+def find_checkpoint(recipe: Recipe, run: str, step: str) -> tuple[str, int]:
+    """Folder of a run and the step asked for, if both are there."""
+
+    if check_recipe(recipe, run) is None:
+        raise UserError(
+            f"there is no run {run!r} under {recipe.storage.root}; train it first, or name "
+            "another by --run"
+        )
+    url = run_url(recipe, run)
+    return url, require_step(url, parse_step(step))
+
+
+def parse_step(text: str) -> int | None:
+    """`--step` as a number; None for the newest.
+
+    Raises:
+        UserError: neither a number nor `newest`.
+    """
+    if text == NEWEST:
+        return None
+    if not text.isdigit():
+        raise UserError(f"--step is {text!r}, but must be a number of steps or {NEWEST!r}")
+    return int(text)

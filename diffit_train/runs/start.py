@@ -1,0 +1,80 @@
+"""Runs that start from another run's checkpoint (`diffit train --from`)."""
+
+from __future__ import annotations
+
+from diffit_train.config import Recipe
+from diffit_train.config.recipe import Start
+from diffit_train.errors import UserError
+from diffit_train.runs.checkpoints import (
+    checkpoint_digest,
+    read_index,
+    require_step,
+)
+from diffit_train.runs.identity import read_identity, run_url, stored_recipe
+
+
+def starting_from(
+    recipe: Recipe, run: str, source: str | None = None, weights: str = "ema"
+) -> Recipe:
+    """The recipe with `train.start` filled in.
+
+    A run that exists keeps the checkpoint that it started from, though its source may have
+    trained on since, or be gone. Where the resolution differs, the fixed positions keep the
+    spread that the source has learnt.
+
+    Args:
+        run: the new run.
+        source: RUN or RUN@STEP, without a step the newest checkpoint; None for the source that
+            the run was started from, if any.
+        weights: raw, or the name of an average.
+
+    Raises:
+        UserError: there is no such run, checkpoint or average.
+    """
+    if source is None:
+        return begun_from(recipe, run)
+    name, _, step = source.partition("@")
+    if step and not step.isdigit():
+        raise UserError(f"--from is {source!r}, but must be RUN or RUN@STEP, as first@5000")
+    if name == run:
+        raise UserError(f"--from names run {run!r} itself; give the new run another name by --run")
+    begun = begun_from(recipe, run)
+    kept = begun.train.start
+    if kept and kept.run == name and kept.weights == weights and step in ("", str(kept.step)):
+        return begun
+    url = run_url(recipe, name)
+    if read_identity(url) is None:
+        raise UserError(f"--from is {source!r}, but there is no run {name!r} in {url}")
+    number = require_step(url, int(step) if step else None)
+    kind = "master" if weights == "raw" else weights
+    known = read_index(url, number).kinds
+    if kind not in known:
+        raise UserError(f"--from-weights is {weights!r}, but {source} holds {', '.join(known)}")
+    digest = checkpoint_digest(url, number)
+    start = Start(run=name, step=number, weights=weights, digest=digest)
+    theirs = stored_recipe(url)
+    spread = theirs.model.position_side or _side(theirs)
+    return _started(recipe, start, spread if _side(theirs) != _side(recipe) else None)
+
+
+def begun_from(recipe: Recipe, run: str) -> Recipe:
+    """The recipe, with what `--from` once filled in where the run exists and had it."""
+    url = run_url(recipe, run)
+    if recipe.train.start is not None or read_identity(url) is None:
+        return recipe
+    stored = stored_recipe(url)
+    if stored.train.start is None:
+        return recipe
+    return _started(recipe, stored.train.start, stored.model.position_side)
+
+
+def _started(recipe: Recipe, start: Start, side: int | None) -> Recipe:
+    """The recipe with a start, and the spread of its positions where it says none itself."""
+    update = {"position_side": recipe.model.position_side or side}
+    model = recipe.model.model_copy(update=update)
+    train = recipe.train.model_copy(update={"start": start})
+    return recipe.model_copy(update={"train": train, "model": model})
+
+
+def _side(recipe: Recipe) -> int:
+    return recipe.latent_size // recipe.model.patch_size

@@ -1,0 +1,112 @@
+"""A run's own records: log.jsonl, the steps it skips, and what MLflow has not been sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.runs.checkpoints import (
+    committed_steps,
+    read_state,
+)
+from diffit_train.runs.identity import run_url
+
+_PERF = (
+    *("images_per_s", "step_s", "data_wait_fraction", "mfu", "memory_gib"),
+    *("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s"),
+)
+
+
+# Names under which a record's fields go to MLflow.
+_METRICS = {
+    **{name: f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")},
+    **{f"loss_q{q}": f"train/loss_q{q}" for q in range(4)},
+    **{name: f"perf/{name}" for name in _PERF},
+}
+
+
+def as_metrics(record: dict[str, Any]) -> dict[str, float]:
+    """A record of the log by the names of MLflow's metrics."""
+    return {_METRICS[key]: value for key, value in record.items() if key in _METRICS}
+
+
+class TrainingLog:
+    """log.jsonl: a record every `log_every` steps.
+
+    The file is written whole before each checkpoint, so what it holds up to a checkpoint's step
+    belongs to that checkpoint, and a resumed run drops what lies behind.
+    """
+
+    def __init__(self, url: str, up_to_step: int) -> None:
+        self.url = storage.join(url, "log.jsonl")
+        self.records: list[dict[str, Any]] = []
+        if storage.exists(self.url):
+            lines = storage.read_bytes(self.url).decode().splitlines()
+            self.records = [r for r in map(json.loads, lines) if r["step"] <= up_to_step]
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Take in a record; it is durable after the next checkpoint."""
+        self.records.append(record)
+
+    def text(self) -> str:
+        """All records as they stand now, a line each."""
+        return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records)
+
+
+@dataclass(frozen=True)
+class SkippedSteps:
+    """passed-over.json: steps whose batches are not trained on, as (first, last)."""
+
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def read(cls, url: str) -> SkippedSteps:
+        """Those of a run's folder."""
+        place = storage.join(url, "passed-over.json")
+        if not storage.exists(place):
+            return cls()
+        return cls(tuple((int(a), int(b)) for a, b in storage.read_json(place)))
+
+    def __contains__(self, step: int) -> bool:
+        return any(first <= step <= last for first, last in self.ranges)
+
+    def adding(self, first: int, last: int) -> SkippedSteps:
+        """These and one more range."""
+        return SkippedSteps((*self.ranges, (first, last)))
+
+    def write(self, url: str) -> None:
+        """Replace the file."""
+        storage.write_json(storage.join(url, "passed-over.json"), self.ranges)
+
+
+def append_bad_step(url: str, record: dict[str, Any]) -> None:
+    """Add a line to bad-steps.jsonl."""
+    place = storage.join(url, "bad-steps.jsonl")
+    before = storage.read_bytes(place).decode() if storage.exists(place) else ""
+    storage.write_text(place, before + json.dumps(record) + "\n")
+
+
+def mark_unsent(url: str) -> None:
+    """Note that MLflow lacks points of the log, as it was out of reach when training ended."""
+    storage.write_text(storage.join(url, "metrics-unsent"), "")
+
+
+def send_unsent(recipe: Recipe, run: str, say: Callable[[str], None]) -> None:
+    """Send the points that MLflow lacks, if there are any."""
+    url = run_url(recipe, run)
+    mark = storage.join(url, "metrics-unsent")
+    if not storage.exists(mark):
+        return
+    from diffit_train.tracking import MetricsOutbox
+
+    steps = committed_steps(url)
+    outbox = MetricsOutbox(recipe, read_state(url, steps[-1]).mlflow_run_id, say)
+    for record in TrainingLog(url, steps[-1]).records:
+        outbox.put(record["step"], as_metrics(record))
+    if not outbox.close():
+        storage.remove(mark)
+        say("sent the metrics that MLflow lacked")
