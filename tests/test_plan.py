@@ -75,7 +75,7 @@ def test_activations_are_those_that_a_forward_pass_leaves(dtype: torch.dtype) ->
     shape = Shape(latent_size=16, hidden_size=64, depth=6, num_heads=2, num_classes=3)
     for mode, every_nth in (("none", 1), ("blocks", 1), ("selective", 1), ("blocks", 2)):
         model = LatentDiffiT(shape).to(dtype)
-        use_kernel(model, "stretched", torch.device("cpu"))
+        use_kernel(model, "chunked", torch.device("cpu"))
         checkpoint_activations(model, mode, every_nth)
         x, t = torch.randn(8, 4, 16, 16, dtype=dtype), torch.zeros(8, dtype=torch.long)
         # Checkpointing leaves cycles: the last mode's tensors must not be freed in this profile.

@@ -50,7 +50,7 @@ KEEPING_KEYS = (
     "ema_snapshot_every",
     "validate_every",
     "validate_samples",
-    "bad_steps_in_row",
+    "max_consecutive_bad_steps",
     "max_rollbacks",
 )
 # Names of what a checkpoint holds beside the averages of the weights.
@@ -147,8 +147,8 @@ class Model(Section):
     label_init_std: Positive = Field(
         default=0.02, description="standard deviation of the label table at the start"
     )
-    attention: Literal["auto", "reference", "sdpa", "stretched", "flex"] = Field(
-        default="auto", description="attention kernel; auto: flex on CUDA, stretched elsewhere"
+    attention: Literal["auto", "reference", "sdpa", "chunked", "flex"] = Field(
+        default="auto", description="attention kernel; auto: flex on CUDA, chunked elsewhere"
     )
 
     @model_validator(mode="before")
@@ -296,7 +296,7 @@ class Train(Section):
     grad_norm_limit: Positive | None = Field(
         default=None, description="a step whose gradient norm is larger is skipped and reported"
     )
-    bad_steps_in_row: PositiveInt = Field(
+    max_consecutive_bad_steps: PositiveInt = Field(
         default=5,
         description="skipped steps in a row after which the run goes back to its last checkpoint "
         "and passes over their batches",

@@ -90,7 +90,7 @@ def activation_bytes(
     """
     with torch.device("meta"):
         model = ARCHITECTURES[architecture](replace(shape, depth=1)).to(dtype)
-    use_kernel(model, "stretched", torch.device("meta"))
+    use_kernel(model, "chunked", torch.device("meta"))
     block = model.blocks[0]
     tokens = torch.empty(
         batch, shape.side**2, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from diffit_train.models.attention import KERNELS, TMSA, SelfAttention, kernel_name
+from diffit_train.models.attention import TMSA, SelfAttention
+from diffit_train.models.attention_kernels import KERNELS, kernel_name
 from diffit_train.models.backbone import Backbone
 
 Checkpointing = Literal["none", "selective", "blocks"]

@@ -124,6 +124,11 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
+    def take_blocked_s(self) -> float:
+        """Seconds for which checkpoints held up training since the last call."""
+        seconds, self.blocked_s = self.blocked_s, 0.0
+        return seconds
+
     def save_now(self, run_url: str, state: State, **rest: Any) -> None:
         """Write a checkpoint and return when it is committed.
 

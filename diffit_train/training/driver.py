@@ -22,7 +22,7 @@ from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.models.attention import kernel_name
+from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import Progress, say
@@ -41,7 +41,7 @@ from diffit_train.tracking import (
     tracking_uri,
     unreachable_errors,
 )
-from diffit_train.training.worker import POLL_S, Board, Validate, _Validation, _worker
+from diffit_train.training.worker import POLL_S, TrainingStatus, Validate, _Validation, _worker
 
 STOPPED = 143  # as a shell has it for a process that SIGTERM ended
 
@@ -186,7 +186,7 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None
 
     scaling = recipe.scaling
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    status = TrainingStatus.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     url = run_url(recipe, run)
     scratch = storage.join(url, "ray")
     storage.remove(scratch)
@@ -199,7 +199,7 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None
     if validate is not None and recipe.train.validate_every:
         # The task only waits for the evaluation's actors, which take what they need themselves.
         validation = ValidationConfig(
-            _Validation(board, validate), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
+            _Validation(status, validate), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
         )
     trainer = TorchTrainer(
         _worker,
@@ -208,7 +208,7 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None
             "recipe": recipe.model_dump(mode="json"),
             "run": run,
             "mlflow_run_id": mlflow_run_id,
-            "board": board,
+            "status": status,
         },
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
@@ -231,16 +231,16 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None
         _renew_claim(url, trainer.train_run_context.run_id)
     stop = threading.Event()
     try:
-        with _on_sigterm(stop), _progress(recipe, board, committed_steps(url), stop):
+        with _on_sigterm(stop), _progress(recipe, status, committed_steps(url), stop):
             trainer.fit()
-        if reason := ray.get(board.why_failed.remote()):
+        if reason := ray.get(status.why_failed.remote()):
             raise DiffitError(f"training of {run!r} failed: {reason}")
     except SystemExit as error:  # Ray Train's answer to Ctrl-C, with status 0
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
         raise DiffitError(f"training of {run!r} failed: {_cause(error)}") from error
     finally:
-        ray.kill(board)
+        ray.kill(status)
     storage.remove(scratch)
     step = max(committed_steps(url), default=0)
     if step < recipe.train.steps:
@@ -302,9 +302,9 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _progress(
-    recipe: Recipe, board: Any, committed: list[int], stop: threading.Event
+    recipe: Recipe, status: Any, committed: list[int], stop: threading.Event
 ) -> Iterator[None]:
-    """Show the board's record and lines while the block runs; pass on that it is to stop."""
+    """Show the status's record and lines while the block runs; pass on that it is to stop."""
     ended = threading.Event()
     steps, start = recipe.train.steps, max(committed, default=0)
     say(
@@ -315,7 +315,7 @@ def _progress(
 
     def show(progress: Progress) -> dict[str, Any]:
         nonlocal seen
-        record, lines = ray.get(board.read.remote(seen))
+        record, lines = ray.get(status.read.remote(seen))
         seen += len(lines)
         for line in lines:
             say(line)
@@ -331,7 +331,7 @@ def _progress(
                 if stop.is_set() and not told:
                     told = True
                     say("asked to end: saving a checkpoint")
-                    board.stop.remote()
+                    status.stop.remote()
                 if show(progress) and not begun:
                     begun = True
                     progress.restart_clock()

@@ -17,9 +17,8 @@ from diffit_train.errors import DiffitError
 from diffit_train.runs.checkpoints import Kind, OwnedSlice, Slice
 from diffit_train.training.ema import ShardedEMA
 
-# Elements that are reduced or gathered at once.
 # Says from a step's gradient norm, on all ranks alike, whether the step may be taken.
-Judge = Callable[[float], bool]
+AcceptStep = Callable[[float], bool]
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -84,8 +83,8 @@ class Engine:
         )
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self._norm = float("nan")
-        self._judge: Judge = math.isfinite
-        self._put_judge_in()
+        self._accept: AcceptStep = math.isfinite
+        self._install_accept()
         # At stage 0 the parameters themselves are the masters, and Adam's state is theirs.
         replicas = list(self.names) if train.zero_stage == 0 else []
         self._replicas = [(p.detach().view(-1), self.names[p]) for p in replicas]
@@ -115,16 +114,16 @@ class Engine:
         if not last:
             self.engine.step()
 
-    def step(self, step: int, judge: Judge = math.isfinite) -> bool:
+    def step(self, step: int, accept: AcceptStep = math.isfinite) -> bool:
         """Optimizer step at this step's learning rate; whether it was taken.
 
         Args:
-            judge: called once with the norm of the gradient before clipping; where it says no,
+            accept: called once with the norm of the gradient before clipping; where it says no,
                 weights and moments stay as they are.
         """
         for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
-        self._judge = judge
+        self._accept = accept
         if self.train.zero_stage == 0:
             return self._replicated_step()
         self.engine.step()
@@ -247,33 +246,33 @@ class Engine:
                 yield _Piece(Slice(name, start - place, end - start), flat, start - place)
             place += flat.numel()
 
-    # ---- Judging a step ----
+    # ---- Accepting a step ----
 
-    def _put_judge_in(self) -> None:
-        """Let the judge decide where DeepSpeed looks whether the gradient's norm is a number.
+    def _install_accept(self) -> None:
+        """Let `accept` decide where DeepSpeed looks whether the gradient's norm is a number.
 
         What it takes for no number it skips, on all ranks, with everything cleared up.
         """
         stage = self.train.zero_stage
         if stage in (1, 2):
             norm = self.optimizer.scaled_global_norm
-            self.optimizer.scaled_global_norm = lambda *args, **kwargs: self._judged(
+            self.optimizer.scaled_global_norm = lambda *args, **kwargs: self._checked(
                 norm(*args, **kwargs)
             )
         elif stage == 3:
             groups = self.optimizer._get_norm_groups
-            self.optimizer._get_norm_groups = lambda: [self._judged(_joined(groups()))]
+            self.optimizer._get_norm_groups = lambda: [self._checked(_joined(groups()))]
 
-    def _judged(self, norm: Tensor) -> Tensor:
+    def _checked(self, norm: Tensor) -> Tensor:
         # DeepSpeed marks sums that are no number by -1.
         self._norm = float(norm) if float(norm) >= 0.0 else float("inf")
-        return norm if self._judge(self._norm) else torch.full_like(norm, float("inf"))
+        return norm if self._accept(self._norm) else torch.full_like(norm, float("inf"))
 
     def _replicated_step(self) -> bool:
         """Stage 0, where DeepSpeed neither looks at the norm nor tells it."""
         gradients = [p.grad for p in self.names if p.grad is not None]
         self._norm = float(torch.nn.utils.get_total_norm(gradients))
-        good = self._judge(self._norm)
+        good = self._accept(self._norm)
         if not good:
             for parameter in self.names:
                 parameter.grad = None

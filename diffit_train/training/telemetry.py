@@ -1,4 +1,4 @@
-"""What is measured while training: losses by timestep quarter, speed, parts of a step, MFU."""
+"""Meters of a training: losses by noise quarter, speed, phases of a step, MFU, memory."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ Validate = Callable[[int], str]
 
 
 @ray.remote(num_cpus=0)
-class Board:
+class TrainingStatus:
     """Where rank 0 writes its newest record, and where the driver asks the workers to stop."""
 
     def __init__(self) -> None:
@@ -78,13 +78,13 @@ class Board:
         return self.stopping
 
 
-class _Around:
-    """What surrounds a rank under Ray Train (`training.loop.Surroundings`)."""
+class RayHooks:
+    """A rank's hooks under Ray Train (`training.control.TrainerHooks`)."""
 
-    def __init__(self, board: Any, rank: int, world: int, run: str) -> None:
+    def __init__(self, status: Any, rank: int, world: int, run: str) -> None:
         from ray.util.metrics import Gauge
 
-        self.board, self.rank, self.world, self.run = board, rank, world, run
+        self.status, self.rank, self.world, self.run = status, rank, world, run
         self.begun = False
         self.stopping = threading.Event()
         self.gauges: dict[str, Gauge] = {}
@@ -96,7 +96,7 @@ class _Around:
         pause = threading.Event()
         with contextlib.suppress(RayActorError):  # the driver is gone, and Ray ends this process
             while not pause.wait(POLL_S):
-                if ray.get(self.board.is_stopping.remote()):
+                if ray.get(self.status.is_stopping.remote()):
                     self.stopping.set()
                     return
 
@@ -106,8 +106,8 @@ class _Around:
             return
         if not self.begun:
             self.begun = True
-            self.board.begin.remote(self.world, record["step"])
-        self.board.put.remote(record)
+            self.status.begin.remote(self.world, record["step"])
+        self.status.put.remote(record)
         for name, value in record.items():
             self._gauge(name).set(value, tags={"run": self.run})
 
@@ -121,7 +121,7 @@ class _Around:
     def say(self, text: str) -> None:
         """To the driver."""
         if self.rank == 0:
-            self.board.say.remote(text)
+            self.status.say.remote(text)
 
     def stop_wanted(self) -> bool:
         """Whether the driver has been asked to end."""
@@ -157,19 +157,19 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     from diffit_train.training.checkpointer import UnrecoverableError
-    from diffit_train.training.loop import train_to_the_end
+    from diffit_train.training.loop import train_until_done
 
     recipe, run = Recipe.model_validate(config["recipe"]), config["run"]
     context = ray.train.get_context()
-    around = _Around(config["board"], context.get_world_rank(), context.get_world_size(), run)
+    hooks = RayHooks(config["status"], context.get_world_rank(), context.get_world_size(), run)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(recipe.scaling.cpus_per_worker)
     try:
-        step = train_to_the_end(recipe, run, config["mlflow_run_id"], device, around)
+        step = train_until_done(recipe, run, config["mlflow_run_id"], device, hooks)
     except UnrecoverableError as error:  # raised on all ranks alike
-        if around.rank == 0:
-            ray.get(around.board.fail.remote(str(error)))
+        if hooks.rank == 0:
+            ray.get(hooks.status.fail.remote(str(error)))
         return
     ray.train.report({"step": step})
 
@@ -177,13 +177,13 @@ def _worker(config: dict[str, Any]) -> None:
 class _Validation:
     """What Ray Train runs, as a task, for each checkpoint that is to be evaluated."""
 
-    def __init__(self, board: Any, validate: Validate) -> None:
-        self.board, self.validate = board, validate
+    def __init__(self, status: Any, validate: Validate) -> None:
+        self.status, self.validate = status, validate
 
     def __call__(self, checkpoint: Any, step: int) -> dict[str, Any]:
         try:
-            self.board.say.remote(self.validate(step))
+            self.status.say.remote(self.validate(step))
         except Exception as error:  # Ray Train would only log it, where nobody looks
-            self.board.say.remote(f"step {step:,} could not be evaluated: {first_line(error)}")
+            self.status.say.remote(f"step {step:,} could not be evaluated: {first_line(error)}")
             raise
         return {"step": step}

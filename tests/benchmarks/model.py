@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     shape = Shape(latent_size=options.latent)
-    fast = "flex" if device.type == "cuda" else "stretched"
+    fast = "flex" if device.type == "cuda" else "chunked"
     variants = {
         "DiffiT, plain": (LatentDiffiT, "reference", "none"),
         f"DiffiT, {fast}": (LatentDiffiT, fast, "none"),

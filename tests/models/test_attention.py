@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from diffit_train.errors import UserError
-from diffit_train.models import attention
-from diffit_train.models.attention import KERNELS, TMSA, kernel_name, relative_position_index
+from diffit_train.models import attention_kernels
+from diffit_train.models.attention import TMSA, relative_position_index
+from diffit_train.models.attention_kernels import (
+    KERNELS,
+    Kernel,
+    kernel_name,
+    reference_attention,
+)
 
 SIDE, HEADS, SIZE = 4, 3, 8
 
@@ -15,14 +21,14 @@ SIDE, HEADS, SIZE = 4, 3, 8
 def _inputs(batch: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     count = SIDE**2
-    # As TMSA hands them over: stretches of one projection.
+    # As TMSA hands them over: slices of one projection.
     qkv = torch.randn(batch, count, 3, HEADS, SIZE, generator=generator, dtype=torch.float64)
     table = torch.randn((2 * SIDE - 1) ** 2, HEADS, generator=generator, dtype=torch.float64)
     parts = [*qkv.permute(2, 0, 3, 1, 4), table]
     return [part.detach().to(device, dtype).requires_grad_() for part in parts]
 
 
-def _results(kernel: attention.Kernel, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def _results(kernel: Kernel, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     q, k, v, table = inputs
     out = kernel(q, k, v, table, relative_position_index(SIDE).to(q.device))
     target = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device)
@@ -31,13 +37,13 @@ def _results(kernel: attention.Kernel, inputs: list[torch.Tensor]) -> list[torch
 
 
 def _assert_like_reference(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
-    expected = _results(attention.reference_attention, _inputs(5, torch.float64))
+    expected = _results(reference_attention, _inputs(5, torch.float64))
     found = _results(KERNELS[name], _inputs(5, dtype, device))
     for mine, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double().cpu(), exact, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["reference", "sdpa", "stretched"])
+@pytest.mark.parametrize("name", ["reference", "sdpa", "chunked"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.1)]
 )
@@ -46,7 +52,7 @@ def test_kernels_give_the_reference_and_its_gradients(
 ) -> None:
     # So small that a stretch is of two pictures, the last of one; or of one picture's two heads.
     for weights in (2 * HEADS * SIDE**4, 2 * SIDE**4):
-        monkeypatch.setattr(attention, "STRETCH_WEIGHTS", weights)
+        monkeypatch.setattr(attention_kernels, "CHUNK_WEIGHTS", weights)
         _assert_like_reference(name, dtype, tolerance, "cpu")
 
 
@@ -80,7 +86,7 @@ def test_the_backward_pass_keeps_no_attention_weights() -> None:
         lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
     )
     with hooks:
-        KERNELS["stretched"](*inputs, relative_position_index(SIDE))
+        KERNELS["chunked"](*inputs, relative_position_index(SIDE))
     assert max(sizes) < 5 * HEADS * SIDE**4
     with hooks:
         KERNELS["reference"](*inputs, relative_position_index(SIDE))
@@ -89,7 +95,7 @@ def test_the_backward_pass_keeps_no_attention_weights() -> None:
 
 def test_the_kernel_is_chosen_by_the_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert kernel_name("auto", cpu) == "stretched"
+    assert kernel_name("auto", cpu) == "chunked"
     assert kernel_name("auto", cuda) == "flex"
     assert kernel_name("reference", cuda) == "reference"
     with pytest.raises(UserError, match=r"flex.*needs a CUDA device.*model\.attention=auto"):

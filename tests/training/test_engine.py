@@ -34,7 +34,7 @@ from diffit_train.training.checkpointer import (
     load_weights,
     newest_whole,
 )
-from diffit_train.training.engine import Engine, Judge, learning_rate
+from diffit_train.training.engine import AcceptStep, Engine, learning_rate
 from tests.training.ranks import on_ranks
 
 BATCH = 4
@@ -86,7 +86,7 @@ def _engine(model: LatentDiffiT, train: Train, rank: int, world: int) -> Engine:
     return Engine(model, train, rank, world, CPU, micro_batches)
 
 
-def _one_step(engine: Engine, step: int, judge: Judge = math.isfinite) -> bool:
+def _one_step(engine: Engine, step: int, accept: AcceptStep = math.isfinite) -> bool:
     mine = slice(engine.rank * BATCH // engine.world_size, None)
     count = BATCH // engine.world_size // engine.micro_batches
     x, t, y = (part[mine] for part in _batch(step))
@@ -95,7 +95,7 @@ def _one_step(engine: Engine, step: int, judge: Judge = math.isfinite) -> bool:
         squares = engine.forward(x[part], t[part], y[part]) ** 2
         last = number == engine.micro_batches - 1
         engine.backward(STEEP * squares.mean(dim=(1, 2, 3)).sum() / BATCH, last)
-    taken = engine.step(step, judge)
+    taken = engine.step(step, accept)
     engine.update_ema(step)
     return taken
 
@@ -333,7 +333,7 @@ def _refuse_some(rank: int, world: int, run: str, stage: int) -> None:
     assert not _one_step(engine, 2, refuse)
     assert len(seen) == 1
     assert 0.0 < seen[0] == engine.grad_norm() < math.inf
-    # A gradient that is no number reaches the judge on every rank.
+    # A gradient that is no number reaches the accept step on every rank.
     parameter = next(iter(engine.names))
     hook = parameter.register_hook(lambda grad: grad * float("nan") if rank == 0 else grad)
     assert not _one_step(engine, 3)

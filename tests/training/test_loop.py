@@ -25,13 +25,15 @@ from diffit_train.commands.weights import (
     reconstruct_average,
 )
 from diffit_train.config import Recipe
+from diffit_train.data.loader import Batch
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
 from diffit_train.runs.checkpoints import checkpoint_url, committed_steps, read_state, read_weights
 from diffit_train.runs.identity import create_identity
 from diffit_train.runs.start import starting_from
 from diffit_train.tracking import Tracker
-from diffit_train.training import loop
+from diffit_train.training import control, loop
+from diffit_train.training.batch import BatchBuilder, TrainingBatch
 from diffit_train.training.log import SkippedSteps
 from tests.conftest import tiny_recipe
 from tests.training.ranks import on_ranks
@@ -40,8 +42,8 @@ CPU = torch.device("cpu")
 STEPS = ("train.steps=24", "train.checkpoint_every=8", "train.log_every=2")
 
 
-class Asked:
-    """Surroundings that want to stop once a step has been judged so many times, or preempt."""
+class Hooks:
+    """Hooks that want to stop after so many steps, or announce a preemption."""
 
     def __init__(self, stop_after: int | None, preempt: bool) -> None:
         self.stop_after, self.preempt, self.asked = stop_after, preempt, 0
@@ -72,24 +74,26 @@ def _train(
     preempt: bool = False,
     bad_steps: tuple[int, ...] = (),
 ) -> None:
-    loop.PREEMPTION_POLL_S = 0.0
-    around = Asked(stop_after, preempt)
-    prepare: Callable[..., Any] = loop.Trainer._prepare
+    control.PREEMPTION_POLL_S = 0.0
+    hooks = Hooks(stop_after, preempt)
+    build: Callable[..., Any] = BatchBuilder.__call__
 
-    def spoilt(self: loop.Trainer, batch: Any) -> loop.Prepared:
-        made = prepare(self, batch)
+    def spoilt(self: BatchBuilder, batch: Batch) -> TrainingBatch:
+        made: TrainingBatch = build(self, batch)
         if batch.step in bad_steps and rank == 0:
-            made.drawn.x0[0] = math.nan
+            made.x0[0] = math.nan
         return made
 
-    loop.Trainer._prepare = spoilt  # type: ignore[method-assign]
+    BatchBuilder.__call__ = spoilt  # type: ignore[method-assign]
     try:
-        step = loop.train_to_the_end(recipe, run, run_id, CPU, around)
+        step = loop.train_until_done(recipe, run, run_id, CPU, hooks)
     finally:
-        loop.Trainer._prepare = prepare  # type: ignore[method-assign]
+        BatchBuilder.__call__ = build  # type: ignore[method-assign]
     assert step == expected, step
     if preempt and rank == 0:
-        assert any("is to be taken away; saved at step 1" in line for line in around.lines)
+        assert any(
+            "preemption announced; checkpoint saved at step 1" in line for line in hooks.lines
+        )
     dist.barrier()
 
 
@@ -194,7 +198,7 @@ def test_bad_batches_are_named_and_skipped(encoded: Path) -> None:
 def test_after_too_many_bad_batches_in_a_row_the_run_goes_back_and_passes_over(
     encoded: Path,
 ) -> None:
-    bad, limit = (10, 11, 12), "train.bad_steps_in_row=3"
+    bad, limit = (10, 11, 12), "train.max_consecutive_bad_steps=3"
     run = _run(encoded, "back", 2, 24, limit, stop_after=None, preempt=False, bad_steps=bad)
     assert SkippedSteps.read(str(run)).ranges == ((10, 12),)
     assert len((run / "bad-steps.jsonl").read_text().splitlines()) == 3
@@ -207,12 +211,14 @@ def test_after_too_many_bad_batches_in_a_row_the_run_goes_back_and_passes_over(
 
 
 def _gives_up(rank: int, world: int, recipe: Recipe, run: str, run_id: str) -> None:
-    with pytest.raises(DiffitError, match=r"2 steps in a row from 3 on .* lower train\.lr"):
+    with pytest.raises(DiffitError, match=r"2 consecutive steps from 3 .* lower train\.lr"):
         _train(rank, world, recipe, run, run_id, 24, bad_steps=(3, 4))
 
 
 def test_a_run_that_may_not_go_back_stops(encoded: Path) -> None:
-    recipe = tiny_recipe(encoded, *STEPS, "train.bad_steps_in_row=2", "train.max_rollbacks=0")
+    recipe = tiny_recipe(
+        encoded, *STEPS, "train.max_consecutive_bad_steps=2", "train.max_rollbacks=0"
+    )
     identity = create_identity(recipe, "hopeless")
     run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "hopeless", {}, {})
     on_ranks(2, _gives_up, recipe, "hopeless", run_id)
@@ -224,7 +230,7 @@ def test_steps_beyond_a_limit_are_skipped(encoded: Path, whole: Path) -> None:
     norms = sorted(record["grad_norm"] for record in _log(whole))
     limit = norms[len(norms) // 2]
     run = _run(encoded, "limited", 2, 24, f"train.grad_norm_limit={limit}",
-               "train.bad_steps_in_row=24")  # fmt: skip
+               "train.max_consecutive_bad_steps=24")  # fmt: skip
     records = [json.loads(line) for line in (run / "bad-steps.jsonl").open()]
     assert 0 < len(records) < 24
     assert all(float(record["grad_norm"]) > limit for record in records)

@@ -210,14 +210,18 @@ def test_a_kernel_that_the_workers_lack_is_refused_at_once(encoded: Path) -> Non
 def test_a_hopeless_run_says_why_and_is_not_started_again(
     encoded: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    changes = ["train.grad_norm_limit=1e-9", "train.bad_steps_in_row=2", "train.max_rollbacks=1"]
-    words = r"'hopeless-run' failed: 2 steps in a row from 2 on .*gone back to a checkpoint: 1\)"
+    changes = [
+        "train.grad_norm_limit=1e-9",
+        "train.max_consecutive_bad_steps=2",
+        "train.max_rollbacks=1",
+    ]
+    words = r"'hopeless-run' failed: 2 consecutive steps from 2 .*\(1 rollbacks\)"
     with pytest.raises(DiffitError, match=words):
         train(tiny_recipe(encoded, *changes), "hopeless-run")
     said = capfd.readouterr().err
     assert said.count("from step 0 on 1 worker\n") == 1
-    assert "step 0 skipped: loss" in said
-    assert "going back to the last checkpoint" in said
+    assert "Skipped step 0: loss" in said
+    assert "Rolling back to the last checkpoint" in said
     assert "trained" not in said
     (record,) = [r for r in Tracker.of(tiny_recipe(encoded)).runs() if r.name == "hopeless-run"]
     assert record.status == "FAILED"

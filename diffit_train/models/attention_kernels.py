@@ -1,0 +1,209 @@
+"""Attention kernels: the same computation with and without position bias, for each kind of device.
+
+A kernel is a plain function
+
+    kernel(q, k, v, table, index) -> softmax(q k^T / sqrt(K) + B) v
+
+of q, k, v (B, H, N, K), a bias table (R, H) and the row of that table for each pair of tokens,
+(N, N) int64; table and index are None where attention has no position bias.
+
+Shapes: B images (or windows), N tokens, H heads, K features a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from diffit_train.errors import UserError
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+# Attention weights that `chunked_attention` computes at once: 4 MiB in fp32, for the cache.
+CHUNK_WEIGHTS = 1 << 20
+
+
+def position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """The bias B of every pair of tokens, (H, N, N)."""
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """Equation 6 as it stands; every weight is held. Any dtype, any device."""
+    logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if table is not None and index is not None:
+        logits = logits + position_bias(table, index)
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """torch's scaled-dot-product attention with the bias as its mask.
+
+    On a CPU torch holds every weight where the bias wants a gradient; see `chunked_attention`.
+    """
+    if table is None or index is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=position_bias(table, index).to(q.dtype)
+    )
+
+
+def chunked_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """For CPUs: attention in chunks that fit the cache.
+
+    It keeps q, k and v only, and recomputes the weights in the backward pass. Without position
+    bias torch's own kernel does as well.
+    """
+    if table is None or index is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    return _biased_attention(q, k, v, table, index)
+
+
+def _chunks(batch: int, heads: int, count: int) -> Iterator[tuple[slice, slice]]:
+    """Pictures and heads whose attention weights fit the cache: some pictures, or some heads."""
+    heads_at_once = min(heads, max(1, CHUNK_WEIGHTS // count**2))
+    pictures = max(1, CHUNK_WEIGHTS // (heads * count**2))
+    for start in range(0, batch, pictures):
+        for head in range(0, heads, heads_at_once):
+            yield slice(start, start + pictures), slice(head, head + heads_at_once)
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).mul_(1.0 / math.sqrt(q.shape[-1])).add_(bias).softmax(-1)
+
+
+# One operation to torch, so that selective checkpointing keeps its result and compilers leave it
+# alone.
+@torch.library.custom_op("diffit::biased_attention", mutates_args=())
+def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    batch, heads, count, size = q.shape
+    bias = position_bias(table, index).to(q.dtype).contiguous()
+    out = q.new_empty(batch, count, heads, size).transpose(1, 2)
+    for rows, some in _chunks(batch, heads, count):
+        out[rows, some] = _weights(q[rows, some], k[rows, some], bias[some]) @ v[rows, some]
+    return out
+
+
+@_biased_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    batch, heads, count, size = q.shape
+    return q.new_empty(batch, count, heads, size).transpose(1, 2)
+
+
+@torch.library.custom_op("diffit::biased_attention_backward", mutates_args=())
+def _biased_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k, v in the layout (B, N, 3, H, K) of their projection, and of the table."""
+    batch, heads, count, size = q.shape
+    scale = 1.0 / math.sqrt(size)
+    bias = position_bias(table, index).to(q.dtype).contiguous()
+    grad_qkv = q.new_empty(batch, count, 3, heads, size)
+    grad_q, grad_k, grad_v = grad_qkv.permute(2, 0, 3, 1, 4)
+    grad_bias = torch.zeros_like(bias, dtype=table.dtype)
+    for rows, some in _chunks(batch, heads, count):
+        place = (rows, some)
+        query, key, value, grad = q[place], k[place], v[place], grad_out[place]
+        weights = _weights(query, key, bias[some])
+        grad_v[place] = weights.transpose(-2, -1) @ grad
+        # The softmax's gradient: weights * (dW - sum(weights * dW)), here in place.
+        grad_logits = grad @ value.transpose(-2, -1)
+        inner = torch.linalg.vecdot(grad_logits, weights).unsqueeze(-1)
+        grad_logits.sub_(inner).mul_(weights)
+        grad_bias[some] += grad_logits.sum(0, dtype=table.dtype)
+        grad_q[place] = (grad_logits @ key).mul_(scale)
+        grad_k[place] = (grad_logits.transpose(-2, -1) @ query).mul_(scale)
+    by_pair = grad_bias.permute(1, 2, 0).reshape(-1, heads)
+    return grad_qkv, torch.zeros_like(table).index_add_(0, index.view(-1), by_pair)
+
+
+@_biased_attention_backward.register_fake
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, heads, count, size = q.shape
+    return q.new_empty(batch, count, 3, heads, size), torch.empty_like(table)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    grad_qkv, grad_table = _biased_attention_backward(grad_out, *ctx.saved_tensors)
+    return *grad_qkv.permute(2, 0, 3, 1, 4), grad_table, None
+
+
+_biased_attention.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.diffit.biased_attention)
+def _flops(q: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, count, size = q
+    return 4 * batch * heads * count * count * size
+
+
+def flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """FlexAttention: the bias is looked up inside the kernel, so no (N, N) tensor exists.
+
+    Compiled on CUDA; elsewhere torch evaluates the same function eagerly, which is for tests.
+    """
+    run = _compiled_flex() if q.is_cuda else _eager_flex()
+    if table is None or index is None:
+        return run(q, k, v)
+    rows, bias = index, table
+
+    def add_bias(score: Tensor, b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + bias[rows[i, j], head]
+
+    return run(q, k, v, score_mod=add_bias)
+
+
+def _eager_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention as run
+
+    return run
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(_eager_flex(), dynamic=False)
+
+
+KERNELS: dict[str, Kernel] = {
+    "reference": reference_attention,
+    "sdpa": sdpa_attention,
+    "chunked": chunked_attention,
+    "flex": flex_attention,
+}
+
+
+def kernel_name(wanted: str, device: torch.device) -> str:
+    """The kernel to use: `wanted`, or for `auto` flex on CUDA and chunked elsewhere.
+
+    Raises:
+        UserError: flex was asked for where it would be evaluated eagerly.
+    """
+    if wanted == "auto":
+        return "flex" if device.type == "cuda" else "chunked"
+    if wanted == "flex" and device.type != "cuda":
+        raise UserError(
+            f"model.attention is 'flex', which needs a CUDA device, but this runs on "
+            f"{device.type}; set model.attention=auto"
+        )
+    return wanted

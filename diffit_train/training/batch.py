@@ -1,0 +1,82 @@
+"""A rank's share of a global batch, with all the randomness that its step depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffit_train.config import Recipe
+from diffit_train.data.autoencoder import scaled_sample
+from diffit_train.data.loader import Batch, draw
+from diffit_train.data.shards import Manifest
+from diffit_train.diffusion.objective import Objective
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What a step is a function of, on one rank: n of the global batch's samples.
+
+    Attributes:
+        source: the samples as they were read.
+        x0: scaled latents, (n, C, h, w).
+        t: noise levels, (n,).
+        noise: as `x0`.
+        y: labels, (n,); the null class where dropped.
+    """
+
+    source: Batch
+    x0: Tensor
+    t: Tensor
+    noise: Tensor
+    y: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x0, t, noise and y."""
+        return self.x0, self.t, self.noise, self.y
+
+
+class BatchBuilder:
+    """Draws noise levels, noise, posterior samples, flips and label dropout, lane by lane.
+
+    Called by the loader's thread; the result depends on the seed, the step and the lanes only.
+    """
+
+    def __init__(
+        self, recipe: Recipe, manifest: Manifest, objective: Objective, device: torch.device
+    ) -> None:
+        self.recipe, self.manifest, self.objective = recipe, manifest, objective
+        self.device = device
+
+    def __call__(self, batch: Batch) -> TrainingBatch:
+        """The training batch of samples just read."""
+        manifest, train = self.manifest, self.recipe.train
+        count = len(batch.labels) // len(batch.lanes)
+        shape = (manifest.channels, manifest.height, manifest.width)
+        timesteps = self.objective.draw_timesteps
+        lanes = [
+            draw(
+                train.seed,
+                batch.step,
+                lane,
+                count,
+                shape,
+                manifest.frames,
+                timesteps,
+                train.label_dropout,
+            )
+            for lane in batch.lanes
+        ]
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([torch.from_numpy(getattr(lane, name)) for lane in lanes])
+
+        moments = torch.from_numpy(batch.moments)[torch.arange(len(batch.labels)), joined("flip")]
+        x0 = scaled_sample(moments, joined("posterior"), manifest.scale)
+        labels = torch.from_numpy(batch.labels)
+        y = torch.where(joined("drop"), self.recipe.data.num_classes, labels)
+        tensors = (x0, joined("t"), joined("noise"), y)
+        if self.device.type == "cuda":
+            tensors = tuple(v.pin_memory() for v in tensors)  # type: ignore[assignment]
+        return TrainingBatch(batch, *tensors)

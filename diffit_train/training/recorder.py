@@ -1,0 +1,141 @@
+"""Where measurements of a training go: log.jsonl, MLflow, the progress line; and step profiles."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.tracking import MetricsOutbox
+from diffit_train.training.control import TrainerHooks
+from diffit_train.training.engine import learning_rate
+from diffit_train.training.log import TrainingLog, as_metrics, mark_unsent
+from diffit_train.training.telemetry import (
+    LossMeter,
+    SpeedMeter,
+    Stopwatch,
+    peak_memory_bytes,
+)
+
+GIB = 2**30
+
+
+class StepProfiler:
+    """Runs some steps of rank 0 under torch.profiler and keeps their trace with the run.
+
+    Args:
+        steps: first and last step; None for none.
+        url: folder of the run.
+        say: told where the trace is.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, url: str, say: Callable[[str], None]) -> None:
+        self.steps = steps if dist.get_rank() == 0 else None
+        self.url, self.say = url, say
+        self._profile: torch.profiler.profile | None = None
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Profile the block where the step is one of those wanted."""
+        if self.steps is None or not self.steps[0] <= step <= self.steps[1]:
+            yield
+            return
+        if self._profile is None:
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+        yield
+        first, last = self.steps
+        if step == last:
+            self._profile.stop()
+            url = storage.join(self.url, "profile", f"steps-{first}-{last}.json.gz")
+            with tempfile.TemporaryDirectory(prefix="diffit-profile-") as folder:
+                local = Path(folder) / "trace.json.gz"
+                self._profile.export_chrome_trace(str(local))
+                storage.write_bytes(url, local.read_bytes())
+            self.say(f"Profile: {url}")
+
+
+class Recorder:
+    """Averages an interval of steps into a record of the log, and sends it on.
+
+    All ranks measure; rank 0 keeps log.jsonl, sends points to MLflow and reports progress.
+
+    Args:
+        recipe: of the run.
+        url: its folder.
+        mlflow_run_id: where the points go.
+        speed: the run's meter.
+        device: where the model runs.
+        hooks: told of each record.
+        step: where training stands; records behind it are dropped.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        url: str,
+        mlflow_run_id: str,
+        speed: SpeedMeter,
+        device: torch.device,
+        hooks: TrainerHooks,
+        step: int,
+    ) -> None:
+        self.recipe, self.url, self.hooks = recipe, url, hooks
+        self.speed, self.device = speed, device
+        self.losses = LossMeter(recipe.diffusion.timesteps, self.device)
+        self.watch = Stopwatch(self.device)
+        self.log = TrainingLog(url, step)
+        self._grad_norm = float("nan")
+        self._outbox: MetricsOutbox | None = None
+        if dist.get_rank() == 0:
+            # A restarted run repeats steps behind its checkpoint; the outbox drops their points.
+            self._outbox = MetricsOutbox(recipe, mlflow_run_id, hooks.say)
+            for record in self.log.records:
+                self._outbox.put(record["step"], as_metrics(record))
+
+    def add(self, losses: Tensor, noise_levels: Tensor, grad_norm: float) -> None:
+        """A step was taken: its losses and noise levels on this rank, and the gradient's norm."""
+        self._grad_norm = grad_norm
+        self.losses.add(losses, noise_levels)
+
+    def record(self, step: int, waited_s: float, checkpoint_s: float, bad_steps: int) -> None:
+        """Record the interval that ends at `step` (a collective).
+
+        Args:
+            waited_s: the loader's total so far.
+            checkpoint_s: for which checkpoints held up the interval.
+            bad_steps: steps of the interval that were not taken.
+        """
+        train = self.recipe.train
+        steps = step % train.log_every or train.log_every
+        values = self.losses.reduce()
+        waited_before_s = self.speed.waited_before_s
+        values |= self.speed.measure(steps, waited_s)
+        values |= {f"{name}_s": s / steps for name, s in self.watch.take().items()}
+        values |= {"data_s": (waited_s - waited_before_s) / steps, "checkpoint_s": checkpoint_s}
+        self.speed.restart(waited_s)
+        if self._outbox is None:
+            return
+        values["lr"] = learning_rate(train, step - 1)
+        values["memory_gib"] = peak_memory_bytes(self.device) / GIB
+        if math.isfinite(self._grad_norm):
+            values["grad_norm"] = self._grad_norm
+        if bad_steps:
+            values["skipped_steps"] = bad_steps
+        record = {"step": step, **values}
+        self.log.append(record)
+        self._outbox.put(step, as_metrics(record))
+        self.hooks.report(record)
+
+    def close(self) -> None:
+        """Send what MLflow lacks; note it where MLflow is out of reach."""
+        if self._outbox is not None and self._outbox.close():
+            mark_unsent(self.url)

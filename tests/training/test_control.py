@@ -1,0 +1,152 @@
+"""What ranks agree on once a step, and what bad steps lead to."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from diffit_train.config.recipe import Train
+from diffit_train.data.loader import Batch
+from diffit_train.training import control
+from diffit_train.training.checkpointer import UnrecoverableError
+from diffit_train.training.control import ControlPlane, Decision
+from diffit_train.training.guard import BadStepGuard, RollbackRequested
+from diffit_train.training.log import SkippedSteps
+from tests.training.ranks import on_ranks
+
+
+class Recorded:
+    """Hooks that keep what they are told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.validated: list[int] = []
+        self.stopping = self.preempting = False
+        self.asked = 0
+
+    def report(self, record: dict[str, Any]) -> None:
+        raise AssertionError("the control plane reports nothing")
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def stop_wanted(self) -> bool:
+        return self.stopping
+
+    def preempted(self) -> bool:
+        self.asked += 1
+        return self.preempting
+
+    def validate(self, step: int) -> None:
+        self.validated.append(step)
+
+
+def _decides(rank: int, world: int) -> None:
+    control.PREEMPTION_POLL_S = 0.0
+    hooks = Recorded()
+    train = Train(steps=10, batch_size=4, loss_limit=5.0, grad_norm_limit=2.0)
+    plane = ControlPlane(train, hooks)
+
+    # The loss is the mean over the global batch: (2 + 6) / 4.
+    first = plane.decide(2.0 if rank == 0 else 6.0, 1.0)
+    assert first == Decision(True, 2.0, False, True, 0)
+
+    # Any rank's bad loss, or a bad norm, refuses the step on all.
+    for mine, norm in ((math.nan if rank else 1.0, 1.0), (12.0, 1.0), (1.0, 2.5), (1.0, math.inf)):
+        assert not plane.decide(mine, norm).accept
+
+    # Rank 0 alone is asked to stop; all stop, and it stays so.
+    hooks.stopping = rank == 0
+    decision = plane.decide(1.0, 1.0)
+    assert decision.stop
+    plane.follow(decision)
+    hooks.stopping = False
+    plane.follow(plane.decide(1.0, 1.0))
+    assert plane.stop
+
+    # Validations go out one a step, in order, on all ranks.
+    if rank == 0:
+        plane.pending_validation.extend([3, 6, 9])
+    plane.follow(plane.decide(1.0, 1.0))
+    assert hooks.validated == [3]
+    plane.validate_pending()
+    assert hooks.validated == [3, 6, 9]
+    dist.barrier()
+
+
+def test_all_ranks_decide_alike() -> None:
+    on_ranks(2, _decides)
+
+
+def _preempts(rank: int, world: int) -> None:
+    control.PREEMPTION_POLL_S = 0.0
+    hooks = Recorded()
+    plane = ControlPlane(Train(steps=10, batch_size=4), hooks)
+    plane.follow(plane.decide(1.0, 1.0))
+    assert (plane.preempted, hooks.asked) == (False, 1)
+    hooks.preempting = True
+    plane.follow(plane.decide(1.0, 1.0))
+    assert (plane.preempted, hooks.asked) == (True, 2)
+    plane.saved_for_preemption()
+    plane.follow(plane.decide(1.0, 1.0))
+    # Saved once, nobody asks again.
+    assert (plane.preempted, hooks.asked) == (False, 2)
+
+    # Between polls nobody asks at all.
+    control.PREEMPTION_POLL_S = 3600.0
+    later = ControlPlane(Train(steps=10, batch_size=4), hooks)
+    later._polled_s = control.time.monotonic()
+    assert not later.decide(1.0, 1.0).check_preemption
+    dist.barrier()
+
+
+def test_a_preemption_is_saved_for_once() -> None:
+    on_ranks(2, _preempts)
+
+
+def _batch(step: int, rank: int) -> Batch:
+    fields: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__)
+    fields |= {"step": step, "shards": [f"shard-{rank}.tar"], "keys": np.array([10 * rank + step])}
+    return Batch(**fields)
+
+
+def _guards(rank: int, world: int, folder: Path) -> None:
+    url, hooks, waited = str(folder), Recorded(), []
+    changes: dict[str, Any] = {"max_consecutive_bad_steps": 2, "max_rollbacks": 1}
+    plane = ControlPlane(Train(steps=99, batch_size=4, **changes), hooks)
+    guard = BadStepGuard(url, plane, lambda: waited.append(True))
+    guard.bad_step(_batch(5, rank), math.nan, 1.0)
+    guard.good_step()
+    guard.bad_step(_batch(7, rank), math.nan, 1.0)
+    with pytest.raises(RollbackRequested):
+        guard.bad_step(_batch(8, rank), 1.0, math.inf)
+    assert waited == [True]
+    assert guard.take_count() == 3
+    assert guard.take_count() == 0
+
+    again = BadStepGuard(url, plane, lambda: None)
+    assert again.skipped == SkippedSteps(((7, 8),))
+    again.bad_step(_batch(9, rank), math.nan, 1.0)
+    with pytest.raises(UnrecoverableError, match=r"2 consecutive steps from 9 .*\(1 rollbacks\)"):
+        again.bad_step(_batch(10, rank), math.nan, 1.0)
+    if rank == 0:
+        assert (
+            "Skipped step 8: loss 1, gradient norm inf; shards shard-0.tar, shard-1.tar; keys"
+            in (hooks.lines[2])
+        )
+        records = [json.loads(line) for line in (folder / "bad-steps.jsonl").open()]
+        assert [r["step"] for r in records] == [5, 7, 8, 9, 10]
+        assert records[0]["keys"] == [5, 15]
+    else:
+        assert not hooks.lines
+    dist.barrier()
+
+
+def test_bad_steps_are_reported_rolled_back_and_at_last_given_up(tmp_path: Path) -> None:
+    on_ranks(2, _guards, tmp_path)
