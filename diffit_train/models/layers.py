@@ -6,6 +6,7 @@ Shapes: B pictures, C channels, h x w latent pixels, N tokens, D hidden size.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ class FullPrecisionConv2d(nn.Conv2d):
         """(B, C, h, w) to (B, D, h', w') in the wider dtype of input and weights."""
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        # The meta device has no autocast.
+        known = torch.amp.is_autocast_available(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if known else nullcontext():
             return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias)
 
 

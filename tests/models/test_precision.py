@@ -102,7 +102,9 @@ def test_a_converted_model_keeps_its_positions(
     assert model.pos_embed.dtype == torch.float32
     assert "pos_embed" in model.state_dict()
     assert model.double().pos_embed.dtype == torch.float64
-    assert model.to("meta").pos_embed.is_meta
+    model.to("meta")
+    assert model.pos_embed.is_meta
+    assert model(*(part.to("meta") for part in _batch())).shape == (2, 6, 8, 8)
 
 
 def test_blocks_that_are_compiled_get_the_same_tokens() -> None:
