@@ -25,6 +25,14 @@ SAMPLERS = {
     "epsilon": ("ddpm", "ddim", "dpmpp_2m", "heun"),
     "flow": ("euler", "heun", "sde"),
 }
+# Options of `evaluate.sampler`, and the one sampler that each is of.
+SAMPLER_OPTIONS = {
+    "eta": "ddim",
+    "spacing": "ddim",
+    "diffusion": "sde",
+    "last_step": "sde",
+    "last_step_size": "sde",
+}
 # Gradients that a rank gathers before they are exchanged. DeepSpeed's own bucket is ten times as
 # large and takes 2 GB on every rank in fp32.
 BUCKET_ELEMENTS = 50_000_000
@@ -363,7 +371,40 @@ class Sampler(Section):
         description="for epsilon: ddpm, ddim, dpmpp_2m or heun; for flow: euler, heun or sde",
     )
     steps: PositiveInt = 250
-    eta: Fraction = Field(default=0.0, description="DDIM's share of fresh noise")
+    eta: Fraction = Field(default=0.0, description="ddim: share of fresh noise")
+    spacing: Literal["even", "ddim"] = Field(
+        default="even",
+        description="ddim: which timesteps are visited; even: from first to last; ddim: every n-th "
+        "from the first, as the DDIM paper has it (ADM's ddimN)",
+    )
+    diffusion: Literal["2sigma", "sigma"] = Field(
+        default="2sigma",
+        description="sde: squared coefficient w(t) of its noise, with sigma(t) = t; 2sigma: as in "
+        "SiT's code, whose name for it is sigma; sigma: half of that",
+    )
+    last_step: Literal["mean", "euler"] = Field(
+        default="mean",
+        description="sde: its last step, without fresh noise; mean: along the SDE's drift (SiT's "
+        "code); euler: along the velocity",
+    )
+    last_step_size: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.04, description="sde: time that the last step takes; the path takes 1"
+    )
+
+    @model_validator(mode="after")
+    def _options_belong(self) -> Self:
+        for key, owner in SAMPLER_OPTIONS.items():
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if self.name != owner and value != default:
+                raise ValueError(
+                    f"evaluate.sampler.{key} is {value!r}, but only sampler {owner!r} has this "
+                    f"option; evaluate.sampler.name is {self.name!r}"
+                )
+        if self.name == "sde" and self.steps < 2:
+            raise ValueError(
+                f"evaluate.sampler.steps is {self.steps}, but sampler 'sde' takes at least 2"
+            )
+        return self
 
 
 class Guidance(Section):
@@ -674,6 +715,8 @@ class Recipe(Section):
                 f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at most "
                 f"diffusion.timesteps ({diffusion.timesteps})"
             )
+        if evaluate.sampler.spacing == "ddim":
+            _strides(evaluate.sampler.steps, diffusion.timesteps)
         samplers = SAMPLERS[diffusion.objective]
         if evaluate.sampler.name not in samplers:
             raise ValueError(
@@ -751,6 +794,28 @@ class Recipe(Section):
 def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
     if large % small:
         raise ValueError(f"{small_name} is {small}, but must divide {large_name} ({large})")
+
+
+def ddim_stride(timesteps: int, steps: int) -> int | None:
+    """The smallest stride below `timesteps` that takes `steps` of them from 0; None: there is none.
+
+    A stride takes ceil(timesteps / stride), so only the smallest that takes at most `steps` can
+    take that many.
+    """
+    stride = -(-timesteps // steps)
+    return stride if stride < timesteps and -(-timesteps // stride) == steps else None
+
+
+def _strides(steps: int, timesteps: int) -> None:
+    if ddim_stride(timesteps, steps) is not None:
+        return
+    possible = [n for n in range(1, timesteps + 1) if ddim_stride(timesteps, n) is not None]
+    nearest = [*[n for n in possible if n < steps][-1:], *[n for n in possible if n > steps][:1]]
+    raise ValueError(
+        f"evaluate.sampler.steps is {steps}, but with evaluate.sampler.spacing 'ddim' a whole "
+        f"stride must take that many of diffusion.timesteps ({timesteps}); the nearest that does "
+        f"so: {' or '.join(map(str, nearest))}"
+    )
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -19,7 +19,16 @@ from torch import Tensor
 from diffit_train.config.recipe import Diffusion, Sampler
 from diffit_train.diffusion import flow, gaussian, samplers
 from diffit_train.diffusion.guidance import Denoiser
-from diffit_train.diffusion.schedule import Schedule, evenly_spaced, linear_schedule, respace
+from diffit_train.diffusion.schedule import (
+    Schedule,
+    ddim_spaced,
+    evenly_spaced,
+    linear_schedule,
+    respace,
+)
+
+# w(t) = this * sigma(t) in the flow's SDE.
+SDE_DIFFUSION = {"2sigma": 2.0, "sigma": 1.0}
 
 
 class Objective(Protocol):
@@ -71,7 +80,8 @@ class EpsilonObjective:
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
         """By the sampler of that name, on the respaced schedule."""
-        respaced = respace(self.schedule, evenly_spaced(self.timesteps, sampler.steps))
+        space = ddim_spaced if sampler.spacing == "ddim" else evenly_spaced
+        respaced = respace(self.schedule, space(self.timesteps, sampler.steps))
         run: dict[str, samplers.DiffusionSampler] = {
             "ddpm": samplers.ddpm,
             "ddim": functools.partial(samplers.ddim, eta=sampler.eta),
@@ -110,7 +120,12 @@ class FlowObjective:
         run: dict[str, samplers.FlowSampler] = {
             "euler": samplers.flow_euler,
             "heun": samplers.flow_heun,
-            "sde": samplers.flow_sde,
+            "sde": functools.partial(
+                samplers.flow_sde,
+                diffusion=SDE_DIFFUSION[sampler.diffusion],
+                last_step=sampler.last_step,
+                last_step_size=sampler.last_step_size,
+            ),
         }
         return run[sampler.name](sampler.steps, velocity, x, noise)
 

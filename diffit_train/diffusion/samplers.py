@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,10 +33,6 @@ from diffit_train.diffusion.schedule import Schedule
 Noise = Callable[[int], Tensor]
 DiffusionSampler = Callable[[Schedule, Denoiser, Tensor, Noise], Tensor]
 FlowSampler = Callable[[int, Denoiser, Tensor, Noise], Tensor]
-
-# The flow's stochastic sampler stops here and takes the rest in one deterministic step, since
-# its score divides by t (SiT's sampling code).
-SDE_LAST_TIME = 0.04
 
 
 # ---- ADM's diffusion ----
@@ -150,16 +147,36 @@ def flow_heun(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor
     return x
 
 
-def flow_sde(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
-    """Euler-Maruyama on the flow's reverse SDE with diffusion w(t) = t (SiT, equation 4).
+def flow_sde(
+    steps: int,
+    velocity: Denoiser,
+    x: Tensor,
+    noise: Noise,
+    diffusion: float = 2.0,
+    last_step: Literal["mean", "euler"] = "mean",
+    last_step_size: float = 0.04,
+) -> Tensor:
+    """Euler-Maruyama on the flow's reverse SDE with w(t) = diffusion * sigma(t) (SiT, equation 4).
 
-    The last step, from SDE_LAST_TIME to 0, is deterministic.
+    Backwards in time dx = (v - w / 2 * score) dt + sqrt(w) dW, and sigma(t) = t. The score divides
+    by t, so the steps end at `last_step_size`, and the rest is one step without fresh noise.
+
+    Args:
+        diffusion: 2 for SiT's sampling script, whose `--diffusion-form sigma` multiplies the score
+            by sigma and the noise by sqrt(2 sigma).
+        last_step: along the SDE's drift (`mean`, SiT's default) or along the velocity (`euler`).
+        last_step_size: 0.04 in SiT.
     """
-    times = np.linspace(1.0, SDE_LAST_TIME, steps)
-    for i, (now, then) in enumerate(itertools.pairwise(times)):
-        t, width = _times(x, now), float(now - then)
+
+    def drift(x: Tensor, time: float) -> Tensor:
+        t = _times(x, time)
         slope = velocity(x, t)
-        drift = slope - 0.5 * float(now) * score(slope, x, t)
-        x = x - width * drift + math.sqrt(float(now) * width) * noise(i)
+        return slope - 0.5 * diffusion * time * score(slope, x, t)
+
+    times = np.linspace(1.0, last_step_size, steps)
+    for i, (now, then) in enumerate(itertools.pairwise(times.tolist())):
+        width = now - then
+        x = x - width * drift(x, now) + math.sqrt(diffusion * now * width) * noise(i)
     now = float(times[-1])
-    return x - now * velocity(x, _times(x, now))
+    slope = drift(x, now) if last_step == "mean" else velocity(x, _times(x, now))
+    return x - now * slope

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
+
+from diffit_train.config.recipe import ddim_stride
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,33 @@ def linear_schedule(timesteps: int, beta_start: float, beta_end: float) -> Sched
 
 
 def evenly_spaced(timesteps: int, steps: int) -> np.ndarray:
-    """`steps` of `timesteps` timesteps, first and last included, at equal strides (ADM).
+    """`steps` of `timesteps` timesteps, first and last included, at equal strides.
+
+    ADM's space_timesteps with one section: the stride is added up in float64 and each sum rounded,
+    which for 278 of 1,000 step counts is one off the rounded multiple of the stride somewhere.
 
     Raises:
         ValueError: more steps than timesteps, or none.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"sampling steps must lie between 1 and {timesteps}, not {steps}")
-    stride = (timesteps - 1) / (steps - 1) if steps > 1 else 0.0
-    return np.array([round(i * stride) for i in range(steps)])
+    stride = (timesteps - 1) / (steps - 1) if steps > 1 else 1.0
+    sums = itertools.accumulate(itertools.repeat(stride, steps - 1), initial=0.0)
+    return np.array([round(place) for place in sums])
+
+
+def ddim_spaced(timesteps: int, steps: int) -> np.ndarray:
+    """Every n-th of `timesteps` timesteps from 0, where that makes `steps` of them (ADM's ddimN).
+
+    The last one is not included, unlike in `evenly_spaced`.
+
+    Raises:
+        ValueError: no whole stride makes so many.
+    """
+    stride = ddim_stride(timesteps, steps)
+    if stride is None:
+        raise ValueError(f"no whole stride takes {steps} of {timesteps} timesteps")
+    return np.arange(0, timesteps, stride)
 
 
 def respace(schedule: Schedule, kept: np.ndarray) -> Schedule:

@@ -7,8 +7,11 @@ size.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from diffit_train.models.attention import TMSA
@@ -68,8 +71,12 @@ class Shape:
 class LatentTransformer(Backbone):
     """Embed patches, time and label; run blocks; project tokens back to patches.
 
-    A subclass says what a block and the last layer are; both are called with (x, c).
+    A subclass says what a block and the last layer are; both are called with (x, c). Under bf16
+    weights the latents must still come in fp32: patches and positions are embedded in fp32, and
+    the tokens are rounded for the first block.
     """
+
+    pos_embed: Tensor  # (1, N, D), fixed, never narrower than fp32
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -83,7 +90,8 @@ class LatentTransformer(Backbone):
             else LabelEmbedder(shape.num_classes, width, shape.label_init_std)
         )
         table = sincos_position_table(width, shape.side, shape.position_side)
-        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        # A buffer, since DeepSpeed rounds every parameter to bf16, learned or not.
+        self.register_buffer("pos_embed", table)
         self.blocks = nn.ModuleList([self.make_block(shape) for _ in range(shape.depth)])
         self.final_layer = self.make_final_layer(shape)
         for module in [*self.blocks.modules(), *self.final_layer.modules()]:
@@ -109,6 +117,14 @@ class LatentTransformer(Backbone):
     def zero_initialise(self) -> None:
         """Set to zero what must be so at the start."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half` and the like come down to; the positions are moved but not rounded."""
+        table = self.pos_embed
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.pos_embed.dtype.itemsize < 4:
+            self.pos_embed = table.to(self.pos_embed.device, torch.float32)
+        return self
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy latents x (B, C, h, w), timesteps t (B,), labels y (B,) to (B, O, h, w).
 
@@ -119,6 +135,7 @@ class LatentTransformer(Backbone):
         if self.y_embedder is not None:
             c = c + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
+        x = x.to(next(self.blocks.parameters()).dtype)
         for block in self.blocks:
             x = block(x, c)
         return unpatchify(self.final_layer(x, c), self.shape.patch_size, self.shape.out_channels)

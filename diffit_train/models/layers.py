@@ -6,6 +6,7 @@ Shapes: B pictures, C channels, h x w latent pixels, N tokens, D hidden size.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -17,12 +18,32 @@ def layer_norm(hidden_size: int) -> nn.LayerNorm:
     return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
 
 
+class FullPrecisionConv2d(nn.Conv2d):
+    """A convolution that never rounds its input: weights are widened to it, autocast is off.
+
+    Where weights and input have one dtype it is the plain convolution, bit for bit.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, D, h', w') in the wider dtype of input and weights."""
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        # The meta device has no autocast.
+        known = torch.amp.is_autocast_available(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if known else nullcontext():
+            return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias)
+
+
 class PatchEmbed(nn.Module):
-    """Cut (B, C, h, w) into patches and project each to D: (B, N, D), tokens in row order."""
+    """Cut (B, C, h, w) into patches and project each to D: (B, N, D), tokens in row order.
+
+    In the dtype of the latents, also under bf16 weights or autocast: a noisy latent near the data
+    differs from the data by less than bf16 resolves.
+    """
 
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.proj = FullPrecisionConv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         # Xavier over the flattened patch, as for a linear layer.
         nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]

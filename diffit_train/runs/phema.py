@@ -2,7 +2,8 @@
 
 A run keeps a few averages whose profiles are power functions of training time, and snapshots of
 them. A sum of snapshots whose profiles add up to a wanted profile, in the sense of least squares,
-is then the average with that profile.
+is then the average with that profile. As in EDM2's code the coefficients are divided by their
+sum, so that weights which stood still all through training come out as they are.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Solution:
     """Coefficients of the snapshots, and how far their sum is from the wanted profile.
 
     Attributes:
+        coefficients: one of each snapshot; they add up to 1.
         error: L2 norm of the difference between the profiles, relative to the wanted one.
     """
 
@@ -87,9 +89,10 @@ class Solution:
 
 
 def reconstruct(snapshots: list[Profile], wanted: Profile) -> Solution:
-    """The sum of snapshots that comes closest to a wanted average (EDM2, appendix C).
+    """The weighted mean of snapshots that comes close to a wanted average (EDM2, algorithm 3).
 
-    The profiles are those of the discrete updates, not of the continuous limit, so a snapshot
+    The coefficients of least squares, divided by their sum (EDM2, solve_posthoc_coefficients). The
+    profiles are those of the discrete updates, where EDM2 has the continuous limit, so a snapshot
     that has the wanted profile is found exactly.
 
     Raises:
@@ -107,6 +110,7 @@ def reconstruct(snapshots: list[Profile], wanted: Profile) -> Solution:
         triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, rows]), mode="r"))
     matrix, target = triangle[:, :-1], triangle[:, -1]
     coefficients = np.linalg.lstsq(matrix, target, rcond=1e-12)[0]
+    coefficients = coefficients / coefficients.sum()
     error = np.linalg.norm(matrix @ coefficients - target) / np.linalg.norm(target)
     return Solution(coefficients, float(error))
 

@@ -81,7 +81,6 @@ class Engine:
             optimizer=self.base_optimizer,
             config=_deepspeed_config(train, micro_batches, device),
         )
-        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self._norm = float("nan")
         self._accept: AcceptStep = math.isfinite
         self._install_accept()
@@ -96,10 +95,10 @@ class Engine:
         self.ema = ShardedEMA(masters, train.ema, train.batch_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The model's output in fp32."""
+        """The model's output in fp32, for noisy latents x in fp32: they are never rounded."""
         autocast = self.train.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            return cast(Tensor, self.engine(x.to(self.dtype), t, y)).float()
+            return cast(Tensor, self.engine(x, t, y)).float()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add a micro-batch's gradients; `micro_batches` of them make a step.

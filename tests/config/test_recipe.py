@@ -122,6 +122,17 @@ def test_local_paths_are_absolute_and_others_left_alone() -> None:
         ("train.warmup_steps=100000", ["train.warmup_steps is 100000", "train.steps"]),
         ("evaluate.sampler.steps=1001", ["evaluate.sampler.steps is 1001", "timesteps (1000)"]),
         ("evaluate.sampler.name=eulr", ["evaluate.sampler.name", "'eulr'", "'ddpm'"]),
+        (
+            "evaluate.sampler.diffusion=sigma",
+            ["diffusion is 'sigma'", "only sampler 'sde'"],
+        ),
+        (
+            "evaluate.sampler.last_step=euler",
+            ["last_step is 'euler'", "sampler 'sde'", "ddim"],
+        ),
+        ("evaluate.sampler.last_step_size=0.1", ["last_step_size is 0.1", "only sampler 'sde'"]),
+        ("evaluate.sampler.last_step_size=1", ["last_step_size", "less than 1"]),
+        ("evaluate.sampler.spacing=odd", ["evaluate.sampler.spacing", "'odd'", "'even'"]),
         ("evaluate.guidance.channels=5", ["guidance.channels is 5", "latent_channels (4)"]),
         ("evaluate.guidance.scale=-1", ["evaluate.guidance.scale", "-1"]),
         ("diffusion.beta_start=0.5", ["diffusion.beta_start is 0.5", "beta_end"]),
@@ -138,6 +149,33 @@ def test_bad_values_are_named(override: str, words: list[str]) -> None:
         load_recipe("demo", [override])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["name=ddpm", "spacing=ddim"], ["spacing is 'ddim'", "only sampler 'ddim'", "'ddpm'"]),
+        (["name=ddpm", "eta=0.5"], ["eta is 0.5", "only sampler 'ddim'"]),
+        (["spacing=ddim", "steps=300"], ["steps is 300", "(1000)", "250 or 334"]),
+        (["spacing=ddim", "steps=1"], ["steps is 1,", "(1000)", "so: 2"]),
+        (["name=sde", "steps=1"], ["steps is 1,", "at least 2"]),
+    ],
+)
+def test_options_must_suit_the_sampler(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("demo", [f"evaluate.sampler.{text}" for text in overrides])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_options_of_the_samplers_are_taken() -> None:
+    ddim = ["steps=250", "spacing=ddim", "eta=1"]
+    sampler = load_recipe("demo", [f"evaluate.sampler.{text}" for text in ddim]).evaluate.sampler
+    assert (sampler.spacing, sampler.eta) == ("ddim", 1.0)
+    sde = ["name=sde", "diffusion=sigma", "last_step=euler", "last_step_size=0.01"]
+    overrides = ["diffusion.objective=flow", *(f"evaluate.sampler.{text}" for text in sde)]
+    sampler = load_recipe("demo", overrides).evaluate.sampler
+    assert (sampler.diffusion, sampler.last_step) == ("sigma", "euler")
 
 
 def test_every_error_of_a_recipe_is_reported_at_once() -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from scipy.stats import norm
 
-from diffit_train.config.recipe import Guidance
+from diffit_train.config.recipe import Guidance, ddim_stride
 from diffit_train.diffusion import guidance, samplers
 from diffit_train.diffusion.gaussian import (
     add_noise,
@@ -21,7 +21,12 @@ from diffit_train.diffusion.gaussian import (
     predict_x0,
     training_loss,
 )
-from diffit_train.diffusion.schedule import evenly_spaced, linear_schedule, respace
+from diffit_train.diffusion.schedule import (
+    ddim_spaced,
+    evenly_spaced,
+    linear_schedule,
+    respace,
+)
 
 ADM = linear_schedule(1000, 1e-4, 0.02)
 # diffusers keeps its tables in float32.
@@ -112,6 +117,54 @@ def test_respacing_keeps_the_marginals_and_the_ends() -> None:
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"not {steps}"):
             evenly_spaced(1000, steps)
+
+
+def _adm_even(timesteps: int, steps: int) -> list[int]:
+    """ADM's space_timesteps for one section: a running sum, rounded to even at one half."""
+    stride = 1.0 if steps == 1 else (timesteps - 1) / (steps - 1)
+    place, taken = 0.0, set()
+    for _ in range(steps):
+        whole = math.floor(place)
+        rest = place - whole
+        taken.add(whole + (rest > 0.5 or (rest == 0.5 and whole % 2 == 1)))
+        place += stride
+    return sorted(taken)
+
+
+def _adm_ddim(timesteps: int, steps: int) -> list[int] | None:
+    """ADM's ddimN: the first whole stride that gives that many."""
+    for stride in range(1, timesteps):
+        taken = list(range(0, timesteps, stride))
+        if len(taken) == steps:
+            return taken
+    return None
+
+
+def test_even_spacing_is_that_of_adm_at_every_count() -> None:
+    multiples = 0
+    for steps in range(1, 1001):
+        expected = _adm_even(1000, steps)
+        assert evenly_spaced(1000, steps).tolist() == expected, steps
+        stride = 999 / (steps - 1) if steps > 1 else 0.0
+        multiples += [round(i * stride) for i in range(steps)] != expected
+    # Rounded multiples of the stride would differ from the running sum.
+    assert multiples == 278
+
+
+def test_ddim_spacing_is_that_of_adm_at_every_count() -> None:
+    possible = 0
+    for steps in range(1, 1001):
+        expected = _adm_ddim(1000, steps)
+        if expected is None:
+            with pytest.raises(ValueError, match=f"no whole stride takes {steps} of 1000"):
+                ddim_spaced(1000, steps)
+            continue
+        possible += 1
+        assert ddim_spaced(1000, steps).tolist() == expected, steps
+    assert 50 < possible < 100
+    for timesteps in (2, 3, 10, 64, 97):
+        found = [ddim_stride(timesteps, n) is not None for n in range(1, timesteps + 1)]
+        assert found == [_adm_ddim(timesteps, n) is not None for n in range(1, timesteps + 1)]
 
 
 def _exact_denoiser(mean: float, variance: float) -> guidance.Denoiser:

@@ -6,6 +6,7 @@ deterministic sampler is known, too.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -121,6 +122,92 @@ def test_stochastic_samplers_reach_the_distribution(name: str) -> None:
     assert found.statistic < 1.95 / math.sqrt(3000) + 0.01
 
 
+MEAN, STD = 0.5, 0.3
+
+
+def _velocity_of_one_normal(x: Tensor, t: Tensor) -> Tensor:
+    time = float(t[0])
+    away = (x - (1 - time) * MEAN) / ((1 - time) ** 2 * STD**2 + time**2)
+    return time * away - (MEAN + (1 - time) * STD**2 * away)
+
+
+def _moments(steps: int, diffusion: str, last_step: str, size: float) -> tuple[float, float]:
+    """Mean and standard deviation that SiT's algorithm ends with on one normal distribution.
+
+    In SiT's time, 1 at the data, with its D(t): drift u + D * score, noise sqrt(2 D). Everything
+    is linear in x, so the moments follow exactly.
+    """
+    grid = np.linspace(0.0, 1.0 - size, steps)
+    mean, variance = 0.0, 1.0
+    for number, t in enumerate(grid):
+        last = number == steps - 1
+        dt = size if last else grid[1] - grid[0]
+        d = {"2sigma": 1.0, "sigma": 0.5}[diffusion] * (1.0 - t)
+        spread = t**2 * STD**2 + (1.0 - t) ** 2
+        # u = MEAN + slope * (x - t MEAN), score = -(x - t MEAN) / spread.
+        slope = (t * STD**2 - (1.0 - t)) / spread
+        if not last or last_step == "mean":
+            slope -= d / spread
+        mean = mean + dt * (MEAN + slope * (mean - t * MEAN))
+        variance = (1.0 + dt * slope) ** 2 * variance + (0.0 if last else 2.0 * d * dt)
+    return mean, math.sqrt(variance)
+
+
+def _sampled(steps: int, size: float, **options: str) -> tuple[float, float]:
+    """As `_moments`, of 200,000 samples."""
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh(_: int) -> Tensor:
+        return torch.randn(200_000, 1, 1, 1, generator=generator, dtype=torch.float64)
+
+    sampler = Sampler(name="sde", steps=steps, last_step_size=size, **options)
+    objective = build_objective(Diffusion(objective="flow"))
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return _velocity_of_one_normal(x, t / 1000)
+
+    x = objective.sample(sampler, denoise, fresh(0), fresh)
+    return float(x.mean()), float(x.std())
+
+
+@pytest.mark.parametrize("diffusion", ["2sigma", "sigma"])
+@pytest.mark.parametrize("last_step", ["mean", "euler"])
+def test_the_flows_sde_takes_the_steps_of_sit(diffusion: str, last_step: str) -> None:
+    mean, std = _sampled(8, 0.04, diffusion=diffusion, last_step=last_step)
+    exact = _moments(8, diffusion, last_step, 0.04)
+    # Five standard errors. Every other choice of the two options ends further away than that.
+    tolerance = 5 * exact[1] / math.sqrt(2 * 200_000)
+    assert mean == pytest.approx(exact[0], abs=1.5 * tolerance)
+    assert std == pytest.approx(exact[1], abs=tolerance)
+    for other in [(d, e) for d in ("2sigma", "sigma") for e in ("mean", "euler")]:
+        if other != (diffusion, last_step):
+            assert abs(_moments(8, *other, 0.04)[1] - std) > tolerance, other
+
+
+@pytest.mark.parametrize("diffusion", ["2sigma", "sigma"])
+@pytest.mark.parametrize("last_step", ["mean", "euler"])
+def test_the_flows_sde_reaches_the_exact_moments(diffusion: str, last_step: str) -> None:
+    options = {"diffusion": diffusion, "last_step": last_step}
+    errors = []
+    for steps in (25, 50, 100, 200):
+        mean, std = _moments(steps, diffusion, last_step, 1 / steps)
+        errors.append(math.hypot(mean - MEAN, std - STD))
+    assert all(fine < 0.65 * coarse for coarse, fine in itertools.pairwise(errors))
+    mean, std = _sampled(200, 1 / 200, **options)
+    assert mean == pytest.approx(MEAN, abs=errors[-1] + 5 * STD / math.sqrt(200_000))
+    assert std == pytest.approx(STD, abs=errors[-1] + 5 * STD / math.sqrt(400_000))
+
+
+def test_sits_defaults() -> None:
+    """As willisma/SiT train_utils.py has them: sigma (2 sigma here), Mean, 0.04."""
+    sampler = Sampler(name="sde")
+    assert (sampler.diffusion, sampler.last_step, sampler.last_step_size) == (
+        "2sigma",
+        "mean",
+        0.04,
+    )
+
+
 def test_dpm_solver_agrees_with_diffusers() -> None:
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
@@ -181,6 +268,14 @@ def test_calls_of_the_denoiser(objective: str, name: str, steps: int, calls: int
     assert len(visited) == calls
     assert visited[0] == (999 if objective == "epsilon" else 1000)
     assert all(0 <= t <= 1000 for t in visited)
+
+
+def test_ddim_visits_the_timesteps_of_the_wanted_spacing() -> None:
+    sampler = Sampler(name="ddim", steps=50, spacing="ddim")
+    visited = visited_timesteps(Diffusion(), sampler)
+    assert visited == list(range(980, -1, -20))
+    even = visited_timesteps(Diffusion(), Sampler(name="ddim", steps=50))
+    assert (even[0], even[-1]) == (999, 0)
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "flow"])

@@ -96,6 +96,65 @@ def test_a_snapshot_with_the_wanted_profile_is_taken_as_it_is() -> None:
     assert power_exponent(WIDEST_PROFILE * 0.9999) < 0.01
 
 
+def _dense_profile(steps: int, sigma_rel: float, length: int) -> np.ndarray:
+    """What each of `length` training steps counts in an average, one update after another."""
+    t = 1.0 / sigma_rel**2
+    # The largest root of sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    gamma = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max()
+    profile = np.zeros(length)
+    for step in range(1, steps + 1):
+        kept = (1.0 - 1.0 / step) ** (gamma + 1.0)
+        profile *= kept
+        profile[step - 1] = 1.0 - kept
+    return profile
+
+
+@pytest.mark.parametrize("count", [4, 8, 32])
+@pytest.mark.parametrize("wanted", [0.03, 0.05, 0.07, 0.1, 0.15, 0.25])
+@pytest.mark.parametrize("at", [1.0, 0.7])
+def test_coefficients_are_those_of_least_squares_divided_by_their_sum(
+    count: int, wanted: float, at: float
+) -> None:
+    length, last = 640, round(640 * at)
+    steps = np.arange(1, count // 2 + 1) * length // (count // 2)
+    sources = [(int(s), sigma) for s in steps for sigma in (0.05, 0.1)]
+    matrix = np.stack([_dense_profile(s, sigma, length) for s, sigma in sources], axis=1)
+    target = _dense_profile(last, wanted, length)
+    free = np.linalg.lstsq(matrix, target, rcond=None)[0]
+    expected = free / free.sum()
+    found = reconstruct(
+        [Profile(s, power_exponent(sigma)) for s, sigma in sources],
+        Profile(last, power_exponent(wanted)),
+    )
+    np.testing.assert_allclose(found.coefficients, expected, rtol=1e-6, atol=1e-9)
+    assert found.coefficients.sum() == pytest.approx(1.0, abs=1e-12)
+    away = np.linalg.norm(matrix @ expected - target) / np.linalg.norm(target)
+    assert found.error == pytest.approx(away, rel=1e-6, abs=1e-9)
+
+
+def test_coefficients_near_those_of_the_continuous_limit() -> None:
+    """EDM2's algorithm 3: inner products of power functions, in closed form."""
+    steps = np.array([2500.0, 5000.0, 7500.0, 10_000.0])
+    ends = np.concatenate([np.repeat(steps, 2), [10_000.0]])
+    gammas = np.array([power_exponent(s) for s in [0.05, 0.1] * 4 + [0.07]])
+
+    def product(i: int, j: int) -> float:
+        # The integral of (g + 1) t^g / T^(g + 1) times its like, up to the earlier end.
+        early = min(ends[i], ends[j])
+        power = gammas[i] + gammas[j] + 1.0
+        scale = (gammas[i] + 1.0) * (gammas[j] + 1.0) / power
+        logarithm = power * math.log(early)
+        logarithm -= (gammas[i] + 1.0) * math.log(ends[i]) + (gammas[j] + 1.0) * math.log(ends[j])
+        return scale * math.exp(logarithm)
+
+    table = np.array([[product(i, j) for j in range(9)] for i in range(9)])
+    expected = np.linalg.solve(table[:8, :8], table[:8, 8])
+    expected /= expected.sum()
+    snapshots = [Profile(int(s), g) for s, g in zip(ends[:8], gammas[:8], strict=True)]
+    found = reconstruct(snapshots, Profile(10_000, gammas[8]))
+    np.testing.assert_allclose(found.coefficients, expected, atol=2e-3)
+
+
 def _gathered(engine: Engine, kind: str) -> dict[str, torch.Tensor]:
     """The whole of a kind, from what each rank owns."""
     mine = [(s.slice, s.values[kind].clone()) for s in engine.owned()]
