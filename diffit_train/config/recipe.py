@@ -462,6 +462,15 @@ class Evaluate(Section):
     seed: int = Field(default=0, ge=0)
     sampler: Sampler = Sampler()
     guidance: Guidance = Guidance()
+    labels: Literal["random", "balanced"] = Field(
+        default="random",
+        description="random: drawn uniformly, as in ADM, DiT and the published DiffiT; balanced: "
+        "image i is of class i mod data.num_classes",
+    )
+    pixels: Literal["round", "truncate"] = Field(
+        default="round",
+        description="how decoded pixels become uint8; truncate: as ADM and the published DiffiT",
+    )
     features: Features
     reference: str = Field(
         default="",

@@ -25,6 +25,7 @@ from diffit_train.evaluation.chunks import LABELS, Layout, Range
 from diffit_train.evaluation.figures import Figures
 from diffit_train.evaluation.generate import guidance_saving, network_evaluations
 from diffit_train.evaluation.grid import draw_grid
+from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.references import PartTask, Reference
 from diffit_train.evaluation.result import (
     Result,
@@ -175,6 +176,7 @@ def _measured(
     figures, labels = Figures(recipe, reference), []
     shown: dict[int, list[np.ndarray]] = {}
     evaluate = recipe.evaluate
+    in_grid = _grid_labels(recipe)
     for part in chunks.committed_chunks(url):
         rows = chunks.read_chunk(url, part, key)
         figures.add(rows)
@@ -182,13 +184,20 @@ def _measured(
         wanted = [
             (place, shown.setdefault(label, []))
             for place, label in enumerate(rows[LABELS].tolist())
-            if label < evaluate.grid_rows and len(shown.get(label, ())) < evaluate.grid_columns
+            if label in in_grid and len(shown.get(label, ())) < evaluate.grid_columns
         ]
         pixels = chunks.read_pictures(url, part) if wanted else None
         for place, row in wanted:
             if pixels is not None and len(row) < evaluate.grid_columns:
                 row.append(pixels[place])
     return figures, labels, shown
+
+
+def _grid_labels(recipe: Recipe) -> set[int]:
+    """Labels of the rows of the grid: the first that occur, as few random ones skip classes."""
+    evaluate, classes = recipe.evaluate, recipe.data.num_classes
+    labels = choose_labels(evaluate.labels, evaluate.seed, range(evaluate.samples), classes)
+    return set(np.unique(labels)[: evaluate.grid_rows].tolist())
 
 
 def write_npz(recipe: Recipe, url: str, labels: list[np.ndarray] | None = None) -> str:
@@ -294,8 +303,7 @@ class Worker:
         pixels, measured = [], []
         for start in range(first, stop, size):
             indices = range(start, start + size)
-            # Picture i is of class i mod classes.
-            labels = np.array(indices, dtype=np.int64) % classes
+            labels = choose_labels(evaluate.labels, evaluate.seed, indices, classes)
             keys = [(evaluate.seed, i) for i in indices]
             pictures = self.generator(keys, labels.tolist())
             rows = {LABELS: labels, **self.network.extract(pictures)}
