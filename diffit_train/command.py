@@ -14,6 +14,7 @@ from typing import Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe, load_recipe_text
+from diffit_train.config.recipe import OWN
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import print_rows, say
 
@@ -166,7 +167,7 @@ def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
     evaluate = recipe.evaluate.model_copy(update=changed)
     recipe = recipe.model_copy(update={"evaluate": evaluate})
     fleet.check(recipe)
-    if not recipe.evaluate.reference:
+    if recipe.evaluate.reference == OWN:
         list_pictures(recipe)
     return functools.partial(validate_checkpoint, recipe, run)
 

@@ -12,6 +12,7 @@ from diffit_train.checkpoints import checkpoint_digest, step_name
 from diffit_train.config import Recipe
 from diffit_train.config.recipe import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.reference_files import reference_identity
 
 # Of the published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -37,7 +38,8 @@ class Result(BaseModel):
     `metrics` holds, with the published Inception, `fid`, `sfid`, `inception_score` and `kid`, else
     `fd_NAME` and `kd_NAME`; with either, `precision` and `recall`, where the reference has
     pictures; with a classifier `label_agreement`, the share of pictures in which it sees the class
-    that was asked for.
+    that was asked for. `reference_digest` tells what they were measured against: the SHA-256 of a
+    reference file, else a hash of pictures and features; "" where an earlier version did not say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +53,7 @@ class Result(BaseModel):
     seconds: float
     network_evaluations: float
     evaluate: dict[str, Any]
+    reference_digest: str = ""
     recipe_hash: str
     mlflow_run_id: str
 
@@ -117,11 +120,19 @@ def best_metric(recipe: Recipe) -> str:
     return "fid" if features.published else f"fd_{features.name}"
 
 
+def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
+    """The keys that determine the figures, the reference by what it is instead of where it lies.
+
+    That of a reference not yet downloaded is of no evaluation that there is.
+    """
+    return {**recipe.evaluate_identity(), "reference": reference_identity(recipe)}
+
+
 def evaluation_key(recipe: Recipe, run_url: str, step: int) -> str:
     """A readable name, made unique by a hash of all that determines the figures."""
     evaluate = recipe.evaluate
     identity = [
-        recipe.evaluate_identity(),
+        evaluated_identity(recipe),
         recipe.train_hash(),
         checkpoint_digest(run_url, step),
         features_digest(recipe),
@@ -159,7 +170,7 @@ def best_result(recipe: Recipe, run: str) -> Result | None:
     None where there is none.
     """
     folder = storage.join(recipe.storage.root, "evaluations", run)
-    identity, metric = recipe.evaluate_identity(), best_metric(recipe)
+    identity, metric = evaluated_identity(recipe), best_metric(recipe)
     found = []
     for name in storage.find_files(folder):
         if name.rsplit("/", 1)[-1] != "result.json":

@@ -72,6 +72,9 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
         logged = {f"eval/{name}": value for name, value in result.metrics.items()}
         assert child.metrics == pytest.approx({**logged, "cost/network_evaluations": 6})
         source = str(root / "runs" / "tiny")
+        reference = child.tags["diffit.reference_digest"]
+        assert result.reference_digest == reference
+        assert list((root / "references").glob(f"digits-digits-{reference[:12]}.safetensors"))
         assert child.tags["diffit.checkpoint_digest"] == checkpoint_digest(source, result.step)
         inputs = tracker.client.get_run(result.mlflow_run_id).inputs.dataset_inputs
         assert [i.dataset.name.startswith("digits-digits-") for i in inputs] == [True]
@@ -305,6 +308,27 @@ def test_other_settings_are_another_evaluation(evaluated: tuple[Path, list[Resul
         assert evaluation_key(tiny_recipe(root, change), run_url, 12) != plain
     assert evaluation_key(tiny_recipe(root), run_url, 0) != plain
     assert evaluation_key(tiny_recipe(root, "scaling.evaluate_actors=2"), run_url, 12) == plain
+
+
+def test_the_key_follows_what_the_reference_is_not_where_it_lies(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path
+) -> None:
+    root, _ = evaluated
+    run_url = str(root / "runs" / "tiny")
+    places = [tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "c.npz"]
+    for place, content in zip(places, (b"one", b"one", b"two"), strict=True):
+        place.write_bytes(content)
+
+    def key(place: Path | str) -> str:
+        return evaluation_key(tiny_recipe(root, f"evaluate.reference={place}"), run_url, 12)
+
+    first, second, third = (key(place) for place in places)
+    assert first == second != third
+    assert key("own") == key("") == evaluation_key(tiny_recipe(root), run_url, 12) != first
+    places[0].write_bytes(b"two")
+    assert key(places[0]) == third
+    with pytest.raises(UserError, match="does not exist"):
+        key(tmp_path / "none.npz")
 
 
 def test_a_chunk_of_another_evaluation_is_refused(
