@@ -37,7 +37,8 @@ class Result(BaseModel):
 
     `metrics` holds, with the published Inception, `fid`, `sfid`, `inception_score` and `kid`, else
     `fd_NAME` and `kd_NAME`; with either, `precision` and `recall`, where the reference has
-    pictures; with a classifier `label_agreement`, the share of pictures in which it sees the class
+    pictures (exact distances; only `diffit evaluate --conformance` rounds them as ADM's evaluator
+    does); with a classifier `label_agreement`, the share of pictures in which it sees the class
     that was asked for. `reference_digest` tells what they were measured against: the SHA-256 of a
     reference file, else a hash of pictures and features; "" where an earlier version did not say.
     """
