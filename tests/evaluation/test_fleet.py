@@ -324,7 +324,7 @@ def test_the_key_follows_what_the_reference_is_not_where_it_lies(
 
     first, second, third = (key(place) for place in places)
     assert first == second != third
-    assert key("own") == key("") == evaluation_key(tiny_recipe(root), run_url, 12) != first
+    assert key("own") == key("''") == evaluation_key(tiny_recipe(root), run_url, 12) != first
     places[0].write_bytes(b"two")
     assert key(places[0]) == third
     with pytest.raises(UserError, match="does not exist"):
