@@ -173,6 +173,12 @@ def size_bytes(url: str) -> int:
     return int(retried(url, lambda: fs.info(path))["size"])
 
 
+def fingerprint(url: str) -> str:
+    """What changes when a file is written anew: of its size, time and, remotely, ETag."""
+    fs, path = filesystem(url)
+    return str(retried(url, lambda: fs.ukey(path)))
+
+
 def list_names(url: str) -> list[str]:
     """Sorted names directly below a folder, temporary ones left out; empty where it is missing."""
     fs, path = filesystem(url)

@@ -213,7 +213,8 @@ def evaluate_command(
         str | None,
         typer.Option(
             help="Folder with the published self-check (weights, reference and sample batch); its "
-            "figures beside the expected ones."
+            "metrics next to the expected ones. Precision and recall are rounded as by ADM's "
+            "evaluator (float16 distances) here, and exact in every other evaluation."
         ),
     ] = None,
     as_json: Json = False,

@@ -20,6 +20,7 @@ from diffit_train.commands.options import (
     read_recipe,
 )
 from diffit_train.config import Recipe
+from diffit_train.config.recipe import OWN
 from diffit_train.evaluation.best import register_best
 from diffit_train.progress import say
 from diffit_train.runs.identity import finished_step, run_url
@@ -64,7 +65,7 @@ def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
     evaluate = recipe.evaluate.model_copy(update=changed)
     recipe = recipe.model_copy(update={"evaluate": evaluate})
     fleet.check(recipe)
-    if not recipe.evaluate.reference:
+    if recipe.evaluate.reference == OWN:
         list_pictures(recipe)
     return functools.partial(validate_checkpoint, recipe, run)
 

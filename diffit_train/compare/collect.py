@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from diffit_train.config.recipe import INCEPTION
+from diffit_train.config.recipe import INCEPTION, OWN
 from diffit_train.errors import UserError
-from diffit_train.tracking import RunRecord, Tracker
+from diffit_train.storage import ROOT_PREFIX
+from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker
 
 # Recipe keys that say where and on how much a run ran, not what it is.
 PLACE_KEYS = ("storage.", "tracking.", "scaling.", "name")
@@ -24,8 +25,10 @@ MAX_NAMED = 20
 class Protocol(NamedTuple):
     """How figures were measured.
 
-    A Frechet distance falls with the number of `samples` and depends on features and reference;
-    precision and recall depend on the number of neighbours and of real pictures, too.
+    A Frechet distance falls with the number of `samples` and depends on features and reference,
+    which is told by its digest: the same file under two paths is one, another under the same path
+    is not. Evaluations of earlier versions have no digest; theirs is told by its path. Precision
+    and recall depend on the number of neighbours and of real pictures, too.
     """
 
     samples: int | None = None
@@ -121,9 +124,11 @@ def collect(
     if not parents:
         raise UserError("MLflow holds no training run; run `diffit train` first")
     evaluations: dict[str, list[Evaluation]] = {run_id: [] for run_id in parents}
+    names = _reference_names(records, parents)
     for child in records:
         if child.parent_id in parents:
-            evaluations[child.parent_id].append(_evaluation(child, parents[child.parent_id]))
+            parent = parents[child.parent_id]
+            evaluations[child.parent_id].append(_evaluation(child, parent, names))
     for mine in evaluations.values():
         mine.sort(key=_place)
     labels = _labels(list(parents.values()))
@@ -230,13 +235,37 @@ def _differing_keys(records: list[RunRecord]) -> list[str]:
     return [key for key in keys if len({record.params.get(key) for record in records}) > 1]
 
 
-def _evaluation(child: RunRecord, parent: RunRecord) -> Evaluation:
+def _reference_names(
+    records: Iterable[RunRecord], parents: Mapping[str, RunRecord]
+) -> dict[str, str]:
+    """By digest: the file's name or the source where it was met first, and the digest's start."""
+    names: dict[str, str] = {}
+    for child in records:
+        digest, parent = child.tags.get(TAG_REFERENCE), parents.get(child.parent_id or "")
+        if digest and parent:
+            place = _reference_place(child.params, parent)
+            names.setdefault(digest, f"{place} ({digest[:8]})")
+    return names
+
+
+def _reference_place(params: Mapping[str, str], parent: RunRecord) -> str:
+    """Name of the reference file, or data.source and its resolution."""
+    reference = plain(params.get("evaluate.reference"))
+    if reference not in ("", OWN):
+        return reference.rstrip("/").rsplit("/", 1)[-1].removeprefix(ROOT_PREFIX)
+    made_of = (plain(parent.params.get(f"data.{key}")) for key in ("source", "resolution"))
+    return " at ".join(text for text in made_of if text)
+
+
+def _evaluation(child: RunRecord, parent: RunRecord, names: Mapping[str, str]) -> Evaluation:
     settings = {
         key.removeprefix("evaluate."): value
         for key, value in child.params.items()
         if key.startswith("evaluate.")
     }
     settings = {k: v for k, v in settings.items() if not k.startswith(_WITHOUT_EFFECT)}
+    if name := names.get(child.tags.get(TAG_REFERENCE, "")):
+        settings["reference"] = name
     return Evaluation(
         step=int(child.params.get("step", 0)),
         key=child.tags.get("diffit.evaluation_key", child.name),
@@ -256,9 +285,8 @@ def _evaluation(child: RunRecord, parent: RunRecord) -> Evaluation:
 def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
     name, source = (plain(settings.get(f"features.{key}")) for key in ("name", "source"))
     reference = plain(settings.get("reference"))
-    if not reference:
-        made_of = (plain(parent.params.get(f"data.{key}")) for key in ("source", "resolution"))
-        reference = " at ".join(text for text in made_of if text)
+    if reference in ("", OWN):
+        reference = _reference_place({}, parent)
     nearest = (plain(settings.get(key)) for key in ("neighbours", "reference_pictures"))
     samples = plain(settings.get("samples"))
     return Protocol(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from diffit_train import storage
 from diffit_train.config.presets import PRESETS
-from diffit_train.config.recipe import PUBLISHED, Recipe
+from diffit_train.config.recipe import OWN, PUBLISHED, Recipe
 from diffit_train.errors import UserError
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -67,7 +67,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         path = storage.absolute(recipe.autoencoder.source)
         update["autoencoder"] = recipe.autoencoder.model_copy(update={"source": path})
     evaluate, features = recipe.evaluate, recipe.evaluate.features
-    changed: dict[str, Any] = {"reference": _absolute(evaluate.reference)}
+    changed: dict[str, Any] = {}
+    if evaluate.reference != OWN:
+        changed["reference"] = _absolute(evaluate.reference)
     if features.source != PUBLISHED:
         changed["features"] = features.model_copy(update={"source": _absolute(features.source)})
     update["evaluate"] = evaluate.model_copy(update=changed)

@@ -39,6 +39,8 @@ BUCKET_ELEMENTS = 50_000_000
 # The published feature network, and where its weights come from.
 INCEPTION = "inception"
 PUBLISHED = "published"
+# Statistics of the real pictures that are computed from data.source.
+OWN = "own"
 # Keys of `train` that say how a step is computed; results differ by rounding only.
 EXECUTION_KEYS = (
     "zero_stage",
@@ -503,11 +505,21 @@ class Evaluate(Section):
     seed: int = Field(default=0, ge=0)
     sampler: Sampler = Sampler()
     guidance: Guidance = Guidance()
+    labels: Literal["random", "balanced"] = Field(
+        default="random",
+        description="random: drawn uniformly, as in ADM, DiT and the published DiffiT; balanced: "
+        "image i is of class i mod data.num_classes",
+    )
+    pixels: Literal["round", "truncate"] = Field(
+        default="round",
+        description="how decoded pixels become uint8; truncate: as ADM and the published DiffiT",
+    )
     features: Features
     reference: str = Field(
-        default="",
-        description="statistics of the real pictures: an .npz file of ADM or EDM; `root:` under "
-        "ROOT. Empty: computed from data.source",
+        default=OWN,
+        description="statistics of the real pictures: an .npz file of ADM or EDM, by path (`root:` "
+        "under ROOT), s3:// or https:// URL, the last downloaded once under ROOT/references; own: "
+        "computed from data.source",
     )
     neighbours: PositiveInt = Field(default=3, description="k of precision and recall")
     reference_pictures: PositiveInt = Field(
@@ -515,6 +527,12 @@ class Evaluate(Section):
     )
     grid_columns: PositiveInt = Field(default=10, description="pictures of a class in the grid")
     grid_rows: PositiveInt = Field(default=10, description="classes in the grid")
+
+    @field_validator("reference")
+    @classmethod
+    def _empty_is_own(cls, reference: str) -> str:
+        # Recipes that were stored before `own` had a name.
+        return reference or OWN
 
     @property
     def reconstructed(self) -> float | None:

@@ -9,7 +9,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,13 +66,19 @@ class Autoencoder:
         return latents.float().cpu().numpy()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Scaled latents (B, C, h, w) to pictures (B, R, R, 3), uint8."""
+    def decode(self, latents: Tensor, pixels: Literal["round", "truncate"] = "round") -> np.ndarray:
+        """Scaled latents (B, C, h, w) to pictures (B, R, R, 3), uint8.
+
+        Args:
+            pixels: round to the nearest level, or truncate to the one below.
+        """
         x = latents / self.scale
         if self.model is not None:
             x = self.model.decode(x.to(self.device, self.dtype)).sample
-        levels = ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return levels.permute(0, 2, 3, 1).cpu().numpy()
+        levels = (x.float() + 1.0) * 127.5
+        if pixels == "round":
+            levels = levels.round()
+        return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def weight_hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the weights, in the order of the names."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.evaluation.result import Result
+from diffit_train.evaluation.result import Result, evaluated_identity
 from diffit_train.progress import say
 
 
@@ -24,7 +24,7 @@ def best_result(recipe: Recipe, run: str) -> Result | None:
     None where there is none.
     """
     folder = storage.join(recipe.storage.root, "evaluations", run)
-    identity, metric = recipe.evaluate_identity(), best_metric(recipe)
+    identity, metric = evaluated_identity(recipe), best_metric(recipe)
     found = []
     for name in storage.find_files(folder):
         if name.rsplit("/", 1)[-1] != "result.json":

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import ray
@@ -23,9 +23,16 @@ from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.chunks import LABELS, Layout, Range
 from diffit_train.evaluation.generate import guidance_saving, network_evaluations
 from diffit_train.evaluation.grid import draw_grid
+from diffit_train.evaluation.labels import choose_labels
+from diffit_train.evaluation.reference_files import (
+    opened_reference,
+    reference_file,
+    reference_identity,
+)
 from diffit_train.evaluation.references import PartTask, Reference
 from diffit_train.evaluation.result import (
     Result,
+    evaluated_identity,
     evaluation_key,
     evaluation_url,
     features_digest,
@@ -36,7 +43,7 @@ from diffit_train.evaluation.sample import class_names
 from diffit_train.evaluation.scores import Figures
 from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
-from diffit_train.tracking import Tracker, first_line, unreachable_errors
+from diffit_train.tracking import TAG_REFERENCE, Tracker, first_line, unreachable_errors
 
 # A piece of work whose actors died this often kills them itself.
 MAX_TRIES = 3
@@ -117,7 +124,7 @@ def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Ref
     with ray_session.connected(address):
         fleet = Fleet(recipe)
         try:
-            return fleet.reference_place(), fleet.reference()
+            return fleet.found_reference().url, fleet.reference()
         finally:
             fleet.close()
 
@@ -132,9 +139,9 @@ def _evaluate(request: Request, fleet: Fleet) -> Result:
     if saving := guidance_saving(recipe):
         say(saving)
     started_s = time.monotonic()
-    reference = fleet.reference()
+    reference = fleet.found_reference()
     fleet.generate(source, step, url, key)
-    figures, labels, shown = _measured(recipe, url, key, reference)
+    figures, labels, shown = _measured(recipe, url, key, reference.statistics)
     metrics = figures.values()
     for warning in figures.warnings():
         say(f"note: {warning}")
@@ -145,7 +152,7 @@ def _evaluate(request: Request, fleet: Fleet) -> Result:
         write_npz(recipe, url, labels)
     cost = network_evaluations(recipe)
     try:
-        child = _track(request, state, key, metrics, cost, grid, fleet.reference_place())
+        child = _track(request, state, key, metrics, cost, grid, reference)
     except unreachable_errors() as error:
         raise DiffitError(
             f"the figures of step {step:,} are made ({numbers}), but MLflow does not take them: "
@@ -160,7 +167,8 @@ def _evaluate(request: Request, fleet: Fleet) -> Result:
         grid=grid,
         seconds=time.monotonic() - started_s,
         network_evaluations=cost,
-        evaluate=recipe.evaluate_identity(),
+        evaluate=evaluated_identity(recipe),
+        reference_digest=reference.digest,
         recipe_hash=recipe.train_hash(),
         mlflow_run_id=child,
     )
@@ -175,6 +183,7 @@ def _measured(
     figures, labels = Figures(recipe, reference), []
     shown: dict[int, list[np.ndarray]] = {}
     evaluate = recipe.evaluate
+    in_grid = _grid_labels(recipe)
     for part in chunks.committed_chunks(url):
         rows = chunks.read_chunk(url, part, key)
         figures.add(rows)
@@ -182,13 +191,20 @@ def _measured(
         wanted = [
             (place, shown.setdefault(label, []))
             for place, label in enumerate(rows[LABELS].tolist())
-            if label < evaluate.grid_rows and len(shown.get(label, ())) < evaluate.grid_columns
+            if label in in_grid and len(shown.get(label, ())) < evaluate.grid_columns
         ]
         pixels = chunks.read_pictures(url, part) if wanted else None
         for place, row in wanted:
             if pixels is not None and len(row) < evaluate.grid_columns:
                 row.append(pixels[place])
     return figures, labels, shown
+
+
+def _grid_labels(recipe: Recipe) -> set[int]:
+    """Labels of the rows of the grid: the first that occur, as few random ones skip classes."""
+    evaluate, classes = recipe.evaluate, recipe.data.num_classes
+    labels = choose_labels(evaluate.labels, evaluate.seed, range(evaluate.samples), classes)
+    return set(np.unique(labels)[: evaluate.grid_rows].tolist())
 
 
 def write_npz(recipe: Recipe, url: str, labels: list[np.ndarray] | None = None) -> str:
@@ -211,7 +227,7 @@ def _track(
     metrics: dict[str, float],
     cost: float,
     grid: str,
-    reference: str,
+    reference: FoundReference,
 ) -> str:
     """Log to a child of the training run, and to that run itself for its curve over steps.
 
@@ -225,6 +241,7 @@ def _track(
         "diffit.evaluation_key": key,
         "diffit.checkpoint": checkpoint_url(source, state.step),
         "diffit.checkpoint_digest": checkpoint_digest(source, state.step),
+        TAG_REFERENCE: reference.digest,
         "mlflow.source.name": "diffit evaluate",
     }
     if request.sweep:
@@ -237,8 +254,8 @@ def _track(
         {**params, "step": state.step, "run": run},
         tags,
     )
-    name = reference.rsplit("/", 1)[-1].removesuffix(".safetensors")
-    tracker.log_dataset(child, name, name.rsplit("-", 1)[-1], reference)
+    name = reference.url.rsplit("/", 1)[-1].removesuffix(".safetensors")
+    tracker.log_dataset(child, name, name.rsplit("-", 1)[-1], reference.url)
     named = {f"eval/{name}": value for name, value in metrics.items()}
     curves = [(child, {**named, "cost/network_evaluations": cost})]
     if not request.sweep:
@@ -294,8 +311,7 @@ class Worker:
         pixels, measured = [], []
         for start in range(first, stop, size):
             indices = range(start, start + size)
-            # Picture i is of class i mod classes.
-            labels = np.array(indices, dtype=np.int64) % classes
+            labels = choose_labels(evaluate.labels, evaluate.seed, indices, classes)
             keys = [(evaluate.seed, i) for i in indices]
             pictures = self.generator(keys, labels.tolist())
             rows = {LABELS: labels, **self.network.extract(pictures)}
@@ -337,7 +353,7 @@ class Worker:
             return self.network.extract(pixels)[chunks.FEATURES]
 
         with (
-            storage.local_copy(file) as path,
+            opened_reference(self.recipe, file) as path,
             references.opened_npz(self.recipe, path) as opened,
         ):
             return opened.read(self.recipe, extract)
@@ -435,6 +451,17 @@ class Actors:
             ray.kill(actor)
 
 
+class FoundReference(NamedTuple):
+    """A reference and where it is kept.
+
+    `digest` tells what it is: the SHA-256 of a file, else a hash of pictures and features.
+    """
+
+    url: str
+    digest: str
+    statistics: Reference
+
+
 class Fleet:
     """The actors of evaluations that differ in checkpoint, sampler, guidance and seed only."""
 
@@ -449,7 +476,7 @@ class Fleet:
         remote = ray.remote(**options)(Worker)
         plain = recipe.model_dump(mode="json")
         self.actors = Actors(lambda: remote.remote(plain), count)
-        self._reference: tuple[str, Reference] | None = None
+        self._reference: FoundReference | None = None
 
     def serves(self, recipe: Recipe) -> bool:
         """Whether these actors, and their reference, are those of another recipe too."""
@@ -483,30 +510,28 @@ class Fleet:
 
     def reference(self) -> Reference:
         """The recipe's reference, made where it is missing."""
-        return self._found_reference()[1]
+        return self.found_reference().statistics
 
-    def reference_place(self) -> str:
-        """Where it is kept."""
-        return self._found_reference()[0]
-
-    def _found_reference(self) -> tuple[str, Reference]:
+    def found_reference(self) -> FoundReference:
+        """The recipe's reference, made where it is missing, and where it is kept."""
         if self._reference is None:
-            file = references.reference_file(self.recipe)
+            file = reference_file(self.recipe)
             self._reference = self._of_file(file) if file else self._of_pictures()
         return self._reference
 
-    def _of_file(self, file: str) -> tuple[str, Reference]:
-        with storage.local_copy(file) as path:
-            identity = references.file_identity(self.recipe, storage.sha256_file(path))
+    def _of_file(self, file: str) -> FoundReference:
+        digest = reference_identity(self.recipe)
+        assert digest is not None, "the reference was downloaded when the recipe was checked"
+        identity = references.file_identity(self.recipe, digest)
         url = references.reference_url(self.recipe, identity)
         if not storage.exists(url):
             ((_, found),) = self.actors.run(
                 [file], lambda actor, task: actor.npz_reference.remote(task), str
             )
             references.write_reference(url, identity, found)
-        return url, references.read_reference(url, identity)
+        return FoundReference(url, digest, references.read_reference(url, identity))
 
-    def _of_pictures(self) -> tuple[str, Reference]:
+    def _of_pictures(self) -> FoundReference:
         listing = list_pictures(self.recipe)
         identity = references.source_identity(self.recipe, listing)
         url = references.reference_url(self.recipe, identity)
@@ -521,7 +546,7 @@ class Fleet:
                 continue
             references.write_reference(url, identity, found)
         storage.remove(parts)
-        return url, references.read_reference(url, identity)
+        return FoundReference(url, identity, references.read_reference(url, identity))
 
     def _measure(self, tasks: Sequence[PartTask], url: str) -> None:
         there = set(storage.list_names(url))

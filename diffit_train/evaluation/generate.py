@@ -88,7 +88,7 @@ class Generator:
             noise(self.device),
             lambda _: noise(self.device),
         )
-        return self.autoencoder.decode(latents)
+        return self.autoencoder.decode(latents, self.recipe.evaluate.pixels)
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         autocast = self.recipe.evaluate.precision == "bf16_autocast"

@@ -7,10 +7,8 @@ its window instead of the average. Tensors are (B, channels, height, width).
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -25,8 +23,8 @@ from torch import Tensor, nn
 from diffit_train import storage
 from diffit_train.config.recipe import PUBLISHED
 from diffit_train.errors import UserError
+from diffit_train.evaluation.download import download
 from diffit_train.evaluation.result import INCEPTION_SHA256
-from diffit_train.progress import Progress
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -38,7 +36,6 @@ SIDE = 299
 # sFID takes these channels of the first branch of Mixed_6d.
 SPATIAL_CHANNELS = 7
 BN_EPS = 1e-3
-DOWNLOAD_TIMEOUT_S = 60.0
 
 
 # ---- Network ----
@@ -387,7 +384,7 @@ def _published() -> Path:
     _make_folder(path.parent)
     try:
         with storage.atomic_file(str(path)) as target:
-            _download(target)
+            download(WEIGHTS_URL, target, "Inception weights", WEIGHTS_BYTES)
             found = storage.sha256_file(target)
             if found != INCEPTION_SHA256:
                 raise OSError(f"{target.stat().st_size:,} bytes of sha256 {found} came")
@@ -398,19 +395,6 @@ def _published() -> Path:
             f"it at {path}, or set evaluate.features.source=/path/to/file"
         ) from error
     return path
-
-
-def _download(target: Path) -> None:
-    request = urllib.request.Request(WEIGHTS_URL, headers={"User-Agent": "diffit"})
-    with (
-        urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as answer,
-        target.open("wb") as file,
-    ):
-        total = int(answer.headers.get("Content-Length", WEIGHTS_BYTES))
-        with Progress("Inception weights", math.ceil(total / 1e6), "MB") as progress:
-            while piece := answer.read(1 << 20):
-                file.write(piece)
-                progress.update(math.ceil(file.tell() / 1e6))
 
 
 def _read(path: Path, source: str) -> dict[str, Tensor]:

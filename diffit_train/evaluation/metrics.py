@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
+from diffit_train.evaluation.half_precision import precision_recall_half
+
 Array = np.ndarray
+Rounding = Literal["exact", "adm"]
 # Rows of features that are held in float64, or whose distances are held, at once.
 _BLOCK_ROWS = 2048
 # An eigenvalue that is negative by more than this share of the largest is no rounding; statistics
@@ -285,7 +288,9 @@ def _require_sets(real: Array, fake: Array, least: int, need: str) -> None:
 # ---- Precision and recall ----
 
 
-def precision_recall(real: Array, fake: Array, neighbours: int) -> tuple[float, float]:
+def precision_recall(
+    real: Array, fake: Array, neighbours: int, rounding: Rounding = "exact"
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
 
     Precision is the share of fakes inside the real pictures' manifold, recall the reverse; a
@@ -296,11 +301,15 @@ def precision_recall(real: Array, fake: Array, neighbours: int) -> tuple[float, 
 
     Args:
         real: (n, D). fake: (m, D). neighbours: k; below n and m.
+        rounding: exact, or adm for that of ADM's evaluator, which computes distances in float16
+            and by which published figures were made; see `half_precision`.
 
     Raises:
         ValueError: too few rows, other shapes, or a number that is not finite.
     """
     _require_sets(real, fake, neighbours + 1, f"{neighbours} neighbours")
+    if rounding == "adm":
+        return precision_recall_half(real, fake, neighbours)
     centre = real.mean(0, dtype=np.float64)
     scale = max(float(np.abs(rows - centre).max()) for rows in _blocks(real, fake))
     points = [_Points(rows, centre, scale or 1.0) for rows in (real, fake)]

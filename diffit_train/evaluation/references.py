@@ -19,11 +19,17 @@ from safetensors.numpy import save_file
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.config.recipe import OWN
 from diffit_train.data.sources import Item, Kind, PictureList, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
 from diffit_train.evaluation.features import FeatureNetwork
 from diffit_train.evaluation.metrics import Moments
+from diffit_train.evaluation.reference_files import (
+    fetch_reference,
+    opened_reference,
+    reference_file,
+)
 from diffit_train.evaluation.result import features_digest
 from diffit_train.progress import Progress
 
@@ -80,12 +86,6 @@ class PartTask:
     items: Sequence[Item]
     kept: Sequence[int]
     resolution: int
-
-
-def reference_file(recipe: Recipe) -> str | None:
-    """The recipe's reference file; None where the reference is computed from the pictures."""
-    reference = recipe.evaluate.reference
-    return storage.resolve(recipe.storage.root, reference) if reference else None
 
 
 def reference_url(recipe: Recipe, identity: str) -> str:
@@ -231,23 +231,27 @@ def joined(parts: Iterable[Part], url: str) -> Reference:
 def check_reference_file(recipe: Recipe) -> None:
     """Refuse a reference file that could not serve, before anything is generated.
 
+    One on the web is downloaded here, if it has not been.
+
     Raises:
-        UserError: it is missing, no such file, of other features or another resolution, or holds
-            too few pictures.
+        DiffitError: what was downloaded is damaged.
+        UserError: it is missing or cannot be downloaded, is no such file, is of other features or
+            another resolution, or holds too few pictures.
     """
     url = reference_file(recipe)
     if url is None:
         return
     if not recipe.evaluate.features.published:
         raise UserError(
-            f"evaluate.reference {url} holds statistics of the published Inception's features, "
-            f"but evaluate.features.name is {recipe.evaluate.features.name!r}; leave "
-            "evaluate.reference empty, or set evaluate.features.name=inception and "
-            "evaluate.features.kind=inception"
+            f"evaluate.reference {recipe.evaluate.reference} holds statistics of the published "
+            "Inception's features, but evaluate.features.name is "
+            f"{recipe.evaluate.features.name!r}; set evaluate.reference={OWN}, or "
+            "evaluate.features.name=inception and evaluate.features.kind=inception"
         )
+    fetch_reference(recipe)
     if not storage.exists(url):
         raise UserError(f"evaluate.reference {url} does not exist")
-    with storage.local_copy(url) as path, opened_npz(recipe, path):
+    with opened_reference(recipe, url) as path, opened_npz(recipe, path):
         pass
 
 

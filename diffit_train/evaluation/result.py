@@ -11,6 +11,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.recipe import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.reference_files import reference_identity
 from diffit_train.runs.checkpoints import checkpoint_digest, step_name
 
 # Of the published weights, pt_inception-2015-12-05-6726825d.pth.
@@ -36,8 +37,10 @@ class Result(BaseModel):
 
     `metrics` holds, with the published Inception, `fid`, `sfid`, `inception_score` and `kid`, else
     `fd_NAME` and `kd_NAME`; with either, `precision` and `recall`, where the reference has
-    pictures; with a classifier `label_agreement`, the share of pictures in which it sees the class
-    that was asked for.
+    pictures (exact distances; only `diffit evaluate --conformance` rounds them as ADM's evaluator
+    does); with a classifier `label_agreement`, the share of pictures in which it sees the class
+    that was asked for. `reference_digest` tells what they were measured against: the SHA-256 of a
+    reference file, else a hash of pictures and features; "" where an earlier version did not say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +54,7 @@ class Result(BaseModel):
     seconds: float
     network_evaluations: float
     evaluate: dict[str, Any]
+    reference_digest: str = ""
     recipe_hash: str
     mlflow_run_id: str
 
@@ -111,11 +115,19 @@ def _file_digest(url: str) -> str:
         return storage.sha256_file(path)
 
 
+def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
+    """The keys that determine the figures, the reference by what it is instead of where it lies.
+
+    That of a reference not yet downloaded is of no evaluation that there is.
+    """
+    return {**recipe.evaluate_identity(), "reference": reference_identity(recipe)}
+
+
 def evaluation_key(recipe: Recipe, run_url: str, step: int) -> str:
     """A readable name, made unique by a hash of all that determines the figures."""
     evaluate = recipe.evaluate
     identity = [
-        recipe.evaluate_identity(),
+        evaluated_identity(recipe),
         recipe.train_hash(),
         checkpoint_digest(run_url, step),
         features_digest(recipe),

@@ -12,6 +12,7 @@ from diffit_train.evaluation.chunks import FEATURES, LABELS, LOGITS, SEEN, SPATI
 from diffit_train.evaluation.metrics import (
     InceptionScore,
     Moments,
+    Rounding,
     frechet_distance,
     kernel_distance,
     precision_recall,
@@ -30,10 +31,13 @@ class Figures:
 
     Only the features that precision, recall and KID need are held, float32; everything else is
     sums.
+
+    Args:
+        rounding: of precision and recall.
     """
 
-    def __init__(self, recipe: Recipe, reference: Reference) -> None:
-        self.recipe, self.reference = recipe, reference
+    def __init__(self, recipe: Recipe, reference: Reference, rounding: Rounding = "exact") -> None:
+        self.recipe, self.reference, self.rounding = recipe, reference, rounding
         self.features: list[np.ndarray] = []
         self.moments: Moments | None = None
         self.spatial: Moments | None = None
@@ -90,7 +94,9 @@ class Figures:
             yield name, _distance(self.spatial, reference.spatial)
         features = np.concatenate(self.features)
         if reference.features is not None:
-            precision, recall = precision_recall(reference.features, features, evaluate.neighbours)
+            precision, recall = precision_recall(
+                reference.features, features, evaluate.neighbours, self.rounding
+            )
             yield "precision", precision
             yield "recall", recall
             kernel, _ = kernel_distance(reference.features, features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -13,12 +14,15 @@ from pathlib import Path
 import pytest
 
 from diffit_train import storage
-from diffit_train.config import dump_recipe
+from diffit_train.config import dump_recipe, load_recipe
 from diffit_train.data.shards import load_manifest
 from diffit_train.data.sources import PictureReader, list_pictures
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.reference_files import reference_file, reference_identity
+from diffit_train.evaluation.references import check_reference_file
 from tests.conftest import tiny_recipe
 from tests.data.test_sources import write_as
+from tests.evaluation.test_reference_files import CONTENT, serving
 from tests.s3 import BUCKET, S3Server
 
 ROOT = f"s3://{BUCKET}/project"
@@ -68,6 +72,33 @@ def test_files_come_back(server: S3Server) -> None:
     storage.remove(url)
     # The server keeps empty folders.
     assert storage.find_files(url) == []
+
+
+def test_references_lie_and_are_downloaded_there(server: S3Server, tmp_path: Path) -> None:
+    root = storage.join(ROOT, "measured")
+    url = storage.join(root, "adm.npz")
+    small = ["data.resolution=32", "evaluate.reference_pictures=3"]
+    recipe = load_recipe("imagenet256", [*small, f"evaluate.reference={url}"], root=root)
+    with pytest.raises(UserError, match="does not exist"):
+        check_reference_file(recipe)
+    storage.write_bytes(url, CONTENT)
+    check_reference_file(recipe)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert reference_identity(recipe) == digest
+    storage.write_bytes(url, CONTENT[:-1])
+    assert reference_identity(recipe) == hashlib.sha256(CONTENT[:-1]).hexdigest()
+    with serving() as web:
+        recipe = load_recipe("imagenet256", [*small, f"evaluate.reference={web.url}"], root=root)
+        for _ in range(2):
+            check_reference_file(recipe)
+        assert len(web.asked) == 1
+    assert reference_identity(recipe) == digest
+    kept = reference_file(recipe)
+    assert kept is not None
+    assert kept.startswith(f"{root}/references/reference-")
+    storage.write_bytes(kept, CONTENT[:-1])
+    with pytest.raises(DiffitError, match="is damaged: its sha256"):
+        check_reference_file(recipe)
 
 
 def test_a_failed_writer_leaves_nothing(server: S3Server) -> None:

@@ -13,17 +13,20 @@ from PIL import Image
 from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.sweep import run_sweep, show_sweep
 from diffit_train.compare.comparison import collect, compare_store
-from diffit_train.config import Recipe
+from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import fleet as fleet_module
 from diffit_train.evaluation.best import register_best
 from diffit_train.evaluation.chunks import committed_chunks, read_pictures
 from diffit_train.evaluation.fleet import Fleet, Request, make_reference
+from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.result import Result, evaluation_key, evaluation_url, finished
 from diffit_train.runs.checkpoints import checkpoint_digest, read_state
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
+
+_TWO_BATCHES = ["scaling.evaluate_batches=2"]
 
 
 def evaluate(recipe: Recipe, run: str, steps: list[int]) -> list[Result]:
@@ -70,6 +73,9 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
         logged = {f"eval/{name}": value for name, value in result.metrics.items()}
         assert child.metrics == pytest.approx({**logged, "cost/network_evaluations": 6})
         source = str(root / "runs" / "tiny")
+        reference = child.tags["diffit.reference_digest"]
+        assert result.reference_digest == reference
+        assert list((root / "references").glob(f"digits-digits-{reference[:12]}.safetensors"))
         assert child.tags["diffit.checkpoint_digest"] == checkpoint_digest(source, result.step)
         inputs = tracker.client.get_run(result.mlflow_run_id).inputs.dataset_inputs
         assert [i.dataset.name.startswith("digits-digits-") for i in inputs] == [True]
@@ -92,6 +98,39 @@ def test_figures_are_those_of_the_pictures(evaluated: tuple[Path, list[Result]])
     seen = np.concatenate([chunk["seen"] for chunk in chunks])
     assert result.metrics["label_agreement"] == (labels == seen).mean()
     assert _pictures(result).shape == (12, 16, 16, 3)
+
+
+def test_random_labels_do_not_depend_on_chunks_and_actors(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    root, _ = evaluated
+    made = []
+    for number, scaling in enumerate(([], ["scaling.evaluate_actors=2", *_TWO_BATCHES])):
+        project = _copy(root, tmp_path / str(number))
+        recipe = tiny_recipe(project, "evaluate.labels=random", *scaling)
+        (result,) = evaluate(recipe, "tiny", [12])
+        folder = Path(result.grid).parent
+        chunks = [load_file(path)["labels"] for path in sorted(folder.glob("chunk-*.safetensors"))]
+        assert len(chunks) == (2 if scaling else 3)
+        made.append((result.metrics, np.concatenate(chunks).tolist(), _pictures(result)))
+        assert Image.open(result.grid).size[0] > 100
+    (metrics, labels, pixels), again = made
+    assert (metrics, labels) == again[:2]
+    assert np.array_equal(pixels, again[2])
+    assert labels == choose_labels("random", 0, range(12), 3).tolist()
+    assert labels != [i % 3 for i in range(12)]
+
+
+def test_the_grid_shows_the_first_classes_that_occur() -> None:
+    recipe = load_recipe("imagenet256", ["evaluate.samples=40"])
+    shown = fleet_module._grid_labels(recipe)
+    labels = choose_labels("random", 0, range(40), 1000).tolist()
+    assert sorted(shown) == sorted(set(labels))[:10]
+    # With fewer than ten classes among them, these; and 0 to 9 where the classes are counted up.
+    assert len(fleet_module._grid_labels(load_recipe("imagenet256", ["evaluate.samples=5"]))) == 5
+    assert fleet_module._grid_labels(load_recipe("demo")) == set(range(10))
 
 
 def test_two_actors_and_an_interruption_give_the_same_figures(
@@ -265,10 +304,32 @@ def test_other_settings_are_another_evaluation(evaluated: tuple[Path, list[Resul
     root, _ = evaluated
     run_url = str(root / "runs" / "tiny")
     plain = evaluation_key(tiny_recipe(root), run_url, 12)
-    for change in ("evaluate.seed=1", "evaluate.guidance.scale=2", "evaluate.weights=raw"):
+    own = ["evaluate.seed=1", "evaluate.guidance.scale=2", "evaluate.weights=raw"]
+    for change in [*own, "evaluate.labels=random", "evaluate.pixels=truncate"]:
         assert evaluation_key(tiny_recipe(root, change), run_url, 12) != plain
     assert evaluation_key(tiny_recipe(root), run_url, 0) != plain
     assert evaluation_key(tiny_recipe(root, "scaling.evaluate_actors=2"), run_url, 12) == plain
+
+
+def test_the_key_follows_what_the_reference_is_not_where_it_lies(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path
+) -> None:
+    root, _ = evaluated
+    run_url = str(root / "runs" / "tiny")
+    places = [tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "c.npz"]
+    for place, content in zip(places, (b"one", b"one", b"two"), strict=True):
+        place.write_bytes(content)
+
+    def key(place: Path | str) -> str:
+        return evaluation_key(tiny_recipe(root, f"evaluate.reference={place}"), run_url, 12)
+
+    first, second, third = (key(place) for place in places)
+    assert first == second != third
+    assert key("own") == key("''") == evaluation_key(tiny_recipe(root), run_url, 12) != first
+    places[0].write_bytes(b"two")
+    assert key(places[0]) == third
+    with pytest.raises(UserError, match="does not exist"):
+        key(tmp_path / "none.npz")
 
 
 def test_a_chunk_of_another_evaluation_is_refused(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import load_autoencoder
+from diffit_train.data.autoencoder import Autoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SEEN
 from diffit_train.evaluation.features import load_features
@@ -51,6 +51,27 @@ def test_a_picture_is_the_same_in_any_batch(project: Path, sampler: str, guidanc
     assert np.abs(alone[0].astype(int) - pixels[1]).max() <= 1
     assert np.array_equal(pixels, generator(keys, labels))
     assert not np.array_equal(pixels[0], pixels[1])
+
+
+@pytest.mark.parametrize("how", ["round", "truncate"])
+def test_pixels_become_levels_by_the_formula(how: str) -> None:
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    found = Autoencoder(None, "identity", 1.0, CPU, torch.float32).decode(x, how)  # type: ignore[arg-type]
+    exact = np.clip((x.numpy().astype(np.float32) + 1) * np.float32(127.5), 0, 255)
+    expected = np.floor(exact) if how == "truncate" else np.rint(exact)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, expected.transpose(0, 2, 3, 1))
+
+
+def test_a_generator_takes_its_pixels_from_the_recipe(project: Path) -> None:
+    made = {}
+    for how in ("round", "truncate"):
+        recipe = tiny_recipe(project, f"evaluate.pixels={how}")
+        generator = Generator(recipe, _weights(recipe), load_autoencoder(recipe, CPU))
+        made[how] = generator([(0, i) for i in range(4)], [0, 1, 2, 0]).astype(int)
+    above = made["round"] - made["truncate"]
+    assert set(np.unique(above)) == {0, 1}
+    assert 0.4 < above.mean() < 0.6
 
 
 def test_weights_of_another_model_are_named(project: Path) -> None:

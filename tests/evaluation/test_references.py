@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation import conformance, references
+from diffit_train.evaluation import conformance, references, scores
 from diffit_train.evaluation.inception import Inception
+from diffit_train.evaluation.metrics import precision_recall
 from diffit_train.evaluation.references import (
     Reference,
     Statistics,
@@ -132,12 +134,31 @@ def test_the_self_check_measures_what_the_folder_holds(
     spread = np.linalg.svd(rows - rows.mean(0), compute_uv=False) / np.sqrt(len(rows) - 1)
     distance = ((rows.mean(0) - found["mu"]) ** 2).sum() + (spread**2).sum()
     distance += 0.25 * 2048 - 2 * 0.5 * spread.sum()
-    expected = {"figures": {"fd_own": float(distance)}, "relative": 1e-6}
+    # Precision and recall as ADM's evaluator rounds them, and it says so.
+    with torch.no_grad():
+        known = network(torch.from_numpy(real)).pool.numpy()
+    precision, recall = precision_recall(known, rows.astype(np.float32), 3, rounding="adm")
+    rounded = {"precision": precision, "recall": recall}
+    expected = {"figures": {"fd_own": float(distance), **rounded}, "relative": 1e-6}
     (tmp_path / "expected.json").write_text(json.dumps(expected))
+    asked = []
+
+    def measured(*arguments: Any) -> tuple[float, float]:
+        asked.append(arguments[-1])
+        return precision_recall(*arguments)
+
+    monkeypatch.setattr(scores, "precision_recall", measured)
     answer = conformance.conform(str(tmp_path))
-    assert [row["verdict"] for row in answer["figures"]] == ["pass"]
+    assert asked == ["adm"]
+    assert {row["figure"]: (row["arithmetic"], row["verdict"]) for row in answer["figures"]} == {
+        "fd_own": ("float64", "pass"),
+        "precision": ("float16 distances, as ADM", "pass"),
+        "recall": ("float16 distances, as ADM", "pass"),
+    }
     assert answer["all"].keys() == {"fd_own", "precision", "recall", "kd_own"}
 
+    expected = {"figures": {"fd_own": float(distance)}, "relative": 1e-6}
+    (tmp_path / "expected.json").write_text(json.dumps(expected))
     monkeypatch.setattr(conformance, "_figures", lambda *_: {"fd_own": float(distance) * 1.001})
     with pytest.raises(DiffitError, match="fd_own do not agree"):
         conformance.conform(str(tmp_path))

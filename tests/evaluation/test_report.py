@@ -98,12 +98,15 @@ class Store:
         sweep: str | None = None,
         color: tuple[int, int, int] | None = None,
         cost: float | None = None,
+        digest: str | None = None,
     ) -> None:
         """A child run, with a grid of one colour where that is given."""
         params = {**EVALUATE, **{f"evaluate.{key}": value for key, value in changes.items()}}
         words = sorted((key, str(value)) for key, value in params.items())
         key = f"ddim{params['evaluate.sampler.steps']}-{abs(hash((run, *words))) % 16**8:08x}"
         tags = {"diffit.evaluation_key": key} | ({"diffit.sweep": sweep} if sweep else {})
+        if digest is not None:
+            tags["diffit.reference_digest"] = digest
         named = {f"eval/{name}": value for name, value in metrics.items()}
         if cost is not None:
             named["cost/network_evaluations"] = cost
@@ -330,6 +333,28 @@ def test_other_features_and_references_are_other_protocols(tmp_path: Path, store
     (note,) = [n for n in _compared(rows).notes() if "measured in 4 ways" in n]
     assert "features digits of root:features/digits, reference root:pictures at 32" in note
     assert "features inception, reference root:pictures at 64" in note
+
+
+def test_references_are_told_by_their_digest(tmp_path: Path) -> None:
+    copy = Store(tmp_path)
+    first, second = copy.run("first", {}), copy.run("second", {})
+    places = ["/here/adm.npz", "https://there/jul-2021/adm.npz", "/here/adm.npz", "own"]
+    digests = ["a" * 64, "a" * 64, "b" * 64, "c" * 64]
+    for step, (place, digest) in enumerate(zip(places, digests, strict=True)):
+        run = second if step == 1 else first
+        copy.evaluation(run, step, {"fid": 9.0 - step}, {"reference": place}, digest=digest)
+    rows = collect(copy.tracker, None, ["first", "second"])
+    protocols = {e.step: e.protocol for row in rows for e in row.evaluations}
+    assert protocols[0] == protocols[1], "the same file under two paths"
+    assert len(set(protocols.values())) == 3, "another file under the same path is another"
+    assert protocols[0].reference == "adm.npz (aaaaaaaa)"
+    assert protocols[2].reference == "adm.npz (bbbbbbbb)"
+    assert protocols[3].reference == "root:pictures at 32 (cccccccc)"
+    with pytest.raises(ValueError, match="different protocols"):
+        best_of(rows[0].evaluations, "fid")
+    assert best_of([rows[0].evaluations[0], *rows[1].evaluations], "fid").step == 1  # type: ignore[union-attr]
+    # Nor are seeds of one training kept apart by the path.
+    assert rows[0].evaluations[0].settings == rows[1].evaluations[0].settings
 
 
 # ---- Seeds ----

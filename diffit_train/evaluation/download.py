@@ -1,0 +1,45 @@
+"""A file from the web, as Inception's weights or a published reference."""
+
+from __future__ import annotations
+
+import math
+import urllib.request
+from pathlib import Path
+
+from diffit_train.progress import Progress
+
+TIMEOUT_S = 60.0
+_PIECE_BYTES = 1 << 20
+
+
+def is_web(url: str) -> bool:
+    """Whether a URL is to be downloaded before use."""
+    return url.startswith(("http://", "https://"))
+
+
+def download(url: str, target: Path, title: str, expected_bytes: int | None = None) -> None:
+    """Write what `url` holds to `target`, showing rate and time left.
+
+    The caller commits the target: after an error it holds a part.
+
+    Args:
+        title: of the progress.
+        expected_bytes: for the progress, where the server does not say.
+
+    Raises:
+        OSError, http.client.HTTPException: it cannot be reached, or the transfer broke off.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "diffit"})
+    with (
+        urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer,
+        target.open("wb") as file,
+    ):
+        announced = answer.headers.get("Content-Length")
+        total = int(announced) if announced else expected_bytes or 0
+        with Progress(title, math.ceil(total / 1e6), "MB") as progress:
+            while piece := answer.read(_PIECE_BYTES):
+                file.write(piece)
+                progress.update(math.ceil(file.tell() / 1e6))
+        # A connection that is closed early ends the stream without an error.
+        if announced and file.tell() != total:
+            raise OSError(f"the transfer broke off after {file.tell():,} of {total:,} bytes")

@@ -1,0 +1,149 @@
+"""Where a reference file lies, and its digest. Published ones are downloaded once, under the root.
+
+ROOT/references/NAME.npz is the file, NAME.npz.json its commit marker with the SHA-256 that came
+first; each later use is checked against it.
+"""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.config.recipe import OWN
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.download import download, is_web
+
+
+class Downloaded(BaseModel):
+    """NAME.npz.json, the commit marker of a downloaded reference file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    bytes: int
+    sha256: str
+
+
+def reference_file(recipe: Recipe) -> str | None:
+    """The recipe's reference file; None where the reference is computed from data.source.
+
+    Of a reference on the web, where it is kept once it has been downloaded.
+    """
+    reference = recipe.evaluate.reference
+    if reference == OWN:
+        return None
+    if is_web(reference):
+        return _kept_at(recipe)
+    return storage.resolve(recipe.storage.root, reference)
+
+
+def reference_identity(recipe: Recipe) -> str | None:
+    """What the recipe's reference is, wherever it lies: a file's SHA-256, or `own`.
+
+    None where it has not been downloaded yet, so that nothing can have been measured by it.
+
+    Raises:
+        UserError: the file does not exist.
+    """
+    file = reference_file(recipe)
+    if file is None:
+        return OWN
+    if is_web(recipe.evaluate.reference):
+        record = _record(file)
+        return record.sha256 if record else None
+    if not storage.exists(file):
+        raise UserError(f"evaluate.reference {file} does not exist")
+    return _sha256(file, storage.fingerprint(file))
+
+
+@contextmanager
+def opened_reference(recipe: Recipe, file: str) -> Iterator[Path]:
+    """A reference file on this machine; a downloaded one is what it was when it came.
+
+    Raises:
+        DiffitError: a downloaded one is damaged.
+    """
+    record = _record(file) if is_web(recipe.evaluate.reference) else None
+    with storage.local_copy(file) as path:
+        if record is not None:
+            found = storage.sha256_file(path) if path.is_file() else "missing"
+            if found != record.sha256:
+                raise DiffitError(
+                    f"{file} is damaged: its sha256 is {found}, but was {record.sha256} when it "
+                    f"was downloaded; delete {_marker(file)}, and the same command downloads it "
+                    "again"
+                )
+        yield path
+
+
+def fetch_reference(recipe: Recipe) -> None:
+    """Download the recipe's reference file if it is on the web and not there yet.
+
+    Raises:
+        UserError: it cannot be downloaded; what to do instead.
+    """
+    file, url = reference_file(recipe), recipe.evaluate.reference
+    if file is None or not is_web(url) or _record(file) is not None:
+        return
+    try:
+        with storage.atomic_file(file) as path:
+            download(url, path, "reference file")
+            if not zipfile.is_zipfile(path):
+                raise OSError(f"{path.stat().st_size:,} bytes came, which are no .npz file")
+            record = Downloaded(
+                url=_shown(url), bytes=path.stat().st_size, sha256=storage.sha256_file(path)
+            )
+    except (OSError, HTTPException) as error:
+        raise UserError(
+            f"evaluate.reference {_shown(url)} cannot be downloaded ({error}); try again, or "
+            f"download {PurePosixPath(urlsplit(url).path).name} elsewhere, put it where every "
+            "worker reads it, and set evaluate.reference=PATH (a path or s3://bucket/key); "
+            f"evaluate.reference={OWN} compares with statistics of data.source instead, which are "
+            "not those of published results"
+        ) from error
+    storage.write_text(_marker(file), record.model_dump_json(indent=1) + "\n")
+
+
+def _kept_at(recipe: Recipe) -> str:
+    url = recipe.evaluate.reference
+    name = PurePosixPath(urlsplit(url).path)
+    # Another URL may end in the same name.
+    kept = f"{name.stem or 'reference'}-{storage.sha256_bytes(url.encode())[:8]}{name.suffix}"
+    return storage.join(recipe.storage.root, "references", kept)
+
+
+def _marker(file: str) -> str:
+    return f"{file}.json"
+
+
+def _shown(url: str) -> str:
+    """A URL without credentials."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], query="").geturl()
+
+
+def _record(file: str) -> Downloaded | None:
+    try:
+        return Downloaded.model_validate_json(storage.read_bytes(_marker(file)))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DiffitError(
+            f"{_marker(file)} is damaged; delete it, and the same command downloads the reference "
+            "again"
+        ) from error
+
+
+@functools.cache
+def _sha256(file: str, fingerprint: str) -> str:
+    with storage.local_copy(file) as path:
+        return storage.sha256_file(path)
