@@ -45,7 +45,7 @@ HOMES = {
         "data/encode.py",
         "training/driver.py",
         "training/worker.py",
-        "evaluation/fleet.py",
+        "evaluation/actors.py",
     },
     "deepspeed": {"training/engine.py"},
     "mlflow": {"tracking.py"},

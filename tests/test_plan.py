@@ -11,7 +11,7 @@ import torch
 
 from diffit_train.commands.plan import GPUS, Machine, plan, print_plan, state_bytes
 from diffit_train.config import load_recipe
-from diffit_train.config.recipe import Train
+from diffit_train.config.train import Train
 from diffit_train.errors import UserError
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.cost import activation_bytes

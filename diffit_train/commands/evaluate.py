@@ -60,15 +60,15 @@ def evaluate_all(
     results = [finished(recipe, run, step) for recipe, step in wanted]
     missing = [number for number, result in enumerate(results) if result is None]
     if missing:
-        from diffit_train.evaluation import fleet
+        from diffit_train.evaluation import runner
 
         for number in missing:
             _reconstruct(*wanted[number], run)
         requests = [
-            fleet.Request(wanted[number][0], run, wanted[number][1], sweep, npz)
+            runner.Request(wanted[number][0], run, wanted[number][1], sweep, npz)
             for number in missing
         ]
-        made = fleet.evaluate(requests, address)
+        made = runner.evaluate(requests, address)
         for number, new in zip(missing, made, strict=True):
             results[number] = new
     else:
@@ -81,9 +81,9 @@ def evaluate_all(
         figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         say(f"step {step:,}: {figures}  {storage.shown(result.grid)}")
         if npz:
-            from diffit_train.evaluation import fleet
+            from diffit_train.evaluation import runner
 
-            fleet.write_npz(recipe, evaluation_url(recipe, run, step, result.key))
+            runner.write_npz(recipe, evaluation_url(recipe, run, step, result.key))
     if not sweep:
         register_best(wanted[0][0], run)
     return [result.model_dump(mode="json") for result in found]
@@ -136,9 +136,9 @@ def watch_run(
 
 def compute_references(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
     """Compute the statistics of the recipe's real pictures, or find them computed."""
-    from diffit_train.evaluation import fleet
+    from diffit_train.evaluation import runner
 
-    url, reference = fleet.make_reference(recipe, address)
+    url, reference = runner.make_reference(recipe, address)
     kept = 0 if reference.features is None else len(reference.features)
     count = "" if reference.count is None else f" of {reference.count:,} pictures"
     say(

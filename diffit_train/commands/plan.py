@@ -23,7 +23,7 @@ from diffit_train.commands.options import (
     read_recipe,
 )
 from diffit_train.config import Recipe
-from diffit_train.config.recipe import BUCKET_ELEMENTS
+from diffit_train.config.train import BUCKET_ELEMENTS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 

@@ -20,7 +20,7 @@ from diffit_train.commands.options import (
     read_recipe,
 )
 from diffit_train.config import Recipe
-from diffit_train.config.recipe import OWN
+from diffit_train.config.evaluate import OWN
 from diffit_train.evaluation.best import register_best
 from diffit_train.progress import say
 from diffit_train.runs.identity import finished_step, run_url
@@ -59,12 +59,12 @@ def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
     if recipe.train.validate_every is None:
         return None
     from diffit_train.data.sources import list_pictures
-    from diffit_train.evaluation import fleet
+    from diffit_train.evaluation import runner
 
     changed = {"samples": recipe.train.validate_samples}
     evaluate = recipe.evaluate.model_copy(update=changed)
     recipe = recipe.model_copy(update={"evaluate": evaluate})
-    fleet.check(recipe)
+    runner.check(recipe)
     if recipe.evaluate.reference == OWN:
         list_pictures(recipe)
     return functools.partial(validate_checkpoint, recipe, run)
@@ -72,10 +72,10 @@ def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
 
 def validate_checkpoint(recipe: Recipe, run: str, step: int) -> str:
     """Evaluate a checkpoint of a run in training; a line that says what came of it."""
-    from diffit_train.evaluation import fleet
+    from diffit_train.evaluation import runner
 
-    request = fleet.Request(recipe, run, step, curve="validation")
-    result = request.finished or fleet.evaluate([request])[0]
+    request = runner.Request(recipe, run, step, curve="validation")
+    result = request.finished or runner.evaluate([request])[0]
     register_best(recipe, run)
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     return f"step {step:,} evaluated: {figures}  {storage.shown(result.grid)}"

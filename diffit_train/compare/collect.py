@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from diffit_train.config.recipe import INCEPTION, OWN
+from diffit_train.config.evaluate import INCEPTION, OWN
 from diffit_train.errors import UserError
 from diffit_train.storage import ROOT_PREFIX
 from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker

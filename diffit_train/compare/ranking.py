@@ -25,7 +25,7 @@ from diffit_train.compare.collect import (
     plain,
     unknown,
 )
-from diffit_train.config.recipe import EXECUTION_KEYS, KEEPING_KEYS
+from diffit_train.config.train import EXECUTION_KEYS, KEEPING_KEYS
 from diffit_train.tracking import RunRecord
 
 _SEED = "train.seed"

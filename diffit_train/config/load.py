@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffit_train import storage
+from diffit_train.config.evaluate import OWN, PUBLISHED
 from diffit_train.config.presets import PRESETS
-from diffit_train.config.recipe import OWN, PUBLISHED, Recipe
+from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
 
 YAML_SUFFIXES = (".yaml", ".yml")

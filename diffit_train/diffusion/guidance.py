@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffit_train.config.recipe import Guidance
+from diffit_train.config.evaluate import Guidance
 
 Weight = Callable[[float], float]
 Denoiser = Callable[[Tensor, Tensor], Tensor]

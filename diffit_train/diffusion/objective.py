@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffit_train.config.recipe import Diffusion, Sampler
+from diffit_train.config.diffusion import Diffusion
+from diffit_train.config.evaluate import Sampler
 from diffit_train.diffusion import flow, gaussian, samplers
 from diffit_train.diffusion.guidance import Denoiser
 from diffit_train.diffusion.schedule import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffit_train.config.recipe import ddim_stride
+from diffit_train.config.diffusion import ddim_stride
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.evaluation.result import Result, evaluated_identity
 from diffit_train.progress import say
+from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
+from diffit_train.runs.identity import run_url
 
 
 def best_metric(recipe: Recipe) -> str:
@@ -68,9 +70,7 @@ def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
 
 def _register(recipe: Recipe, run: str, best: Any, tracker: Any) -> str | None:
     """Export and register the best weights where they are not yet; their file if they were."""
-    from diffit_train.evaluation.result import run_url
     from diffit_train.runs import import_export
-    from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
     from diffit_train.tracking import first_line, unreachable_errors
 
     name = f"{recipe.tracking.experiment}-{run}"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffit_train import storage
-from diffit_train.config.recipe import PUBLISHED
+from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import UserError
 from diffit_train.evaluation.download import download
 from diffit_train.evaluation.result import INCEPTION_SHA256

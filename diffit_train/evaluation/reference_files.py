@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.recipe import OWN
+from diffit_train.config.evaluate import OWN
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.download import download, is_web
 

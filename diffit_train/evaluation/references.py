@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.recipe import OWN
+from diffit_train.config.evaluate import OWN
 from diffit_train.data.sources import Item, Kind, PictureList, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
@@ -74,6 +74,17 @@ class Part:
     pool: Moments
     spatial: Moments | None
     features: np.ndarray
+
+
+class FoundReference(NamedTuple):
+    """A reference and where it is kept.
+
+    `digest` tells what it is: the SHA-256 of a file, else a hash of pictures and features.
+    """
+
+    url: str
+    digest: str
+    statistics: Reference
 
 
 @dataclass(frozen=True)

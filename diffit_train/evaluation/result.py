@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.recipe import PUBLISHED
+from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.reference_files import reference_identity
 from diffit_train.runs.checkpoints import checkpoint_digest, step_name
+from diffit_train.runs.identity import run_url
 
 # Of the published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -123,23 +124,18 @@ def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.evaluate_identity(), "reference": reference_identity(recipe)}
 
 
-def evaluation_key(recipe: Recipe, run_url: str, step: int) -> str:
+def evaluation_key(recipe: Recipe, source: str, step: int) -> str:
     """A readable name, made unique by a hash of all that determines the figures."""
     evaluate = recipe.evaluate
     identity = [
         evaluated_identity(recipe),
         recipe.train_hash(),
-        checkpoint_digest(run_url, step),
+        checkpoint_digest(source, step),
         features_digest(recipe),
     ]
     sampler, guidance = evaluate.sampler, evaluate.guidance
     name = f"{sampler.name}{sampler.steps}-{guidance.kind}{guidance.scale:g}"
     return f"{name.replace('_', '')}-{storage.digest(identity)[:10]}"
-
-
-def run_url(recipe: Recipe, run: str) -> str:
-    """Folder of a run."""
-    return storage.join(recipe.storage.root, "runs", run)
 
 
 def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:

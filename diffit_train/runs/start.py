@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffit_train.config import Recipe
-from diffit_train.config.recipe import Start
+from diffit_train.config.train import Start
 from diffit_train.errors import UserError
 from diffit_train.runs.checkpoints import (
     checkpoint_digest,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from diffit_train.config.recipe import Train
+from diffit_train.config.train import Train
 
 # Seconds between checks for an announced preemption.
 PREEMPTION_POLL_S = 1.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffit_train.config.recipe import EmaProfile
+from diffit_train.config.train import EmaProfile
 from diffit_train.runs.phema import power_exponent
 
 

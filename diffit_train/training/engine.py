@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from diffit_train.config.recipe import BUCKET_ELEMENTS, Train
+from diffit_train.config.train import BUCKET_ELEMENTS, Train
 from diffit_train.errors import DiffitError
 from diffit_train.runs.checkpoints import Kind, OwnedSlice, Slice
 from diffit_train.training.ema import ShardedEMA

@@ -25,12 +25,12 @@ import torch
 from diffit_train import ray_session
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
+from diffit_train.evaluation.actors import ActorPool, EvaluationPool, EvaluationTarget
 from diffit_train.evaluation.features import load_features
-from diffit_train.evaluation.fleet import Actors, Fleet
 from diffit_train.evaluation.generate import Generator, network_evaluations
-from diffit_train.evaluation.result import run_url
 from diffit_train.evaluation.sample import run_weights
 from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.runs.identity import run_url
 from tests.benchmarks.common import print_table
 
 # The sleeping model: seconds of a chunk, and chunks that each actor would make.
@@ -73,14 +73,15 @@ class _Started:
 
     def __init__(self, recipe: Recipe, step: int) -> None:
         self.recipe, self.step = recipe, step
-        self.fleet = Fleet(recipe)
+        self.fleet = EvaluationPool(recipe)
         self.seconds()
 
     def seconds(self) -> float:
         """For all pictures, into a folder that is thrown away."""
         folder = tempfile.mkdtemp(prefix="diffit-bench-")
         started_s = time.perf_counter()
-        self.fleet.generate(run_url(self.recipe, "demo"), self.step, folder, "key")
+        source = run_url(self.recipe, "demo")
+        self.fleet.generate(self.recipe, EvaluationTarget(source, self.step, folder, "key"))
         taken_s = time.perf_counter() - started_s
         shutil.rmtree(folder)
         return taken_s
@@ -143,7 +144,7 @@ class _Sleepers:
 
 
 class _Sleeper:
-    """What `Actors` sees as an actor; it stands for one of a process's many."""
+    """What `ActorPool` sees as an actor; it stands for one of a process's many."""
 
     def __init__(self, process: Any) -> None:
         self.ready, self.work = process.ready, process.work
@@ -157,7 +158,7 @@ def simulate(counts: list[int]) -> None:
         ray.get([process.ready.remote() for process in processes])
         for count in counts:
             numbers = iter(range(count))
-            fleet = Actors(lambda i=numbers: _Sleeper(processes[next(i) % PROCESSES]), count)
+            fleet = ActorPool(lambda i=numbers: _Sleeper(processes[next(i) % PROCESSES]), count)
             tasks = list(range(CHUNKS * count))
             started_s = time.perf_counter()
             done = sum(n for _, n in fleet.run(tasks, lambda a, _: a.work.remote(SLEEP_S), str))

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from diffit_train.commands.plan import GIB, state_bytes
-from diffit_train.config.recipe import Diffusion, Train
+from diffit_train.config.diffusion import Diffusion
+from diffit_train.config.train import Train
 from diffit_train.diffusion.objective import build_objective
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.latent import LatentDiffiT, Shape

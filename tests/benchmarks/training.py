@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from diffit_train.commands.plan import state_bytes
-from diffit_train.config.recipe import BUCKET_ELEMENTS, Diffusion, EmaProfile, Train
+from diffit_train.config.diffusion import Diffusion
+from diffit_train.config.train import BUCKET_ELEMENTS, EmaProfile, Train
 from diffit_train.diffusion.objective import build_objective
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.latent import LatentDiffiT, Shape

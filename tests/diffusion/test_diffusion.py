@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from scipy.stats import norm
 
-from diffit_train.config.recipe import Guidance, ddim_stride
+from diffit_train.config.diffusion import ddim_stride
+from diffit_train.config.evaluate import Guidance
 from diffit_train.diffusion import guidance, samplers
 from diffit_train.diffusion.gaussian import (
     add_noise,

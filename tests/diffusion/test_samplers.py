@@ -16,7 +16,8 @@ from diffusers import DPMSolverMultistepScheduler
 from scipy import optimize, stats
 from torch import Tensor
 
-from diffit_train.config.recipe import Diffusion, Sampler
+from diffit_train.config.diffusion import Diffusion
+from diffit_train.config.evaluate import Sampler
 from diffit_train.diffusion import samplers
 from diffit_train.diffusion.flow import flow_loss, interpolate, score
 from diffit_train.diffusion.objective import build_objective, visited_timesteps

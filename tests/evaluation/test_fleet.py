@@ -16,12 +16,13 @@ from diffit_train.compare.comparison import collect, compare_store
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation import fleet as fleet_module
+from diffit_train.evaluation import runner
+from diffit_train.evaluation.actors import EvaluationPool, EvaluationTarget
 from diffit_train.evaluation.best import register_best
 from diffit_train.evaluation.chunks import committed_chunks, read_pictures
-from diffit_train.evaluation.fleet import Fleet, Request, make_reference
 from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.result import Result, evaluation_key, evaluation_url, finished
+from diffit_train.evaluation.runner import Request, make_reference
 from diffit_train.runs.checkpoints import checkpoint_digest, read_state
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
@@ -30,7 +31,7 @@ _TWO_BATCHES = ["scaling.evaluate_batches=2"]
 
 
 def evaluate(recipe: Recipe, run: str, steps: list[int]) -> list[Result]:
-    return fleet_module.evaluate([Request(recipe, run, step) for step in steps])
+    return runner.evaluate([Request(recipe, run, step) for step in steps])
 
 
 def _pictures(result: Result) -> np.ndarray:
@@ -125,12 +126,12 @@ def test_random_labels_do_not_depend_on_chunks_and_actors(
 
 def test_the_grid_shows_the_first_classes_that_occur() -> None:
     recipe = load_recipe("imagenet256", ["evaluate.samples=40"])
-    shown = fleet_module._grid_labels(recipe)
+    shown = runner._grid_labels(recipe)
     labels = choose_labels("random", 0, range(40), 1000).tolist()
     assert sorted(shown) == sorted(set(labels))[:10]
     # With fewer than ten classes among them, these; and 0 to 9 where the classes are counted up.
-    assert len(fleet_module._grid_labels(load_recipe("imagenet256", ["evaluate.samples=5"]))) == 5
-    assert fleet_module._grid_labels(load_recipe("demo")) == set(range(10))
+    assert len(runner._grid_labels(load_recipe("imagenet256", ["evaluate.samples=5"]))) == 5
+    assert runner._grid_labels(load_recipe("demo")) == set(range(10))
 
 
 def test_two_actors_and_an_interruption_give_the_same_figures(
@@ -170,10 +171,10 @@ def test_a_dead_actors_chunks_are_made_by_another(
     run_url = str(tmp_path / "runs" / "tiny")
     key = evaluation_key(recipe, run_url, 12)
     url = evaluation_url(recipe, "tiny", 12, key)
-    fleet = Fleet(recipe)
+    fleet = EvaluationPool(recipe)
     (first,) = fleet.actors.actors
     ray.kill(first)
-    fleet.generate(run_url, 12, url, key)
+    fleet.generate(recipe, EvaluationTarget(run_url, 12, url, key))
     assert first not in fleet.actors.actors
     fleet.close()
     (again,) = evaluate(recipe, "tiny", [12])
@@ -270,7 +271,7 @@ def test_a_reference_is_made_in_parts_and_goes_on(
     assert whole.features.shape == (10, 5)
     Path(place).unlink()
     # As if it had been killed with one part of four done.
-    fleet = Fleet(recipe)
+    fleet = EvaluationPool(recipe)
     listing = list_pictures(recipe)
     tasks = list(references.part_tasks(recipe, listing))
     assert [len(task.items) for task in tasks] == [7, 7, 7, 3]
@@ -292,7 +293,7 @@ def test_a_reference_is_made_in_parts_and_goes_on(
         return list(real(url, wanted))
 
     monkeypatch.setattr(references, "read_parts", read)
-    again = fleet.reference()
+    again = fleet.reference().statistics
     fleet.close()
     assert seen == [before, before]
     assert not parts.exists()

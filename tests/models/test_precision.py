@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffit_train.config.recipe import Train
+from diffit_train.config.train import Train
 from diffit_train.models.dit import DiT, DiTWithTMSA
 from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
 from diffit_train.models.layers import PatchEmbed, sincos_position_table

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from diffit_train.config.recipe import Train
+from diffit_train.config.train import Train
 from diffit_train.data.loader import Batch
 from diffit_train.training import control
 from diffit_train.training.checkpointer import UnrecoverableError

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffit_train.config.recipe import EmaProfile, Train
+from diffit_train.config.train import EmaProfile, Train
 from diffit_train.runs.checkpoints import Slice
 from diffit_train.runs.phema import WIDEST_PROFILE, Profile, power_exponent, reconstruct
 from diffit_train.training.ema import ema_decay

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from diffit_train import storage
-from diffit_train.config.recipe import Train
+from diffit_train.config.train import Train
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.runs.checkpoints import (

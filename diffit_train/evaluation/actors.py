@@ -1,16 +1,11 @@
-"""`diffit evaluate` and `diffit references`: Ray actors do the work piece by piece.
-
-A chunk of pictures is committed as it is made, and so is a part of a reference: a rerun makes only
-what is missing, and the result does not depend on the number of actors, nor on which of them died.
-"""
+"""The Ray actors of evaluations: a pool that replaces those that die, and what each does."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -21,271 +16,48 @@ from diffit_train.data.sources import list_pictures
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.chunks import LABELS, Layout, Range
-from diffit_train.evaluation.generate import guidance_saving, network_evaluations
-from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.reference_files import (
     opened_reference,
     reference_file,
     reference_identity,
 )
-from diffit_train.evaluation.references import PartTask, Reference
-from diffit_train.evaluation.result import (
-    Result,
-    evaluated_identity,
-    evaluation_key,
-    evaluation_url,
-    features_digest,
-    finished,
-    run_url,
-)
-from diffit_train.evaluation.sample import class_names
-from diffit_train.evaluation.scores import Figures
-from diffit_train.progress import Progress, say
-from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
-from diffit_train.tracking import TAG_REFERENCE, Tracker, first_line, unreachable_errors
+from diffit_train.evaluation.references import FoundReference, PartTask, Reference
+from diffit_train.progress import Progress
 
 # A piece of work whose actors died this often kills them itself.
 MAX_TRIES = 3
+
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Request:
-    """An evaluation of a checkpoint.
+class EvaluationTarget:
+    """A checkpoint, and the evaluation made of it.
 
     Attributes:
-        sweep: that it belongs to, or "".
-        npz: write samples.npz beside the result.
-        curve: under which its figures are points of the run's own curves over steps. Those of a
-            sweep are not: there would be many at one step.
+        source: folder of the run.
+        step: of the checkpoint.
+        url: folder of the evaluation.
+        key: of the evaluation.
     """
-
-    recipe: Recipe
-    run: str
-    step: int
-    sweep: str = ""
-    npz: bool = False
-    curve: Literal["eval", "validation"] = "eval"
-
-    @property
-    def finished(self) -> Result | None:
-        """Its result; None where it is to be done."""
-        return finished(self.recipe, self.run, self.step)
-
-
-def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Result]:
-    """Evaluate committed checkpoints on the Ray cluster at `address`, one after another.
-
-    Rerunning continues. Actors are kept from one to the next where they can be.
-
-    Raises:
-        UserError: bad input; nothing was written.
-        DiffitError: a chunk could not be made, or its figures are not finite.
-    """
-    for request in requests:
-        check(request.recipe)
-    results: list[Result] = []
-    with ray_session.connected(address):
-        fleet: Fleet | None = None
-        try:
-            for request in requests:
-                if fleet is None or not fleet.serves(request.recipe):
-                    if fleet is not None:
-                        fleet.close()
-                    fleet = Fleet(request.recipe)
-                fleet.recipe = request.recipe
-                results.append(_evaluate(request, fleet))
-        finally:
-            if fleet is not None:
-                fleet.close()
-    return results
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse what an evaluation would fail on, before anything is started.
-
-    The pictures of a reference are listed later, once: there may be millions.
-
-    Raises:
-        UserError: features or reference file cannot serve.
-    """
-    features_digest(recipe)
-    references.check_reference_file(recipe)
-
-
-def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Reference]:
-    """Compute the recipe's reference, or read it; where it is kept, and what it is.
-
-    Raises:
-        UserError: the pictures or the file cannot serve.
-    """
-    check(recipe)
-    with ray_session.connected(address):
-        fleet = Fleet(recipe)
-        try:
-            return fleet.found_reference().url, fleet.reference()
-        finally:
-            fleet.close()
-
-
-def _evaluate(request: Request, fleet: Fleet) -> Result:
-    recipe, run, step = request.recipe, request.run, request.step
-    source = run_url(recipe, run)
-    state = read_state(source, step)
-    key = evaluation_key(recipe, source, step)
-    url = evaluation_url(recipe, run, step, key)
-    storage.remove_temporary(url)
-    if saving := guidance_saving(recipe):
-        say(saving)
-    started_s = time.monotonic()
-    reference = fleet.found_reference()
-    fleet.generate(source, step, url, key)
-    figures, labels, shown = _measured(recipe, url, key, reference.statistics)
-    metrics = figures.values()
-    for warning in figures.warnings():
-        say(f"note: {warning}")
-    grid = storage.join(url, "grid.png")
-    numbers = "   ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-    draw_grid(shown, class_names(recipe), f"{run}, step {step:,}\n{numbers}", grid)
-    if request.npz:
-        write_npz(recipe, url, labels)
-    cost = network_evaluations(recipe)
-    try:
-        child = _track(request, state, key, metrics, cost, grid, reference)
-    except unreachable_errors() as error:
-        raise DiffitError(
-            f"the figures of step {step:,} are made ({numbers}), but MLflow does not take them: "
-            f"{first_line(error)}; the same command tries again"
-        ) from error
-    result = Result(
-        run=run,
-        step=step,
-        key=key,
-        samples=recipe.evaluate.samples,
-        metrics=metrics,
-        grid=grid,
-        seconds=time.monotonic() - started_s,
-        network_evaluations=cost,
-        evaluate=evaluated_identity(recipe),
-        reference_digest=reference.digest,
-        recipe_hash=recipe.train_hash(),
-        mlflow_run_id=child,
-    )
-    storage.write_text(storage.join(url, "result.json"), result.model_dump_json(indent=1) + "\n")
-    return result
-
-
-def _measured(
-    recipe: Recipe, url: str, key: str, reference: Reference
-) -> tuple[Figures, list[np.ndarray], dict[int, list[np.ndarray]]]:
-    """Figures, labels and the grid's pictures by class, reading chunk after chunk."""
-    figures, labels = Figures(recipe, reference), []
-    shown: dict[int, list[np.ndarray]] = {}
-    evaluate = recipe.evaluate
-    in_grid = _grid_labels(recipe)
-    for part in chunks.committed_chunks(url):
-        rows = chunks.read_chunk(url, part, key)
-        figures.add(rows)
-        labels.append(rows[LABELS])
-        wanted = [
-            (place, shown.setdefault(label, []))
-            for place, label in enumerate(rows[LABELS].tolist())
-            if label in in_grid and len(shown.get(label, ())) < evaluate.grid_columns
-        ]
-        pixels = chunks.read_pictures(url, part) if wanted else None
-        for place, row in wanted:
-            if pixels is not None and len(row) < evaluate.grid_columns:
-                row.append(pixels[place])
-    return figures, labels, shown
-
-
-def _grid_labels(recipe: Recipe) -> set[int]:
-    """Labels of the rows of the grid: the first that occur, as few random ones skip classes."""
-    evaluate, classes = recipe.evaluate, recipe.data.num_classes
-    labels = choose_labels(evaluate.labels, evaluate.seed, range(evaluate.samples), classes)
-    return set(np.unique(labels)[: evaluate.grid_rows].tolist())
-
-
-def write_npz(recipe: Recipe, url: str, labels: list[np.ndarray] | None = None) -> str:
-    """Write an evaluation's pictures as ADM's samples.npz, if it is not there; its place."""
-    target = storage.join(url, "samples.npz")
-    if not storage.exists(target):
-        if labels is None:
-            key = url.rstrip("/").rsplit("/", 1)[-1]
-            parts = chunks.committed_chunks(url)
-            labels = [chunks.read_chunk(url, part, key)[LABELS] for part in parts]
-        chunks.write_samples(url, target, recipe.evaluate.samples, labels)
-        say(f"pictures: {storage.shown(target)}")
-    return target
-
-
-def _track(
-    request: Request,
-    state: State,
-    key: str,
-    metrics: dict[str, float],
-    cost: float,
-    grid: str,
-    reference: FoundReference,
-) -> str:
-    """Log to a child of the training run, and to that run itself for its curve over steps.
-
-    A killed evaluation that is run again logs the same values at the same step.
-    """
-    recipe, run = request.recipe, request.run
-    tracker, source = Tracker.of(recipe), run_url(recipe, run)
-    params = {k: v for k, v in recipe.flat().items() if k.startswith("evaluate.")}
-    tags = {
-        "diffit.recipe_hash": recipe.train_hash(),
-        "diffit.evaluation_key": key,
-        "diffit.checkpoint": checkpoint_url(source, state.step),
-        "diffit.checkpoint_digest": checkpoint_digest(source, state.step),
-        TAG_REFERENCE: reference.digest,
-        "mlflow.source.name": "diffit evaluate",
-    }
-    if request.sweep:
-        tags["diffit.sweep"] = request.sweep
-    child = tracker.evaluation_run(
-        recipe.tracking.experiment,
-        state.mlflow_run_id,
-        f"{state.step}/{key}",
-        f"{run}-step-{state.step}-{key}",
-        {**params, "step": state.step, "run": run},
-        tags,
-    )
-    name = reference.url.rsplit("/", 1)[-1].removesuffix(".safetensors")
-    tracker.log_dataset(child, name, name.rsplit("-", 1)[-1], reference.url)
-    named = {f"eval/{name}": value for name, value in metrics.items()}
-    curves = [(child, {**named, "cost/network_evaluations": cost})]
-    if not request.sweep:
-        own = {f"{request.curve}/{name}": value for name, value in metrics.items()}
-        curves.append((state.mlflow_run_id, own))
-    for run_id, values in curves:
-        first = next(iter(values))
-        if tracker.value_at(run_id, first, state.step) != values[first]:
-            tracker.log_metrics(run_id, values, state.step)
-    with storage.local_copy(grid) as path:
-        tracker.log_artifact(child, path)
-    tracker.finish(child)
-    return child
-
-
-# ---- Actors ----
-
-
-@dataclass(frozen=True)
-class ChunkTask:
-    """Pictures of a checkpoint that are made and committed at once."""
 
     source: str
     step: int
-    part: Range
     url: str
     key: str
 
 
-class Worker:
+@dataclass(frozen=True)
+class ChunkTask:
+    """Images of an evaluation that are made and committed at once."""
+
+    target: EvaluationTarget
+    part: Range
+
+
+class EvaluationActor:
     """A Ray actor that generates and measures; autoencoder and features are loaded once."""
 
     def __init__(self, recipe: dict[str, Any]) -> None:
@@ -319,11 +91,13 @@ class Worker:
             pixels.append(pictures[inside])
             measured.append({name: values[inside] for name, values in rows.items()})
         joined = {name: np.concatenate([m[name] for m in measured]) for name in measured[0]}
-        chunks.write_chunk(task.url, task.part, task.key, np.concatenate(pixels), joined)
+        chunks.write_chunk(
+            task.target.url, task.part, task.target.key, np.concatenate(pixels), joined
+        )
         return task.part.size
 
     def _load(self, recipe: dict[str, Any], task: ChunkTask) -> None:
-        if self.loaded == (recipe, task.source, task.step):
+        if self.loaded == (recipe, task.target.source, task.target.step):
             return
         self.recipe = Recipe.model_validate(recipe)
         from diffit_train.data.autoencoder import load_autoencoder
@@ -332,9 +106,9 @@ class Worker:
 
         if self.autoencoder is None:
             self.autoencoder = load_autoencoder(self.recipe, self.device)
-        weights = run_weights(self.recipe, task.source, task.step)
+        weights = run_weights(self.recipe, task.target.source, task.target.step)
         self.generator = Generator(self.recipe, weights, self.autoencoder)
-        self.loaded = (recipe, task.source, task.step)
+        self.loaded = (recipe, task.target.source, task.target.step)
 
     def reference_part(self, task: PartTask, target: str) -> int:
         """Measure and commit a part of a picture source; how many pictures it has."""
@@ -359,7 +133,7 @@ class Worker:
             return opened.read(self.recipe, extract)
 
 
-class Actors:
+class ActorPool:
     """Ray actors that take tasks as they become idle.
 
     One that dies is replaced, and its task goes to whichever is idle first: where a node is gone,
@@ -451,18 +225,7 @@ class Actors:
             ray.kill(actor)
 
 
-class FoundReference(NamedTuple):
-    """A reference and where it is kept.
-
-    `digest` tells what it is: the SHA-256 of a file, else a hash of pictures and features.
-    """
-
-    url: str
-    digest: str
-    statistics: Reference
-
-
-class Fleet:
+class EvaluationPool:
     """The actors of evaluations that differ in checkpoint, sampler, guidance and seed only."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -473,47 +236,43 @@ class Fleet:
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": scaling.gpus_per_actor or None}
         if not scaling.gpus_per_actor:
             options["runtime_env"] = {"env_vars": ray_session.KEEP_FREED_MEMORY}
-        remote = ray.remote(**options)(Worker)
+        remote = ray.remote(**options)(EvaluationActor)
         plain = recipe.model_dump(mode="json")
-        self.actors = Actors(lambda: remote.remote(plain), count)
+        self.actors = ActorPool(lambda: remote.remote(plain), count)
         self._reference: FoundReference | None = None
 
     def serves(self, recipe: Recipe) -> bool:
         """Whether these actors, and their reference, are those of another recipe too."""
-        mine, theirs = (_lasting(one) for one in (self.recipe, recipe))
+        mine, theirs = (_shared_setup(one) for one in (self.recipe, recipe))
         return mine == theirs
 
     def close(self) -> None:
         """End the actors."""
         self.actors.close()
 
-    def generate(self, source: str, step: int, url: str, key: str) -> None:
-        """Make the chunks that are missing."""
-        evaluate, batches = self.recipe.evaluate, self.recipe.scaling.evaluate_batches
+    def generate(self, recipe: Recipe, target: EvaluationTarget) -> None:
+        """Make the chunks that an evaluation of a recipe that this pool serves still lacks."""
+        evaluate, batches = recipe.evaluate, recipe.scaling.evaluate_batches
         layout = Layout(evaluate.samples, evaluate.batch_size, batches)
-        missing = layout.missing(chunks.committed_chunks(url))
+        missing = layout.missing(chunks.committed_chunks(target.url))
         done = evaluate.samples - sum(part.size for part in missing)
 
-        plain = self.recipe.model_dump(mode="json")
+        plain = recipe.model_dump(mode="json")
 
         def call(actor: Any, task: ChunkTask) -> Any:
             return actor.chunk.remote(plain, task)
 
         def name(task: ChunkTask) -> str:
-            return f"{storage.shown(url)}/{chunks.chunk_name(task.part)}"
+            return f"{storage.shown(target.url)}/{chunks.chunk_name(task.part)}"
 
-        tasks = [ChunkTask(source, step, part, url, key) for part in missing]
-        title = f"evaluate step {step:,}"
+        tasks = [ChunkTask(target, part) for part in missing]
+        title = f"evaluate step {target.step:,}"
         with Progress(title, evaluate.samples, "pictures", done) as shown:
             for _, count in self.actors.run(tasks, call, name):
                 shown.update(shown.done + count)
 
-    def reference(self) -> Reference:
+    def reference(self) -> FoundReference:
         """The recipe's reference, made where it is missing."""
-        return self.found_reference().statistics
-
-    def found_reference(self) -> FoundReference:
-        """The recipe's reference, made where it is missing, and where it is kept."""
         if self._reference is None:
             file = reference_file(self.recipe)
             self._reference = self._of_file(file) if file else self._of_pictures()
@@ -561,7 +320,7 @@ class Fleet:
                 shown.update(shown.done + count)
 
 
-def _lasting(recipe: Recipe) -> dict[str, Any]:
+def _shared_setup(recipe: Recipe) -> dict[str, Any]:
     """What actors have loaded, and what a reference depends on."""
     plain = recipe.model_dump(mode="json", exclude={"train": True, "tracking": True})
     evaluate = plain.pop("evaluate")

@@ -1,0 +1,21 @@
+"""Section `storage`: where everything lies."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from diffit_train import storage
+from diffit_train.config.base import Section
+
+
+class Storage(Section):
+    """Where everything lies."""
+
+    root: str = Field(default=".", description="folder or s3://bucket/prefix; --root overrides it")
+
+    @field_validator("root")
+    @classmethod
+    def _a_url_has_two_slashes(cls, root: str) -> str:
+        if fault := storage.missing_slash(root):
+            raise ValueError(fault)
+        return root

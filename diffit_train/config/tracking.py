@@ -1,0 +1,19 @@
+"""Section `tracking`: MLflow."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from diffit_train.config.base import Section
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: str | None = Field(default=None, description="null: sqlite under the root")
+    experiment: str = Field(default="diffit", min_length=1)
+    register_best: bool = Field(
+        default=True,
+        description="export the weights of a run's best evaluated checkpoint, and register them "
+        "as model EXPERIMENT-RUN under the alias best",
+    )
