@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml
 
 # Each line continues what a killed run left and passes over what is finished.
 demo: $(INSTALLED)
-	$(BIN)/diffit data digits $(ROOT)/pictures/digits
+	$(BIN)/diffit data digits $(ROOT)/images/digits
 	$(BIN)/diffit autoencoder fit demo --root $(ROOT)
 	$(BIN)/diffit features fit demo --root $(ROOT)
 	$(BIN)/diffit encode demo --root $(ROOT)

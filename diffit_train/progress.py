@@ -96,7 +96,7 @@ class Progress:
     Args:
         title: what is being done.
         total: units in all.
-        unit: what is counted, in the plural, as "pictures".
+        unit: what is counted, in the plural, as "images".
         done: units that an earlier run finished; they do not count for the rate.
     """
 

@@ -70,7 +70,7 @@ def absolute(url: str) -> str:
     return str(local_path(url).absolute()) if is_local(url) else url
 
 
-def shown(url: str) -> str:
+def display_path(url: str) -> str:
     """The shortest name of a place, for people: relative where it lies below this folder."""
     if is_local(url) and local_path(url).absolute().is_relative_to(Path.cwd()):
         return str(local_path(url).absolute().relative_to(Path.cwd()))
@@ -78,7 +78,7 @@ def shown(url: str) -> str:
 
 
 def resolve(root: str, reference: str) -> str:
-    """The URL that a recipe means: `root:pictures/x` lies under the project's root."""
+    """The URL that a recipe means: `root:images/x` lies under the project's root."""
     if reference.startswith(ROOT_PREFIX):
         return join(root, reference.removeprefix(ROOT_PREFIX))
     return reference

@@ -108,7 +108,7 @@ class Tracker:
 
     Args:
         uri: a server, or `sqlite:////absolute/path/mlflow.db`, which is made on first use.
-        artifacts: where pictures of new experiments go; None leaves it to the server.
+        artifacts: where images of new experiments go; None leaves it to the server.
 
     Raises:
         UserError: the store cannot be opened.
@@ -327,7 +327,7 @@ class Tracker:
             page = self.client.search_runs(
                 list(known), order_by=["attributes.start_time ASC"], page_token=token
             )
-            records += [_record(run, known) for run in page]
+            records += [_run_record(run, known) for run in page]
             token = page.token
             if not token:
                 return records
@@ -412,7 +412,7 @@ def first_line(error: Exception) -> str:
     return redact((str(error) or type(error).__name__).splitlines()[0])
 
 
-def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
+def _run_record(run: Any, experiments: dict[str, str]) -> RunRecord:
     return RunRecord(
         run_id=run.info.run_id,
         name=run.info.run_name,

@@ -1,4 +1,4 @@
-"""A small project that several tests share: pictures, autoencoder, features, latents."""
+"""A small project that several tests share: images, autoencoder, features, latents."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from PIL import Image
 
 from diffit_train.config import Recipe, load_recipe
 
-# The demo made as small as it can be: 6 pictures of 3 classes in 4 shards, one tiny block.
+# The demo made as small as it can be: 6 images of 3 classes in 4 shards, one tiny block.
 TINY = [
     "data.num_classes=3",
-    "data.pictures_per_shard=5",
+    "data.images_per_shard=5",
     "data.lanes=4",
     "data.shuffle_window=4",
     "data.max_rejected_fraction=0.2",
@@ -61,21 +61,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
-def write_pictures(folder: Path, count: int = 24, classes: int = 3, size: int = 20) -> None:
-    """`count` pictures of soft random blobs, an ImageFolder with class names a, b, …"""
+def write_images(folder: Path, count: int = 24, classes: int = 3, size: int = 20) -> None:
+    """`count` images of soft random blobs, an ImageFolder with class names a, b, …"""
     random = np.random.default_rng(0)
     for number in range(count):
         label = number % classes
         small = random.integers(0, 256, (3, 3, 3), dtype=np.uint8)
         small[..., label % 3] //= 4
-        picture = Image.fromarray(small).resize((size, size + 3), Image.Resampling.BICUBIC)
+        image = Image.fromarray(small).resize((size, size + 3), Image.Resampling.BICUBIC)
         path = folder / chr(ord("a") + label) / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        image.save(path)
 
 
 def tiny_recipe(root: Path, *overrides: str) -> Recipe:
-    """The tiny recipe under a root, whose pictures are in root/pictures/digits."""
+    """The tiny recipe under a root, whose images are in root/images/digits."""
     return load_recipe("demo", [*TINY, *overrides], root=str(root))
 
 
@@ -91,12 +91,12 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with pictures, a fitted autoencoder and fitted features; not to be changed."""
+    """A root with images, a fitted autoencoder and fitted features; not to be changed."""
     from diffit_train.data.autoencoder_fit import fit_autoencoder
     from diffit_train.evaluation.features_fit import fit_features
 
     root = tmp_path_factory.mktemp("project")
-    write_pictures(root / "pictures" / "digits")
+    write_images(root / "images" / "digits")
     fit_autoencoder(tiny_recipe(root))
     fit_features(tiny_recipe(root))
     return root

@@ -35,15 +35,15 @@ def test_published_counts(name: str, parameters: int, forward: float, plain: flo
     work = result["multiply_adds"]
     assert work["forward"] / 1e9 == pytest.approx(forward, abs=0.05)
     assert work["forward_without_attention_products"] / 1e9 == pytest.approx(plain, abs=0.05)
-    assert work["training_picture"] == 3 * work["forward"]
+    assert work["training_image"] == 3 * work["forward"]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_speed_and_cost_follow_from_work_and_rate() -> None:
     result = plan(load_recipe("imagenet256", ["scaling.workers=4"]), H100)
     time = result["time"]
-    rate = GPUS["H100"].tflops_bf16 * 1e12 * 0.4 / (2 * result["multiply_adds"]["training_picture"])
-    assert time["pictures_per_s"] == pytest.approx(4 * rate)
+    rate = GPUS["H100"].tflops_bf16 * 1e12 * 0.4 / (2 * result["multiply_adds"]["training_image"])
+    assert time["images_per_s"] == pytest.approx(4 * rate)
     assert time["step_s"] == pytest.approx(256 / (4 * rate))
     assert time["gpu_hours"] == pytest.approx(7_000_000 * 256 / rate / 3600)
     assert time["cost"] == pytest.approx(2 * time["gpu_hours"])
@@ -54,7 +54,7 @@ def test_recomputing_blocks_costs_a_forward_pass_but_no_mfu() -> None:
     plain = plan(load_recipe("imagenet256"), H100)
     again = plan(load_recipe("imagenet256", ["train.activation_checkpointing=blocks"]), H100)
     forward = plain["multiply_adds"]["forward"]
-    assert again["multiply_adds"]["training_picture"] == 4 * forward
+    assert again["multiply_adds"]["training_image"] == 4 * forward
     assert again["time"] == plain["time"]
     few = again["memory"]["zero_stage"]["2"]["activations"]
     assert few < 0.2 * plain["memory"]["zero_stage"]["2"]["activations"]
@@ -112,10 +112,10 @@ def test_the_table_holds_the_figures(capsys: pytest.CaptureFixture[str]) -> None
 def test_latents_are_sized_as_they_come_out(encoded: Path) -> None:
     from tests.conftest import tiny_recipe
 
-    recipe = tiny_recipe(encoded, "data.expected_pictures=24")
+    recipe = tiny_recipe(encoded, "data.expected_images=24")
     real = plan(recipe, H100)["storage"]
-    guess = plan(tiny_recipe(encoded / "elsewhere", "data.expected_pictures=24"), H100)["storage"]
-    assert real["pictures"] == guess["pictures"] == 24
+    guess = plan(tiny_recipe(encoded / "elsewhere", "data.expected_images=24"), H100)["storage"]
+    assert real["images"] == guess["images"] == 24
     # Each shard ends with up to 10 KiB of zeros.
     assert guess["latents"] == pytest.approx(real["latents"], abs=5 * 10240)
 

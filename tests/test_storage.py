@@ -88,7 +88,7 @@ def test_other_places_lack_no_slash(url: str) -> None:
 
 
 def test_root_references() -> None:
-    assert storage.resolve("s3://b/p/", "root:pictures/x") == "s3://b/p/pictures/x"
+    assert storage.resolve("s3://b/p/", "root:images/x") == "s3://b/p/images/x"
     assert storage.resolve("s3://b/p", "/data/x") == "/data/x"
 
 

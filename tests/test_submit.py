@@ -12,7 +12,7 @@ from ray.job_submission import JobSubmissionClient
 
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.ray_jobs import FleetPlan, Job, JobState, cancel_jobs, job, submit, submit_fleet
-from tests.conftest import tiny_recipe, write_pictures
+from tests.conftest import tiny_recipe, write_images
 from tests.head import Head, free_port
 
 
@@ -29,14 +29,14 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     from diffit_train.data.autoencoder_fit import fit_autoencoder
     from diffit_train.runs.checkpoints import committed_steps
 
-    write_pictures(tmp_path / "pictures" / "digits")
+    write_images(tmp_path / "images" / "digits")
     recipe = tiny_recipe(tmp_path)
     fit_autoencoder(recipe)
     with pytest.raises(UserError, match="job train-tiny-1 refused its input"):
         submit(job("train", recipe, "tiny", []), address)
     assert "no finished latents" in capfd.readouterr().err
     assert submit(job("encode", recipe, None, []), address) == "encode-digits-1"
-    assert "24 pictures in 5 shards" in capfd.readouterr().err
+    assert "24 images in 5 shards" in capfd.readouterr().err
     assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-2"
     assert "trained 12 steps" in capfd.readouterr().err
     assert committed_steps(str(tmp_path / "runs" / "tiny"))[-1] == 12

@@ -51,9 +51,9 @@ def test_a_finished_run_is_reopened(tracker: Tracker) -> None:
     assert tracker.runs("reopen")[0].status == "RUNNING"
 
 
-def test_datasets_and_pictures(tracker: Tracker, tmp_path: Path) -> None:
+def test_datasets_and_images(tracker: Tracker, tmp_path: Path) -> None:
     run = tracker.training_run("inputs", "uuid-5", "name", {}, {})
-    tracker.log_dataset(run, "digits", "d" * 64, "s3://key:secret@bucket/pictures")
+    tracker.log_dataset(run, "digits", "d" * 64, "s3://key:secret@bucket/images")
     (dataset,) = tracker.client.get_run(run).inputs.dataset_inputs
     assert (dataset.dataset.name, len(dataset.dataset.digest)) == ("digits", 36)
     assert "secret" not in dataset.dataset.source

@@ -32,7 +32,7 @@ def compare_command(
     experiment: Annotated[
         str | None, typer.Option(help="Experiment to compare. Default: every one in the store.")
     ] = None,
-    picture: Annotated[
+    plot: Annotated[
         Path | None, typer.Option(help="Where the curves go. Default: ROOT/compare.png.")
     ] = None,
     html: Annotated[
@@ -69,7 +69,7 @@ def compare_command(
         root,
         uri,
         experiment,
-        picture,
+        plot,
         selection=selection or (),
         metric=metric,
         html=html and storage.absolute(html),

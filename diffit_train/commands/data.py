@@ -10,12 +10,12 @@ from diffit_train.commands.options import Overrides, RecipeName, Root, read_reci
 
 
 def data_digits_command(
-    folder: Annotated[str, typer.Argument(help="Where the pictures go.", show_default=False)],
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels, 16 or 32.")] = 16,
+    folder: Annotated[str, typer.Argument(help="Where the images go.", show_default=False)],
+    size: Annotated[int, typer.Option(help="Side of the images in pixels, 16 or 32.")] = 16,
 ) -> None:
-    """Write scikit-learn's 1,797 handwritten digits as pictures, a folder for each class.
+    """Write scikit-learn's 1,797 handwritten digits as images, a folder for each class.
 
-    Example: `diffit data digits my-project/pictures/digits`
+    Example: `diffit data digits my-project/images/digits`
     """
     from diffit_train.data.digits import write_digits
 
@@ -25,9 +25,9 @@ def data_digits_command(
 def autoencoder_fit_command(
     name: RecipeName, overrides: Overrides = None, root: Root = None
 ) -> None:
-    """Train a small AutoencoderKL on the recipe's pictures, for domains no published VAE fits.
+    """Train a small AutoencoderKL on the recipe's images, for domains no published VAE fits.
 
-    It is saved in diffusers' format at `autoencoder.source`, with a picture of reconstructions.
+    It is saved in diffusers' format at `autoencoder.source`, with an image of reconstructions.
 
     Example: `diffit autoencoder fit demo --root my-project`
     """
@@ -37,7 +37,7 @@ def autoencoder_fit_command(
 
 
 def features_fit_command(name: RecipeName, overrides: Overrides = None, root: Root = None) -> None:
-    """Train a small classifier on the recipe's pictures, whose features measure quality.
+    """Train a small classifier on the recipe's images, whose features measure quality.
 
     The Frechet distance on them is called `fd_NAME`; only Inception's is a FID.
 

@@ -23,10 +23,10 @@ from diffit_train.progress import say
 def encode_latents(
     recipe: Recipe, address: str | None = None, append: bool = False
 ) -> dict[str, Any]:
-    """Encode the recipe's pictures; a summary of the latents."""
-    from diffit_train.data.shards import finished, latents_url
+    """Encode the recipe's images; a summary of the latents."""
+    from diffit_train.data.shards import finished_manifest, latents_url
 
-    manifest = finished(recipe)
+    manifest = finished_manifest(recipe)
     if manifest is None or append:
         from diffit_train.data import encode as stage
 
@@ -34,7 +34,7 @@ def encode_latents(
     else:
         say("encoded already")
     say(
-        f"latents {storage.shown(latents_url(recipe))}: {manifest.totals.written:,} pictures in "
+        f"latents {storage.display_path(latents_url(recipe))}: {manifest.totals.written:,} images in "
         f"{len(manifest.shards)} shards, {manifest.totals.rejected:,} rejected"
     )
     return {
@@ -52,12 +52,12 @@ def encode_command(
     append: Annotated[
         bool,
         typer.Option(
-            "--append", metavar="", help="Add pictures that have come since, as new shards."
+            "--append", metavar="", help="Add images that have come since, as new shards."
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode pictures (a folder, tars or parquet files) into shards of VAE latents.
+    """Encode images (a folder, tars or parquet files) into shards of VAE latents.
 
     Example: `diffit encode imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
     """

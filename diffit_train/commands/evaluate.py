@@ -24,7 +24,7 @@ from diffit_train.commands.weights import reconstruct_average
 from diffit_train.config import Recipe, packaged_recipes
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.best import register_best
-from diffit_train.evaluation.result import evaluation_url, finished
+from diffit_train.evaluation.result import evaluation_url, finished_result
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
 from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
@@ -46,7 +46,7 @@ def evaluate_run(
 
     Args:
         sweep: that the evaluations belong to.
-        npz: write the pictures as ADM's samples.npz beside each result.
+        npz: write the images as ADM's samples.npz beside each result.
     """
     recipe = starting_from(recipe, run)
     wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
@@ -57,7 +57,7 @@ def evaluate_all(
     wanted: Sequence[tuple[Recipe, int]], run: str, address: str | None, sweep: str, npz: bool
 ) -> list[dict[str, Any]]:
     """Results of (recipe, step), those made that are missing."""
-    results = [finished(recipe, run, step) for recipe, step in wanted]
+    results = [finished_result(recipe, run, step) for recipe, step in wanted]
     missing = [number for number, result in enumerate(results) if result is None]
     if missing:
         from diffit_train.evaluation import runner
@@ -79,7 +79,7 @@ def evaluate_all(
             continue
         found.append(result)
         figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-        say(f"step {step:,}: {figures}  {storage.shown(result.grid)}")
+        say(f"step {step:,}: {figures}  {storage.display_path(result.grid)}")
         if npz:
             from diffit_train.evaluation import runner
 
@@ -118,7 +118,7 @@ def watch_run(
         steps = committed_steps(url)
         missing = [s for s in steps if s not in found]
         for step in missing:
-            if finished(recipe, run, step) is None:
+            if finished_result(recipe, run, step) is None:
                 say(f"checkpoint of step {step:,}")
             try:
                 (found[step],) = evaluate_all([(recipe, step)], run, address, "", npz=False)
@@ -130,24 +130,24 @@ def watch_run(
             return [found[step] for step in sorted(found)]
         if not missing and not waiting:
             waiting = True
-            say(f"waiting for checkpoints of {storage.shown(url)}")
+            say(f"waiting for checkpoints of {storage.display_path(url)}")
         pause(WATCH_S)
 
 
 def compute_references(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
-    """Compute the statistics of the recipe's real pictures, or find them computed."""
+    """Compute the statistics of the recipe's real images, or find them computed."""
     from diffit_train.evaluation import runner
 
     url, reference = runner.make_reference(recipe, address)
     kept = 0 if reference.features is None else len(reference.features)
-    count = "" if reference.count is None else f" of {reference.count:,} pictures"
+    count = "" if reference.count is None else f" of {reference.count:,} images"
     say(
-        f"reference {storage.shown(url)}: {len(reference.pool.mean):,} features{count}, "
+        f"reference {storage.display_path(url)}: {len(reference.pool.mean):,} features{count}, "
         f"{kept:,} of them kept for precision and recall"
     )
     return {
         "reference": url,
-        "pictures": reference.count,
+        "images": reference.count,
         "features": len(reference.pool.mean),
         "kept": kept,
     }
@@ -219,9 +219,9 @@ def evaluate_command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate pictures from checkpoints of a run and measure them.
+    """Generate images from checkpoints of a run and measure them.
 
-    With --sweep: every combination of some keys' values, with a table and a picture. The same
+    With --sweep: every combination of some keys' values, with a table and an image. The same
     command goes on with what is missing.
 
     Example: `diffit evaluate demo --root my-project --step 0 --step newest`
@@ -265,7 +265,7 @@ def references_command(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Compute the statistics of the real pictures that evaluations compare with.
+    """Compute the statistics of the real images that evaluations compare with.
 
     `diffit evaluate` does so itself where they are missing.
 

@@ -134,7 +134,7 @@ def plan(recipe: Recipe, machine: Machine, emas: int | None = None) -> dict[str,
     forward, products = multiply_adds(model)
     blocks = train.activation_checkpointing == "blocks"
     again = forward / train.checkpoint_every_nth_block if blocks else 0
-    of_picture = round(3 * forward + again)
+    of_image = round(3 * forward + again)
     bf16 = train.precision == "bf16"
     share = math.ceil(train.batch_size / world)
     batch = min(share, train.micro_batch_size or share)
@@ -171,8 +171,8 @@ def plan(recipe: Recipe, machine: Machine, emas: int | None = None) -> dict[str,
         "multiply_adds": {
             "forward": forward,
             "forward_without_attention_products": forward - products,
-            "training_picture": of_picture,
-            "training_step": of_picture * train.batch_size,
+            "training_image": of_image,
+            "training_step": of_image * train.batch_size,
         },
         "memory": {
             "world_size": world,
@@ -205,32 +205,32 @@ def _latents(recipe: Recipe) -> dict[str, Any]:
     if storage.exists(storage.join(url, MANIFEST)):
         manifest = load_manifest(url)
         size = sum(shard.bytes for shard in manifest.shards)
-        return {"pictures": manifest.totals.written, "latents": size}
-    pictures = recipe.data.expected_pictures
-    if pictures is None:
-        return {"pictures": None, "latents": None}
+        return {"images": manifest.totals.written, "latents": size}
+    images = recipe.data.expected_images
+    if images is None:
+        return {"images": None, "latents": None}
     frames = 2 if recipe.data.flip else 1
     values = frames * 2 * recipe.autoencoder.latent_channels * recipe.latent_size**2
     # A tar member is a 512-byte header and contents filled up to 512; a .npy header is 128 bytes.
     member = 512 + math.ceil((128 + 2 * values) / 512) * 512
-    return {"pictures": pictures, "latents": pictures * (member + 1024)}
+    return {"images": images, "latents": images * (member + 1024)}
 
 
-def _time(recipe: Recipe, machine: Machine, of_picture: int) -> dict[str, Any]:
+def _time(recipe: Recipe, machine: Machine, of_image: int) -> dict[str, Any]:
     """Speed and cost. MFU counts forward and backward once, so recomputation does not enter."""
     train, world = recipe.train, recipe.scaling.most_workers
-    rate = GPUS[machine.gpu].tflops_bf16 * 1e12 * machine.mfu / (2 * of_picture)
+    rate = GPUS[machine.gpu].tflops_bf16 * 1e12 * machine.mfu / (2 * of_image)
     seconds = train.steps * train.batch_size / (rate * world)
     gpu_hours = seconds * world / 3600
-    pictures = _latents(recipe)["pictures"]
+    images = _latents(recipe)["images"]
     return {
         "gpu": machine.gpu,
         "mfu": machine.mfu,
-        "pictures_per_s_per_gpu": rate,
-        "pictures_per_s": rate * world,
+        "images_per_s_per_gpu": rate,
+        "images_per_s": rate * world,
         "step_s": train.batch_size / (rate * world),
         "steps": train.steps,
-        "epochs": train.steps * train.batch_size / pictures if pictures else None,
+        "epochs": train.steps * train.batch_size / images if images else None,
         "hours": seconds / 3600,
         "gpu_hours": gpu_hours,
         "price_per_gpu_hour": machine.price_per_hour,
@@ -263,16 +263,14 @@ def print_plan(result: dict[str, Any]) -> None:
     for name, value in parameters.items():
         label = "parameters" if name == "total" else f"  of them {name}"
         counts.add_row(label, f"{value:,}")
-    counts.add_row(
-        "multiply-adds of a forward pass, one picture", f"{work['forward'] / 1e9:,.1f} G"
-    )
+    counts.add_row("multiply-adds of a forward pass, one image", f"{work['forward'] / 1e9:,.1f} G")
     plain = work["forward_without_attention_products"]
     counts.add_row("  without the attention products", f"{plain / 1e9:,.1f} G")
     counts.add_row("  of a training step", f"{work['training_step'] / 1e12:,.1f} T")
     console.print(counts)
 
     title = (
-        f"GiB on each of {memory['world_size']} GPUs, {memory['batch_per_gpu']} pictures each, "
+        f"GiB on each of {memory['world_size']} GPUs, {memory['batch_per_gpu']} images each, "
         f"{memory['precision']}, {memory['emas']} EMA, activation checkpointing "
         f"{memory['activation_checkpointing']}"
     )
@@ -284,8 +282,8 @@ def print_plan(result: dict[str, Any]) -> None:
     console.print(rows)
 
     rest = table(f"{time['gpu']} at {time['mfu']:.0%} of its bf16 rate", "", "")
-    rest.add_row("pictures a second", f"{time['pictures_per_s']:,.0f}")
-    rest.add_row("  on each GPU", f"{time['pictures_per_s_per_gpu']:,.0f}")
+    rest.add_row("images a second", f"{time['images_per_s']:,.0f}")
+    rest.add_row("  on each GPU", f"{time['images_per_s_per_gpu']:,.0f}")
     rest.add_row("seconds a step", f"{time['step_s']:.3f}")
     epochs = "" if time["epochs"] is None else f" ({time['epochs']:,.0f} epochs)"
     rest.add_row(f"hours for {time['steps']:,} steps{epochs}", f"{time['hours']:,.1f}")
@@ -295,9 +293,7 @@ def print_plan(result: dict[str, Any]) -> None:
         rest.add_row(f"cost at {price:g} a GPU-hour", f"{time['cost']:,.0f}")
     rest.add_row("checkpoint, GiB", f"{disk['checkpoint'] / GIB:,.2f}")
     if disk["latents"] is not None:
-        rest.add_row(
-            f"latents of {disk['pictures']:,} pictures, GiB", f"{disk['latents'] / GIB:,.1f}"
-        )
+        rest.add_row(f"latents of {disk['images']:,} images, GiB", f"{disk['latents'] / GIB:,.1f}")
     console.print(rest)
 
 

@@ -16,7 +16,7 @@ from diffit_train.commands.options import Json, ProjectRoot, print_result
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import sweep as stage
-from diffit_train.evaluation.result import finished
+from diffit_train.evaluation.result import finished_result
 from diffit_train.evaluation.sweep import Member, Sweep
 from diffit_train.progress import StatesTable, print_rows, say
 from diffit_train.runs.identity import NEWEST, find_checkpoint
@@ -42,7 +42,7 @@ def run_sweep(
     address: str | None = None,
     fleet: FleetOptions | None = None,
 ) -> dict[str, Any]:
-    """Evaluate every combination of some keys' values; a table and a picture of them.
+    """Evaluate every combination of some keys' values; a table and an image of them.
 
     Args:
         texts: KEY=VALUES each.
@@ -56,7 +56,9 @@ def run_sweep(
     wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
     plan = stage.plan_sweep(recipe, run, wanted, texts, name)
     stage.open_sweep(plan)
-    say(f"sweep {plan.name!r}: {len(plan.members)} evaluations in {storage.shown(plan.url())}")
+    say(
+        f"sweep {plan.name!r}: {len(plan.members)} evaluations in {storage.display_path(plan.url())}"
+    )
     failed: list[str] = []
     if fleet is None:
         pairs = [(member.recipe(recipe), member.step) for member in plan.members]
@@ -68,7 +70,7 @@ def run_sweep(
     if any(result is not None for result in found):
         outputs = stage.write_outputs(plan, found)
         print_rows(plan.name, stage.rows(plan, found))
-        say(f"{storage.shown(outputs['csv'])}  {storage.shown(outputs['picture'])}")
+        say(f"{storage.display_path(outputs['csv'])}  {storage.display_path(outputs['image'])}")
     if failed:
         raise DiffitError(
             f"{len(failed)} of {len(plan.members)} evaluations of sweep {plan.name!r} were not "
@@ -86,7 +88,7 @@ def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str
     ]
 
     def is_done(job: jobs.Job) -> bool:
-        return finished(job.recipe, plan.run, plan.members[job.number].step) is not None
+        return finished_result(job.recipe, plan.run, plan.members[job.number].step) is not None
 
     with StatesTable(f"sweep {plan.name}") as table:
 
@@ -139,8 +141,8 @@ def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
     return {"name": name, "done": done, "members": len(found), "rows": table}
 
 
-def cancel_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
-    """Stop the jobs of a sweep; what is finished stays."""
+def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
+    """Stop the jobs of a sweep; what is finished_result stays."""
     from diffit_train import ray_jobs as jobs
 
     plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
@@ -180,4 +182,4 @@ def sweep_cancel_command(
     Example: `diffit sweep cancel guidance.scale --root my-project --run demo
     --address http://head:8265`
     """
-    print_result(cancel_sweep(root, run, sweep, address), as_json)
+    print_result(stop_sweep(root, run, sweep, address), as_json)

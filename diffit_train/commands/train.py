@@ -50,7 +50,7 @@ def train_run(
     else:
         say("trained already")
         send_unsent(recipe, run, say)
-    say(f"run {storage.shown(run_url(recipe, run))} stands at step {step:,}")
+    say(f"run {storage.display_path(run_url(recipe, run))} stands at step {step:,}")
     return {"run": run, "url": run_url(recipe, run), "step": step}
 
 
@@ -58,7 +58,7 @@ def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
     """What evaluates checkpoints while a run trains; None where the recipe wants none."""
     if recipe.train.validate_every is None:
         return None
-    from diffit_train.data.sources import list_pictures
+    from diffit_train.data.sources import list_images
     from diffit_train.evaluation import runner
 
     changed = {"samples": recipe.train.validate_samples}
@@ -66,7 +66,7 @@ def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
     recipe = recipe.model_copy(update={"evaluate": evaluate})
     runner.check(recipe)
     if recipe.evaluate.reference == OWN:
-        list_pictures(recipe)
+        list_images(recipe)
     return functools.partial(validate_checkpoint, recipe, run)
 
 
@@ -78,7 +78,7 @@ def validate_checkpoint(recipe: Recipe, run: str, step: int) -> str:
     result = request.finished or runner.evaluate([request])[0]
     register_best(recipe, run)
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-    return f"step {step:,} evaluated: {figures}  {storage.shown(result.grid)}"
+    return f"step {step:,} evaluated: {figures}  {storage.display_path(result.grid)}"
 
 
 def train_command(

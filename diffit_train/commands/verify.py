@@ -14,15 +14,13 @@ from diffit_train.progress import say
 
 def verify_latents_command(
     url: Annotated[str, typer.Argument(help="Folder of the latents.", show_default=False)],
-    picture: Annotated[
+    image: Annotated[
         str | None,
         typer.Option(help="PNG of originals beside reconstructions. Default: URL/verify.png."),
     ] = None,
-    no_picture: Annotated[
+    no_image: Annotated[
         bool,
-        typer.Option(
-            "--no-picture", metavar="", help="Leave out the picture, which needs the source."
-        ),
+        typer.Option("--no-image", metavar="", help="Leave out the image, which needs the source."),
     ] = False,
     repair: Annotated[
         bool, typer.Option("--repair", metavar="", help="Encode the bad shards again.")
@@ -37,18 +35,18 @@ def verify_latents_command(
     Example: `diffit verify latents my-project/latents/digits --repair`
     """
     url = storage.absolute(url)
-    target = storage.absolute(picture) if picture else storage.join(url, "verify.png")
-    result = check_latents(url, None if no_picture else target, repair, address)
+    target = storage.absolute(image) if image else storage.join(url, "verify.png")
+    result = check_latents(url, None if no_image else target, repair, address)
     print_result(result, as_json)
 
 
 def check_latents(
-    url: str, picture: str | None, repair: bool, address: str | None = None
+    url: str, image: str | None, repair: bool, address: str | None = None
 ) -> dict[str, Any]:
-    """Check a folder of latents, make bad shards again if asked to, and draw a picture.
+    """Check a folder of latents, make bad shards again if asked to, and draw an image.
 
     Args:
-        picture: a PNG of originals beside their reconstructions; None for no picture.
+        image: a PNG of originals beside their reconstructions; None for no image.
 
     Raises:
         DiffitError: something is bad and was not, or could not be, repaired.
@@ -64,17 +62,17 @@ def check_latents(
     found = report.as_json()
     if report.bad:
         raise DiffitError(
-            f"{len(report.bad)} of {report.shards} shards of {storage.shown(url)} are bad: "
+            f"{len(report.bad)} of {report.shards} shards of {storage.display_path(url)} are bad: "
             f"{', '.join(list(report.bad)[:8])}"
             + ("" if repair else "; --repair encodes them again")
         )
     spread = "  ".join(f"{m:.3f}±{s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True))
     say(
-        f"{storage.shown(url)}: {report.pictures:,} pictures in {report.shards} shards are good; "
+        f"{storage.display_path(url)}: {report.images:,} images in {report.shards} shards are good; "
         f"latents by channel {spread}, from {report.lowest:.2f} to {report.highest:.2f}"
     )
-    if picture is not None:
-        found["reconstruction_mse"] = stage.draw_reconstructions(url, picture)
-        found["picture"] = picture
-        say(f"reconstruction mse {found['reconstruction_mse']:.4g}: {storage.shown(picture)}")
+    if image is not None:
+        found["reconstruction_mse"] = stage.draw_reconstructions(url, image)
+        found["image"] = image
+        say(f"reconstruction mse {found['reconstruction_mse']:.4g}: {storage.display_path(image)}")
     return found

@@ -47,13 +47,13 @@ def sample_images(
     out: str,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Sample pictures of classes and seeds into a folder; the record of samples.json."""
+    """Sample images of classes and seeds into a folder; the record of samples.json."""
     from diffit_train.evaluation import sample as stage
 
     labels = stage.choose_classes(stage.class_names(recipe), classes)
     numbers = stage.parse_seeds(seeds)
     if source.file is not None:
-        title = storage.shown(source.file)
+        title = storage.display_path(source.file)
         weights = stage.file_weights(recipe, source.file, source.allow_pickle)
     else:
         recipe = starting_from(recipe, source.run)
@@ -62,8 +62,8 @@ def sample_images(
         weights = stage.run_weights(recipe, url, step)
     folder = storage.absolute(out)
     result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
-    count = len(result["pictures"])
-    say(f"{count:,} {'picture' if count == 1 else 'pictures'} in {storage.shown(folder)}")
+    count = len(result["images"])
+    say(f"{count:,} {'image' if count == 1 else 'images'} in {storage.display_path(folder)}")
     return result
 
 
@@ -81,9 +81,9 @@ def recipe_of_weights(
     """
     if name is not None:
         return load_recipe(name, overrides, root)
-    from diffit_train.models.published import stored_recipe
+    from diffit_train.models.published import recipe_of_file
 
-    found = stored_recipe(storage.absolute(file), allow_pickle)
+    found = recipe_of_file(storage.absolute(file), allow_pickle)
     if found is None:
         raise UserError(f"{file} does not say what model it holds; name its recipe by --recipe")
     text, reference = found
@@ -108,12 +108,14 @@ def import_file(
     if is_deepspeed_checkpoint(file):
         url, number = import_export.import_deepspeed(recipe, run, file, allow_pickle)
         say(
-            f"run {storage.shown(url)} holds {storage.shown(file)} at step {number:,}, ready to be "
+            f"run {storage.display_path(url)} holds {storage.display_path(file)} at step {number:,}, ready to be "
             "trained on; its averages of the weights begin anew"
         )
     else:
         url, number = import_export.import_weights(recipe, run, file, step, allow_pickle)
-        say(f"run {storage.shown(url)} holds {storage.shown(file)} as the EMA of step {number:,}")
+        say(
+            f"run {storage.display_path(url)} holds {storage.display_path(file)} as the EMA of step {number:,}"
+        )
     return {"run": run, "url": url, "step": number}
 
 
@@ -127,7 +129,7 @@ def export_checkpoint(
     _, number = find_checkpoint(recipe, run, step)
     target = None if out is None else storage.absolute(out)
     file = import_export.export_weights(recipe, run, number, kind, target)
-    say(f"wrote {storage.shown(file)}: {kind} of {run}, step {number:,}")
+    say(f"wrote {storage.display_path(file)}: {kind} of {run}, step {number:,}")
     return {"file": file, "run": run, "step": number, "weights": kind}
 
 
@@ -142,7 +144,7 @@ def reconstruct_average(
     target = None if out is None else storage.absolute(out)
     made = phema.reconstruct_ema(recipe, run, sigma_rel, parse_step(step), target)
     say(
-        f"wrote {storage.shown(made.file)}: sigma_rel {sigma_rel:g} of {run}, step {made.step:,}, "
+        f"wrote {storage.display_path(made.file)}: sigma_rel {sigma_rel:g} of {run}, step {made.step:,}, "
         f"from {made.snapshots} snapshots; its profile is off by {made.error:.2%}"
     )
     if made.error > POOR_PROFILE:
@@ -170,14 +172,14 @@ def sample_command(
         typer.Option("--class", help="Class by name or number; may be repeated."),
     ] = None,
     seeds: Annotated[
-        str, typer.Option(help="Seeds, as 0-3,8: a picture of each class for each.")
+        str, typer.Option(help="Seeds, as 0-3,8: an image of each class for each.")
     ] = "0-3",
-    out: Annotated[str, typer.Option(help="Folder for grid.png and single pictures.")] = "samples",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
+    out: Annotated[str, typer.Option(help="Folder for grid.png and single images.")] = "samples",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Make pictures of chosen classes and seeds; sampler and guidance are those of the recipe.
+    """Make images of chosen classes and seeds; sampler and guidance are those of the recipe.
 
     Example: `diffit sample demo --root my-project --class 3 --class 7 --seeds 0-9 --out threes`
     """

@@ -28,7 +28,7 @@ class Protocol(NamedTuple):
     A Frechet distance falls with the number of `samples` and depends on features and reference,
     which is told by its digest: the same file under two paths is one, another under the same path
     is not. Evaluations of earlier versions have no digest; theirs is told by its path. Precision
-    and recall depend on the number of neighbours and of real pictures, too.
+    and recall depend on the number of neighbours and of real plots, too.
     """
 
     samples: int | None = None
@@ -42,7 +42,7 @@ class Evaluation:
     """An evaluation of a run at a step; `metrics` without their prefix `eval/`.
 
     `settings` are the keys of `evaluate` that matter, without that prefix; `cost` is passes of the
-    network a picture, where it was logged.
+    network a plot, where it was logged.
     """
 
     step: int
@@ -287,7 +287,7 @@ def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
     reference = plain(settings.get("reference"))
     if reference in ("", OWN):
         reference = _reference_place({}, parent)
-    nearest = (plain(settings.get(key)) for key in ("neighbours", "reference_pictures"))
+    nearest = (plain(settings.get(key)) for key in ("neighbours", "reference_images"))
     samples = plain(settings.get("samples"))
     return Protocol(
         samples=int(samples) if samples else None,

@@ -29,14 +29,14 @@ from diffit_train.tracking import Tracker, redact
 __all__ = ["Comparison", "collect", "compare_store"]
 
 # A pipe has no width that a table would have to fit in.
-PLAIN_WIDTH = 1000
+TABLE_WIDTH = 1000
 
 
 @dataclass(frozen=True)
 class Comparison(Compared):
     """What was compared, and the files that show it."""
 
-    picture: str
+    plot: str
     html: str | None
     csv: str | None
 
@@ -44,7 +44,7 @@ class Comparison(Compared):
         """Plain values."""
         return {
             "runs": [{**run.as_json(), "best": self._best(run)} for run in self.runs],
-            "picture": self.picture,
+            "plot": self.plot,
             "metric": self.metric,
             "seeds": [r.as_json() for r in self.replicates if len(r.by_seeds) > 1],
             "front": self._front(),
@@ -77,12 +77,15 @@ class Comparison(Compared):
         return {"axes": axes, "points": [r.as_json() for r in members]}
 
     def _lines(self) -> list[str]:
-        places = {"curves": self.picture, "report": self.html, "table": self.csv}
-        return [*self.notes(), *(f"{what}: {storage.shown(p)}" for what, p in places.items() if p)]
+        places = {"curves": self.plot, "report": self.html, "table": self.csv}
+        return [
+            *self.notes(),
+            *(f"{what}: {storage.display_path(p)}" for what, p in places.items() if p),
+        ]
 
     def print_table(self) -> None:
         """The tables on standard output."""
-        console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+        console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
         for sheet in sheets(self):
             # A table folds its own title into its width.
             console.print(Text(sheet.title, "italic"))
@@ -100,7 +103,7 @@ def compare_store(
     root: str,
     uri: str | None,
     experiment: str | None,
-    picture: Path | None,
+    plot: Path | None,
     *,
     selection: Sequence[str] = (),
     metric: str | None = None,
@@ -111,7 +114,7 @@ def compare_store(
 
     Args:
         root: of the project; its MLflow store is read where `uri` is None.
-        picture: where the curves go; by default ROOT/compare.png.
+        plot: where the curves go; by default ROOT/compare.png.
         selection: RUN, RUN@STEP (or RUN@newest) and RUN/SWEEP; by default every run.
         metric: what runs are ranked by; by default the FID, else another Frechet distance.
         html: where a report with the curves and grids goes, if anywhere.
@@ -124,7 +127,7 @@ def compare_store(
     tracker = Tracker(uri if uri is not None else _store_of(root))
     runs = collect(tracker, experiment, selection)
     ranked = main_metric([e for run in runs for e in run.evaluations], metric)
-    target = str(picture) if picture is not None else storage.join(root, "compare.png")
+    target = str(plot) if plot is not None else storage.join(root, "compare.png")
     comparison = Comparison(runs, ranked, target, html, csv)
     found = panels(comparison)
     with storage.atomic_file(target) as path, path.open("wb") as file:

@@ -27,8 +27,8 @@ HASH_CHARACTERS = 12
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as a data URI."""
+class EmbeddedImage:
+    """A plot as a data URI."""
 
     caption: str
     uri: str
@@ -49,7 +49,7 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
         "ranked by": compared.metric or "-",
     }
     found = sheets(compared)
-    # What is long stands below the pictures.
+    # What is long stands below the plots.
     summary = [sheet for sheet in found if sheet.title in ("runs", "recipe differences")]
     details = [sheet for sheet in found if sheet not in summary]
     chosen, left_out = chosen_grids(compared)
@@ -66,7 +66,7 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
         notes=compared.notes(),
         summary=summary,
         details=[*details, _origins_sheet(compared.runs)],
-        pictures=[_drawn(panel) for panel in panels],
+        plots=[_drawn(panel) for panel in panels],
         grids=grids,
         grid_notes=grid_notes,
     )
@@ -103,38 +103,38 @@ def _caption(run: RunRow, evaluation: Evaluation, why: str) -> str:
 
 def _grids(
     chosen: Sequence[tuple[str, Evaluation]], tracker: Tracker
-) -> tuple[list[Picture], list[str]]:
+) -> tuple[list[EmbeddedImage], list[str]]:
     """The grids, and what is to be said of those that MLflow does not give."""
-    pictures, notes = [], []
+    plots, notes = [], []
     for caption, evaluation in chosen:
         try:
             data = tracker.artifact(evaluation.run_id, GRID_NAME)
             if data is None:
                 notes.append(f"MLflow holds no grid of {evaluation.key}")
             else:
-                pictures.append(Picture(caption, _grid_uri(data)))
+                plots.append(EmbeddedImage(caption, _grid_uri(data)))
         # Each artifact store fails in a way of its own; the figures are worth a page without it.
         except Exception as error:
             notes.append(f"the grid of {evaluation.key} cannot be read: {first_line(error)}")
-    return pictures, notes
+    return plots, notes
 
 
 def _grid_uri(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data)) as plot:
         if len(data) <= MAX_GRID_BYTES:
-            picture.verify()
+            plot.verify()
             return _data_uri(data, "png")
-        small = picture.convert("RGB")
+        small = plot.convert("RGB")
     small.thumbnail((SMALL_SIDE_PX, SMALL_SIDE_PX))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=88)
     return _data_uri(file.getvalue(), "jpeg")
 
 
-def _drawn(panel: Panel) -> Picture:
+def _drawn(panel: Panel) -> EmbeddedImage:
     file = io.BytesIO()
     draw_panels([panel], file, width_inches=5.0)
-    return Picture(panel.title, _data_uri(file.getvalue(), "png"))
+    return EmbeddedImage(panel.title, _data_uri(file.getvalue(), "png"))
 
 
 def _data_uri(data: bytes, kind: str) -> str:

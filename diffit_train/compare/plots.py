@@ -1,4 +1,4 @@
-"""The pictures of `diffit compare`: curves, what settings do, and what is traded for what.
+"""The plots of `diffit compare`: curves, what settings do, and what is traded for what.
 
 Figures of different protocols are never on one line.
 """
@@ -34,7 +34,7 @@ MAX_LABEL = 56
 _OF_PROTOCOL = ("samples", "features.name", "features.source", "reference")
 
 
-Kind = Literal["curve", "band", "dots", "front"]
+LineKind = Literal["curve", "band", "dots", "front"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Line:
     y: Sequence[float]
     color: int = 0
     style: int = 0
-    kind: Kind = "curve"
+    kind: LineKind = "curve"
     y_error: list[float] = field(default_factory=list)
     x_error: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes of a picture; `spans` is for losses and distances, which may fall by decades."""
+    """Axes of a plot; `spans` is for losses and distances, which may fall by decades."""
 
     title: str
     x_label: str
@@ -83,7 +83,7 @@ class Point(NamedTuple):
 
 
 Origin = tuple[int, Protocol]
-PASSES = "passes of the network a picture"
+NFE_LABEL = "NFE per image"
 
 
 def panels(compared: Compared) -> list[Panel]:
@@ -142,7 +142,7 @@ def _cost_panel(replicates: list[Replicates], metric: str) -> Panel:
     series = series_along(replicates, metric, Replicates.cost, "sampler.steps")
     title = f"{metric} against cost"
     if len({point.x for points in series.values() for point in points}) < 2:
-        return Panel(title, PASSES, [])
+        return Panel(title, NFE_LABEL, [])
     joined = _varying(series)
     sign = 1.0 if is_lower_better(metric) else -1.0
     rest: dict[Origin, dict[float, Point]] = {}
@@ -154,7 +154,7 @@ def _cost_panel(replicates: list[Replicates], metric: str) -> Panel:
             )
     dots = {origin: list(best.values()) for origin, best in rest.items()}
     lines = [*_lines(joined), *_dots(dots, "best of the others")]
-    return Panel(title, PASSES, lines, spans=bool(is_lower_better(metric)))
+    return Panel(title, NFE_LABEL, lines, spans=bool(is_lower_better(metric)))
 
 
 def _pareto_panel(replicates: list[Replicates], axes: tuple[str, str]) -> Panel:
@@ -169,7 +169,7 @@ def _pareto_panel(replicates: list[Replicates], axes: tuple[str, str]) -> Panel:
     for protocol, members in fronts(replicates, axes).items():
         x_values, y_values = ([s.mean for r in members if (s := r.spread(n))] for n in axes)
         style = list(ways).index(protocol)
-        label = _joined("front", ways[protocol])
+        label = _comma_joined("front", ways[protocol])
         lines.append(Line(label, x_values, y_values, 0, style, "front"))
     title, spans = f"{axes[1]} against {axes[0]}", bool(is_lower_better(axes[1]))
     return Panel(title, axes[0], lines, axes[1], spans)
@@ -217,7 +217,7 @@ def _lines(series: dict[Series, list[Point]]) -> list[Line]:
     return lines
 
 
-def _line(label: str, points: Sequence[Point], color: int, style: int, kind: Kind) -> Line:
+def _line(label: str, points: Sequence[Point], color: int, style: int, kind: LineKind) -> Line:
     x, y = [p.x.mean for p in points], [p.y.mean for p in points]
     dx, dy = [p.x.deviation for p in points], [p.y.deviation for p in points]
     return Line(label, x, y, color, style, kind, dy if any(dy) else [], dx if any(dx) else [])
@@ -228,7 +228,7 @@ def _dots(dots: dict[Origin, list[Point]], what: str = "") -> list[Line]:
     ways = protocol_names(protocol for _, protocol in dots)
     return [
         _line(
-            _joined(_label(points), what, ways[protocol]),
+            _comma_joined(_label(points), what, ways[protocol]),
             points,
             group,
             list(ways).index(protocol),
@@ -244,7 +244,7 @@ def _label(points: Sequence[Point]) -> str:
     return names.pop() if len(names) == 1 else points[0].of.group_label
 
 
-def _joined(*parts: str) -> str:
+def _comma_joined(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
@@ -261,7 +261,7 @@ def _series_names(series: dict[Series, list[Point]]) -> list[str]:
         parts += [ways[s.protocol]] if ways[s.protocol] else []
         if not parts or len({other.group for other in series}) > 1:
             parts.insert(0, _label(points))
-        names.append(_joined(*parts))
+        names.append(_comma_joined(*parts))
     return names
 
 
@@ -297,13 +297,13 @@ def draw_panels(found: Sequence[Panel], file: IO[bytes], width_inches: float = 4
     for row, part in zip(rows, parts[:, 0], strict=False):
         cells = part.subplots(1, columns, squeeze=False)[0]
         for panel, cell in zip(row, cells, strict=False):
-            _draw(cell, panel)
+            _draw_panel(cell, panel)
         for cell in cells[len(row) :]:
             cell.set_axis_off()
     FigureCanvasAgg(figure).print_figure(file, format="png")
 
 
-def _draw(cell: Axes, panel: Panel) -> None:
+def _draw_panel(cell: Axes, panel: Panel) -> None:
     from matplotlib.ticker import EngFormatter
 
     handles = [_draw_line(cell, line) for line in panel.lines]
@@ -313,9 +313,9 @@ def _draw(cell: Axes, panel: Panel) -> None:
     # A logarithmic axis within one decade has hardly a number on it.
     if panel.spans and values and 0 < 10 * min(values) < max(values):
         cell.set_yscale("log")
-    if panel.x_label == PASSES:
+    if panel.x_label == NFE_LABEL:
         cell.set_xscale("log", base=2)
-    if panel.x_label in ("step", PASSES):
+    if panel.x_label in ("step", NFE_LABEL):
         cell.xaxis.set_major_formatter(EngFormatter(sep=""))
     labels = _legend(panel)
     cell.legend(

@@ -95,7 +95,7 @@ class Replicates:
         return Spread.of(values) if values else None
 
     def cost(self) -> float | None:
-        """Passes of the network a picture."""
+        """Passes of the network a plot."""
         costs = [e.cost for e in self.by_seeds.values() if e.cost is not None]
         return float(np.mean(costs)) if costs else None
 
@@ -145,7 +145,7 @@ class Compared:
         return replicates_of(self.groups)
 
     def notes(self) -> list[str]:
-        """What a reader must know to read tables and pictures right."""
+        """What a reader must know to read tables and plots right."""
         evaluations = [e for e in self.evaluations if e.metrics]
         varying = differing_settings(evaluations)
         shared = [

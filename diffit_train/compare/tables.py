@@ -62,7 +62,7 @@ def sheets(compared: Compared) -> list[Sheet]:
     return [sheet for sheet in found if sheet.rows]
 
 
-def _figure(value: float | None, best: bool = False) -> Cell:
+def _metric_cell(value: float | None, best: bool = False) -> Cell:
     return Cell("-") if value is None else Cell(f"{value:.4g}", True, best)
 
 
@@ -77,22 +77,22 @@ def _setting(value: str | None, key: str = "") -> Cell:
     return Cell(text, re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", text) is not None)
 
 
-def _spread(spread: Spread | None, best: bool = False) -> Cell:
+def _spread_cell(spread: Spread | None, best: bool = False) -> Cell:
     if spread is None or spread.n == 1:
-        return _figure(spread and spread.mean, best)
+        return _metric_cell(spread and spread.mean, best)
     return Cell(f"{spread.mean:.4g} ± {spread.deviation:.2g}", True, best)
 
 
 def _runs_sheet(compared: Compared) -> Sheet:
     runs, metric = compared.runs, compared.metric
-    columns = ["run", "status", "step", "loss", "pictures/s"]
+    columns = ["run", "status", "step", "loss", "images/s"]
     rows = [
         [
             Cell(run.label),
             Cell(run.record.status.lower()),
             _count(run.last_step),
-            _figure(run.record.metrics.get("train/loss")),
-            _figure(run.record.metrics.get("perf/images_per_s")),
+            _metric_cell(run.record.metrics.get("train/loss")),
+            _metric_cell(run.record.metrics.get("perf/images_per_s")),
         ]
         for run in runs
     ]
@@ -105,7 +105,7 @@ def _runs_sheet(compared: Compared) -> Sheet:
             values = [None if top is None else top.metrics[metric] for top in best]
             marked = best_places(values, [protocol] * len(values), metric)
             for place, (row, top) in enumerate(zip(rows, best, strict=True)):
-                row.append(_figure(values[place], place in marked))
+                row.append(_metric_cell(values[place], place in marked))
                 row.append(_count(None if top is None else top.step))
     return Sheet("runs", columns, rows)
 
@@ -136,8 +136,8 @@ def _evaluations_sheet(compared: Compared) -> Sheet:
         row = [Cell(label), Cell(e.key), _count(e.step)]
         row += [Cell(e.sweep or "-")] if sweeps else []
         row += [_setting(e.settings.get(key), key) for key in keys]
-        row += [_figure(e.cost)] if costs else []
-        row += [_figure(e.metrics.get(name), place in marks[name]) for name in names]
+        row += [_metric_cell(e.cost)] if costs else []
+        row += [_metric_cell(e.metrics.get(name), place in marks[name]) for name in names]
         rows.append(row)
     return Sheet("evaluations", columns, rows)
 
@@ -147,7 +147,7 @@ def _loss_sheet(groups: list[RunGroup]) -> Sheet:
     rows = []
     for group in (group for group in groups if len(group.runs) > 1):
         for step, spread in group.mean_loss()[-1:]:
-            rows.append([Cell(group.label), _count(spread.n), _count(step), _spread(spread)])
+            rows.append([Cell(group.label), _count(spread.n), _count(step), _spread_cell(spread)])
     title = "loss over training seeds: mean ± standard deviation"
     return Sheet(title, ["runs", "n", "step", "loss"], rows)
 
@@ -169,7 +169,7 @@ def _seeds_sheet(replicates: list[Replicates]) -> Sheet:
         spreads = [r.spread(name) for r in several]
         marked = best_places([s and s.mean for s in spreads], protocols, name)
         for place, (row, spread) in enumerate(zip(rows, spreads, strict=True)):
-            row.append(_spread(spread, place in marked))
+            row.append(_spread_cell(spread, place in marked))
     return Sheet("over seeds: mean ± standard deviation", [*columns, *names], rows)
 
 

@@ -17,7 +17,7 @@ class AutoencoderFit(Section):
     lr: Positive = 2e-3
     kl_weight: Positive = Field(default=1e-4, description="weight of the KL term beside the MSE")
     block_out_channels: tuple[PositiveInt, ...] = Field(
-        default=(16, 32), description="channels of each level; all but the last halve the picture"
+        default=(16, 32), description="channels of each level; all but the last halve the image"
     )
     layers_per_block: PositiveInt = 1
     norm_num_groups: PositiveInt = 8
@@ -25,7 +25,7 @@ class AutoencoderFit(Section):
 
 
 class Autoencoder(Section):
-    """The VAE between pictures and latents."""
+    """The VAE between images and latents."""
 
     kind: Literal["kl", "tiny", "identity"] = Field(
         default="kl",
@@ -39,6 +39,6 @@ class Autoencoder(Section):
     scale: Positive | None = Field(
         default=None, description="latents are multiplied by it; null: the autoencoder's own"
     )
-    batch_size: PositiveInt = Field(default=32, description="pictures encoded at once")
+    batch_size: PositiveInt = Field(default=32, description="images encoded at once")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     fit: AutoencoderFit = AutoencoderFit()

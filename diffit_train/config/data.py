@@ -10,22 +10,22 @@ from diffit_train.config.base import Fraction, Name, PositiveInt, Section
 
 
 class Data(Section):
-    """The pictures, and the latent shards made of them."""
+    """The images, and the latent shards made of them."""
 
     name: Name = Field(description="name of the latents under ROOT/latents")
     source: str = Field(description="folder, tar or parquet; `root:` means under ROOT")
     format: Literal["auto", "folder", "tar", "ilsvrc", "webdataset", "parquet"] = Field(
         default="auto", description="what the source is; auto: what its name and contents say"
     )
-    resolution: PositiveInt = Field(description="side of the square pictures, in pixels")
+    resolution: PositiveInt = Field(description="side of the square images, in pixels")
     num_classes: PositiveInt = Field(description="number of classes")
-    flip: bool = Field(default=False, description="also encode each picture mirrored (F = 2)")
-    pictures_per_shard: PositiveInt = Field(default=512, description="pictures in a shard")
+    flip: bool = Field(default=False, description="also encode each image mirrored (F = 2)")
+    images_per_shard: PositiveInt = Field(default=512, description="images in a shard")
     max_rejected_fraction: Fraction = Field(
-        default=0.01, description="stop when more of the pictures than this cannot be read"
+        default=0.01, description="stop when more of the images than this cannot be read"
     )
-    expected_pictures: PositiveInt | None = Field(
-        default=None, description="number of pictures, for `diffit plan` before they are encoded"
+    expected_images: PositiveInt | None = Field(
+        default=None, description="number of images, for `diffit plan` before they are encoded"
     )
     lanes: PositiveInt = Field(
         default=64, description="parallel streams of samples; a world size must divide them"

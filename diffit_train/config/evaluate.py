@@ -33,7 +33,7 @@ INCEPTION = "inception"
 PUBLISHED = "published"
 
 
-# Statistics of the real pictures that are computed from data.source.
+# Statistics of the real images that are computed from data.source.
 OWN = "own"
 
 
@@ -165,7 +165,7 @@ class Evaluate(Section):
 
     samples: Annotated[int, Field(gt=1)] = 50_000
     batch_size: PositiveInt = Field(
-        default=64, description="pictures that pass through the networks at once"
+        default=64, description="images that pass through the networks at once"
     )
     weights: str = Field(
         default="ema",
@@ -189,15 +189,15 @@ class Evaluate(Section):
     features: Features
     reference: str = Field(
         default=OWN,
-        description="statistics of the real pictures: an .npz file of ADM or EDM, by path (`root:` "
+        description="statistics of the real images: an .npz file of ADM or EDM, by path (`root:` "
         "under ROOT), s3:// or https:// URL, the last downloaded once under ROOT/references; own: "
         "computed from data.source",
     )
     neighbours: PositiveInt = Field(default=3, description="k of precision and recall")
-    reference_pictures: PositiveInt = Field(
-        default=10_000, description="most real pictures used for precision and recall"
+    reference_images: PositiveInt = Field(
+        default=10_000, description="most real images used for precision and recall"
     )
-    grid_columns: PositiveInt = Field(default=10, description="pictures of a class in the grid")
+    grid_columns: PositiveInt = Field(default=10, description="images of a class in the grid")
     grid_rows: PositiveInt = Field(default=10, description="classes in the grid")
 
     @field_validator("reference")

@@ -162,7 +162,7 @@ class Recipe(Section):
         """The keys that determine the latent shards."""
         data = self.data.model_dump(
             mode="json",
-            include={"source", "resolution", "num_classes", "flip", "pictures_per_shard"},
+            include={"source", "resolution", "num_classes", "flip", "images_per_shard"},
         )
         autoencoder = self.autoencoder.model_dump(mode="json", exclude={"fit"})
         return {"data": data, "autoencoder": autoencoder}

@@ -20,7 +20,7 @@ class Scaling(Section):
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     encode_actors: PositiveInt = Field(default=1, description="most autoencoder actors")
     encode_min_actors: PositiveInt = Field(
-        default=1, description="autoencoder actors to begin with; more start as pictures wait"
+        default=1, description="autoencoder actors to begin with; more start as images wait"
     )
     encode_threads: PositiveInt = Field(
         default=1, description="processors that each autoencoder actor computes on, without a GPU"

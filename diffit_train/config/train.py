@@ -55,10 +55,10 @@ class EmaProfile(Section):
         default=None, description="weight of the past at each step"
     )
     half_life_images: Positive | None = Field(
-        default=None, description="pictures after which a weight counts half"
+        default=None, description="images after which a weight counts half"
     )
     ramp_ratio: Positive | None = Field(
-        default=None, description="the half-life is at most this share of the pictures seen so far"
+        default=None, description="the half-life is at most this share of the images seen so far"
     )
     sigma_rel: Annotated[float, Field(gt=0.0, lt=0.28)] | None = Field(
         default=None, description="width of the profile, relative to the length of training"
@@ -91,7 +91,7 @@ class Train(Section):
     """Optimisation."""
 
     steps: PositiveInt = Field(description="optimizer steps in all")
-    batch_size: PositiveInt = Field(default=256, description="pictures of a global batch")
+    batch_size: PositiveInt = Field(default=256, description="images of a global batch")
     lr: Positive = 3e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
@@ -125,7 +125,7 @@ class Train(Section):
     )
     micro_batch_size: PositiveInt | None = Field(
         default=None,
-        description="most pictures that a worker takes at once; gradients of several are added "
+        description="most images that a worker takes at once; gradients of several are added "
         "up. null: a worker's whole share of the batch",
     )
     precision: Literal["fp32", "bf16", "bf16_autocast"] = Field(
@@ -155,7 +155,7 @@ class Train(Section):
         description="steps between checkpoints that are evaluated while training goes on",
     )
     validate_samples: Annotated[int, Field(gt=1)] = Field(
-        default=10_000, description="pictures of such an evaluation"
+        default=10_000, description="images of such an evaluation"
     )
     log_every: PositiveInt = Field(default=50, description="steps averaged in a point of the log")
     loss_limit: Positive | None = Field(

@@ -1,6 +1,6 @@
-"""The autoencoder between pictures and latents: diffusers' KL or Tiny, or none, with one scale.
+"""The autoencoder between images and latents: diffusers' KL or Tiny, or none, with one scale.
 
-Shapes: B pictures, R x R pixels, C latent channels, h x w latent pixels.
+Shapes: B images, R x R pixels, C latent channels, h x w latent pixels.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, pixels: Literal["round", "truncate"] = "round") -> np.ndarray:
-        """Scaled latents (B, C, h, w) to pictures (B, R, R, 3), uint8.
+        """Scaled latents (B, C, h, w) to images (B, R, R, 3), uint8.
 
         Args:
             pixels: round to the nearest level, or truncate to the one below.

@@ -1,4 +1,4 @@
-"""`diffit autoencoder fit`: an AutoencoderKL of one's own, for pictures no published VAE fits."""
+"""`diffit autoencoder fit`: an AutoencoderKL of one's own, for images no published VAE fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.sources import list_pictures, read_items
+from diffit_train.data.sources import list_images, read_items
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-MARKER = "diffit.json"
+FITTED = "diffit.json"
 STATE = "fit-state.safetensors"
 
 
 def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
-    """Fit the recipe's autoencoder on its pictures; what the marker says of it.
+    """Fit the recipe's autoencoder on its images; what the marker says of it.
 
     Saved in diffusers' format at `autoencoder.source`, the marker last. A finished one is left
     alone, an interrupted fit goes on.
@@ -38,7 +38,7 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
             ),
         ]
     )
-    marker = storage.join(url, MARKER)
+    marker = storage.join(url, FITTED)
     if storage.exists(marker):
         report: dict[str, Any] = storage.read_json(marker)
         if report["identity"] != identity:
@@ -46,22 +46,22 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
                 f"{url} holds an autoencoder of another recipe; set autoencoder.source to "
                 "another folder, or delete that one"
             )
-        say(f"autoencoder {storage.shown(url)} is fitted already")
+        say(f"autoencoder {storage.display_path(url)} is fitted already")
         return report
-    _check(recipe, url)
-    report = {"identity": identity, **_fit(recipe, url, identity)}
+    _check_target(recipe, url)
+    report = {"identity": identity, **_train_autoencoder(recipe, url, identity)}
     storage.write_json(marker, report)
     storage.remove(storage.join(url, STATE))
     figures = f"reconstruction mse {report['reconstruction_mse']:.5f}, scale {report['scale']:.4f}"
-    say(f"autoencoder {storage.shown(url)}: {figures}")
+    say(f"autoencoder {storage.display_path(url)}: {figures}")
     return report
 
 
-def _check(recipe: Recipe, url: str) -> None:
+def _check_target(recipe: Recipe, url: str) -> None:
     levels = len(recipe.autoencoder.fit.block_out_channels)
     if 2 ** (levels - 1) != recipe.autoencoder.downsample:
         raise UserError(
-            f"autoencoder.fit.block_out_channels has {levels} levels, which divide the picture "
+            f"autoencoder.fit.block_out_channels has {levels} levels, which divide the image "
             f"by {2 ** (levels - 1)}, but autoencoder.downsample is {recipe.autoencoder.downsample}"
         )
     if storage.exists(storage.join(url, "config.json")) and not storage.exists(
@@ -73,7 +73,7 @@ def _check(recipe: Recipe, url: str) -> None:
         )
 
 
-def _fit(recipe: Recipe, url: str, identity: str) -> dict[str, Any]:
+def _train_autoencoder(recipe: Recipe, url: str, identity: str) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKL
 
@@ -112,23 +112,23 @@ def _fit(recipe: Recipe, url: str, identity: str) -> dict[str, Any]:
         identity=identity,
         title="autoencoder",
     )
-    return _save(recipe, url, model, pixels)
+    return _save_autoencoder(recipe, url, model, pixels)
 
 
 def _all_pixels(recipe: Recipe) -> np.ndarray:
-    """Every readable picture, (n, 3, R, R) float32 in [-1, 1]; unreadable ones are counted."""
+    """Every readable image, (n, 3, R, R) float32 in [-1, 1]; unreadable ones are counted."""
     from diffit_train.data.preprocess import to_model_range
 
-    listing = list_pictures(recipe)
-    pictures = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
-    if pictures.rejected:
-        say(f"{len(pictures.rejected):,} unreadable pictures are left out")
-    if not pictures.kept:
-        raise UserError(f"no picture of {listing.url} can be read: {pictures.rejected[0][1]}")
-    return to_model_range(pictures.pixels)
+    listing = list_images(recipe)
+    images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
+    if images.rejected:
+        say(f"{len(images.rejected):,} unreadable images are left out")
+    if not images.kept:
+        raise UserError(f"no image of {listing.url} can be read: {images.rejected[0][1]}")
+    return to_model_range(images.pixels)
 
 
-def _save(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) -> dict[str, Any]:
+def _save_autoencoder(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) -> dict[str, Any]:
     """Measure scale and reconstruction, and write the files that the marker will vouch for."""
     import torch
 
@@ -145,10 +145,10 @@ def _save(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) -> dict[str,
         model.save_pretrained(folder)
         for path in sorted(Path(folder).iterdir()):
             storage.write_bytes(storage.join(url, path.name), path.read_bytes())
-    # The pictures are sorted by class, so evenly spaced ones show them all.
+    # The images are sorted by class, so evenly spaced ones show them all.
     shown = [round(i * (len(pixels) - 1) / 15) for i in range(16)]
-    picture = _picture(pixels[shown], reconstruction[shown])
-    storage.write_bytes(storage.join(url, "reconstructions.png"), picture)
+    image = _image(pixels[shown], reconstruction[shown])
+    storage.write_bytes(storage.join(url, "reconstructions.png"), image)
     return {
         "steps": recipe.autoencoder.fit.steps,
         "scale": scale,
@@ -156,7 +156,7 @@ def _save(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) -> dict[str,
     }
 
 
-def _picture(originals: np.ndarray, reconstructions: np.ndarray) -> bytes:
+def _image(originals: np.ndarray, reconstructions: np.ndarray) -> bytes:
     """A PNG with originals above their reconstructions, enlarged where they are small."""
     import io
 

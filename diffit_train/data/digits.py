@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a picture folder: real data that needs no download."""
+"""scikit-learn's handwritten digits as an image folder: real data that needs no download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
 SIZES = (16, 32)
-MARKER = "dataset.json"
+DIGITS_MARKER = "dataset.json"
 
 
 def write_digits(folder: str, size: int = 16) -> int:
@@ -22,30 +22,30 @@ def write_digits(folder: str, size: int = 16) -> int:
     A complete folder is left alone, a half-written one completed.
 
     Raises:
-        UserError: another size than 16 or 32, a folder of other pictures, no scikit-learn.
+        UserError: another size than 16 or 32, a folder of other images, no scikit-learn.
     """
     if size not in SIZES:
         raise UserError(f"--size is {size}, but must be one of {SIZES}")
-    marker = storage.join(folder, MARKER)
+    marker = storage.join(folder, DIGITS_MARKER)
     if storage.exists(marker):
-        return _check(folder, storage.read_json(marker), size)
-    images, labels = _load()
-    pictures = {
+        return _check_written(folder, storage.read_json(marker), size)
+    images, labels = _load_digits()
+    images = {
         f"{label}/{number:04d}.png": _png(image, size)
         for number, (image, label) in enumerate(zip(images, labels, strict=True))
     }
-    there = _own_pictures(folder, pictures)
-    with Progress("digits", len(pictures), "pictures", done=len(there)) as progress:
-        for number, path in enumerate(sorted(pictures.keys() - there), len(there) + 1):
-            storage.write_bytes(storage.join(folder, path), pictures[path])
+    there = _own_images(folder, images)
+    with Progress("digits", len(images), "images", done=len(there)) as progress:
+        for number, path in enumerate(sorted(images.keys() - there), len(there) + 1):
+            storage.write_bytes(storage.join(folder, path), images[path])
             progress.update(number)
-    storage.write_json(marker, {"name": "digits", "pictures": len(images), "size": size})
+    storage.write_json(marker, {"name": "digits", "images": len(images), "size": size})
     say(f"wrote {len(images):,} digits of {size}x{size} pixels to {folder}")
     return len(images)
 
 
-def _own_pictures(folder: str, pictures: dict[str, bytes]) -> set[str]:
-    """Paths of those pictures that an interrupted run has written already.
+def _own_images(folder: str, images: dict[str, bytes]) -> set[str]:
+    """Paths of those images that an interrupted run has written already.
 
     Raises:
         UserError: the folder holds anything else, which is neither mixed with nor overwritten.
@@ -53,9 +53,9 @@ def _own_pictures(folder: str, pictures: dict[str, bytes]) -> set[str]:
     there: set[str] = set()
     for name in storage.list_names(folder):
         below = storage.list_names(storage.join(folder, name))
-        for path in [f"{name}/{picture}" for picture in below]:
+        for path in [f"{name}/{image}" for image in below]:
             url = storage.join(folder, path)
-            if path not in pictures or storage.read_bytes(url) != pictures[path]:
+            if path not in images or storage.read_bytes(url) != images[path]:
                 raise UserError(f"{folder} holds other things ({path!r}); give an empty folder")
             there.add(path)
         if name not in {str(digit) for digit in range(10)}:
@@ -63,17 +63,17 @@ def _own_pictures(folder: str, pictures: dict[str, bytes]) -> set[str]:
     return there
 
 
-def _check(folder: str, marker: dict[str, Any], size: int) -> int:
+def _check_written(folder: str, marker: dict[str, Any], size: int) -> int:
     if marker.get("name") != "digits" or marker.get("size") != size:
         raise UserError(
             f"{folder} holds {marker.get('name')!r} of size {marker.get('size')}, not digits of "
             f"size {size}; give another folder"
         )
     say(f"digits are in {folder} already")
-    return int(marker["pictures"])
+    return int(marker["images"])
 
 
-def _load() -> tuple[np.ndarray, np.ndarray]:
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`diffit encode`: Ray Data reads pictures on CPU tasks and encodes them in a pool of actors.
+"""`diffit encode`: Ray Data reads images on CPU tasks and encodes them in a pool of actors.
 
 A row of the pipeline is a shard. Its contents follow from recipe and input alone, whoever makes
 it; it is committed by the tar file and then by its part file in `parts/`, so a rerun makes only
@@ -23,53 +23,53 @@ from diffit_train.config import Recipe
 from diffit_train.data.encode_plan import (
     REPAIR,
     RETRY,
-    Part,
+    EncodedPart,
+    EncodeJob,
     Plan,
     Rejected,
-    Work,
     commit_manifest,
-    count_pictures,
+    count_images,
     find_work,
     make_plan,
-    read_parts,
+    read_encoded_parts,
     spec_items,
     work_specs,
     write_plan,
 )
-from diffit_train.data.preprocess import Pictures, to_model_range
+from diffit_train.data.preprocess import Images, to_model_range
 from diffit_train.data.shards import (
     Manifest,
-    finished,
+    finished_manifest,
     latents_url,
     shard_name,
     write_shard,
 )
-from diffit_train.data.sources import Kind, PictureList, read_items
+from diffit_train.data.sources import ImageList, SourceKind, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
-# Shards of pictures that may wait for each actor; Ray Data counts a row twice on its way.
+# Shards of images that may wait for each actor; Ray Data counts a row twice on its way.
 QUEUED_SHARDS = 6
 MIN_QUEUED_BYTES = 256 * 2**20
 
 
 def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> Manifest:
-    """Encode the recipe's pictures on the Ray cluster at `address`. Rerunning continues.
+    """Encode the recipe's images on the Ray cluster at `address`. Rerunning continues.
 
     Args:
-        append: to finished latents, add those of pictures that have come since, as new shards.
+        append: to finished_manifest latents, add those of images that have come since, as new shards.
 
     Raises:
-        UserError: bad input; nothing was written. Or too many unreadable pictures.
+        UserError: bad input; nothing was written. Or too many unreadable images.
         DiffitError: a shard could not be made.
     """
-    done = finished(recipe)
+    done = finished_manifest(recipe)
     if done is not None and not append:
         return done
     work = find_work(recipe, done)
     if work is None:
         assert done is not None
-        say("no pictures have come; nothing to append")
+        say("no images have come; nothing to append")
         return done
     _require_autoencoder(recipe)
     url = latents_url(recipe)
@@ -79,15 +79,15 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
 
 
 def encode_again(
-    recipe: Recipe, url: str, listing: PictureList, specs: list[dict[str, Any]], address: str | None
-) -> list[Part]:
+    recipe: Recipe, url: str, listing: ImageList, specs: list[dict[str, Any]], address: str | None
+) -> list[EncodedPart]:
     """Encode these shards, whatever is there, and commit each; their parts stay in `parts/`."""
     _require_autoencoder(recipe)
     plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=REPAIR, appended_to=0)
     made = []
     with (
         _cluster(recipe, address),
-        Progress("encode", count_pictures(specs), "pictures") as progress,
+        Progress("encode", count_images(specs), "images") as progress,
     ):
         for part in _encode_missing(recipe, listing, plan, specs, set()):
             made.append(part)
@@ -104,16 +104,16 @@ def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
         yield
 
 
-def _encode_parts(recipe: Recipe, url: str, work: Work) -> dict[int, Part]:
+def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, EncodedPart]:
     """All parts: those of earlier runs, and those made now, as they finish."""
     plan = make_plan(recipe, url, work)
-    parts, total = read_parts(url), len(work.listing)
+    parts, total = read_encoded_parts(url), len(work.listing)
     specs = [s for s in work_specs(recipe, work) if s["number"] not in parts]
     known = {part.autoencoder_sha256 for part in parts.values()}
     if work.base:
         known.add(work.base.autoencoder_sha256)
-    done = total - count_pictures(specs)
-    with Progress("encode", total, "pictures", done) as progress:
+    done = total - count_images(specs)
+    with Progress("encode", total, "images", done) as progress:
         for part in _encode_missing(recipe, work.listing, plan, specs, known):
             parts[part.number] = part
             done += (part.entry.count if part.entry else 0) + len(part.rejected)
@@ -137,11 +137,11 @@ def _require_autoencoder(recipe: Recipe) -> None:
 
 def _encode_missing(
     recipe: Recipe,
-    listing: PictureList,
+    listing: ImageList,
     plan: Plan,
     specs: list[dict[str, Any]],
     known_autoencoders: set[str],
-) -> Iterator[Part]:
+) -> Iterator[EncodedPart]:
     """Run the pipeline over these shards, in whatever order they finish."""
     if not specs:
         return
@@ -149,9 +149,9 @@ def _encode_missing(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Readers wait while this many bytes of pictures wait for actors, so that memory does not grow
+    # Readers wait while this many bytes of images wait for actors, so that memory does not grow
     # with the input: for each actor what it encodes, the next, and one that is being read.
-    shard_bytes = data.pictures_per_shard * data.resolution**2 * 3
+    shard_bytes = data.images_per_shard * data.resolution**2 * 3
     waiting = int(QUEUED_SHARDS * scaling.encode_actors * shard_bytes)
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=max(waiting, MIN_QUEUED_BYTES)
@@ -165,7 +165,7 @@ def _encode_missing(
         [{"spec": json.dumps(spec)} for spec in specs], override_num_blocks=len(specs)
     )
     encoded = rows.map(
-        _read_shard_pictures,
+        _read_shard_images,
         fn_args=(listing.url, listing.kind, data.resolution),
         num_cpus=reader_cpus,
     ).map(
@@ -190,7 +190,7 @@ def _encode_missing(
     try:
         for row in encoded.iter_rows():
             _raise_failure(row["failure"])
-            yield Part.model_validate_json(row["part"])
+            yield EncodedPart.model_validate_json(row["part"])
     except ray.exceptions.RayError as error:
         raise DiffitError(
             f"a shard could not be encoded: {_reason(error)}; the same command continues"
@@ -215,28 +215,28 @@ def _reason(error: ray.exceptions.RayError) -> str:
     return (named or lines[-1:] or [type(error).__name__])[0]
 
 
-def _read_shard_pictures(
-    row: dict[str, Any], source: str, kind: Kind, resolution: int
+def _read_shard_images(
+    row: dict[str, Any], source: str, kind: SourceKind, resolution: int
 ) -> dict[str, Any]:
-    """CPU task: read, decode and crop the pictures of one shard."""
+    """CPU task: read, decode and crop the images of one shard."""
     failure = _source_failure(source)
     items = [] if failure else spec_items(json.loads(row["spec"]))
-    pictures = Pictures([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
+    images = Images([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
     try:
-        pictures = read_items(source, kind, items, resolution)
+        images = read_items(source, kind, items, resolution)
     except DiffitError as error:
         failure = _failure(error)
     return {
         "spec": row["spec"],
-        "kept": json.dumps(pictures.kept),
-        "rejected": json.dumps(pictures.rejected),
-        "pixels": pictures.pixels.tobytes(),
+        "kept": json.dumps(images.kept),
+        "rejected": json.dumps(images.rejected),
+        "pixels": images.pixels.tobytes(),
         "failure": failure,
     }
 
 
 def _source_failure(source: str) -> str:
-    """What is wrong with this node: else all of a shard's pictures would pass for unreadable."""
+    """What is wrong with this node: else all of a shard's images would pass for unreadable."""
     if not storage.is_local(source) or storage.exists(source):
         return ""
     return _failure(
@@ -303,11 +303,11 @@ class _Encoder:
             labels = [items[position].label for position in kept]
             entry = write_shard(self.url, number, keys, moments, labels)
         total, squares = self._statistics(number, moments)
-        part = Part(
+        part = EncodedPart(
             number=number,
             entry=entry,
             rejected=[
-                Rejected(path=_shown(items[position].name), reason=reason)
+                Rejected(path=_readable(items[position].name), reason=reason)
                 for position, reason in json.loads(row["rejected"])
             ],
             autoencoder_sha256=self.sha256,
@@ -355,12 +355,12 @@ class _Encoder:
         return sampled.sum((0, 2, 3)).tolist(), (sampled**2).sum((0, 2, 3)).tolist()
 
 
-def _shown(name: str) -> str:
+def _readable(name: str) -> str:
     """A name as text: a local file's may hold bytes that are no UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _check_rejected(recipe: Recipe, url: str, parts: dict[int, Part], total: int) -> None:
+def _check_rejected(recipe: Recipe, url: str, parts: dict[int, EncodedPart], total: int) -> None:
     """Stop before a night is wasted on a broken input.
 
     Raises:
@@ -374,6 +374,6 @@ def _check_rejected(recipe: Recipe, url: str, parts: dict[int, Part], total: int
     storage.write_text(storage.join(url, "parts", RETRY), "")
     first = "".join(f"\n  {item.path}: {item.reason}" for item in rejected[:5])
     raise UserError(
-        f"{len(rejected):,} of {total:,} pictures cannot be read, more than "
+        f"{len(rejected):,} of {total:,} images cannot be read, more than "
         f"data.max_rejected_fraction={limit:g} allows; mend them or raise the limit:{first}"
     )

@@ -20,8 +20,8 @@ from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.shards import (
     INPUTS,
     MANIFEST,
+    MANIFEST_SCHEMA,
     REJECTED,
-    SCHEMA,
     Manifest,
     ShardEntry,
     Totals,
@@ -29,14 +29,14 @@ from diffit_train.data.shards import (
     require_recipe,
     shard_name,
 )
-from diffit_train.data.sources import Item, PictureList, Place, list_pictures
+from diffit_train.data.sources import ImageList, Item, Place, list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 
 PLAN = "plan.json"
 # The input of the plan under which bad shards are made again.
 REPAIR = "repair"
-# Left by a run that found too many unreadable pictures: their shards are to be read again.
+# Left by a run that found too many unreadable images: their shards are to be read again.
 RETRY = "retry-rejected"
 
 
@@ -45,7 +45,7 @@ class _Strict(BaseModel):
 
 
 class Plan(_Strict):
-    """parts/plan.json: what the unfinished latents are of; `appended_to` pictures were there."""
+    """parts/plan.json: what the unfinished latents are of; `appended_to` images were there."""
 
     recipe_hash: str
     input_sha256: str
@@ -53,14 +53,14 @@ class Plan(_Strict):
 
 
 class Rejected(_Strict):
-    """A picture that could not be read."""
+    """An image that could not be read."""
 
     path: str
     reason: str
 
 
-class Part(_Strict):
-    """A finished shard; `entry` is None where none of its pictures could be read.
+class EncodedPart(_Strict):
+    """A finished shard; `entry` is None where none of its images could be read.
 
     `total` and `squares` are sums over the scaled, sampled latents of each channel.
     """
@@ -70,22 +70,22 @@ class Part(_Strict):
     rejected: list[Rejected]
     autoencoder_sha256: str
     scale: float
-    shape: tuple[int, int, int, int]  # of a picture's member
+    shape: tuple[int, int, int, int]  # of an image's member
     total: list[float]
     squares: list[float]
 
 
 @dataclass(frozen=True)
-class Work:
+class EncodeJob:
     """What is to be encoded.
 
     Attributes:
         listing: of the source; its items are those to encode.
-        before: names and labels of the pictures whose keys come first, encoded earlier.
+        before: names and labels of the images whose keys come first, encoded earlier.
         base: the manifest that is appended to.
     """
 
-    listing: PictureList
+    listing: ImageList
     before: list[tuple[str, int]] = field(default_factory=list, repr=False)
     base: Manifest | None = None
 
@@ -94,36 +94,36 @@ class Work:
         """Names and labels in the order of the keys."""
         return self.before + [(item.name, item.label) for item in self.listing.items]
 
-    def shard_ranges(self, pictures_per_shard: int) -> list[tuple[int, int, int]]:
+    def shard_ranges(self, images_per_shard: int) -> list[tuple[int, int, int]]:
         """Number, first key and end key of each shard to encode."""
         segments = self.base.segments if self.base else []
-        ranges = shard_ranges([*segments, len(self.listing)], pictures_per_shard)
+        ranges = shard_ranges([*segments, len(self.listing)], images_per_shard)
         return [r for r in ranges if r[1] >= len(self.before)]
 
 
-def shard_ranges(segments: Sequence[int], pictures_per_shard: int) -> list[tuple[int, int, int]]:
-    """Number, first key and end key of every shard; no shard holds pictures of two segments."""
+def shard_ranges(segments: Sequence[int], images_per_shard: int) -> list[tuple[int, int, int]]:
+    """Number, first key and end key of every shard; no shard holds images of two segments."""
     ranges: list[tuple[int, int, int]] = []
     first = 0
     for size in segments:
-        for start in range(first, first + size, pictures_per_shard):
-            ranges.append((len(ranges), start, min(start + pictures_per_shard, first + size)))
+        for start in range(first, first + size, images_per_shard):
+            ranges.append((len(ranges), start, min(start + images_per_shard, first + size)))
         first += size
     return ranges
 
 
-def find_work(recipe: Recipe, done: Manifest | None) -> Work | None:
+def find_work(recipe: Recipe, done: Manifest | None) -> EncodeJob | None:
     """What there is to encode; None where nothing is to be appended.
 
     Args:
         done: finished latents to append to.
 
     Raises:
-        UserError: bad input; or pictures that were encoded are gone or labelled anew.
+        UserError: bad input; or images that were encoded are gone or labelled anew.
     """
-    listing = list_pictures(recipe)
+    listing = list_images(recipe)
     if done is None:
-        return Work(listing)
+        return EncodeJob(listing)
     # A commit that was cut off may have left more than the manifest knows of.
     before = read_inputs(latents_url(recipe))[: done.totals.input]
     known = dict(before)
@@ -131,7 +131,7 @@ def find_work(recipe: Recipe, done: Manifest | None) -> Work | None:
     changed = [name for name, label in before if here.get(name) != label]
     if changed:
         raise UserError(
-            f"{len(changed):,} encoded pictures are gone from {listing.url} or have another label, "
+            f"{len(changed):,} encoded images are gone from {listing.url} or have another label, "
             f"as {changed[0]}; appending only adds: choose another data.name to encode anew"
         )
     if list(listing.classes) != done.classes:
@@ -139,16 +139,16 @@ def find_work(recipe: Recipe, done: Manifest | None) -> Work | None:
             f"the classes of {listing.url} are not those of the latents; choose another data.name"
         )
     new = [item for item in listing.items if item.name not in known]
-    return Work(replace(listing, items=new), before, done) if new else None
+    return EncodeJob(replace(listing, items=new), before, done) if new else None
 
 
-def make_plan(recipe: Recipe, url: str, work: Work) -> Plan:
+def make_plan(recipe: Recipe, url: str, work: EncodeJob) -> Plan:
     """The plan, checked against that of what is under way; `write_plan` makes it binding.
 
     A plan without a finished shard binds nobody, so a recipe that failed at once can be mended.
 
     Raises:
-        UserError: other pictures or another recipe are being encoded there.
+        UserError: other images or another recipe are being encoded there.
     """
     plan = Plan(
         recipe_hash=recipe.encode_hash(),
@@ -161,7 +161,7 @@ def make_plan(recipe: Recipe, url: str, work: Work) -> Plan:
     require_recipe(recipe, found.recipe_hash)
     if found != plan:
         raise UserError(
-            f"the pictures of {work.listing.url} have changed since encoding to {url} began; "
+            f"the images of {work.listing.url} have changed since encoding to {url} began; "
             f"choose another data.name, or delete {storage.join(url, 'parts')}"
         )
     return plan
@@ -181,13 +181,13 @@ def write_plan(url: str, plan: Plan) -> None:
     storage.write_text(storage.join(url, "parts", PLAN), plan.model_dump_json(indent=2))
 
 
-def read_parts(url: str) -> dict[int, Part]:
+def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
     """Finished shards whose tar file is there with its recorded size."""
     storage.remove_temporary(url)
     folder = storage.join(url, "parts")
     names = set(storage.list_names(folder)) - {PLAN}
     found = [
-        Part.model_validate(storage.read_json(storage.join(folder, name)))
+        EncodedPart.model_validate(storage.read_json(storage.join(folder, name)))
         for name in sorted(names - {RETRY})
     ]
     if RETRY in names:
@@ -210,28 +210,28 @@ def shard_spec(number: int, first: int, items: Sequence[Item]) -> dict[str, Any]
 
 
 def spec_items(spec: dict[str, Any]) -> list[Item]:
-    """The pictures of a shard."""
+    """The images of a shard."""
     return [
         Item(name, label, Place(*place), problem) for name, label, place, problem in spec["items"]
     ]
 
 
-def work_specs(recipe: Recipe, work: Work) -> list[dict[str, Any]]:
+def work_specs(recipe: Recipe, work: EncodeJob) -> list[dict[str, Any]]:
     """Every shard of the work."""
     skip, items = len(work.before), work.listing.items
     return [
         shard_spec(number, first, items[first - skip : end - skip])
-        for number, first, end in work.shard_ranges(recipe.data.pictures_per_shard)
+        for number, first, end in work.shard_ranges(recipe.data.images_per_shard)
     ]
 
 
-def count_pictures(specs: list[dict[str, Any]]) -> int:
-    """Pictures of all these shards."""
+def count_images(specs: list[dict[str, Any]]) -> int:
+    """Images of all these shards."""
     return sum(len(spec["items"]) for spec in specs)
 
 
 def read_inputs(url: str) -> list[tuple[str, int]]:
-    """Names and labels of all encoded pictures in the order of their keys.
+    """Names and labels of all encoded images in the order of their keys.
 
     Raises:
         DiffitError: the list is missing or damaged.
@@ -253,17 +253,19 @@ def _write_inputs(url: str, inputs: list[tuple[str, int]]) -> None:
     storage.write_bytes(storage.join(url, INPUTS), gzip.compress(text.encode(), mtime=0))
 
 
-def commit_manifest(recipe: Recipe, url: str, work: Work, parts: dict[int, Part]) -> Manifest:
+def commit_manifest(
+    recipe: Recipe, url: str, work: EncodeJob, parts: dict[int, EncodedPart]
+) -> Manifest:
     """Write rejected.jsonl, the inputs, recipe.yaml and, last, the manifest; then parts may go."""
     base, listing = work.base, work.listing
     ordered = [parts[number] for number in sorted(parts)]
     new = [part.entry for part in ordered if part.entry is not None]
     rejected = [item for part in ordered for item in part.rejected]
     if not new:
-        raise UserError(f"no picture of {listing.url} can be read: {rejected[0].reason}")
+        raise UserError(f"no image of {listing.url} can be read: {rejected[0].reason}")
     if sum(shard.count for shard in new) + len(rejected) != len(listing):
         raise DiffitError(
-            f"{sum(shard.count for shard in new)} written and {len(rejected)} rejected pictures do "
+            f"{sum(shard.count for shard in new)} written and {len(rejected)} rejected images do "
             f"not add up to the {len(listing)} of {listing.url}; delete {url}/parts and encode "
             "again"
         )
@@ -286,7 +288,7 @@ def commit_manifest(recipe: Recipe, url: str, work: Work, parts: dict[int, Part]
     std = np.sqrt(squares / values - mean**2)
     inputs = work.inputs
     manifest = Manifest(
-        schema_version=SCHEMA,
+        schema_version=MANIFEST_SCHEMA,
         recipe_hash=recipe.encode_hash(),
         autoencoder=recipe.autoencoder.source,
         autoencoder_sha256=ordered[0].autoencoder_sha256,
@@ -296,7 +298,7 @@ def commit_manifest(recipe: Recipe, url: str, work: Work, parts: dict[int, Part]
         width=width,
         frames=frames,
         posterior=members != recipe.autoencoder.latent_channels,
-        pictures_per_shard=recipe.data.pictures_per_shard,
+        images_per_shard=recipe.data.images_per_shard,
         segments=[*(base.segments if base else []), len(listing)],
         classes=list(listing.classes),
         input_sha256=storage.digest(inputs),
@@ -311,6 +313,6 @@ def commit_manifest(recipe: Recipe, url: str, work: Work, parts: dict[int, Part]
     storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
     storage.remove(storage.join(url, "parts"))
     if rejected:
-        place = storage.shown(storage.join(url, REJECTED))
-        say(f"{len(rejected):,} pictures could not be read; see {place}")
+        place = storage.display_path(storage.join(url, REJECTED))
+        say(f"{len(rejected):,} images could not be read; see {place}")
     return manifest

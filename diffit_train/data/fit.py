@@ -51,7 +51,7 @@ def fit(
         title: shown with the progress.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    first = _load(model, optimizer, state_url, identity)
+    first = _load_state(model, optimizer, state_url, identity)
     saved_s = time.monotonic()
     model.train()
     with Progress(title, steps, "steps", done=first) as progress:
@@ -63,13 +63,13 @@ def fit(
             optimizer.step()
             progress.update(step + 1, "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
             if time.monotonic() - saved_s > SAVE_EVERY_S:
-                _save(model, optimizer, state_url, identity, step + 1)
+                _save_state(model, optimizer, state_url, identity, step + 1)
                 saved_s = time.monotonic()
-    _save(model, optimizer, state_url, identity, steps)
+    _save_state(model, optimizer, state_url, identity, steps)
     model.eval()
 
 
-def _save(
+def _save_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, url: str, identity: str, step: int
 ) -> None:
     tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
@@ -80,7 +80,7 @@ def _save(
         save_file(tensors, str(path), metadata={"fit": json.dumps([identity, step])})
 
 
-def _load(model: nn.Module, optimizer: torch.optim.Optimizer, url: str, identity: str) -> int:
+def _load_state(model: nn.Module, optimizer: torch.optim.Optimizer, url: str, identity: str) -> int:
     """Put model and optimizer where a saved state left them; its step, or 0 without one."""
     if not storage.exists(url):
         return 0

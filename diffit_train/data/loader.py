@@ -35,7 +35,7 @@ class SampleOrder:
     """Which sample stands where in training.
 
     Args:
-        counts: pictures of each shard.
+        counts: images of each shard.
         batch_size: of a global batch; a multiple of `lanes`.
         lanes: at most this many; reduced to its largest divisor that the shards can fill.
         window: samples of a lane that are shuffled together.
@@ -55,7 +55,7 @@ class SampleOrder:
         self.steps_per_epoch = self.samples // batch_size
         if not self.steps_per_epoch:
             raise UserError(
-                f"train.batch_size is {batch_size}, but there are only {self.samples} pictures"
+                f"train.batch_size is {batch_size}, but there are only {self.samples} images"
             )
         self.per_lane = batch_size // self.lanes
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -90,12 +90,12 @@ class SampleOrder:
         if world > self.lanes:
             raise UserError(
                 f"{world} workers cannot share the {self.lanes} lanes of {len(self.counts)} "
-                "shards; lower scaling.workers, or encode with fewer data.pictures_per_shard"
+                "shards; lower scaling.workers, or encode with fewer data.images_per_shard"
             )
         return range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
 
     def largest_share(self, world: int) -> int:
-        """Pictures of a batch that the most burdened of so many ranks takes."""
+        """Images of a batch that the most burdened of so many ranks takes."""
         return self.per_lane * max(len(self.rank_lanes(rank, world)) for rank in range(world))
 
     def _permuted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -157,7 +157,7 @@ class Batch:
 
     step: int
     lanes: range
-    keys: np.ndarray  # (n,) int64, input indices of the pictures
+    keys: np.ndarray  # (n,) int64, input indices of the images
     shards: tuple[str, ...]  # names of the shards that they came from
     moments: np.ndarray  # (n, F, 2C, h, w) float32
     labels: np.ndarray  # (n,) int64

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to pixels, with ADM's centre crop.
+"""From the bytes of an image to pixels, with ADM's centre crop.
 
 Shapes: H x W pixels of 3 channels, uint8; R the resolution asked for.
 """
@@ -17,18 +17,18 @@ Array = np.ndarray
 MAX_RESIZED_PIXELS = 64 * 1024 * 1024
 
 
-class UnreadablePicture(Exception):
-    """The bytes are no picture that can be used; the message is the reason."""
+class UnreadableImage(Exception):
+    """The bytes are no image that can be used; the message is the reason."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """An RGB picture: of an animation the first frame, of transparency the colours below it.
+    """An RGB image: of an animation the first frame, of transparency the colours below it.
 
     Raises:
-        UnreadablePicture: empty, truncated, no picture at all, or a decompression bomb.
+        UnreadableImage: empty, truncated, no image at all, or a decompression bomb.
     """
     if not data:
-        raise UnreadablePicture("empty file")
+        raise UnreadableImage("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -39,19 +39,19 @@ def decode(data: bytes) -> Image.Image:
                 image = Image.fromarray(levels.astype(np.uint8))
             return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadablePicture(f"decompression bomb: {error}") from error
+        raise UnreadableImage(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadablePicture("not a picture") from error
+        raise UnreadableImage("not an image") from error
     # Pillow's decoders raise these for truncated and malformed files.
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
 def center_crop(image: Image.Image, resolution: int) -> Array:
     """(R, R, 3): halved by box while twice too large, bicubic to the short side, cropped (ADM).
 
     Raises:
-        UnreadablePicture: so long a strip that enlarging it would fill the memory.
+        UnreadableImage: so long a strip that enlarging it would fill the memory.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -59,7 +59,7 @@ def center_crop(image: Image.Image, resolution: int) -> Array:
     size = (round(image.width * scale), round(image.height * scale))
     # A strip of 1 x 60,000 pixels passes the check of a bomb, but enlarged it would be one.
     if size[0] * size[1] > MAX_RESIZED_PIXELS:
-        raise UnreadablePicture(f"{image.width}x{image.height} pixels are too long a strip")
+        raise UnreadableImage(f"{image.width}x{image.height} pixels are too long a strip")
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - resolution) // 2, (pixels.shape[1] - resolution) // 2
     return pixels[top : top + resolution, left : left + resolution]
@@ -71,7 +71,7 @@ def to_model_range(pixels: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """What could be read: positions in the input, pixels (n, R, R, 3) uint8, and what could not."""
 
     kept: list[int]
@@ -79,17 +79,17 @@ class Pictures:
     rejected: list[tuple[int, str]]
 
 
-def read_pictures(
+def read_images(
     reads: Iterable[Callable[[], bytes]], resolution: int, problems: Sequence[str] = ()
-) -> Pictures:
-    """Read, decode and crop; an unreadable picture is put aside with its reason.
+) -> Images:
+    """Read, decode and crop; an unreadable image is put aside with its reason.
 
     Args:
-        reads: for each picture, what gives its bytes.
-        problems: what is known to be wrong with each; such a picture is not read.
+        reads: for each image, what gives its bytes.
+        problems: what is known to be wrong with each; such an image is not read.
 
     Raises:
-        OSError: reading failed in a way that says nothing about the picture, as a lost network.
+        OSError: reading failed in a way that says nothing about the image, as a lost network.
     """
     kept, pixels, rejected = [], [], []
     for position, read in enumerate(reads):
@@ -99,10 +99,10 @@ def read_pictures(
         try:
             pixels.append(center_crop(decode(read()), resolution))
             kept.append(position)
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             rejected.append((position, str(error)))
-        # A dangling link or a forbidden file is a fault of this one picture.
+        # A dangling link or a forbidden file is a fault of this one image.
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
             rejected.append((position, f"{type(error).__name__}: {error.strerror or error}"))
     shape = (0, resolution, resolution, 3)
-    return Pictures(kept, np.stack(pixels) if pixels else np.zeros(shape, np.uint8), rejected)
+    return Images(kept, np.stack(pixels) if pixels else np.zeros(shape, np.uint8), rejected)

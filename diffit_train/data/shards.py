@@ -1,9 +1,9 @@
 """Latent shards, schema 1: WebDataset tar files and their manifest. No torch is needed.
 
-Per picture two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
-log-variance, unscaled, the mirrored picture second where F = 2; and KEY.cls, the label in ASCII.
+Per image two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
+log-variance, unscaled, the mirrored image second where F = 2; and KEY.cls, the label in ASCII.
 Of an autoencoder without posterior the member is (F, C, h, w). KEY is the nine-digit index of the
-picture in the sorted input; pictures appended later are counted on. The same content gives the same
+image in the sorted input; images appended later are counted on. The same content gives the same
 bytes: fixed order, times, owners and modes.
 """
 
@@ -25,9 +25,9 @@ from diffit_train.errors import DiffitError, UserError
 # webdataset's default decoders unpickle, and its readers run shell commands, unless told not to.
 os.environ.setdefault("WDS_SECURE", "1")
 
-SCHEMA = 1
+MANIFEST_SCHEMA = 1
 MANIFEST = "manifest.json"
-# Names and labels of all input pictures in the order of their keys, a JSON pair in each line.
+# Names and labels of all input images in the order of their keys, a JSON pair in each line.
 INPUTS = "inputs.jsonl.gz"
 REJECTED = "rejected.jsonl"
 
@@ -37,7 +37,7 @@ class _Strict(BaseModel):
 
 
 class ShardEntry(_Strict):
-    """A committed shard; `first_index` is the input index of the first picture in it."""
+    """A committed shard; `first_index` is the input index of the first image in it."""
 
     name: str
     count: int
@@ -47,7 +47,7 @@ class ShardEntry(_Strict):
 
 
 class Totals(_Strict):
-    """Pictures of the input; written and rejected add up to it."""
+    """Images of the input; written and rejected add up to it."""
 
     input: int
     written: int
@@ -58,7 +58,7 @@ class Manifest(_Strict):
     """What the shards hold, and how they came to be.
 
     `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of
-    input pictures that were encoded at once: the first encoding, then what was appended.
+    input images that were encoded at once: the first encoding, then what was appended.
     """
 
     schema_version: int
@@ -71,7 +71,7 @@ class Manifest(_Strict):
     width: int
     frames: int
     posterior: bool = True
-    pictures_per_shard: int
+    images_per_shard: int
     segments: list[int]
     classes: list[str]
     input_sha256: str
@@ -82,7 +82,7 @@ class Manifest(_Strict):
 
     @property
     def member_shape(self) -> tuple[int, int, int, int]:
-        """Shape of a picture's latent member."""
+        """Shape of an image's latent member."""
         channels = self.channels * (2 if self.posterior else 1)
         return self.frames, channels, self.height, self.width
 
@@ -101,26 +101,28 @@ def load_manifest(url: str) -> Manifest:
     """The manifest of a folder of latents.
 
     Raises:
-        UserError: there is none, so encoding has not finished.
+        UserError: there is none, so encoding has not finished_manifest.
         DiffitError: it is damaged or of another schema.
     """
     name = storage.join(url, MANIFEST)
     try:
         manifest = Manifest.model_validate_json(storage.read_bytes(name))
     except FileNotFoundError as error:
-        raise UserError(f"there are no finished latents in {url}; run `diffit encode`") from error
+        raise UserError(
+            f"there are no finished_manifest latents in {url}; run `diffit encode`"
+        ) from error
     except ValidationError as error:
         raise DiffitError(
             f"{name} is damaged: {error}; delete it and run `diffit encode`"
         ) from error
-    if manifest.schema_version != SCHEMA:
+    if manifest.schema_version != MANIFEST_SCHEMA:
         raise DiffitError(
-            f"{name} has schema {manifest.schema_version}; this version reads {SCHEMA}"
+            f"{name} has schema {manifest.schema_version}; this version reads {MANIFEST_SCHEMA}"
         )
     return manifest
 
 
-def finished(recipe: Recipe) -> Manifest | None:
+def finished_manifest(recipe: Recipe) -> Manifest | None:
     """The manifest where the recipe's latents are whole; None where encoding is to be done.
 
     Raises:
@@ -173,7 +175,7 @@ def write_shard(
 
     Args:
         url: folder of the latents.
-        keys: input indices of the pictures, ascending.
+        keys: input indices of the images, ascending.
         moments: (n, F, 2C, h, w); kept as float16.
         labels: (n,).
     """
@@ -223,10 +225,10 @@ def read_shard_bytes(url: str, entry: ShardEntry) -> bytes:
 
 
 def parse_shard(name: str, entry: ShardEntry, data: bytes) -> Shard:
-    """The pictures in the tar of a shard; errors as `read_shard`."""
-    latents, labels = _members(name, data)
+    """The images in the tar of a shard; errors as `read_shard`."""
+    latents, labels = _shard_members(name, data)
     if len(latents) != entry.count or latents.keys() != labels.keys():
-        raise DiffitError(f"shard {name} holds {len(latents)} pictures, not {entry.count}; {_MEND}")
+        raise DiffitError(f"shard {name} holds {len(latents)} images, not {entry.count}; {_MEND}")
     keys = np.array([int(key) for key in latents])
     return Shard(keys, np.stack(list(latents.values())), np.array([labels[k] for k in latents]))
 
@@ -234,7 +236,7 @@ def parse_shard(name: str, entry: ShardEntry, data: bytes) -> Shard:
 _MEND = "run `diffit verify latents FOLDER --repair`, which makes it again"
 
 
-def _members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Latents and labels by key, in the order of the tar.
 
     Raises:

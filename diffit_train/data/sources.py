@@ -1,4 +1,4 @@
-"""Where pictures come from, and how the bytes of each are reached; local or remote.
+"""Where images come from, and how the bytes of each are reached; local or remote.
 
     folder       one subfolder for each class
     tar          a tar of such a folder, uncompressed
@@ -6,8 +6,8 @@
     webdataset   a tar, or a folder of tars, with KEY.jpg (png, webp) and KEY.cls or KEY.json
     parquet      a file, or a folder of files, with columns `image` (bytes, path) and `label`
 
-The order of the pictures is fixed: folders and tars of folders by name; webdataset and parquet by
-the name of the file, then as they lie in it. A picture that is wrong already in the listing (a
+The order of the images is fixed: folders and tars of folders by name; webdataset and parquet by
+the name of the file, then as they lie in it. An image that is wrong already in the listing (a
 label out of range, a name twice) keeps its place and carries its problem.
 """
 
@@ -31,11 +31,11 @@ from diffit_train.data import preprocess
 from diffit_train.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-Kind = Literal["folder", "tar", "ilsvrc", "webdataset", "parquet"]
+SourceKind = Literal["folder", "tar", "ilsvrc", "webdataset", "parquet"]
 
 
 class Place(NamedTuple):
-    """Where the bytes of a picture lie.
+    """Where the bytes of an image lie.
 
     `file` is a path below the source's URL, empty for that file itself. In a tar, `start` and
     `size` are bytes; in parquet, the row and the row group; both are -1 for a whole file.
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A picture: its name for people, label, place, and what is wrong with it, if anything."""
+    """An image: its name for people, label, place, and what is wrong with it, if anything."""
 
     name: str
     label: int
@@ -56,11 +56,11 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureList:
-    """All pictures of a source, in order; labels are indices into `classes`."""
+class ImageList:
+    """All images of a source, in order; labels are indices into `classes`."""
 
     url: str
-    kind: Kind
+    kind: SourceKind
     classes: tuple[str, ...]
     items: list[Item] = field(repr=False)
 
@@ -69,16 +69,16 @@ class PictureList:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Names of the pictures."""
+        """Names of the images."""
         return tuple(item.name for item in self.items)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Labels of the pictures."""
+        """Labels of the images."""
         return tuple(item.label for item in self.items)
 
     def digest(self) -> str:
-        """SHA-256 of the listing: it tells whether pictures came or went."""
+        """SHA-256 of the listing: it tells whether images came or went."""
         return items_digest(self.items)
 
 
@@ -88,8 +88,8 @@ def items_digest(items: Iterable[Item]) -> str:
     return storage.digest([[name for name, _ in pairs], [label for _, label in pairs]])
 
 
-def list_pictures(recipe: Recipe) -> PictureList:
-    """The pictures of `data.source`.
+def list_images(recipe: Recipe) -> ImageList:
+    """The images of `data.source`.
 
     Raises:
         UserError: the source is missing, empty or of no known kind, or its classes are not the
@@ -100,7 +100,7 @@ def list_pictures(recipe: Recipe) -> PictureList:
     classes, items = _LISTERS[kind](url, recipe.data.num_classes)
     if not items:
         raise UserError(
-            f"data.source {url} holds no pictures (read as {kind}); they are looked for with "
+            f"data.source {url} holds no images (read as {kind}); they are looked for with "
             f"endings {', '.join(sorted(SUFFIXES))}, a folder for each class; data.format says "
             "what else it may be"
         )
@@ -109,7 +109,7 @@ def list_pictures(recipe: Recipe) -> PictureList:
             f"data.source {url} has {len(classes)} classes, but data.num_classes is "
             f"{recipe.data.num_classes}; set data.num_classes={len(classes)} or mend the source"
         )
-    return PictureList(url, kind, tuple(classes), list(_unique(items)))
+    return ImageList(url, kind, tuple(classes), list(_unique(items)))
 
 
 def _unique(items: Iterable[Item]) -> Iterator[Item]:
@@ -121,7 +121,7 @@ def _unique(items: Iterable[Item]) -> Iterator[Item]:
         yield item._replace(name=f"{item.name} (again {again})") if again else item
 
 
-def source_kind(url: str, wanted: str) -> Kind:
+def source_kind(url: str, wanted: str) -> SourceKind:
     """What a source is: `wanted`, or for `auto` what its name and its first members say.
 
     Raises:
@@ -154,9 +154,9 @@ def source_kind(url: str, wanted: str) -> Kind:
     return _kind_of_tar(url)
 
 
-def _kind_of_tar(url: str) -> Kind:
+def _kind_of_tar(url: str) -> SourceKind:
     with storage.open_file(url) as file:
-        for member in _members(file, url):
+        for member in _tar_members(file, url):
             if member.name.endswith(".tar"):
                 return "ilsvrc"
             if PurePosixPath(member.name).suffix.lower() in (*SUFFIXES, ".cls", ".json"):
@@ -173,7 +173,7 @@ def _list_folder(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
         found: Iterable[str] = (path[len(base) + 1 :] for path in _local_files(base))
     else:
         found = storage.find_files(url)
-    paths = sorted(p for p in found if "/" in p and _is_picture(p))
+    paths = sorted(p for p in found if "/" in p and _is_image(p))
     return _by_folder((path, Place(path), "") for path in paths)
 
 
@@ -181,7 +181,7 @@ def _local_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[s
     """Every file below a folder. Links are followed, which fsspec does not; circles are not.
 
     Raises:
-        UserError: a folder may not be read; pictures would be missing silently.
+        UserError: a folder may not be read; images would be missing silently.
     """
     above |= {os.path.realpath(folder)}
     try:
@@ -195,7 +195,7 @@ def _local_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[s
             yield from _local_files(entry.path, above)
 
 
-def _is_picture(path: str) -> bool:
+def _is_image(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in SUFFIXES
 
 
@@ -211,7 +211,7 @@ def _by_folder(found: Iterable[tuple[str, Place, str]]) -> tuple[list[str], list
 # ---- Tars ----
 
 
-def _members(file: IO[bytes] | _Stretch, url: str) -> Iterator[tarfile.TarInfo]:
+def _tar_members(file: IO[bytes] | FileWindow, url: str) -> Iterator[tarfile.TarInfo]:
     """The regular files of an uncompressed tar, one after the other.
 
     Raises:
@@ -249,9 +249,9 @@ def _name_problem(name: str) -> str:
 def _list_tar(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
     rows: list[tuple[str, Place, str]] = []
     with storage.open_file(url) as file:
-        for member in _members(file, url):
+        for member in _tar_members(file, url):
             name = _clean(member.name)
-            if "/" in name and _is_picture(name):
+            if "/" in name and _is_image(name):
                 place = Place("", member.offset_data, member.size)
                 rows.append((name, place, _name_problem(name)))
     return _named_once(rows)
@@ -277,20 +277,20 @@ def _named_once(rows: list[tuple[str, Place, str]]) -> tuple[list[str], list[Ite
 def _list_ilsvrc(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
     rows: list[tuple[str, Place, str]] = []
     with storage.open_file(url) as file:
-        for outer in list(_members(file, url)):
+        for outer in list(_tar_members(file, url)):
             if not outer.name.endswith(".tar"):
                 continue
             name = PurePosixPath(outer.name).name.removesuffix(".tar")
-            inside = _Stretch(file, outer.offset_data, outer.size)
-            for member in _members(inside, f"{outer.name} in {url}"):
-                if _is_picture(member.name):
+            inside = FileWindow(file, outer.offset_data, outer.size)
+            for member in _tar_members(inside, f"{outer.name} in {url}"):
+                if _is_image(member.name):
                     start = outer.offset_data + member.offset_data
                     path = f"{name}/{_clean(member.name)}"
                     rows.append((path, Place("", start, member.size), _name_problem(path)))
     return _named_once(rows)
 
 
-class _Stretch(io.RawIOBase):
+class FileWindow(io.RawIOBase):
     """A stretch of a file as a file of its own."""
 
     def __init__(self, file: IO[bytes], start: int, size: int) -> None:
@@ -337,7 +337,7 @@ def _webdataset_items(url: str, file: str, num_classes: int) -> Iterator[Item]:
     name = storage.join(url, file) if file else url
     with storage.open_file(name) as opened:
         key, parts = None, {}  # type: ignore[var-annotated]
-        for member in _members(opened, name):
+        for member in _tar_members(opened, name):
             stem, _, ending = PurePosixPath(_clean(member.name)).name.partition(".")
             folder = _clean(member.name).rpartition("/")[0]
             this = f"{folder}/{stem}" if folder else stem
@@ -361,17 +361,17 @@ def _webdataset_items(url: str, file: str, num_classes: int) -> Iterator[Item]:
 def _webdataset_item(
     file: str, key: str, parts: dict[str, tuple[Place, bytes]], num_classes: int
 ) -> Item:
-    pictures = [e for e in parts if f".{e}" in SUFFIXES]
-    if not pictures:
-        return Item(key, 0, Place(file, 0, 0), "the sample has no picture")
-    place = parts[pictures[0]][0]
+    images = [e for e in parts if f".{e}" in SUFFIXES]
+    if not images:
+        return Item(key, 0, Place(file, 0, 0), "the sample has no image")
+    place = parts[images[0]][0]
     try:
         label = int(parts["cls"][1]) if "cls" in parts else _json_label(parts["json"][1])
     except KeyError:
         return Item(key, 0, place, "the sample has no label (cls, or json with `label`)")
     except (ValueError, TypeError):
         return Item(key, 0, place, "the label is not a number")
-    return Item(key, *_checked(label, num_classes, place, _name_problem(key)))
+    return Item(key, *_usable(label, num_classes, place, _name_problem(key)))
 
 
 def _json_label(data: bytes) -> int:
@@ -382,7 +382,7 @@ def _json_label(data: bytes) -> int:
     raise KeyError("label")
 
 
-def _checked(
+def _usable(
     label: int, num_classes: int, place: Place, problem: str = ""
 ) -> tuple[int, Place, str]:
     if 0 <= label < num_classes:
@@ -420,7 +420,7 @@ def _parquet_items(columns: Any, file: str, group: int, num_classes: int) -> Ite
         if label is None:
             yield Item(shown, 0, place, "the label is null")
         else:
-            yield Item(shown, *_checked(int(label), num_classes, place))
+            yield Item(shown, *_usable(int(label), num_classes, place))
 
 
 @contextmanager
@@ -463,7 +463,7 @@ def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
     return [str(name) for name in names]
 
 
-_LISTERS: dict[Kind, Callable[[str, int], tuple[list[str], list[Item]]]] = {
+_LISTERS: dict[SourceKind, Callable[[str, int], tuple[list[str], list[Item]]]] = {
     "folder": _list_folder,
     "tar": _list_tar,
     "ilsvrc": _list_ilsvrc,
@@ -475,10 +475,10 @@ _LISTERS: dict[Kind, Callable[[str, int], tuple[list[str], list[Item]]]] = {
 # ---- Reading ----
 
 
-class PictureReader(AbstractContextManager["PictureReader"]):
-    """The bytes of pictures by their places; a file is kept open while the next lies in it."""
+class ImageReader(AbstractContextManager["ImageReader"]):
+    """The bytes of images by their places; a file is kept open while the next lies in it."""
 
-    def __init__(self, url: str, kind: Kind) -> None:
+    def __init__(self, url: str, kind: SourceKind) -> None:
         self.url, self.kind = url, kind
         self._open: AbstractContextManager[Any] | None = None
         self._file: tuple[str, Any] | None = None
@@ -500,7 +500,7 @@ class PictureReader(AbstractContextManager["PictureReader"]):
         return self._file[1]
 
     def read(self, place: Place) -> bytes:
-        """The bytes of a picture.
+        """The bytes of an image.
 
         Raises:
             OSError: as reading a file does.
@@ -530,8 +530,10 @@ class PictureReader(AbstractContextManager["PictureReader"]):
         return self._group[2][place.start] or b""
 
 
-def read_items(url: str, kind: Kind, items: Sequence[Item], resolution: int) -> preprocess.Pictures:
-    """Read, decode and crop pictures of a source; see `preprocess.read_pictures`."""
-    with PictureReader(url, kind) as reader:
+def read_items(
+    url: str, kind: SourceKind, items: Sequence[Item], resolution: int
+) -> preprocess.Images:
+    """Read, decode and crop images of a source; see `preprocess.read_images`."""
+    with ImageReader(url, kind) as reader:
         reads = [functools.partial(reader.read, item.place) for item in items]
-        return preprocess.read_pictures(reads, resolution, [item.problem for item in items])
+        return preprocess.read_images(reads, resolution, [item.problem for item in items])

@@ -1,7 +1,7 @@
 """`diffit verify latents`: whether shards are what the manifest says, and what their latents hold.
 
 Every member's shape, label and finiteness, every count and hash; statistics of the latents; and a
-picture of originals beside what the autoencoder makes of their latents. Bad shards can be made
+image of originals beside what the autoencoder makes of their latents. Bad shards can be made
 again.
 """
 
@@ -27,12 +27,12 @@ from diffit_train.data.shards import (
     read_shard,
     shard_name,
 )
-from diffit_train.data.sources import PictureList, list_pictures
+from diffit_train.data.sources import ImageList, list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
 THREADS = 4
-# Originals and reconstructions in the picture.
+# Originals and reconstructions in the image.
 SHOWN = 8
 
 
@@ -42,7 +42,7 @@ class Report:
 
     url: str
     shards: int
-    pictures: int = 0
+    images: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     total: Any = 0.0
     squares: Any = 0.0
@@ -57,12 +57,12 @@ class Report:
         return {
             "latents": self.url,
             "shards": self.shards,
-            "pictures": self.pictures,
+            "images": self.images,
             "bad": self.bad,
             "mean": np.atleast_1d(mean).tolist(),
             "std": np.atleast_1d(spread).tolist(),
-            "lowest": self.lowest if self.pictures else None,
-            "highest": self.highest if self.pictures else None,
+            "lowest": self.lowest if self.images else None,
+            "highest": self.highest if self.images else None,
         }
 
 
@@ -76,8 +76,8 @@ def verify(url: str) -> Report:
     report = Report(url, len(manifest.shards))
     total = sum(entry.count for entry in manifest.shards)
     read = 0
-    with ThreadPoolExecutor(THREADS) as pool, Progress("verify", total, "pictures") as progress:
-        results = pool.map(lambda entry: _read(url, manifest, entry), manifest.shards)
+    with ThreadPoolExecutor(THREADS) as pool, Progress("verify", total, "images") as progress:
+        results = pool.map(lambda entry: _read_good(url, manifest, entry), manifest.shards)
         for entry, result in zip(manifest.shards, results, strict=True):
             if isinstance(result, str):
                 report.bad[entry.name] = result
@@ -89,7 +89,7 @@ def verify(url: str) -> Report:
     return report
 
 
-def _read(url: str, manifest: Manifest, entry: ShardEntry) -> Shard | str:
+def _read_good(url: str, manifest: Manifest, entry: ShardEntry) -> Shard | str:
     """A good shard, or what is wrong with it."""
     try:
         shard = read_shard(url, entry)
@@ -113,7 +113,7 @@ def _read(url: str, manifest: Manifest, entry: ShardEntry) -> Shard | str:
 
 def _add(report: Report, manifest: Manifest, shard: Shard) -> None:
     means = shard.moments[:, :, : manifest.channels].astype(np.float64) * manifest.scale
-    report.pictures += len(shard.keys)
+    report.images += len(shard.keys)
     report.total = report.total + means.sum((0, 1, 3, 4))
     report.squares = report.squares + (means**2).sum((0, 1, 3, 4))
     report.values += means.size // manifest.channels
@@ -142,17 +142,15 @@ def recipe_of(url: str) -> Recipe:
     try:
         tree = yaml.safe_load(storage.read_bytes(name))
     except FileNotFoundError as error:
-        raise UserError(
-            f"{name} is missing, so it is not known how to read the pictures"
-        ) from error
+        raise UserError(f"{name} is missing, so it is not known how to read the images") from error
     return validate(tree, name)
 
 
 def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
-    """Encode these shards again from the pictures, and write the manifest anew.
+    """Encode these shards again from the images, and write the manifest anew.
 
     Raises:
-        UserError: the pictures are not those that were encoded.
+        UserError: the images are not those that were encoded.
     """
     from diffit_train.data.encode import encode_again
 
@@ -163,7 +161,7 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
             f"an encoding to {url} is under way; finish it first by `diffit encode --append`"
         )
     by_key = _items_by_key(recipe, url)
-    ranges = shard_ranges(manifest.segments, manifest.pictures_per_shard)
+    ranges = shard_ranges(manifest.segments, manifest.images_per_shard)
     specs = [
         shard_spec(number, first, by_key.items[first:end])
         for number, first, end in ranges
@@ -173,7 +171,7 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
     for part in encode_again(recipe, url, by_key, specs, address):
         if part.entry is None or part.autoencoder_sha256 != manifest.autoencoder_sha256:
             raise DiffitError(
-                f"shard {part.number} of {url} cannot be made again: its pictures cannot be read "
+                f"shard {part.number} of {url} cannot be made again: its images cannot be read "
                 "any more, or the autoencoder has changed"
             )
         made[part.entry.name] = part.entry
@@ -181,7 +179,7 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
     for before, after in zip(manifest.shards, shards, strict=True):
         if before.count != after.count:
             raise DiffitError(
-                f"{before.name} held {before.count} pictures, of which {after.count} can be read "
+                f"{before.name} held {before.count} images, of which {after.count} can be read "
                 "now; mend the source and repair again"
             )
         if before.sha256 != after.sha256:
@@ -192,33 +190,33 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
     return mended
 
 
-def _items_by_key(recipe: Recipe, url: str) -> PictureList:
-    """The pictures of the source in the order of their keys."""
-    listing = list_pictures(recipe)
+def _items_by_key(recipe: Recipe, url: str) -> ImageList:
+    """The images of the source in the order of their keys."""
+    listing = list_images(recipe)
     here = {item.name: item for item in listing.items}
     inputs = read_inputs(url)
     gone = [name for name, label in inputs if name not in here or here[name].label != label]
     if gone:
         raise UserError(
-            f"{len(gone):,} encoded pictures are gone from {listing.url} or have another label, as "
+            f"{len(gone):,} encoded images are gone from {listing.url} or have another label, as "
             f"{gone[0]}; bring them back, or encode anew under another data.name"
         )
     items = [here[name] for name, _ in inputs]
-    return PictureList(listing.url, listing.kind, listing.classes, items)
+    return ImageList(listing.url, listing.kind, listing.classes, items)
 
 
 # ---- Originals beside reconstructions ----
 
 
-def draw_reconstructions(url: str, picture: str) -> float:
+def draw_reconstructions(url: str, image: str) -> float:
     """Write a PNG of originals above their reconstructions; their mean squared error in [-1, 1].
 
     Args:
         url: folder of good latents.
-        picture: where the PNG goes.
+        image: where the PNG goes.
 
     Raises:
-        UserError: pictures or autoencoder cannot be had.
+        UserError: images or autoencoder cannot be had.
     """
     import torch
 
@@ -228,7 +226,7 @@ def draw_reconstructions(url: str, picture: str) -> float:
 
     manifest, recipe = load_manifest(url), recipe_of(url)
     by_key = _items_by_key(recipe, url)
-    keys, moments = _spread(url, manifest)
+    keys, moments = _evenly_spaced_samples(url, manifest)
     chosen = [by_key.items[key] for key in keys]
     originals = read_items(by_key.url, by_key.kind, chosen, recipe.data.resolution).pixels
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
@@ -236,12 +234,12 @@ def draw_reconstructions(url: str, picture: str) -> float:
     made = autoencoder.decode(means * manifest.scale)
     error = float(((to_model_range(originals) - to_model_range(made)) ** 2).mean())
     names = [by_key.classes[item.label] for item in chosen]
-    _draw(originals, made, names, f"{storage.shown(url)}: mse {error:.4g}", picture)
+    _draw_rows(originals, made, names, f"{storage.display_path(url)}: mse {error:.4g}", image)
     return error
 
 
-def _spread(url: str, manifest: Manifest) -> tuple[list[int], np.ndarray]:
-    """Keys and moments of some pictures, evenly spread over all."""
+def _evenly_spaced_samples(url: str, manifest: Manifest) -> tuple[list[int], np.ndarray]:
+    """Keys and moments of some images, evenly spread over all."""
     counts = np.cumsum([entry.count for entry in manifest.shards])
     wanted = np.unique(np.linspace(0, counts[-1] - 1, min(SHOWN, int(counts[-1]))).astype(int))
     keys, moments = [], []
@@ -259,16 +257,16 @@ def _rows(originals: np.ndarray, made: np.ndarray) -> Iterator[tuple[str, np.nda
     yield "decoded", made
 
 
-def _draw(
-    originals: np.ndarray, made: np.ndarray, names: list[str], title: str, picture: str
+def _draw_rows(
+    originals: np.ndarray, made: np.ndarray, names: list[str], title: str, image: str
 ) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * len(names) + 0.8, 3.4), layout="constrained")
     axes = figure.subplots(2, len(names), squeeze=False)
-    for row, (label, pictures) in zip(axes, _rows(originals, made), strict=True):
-        for cell, pixels in zip(row, pictures, strict=True):
+    for row, (label, images) in zip(axes, _rows(originals, made), strict=True):
+        for cell, pixels in zip(row, images, strict=True):
             cell.imshow(pixels, interpolation="nearest")
             cell.set_axis_off()
         row[0].text(
@@ -277,5 +275,5 @@ def _draw(
     for cell, name in zip(axes[0], names, strict=True):
         cell.set_title(name, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    with storage.atomic_file(picture) as path, path.open("wb") as file:
+    with storage.atomic_file(image) as path, path.open("wb") as file:
         FigureCanvasAgg(figure).print_figure(file, format="png", dpi=150)

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 
-def _wide(t: Tensor, like: Tensor) -> Tensor:
+def _per_image(t: Tensor, like: Tensor) -> Tensor:
     return t.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def interpolate(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """The point of the path at time t (SiT, equation 5, time reversed)."""
-    return torch.lerp(x0, noise, _wide(t, x0))
+    return torch.lerp(x0, noise, _per_image(t, x0))
 
 
 def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity of each picture, (B,) (SiT, equation 7)."""
+    """Mean squared error of the velocity of each image, (B,) (SiT, equation 7)."""
     return ((velocity - (noise - x0)) ** 2).flatten(1).mean(1)
 
 
 def score(velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Gradient of log p_t(x) for t > 0: -E[noise | x] / t (SiT, equation 9)."""
-    t = _wide(t, x)
+    t = _per_image(t, x)
     return -(x + (1.0 - t) * velocity) / t

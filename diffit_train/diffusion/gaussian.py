@@ -78,7 +78,7 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 def variational_bound(
     schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor, values: Tensor
 ) -> Tensor:
-    """One term of the variational bound for each picture, (B,), in bits a dimension.
+    """One term of the variational bound for each image, (B,), in bits a dimension.
 
     KL of the posterior to the model's step, or the decoder's negative log-likelihood where t = 0.
     """
@@ -94,7 +94,7 @@ def variational_bound(
 
 @dataclass(frozen=True)
 class Loss:
-    """Losses of each picture, (B,): what is minimised, and its two parts."""
+    """Losses of each image, (B,): what is minimised, and its two parts."""
 
     total: Tensor
     mse: Tensor

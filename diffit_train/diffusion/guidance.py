@@ -67,7 +67,7 @@ def guided(
     """A denoiser (x, t) of conditional model output pushed away from the unconditional one.
 
     Only the first `channels` channels of the output are guided, u + w(t) (c - u); the other
-    channels and the variance stay the conditional ones. All pictures share one t.
+    channels and the variance stay the conditional ones. All images share one t.
 
     Args:
         model: (x, t, labels) to (B, O, h, w).

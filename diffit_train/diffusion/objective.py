@@ -46,7 +46,7 @@ class Objective(Protocol):
         """The noisy latents that the model sees."""
 
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Loss of each picture, (B,)."""
+        """Loss of each image, (B,)."""
 
     def sample(
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise

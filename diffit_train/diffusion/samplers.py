@@ -11,7 +11,7 @@ and returns (B, 2C, h, w), predicted noise first. For the flow
 
 where `velocity(x, t)` gets t (B,) in [0, 1] and returns (B, C, h, w). Either way x (B, C, h, w)
 is standard normal, and `noise(i)` gives the fresh standard normal noise of step i, so that a
-caller may seed every picture by itself.
+caller may seed every image by itself.
 """
 
 from __future__ import annotations

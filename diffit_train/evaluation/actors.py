@@ -12,7 +12,7 @@ import ray
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
-from diffit_train.data.sources import list_pictures
+from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.chunks import LABELS, Layout, Range
@@ -76,7 +76,7 @@ class EvaluationActor:
         self.network = load_features(self.recipe, self.device)
 
     def chunk(self, recipe: dict[str, Any], task: ChunkTask) -> int:
-        """Generate, measure and commit pictures `first` to `stop`; how many they are."""
+        """Generate, measure and commit images `first` to `stop`; how many they are."""
         self._load(recipe, task)
         evaluate, (first, stop) = self.recipe.evaluate, task.part
         size, classes = evaluate.batch_size, self.recipe.data.num_classes
@@ -85,10 +85,10 @@ class EvaluationActor:
             indices = range(start, start + size)
             labels = choose_labels(evaluate.labels, evaluate.seed, indices, classes)
             keys = [(evaluate.seed, i) for i in indices]
-            pictures = self.generator(keys, labels.tolist())
-            rows = {LABELS: labels, **self.network.extract(pictures)}
+            images = self.generator(keys, labels.tolist())
+            rows = {LABELS: labels, **self.network.extract(images)}
             inside = slice(0, min(size, stop - start))
-            pixels.append(pictures[inside])
+            pixels.append(images[inside])
             measured.append({name: values[inside] for name, values in rows.items()})
         joined = {name: np.concatenate([m[name] for m in measured]) for name in measured[0]}
         chunks.write_chunk(
@@ -101,8 +101,7 @@ class EvaluationActor:
             return
         self.recipe = Recipe.model_validate(recipe)
         from diffit_train.data.autoencoder import load_autoencoder
-        from diffit_train.evaluation.generate import Generator
-        from diffit_train.evaluation.sample import run_weights
+        from diffit_train.evaluation.generate import Generator, run_weights
 
         if self.autoencoder is None:
             self.autoencoder = load_autoencoder(self.recipe, self.device)
@@ -111,7 +110,7 @@ class EvaluationActor:
         self.loaded = (recipe, task.target.source, task.target.step)
 
     def reference_part(self, task: PartTask, target: str) -> int:
-        """Measure and commit a part of a picture source; how many pictures it has."""
+        """Measure and commit a part of an image source; how many images it has."""
         part = references.measure_part(self.network, task)
         try:
             references.write_part(target, part)
@@ -263,11 +262,11 @@ class EvaluationPool:
             return actor.chunk.remote(plain, task)
 
         def name(task: ChunkTask) -> str:
-            return f"{storage.shown(target.url)}/{chunks.chunk_name(task.part)}"
+            return f"{storage.display_path(target.url)}/{chunks.chunk_name(task.part)}"
 
         tasks = [ChunkTask(target, part) for part in missing]
         title = f"evaluate step {target.step:,}"
-        with Progress(title, evaluate.samples, "pictures", done) as shown:
+        with Progress(title, evaluate.samples, "images", done) as shown:
             for _, count in self.actors.run(tasks, call, name):
                 shown.update(shown.done + count)
 
@@ -275,7 +274,7 @@ class EvaluationPool:
         """The recipe's reference, made where it is missing."""
         if self._reference is None:
             file = reference_file(self.recipe)
-            self._reference = self._of_file(file) if file else self._of_pictures()
+            self._reference = self._of_file(file) if file else self._of_images()
         return self._reference
 
     def _of_file(self, file: str) -> FoundReference:
@@ -290,8 +289,8 @@ class EvaluationPool:
             references.write_reference(url, identity, found)
         return FoundReference(url, digest, references.read_reference(url, identity))
 
-    def _of_pictures(self) -> FoundReference:
-        listing = list_pictures(self.recipe)
+    def _of_images(self) -> FoundReference:
+        listing = list_images(self.recipe)
         identity = references.source_identity(self.recipe, listing)
         url = references.reference_url(self.recipe, identity)
         parts = f"{url}.parts"
@@ -299,7 +298,9 @@ class EvaluationPool:
         while not storage.exists(url):
             self._measure(tasks, parts)
             try:
-                found = references.joined(references.read_parts(parts, tasks), listing.url)
+                found = references.joined(
+                    references.read_reference_parts(parts, tasks), listing.url
+                )
             except FileNotFoundError:
                 # Another evaluation was at the same, has finished it and cleared up.
                 continue
@@ -315,7 +316,7 @@ class EvaluationPool:
             return actor.reference_part.remote(task, storage.join(url, references.part_name(task)))
 
         total, left = (sum(len(task.items) for task in some) for some in (tasks, missing))
-        with Progress("reference", total, "pictures", total - left) as shown:
+        with Progress("reference", total, "images", total - left) as shown:
             for _, count in self.actors.run(missing, call, references.part_name):
                 shown.update(shown.done + count)
 
@@ -324,7 +325,7 @@ def _shared_setup(recipe: Recipe) -> dict[str, Any]:
     """What actors have loaded, and what a reference depends on."""
     plain = recipe.model_dump(mode="json", exclude={"train": True, "tracking": True})
     evaluate = plain.pop("evaluate")
-    kept = ("features", "reference", "reference_pictures")
+    kept = ("features", "reference", "reference_images")
     return {**plain, "evaluate": {key: evaluate[key] for key in kept}}
 
 

@@ -92,5 +92,5 @@ def _register(recipe: Recipe, run: str, best: Any, tracker: Any) -> str | None:
     except unreachable_errors() as error:
         say(f"best so far: {shown}; not registered: {first_line(error)}")
         return None
-    say(f"best so far: {shown}; MLflow's model {name}@best is {storage.shown(file)}")
+    say(f"best so far: {shown}; MLflow's model {name}@best is {storage.display_path(file)}")
     return file

@@ -1,7 +1,7 @@
 """The pieces in which an evaluation is made, kept and read; and samples.npz out of them.
 
-A chunk is a range of whole batches, named by its first picture and the one after its last. Its
-pictures are committed before what was measured of them, so a measured chunk is a whole one. Which
+A chunk is a range of whole batches, named by its first image and the one after its last. Its
+images are committed before what was measured of them, so a measured chunk is a whole one. Which
 ranges there are may change from run to run: what is there is kept, the rest is made.
 """
 
@@ -26,18 +26,18 @@ FEATURES = "features"
 SPATIAL = "spatial"
 LOGITS = "logits"
 SEEN = "seen"
-_NAME = re.compile(r"chunk-(\d{7})-(\d{7})\.safetensors")
+_CHUNK_NAME = re.compile(r"chunk-(\d{7})-(\d{7})\.safetensors")
 
 
 class Range(NamedTuple):
-    """Pictures from `first` up to, not including, `stop`."""
+    """Images from `first` up to, not including, `stop`."""
 
     first: int
     stop: int
 
     @property
     def size(self) -> int:
-        """Pictures."""
+        """Images."""
         return self.stop - self.first
 
 
@@ -46,8 +46,8 @@ class Layout:
     """Which ranges an evaluation consists of.
 
     Args:
-        samples: pictures in all.
-        batch_size: pictures of a batch. Every batch is made whole, so that a picture does not
+        samples: images in all.
+        batch_size: images of a batch. Every batch is made whole, so that an image does not
             depend on how many there are; what is beyond `samples` is dropped.
         batches: of a chunk.
     """
@@ -67,7 +67,7 @@ class Layout:
         for part in [*sorted(there), Range(self.samples, self.samples)]:
             if part.first < place:
                 raise DiffitError(
-                    f"pictures {part.first} to {place - 1} lie in two chunks; delete "
+                    f"images {part.first} to {place - 1} lie in two chunks; delete "
                     f"{chunk_name(part)}"
                 )
             found += self._cut(place, part.first)
@@ -85,14 +85,14 @@ def chunk_name(part: Range) -> str:
     return f"chunk-{part.first:07d}-{part.stop:07d}.safetensors"
 
 
-def pictures_name(part: Range) -> str:
-    """File of the pictures, uint8 (n, R, R, 3)."""
-    return f"pictures-{part.first:07d}-{part.stop:07d}.npy"
+def images_name(part: Range) -> str:
+    """File of the images, uint8 (n, R, R, 3)."""
+    return f"images-{part.first:07d}-{part.stop:07d}.npy"
 
 
 def committed_chunks(url: str) -> list[Range]:
     """The chunks of an evaluation's folder that are whole, in order."""
-    matches = [_NAME.fullmatch(name) for name in storage.list_names(url)]
+    matches = [_CHUNK_NAME.fullmatch(name) for name in storage.list_names(url)]
     return sorted(Range(int(m[1]), int(m[2])) for m in matches if m)
 
 
@@ -104,10 +104,10 @@ def write_chunk(
     Args:
         key: of the evaluation, by which a chunk of another one is told.
         pixels: (n, R, R, 3) uint8.
-        measured: rows for each picture.
+        measured: rows for each image.
     """
     with (
-        storage.atomic_file(storage.join(url, pictures_name(part))) as path,
+        storage.atomic_file(storage.join(url, images_name(part))) as path,
         path.open("wb") as file,
     ):
         np.save(file, np.ascontiguousarray(pixels))
@@ -117,7 +117,7 @@ def write_chunk(
 
 
 def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
-    """What was measured of a chunk's pictures.
+    """What was measured of a chunk's images.
 
     Raises:
         DiffitError: it is damaged, or of another evaluation.
@@ -139,13 +139,13 @@ def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
     return rows
 
 
-def read_pictures(url: str, part: Range) -> np.ndarray:
-    """A chunk's pictures, (n, R, R, 3) uint8.
+def read_chunk_images(url: str, part: Range) -> np.ndarray:
+    """A chunk's images, (n, R, R, 3) uint8.
 
     Raises:
         DiffitError: they are damaged.
     """
-    name = storage.join(url, pictures_name(part))
+    name = storage.join(url, images_name(part))
     try:
         with storage.local_copy(name) as path:
             pixels = np.load(path, allow_pickle=False)
@@ -155,7 +155,7 @@ def read_pictures(url: str, part: Range) -> np.ndarray:
         ) from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != part.size:
         raise DiffitError(
-            f"{name} holds {pixels.dtype} of shape {pixels.shape}, not {part.size} pictures; "
+            f"{name} holds {pixels.dtype} of shape {pixels.shape}, not {part.size} images; "
             f"delete it and {chunk_name(part)}, and evaluate again"
         )
     return np.asarray(pixels)
@@ -170,7 +170,7 @@ def write_samples(url: str, target: str, samples: int, labelled: list[np.ndarray
         labelled: labels of each chunk.
     """
     parts = committed_chunks(url)
-    shape = (samples, *read_pictures(url, parts[0]).shape[1:])
+    shape = (samples, *read_chunk_images(url, parts[0]).shape[1:])
     with (
         storage.atomic_file(target) as path,
         zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
@@ -179,6 +179,6 @@ def write_samples(url: str, target: str, samples: int, labelled: list[np.ndarray
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
-                file.write(read_pictures(url, part).tobytes())
+                file.write(read_chunk_images(url, part).tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.save(file, np.concatenate(labelled))

@@ -24,11 +24,11 @@ from diffit_train.evaluation import references
 from diffit_train.evaluation.chunks import FEATURES
 from diffit_train.evaluation.features import load_features
 from diffit_train.evaluation.result import INCEPTION_SHA256
-from diffit_train.evaluation.scores import Figures
+from diffit_train.evaluation.scores import MetricSuite
 from diffit_train.progress import Progress, print_rows, say
 
 EXPECTED_FILE = "expected.json"
-# Figures that ADM's evaluator computes from distances in float16.
+# MetricSuite that ADM's evaluator computes from distances in float16.
 _OF_DISTANCES = ("precision", "recall")
 _ADM, _EXACT = "float16 distances, as ADM", "float64"
 _WEIGHTS = (".pth", ".safetensors")
@@ -59,7 +59,7 @@ class Expected(BaseModel):
 
 
 # ADM-G + ADM-U on ImageNet at 256 (Dhariwal & Nichol 2021, the evaluator's README).
-PUBLISHED = Expected(
+PUBLISHED_METRICS = Expected(
     figures={
         "inception_score": 215.84,
         "fid": 3.9426,
@@ -77,7 +77,7 @@ def conform(folder: str) -> dict[str, Any]:
         UserError: the folder lacks something; what and where it is to be had.
         DiffitError: a figure does not agree.
     """
-    weights, reference, samples = _files(folder)
+    weights, reference, samples = _find_files(folder)
     expected = _expected(folder)
     with zipfile.ZipFile(samples) as archive, references.opened_array(archive) as (_, shape, _):
         pass
@@ -92,7 +92,7 @@ def conform(folder: str) -> dict[str, Any]:
             f"data.resolution={shape[1]}",
             f"evaluate.samples={shape[0]}",
             f"evaluate.reference={reference}",
-            f"evaluate.reference_pictures={kept}",
+            f"evaluate.reference_images={kept}",
             f"evaluate.features.source={weights}",
             f"evaluate.features.name={_features_name(weights)}",
         ],
@@ -131,11 +131,11 @@ def _figures(
     network = load_features(recipe, device)
     with references.opened_npz(recipe, reference) as opened:
         known = opened.read(recipe, lambda pixels: network.extract(pixels)[FEATURES])
-    figures = Figures(recipe, known, rounding="adm")
+    figures = MetricSuite(recipe, known, rounding="adm")
     with (
         zipfile.ZipFile(samples) as archive,
         references.opened_array(archive) as (file, _, _),
-        Progress("conformance", shape[0], "pictures") as progress,
+        Progress("conformance", shape[0], "images") as progress,
     ):
         for pixels in references.batches(file, shape):
             figures.add(network.extract(pixels))
@@ -143,7 +143,7 @@ def _figures(
     return figures.values()
 
 
-def _files(folder: str) -> tuple[Path, Path, Path]:
+def _find_files(folder: str) -> tuple[Path, Path, Path]:
     """Weights, reference batch and sample batch."""
     place = Path(folder)
     if not place.is_dir():
@@ -172,7 +172,7 @@ def _files(folder: str) -> tuple[Path, Path, Path]:
 def _expected(folder: str) -> Expected:
     path = Path(folder) / EXPECTED_FILE
     if not path.exists():
-        return PUBLISHED
+        return PUBLISHED_METRICS
     try:
         return Expected.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -16,7 +16,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.fit import fit
 from diffit_train.data.preprocess import to_model_range
-from diffit_train.data.sources import list_pictures, read_items
+from diffit_train.data.sources import list_images, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, LOGITS, SEEN, SPATIAL
 from diffit_train.evaluation.inception import Inception, load_inception
@@ -24,7 +24,7 @@ from diffit_train.evaluation.result import FeaturesInfo, features_info, features
 
 WEIGHTS = "model.safetensors"
 STATE = "fit-state.safetensors"
-# Pictures are shifted by up to this many pixels while fitting, against learning them by heart.
+# Images are shifted by up to this many pixels while fitting, against learning them by heart.
 SHIFT_PIXELS = 1
 
 
@@ -44,7 +44,7 @@ class Classifier(nn.Module):
         self.to_classes = nn.Linear(features, classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, R, R) in [-1, 1] to features (B, D) and logits (B, classes)."""
+        """Images (B, 3, R, R) in [-1, 1] to features (B, D) and logits (B, classes)."""
         features = self.to_features(self.body(x))
         return features, self.to_classes(nn.functional.silu(features))
 
@@ -53,7 +53,7 @@ class FeatureNetwork(Protocol):
     """A network on a device."""
 
     def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Pictures (B, R, R, 3) uint8 to what is measured of each, rows of float32 and int64.
+        """Images (B, R, R, 3) uint8 to what is measured of each, rows of float32 and int64.
 
         `features` (B, D) always. Inception's also: `spatial` (B, 2023) and `logits` (B, 1008). A
         classifier's: `seen` (B,), the class that it sees.
@@ -112,20 +112,20 @@ def _load_classifier(recipe: Recipe) -> Classifier:
 
 
 def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
-    """Fit the classifier on the recipe's pictures, measure it on those held out, and save it."""
+    """Fit the classifier on the recipe's images, measure it on those held out, and save it."""
     section, url = recipe.evaluate.features.fit, features_url(recipe)
-    listing = list_pictures(recipe)
-    pictures = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
-    labels = np.array(listing.labels)[pictures.kept]
+    listing = list_images(recipe)
+    images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
+    labels = np.array(listing.labels)[images.kept]
     order = np.random.Generator(np.random.Philox(section.seed)).permutation(len(labels))
     held_out, used = np.split(order, [max(1, round(section.held_out_fraction * len(labels)))])
     if not len(used):
-        raise UserError(f"{listing.url} holds too few pictures to fit a classifier: {len(labels)}")
+        raise UserError(f"{listing.url} holds too few images to fit a classifier: {len(labels)}")
     torch.manual_seed(section.seed)
     model = Classifier(
         recipe.data.resolution, len(listing.classes), list(section.channels), section.features
     )
-    x, y = torch.from_numpy(to_model_range(pictures.pixels)), torch.from_numpy(labels)
+    x, y = torch.from_numpy(to_model_range(images.pixels)), torch.from_numpy(labels)
 
     def loss(step: int, random: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = torch.from_numpy(random.choice(used, size=section.batch_size))
@@ -147,10 +147,10 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
     with torch.no_grad():
         seen = model(x[held_out])[1].argmax(1)
     accuracy = float((seen == y[held_out]).double().mean())
-    return _save(recipe, url, model, identity, list(listing.classes), accuracy)
+    return _save_classifier(recipe, url, model, identity, list(listing.classes), accuracy)
 
 
-def _save(
+def _save_classifier(
     recipe: Recipe, url: str, model: Classifier, identity: str, classes: list[str], accuracy: float
 ) -> FeaturesInfo:
     section: Any = recipe.evaluate.features.fit

@@ -13,7 +13,7 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
     """Fit the recipe's feature network; a finished one is left alone, a killed fit goes on.
 
     Raises:
-        UserError: the folder holds another network, or the pictures cannot be had.
+        UserError: the folder holds another network, or the images cannot be had.
     """
     url = features_url(recipe)
     identity = storage.digest(
@@ -29,11 +29,11 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
                 f"{url} holds a feature network of another recipe; set evaluate.features.source "
                 "to another folder, or delete that one"
             )
-        say(f"feature network {storage.shown(url)} is fitted already")
+        say(f"feature network {storage.display_path(url)} is fitted already")
         return info
     from diffit_train.evaluation.features import fit_classifier
 
     info = fit_classifier(recipe, identity)
-    share = f"{info.held_out_accuracy:.1%} of held-out pictures are recognised"
-    say(f"feature network {storage.shown(url)}: {share}")
+    share = f"{info.held_out_accuracy:.1%} of held-out images are recognised"
+    say(f"feature network {storage.display_path(url)}: {share}")
     return info

@@ -1,4 +1,4 @@
-"""Pictures from a model: picture i depends on the seed and i alone, not on its batch."""
+"""Images from a model: image i depends on the seed and i alone, not on its batch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import Autoencoder
+from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.diffusion.guidance import build_weight, guided, saved_share
 from diffit_train.diffusion.objective import build_objective, visited_timesteps
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
-from diffit_train.models.published import FIXED
+from diffit_train.models.published import FIXED, check_published, read_weights_file
 from diffit_train.models.wrap import compile_blocks, use_kernel
+from diffit_train.runs.checkpoints import read_weights, reconstructed_url
 
 
-class PictureNoise:
-    """Standard normal noise (B, C, h, w), each picture's from its own generator.
+class ImageNoise:
+    """Standard normal noise (B, C, h, w), each image's from its own generator.
 
     Args:
-        keys: (seed, index) of each picture, (B,).
+        keys: (seed, index) of each image, (B,).
         shape: (C, h, w).
     """
 
@@ -33,7 +36,7 @@ class PictureNoise:
         ]
 
     def __call__(self, device: torch.device) -> Tensor:
-        """The next noise of every picture."""
+        """The next noise of every image."""
         rows = [g.standard_normal(self.shape, dtype=np.float32) for g in self.generators]
         return torch.from_numpy(np.stack(rows)).to(device)
 
@@ -54,7 +57,7 @@ class Generator:
         self.recipe, self.autoencoder = recipe, autoencoder
         self.device = autoencoder.device
         model = build_model(recipe)
-        load_weights(model, weights)
+        fill_model(model, weights)
         self.model = model.to(self.device).eval().requires_grad_(False)
         use_kernel(model, recipe.model.attention, self.device)
         if recipe.evaluate.compile:
@@ -64,15 +67,15 @@ class Generator:
 
     @torch.no_grad()
     def __call__(self, keys: Sequence[tuple[int, int]], labels: Sequence[int]) -> np.ndarray:
-        """Pictures (B, R, R, 3) uint8.
+        """Images (B, R, R, 3) uint8.
 
         Args:
-            keys: (seed, index) of each picture's noise, (B,).
+            keys: (seed, index) of each image's noise, (B,).
             labels: their classes, (B,).
         """
         classes, size = self.recipe.data.num_classes, self.recipe.latent_size
         channels = self.recipe.autoencoder.latent_channels
-        noise = PictureNoise(keys, (channels, size, size))
+        noise = ImageNoise(keys, (channels, size, size))
         section = self.recipe.evaluate.guidance
         denoise = guided(
             self._predict,
@@ -112,8 +115,8 @@ def guidance_saving(recipe: Recipe) -> str:
     )
 
 
-def network_evaluations(recipe: Recipe) -> float:
-    """Passes of the network that a picture takes, with those for guidance."""
+def nfe_per_image(recipe: Recipe) -> float:
+    """Passes of the network that an image takes, with those for guidance."""
     guidance, diffusion = recipe.evaluate.guidance, recipe.diffusion
     visited = visited_timesteps(diffusion, recipe.evaluate.sampler)
     if not recipe.model.conditional:
@@ -122,7 +125,7 @@ def network_evaluations(recipe: Recipe) -> float:
     return 2.0 * len(visited) * (1.0 - saved_share(weight, visited, guidance.skip_within))
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def fill_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Fill a model, strictly: what was learned must be there, and nothing else.
 
     Raises:
@@ -139,3 +142,36 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             f"the checkpoint is of another model: it lacks {missing[:3]} and has "
             f"{answer.unexpected_keys[:3]} too many"
         )
+
+
+def class_names(recipe: Recipe) -> list[str]:
+    """Names of the classes from the latents where they are there, else their numbers."""
+    url = latents_url(recipe)
+    if storage.exists(storage.join(url, MANIFEST)):
+        names = load_manifest(url).classes
+        if len(names) == recipe.data.num_classes:
+            return names
+    return [str(number) for number in range(recipe.data.num_classes)]
+
+
+def run_weights(recipe: Recipe, url: str, step: int) -> dict[str, Tensor]:
+    """Weights of a run's checkpoint, EMA or raw as `evaluate.weights` says.
+
+    Raises:
+        UserError: they are to be of another profile, which has not been made.
+    """
+    width = recipe.evaluate.reconstructed
+    if width is not None:
+        file = reconstructed_url(url, width, step)
+        if not storage.exists(file):
+            raise UserError(
+                f"{file} has not been made; run `diffit ema reconstruct` with --sigma-rel "
+                f"{width:g} --step {step}"
+            )
+        return file_weights(recipe, file)
+    return read_weights(url, step, recipe.evaluate.weights)
+
+
+def file_weights(recipe: Recipe, file: str, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Weights of an export or a published file."""
+    return check_published(build_model(recipe), read_weights_file(file, allow_pickle), file)

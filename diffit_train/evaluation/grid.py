@@ -1,4 +1,4 @@
-"""A picture of samples: a row for each class, its name at the left."""
+"""An image of samples: a row for each class, its name at the left."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ CELL_INCHES = 0.55
 
 
 def draw_grid(
-    pictures: dict[int, list[np.ndarray]], classes: list[str], title: str, url: str
+    images: dict[int, list[np.ndarray]], classes: list[str], title: str, url: str
 ) -> None:
     """Write a PNG with a row for each label.
 
     Args:
-        pictures: by label, an index into `classes`; each (R, R, 3) uint8.
+        images: by label, an index into `classes`; each (R, R, 3) uint8.
         url: where the PNG goes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = max(len(row) for row in pictures.values())
-    size = (columns * CELL_INCHES + 1.0, len(pictures) * CELL_INCHES + 0.7)
+    columns = max(len(row) for row in images.values())
+    size = (columns * CELL_INCHES + 1.0, len(images) * CELL_INCHES + 0.7)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(pictures), columns, squeeze=False)
-    for row, (label, chosen) in zip(axes, sorted(pictures.items()), strict=True):
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for row, (label, chosen) in zip(axes, sorted(images.items()), strict=True):
         for cell in row:
             cell.set_axis_off()
-        for cell, picture in zip(row, chosen, strict=False):
-            cell.imshow(picture, interpolation="nearest")
+        for cell, image in zip(row, chosen, strict=False):
+            cell.imshow(image, interpolation="nearest")
         place = row[0].transAxes
         row[0].text(-0.15, 0.5, classes[label], transform=place, ha="right", va="center")
     figure.suptitle(title, fontsize=9)

@@ -29,10 +29,10 @@ def precision_recall_half(real: Array, fake: Array, neighbours: int) -> tuple[fl
         real: (n, D), float32 or what rounds to it. fake: (m, D). neighbours: k; below n and m.
     """
     real, fake = real.astype(np.float32), fake.astype(np.float32)
-    real_radii, fake_radii = (_radii(points, neighbours) for points in (real, fake))
+    real_radii, fake_radii = (_half_radii(points, neighbours) for points in (real, fake))
     real_inside, fake_inside = np.zeros(len(real), bool), np.zeros(len(fake), bool)
-    for a in _parts(len(real), BLOCK_ROWS):
-        for b in _parts(len(fake), BLOCK_ROWS):
+    for a in _half_blocks(len(real), BLOCK_ROWS):
+        for b in _half_blocks(len(fake), BLOCK_ROWS):
             for rows, distances in _distances(real[a], fake[b]):
                 here = slice(a.start + rows.start, a.start + rows.stop)
                 real_inside[here] |= (distances <= fake_radii[b]).any(1)
@@ -40,14 +40,14 @@ def precision_recall_half(real: Array, fake: Array, neighbours: int) -> tuple[fl
     return float(fake_inside.mean()), float(real_inside.mean())
 
 
-def _radii(points: Array, neighbours: int) -> Array:
+def _half_radii(points: Array, neighbours: int) -> Array:
     """Squared distance of each point to its k-th nearest besides itself, float32 (n,).
 
     By place, as ADM: the first is taken for the point itself, whose distance rounding may move.
     """
     nearest = np.full((len(points), neighbours + 1), np.inf, np.float32)
-    for a in _parts(len(points), BLOCK_ROWS):
-        for b in _parts(len(points), BLOCK_ROWS):
+    for a in _half_blocks(len(points), BLOCK_ROWS):
+        for b in _half_blocks(len(points), BLOCK_ROWS):
             for rows, distances in _distances(points[a], points[b]):
                 here = slice(a.start + rows.start, a.start + rows.stop)
                 known = np.concatenate([nearest[here], distances], axis=1)
@@ -59,41 +59,41 @@ def _distances(u: Array, v: Array) -> Iterator[tuple[slice, Array]]:
     """Squared distances (rows, m) of one of ADM's blocks, float32, some rows of u after others."""
     near = np.empty((len(u), len(v)), np.float16)
     with np.errstate(over="ignore", invalid="ignore"):
-        halves = _Points.of(u, np.float16), _Points.of(v, np.float16)
-        for rows in _parts(len(u), _ROWS):
+        halves = _HalfPoints.of(u, np.float16), _HalfPoints.of(v, np.float16)
+        for rows in _half_blocks(len(u), _ROWS):
             near[rows] = _squared(halves[0], rows, halves[1])
     if np.isfinite(near).all():
-        for rows in _parts(len(u), _ROWS):
+        for rows in _half_blocks(len(u), _ROWS):
             yield rows, near[rows].astype(np.float32)
         return
-    singles = _Points.of(u, np.float32), _Points.of(v, np.float32)
-    for rows in _parts(len(u), _ROWS):
+    singles = _HalfPoints.of(u, np.float32), _HalfPoints.of(v, np.float32)
+    for rows in _half_blocks(len(u), _ROWS):
         yield rows, _squared(singles[0], rows, singles[1])
 
 
-class _Points(NamedTuple):
+class _HalfPoints(NamedTuple):
     """Rows (n, D) rounded to a type, held in float32, and their squared lengths in that type."""
 
     rows: Array
     lengths: Array
 
     @classmethod
-    def of(cls, rows: Array, kind: type[np.floating]) -> _Points:
+    def of(cls, rows: Array, kind: type[np.floating]) -> _HalfPoints:
         rounded = rows.astype(kind)
         lengths = np.empty(len(rows), kind)
-        for part in _parts(len(rows), _ROWS):
+        for part in _half_blocks(len(rows), _ROWS):
             squares = rounded[part] * rounded[part]
             lengths[part] = squares.sum(1, dtype=np.float32)
         return cls(rounded.astype(np.float32), lengths)
 
 
-def _squared(u: _Points, rows: slice, v: _Points) -> Array:
+def _squared(u: _HalfPoints, rows: slice, v: _HalfPoints) -> Array:
     """|u|^2 - 2 u v + |v|^2, not below 0, each operation rounded to the type of the lengths."""
     kind = u.lengths.dtype
     products = (u.rows[rows] @ v.rows.T).astype(kind) * kind.type(2)
     return np.maximum(u.lengths[rows, None] - products + v.lengths, kind.type(0))
 
 
-def _parts(count: int, size: int) -> Iterator[slice]:
+def _half_blocks(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

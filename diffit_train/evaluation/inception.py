@@ -81,7 +81,7 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def _wide(channels_in: int, channels: int) -> Conv:
+def _wide_conv(channels_in: int, channels: int) -> Conv:
     return Conv(channels_in, channels, (1, 7), padding=(0, 3))
 
 
@@ -136,13 +136,13 @@ class Mixed17(nn.Module):
         super().__init__()
         self.branch1x1 = Conv(768, 192, 1)
         self.branch7x7_1 = Conv(768, c7, 1)
-        self.branch7x7_2 = _wide(c7, c7)
+        self.branch7x7_2 = _wide_conv(c7, c7)
         self.branch7x7_3 = _high(c7, 192)
         self.branch7x7dbl_1 = Conv(768, c7, 1)
         self.branch7x7dbl_2 = _high(c7, c7)
-        self.branch7x7dbl_3 = _wide(c7, c7)
+        self.branch7x7dbl_3 = _wide_conv(c7, c7)
         self.branch7x7dbl_4 = _high(c7, c7)
-        self.branch7x7dbl_5 = _wide(c7, 192)
+        self.branch7x7dbl_5 = _wide_conv(c7, 192)
         self.branch_pool = Conv(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Reduce8(nn.Module):
         self.branch3x3_1 = Conv(768, 192, 1)
         self.branch3x3_2 = Conv(192, 320, 3, stride=2)
         self.branch7x7x3_1 = Conv(768, 192, 1)
-        self.branch7x7x3_2 = _wide(192, 192)
+        self.branch7x7x3_2 = _wide_conv(192, 192)
         self.branch7x7x3_3 = _high(192, 192)
         self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
 
@@ -213,7 +213,7 @@ class InceptionOutput(NamedTuple):
 
 
 class Inception(nn.Module):
-    """Pictures to features."""
+    """Images to features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,14 +236,14 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, CLASSES)
 
     def forward(self, pixels: Tensor) -> InceptionOutput:
-        """Pictures (B, H, W, 3) uint8 of any size to features.
+        """Images (B, H, W, 3) uint8 of any size to features.
 
         Raises:
             ValueError: another type or shape.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(
-                f"pictures are (B, H, W, 3) uint8, not {tuple(pixels.shape)} {pixels.dtype}"
+                f"images are (B, H, W, 3) uint8, not {tuple(pixels.shape)} {pixels.dtype}"
             )
         with _no_tf32():
             return self._measured(pixels)
@@ -324,7 +324,7 @@ def load_inception(
         )
     with torch.device("meta"):
         model = Inception()
-    model.load_state_dict(_checked(_read(path, source), model, source), assign=True)
+    model.load_state_dict(_check_tensors(_read_tensors(path, source), model, source), assign=True)
     return model.to(device).eval().requires_grad_(False), sha256
 
 
@@ -397,7 +397,7 @@ def _published() -> Path:
     return path
 
 
-def _read(path: Path, source: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, source: str) -> dict[str, Tensor]:
     """All tensors of a file; its pickle may build tensors only and runs no code."""
     try:
         if path.suffix == ".safetensors":
@@ -411,7 +411,7 @@ def _read(path: Path, source: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _checked(tensors: dict[str, Tensor], model: Inception, source: str) -> dict[str, Tensor]:
+def _check_tensors(tensors: dict[str, Tensor], model: Inception, source: str) -> dict[str, Tensor]:
     """The tensors of exactly the model's names and shapes, float32."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # Counters of training steps; they are in some files and mean nothing here.

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, on features of shape (n, D); sums in float64."""
+"""Distances between sets of images, on features of shape (n, D); sums in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SPARE = 4
 
 
 @dataclass(frozen=True)
-class Moments:
+class FeatureStats:
     """Sums from which mean and covariance follow; those of two sets can be added.
 
     The covariance has a relative error of about 1e-15 * (1 + (mean / deviation)^2): below 1e-9 up
@@ -48,7 +48,7 @@ class Moments:
             ValueError: another shape, or a number that is not finite.
         """
         if features.ndim != 2:
-            raise ValueError(f"features have the shape {features.shape}, not (pictures, features)")
+            raise ValueError(f"features have the shape {features.shape}, not (images, features)")
         count, width = features.shape
         total, outer = np.zeros(width), np.zeros((width, width))
         for start in range(0, count, _BLOCK_ROWS):
@@ -58,25 +58,27 @@ class Moments:
             outer += rows.T @ rows
         return cls(count, total, outer)
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+    def __add__(self, other: FeatureStats) -> FeatureStats:
+        return FeatureStats(
+            self.count + other.count, self.total + other.total, self.outer + other.outer
+        )
 
     @property
     def mean(self) -> Array:
-        """(D,); ValueError without any picture."""
+        """(D,); ValueError without any image."""
         self._require(1)
         return self.total / self.count
 
     @property
     def covariance(self) -> Array:
-        """(D, D), with n - 1 in the denominator; ValueError below two pictures."""
+        """(D, D), with n - 1 in the denominator; ValueError below two images."""
         self._require(2)
         centred = self.outer - np.outer(self.total, self.total) / self.count
         return centred / (self.count - 1)
 
     def _require(self, count: int) -> None:
         if self.count < count:
-            raise ValueError(f"{self.count} pictures are too few for a mean and a covariance")
+            raise ValueError(f"{self.count} images are too few for a mean and a covariance")
 
 
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
@@ -162,14 +164,14 @@ def _require_finite(name: str, values: Array) -> None:
 
 
 class InceptionScore:
-    """Inception score (Salimans et al. 2016) over splits in picture order, as ADM computes it.
+    """Inception score (Salimans et al. 2016) over splits in image order, as ADM computes it.
 
     exp(mean over x of KL(p(y|x) || p(y))) of each split, the last of which may be short. Of a split
     only sums are kept: of p, and of p log p. Scores of parts add up, in any order.
 
     Args:
-        split: pictures in a split.
-        first: number of the first picture that is added.
+        split: images in a split.
+        first: number of the first image that is added.
     """
 
     def __init__(self, split: int = 5000, first: int = 0) -> None:
@@ -179,13 +181,13 @@ class InceptionScore:
         self._sums: dict[int, Array] = {}
 
     def add(self, logits: Array) -> None:
-        """Take in the logits (n, K) of the pictures that follow.
+        """Take in the logits (n, K) of the images that follow.
 
         Raises:
             ValueError: another shape, or a number that is not finite.
         """
         if logits.ndim != 2:
-            raise ValueError(f"logits have the shape {logits.shape}, not (pictures, classes)")
+            raise ValueError(f"logits have the shape {logits.shape}, not (images, classes)")
         _require_finite("logits", logits)
         start = 0
         while start < len(logits):
@@ -197,7 +199,7 @@ class InceptionScore:
 
     def __add__(self, other: InceptionScore) -> InceptionScore:
         if self.split != other.split:
-            raise ValueError(f"splits of {self.split} and of {other.split} pictures do not add up")
+            raise ValueError(f"splits of {self.split} and of {other.split} images do not add up")
         result = InceptionScore(self.split, max(self.next, other.next))
         for part in (self, other):
             for number, count in part._counts.items():
@@ -216,17 +218,17 @@ class InceptionScore:
         """Mean and standard deviation over the splits.
 
         Raises:
-            ValueError: there are no pictures, or some are missing or counted twice.
+            ValueError: there are no images, or some are missing or counted twice.
         """
         if not self.next or not self._counts:
-            raise ValueError("no pictures were added for the inception score")
+            raise ValueError("no images were added for the inception score")
         scores = []
         for number in range(-(-self.next // self.split)):
             expected = min(self.split, self.next - number * self.split)
             count = self._counts.get(number, 0)
             if count != expected:
                 raise ValueError(
-                    f"split {number} of the inception score has {count} pictures, not {expected}"
+                    f"split {number} of the inception score has {count} images, not {expected}"
                 )
             mean = self._sums[number] / count
             marginal, negative_entropy = mean[:-1], mean[-1]
@@ -236,7 +238,7 @@ class InceptionScore:
 
 
 def _sums_of_split(logits: Array) -> Array:
-    """Sums over pictures of p, and of p log p: (K + 1,)."""
+    """Sums over images of p, and of p log p: (K + 1,)."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -281,7 +283,7 @@ def _require_sets(real: Array, fake: Array, least: int, need: str) -> None:
         if rows.ndim != 2 or rows.shape[1] != fake.shape[-1]:
             raise ValueError(f"real and fake features differ: {real.shape} and {fake.shape}")
         if len(rows) < least:
-            raise ValueError(f"{len(rows)} {name} pictures are too few for {need}")
+            raise ValueError(f"{len(rows)} {name} images are too few for {need}")
         _require_finite(f"{name} features", rows)
 
 
@@ -293,7 +295,7 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
 
-    Precision is the share of fakes inside the real pictures' manifold, recall the reverse; a
+    Precision is the share of fakes inside the real images' manifold, recall the reverse; a
     manifold is the union of closed balls around each point that reach its k-th nearest neighbour.
 
     Distances are screened in float32; what that leaves open is decided in float64. Memory grows

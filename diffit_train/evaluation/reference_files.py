@@ -58,7 +58,7 @@ def reference_identity(recipe: Recipe) -> str | None:
     if file is None:
         return OWN
     if is_web(recipe.evaluate.reference):
-        record = _record(file)
+        record = _read_marker(file)
         return record.sha256 if record else None
     if not storage.exists(file):
         raise UserError(f"evaluate.reference {file} does not exist")
@@ -72,7 +72,7 @@ def opened_reference(recipe: Recipe, file: str) -> Iterator[Path]:
     Raises:
         DiffitError: a downloaded one is damaged.
     """
-    record = _record(file) if is_web(recipe.evaluate.reference) else None
+    record = _read_marker(file) if is_web(recipe.evaluate.reference) else None
     with storage.local_copy(file) as path:
         if record is not None:
             found = storage.sha256_file(path) if path.is_file() else "missing"
@@ -92,7 +92,7 @@ def fetch_reference(recipe: Recipe) -> None:
         UserError: it cannot be downloaded; what to do instead.
     """
     file, url = reference_file(recipe), recipe.evaluate.reference
-    if file is None or not is_web(url) or _record(file) is not None:
+    if file is None or not is_web(url) or _read_marker(file) is not None:
         return
     try:
         with storage.atomic_file(file) as path:
@@ -100,11 +100,11 @@ def fetch_reference(recipe: Recipe) -> None:
             if not zipfile.is_zipfile(path):
                 raise OSError(f"{path.stat().st_size:,} bytes came, which are no .npz file")
             record = Downloaded(
-                url=_shown(url), bytes=path.stat().st_size, sha256=storage.sha256_file(path)
+                url=_redacted_url(url), bytes=path.stat().st_size, sha256=storage.sha256_file(path)
             )
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"evaluate.reference {_shown(url)} cannot be downloaded ({error}); try again, or "
+            f"evaluate.reference {_redacted_url(url)} cannot be downloaded ({error}); try again, or "
             f"download {PurePosixPath(urlsplit(url).path).name} elsewhere, put it where every "
             "worker reads it, and set evaluate.reference=PATH (a path or s3://bucket/key); "
             f"evaluate.reference={OWN} compares with statistics of data.source instead, which are "
@@ -125,13 +125,13 @@ def _marker(file: str) -> str:
     return f"{file}.json"
 
 
-def _shown(url: str) -> str:
+def _redacted_url(url: str) -> str:
     """A URL without credentials."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], query="").geturl()
 
 
-def _record(file: str) -> Downloaded | None:
+def _read_marker(file: str) -> Downloaded | None:
     try:
         return Downloaded.model_validate_json(storage.read_bytes(_marker(file)))
     except FileNotFoundError:

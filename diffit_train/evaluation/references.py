@@ -1,4 +1,4 @@
-"""Statistics of the real pictures: computed from a source once, or read from ADM's or EDM's files.
+"""Statistics of the real images: computed from a source once, or read from ADM's or EDM's files.
 
 Both are kept under ROOT/references, named by a hash of all that they depend on.
 """
@@ -20,11 +20,11 @@ from safetensors.numpy import save_file
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import OWN
-from diffit_train.data.sources import Item, Kind, PictureList, read_items
+from diffit_train.data.sources import ImageList, Item, SourceKind, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
 from diffit_train.evaluation.features import FeatureNetwork
-from diffit_train.evaluation.metrics import Moments
+from diffit_train.evaluation.metrics import FeatureStats
 from diffit_train.evaluation.reference_files import (
     fetch_reference,
     opened_reference,
@@ -33,13 +33,13 @@ from diffit_train.evaluation.reference_files import (
 from diffit_train.evaluation.result import features_digest
 from diffit_train.progress import Progress
 
-# A source is measured in at most so many parts, each of at least so many pictures: sums of 2048
-# features are 32 MB, whatever the number of pictures.
+# A source is measured in at most so many parts, each of at least so many images: sums of 2048
+# features are 32 MB, whatever the number of images.
 MOST_PARTS = 64
 SMALLEST_PART = 512
 # Belongs to every identity, so that files of an earlier layout are not met.
 LAYOUT = 2
-# Pictures of a pass through the network.
+# Images of a pass through the network.
 BATCH = 64
 # What ADM's and EDM's files call mean and covariance; the last two are of the spatial features.
 _ADM_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
@@ -55,7 +55,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Reference:
-    """The real pictures: `pool` and `spatial` over all, `features` (n, D) of some.
+    """The real images: `pool` and `spatial` over all, `features` (n, D) of some.
 
     `count` is how many there are in all, and `features` what precision and recall need; None
     where a file does not say.
@@ -68,18 +68,18 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Sums over a stretch of the source's pictures, and the features of those kept."""
+class ReferencePart:
+    """Sums over a stretch of the source's images, and the features of those kept."""
 
-    pool: Moments
-    spatial: Moments | None
+    pool: FeatureStats
+    spatial: FeatureStats | None
     features: np.ndarray
 
 
 class FoundReference(NamedTuple):
     """A reference and where it is kept.
 
-    `digest` tells what it is: the SHA-256 of a file, else a hash of pictures and features.
+    `digest` tells what it is: the SHA-256 of a file, else a hash of images and features.
     """
 
     url: str
@@ -93,7 +93,7 @@ class PartTask:
 
     number: int
     url: str
-    kind: Kind
+    kind: SourceKind
     items: Sequence[Item]
     kept: Sequence[int]
     resolution: int
@@ -106,15 +106,15 @@ def reference_url(recipe: Recipe, identity: str) -> str:
     return storage.join(recipe.storage.root, "references", name)
 
 
-def source_identity(recipe: Recipe, listing: PictureList) -> str:
-    """Hash of what a reference of a picture source depends on."""
+def source_identity(recipe: Recipe, listing: ImageList) -> str:
+    """Hash of what a reference of an image source depends on."""
     return storage.digest(
         [
             LAYOUT,
             listing.digest(),
             features_digest(recipe),
             recipe.data.resolution,
-            recipe.evaluate.reference_pictures,
+            recipe.evaluate.reference_images,
         ]
     )
 
@@ -122,27 +122,27 @@ def source_identity(recipe: Recipe, listing: PictureList) -> str:
 def file_identity(recipe: Recipe, sha256: str) -> str:
     """Hash of what a reference of a file depends on."""
     return storage.digest(
-        [LAYOUT, "file", sha256, features_digest(recipe), recipe.evaluate.reference_pictures]
+        [LAYOUT, "file", sha256, features_digest(recipe), recipe.evaluate.reference_images]
     )
 
 
-# ---- From pictures ----
+# ---- From images ----
 
 
-def kept_pictures(recipe: Recipe, listing: PictureList) -> list[int]:
-    """Places of the pictures whose features are kept.
+def kept_images(recipe: Recipe, listing: ImageList) -> list[int]:
+    """Places of the images whose features are kept.
 
     The list is sorted by class, so they are spread evenly over the whole of it.
     """
-    wanted = min(recipe.evaluate.reference_pictures, len(listing))
+    wanted = min(recipe.evaluate.reference_images, len(listing))
     spread = np.linspace(0, len(listing) - 1, wanted).round().astype(int)
     return sorted(set(spread.tolist()))
 
 
-def part_tasks(recipe: Recipe, listing: PictureList) -> Iterator[PartTask]:
+def part_tasks(recipe: Recipe, listing: ImageList) -> Iterator[PartTask]:
     """The parts of a source, in order."""
     size = max(SMALLEST_PART, -(-len(listing) // MOST_PARTS))
-    places = np.array(kept_pictures(recipe, listing))
+    places = np.array(kept_images(recipe, listing))
     for number, start in enumerate(range(0, len(listing), size)):
         kept = places[(places >= start) & (places < start + size)] - start
         items = listing.items[start : start + size]
@@ -150,28 +150,28 @@ def part_tasks(recipe: Recipe, listing: PictureList) -> Iterator[PartTask]:
         yield PartTask(number, listing.url, listing.kind, items, kept.tolist(), side)
 
 
-def measure_part(network: FeatureNetwork, task: PartTask) -> Part | None:
-    """Sums over a stretch of a source; None where not one of its pictures can be read."""
+def measure_part(network: FeatureNetwork, task: PartTask) -> ReferencePart | None:
+    """Sums over a stretch of a source; None where not one of its images can be read."""
     wanted, chosen = set(task.kept), []
-    pool: Moments | None = None
-    spatial: Moments | None = None
+    pool: FeatureStats | None = None
+    spatial: FeatureStats | None = None
     for start in range(0, len(task.items), BATCH):
         items = task.items[start : start + BATCH]
-        pictures = read_items(task.url, task.kind, items, task.resolution)
-        if not pictures.kept:
+        images = read_items(task.url, task.kind, items, task.resolution)
+        if not images.kept:
             continue
-        rows = network.extract(pictures.pixels)
+        rows = network.extract(images.pixels)
         pool = added(pool, rows[FEATURES])
         if SPATIAL in rows:
             spatial = added(spatial, rows[SPATIAL])
-        here = [row for row, place in enumerate(pictures.kept) if start + place in wanted]
+        here = [row for row, place in enumerate(images.kept) if start + place in wanted]
         chosen.append(rows[FEATURES][here])
-    return None if pool is None else Part(pool, spatial, np.concatenate(chosen))
+    return None if pool is None else ReferencePart(pool, spatial, np.concatenate(chosen))
 
 
-def added(sums: Moments | None, rows: np.ndarray) -> Moments:
+def added(sums: FeatureStats | None, rows: np.ndarray) -> FeatureStats:
     """Sums with further rows (n, D) in them."""
-    return Moments.of(rows) if sums is None else sums + Moments.of(rows)
+    return FeatureStats.of(rows) if sums is None else sums + FeatureStats.of(rows)
 
 
 def part_name(task: PartTask) -> str:
@@ -179,8 +179,8 @@ def part_name(task: PartTask) -> str:
     return f"part-{task.number:05d}.safetensors"
 
 
-def write_part(target: str, part: Part | None) -> None:
-    """Commit a part; one without pictures is an empty file of tensors."""
+def write_part(target: str, part: ReferencePart | None) -> None:
+    """Commit a part; one without images is an empty file of tensors."""
     tensors: dict[str, np.ndarray] = {}
     if part is not None:
         tensors["features"] = np.ascontiguousarray(part.features)
@@ -191,7 +191,7 @@ def write_part(target: str, part: Part | None) -> None:
         save_file(tensors, str(path), metadata={"count": str(part.pool.count if part else 0)})
 
 
-def read_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[Part]:
+def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[ReferencePart]:
     """The parts of all tasks, in order; FileNotFoundError where one is missing."""
     for task in tasks:
         file = storage.join(url, part_name(task))
@@ -205,21 +205,21 @@ def read_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[Part]:
             raise DiffitError(f"{file} is damaged ({error}); delete it and go on") from error
         if count:
             sums = {
-                key: Moments(count, rows[f"{key}_total"], rows[f"{key}_outer"])
+                key: FeatureStats(count, rows[f"{key}_total"], rows[f"{key}_outer"])
                 for key in ("pool", "spatial")
                 if f"{key}_total" in rows
             }
-            yield Part(sums["pool"], sums.get("spatial"), rows["features"])
+            yield ReferencePart(sums["pool"], sums.get("spatial"), rows["features"])
 
 
-def joined(parts: Iterable[Part], url: str) -> Reference:
+def joined(parts: Iterable[ReferencePart], url: str) -> Reference:
     """The reference of all parts of a source, in order; one part is in memory at a time.
 
     Raises:
-        UserError: fewer than two pictures could be read.
+        UserError: fewer than two images could be read.
     """
-    pool: Moments | None = None
-    spatial: Moments | None = None
+    pool: FeatureStats | None = None
+    spatial: FeatureStats | None = None
     features = []
     for part in parts:
         pool = part.pool if pool is None else pool + part.pool
@@ -227,7 +227,7 @@ def joined(parts: Iterable[Part], url: str) -> Reference:
             spatial = part.spatial if spatial is None else spatial + part.spatial
         features.append(part.features)
     if pool is None or pool.count < 2:
-        raise UserError(f"fewer than two pictures of {url} can be read")
+        raise UserError(f"fewer than two images of {url} can be read")
     return Reference(
         Statistics(pool.mean, pool.covariance),
         None if spatial is None else Statistics(spatial.mean, spatial.covariance),
@@ -247,7 +247,7 @@ def check_reference_file(recipe: Recipe) -> None:
     Raises:
         DiffitError: what was downloaded is damaged.
         UserError: it is missing or cannot be downloaded, is no such file, is of other features or
-            another resolution, or holds too few pictures.
+            another resolution, or holds too few images.
     """
     url = reference_file(recipe)
     if url is None:
@@ -272,26 +272,26 @@ class NpzReference:
 
     archive: zipfile.ZipFile
     statistics: dict[str, np.ndarray]
-    pictures: bool
+    images: bool
 
     def read(self, recipe: Recipe, extract: Callable[[np.ndarray], np.ndarray]) -> Reference:
-        """The reference, with the features of the file's first pictures if it has any.
+        """The reference, with the features of the file's first images if it has any.
 
         Args:
-            extract: pictures (B, R, R, 3) uint8 to features (B, D).
+            extract: images (B, R, R, 3) uint8 to features (B, D).
         """
         found, spatial, features = self.statistics, None, None
         if "mu_s" in found:
             spatial = Statistics(found["mu_s"], found["sigma_s"])
-        if self.pictures:
-            features = self._measured(recipe.evaluate.reference_pictures, extract)
+        if self.images:
+            features = self._measured(recipe.evaluate.reference_images, extract)
         return Reference(Statistics(found["mu"], found["sigma"]), spatial, features, None)
 
     def _measured(self, wanted: int, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         rows = []
         with (
             opened_array(self.archive) as (file, shape, _),
-            Progress("reference", wanted, "pictures") as progress,
+            Progress("reference", wanted, "images") as progress,
         ):
             for pixels in batches(file, (wanted, *shape[1:])):
                 rows.append(extract(pixels))
@@ -301,7 +301,7 @@ class NpzReference:
 
 @contextmanager
 def opened_npz(recipe: Recipe, path: Path) -> Iterator[NpzReference]:
-    """A reference file, checked against the recipe: its shapes, numbers and pictures.
+    """A reference file, checked against the recipe: its shapes, numbers and images.
 
     Raises:
         UserError: it cannot serve.
@@ -322,7 +322,7 @@ def opened_npz(recipe: Recipe, path: Path) -> Iterator[NpzReference]:
         found = {key: _member(archive, key, path) for key in _ADM_KEYS if key in there}
         _check_statistics(found, path)
         if "arr_0" in there:
-            _check_pictures(recipe, archive, path)
+            _check_images(recipe, archive, path)
         yield NpzReference(archive, found, "arr_0" in there)
 
 
@@ -351,19 +351,19 @@ def _check_statistics(found: dict[str, np.ndarray], path: Path) -> None:
                 raise UserError(f"{key} of evaluate.reference {path} is not finite")
 
 
-def _check_pictures(recipe: Recipe, archive: zipfile.ZipFile, path: Path) -> None:
-    wanted, side = recipe.evaluate.reference_pictures, recipe.data.resolution
+def _check_images(recipe: Recipe, archive: zipfile.ZipFile, path: Path) -> None:
+    wanted, side = recipe.evaluate.reference_images, recipe.data.resolution
     with opened_array(archive) as (_, shape, dtype):
         pass
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (side, side, 3):
         raise UserError(
             f"arr_0 of evaluate.reference {path} holds {dtype} of shape {shape}, but must be "
-            f"uint8 pictures of data.resolution {side}"
+            f"uint8 images of data.resolution {side}"
         )
     if shape[0] < wanted:
         raise UserError(
-            f"evaluate.reference {path} holds {shape[0]:,} pictures, but "
-            f"evaluate.reference_pictures is {wanted:,}; set it to {shape[0]} if that is meant"
+            f"evaluate.reference {path} holds {shape[0]:,} images, but "
+            f"evaluate.reference_images is {wanted:,}; set it to {shape[0]} if that is meant"
         )
 
 
@@ -392,7 +392,7 @@ def opened_array(
 
 
 def batches(file: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """The first pictures of an .npy stream, batch by batch.
+    """The first images of an .npy stream, batch by batch.
 
     Args:
         file: at its data.
@@ -403,9 +403,9 @@ def batches(file: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         try:
             data = file.read(pixels.nbytes)
         except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"the pictures from {start} on cannot be read: {error}") from error
+            raise UserError(f"the images from {start} on cannot be read: {error}") from error
         if len(data) != pixels.nbytes:
-            raise UserError(f"the array ends in picture {start + len(data) // pixels[0].nbytes}")
+            raise UserError(f"the array ends in image {start + len(data) // pixels[0].nbytes}")
         pixels.reshape(-1)[:] = np.frombuffer(data, np.uint8)
         yield pixels
 
@@ -437,7 +437,7 @@ def read_reference(url: str, identity: str) -> Reference:
         with storage.local_copy(url) as path, safe_open(str(path), framework="np") as file:
             metadata = file.metadata()
             if metadata["identity"] != identity:
-                raise DiffitError(f"{url} is of other pictures; delete it and evaluate again")
+                raise DiffitError(f"{url} is of other images; delete it and evaluate again")
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DiffitError(f"{url} is damaged ({error}); delete it and evaluate again") from error

@@ -38,10 +38,10 @@ class Result(BaseModel):
 
     `metrics` holds, with the published Inception, `fid`, `sfid`, `inception_score` and `kid`, else
     `fd_NAME` and `kd_NAME`; with either, `precision` and `recall`, where the reference has
-    pictures (exact distances; only `diffit evaluate --conformance` rounds them as ADM's evaluator
-    does); with a classifier `label_agreement`, the share of pictures in which it sees the class
+    images (exact distances; only `diffit evaluate --conformance` rounds them as ADM's evaluator
+    does); with a classifier `label_agreement`, the share of images in which it sees the class
     that was asked for. `reference_digest` tells what they were measured against: the SHA-256 of a
-    reference file, else a hash of pictures and features; "" where an earlier version did not say.
+    reference file, else a hash of images and features; "" where an earlier version did not say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -143,7 +143,7 @@ def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
     return storage.join(recipe.storage.root, "evaluations", run, step_name(step), key)
 
 
-def finished(recipe: Recipe, run: str, step: int) -> Result | None:
+def finished_result(recipe: Recipe, run: str, step: int) -> Result | None:
     """The result of an evaluation; None where it is to be done."""
     key = evaluation_key(recipe, run_url(recipe, run), step)
     url = storage.join(evaluation_url(recipe, run, step, key), "result.json")

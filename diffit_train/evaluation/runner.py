@@ -1,6 +1,6 @@
 """`diffit evaluate` and `diffit references`: Ray actors do the work piece by piece.
 
-A chunk of pictures is committed as it is made, and so is a part of a reference: a rerun makes only
+A chunk of images is committed as it is made, and so is a part of a reference: a rerun makes only
 what is missing, and the result does not depend on the number of actors, nor on which of them died.
 """
 
@@ -19,7 +19,7 @@ from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.actors import EvaluationPool, EvaluationTarget
 from diffit_train.evaluation.chunks import LABELS
-from diffit_train.evaluation.generate import guidance_saving, network_evaluations
+from diffit_train.evaluation.generate import class_names, guidance_saving, nfe_per_image
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.references import FoundReference, Reference
@@ -29,10 +29,9 @@ from diffit_train.evaluation.result import (
     evaluation_key,
     evaluation_url,
     features_digest,
-    finished,
+    finished_result,
 )
-from diffit_train.evaluation.sample import class_names
-from diffit_train.evaluation.scores import Figures
+from diffit_train.evaluation.scores import MetricSuite
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url
@@ -58,9 +57,9 @@ class Request:
     curve: Literal["eval", "validation"] = "eval"
 
     @property
-    def finished(self) -> Result | None:
+    def finished_result(self) -> Result | None:
         """Its result; None where it is to be done."""
-        return finished(self.recipe, self.run, self.step)
+        return finished_result(self.recipe, self.run, self.step)
 
 
 def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Result]:
@@ -83,7 +82,7 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
                     if pool is not None:
                         pool.close()
                     pool = EvaluationPool(request.recipe)
-                results.append(_evaluate(request, pool))
+                results.append(_evaluate_one(request, pool))
         finally:
             if pool is not None:
                 pool.close()
@@ -93,7 +92,7 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
 def check(recipe: Recipe) -> None:
     """Refuse what an evaluation would fail on, before anything is started.
 
-    The pictures of a reference are listed later, once: there may be millions.
+    The images of a reference are listed later, once: there may be millions.
 
     Raises:
         UserError: features or reference file cannot serve.
@@ -106,7 +105,7 @@ def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Ref
     """Compute the recipe's reference, or read it; where it is kept, and what it is.
 
     Raises:
-        UserError: the pictures or the file cannot serve.
+        UserError: the images or the file cannot serve.
     """
     check(recipe)
     with ray_session.connected(address):
@@ -118,7 +117,7 @@ def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Ref
             pool.close()
 
 
-def _evaluate(request: Request, pool: EvaluationPool) -> Result:
+def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
     recipe, run, step = request.recipe, request.run, request.step
     source = run_url(recipe, run)
     state = read_state(source, step)
@@ -139,7 +138,7 @@ def _evaluate(request: Request, pool: EvaluationPool) -> Result:
     draw_grid(shown, class_names(recipe), f"{run}, step {step:,}\n{numbers}", grid)
     if request.npz:
         write_npz(recipe, url, labels)
-    cost = network_evaluations(recipe)
+    cost = nfe_per_image(recipe)
     try:
         child = _track(request, state, key, metrics, cost, grid, reference)
     except unreachable_errors() as error:
@@ -155,7 +154,7 @@ def _evaluate(request: Request, pool: EvaluationPool) -> Result:
         metrics=metrics,
         grid=grid,
         seconds=time.monotonic() - started_s,
-        network_evaluations=cost,
+        nfe_per_image=cost,
         evaluate=evaluated_identity(recipe),
         reference_digest=reference.digest,
         recipe_hash=recipe.train_hash(),
@@ -167,9 +166,9 @@ def _evaluate(request: Request, pool: EvaluationPool) -> Result:
 
 def _measured(
     recipe: Recipe, url: str, key: str, reference: Reference
-) -> tuple[Figures, list[np.ndarray], dict[int, list[np.ndarray]]]:
-    """Figures, labels and the grid's pictures by class, reading chunk after chunk."""
-    figures, labels = Figures(recipe, reference), []
+) -> tuple[MetricSuite, list[np.ndarray], dict[int, list[np.ndarray]]]:
+    """MetricSuite, labels and the grid's images by class, reading chunk after chunk."""
+    figures, labels = MetricSuite(recipe, reference), []
     shown: dict[int, list[np.ndarray]] = {}
     evaluate = recipe.evaluate
     in_grid = _grid_labels(recipe)
@@ -182,7 +181,7 @@ def _measured(
             for place, label in enumerate(rows[LABELS].tolist())
             if label in in_grid and len(shown.get(label, ())) < evaluate.grid_columns
         ]
-        pixels = chunks.read_pictures(url, part) if wanted else None
+        pixels = chunks.read_chunk_images(url, part) if wanted else None
         for place, row in wanted:
             if pixels is not None and len(row) < evaluate.grid_columns:
                 row.append(pixels[place])
@@ -197,7 +196,7 @@ def _grid_labels(recipe: Recipe) -> set[int]:
 
 
 def write_npz(recipe: Recipe, url: str, labels: list[np.ndarray] | None = None) -> str:
-    """Write an evaluation's pictures as ADM's samples.npz, if it is not there; its place."""
+    """Write an evaluation's images as ADM's samples.npz, if it is not there; its place."""
     target = storage.join(url, "samples.npz")
     if not storage.exists(target):
         if labels is None:
@@ -205,7 +204,7 @@ def write_npz(recipe: Recipe, url: str, labels: list[np.ndarray] | None = None) 
             parts = chunks.committed_chunks(url)
             labels = [chunks.read_chunk(url, part, key)[LABELS] for part in parts]
         chunks.write_samples(url, target, recipe.evaluate.samples, labels)
-        say(f"pictures: {storage.shown(target)}")
+        say(f"images: {storage.display_path(target)}")
     return target
 
 
@@ -246,7 +245,7 @@ def _track(
     name = reference.url.rsplit("/", 1)[-1].removesuffix(".safetensors")
     tracker.log_dataset(child, name, name.rsplit("-", 1)[-1], reference.url)
     named = {f"eval/{name}": value for name, value in metrics.items()}
-    curves = [(child, {**named, "cost/network_evaluations": cost})]
+    curves = [(child, {**named, "cost/nfe_per_image": cost})]
     if not request.sweep:
         own = {f"{request.curve}/{name}": value for name, value in metrics.items()}
         curves.append((state.mlflow_run_id, own))

@@ -1,6 +1,6 @@
-"""`diffit sample`: pictures of chosen classes and seeds, from any weights, on this machine.
+"""`diffit sample`: images of chosen classes and seeds, from any weights, on this machine.
 
-A picture depends on its seed and class alone: not on the others, nor on how many are made at once
+An image depends on its seed and class alone: not on the others, nor on how many are made at once
 (beyond rounding).
 """
 
@@ -18,14 +18,10 @@ from torch import Tensor
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import load_autoencoder
-from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
-from diffit_train.evaluation.generate import Generator, guidance_saving
+from diffit_train.evaluation.generate import Generator, class_names, guidance_saving
 from diffit_train.evaluation.grid import draw_grid
-from diffit_train.models.build import build_model
-from diffit_train.models.published import check_published, read_weights_file
 from diffit_train.progress import Progress, say
-from diffit_train.runs.checkpoints import read_weights, reconstructed_url
 
 # Without --class: at most so many, evenly spread.
 DEFAULT_CLASSES = 8
@@ -46,16 +42,6 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(f"--seeds holds {part.strip()!r}, whose end lies before its start")
         seeds += range(int(first), int(last if dash else first) + 1)
     return seeds
-
-
-def class_names(recipe: Recipe) -> list[str]:
-    """Names of the classes from the latents where they are there, else their numbers."""
-    url = latents_url(recipe)
-    if storage.exists(storage.join(url, MANIFEST)):
-        names = load_manifest(url).classes
-        if len(names) == recipe.data.num_classes:
-            return names
-    return [str(number) for number in range(recipe.data.num_classes)]
 
 
 def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -84,29 +70,6 @@ def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
     return labels
 
 
-def run_weights(recipe: Recipe, url: str, step: int) -> dict[str, Tensor]:
-    """Weights of a run's checkpoint, EMA or raw as `evaluate.weights` says.
-
-    Raises:
-        UserError: they are to be of another profile, which has not been made.
-    """
-    width = recipe.evaluate.reconstructed
-    if width is not None:
-        file = reconstructed_url(url, width, step)
-        if not storage.exists(file):
-            raise UserError(
-                f"{file} has not been made; run `diffit ema reconstruct` with --sigma-rel "
-                f"{width:g} --step {step}"
-            )
-        return file_weights(recipe, file)
-    return read_weights(url, step, recipe.evaluate.weights)
-
-
-def file_weights(recipe: Recipe, file: str, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """Weights of an export or a published file."""
-    return check_published(build_model(recipe), read_weights_file(file, allow_pickle), file)
-
-
 def sample(
     recipe: Recipe,
     weights: dict[str, Tensor],
@@ -116,7 +79,7 @@ def sample(
     batch_size: int,
     title: str,
 ) -> dict[str, Any]:
-    """Make a picture for each class and seed: single PNG files, a grid, and samples.json.
+    """Make an image for each class and seed: single PNG files, a grid, and samples.json.
 
     Args:
         title: what the weights are, for grid and record.
@@ -129,15 +92,15 @@ def sample(
     wanted = [(label, seed) for label in labels for seed in seeds]
     shown: dict[int, list[np.ndarray]] = {}
     record = []
-    with Progress("sample", len(wanted), "pictures") as progress:
+    with Progress("sample", len(wanted), "images") as progress:
         for start in range(0, len(wanted), batch_size):
             chunk = wanted[start : start + batch_size]
             pixels = generator([(seed, 0) for _, seed in chunk], [label for label, _ in chunk])
-            for picture, (label, seed) in zip(pixels, chunk, strict=True):
+            for image, (label, seed) in zip(pixels, chunk, strict=True):
                 name = f"class{label:04d}-seed{seed:06d}.png"
                 with storage.atomic_file(storage.join(out, name)) as path:
-                    Image.fromarray(picture).save(path, format="PNG")
-                shown.setdefault(label, []).append(picture)
+                    Image.fromarray(image).save(path, format="PNG")
+                shown.setdefault(label, []).append(image)
                 record.append({"file": name, "class": names[label], "label": label, "seed": seed})
             progress.update(start + len(chunk))
     grid = storage.join(out, "grid.png")
@@ -149,7 +112,7 @@ def sample(
         "sampler": sampler.model_dump(mode="json"),
         "guidance": guidance.model_dump(mode="json"),
         "grid": grid,
-        "pictures": record,
+        "images": record,
     }
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     storage.write_text(storage.join(out, "samples.json"), text)

@@ -1,4 +1,4 @@
-"""From what was measured of generated pictures, chunk by chunk, to the figures."""
+"""From what was measured of generated images, chunk by chunk, to the figures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.chunks import FEATURES, LABELS, LOGITS, SEEN, SPATIAL
 from diffit_train.evaluation.metrics import (
+    FeatureStats,
     InceptionScore,
-    Moments,
     Rounding,
     frechet_distance,
     kernel_distance,
@@ -21,13 +21,13 @@ from diffit_train.evaluation.references import Reference, Statistics, added
 
 # Fewer rows than dimensions: the covariance is singular, and the distance depends on chance.
 SINGULAR = (
-    "{count:,} {which} pictures are fewer than the {dims:,} features, so their covariance is "
-    "singular; compare such a distance only with others of the same number of pictures"
+    "{count:,} {which} images are fewer than the {dims:,} features, so their covariance is "
+    "singular; compare such a distance only with others of the same number of images"
 )
 
 
-class Figures:
-    """All metrics of an evaluation; takes chunks in the order of their pictures.
+class MetricSuite:
+    """All metrics of an evaluation; takes chunks in the order of their images.
 
     Only the features that precision, recall and KID need are held, float32; everything else is
     sums.
@@ -39,8 +39,8 @@ class Figures:
     def __init__(self, recipe: Recipe, reference: Reference, rounding: Rounding = "exact") -> None:
         self.recipe, self.reference, self.rounding = recipe, reference, rounding
         self.features: list[np.ndarray] = []
-        self.moments: Moments | None = None
-        self.spatial: Moments | None = None
+        self.moments: FeatureStats | None = None
+        self.spatial: FeatureStats | None = None
         self.score = InceptionScore()
         self.agreeing = self.count = 0
 
@@ -53,7 +53,7 @@ class Figures:
         for name in (FEATURES, SPATIAL, LOGITS):
             if name in rows and not np.isfinite(rows[name]).all():
                 raise DiffitError(
-                    f"the {name} of pictures {self.count} to "
+                    f"the {name} of images {self.count} to "
                     f"{self.count + len(rows[name]) - 1} are not finite"
                 )
         self.count += len(rows[FEATURES])
@@ -107,5 +107,5 @@ class Figures:
             yield "label_agreement", self.agreeing / self.count
 
 
-def _distance(fake: Moments, real: Statistics) -> float:
+def _distance(fake: FeatureStats, real: Statistics) -> float:
     return frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)

@@ -17,7 +17,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe, load_recipe_text
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.best import best_metric
-from diffit_train.evaluation.result import Result, finished
+from diffit_train.evaluation.result import Result, finished_result
 
 DEFINITION = "sweep.json"
 CANCELLED = "cancelled"
@@ -26,7 +26,7 @@ MOST_MEMBERS = 10_000
 # Lines that a legend still names.
 MOST_LABELS = 12
 _SECTION = "evaluate."
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # What a sweep may not vary: the figures of its members would not be comparable.
 _FIXED = ("evaluate.features.", "evaluate.reference", "evaluate.neighbours")
 
@@ -95,14 +95,14 @@ def parse_values(text: str) -> tuple[str, list[Any]]:
     if key.startswith(_FIXED):
         raise UserError(f"--sweep {text}: a sweep cannot vary {key}, by which figures are made")
     found: list[Any] = []
-    for part in _parts(values):
+    for part in _split_values(values):
         found += _range(part, text) if part.count(":") == 2 else [_plain(part, text)]
     if len({repr(value) for value in found}) < len(found):
         raise UserError(f"--sweep {text} holds a value twice")
     return key, found
 
 
-def _parts(values: str) -> list[str]:
+def _split_values(values: str) -> list[str]:
     parts = [part.strip() for part in values.split(",")]
     return [part for part in parts if part]
 
@@ -148,7 +148,7 @@ def plan_sweep(
         if keys.count(key) > 1:
             raise UserError(f"--sweep names {key} twice; give all its values at once")
     name = name or "-by-".join(key.removeprefix(_SECTION) for key in keys)
-    if not _NAME.fullmatch(name):
+    if not _SWEEP_NAME.fullmatch(name):
         raise UserError(
             f"--name is {name!r}, but must be letters, digits, '.', '_' and '-', as first-sweep"
         )
@@ -181,7 +181,7 @@ def open_sweep(sweep: Sweep) -> None:
         there = read_sweep(url)
         if (there.members, there.identity) != (sweep.members, sweep.identity):
             raise UserError(
-                f"there is another sweep {sweep.name!r} in {storage.shown(url)}, of "
+                f"there is another sweep {sweep.name!r} in {storage.display_path(url)}, of "
                 f"{len(there.members)} evaluations; give this one another name by --name"
             )
     storage.remove(storage.join(url, CANCELLED))
@@ -198,7 +198,7 @@ def read_sweep(url: str) -> Sweep:
     try:
         return Sweep.model_validate_json(storage.read_bytes(storage.join(url, DEFINITION)))
     except FileNotFoundError as error:
-        raise UserError(f"there is no sweep in {storage.shown(url)}") from error
+        raise UserError(f"there is no sweep in {storage.display_path(url)}") from error
     except ValidationError as error:
         raise DiffitError(f"{url}/{DEFINITION} is damaged; delete it and sweep again") from error
 
@@ -219,11 +219,11 @@ def is_cancelled(url: str) -> bool:
 def results(sweep: Sweep) -> list[Result | None]:
     """The result of each member; None where it is to be done."""
     recipe = sweep.loaded()
-    return [finished(m.recipe(recipe), sweep.run, m.step) for m in sweep.members]
+    return [finished_result(m.recipe(recipe), sweep.run, m.step) for m in sweep.members]
 
 
 def rows(sweep: Sweep, found: Sequence[Result | None]) -> list[dict[str, Any]]:
-    """A row for each finished member: step, the keys that vary, cost, metrics, folder."""
+    """A row for each finished_result member: step, the keys that vary, cost, metrics, folder."""
     return [
         {
             "step": member.step,
@@ -241,13 +241,13 @@ def write_outputs(sweep: Sweep, found: Sequence[Result | None]) -> dict[str, str
     """Write sweep.csv and sweep.png; where they are."""
     table = rows(sweep, found)
     url = sweep.url()
-    places = {"csv": storage.join(url, "sweep.csv"), "picture": storage.join(url, "sweep.png")}
+    places = {"csv": storage.join(url, "sweep.csv"), "plot": storage.join(url, "sweep.png")}
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     storage.write_text(places["csv"], text.getvalue())
-    draw_sweep(sweep, table, places["picture"])
+    draw_sweep(sweep, table, places["plot"])
     return places
 
 
@@ -285,7 +285,7 @@ def draw_sweep(sweep: Sweep, table: list[dict[str, Any]], target: str) -> None:
             lines.setdefault(label, []).append((row[x], row[y]))
         for label, points in lines.items():
             cell.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
-        shown_x = "network evaluations a picture" if cost else x
+        shown_x = "network evaluations an image" if cost else x
         cell.set(title=f"{y} against {'cost' if cost else x}", xlabel=shown_x, ylabel=y)
         cell.grid(alpha=0.3)
     for cell in cells[len(panels) :]:

@@ -73,12 +73,12 @@ def chunked_attention(
 
 
 def _chunks(batch: int, heads: int, count: int) -> Iterator[tuple[slice, slice]]:
-    """Pictures and heads whose attention weights fit the cache: some pictures, or some heads."""
+    """Images and heads whose attention weights fit the cache: some images, or some heads."""
     heads_at_once = min(heads, max(1, CHUNK_WEIGHTS // count**2))
-    pictures = max(1, CHUNK_WEIGHTS // (heads * count**2))
-    for start in range(0, batch, pictures):
+    images = max(1, CHUNK_WEIGHTS // (heads * count**2))
+    for start in range(0, batch, images):
         for head in range(0, heads, heads_at_once):
-            yield slice(start, start + pictures), slice(head, head + heads_at_once)
+            yield slice(start, start + images), slice(head, head + heads_at_once)
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:

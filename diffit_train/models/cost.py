@@ -25,7 +25,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 
 
 def multiply_adds(model: Backbone) -> tuple[int, int]:
-    """Multiply-adds of one forward pass of one picture: all, and those of attention products.
+    """Multiply-adds of one forward pass of one image: all, and those of attention products.
 
     Args:
         model: on the meta device; it is left with the reference kernel.
@@ -85,7 +85,7 @@ def activation_bytes(
     """Bytes of activations at their peak, at the start of the backward pass.
 
     Args:
-        batch: pictures of one rank.
+        batch: images of one rank.
         mode: as `train.activation_checkpointing`.
     """
     with torch.device("meta"):
@@ -110,7 +110,7 @@ def activation_bytes(
 
 
 def training_flops_per_image(model: Backbone) -> float:
-    """Floating-point operations of forward and backward for one picture.
+    """Floating-point operations of forward and backward for one image.
 
     Counted by torch on the products of a forward pass; a backward pass costs twice as much.
     """

@@ -1,6 +1,6 @@
 """The latent DiffiT (paper section 3.2, appendix I.2), with the names of the published weights.
 
-Shapes: B pictures, C latent channels, O output channels, h x w latent pixels, N tokens, D hidden
+Shapes: B images, C latent channels, O output channels, h x w latent pixels, N tokens, D hidden
 size.
 """
 

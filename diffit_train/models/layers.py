@@ -1,6 +1,6 @@
 """Parts shared by the transformers: patches, positions, timestep and label embeddings, MLP.
 
-Shapes: B pictures, C channels, h x w latent pixels, N tokens, D hidden size.
+Shapes: B images, C channels, h x w latent pixels, N tokens, D hidden size.
 """
 
 from __future__ import annotations

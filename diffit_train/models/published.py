@@ -52,7 +52,7 @@ def read_weights_and_step(
         return load_file(path), int(step) if step.isdecimal() else None
 
 
-def stored_recipe(url: str, allow_pickle: bool = False) -> tuple[str, str] | None:
+def recipe_of_file(url: str, allow_pickle: bool = False) -> tuple[str, str] | None:
     """The recipe that a weight file is of, as its text and a name; None where it cannot be told.
 
     An export holds its recipe. A release does not, but the size of its position bias tells which

@@ -17,7 +17,7 @@ BIAS_TABLE = "relative_position_bias_table"
 def resized_bias_table(table: Tensor, side: int) -> Tensor:
     """A relative-position bias table for a grid of another side.
 
-    Offsets are scaled with the grid, so a token looks as far, measured in pictures, as before:
+    Offsets are scaled with the grid, so a token looks as far, measured in images, as before:
     the new entry of offset d is the old table, bicubic, at d * old side / new side. Offsets that
     lie beyond the old table take its outermost entry.
 

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SCHEMA = 1
+CHECKPOINT_SCHEMA = 1
 # What a piece holds: one of these, or the average of the weights of that name.
-Kind = str
-STATES: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
+StateName = str
+STATES: tuple[StateName, ...] = ("master", "exp_avg", "exp_avg_sq")
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -76,7 +76,7 @@ class Index(_Strict):
     """What lies where in a checkpoint; one made from imported weights holds only `ema`."""
 
     schema_version: int
-    kinds: tuple[Kind, ...]
+    kinds: tuple[StateName, ...]
     files: dict[str, FileEntry]
     parameters: dict[str, Parameter]
 
@@ -125,7 +125,7 @@ class OwnedSlice:
     """
 
     slice: Slice
-    values: dict[Kind, Tensor]
+    values: dict[StateName, Tensor]
 
 
 def step_name(step: int) -> str:
@@ -180,8 +180,10 @@ def read_index(run_url: str, step: int) -> Index:
     """index.json of a committed checkpoint, its hash verified."""
     url = checkpoint_url(run_url, step)
     index = _read_model(Index, url, "index.json", _commit(url).index_sha256)
-    if index.schema_version != SCHEMA:
-        raise DiffitError(f"{url} has schema {index.schema_version}; this version reads {SCHEMA}")
+    if index.schema_version != CHECKPOINT_SCHEMA:
+        raise DiffitError(
+            f"{url} has schema {index.schema_version}; this version reads {CHECKPOINT_SCHEMA}"
+        )
     return index
 
 
@@ -221,7 +223,7 @@ def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
     """
     index = read_index(run_url, step)
     wanted = [Slice(name, 0, math.prod(p.shape)) for name, p in index.parameters.items()]
-    source: Kind = "master" if kind == "raw" else kind
+    source: StateName = "master" if kind == "raw" else kind
     flat = read_slices(run_url, step, wanted, (source,))[source]
     return {
         s.name: t.view(index.parameters[s.name].shape) for s, t in zip(wanted, flat, strict=True)
@@ -229,8 +231,8 @@ def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
 
 
 def read_slices(
-    run_url: str, step: int, wanted: list[Slice], kinds: tuple[Kind, ...]
-) -> dict[Kind, list[Tensor]]:
+    run_url: str, step: int, wanted: list[Slice], kinds: tuple[StateName, ...]
+) -> dict[StateName, list[Tensor]]:
     """For each kind, the wanted stretches as 1-D float32 tensors, in the order asked for.
 
     Raises:
@@ -247,8 +249,8 @@ def read_slices(
 def fill_slices(
     run_url: str,
     step: int,
-    wanted: Sequence[tuple[Slice, Mapping[Kind, Tensor]]],
-    kinds: tuple[Kind, ...],
+    wanted: Sequence[tuple[Slice, Mapping[StateName, Tensor]]],
+    kinds: tuple[StateName, ...],
 ) -> None:
     """Read stretches into 1-D tensors that are there already, of any device and precision.
 
@@ -334,7 +336,7 @@ def _read_model(model: type[M], url: str, file: str, sha256: str) -> M:
 SNAPSHOTS = "ema-snapshots"
 
 
-def write_pieces(path: Path, stretches: Iterable[OwnedSlice], kinds: Sequence[Kind]) -> None:
+def write_pieces(path: Path, stretches: Iterable[OwnedSlice], kinds: Sequence[StateName]) -> None:
     """Write stretches as a safetensors file of 1-D tensors named KIND/PARAMETER.
 
     The library's own writer wants every tensor in memory apart from the others, which would be
@@ -366,7 +368,7 @@ def write_pieces(path: Path, stretches: Iterable[OwnedSlice], kinds: Sequence[Ki
 
 
 def save_whole(
-    values: dict[Kind, dict[str, Tensor]],
+    values: dict[StateName, dict[str, Tensor]],
     shapes: dict[str, torch.Size],
     run_url: str,
     state: State,
@@ -406,7 +408,7 @@ def commit_checkpoint(
     state: State,
     shapes: dict[str, torch.Size],
     parts: list[dict[str, Any]],
-    kinds: tuple[Kind, ...],
+    kinds: tuple[StateName, ...],
 ) -> None:
     """Write index, state and, last, the commit marker over the files that ranks have written."""
     by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
@@ -415,7 +417,7 @@ def commit_checkpoint(
         for name, offset, length in part["pieces"]:
             by_name[name].append(Piece(file=file, offset=offset, length=length))
     index = Index(
-        schema_version=SCHEMA,
+        schema_version=CHECKPOINT_SCHEMA,
         kinds=kinds,
         files={str(p["name"]): FileEntry.model_validate(p["entry"]) for p in parts},
         parameters={

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffit_train.errors import UserError
-from diffit_train.runs.checkpoints import STATES, Kind
+from diffit_train.runs.checkpoints import STATES, StateName
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
@@ -30,7 +30,7 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_sta
 class DeepSpeedState:
     """Master weights and moments by parameter, 1-D float32, and how far training had come."""
 
-    values: dict[Kind, dict[str, Tensor]]
+    values: dict[StateName, dict[str, Tensor]]
     step: int
     optimizer_steps: int
 
@@ -38,10 +38,10 @@ class DeepSpeedState:
 def is_deepspeed_checkpoint(path: str) -> bool:
     """Whether a local path is a folder that DeepSpeed's `save_checkpoint` wrote, or a tag in it."""
     folder = Path(path)
-    return folder.is_dir() and ((folder / "latest").is_file() or bool(_files(folder)))
+    return folder.is_dir() and ((folder / "latest").is_file() or bool(_optimizer_files(folder)))
 
 
-def _files(folder: Path) -> dict[int, Path]:
+def _optimizer_files(folder: Path) -> dict[int, Path]:
     matches = ((_OPTIMIZER_FILE.fullmatch(path.name), path) for path in folder.iterdir())
     return {int(match[1]): path for match, path in matches if match}
 
@@ -58,16 +58,16 @@ def read_deepspeed_checkpoint(path: str) -> DeepSpeedState:
     folder = Path(path)
     if (folder / "latest").is_file():
         folder = folder / (folder / "latest").read_text().strip()
-    files = _files(folder) if folder.is_dir() else {}
+    files = _optimizer_files(folder) if folder.is_dir() else {}
     if not files:
         raise UserError(f"{folder} holds no *_optim_states.pt of DeepSpeed's ZeRO stages 1 to 3")
     models = sorted(folder.glob("*mp_rank_00_model_states.pt"))
     if not models:
         raise UserError(f"{folder} holds no *mp_rank_00_model_states.pt")
-    model = _load(models[0])
-    loaded = {rank: _load(file) for rank, file in sorted(files.items())}
+    model = _load_pickle(models[0])
+    loaded = {rank: _load_pickle(file) for rank, file in sorted(files.items())}
     try:
-        return _joined(folder, model, loaded)
+        return _join_ranks(folder, model, loaded)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder} is not laid out as DeepSpeed 0.19 lays out ZeRO stages 1 to 3 with Adam "
@@ -75,7 +75,7 @@ def read_deepspeed_checkpoint(path: str) -> DeepSpeedState:
         ) from error
 
 
-def _joined(folder: Path, model: Any, loaded: dict[int, Any]) -> DeepSpeedState:
+def _join_ranks(folder: Path, model: Any, loaded: dict[int, Any]) -> DeepSpeedState:
     """The ranks' parts end to end."""
     ranks = {rank: content["optimizer_state_dict"] for rank, content in loaded.items()}
     first = ranks[min(ranks)]
@@ -83,7 +83,7 @@ def _joined(folder: Path, model: Any, loaded: dict[int, Any]) -> DeepSpeedState:
     if sorted(ranks) != list(range(count)):
         missing = sorted(set(range(count)) - set(ranks))
         raise UserError(f"{folder} was written by {count} ranks; those of {missing} are missing")
-    pieces: dict[Kind, dict[str, list[Tensor]]] = {kind: defaultdict(list) for kind in STATES}
+    pieces: dict[StateName, dict[str, list[Tensor]]] = {kind: defaultdict(list) for kind in STATES}
     steps = 0
     for rank in range(count):
         taken = _stage_3(ranks[rank], model, rank, count) if int(first["zero_stage"]) == 3 else None
@@ -133,7 +133,7 @@ def _partition_count(state: dict[str, Any]) -> int:
     return int(max(count)) if isinstance(count, list | tuple) else int(count)
 
 
-def _load(path: Path) -> Any:
+def _load_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # what a foreign pickle raises is not to be foreseen

@@ -15,8 +15,8 @@ from diffit_train.models.published import (
     write_published,
 )
 from diffit_train.runs.checkpoints import (
-    Kind,
     State,
+    StateName,
     committed_steps,
     read_weights,
     save_whole,
@@ -95,7 +95,7 @@ def _new_run(
     recipe: Recipe,
     run: str,
     file: str,
-    values: dict[Kind, dict[str, Tensor]],
+    values: dict[StateName, dict[str, Tensor]],
     shapes: dict[str, torch.Size],
     counts: dict[str, int],
 ) -> str:
@@ -107,7 +107,7 @@ def _new_run(
     identity = known or create_identity(recipe, run)
     tags = {
         "diffit.recipe_hash": identity.recipe_hash,
-        "diffit.imported_from": storage.shown(file),
+        "diffit.imported_from": storage.display_path(file),
         "mlflow.source.name": "diffit import",
     }
     mlflow_run_id = tracker.training_run(

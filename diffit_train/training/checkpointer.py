@@ -18,10 +18,10 @@ from diffit_train.errors import DiffitError
 from diffit_train.runs.checkpoints import (
     STATES,
     FileEntry,
-    Kind,
     OwnedSlice,
     Slice,
     State,
+    StateName,
     checkpoint_url,
     commit_checkpoint,
     committed_steps,
@@ -50,7 +50,7 @@ class _Saving:
 
     url: str
     state: State
-    kinds: tuple[Kind, ...]
+    kinds: tuple[StateName, ...]
     pieces: list[tuple[str, int, int]]
     name: str
     before_commit: Callable[[], None]
@@ -81,7 +81,7 @@ class CheckpointWriter:
         self,
         run_url: str,
         state: State,
-        kinds: Sequence[Kind] | None = None,
+        kinds: Sequence[StateName] | None = None,
         before_commit: Callable[[], None] = _nothing,
         after_commit: Callable[[], None] = _nothing,
     ) -> None:
@@ -196,7 +196,7 @@ def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
     return state
 
 
-def load_weights(model: nn.Module, run_url: str, step: int) -> None:
+def load_master_weights(model: nn.Module, run_url: str, step: int) -> None:
     """Give a model the master weights of a checkpoint, without a second copy of them."""
     wanted = [
         (Slice(name, 0, p.numel()), {"master": p.detach().view(-1)})
@@ -206,7 +206,9 @@ def load_weights(model: nn.Module, run_url: str, step: int) -> None:
     fill_slices(run_url, step, wanted, ("master",))
 
 
-def _fill(stretches: list[OwnedSlice], run_url: str, step: int, kinds: tuple[Kind, ...]) -> None:
+def _fill(
+    stretches: list[OwnedSlice], run_url: str, step: int, kinds: tuple[StateName, ...]
+) -> None:
     if stretches:
         fill_slices(run_url, step, [(s.slice, s.values) for s in stretches], kinds)
 

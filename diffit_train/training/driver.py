@@ -104,7 +104,7 @@ def _check_start(recipe: Recipe) -> None:
     url = run_url(recipe, start.run)
     if start.step not in committed_steps(url) or checkpoint_digest(url, start.step) != start.digest:
         raise UserError(
-            f"train.start is step {start.step} of run {start.run!r}, but {storage.shown(url)} has "
+            f"train.start is step {start.step} of run {start.run!r}, but {storage.display_path(url)} has "
             "no such checkpoint any more, or another one; name it anew by --from"
         )
     with torch.device("meta"):
@@ -134,7 +134,7 @@ def _tracked_fit(
     mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        step = _fit(recipe, identity.name, mlflow_run_id, validate)
+        step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -178,7 +178,7 @@ def _check_latents(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None) -> int:
+def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None) -> int:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -248,7 +248,7 @@ def _fit(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None
             say(f"stopped at step {step:,}, which is saved; the same command continues")
             raise SystemExit(STOPPED)
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
-    say(f"trained {step:,} steps of {recipe.train.batch_size} pictures")
+    say(f"trained {step:,} steps of {recipe.train.batch_size} images")
     return step
 
 
@@ -320,7 +320,7 @@ def _progress(
         for line in lines:
             say(line)
         if "loss" in record:
-            detail = f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} pictures/s"
+            detail = f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} images/s"
             progress.update(record["step"], detail)
         return dict(record)
 

@@ -14,7 +14,7 @@ from diffit_train.runs.phema import power_exponent
 def ema_decay(profile: EmaProfile, step: int, batch_size: int) -> float:
     """Weight of the past in the update that follows training step `step` (the first is 0).
 
-    Constant; EDM's half-life of `half_life_images`, at most `ramp_ratio` of the pictures seen
+    Constant; EDM's half-life of `half_life_images`, at most `ramp_ratio` of the images seen
     before the step (EDM, training_loop.py); or (1 - 1/t)^(gamma + 1) with t = step + 1, which
     makes the average a power function of training time (EDM2, section 3.1).
     """
@@ -38,7 +38,7 @@ class ShardedEMA:
     Args:
         sources: this rank's fp32 master weights.
         profiles: the averages to keep, by name.
-        batch_size: pictures of a step.
+        batch_size: images of a step.
     """
 
     def __init__(

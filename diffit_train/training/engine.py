@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffit_train.config.train import BUCKET_ELEMENTS, Train
 from diffit_train.errors import DiffitError
-from diffit_train.runs.checkpoints import Kind, OwnedSlice, Slice
+from diffit_train.runs.checkpoints import OwnedSlice, Slice, StateName
 from diffit_train.training.ema import ShardedEMA
 
 # Says from a step's gradient norm, on all ranks alike, whether the step may be taken.
@@ -168,7 +168,7 @@ class Engine:
             return []
         return [OwnedSlice(piece.slice, self._adam_values(piece)) for piece in self._held_pieces()]
 
-    def _adam_values(self, piece: _Piece) -> dict[Kind, Tensor]:
+    def _adam_values(self, piece: _Piece) -> dict[StateName, Tensor]:
         state = self._adam(piece.flat)
         flats = {
             "master": piece.flat.detach(),
@@ -260,7 +260,7 @@ class Engine:
             )
         elif stage == 3:
             groups = self.optimizer._get_norm_groups
-            self.optimizer._get_norm_groups = lambda: [self._checked(_joined(groups()))]
+            self.optimizer._get_norm_groups = lambda: [self._checked(_total_norm(groups()))]
 
     def _checked(self, norm: Tensor) -> Tensor:
         # DeepSpeed marks sums that are no number by -1.
@@ -283,7 +283,7 @@ class Engine:
         return good
 
 
-def _joined(norms: list[Any]) -> Tensor:
+def _total_norm(norms: list[Any]) -> Tensor:
     values = torch.stack([torch.as_tensor(n, dtype=torch.float32) for n in norms])
     bad = bool((~torch.isfinite(values) | (values < 0)).any())
     return torch.tensor(float("inf")) if bad else torch.linalg.vector_norm(values)

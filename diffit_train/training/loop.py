@@ -31,7 +31,7 @@ from diffit_train.training.checkpointer import (
     UnrecoverableError,
     agreed_steps,
     load_checkpoint,
-    load_weights,
+    load_master_weights,
     newest_whole,
 )
 from diffit_train.training.control import ControlPlane, Decision, TrainerHooks
@@ -119,7 +119,7 @@ class Trainer:
         model = build_model(self.recipe)
         speed = self._speed_meter(model)
         if newest is not None:
-            load_weights(model, self.url, newest)
+            load_master_weights(model, self.url, newest)
         elif train.start is not None:
             model.load_state_dict(self._starting_weights(model), strict=False)
         model.to(self.device)

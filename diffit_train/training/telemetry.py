@@ -32,13 +32,13 @@ class LossMeter:
 
     @torch.no_grad()
     def add(self, losses: Tensor, t: Tensor) -> None:
-        """Take in the losses (B,) of pictures at timesteps t (B,)."""
+        """Take in the losses (B,) of images at timesteps t (B,)."""
         quarter = (t * QUARTERS / self.timesteps).long()
         rows = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         self.sums.index_add_(1, quarter, rows)
 
     def total(self) -> Tensor:
-        """Sums of losses and of pictures by quarter, (2, 4), over all ranks (a collective)."""
+        """Sums of losses and of images by quarter, (2, 4), over all ranks (a collective)."""
         total = self.sums.clone()
         dist.all_reduce(total)
         return total.cpu()
@@ -50,7 +50,7 @@ class LossMeter:
     def reduce(self) -> dict[str, float]:
         """`loss` and `loss_q0`…, over all ranks (a collective); empty quarters are left out.
 
-        Empty where no picture was taken in.
+        Empty where no image was taken in.
         """
         sums, counts = self.total()
         self.reset()
@@ -64,10 +64,10 @@ class LossMeter:
 
 
 class SpeedMeter:
-    """Pictures a second, seconds a step, share of the time spent waiting for data, and MFU.
+    """Images a second, seconds a step, share of the time spent waiting for data, and MFU.
 
     Args:
-        batch_size: pictures of a global step.
+        batch_size: images of a global step.
         flops_per_image: of forward and backward.
         peak_flops_per_s: of all ranks together.
     """

@@ -1,9 +1,9 @@
-"""The encoding pipeline beside a bare loop, and its memory with more and more pictures.
+"""The encoding pipeline beside a bare loop, and its memory with more and more images.
 
-    python -m tests.benchmarks.encode [--pictures FOLDER_OR_TAR --classes N] [--count 48]
+    python -m tests.benchmarks.encode [--images FOLDER_OR_TAR --classes N] [--count 48]
 
 The autoencoder has the size of Stable Diffusion's, with random weights. The bare loop decodes and
-encodes in one process on the same processors. Without --pictures noisy JPEG files are made.
+encodes in one process on the same processors. Without --images noisy JPEG files are made.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.data.encode import encode
 from diffit_train.data.preprocess import to_model_range
-from diffit_train.data.sources import list_pictures, read_items
+from diffit_train.data.sources import list_images, read_items
 from tests.benchmarks.common import print_table
 
 CPUS = os.cpu_count() or 1
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEG files of about ImageNet's size in two classes."""
     random = np.random.default_rng(0)
     for number in range(count):
@@ -64,7 +64,7 @@ def recipe_for(root: Path, source: str, classes: int, per_shard: int, batch: int
             f"data.source={source}",
             f"data.num_classes={classes}",
             "data.flip=false",
-            f"data.pictures_per_shard={per_shard}",
+            f"data.images_per_shard={per_shard}",
             "autoencoder.source=root:autoencoder",
             f"autoencoder.batch_size={batch}",
             "autoencoder.precision=fp32",
@@ -77,10 +77,10 @@ def recipe_for(root: Path, source: str, classes: int, per_shard: int, batch: int
 
 
 def bare_loop(recipe: Recipe, skip: int) -> float:
-    """Pictures a second of decoding and encoding in this process, after the first `skip`."""
+    """Images a second of decoding and encoding in this process, after the first `skip`."""
     torch.set_num_threads(CPUS)
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
-    listing, batch = list_pictures(recipe), recipe.autoencoder.batch_size
+    listing, batch = list_images(recipe), recipe.autoencoder.batch_size
     started_s = 0.0
     for start in range(0, len(listing), batch):
         if start == skip:
@@ -92,14 +92,14 @@ def bare_loop(recipe: Recipe, skip: int) -> float:
 
 
 def pipeline(recipe: Recipe, skip: int) -> tuple[float, float]:
-    """Pictures a second after the first shards of `skip` pictures, and seconds in all."""
+    """Images a second after the first shards of `skip` images, and seconds in all."""
     shutil.rmtree(Path(recipe.storage.root) / "latents", ignore_errors=True)
     started_s = time.time()
     manifest = encode(recipe)
     total_s = time.time() - started_s
     folder = Path(recipe.storage.root) / "latents" / recipe.data.name
     times = [(folder / shard.name).stat().st_mtime for shard in manifest.shards]
-    first = skip // recipe.data.pictures_per_shard
+    first = skip // recipe.data.images_per_shard
     return (manifest.totals.written - skip) / (max(times) - times[first - 1]), total_s
 
 
@@ -128,7 +128,7 @@ def peak_bytes(body: Callable[[], object]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", help="source of pictures, as data.source")
+    parser.add_argument("--images", help="source of images, as data.source")
     parser.add_argument("--classes", type=int, default=2)
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--memory-count", type=int, default=512)
@@ -136,12 +136,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_autoencoder(root / "autoencoder", (128, 256, 512, 512))
-        source = options.pictures
+        source = options.images
         if source is None:
-            make_pictures(root / "pictures", options.count)
-            source = str(root / "pictures")
+            make_images(root / "images", options.count)
+            source = str(root / "images")
         recipe = recipe_for(root, source, options.classes, per_shard=8, batch=4)
-        listing = list_pictures(recipe)
+        listing = list_images(recipe)
         start = time.perf_counter()
         read_items(listing.url, listing.kind, listing.items, 256)
         reading = len(listing) / (time.perf_counter() - start)
@@ -150,8 +150,8 @@ def main() -> None:
         again = bare_loop(recipe, skip=8)
         bare = (bare + again) / 2
         print_table(
-            f"{len(listing)} pictures at 256, autoencoder of real size, {CPUS} processors",
-            ["", "pictures/s", "to the bare loop"],
+            f"{len(listing)} images at 256, autoencoder of real size, {CPUS} processors",
+            ["", "images/s", "to the bare loop"],
             [
                 ["bare loop (before and after)", f"{bare:.3f}", "1.00"],
                 ["pipeline, once it runs", f"{steady:.3f}", f"{steady / bare:.2f}"],
@@ -168,15 +168,15 @@ def main() -> None:
         make_autoencoder(root / "autoencoder", (8, 8, 8, 8))
         rows, first = [], 0
         for times in (1, 4):
-            shutil.rmtree(root / "pictures", ignore_errors=True)
-            make_pictures(root / "pictures", times * options.memory_count)
-            small = recipe_for(root, str(root / "pictures"), 2, per_shard=64, batch=16)
+            shutil.rmtree(root / "images", ignore_errors=True)
+            make_images(root / "images", times * options.memory_count)
+            small = recipe_for(root, str(root / "images"), 2, per_shard=64, batch=16)
             shutil.rmtree(root / "latents", ignore_errors=True)
             peak = peak_bytes(lambda small=small: encode(small))
             first = first or peak
             count = times * options.memory_count
             rows.append([f"{count:,}", f"{peak / 2**20:,.0f}", f"{peak / first:.3f}"])
-        print_table("peak memory of all processes", ["pictures", "MiB", "to the first"], rows)
+        print_table("peak memory of all processes", ["images", "MiB", "to the first"], rows)
 
 
 if __name__ == "__main__":

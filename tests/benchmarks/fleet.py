@@ -27,8 +27,7 @@ from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.evaluation.actors import ActorPool, EvaluationPool, EvaluationTarget
 from diffit_train.evaluation.features import load_features
-from diffit_train.evaluation.generate import Generator, network_evaluations
-from diffit_train.evaluation.sample import run_weights
+from diffit_train.evaluation.generate import Generator, nfe_per_image, run_weights
 from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.runs.identity import run_url
 from tests.benchmarks.common import print_table
@@ -58,7 +57,7 @@ class _Bare:
         self.network = load_features(recipe, CPU)
 
     def seconds(self) -> float:
-        """For all pictures."""
+        """For all images."""
         evaluate, started_s = self.recipe.evaluate, time.perf_counter()
         size, classes = evaluate.batch_size, self.recipe.data.num_classes
         for first in range(0, evaluate.samples, size):
@@ -77,7 +76,7 @@ class _Started:
         self.seconds()
 
     def seconds(self) -> float:
-        """For all pictures, into a folder that is thrown away."""
+        """For all images, into a folder that is thrown away."""
         folder = tempfile.mkdtemp(prefix="diffit-bench-")
         started_s = time.perf_counter()
         source = run_url(self.recipe, "demo")
@@ -99,9 +98,9 @@ def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
         started.fleet.close()
     alone, fleet = (float(np.median(column)) for column in zip(*pairs, strict=True))
     print_table(
-        f"{samples} pictures of the demo in chunks of {recipe.evaluate.batch_size * batches}; "
+        f"{samples} images of the demo in chunks of {recipe.evaluate.batch_size * batches}; "
         f"baseline: a bare loop in one process, one thread; medians of {rounds} rounds in turn",
-        ["", "s", "pictures/s", "to the bare loop"],
+        ["", "s", "images/s", "to the bare loop"],
         [
             ["bare loop", f"{alone:.2f}", f"{samples / alone:.1f}", "1.000"],
             ["fleet, 1 actor", f"{fleet:.2f}", f"{samples / fleet:.1f}", f"{fleet / alone:.3f}"],
@@ -125,8 +124,8 @@ def actors(root: Path, samples: int, rounds: int) -> None:
         share = one / taken / count
         rows.append([str(count), f"{taken:.2f}", f"{samples / taken:.1f}", f"{share:.3f}"])
     print_table(
-        f"{samples} pictures of the demo on {os.cpu_count()} processors; baseline: one actor",
-        ["actors", "s", "pictures/s", "share of ideal"],
+        f"{samples} images of the demo on {os.cpu_count()} processors; baseline: one actor",
+        ["actors", "s", "images/s", "share of ideal"],
         rows,
     )
 
@@ -175,7 +174,7 @@ def simulate(counts: list[int]) -> None:
 
 
 def guidance() -> None:
-    """Passes of the network a picture, with and without leaving out idle unconditional ones."""
+    """Passes of the network an image, with and without leaving out idle unconditional ones."""
     rows = []
     for name, changes in (
         ("imagenet256, power-cosine 4.4", []),
@@ -191,11 +190,11 @@ def guidance() -> None:
         for skip in ("0", "1e-4"):
             # A negative tolerance does not exist: 0 leaves out only where the weight is exactly 1.
             recipe = load_recipe("imagenet256", [*changes, f"evaluate.guidance.skip_within={skip}"])
-            passes.append(network_evaluations(recipe))
+            passes.append(nfe_per_image(recipe))
         always = 2.0 * recipe.evaluate.sampler.steps
         rows.append([name, f"{always:g}", *(f"{p:g}" for p in passes), f"{passes[1] / always:.3f}"])
     print_table(
-        "Passes of the network a picture; baseline: both passes at every step",
+        "Passes of the network an image; baseline: both passes at every step",
         ["", "both", "left out at 1", "within 1e-4 of 1", "to both"],
         rows,
     )

@@ -69,7 +69,7 @@ def _train(rank: int, world: int, batch: int, steps: int, stage: int) -> None:
         del output, loss
     held = tensor_bytes() - before
     if rank == 0:
-        title = f"561M, {world} ranks, ZeRO {stage}, fp32, {batch} pictures a step"
+        title = f"561M, {world} ranks, ZeRO {stage}, fp32, {batch} images a step"
         print_table(title, ["step", "loss", "gradient norm", "s"], rows)
         planned = state_bytes(count, stage, world, 1, bf16=False)
         lasting = planned.total - planned.gradients

@@ -1,6 +1,6 @@
-"""Pictures a second out of latent shards: our loader, plain webdataset, tarfile; local and from S3.
+"""Images a second out of latent shards: our loader, plain webdataset, tarfile; local and from S3.
 
-    python -m tests.benchmarks.loader [--pictures 16384]
+    python -m tests.benchmarks.loader [--images 16384]
 
 Members are those of ImageNet at 256x256: (1, 8, 32, 32) float16. The loader verifies each shard's
 hash, shuffles, and puts together batches; the other two only iterate. S3 is a SeaweedFS server.
@@ -27,11 +27,11 @@ from tests.s3 import BUCKET, S3Server
 BATCH, LANES, PER_SHARD = 256, 64, 512
 
 
-def write_latents(url: str, pictures: int) -> Manifest:
+def write_latents(url: str, images: int) -> Manifest:
     """Random latents in shards."""
     random = np.random.default_rng(0)
     shards = []
-    for number in range(pictures // PER_SHARD):
+    for number in range(images // PER_SHARD):
         moments = random.standard_normal((PER_SHARD, 1, 8, 32, 32)).astype(np.float16)
         keys = range(number * PER_SHARD, (number + 1) * PER_SHARD)
         shards.append(write_shard(url, number, keys, moments, [0] * PER_SHARD))
@@ -45,12 +45,12 @@ def write_latents(url: str, pictures: int) -> Manifest:
         height=32,
         width=32,
         frames=1,
-        pictures_per_shard=PER_SHARD,
-        segments=[pictures],
+        images_per_shard=PER_SHARD,
+        segments=[images],
         classes=["0"],
         input_sha256="",
         shards=shards,
-        totals=Totals(input=pictures, written=pictures, rejected=0),
+        totals=Totals(input=images, written=images, rejected=0),
         mean=[0.0] * 4,
         std=[1.0] * 4,
     )
@@ -113,7 +113,7 @@ def with_tarfile(url: str, manifest: Manifest) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=16384)
+    parser.add_argument("--images", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     ways = {"diffit": with_loader, "webdataset": with_webdataset, "tarfile": with_tarfile}
@@ -127,7 +127,7 @@ def main() -> None:
             s3fs.S3FileSystem().mkdir(BUCKET)
             rows = []
             for place, url in (("local", f"{name}/latents"), ("S3", f"s3://{BUCKET}/latents")):
-                manifest = write_latents(url, options.pictures)
+                manifest = write_latents(url, options.images)
                 best = dict.fromkeys(ways, 0.0)
                 for _ in range(options.rounds):
                     for way, body in ways.items():
@@ -138,8 +138,8 @@ def main() -> None:
                 ]
         finally:
             server.stop()
-    title = f"{options.pictures:,} pictures in shards of {PER_SHARD}, batches of {BATCH}"
-    print_table(title, ["", "pictures/s", "to webdataset"], rows)
+    title = f"{options.images:,} images in shards of {PER_SHARD}, batches of {BATCH}"
+    print_table(title, ["", "images/s", "to webdataset"], rows)
 
 
 if __name__ == "__main__":

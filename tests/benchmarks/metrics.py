@@ -22,7 +22,7 @@ from scipy import linalg
 
 from diffit_train.evaluation.inception import Inception, resize_tf1
 from diffit_train.evaluation.metrics import (
-    Moments,
+    FeatureStats,
     frechet_distance,
     kernel_distance,
     precision_recall,
@@ -59,10 +59,10 @@ def _timed(body: Callable[[], float]) -> tuple[float, float]:
 
 
 def distances(rounds: int) -> None:
-    other = Moments.of(features(1, 10_000, 0.1))
+    other = FeatureStats.of(features(1, 10_000, 0.1))
     rows = []
     for count in (10_000, 2_100):
-        mine = Moments.of(features(0, count, 0.2))
+        mine = FeatureStats.of(features(0, count, 0.2))
         given = (mine.mean, mine.covariance, other.mean, other.covariance)
         values = np.linalg.eigvalsh(given[1])
         ours = [_timed(lambda given=given: frechet_distance(*given)) for _ in range(rounds)]
@@ -79,8 +79,8 @@ def distances(rounds: int) -> None:
                 f"{abs(ours[0][1] / theirs[1] - 1):.1e}",
             ]
         )
-    title = f"Frechet distance of 10,000 and of so many pictures, {WIDTH} features"
-    columns = ["pictures", "least/largest", "s", "sqrtm s", "times", "distance", "difference"]
+    title = f"Frechet distance of 10,000 and of so many images, {WIDTH} features"
+    columns = ["images", "least/largest", "s", "sqrtm s", "times", "distance", "difference"]
     print_table(title, columns, rows)
 
 
@@ -127,7 +127,7 @@ def inception(device: torch.device, batch: int, rounds: int) -> None:
     }
     seconds = interleaved_seconds(bodies, device, rounds)
     rows = [[name, f"{batch / seconds[name]:,.1f}"] for name in bodies]
-    print_table(f"Inception, 256x256, batch {batch}, {device.type}", ["", "pictures/s"], rows)
+    print_table(f"Inception, 256x256, batch {batch}, {device.type}", ["", "images/s"], rows)
 
 
 def main() -> None:

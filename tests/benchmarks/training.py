@@ -103,7 +103,7 @@ def _step(rank: int, world: int, size: str, count: int, rounds: int, precision: 
     seconds = interleaved_seconds(bodies, device, rounds)
     base = seconds["plain PyTorch loop"]
     print_table(
-        f"A step of {size}, {trainable_parameters(plain):,} parameters, {count} pictures, one "
+        f"A step of {size}, {trainable_parameters(plain):,} parameters, {count} images, one "
         f"worker, {precision}, {device.type}; best of {rounds}",
         ["", "s", "to plain"],
         [[name, f"{s:.4f}", f"{s / base:.3f}"] for name, s in seconds.items()],

@@ -54,7 +54,7 @@ def test_packaged_recipes_survive_a_round_trip(name: str) -> None:
                 "evaluate.guidance.power": 4.0,
                 "evaluate.guidance.channels": 3,
                 "evaluate.neighbours": 3,
-                "evaluate.reference_pictures": 10_000,
+                "evaluate.reference_images": 10_000,
             },
         ),
         (
@@ -83,8 +83,8 @@ def test_later_overrides_win_and_root_wins_over_all() -> None:
 
 
 def test_local_paths_are_absolute_and_others_left_alone() -> None:
-    recipe = load_recipe("demo", ["data.source=pictures", "autoencoder.source=./vae"], root="r")
-    assert recipe.data.source == str(Path.cwd() / "pictures")
+    recipe = load_recipe("demo", ["data.source=images", "autoencoder.source=./vae"], root="r")
+    assert recipe.data.source == str(Path.cwd() / "images")
     assert recipe.autoencoder.source == str(Path.cwd() / "vae")
     recipe = load_recipe("imagenet256", ["data.source=s3://b/train"], root="s3://bucket/p")
     assert recipe.storage.root == "s3://bucket/p"

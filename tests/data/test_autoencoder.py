@@ -15,7 +15,7 @@ from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
 from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.fit import fit
 from diffit_train.errors import UserError
-from tests.conftest import tiny_recipe, write_pictures
+from tests.conftest import tiny_recipe, write_images
 
 
 class _Killed(Exception):
@@ -86,8 +86,8 @@ def test_a_fitted_autoencoder_is_diffusers(project: Path) -> None:
     assert pixels.dtype == np.uint8
     assert mine.weight_hash() == load_autoencoder(recipe, torch.device("cpu")).weight_hash()
     assert not (folder / "fit-state.safetensors").exists()
-    picture = Image.open(folder / "reconstructions.png")
-    assert picture.size == (16 * 16 * 4, 2 * 16 * 4)
+    image = Image.open(folder / "reconstructions.png")
+    assert image.size == (16 * 16 * 4, 2 * 16 * 4)
 
 
 def test_a_finished_fit_is_left_alone_and_another_refused(project: Path) -> None:
@@ -101,8 +101,8 @@ def test_a_finished_fit_is_left_alone_and_another_refused(project: Path) -> None
 
 
 def test_impossible_and_foreign_autoencoders_are_named(project: Path, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures" / "digits")
-    with pytest.raises(UserError, match="3 levels, which divide the picture by 4"):
+    write_images(tmp_path / "images" / "digits")
+    with pytest.raises(UserError, match="3 levels, which divide the image by 4"):
         fit_autoencoder(tiny_recipe(tmp_path, "autoencoder.downsample=2"))
     assert not (tmp_path / "autoencoders").exists()
     shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")

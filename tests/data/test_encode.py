@@ -1,4 +1,4 @@
-"""Pictures to shards on Ray: totals that add up, the same bytes whoever made them and how often."""
+"""Images to shards on Ray: totals that add up, the same bytes whoever made them and how often."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from diffit_train import storage
 from diffit_train.commands.verify import check_latents
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
-from diffit_train.data.encode import _read_shard_pictures, encode
+from diffit_train.data.encode import _read_shard_images, encode
 from diffit_train.data.encode_plan import find_work, make_plan, shard_spec, write_plan
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
 from diffit_train.data.shards import (
-    finished,
+    finished_manifest,
     latents_url,
     load_manifest,
     read_shard,
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def _copy(project: Path, root: Path) -> Path:
-    for name in ("pictures", "autoencoders"):
+    for name in ("images", "autoencoders"):
         shutil.copytree(project / name, root / name)
     return root
 
@@ -67,7 +67,7 @@ def test_latents_are_those_of_the_autoencoder(encoded: Path) -> None:
     assert (manifest.frames, manifest.channels, manifest.height, manifest.width) == (1, 4, 4, 4)
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     assert manifest.autoencoder_sha256 == autoencoder.weight_hash()
-    paths = sorted((encoded / "pictures" / "digits").rglob("*.png"))
+    paths = sorted((encoded / "images" / "digits").rglob("*.png"))
     sampled = []
     for entry in manifest.shards:
         shard = read_shard(url, entry)
@@ -85,12 +85,12 @@ def test_latents_are_those_of_the_autoencoder(encoded: Path) -> None:
     assert not (encoded / "latents" / "digits" / "parts").exists()
 
 
-def test_flips_follow_the_picture(project: Path, tmp_path: Path) -> None:
+def test_flips_follow_the_image(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), "data.flip=true")
     manifest = encode(recipe)
     assert manifest.frames == 2
     shard = read_shard(f"{tmp_path}/latents/digits", manifest.shards[0])
-    path = sorted((tmp_path / "pictures" / "digits").rglob("*.png"))[0]
+    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[0]
     x = to_model_range(center_crop(decode(path.read_bytes()), 16)[None])
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     for frame, pixels in enumerate((x, x[..., ::-1].copy())):
@@ -101,7 +101,7 @@ def test_flips_follow_the_picture(project: Path, tmp_path: Path) -> None:
 def test_a_rerun_does_nothing_and_another_recipe_is_refused(encoded: Path) -> None:
     recipe = tiny_recipe(encoded)
     times = {p: p.stat().st_mtime_ns for p in (encoded / "latents").rglob("*")}
-    assert finished(recipe) == encode(recipe)
+    assert finished_manifest(recipe) == encode(recipe)
     with pytest.raises(UserError, match="latents .* are of another recipe"):
         encode(tiny_recipe(encoded, "data.flip=true"))
     assert {p: p.stat().st_mtime_ns for p in (encoded / "latents").rglob("*")} == times
@@ -113,9 +113,9 @@ def test_two_actors_make_the_same_bytes(encoded: Path, tmp_path: Path) -> None:
     assert _hashes(recipe) == _hashes(tiny_recipe(encoded))
 
 
-def test_unreadable_pictures_are_put_aside(project: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_put_aside(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path))
-    paths = sorted((tmp_path / "pictures" / "digits").rglob("*.png"))
+    paths = sorted((tmp_path / "images" / "digits").rglob("*.png"))
     paths[3].write_bytes(b"")
     paths[20].write_bytes(paths[20].read_bytes()[:100])
     paths[21].unlink()
@@ -123,24 +123,24 @@ def test_unreadable_pictures_are_put_aside(project: Path, tmp_path: Path) -> Non
     manifest = encode(recipe)
     assert manifest.totals.model_dump() == {"input": 24, "written": 21, "rejected": 3}
     rows = [json.loads(r) for r in (tmp_path / "latents/digits/rejected.jsonl").open()]
-    source = tmp_path / "pictures" / "digits"
+    source = tmp_path / "images" / "digits"
     assert [r["path"] for r in rows] == [str(paths[i].relative_to(source)) for i in (3, 20, 21)]
     assert rows[0]["reason"] == "empty file"
     keys = [k for s in manifest.shards for k in read_shard(f"{tmp_path}/latents/digits", s).keys]
     assert keys == [i for i in range(24) if i not in (3, 20, 21)]
 
 
-def test_too_many_unreadable_pictures_stop_and_can_be_mended(
+def test_too_many_unreadable_images_stop_and_can_be_mended(
     project: Path, encoded: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path))
-    paths = sorted((tmp_path / "pictures" / "digits").rglob("*.png"))
+    paths = sorted((tmp_path / "images" / "digits").rglob("*.png"))
     good = {path: path.read_bytes() for path in paths[::4]}
     for path in good:
         path.write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"(?s)data\.max_rejected_fraction=0\.2.*not a picture"):
+    with pytest.raises(UserError, match=r"(?s)data\.max_rejected_fraction=0\.2.*not an image"):
         encode(recipe)
-    assert finished(recipe) is None
+    assert finished_manifest(recipe) is None
     for path, data in good.items():
         path.write_bytes(data)
     encode(recipe)
@@ -150,7 +150,7 @@ def test_too_many_unreadable_pictures_stop_and_can_be_mended(
 def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         encode(tiny_recipe(tmp_path))
-    shutil.copytree(project / "pictures", tmp_path / "pictures")
+    shutil.copytree(project / "images", tmp_path / "images")
     with pytest.raises(UserError, match="diffit autoencoder fit"):
         encode(tiny_recipe(tmp_path))
     shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")
@@ -196,7 +196,7 @@ def test_a_plan_binds_from_the_first_finished_shard_on(encoded: Path, tmp_path: 
     assert make_plan(mine, url, work).recipe_hash == mine.encode_hash()
     with pytest.raises(UserError, match="are of another recipe"):
         make_plan(other, url, work)
-    next((tmp_path / "pictures").rglob("*.png")).unlink()
+    next((tmp_path / "images").rglob("*.png")).unlink()
     with pytest.raises(UserError, match="have changed since"):
         make_plan(mine, url, find_work(mine, None))
 
@@ -208,9 +208,9 @@ def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Pa
         encode(recipe)
 
 
-def test_a_node_without_the_source_is_told_from_unreadable_pictures(tmp_path: Path) -> None:
+def test_a_node_without_the_source_is_told_from_unreadable_images(tmp_path: Path) -> None:
     row = {"spec": json.dumps(shard_spec(0, 0, [Item("a/1.png", 0, Place("a/1.png"))]))}
-    read = _read_shard_pictures(row, str(tmp_path / "unmounted"), "folder", 16)
+    read = _read_shard_images(row, str(tmp_path / "unmounted"), "folder", 16)
     assert "unmounted is not there on node" in read["failure"]
     assert json.loads(read["rejected"]) == []
 
@@ -219,7 +219,7 @@ def test_a_lost_shard_is_said(encoded: Path, tmp_path: Path) -> None:
     shutil.copytree(encoded / "latents", tmp_path / "latents")
     (tmp_path / "latents" / "digits" / "shard-000002.tar").unlink()
     with pytest.raises(DiffitError, match=r"lacks shard-000002\.tar"):
-        finished(tiny_recipe(tmp_path))
+        finished_manifest(tiny_recipe(tmp_path))
 
 
 def test_a_killed_encoding_goes_on_to_the_same_bytes(encoded: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(encoded: Path, tmp_path: Pa
 
 def test_a_killed_actor_is_replaced(encoded: Path, tmp_path: Path) -> None:
     """SIGKILL of the process that encodes, after its first shard; the run itself goes on."""
-    recipe = tiny_recipe(_copy(encoded, tmp_path), "data.pictures_per_shard=1")
+    recipe = tiny_recipe(_copy(encoded, tmp_path), "data.images_per_shard=1")
     parts, killed = tmp_path / "latents" / "digits" / "parts", []
 
     def kill() -> None:
@@ -272,7 +272,7 @@ def test_a_killed_actor_is_replaced(encoded: Path, tmp_path: Path) -> None:
     assert manifest.totals.written == 24
     assert verify(latents_url(recipe)).bad == {}
     (tmp_path / "undisturbed").mkdir()
-    undisturbed = tiny_recipe(_copy(encoded, tmp_path / "undisturbed"), "data.pictures_per_shard=1")
+    undisturbed = tiny_recipe(_copy(encoded, tmp_path / "undisturbed"), "data.images_per_shard=1")
     encode(undisturbed)
     assert _hashes(recipe) == _hashes(undisturbed)
 
@@ -292,8 +292,8 @@ def _environment() -> dict[str, str]:
 def test_every_kind_of_source_gives_the_same_bytes(
     encoded: Path, tmp_path: Path, kind: str
 ) -> None:
-    pictures = encoded / "pictures" / "digits"
-    files = {str(p.relative_to(pictures)): p.read_bytes() for p in sorted(pictures.rglob("*.png"))}
+    images = encoded / "images" / "digits"
+    files = {str(p.relative_to(images)): p.read_bytes() for p in sorted(images.rglob("*.png"))}
     place = tmp_path / ("x.tar" if kind in ("tar", "ilsvrc") else "x")
     source = write_as(kind, files, place)
     shutil.copytree(encoded / "autoencoders", tmp_path / "autoencoders")
@@ -302,12 +302,12 @@ def test_every_kind_of_source_gives_the_same_bytes(
     assert _hashes(recipe) == _hashes(tiny_recipe(encoded))
 
 
-def test_new_pictures_are_appended_on_request_only(encoded: Path, tmp_path: Path) -> None:
+def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(encoded, tmp_path))
     shutil.copytree(encoded / "latents", tmp_path / "latents")
     before = load_manifest(latents_url(recipe))
     assert encode(recipe, append=True) == before
-    source = tmp_path / "pictures" / "digits"
+    source = tmp_path / "images" / "digits"
     # They sort before, between and behind those that are there.
     for name in ("a/+.png", "b/0015.png", "b/0016.png", "c/999.png", "c/9990.png", "c/9991.png"):
         shutil.copy(source / "a" / "000.png", source / name)
@@ -323,7 +323,7 @@ def test_new_pictures_are_appended_on_request_only(encoded: Path, tmp_path: Path
     assert np.concatenate([shard.labels for shard in added]).tolist() == [0, 1, 1, 2, 2]
     rejected = (tmp_path / "latents/digits/rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in rejected] == ["c/9990.png"]
-    # Five copies of one picture move the mean towards it, by hand:
+    # Five copies of one image move the mean towards it, by hand:
     first = read_shard(latents_url(recipe), before.shards[0]).moments[0, 0, :4].astype(float)
     expected = (np.array(before.mean) * 24 + first.mean((1, 2)) * before.scale * 5) / 29
     np.testing.assert_allclose(after.mean, expected, atol=0.15)
@@ -334,18 +334,18 @@ def test_new_pictures_are_appended_on_request_only(encoded: Path, tmp_path: Path
     assert encode(recipe, append=True) == after
     assert (tmp_path / "latents/digits/rejected.jsonl").read_text() == rejected_lines
     (source / "b" / "001.png").unlink()
-    with pytest.raises(UserError, match=r"1 encoded pictures are gone .* as b/001\.png"):
+    with pytest.raises(UserError, match=r"1 encoded images are gone .* as b/001\.png"):
         encode(recipe, append=True)
 
 
 def test_bad_shards_are_found_and_made_again(encoded: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(encoded, tmp_path))
     shutil.copytree(encoded / "latents", tmp_path / "latents")
-    # The stored recipe says where the pictures lie.
+    # The stored recipe says where the images lie.
     url = latents_url(recipe)
     (Path(url) / "recipe.yaml").write_text(dump_recipe(recipe))
     good = verify(url)
-    assert (good.bad, good.pictures, good.shards) == ({}, 24, 5)
+    assert (good.bad, good.images, good.shards) == ({}, 24, 5)
     manifest = load_manifest(url)
     means = np.concatenate([read_shard(url, e).moments[:, 0, :4] for e in manifest.shards])
     means = means.astype(float) * manifest.scale
@@ -413,7 +413,7 @@ def test_pixels_may_be_the_latents(project: Path, tmp_path: Path) -> None:
     assert shard.moments.shape == (5, 1, 3, 16, 16)
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     sampled = scaled_sample(torch.from_numpy(shard.moments[:, 0]), torch.randn(5, 3, 16, 16), 1.0)
-    path = sorted((tmp_path / "pictures" / "digits").rglob("*.png"))[2]
+    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[2]
     pixels = center_crop(decode(path.read_bytes()), 16)
     assert np.array_equal(autoencoder.decode(sampled)[2], pixels)
 
@@ -434,14 +434,14 @@ def test_a_tiny_autoencoder_serves(project: Path, tmp_path: Path) -> None:
         **sizes, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), latent_channels=4
     )
     made.save_pretrained(tmp_path / "autoencoders" / "tiny")
-    shutil.copytree(project / "pictures", tmp_path / "pictures")
+    shutil.copytree(project / "images", tmp_path / "images")
     recipe = tiny_recipe(
         tmp_path, "autoencoder.kind=tiny", "autoencoder.source=root:autoencoders/tiny"
     )
     manifest = encode(recipe)
     assert (manifest.posterior, manifest.channels, manifest.scale) == (False, 4, 1.0)
     shard = read_shard(latents_url(recipe), manifest.shards[0])
-    path = sorted((tmp_path / "pictures" / "digits").rglob("*.png"))[0]
+    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[0]
     x = torch.from_numpy(to_model_range(center_crop(decode(path.read_bytes()), 16)[None]))
     expected = made.encode(x).latents[0].detach().numpy()
     np.testing.assert_allclose(shard.moments[0, 0], expected, atol=2e-3)
@@ -453,9 +453,9 @@ def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-def test_a_folder_of_every_odd_picture(project: Path, tmp_path: Path) -> None:
+def test_a_folder_of_every_odd_image(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), "data.max_rejected_fraction=0.3")
-    folder = tmp_path / "pictures" / "digits" / "b"
+    folder = tmp_path / "images" / "digits" / "b"
     noise = Image.effect_noise((40, 30), 90).convert("RGB")
     jpeg, png = _saved(noise, "JPEG"), _saved(noise, "PNG")
     turned = Image.Exif()
@@ -475,7 +475,7 @@ def test_a_folder_of_every_odd_picture(project: Path, tmp_path: Path) -> None:
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "cut.png": (png[: len(png) // 2], "truncated"),
         "empty.jpg": (b"", "empty file"),
-        "text.jpg": (b"no picture at all", "not a picture"),
+        "text.jpg": (b"no image at all", "not an image"),
         "strip.png": (_saved(Image.new("L", (60_000, 1)), "PNG"), "too long a strip|bomb"),
         "bomb.png": (_saved(Image.new("1", (20_000, 20_000)), "PNG"), "decompression bomb"),
     }

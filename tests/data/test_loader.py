@@ -110,8 +110,8 @@ def test_ranks_share_the_lanes_and_concatenate_to_the_global_batch() -> None:
         order.rank_lanes(0, 9)
 
 
-def test_too_few_pictures_are_named() -> None:
-    with pytest.raises(UserError, match=r"train\.batch_size is 64, .* 10 pictures"):
+def test_too_few_images_are_named() -> None:
+    with pytest.raises(UserError, match=r"train\.batch_size is 64, .* 10 images"):
         SampleOrder([10], 64, 1, 8, 0)
 
 
@@ -167,7 +167,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
         height=2,
         width=2,
         frames=1,
-        pictures_per_shard=10,
+        images_per_shard=10,
         segments=[40],
         classes=["a", "b", "c"],
         input_sha256="i",

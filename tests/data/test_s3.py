@@ -16,7 +16,7 @@ import pytest
 from diffit_train import storage
 from diffit_train.config import dump_recipe, load_recipe
 from diffit_train.data.shards import load_manifest
-from diffit_train.data.sources import PictureReader, list_pictures
+from diffit_train.data.sources import ImageReader, list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
 from diffit_train.evaluation.references import check_reference_file
@@ -77,7 +77,7 @@ def test_files_come_back(server: S3Server) -> None:
 def test_references_lie_and_are_downloaded_there(server: S3Server, tmp_path: Path) -> None:
     root = storage.join(ROOT, "measured")
     url = storage.join(root, "adm.npz")
-    small = ["data.resolution=32", "evaluate.reference_pictures=3"]
+    small = ["data.resolution=32", "evaluate.reference_images=3"]
     recipe = load_recipe("imagenet256", [*small, f"evaluate.reference={url}"], root=root)
     with pytest.raises(UserError, match="does not exist"):
         check_reference_file(recipe)
@@ -146,11 +146,11 @@ def test_wrong_credentials_are_named(
 def test_sources_are_read_from_s3(
     server: S3Server, project: Path, tmp_path: Path, kind: str
 ) -> None:
-    pictures = project / "pictures" / "digits"
-    files = {str(p.relative_to(pictures)): p.read_bytes() for p in sorted(pictures.rglob("*.png"))}
+    images = project / "images" / "digits"
+    files = {str(p.relative_to(images)): p.read_bytes() for p in sorted(images.rglob("*.png"))}
     url = storage.join(ROOT, f"sources/{kind}")
     if kind == "folder":
-        _upload(pictures, url)
+        _upload(images, url)
     else:
         local = Path(write_as(kind, files, tmp_path / ("x.tar" if kind == "tar" else "x")))
         if local.is_file():
@@ -158,8 +158,8 @@ def test_sources_are_read_from_s3(
             storage.write_bytes(url, local.read_bytes())
         else:
             _upload(local, url)
-    found = list_pictures(tiny_recipe(tmp_path, f"data.source={url}"))
-    with PictureReader(found.url, found.kind) as reader:
+    found = list_images(tiny_recipe(tmp_path, f"data.source={url}"))
+    with ImageReader(found.url, found.kind) as reader:
         assert [reader.read(item.place) for item in found.items] == list(files.values())
 
 
@@ -186,7 +186,7 @@ def test_a_server_that_goes_away_is_waited_for(
 @pytest.mark.slow
 def test_encoding_outlives_its_storage(server: S3Server, encoded: Path, tmp_path: Path) -> None:
     """Source and root on S3; the server is stopped and started amid the run."""
-    for name in ("pictures", "autoencoders"):
+    for name in ("images", "autoencoders"):
         _upload(encoded / name, storage.join(ROOT, name))
     recipe = tiny_recipe(tmp_path).model_copy(
         update={"storage": tiny_recipe(tmp_path).storage.model_copy(update={"root": ROOT})}

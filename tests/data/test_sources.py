@@ -1,4 +1,4 @@
-"""Five kinds of source: the same pictures out of each, and what may be wrong in them."""
+"""Five kinds of source: the same images out of each, and what may be wrong in them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffit_train import storage
-from diffit_train.data.sources import PictureReader, list_pictures, source_kind
+from diffit_train.data.sources import ImageReader, list_images, source_kind
 from diffit_train.errors import UserError
-from tests.conftest import tiny_recipe, write_pictures
+from tests.conftest import tiny_recipe, write_images
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -85,10 +85,10 @@ ENDINGS = {"tar": "x.tar", "ilsvrc": "x.tar", "webdataset": "x", "parquet": "x"}
 
 @pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_holds_the_same_pictures(kind: str, remote: bool, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures" / "digits")
-    folder = list_pictures(tiny_recipe(tmp_path))
-    files = _files(tmp_path / "pictures" / "digits")
+def test_every_kind_holds_the_same_images(kind: str, remote: bool, tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "digits")
+    folder = list_images(tiny_recipe(tmp_path))
+    files = _files(tmp_path / "images" / "digits")
     source = write_as(kind, files, tmp_path / ENDINGS[kind])
     if remote:
         remote_url = f"memory://sources/{kind}/{ENDINGS[kind]}"
@@ -97,14 +97,14 @@ def test_every_kind_holds_the_same_pictures(kind: str, remote: bool, tmp_path: P
             name = remote_url if local.is_file() else storage.join(remote_url, path.name)
             storage.write_bytes(name, path.read_bytes())
         source = remote_url
-    found = list_pictures(tiny_recipe(tmp_path, f"data.source={source}"))
+    found = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
     assert found.kind == kind
     assert found.labels == folder.labels
     assert not any(item.problem for item in found.items)
     if kind in ("tar", "ilsvrc"):
         assert found.paths == folder.paths
         assert found.classes == folder.classes == ("a", "b", "c")
-    with PictureReader(found.url, found.kind) as reader:
+    with ImageReader(found.url, found.kind) as reader:
         data = [reader.read(item.place) for item in found.items]
         assert data == list(files.values())
         # Also out of order.
@@ -117,14 +117,14 @@ def test_class_names_of_a_hub_data_set(tmp_path: Path) -> None:
     table = pa.table({"image": [{"bytes": b"x", "path": None}], "label": [1]})
     table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
     pq.write_table(table, tmp_path / "x.parquet")
-    found = list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
     assert found.classes == ("cat", "dog", "eel")
     assert (found.paths, found.labels) == (("file:0:0",), (1,))
 
 
 def _problems(root: Path, source: Path, **options: str) -> dict[str, str]:
     changes = [f"data.{key}={value}" for key, value in options.items()]
-    found = list_pictures(tiny_recipe(root, f"data.source={source}", *changes))
+    found = list_images(tiny_recipe(root, f"data.source={source}", *changes))
     return {item.name: item.problem for item in found.items if item.problem}
 
 
@@ -138,7 +138,7 @@ def test_wrong_members_of_a_tar_carry_their_problem(tmp_path: Path) -> None:
         "/abs/1.png": "the name leads out of the archive",
         "a/1.png (again 1)": "the name occurs twice",
     }
-    found = list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
+    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
     assert len(found) == 8
     assert found.classes == ("a", "b", "c")
 
@@ -153,7 +153,7 @@ def test_wrong_samples_of_a_webdataset_carry_their_problem(tmp_path: Path) -> No
     assert _problems(tmp_path, tmp_path / "x.tar") == {
         "2": "label 3 is not between 0 and 2",
         "3": "the sample has no label (cls, or json with `label`)",
-        "4": "the sample has no picture",
+        "4": "the sample has no image",
         "5": "the label is not a number",
         "1 (again 1)": "the key occurs twice",
         "7": "label -1 is not between 0 and 2",
@@ -164,7 +164,7 @@ def test_wrong_samples_of_a_webdataset_carry_their_problem(tmp_path: Path) -> No
 def test_wrong_labels_of_parquet_carry_their_problem(tmp_path: Path) -> None:
     images = [{"bytes": b"x", "path": f"{i}.png"} for i in (0, 1, 2, 0)]
     pq.write_table(pa.table({"image": images, "label": [0, 3, None, 2]}), tmp_path / "x.parquet")
-    found = list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
     assert found.paths == ("0.png", "1.png", "2.png", "0.png (again 1)")
     assert _problems(tmp_path, tmp_path / "x.parquet") == {
         "1.png": "label 3 is not between 0 and 2",
@@ -175,7 +175,7 @@ def test_wrong_labels_of_parquet_carry_their_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"picture": [b"x"], "label": [0]}, "has columns picture, label; needed are `image`"),
+        ({"image": [b"x"], "label": [0]}, "has columns image, label; needed are `image`"),
         ({"image": [b"x"], "label": [0]}, "has columns image, label; needed are `image`, a struct"),
         ({"image": [{"bytes": b"x", "path": ""}]}, "has columns image; needed"),
         ({"image": [{"bytes": b"x", "path": ""}], "label": ["cat"]}, "not of whole numbers"),
@@ -186,7 +186,7 @@ def test_parquet_without_the_columns_is_refused(
 ) -> None:
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=message):
-        list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+        list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
 
 
 def _gzipped(data: bytes) -> bytes:
@@ -199,7 +199,7 @@ def _gzipped(data: bytes) -> bytes:
     ("name", "spoil", "message"),
     [
         ("x.tar", lambda data: data[:-3000], "cut off|not a whole"),
-        ("x.tar", lambda data: b"", "not a whole uncompressed tar|holds no pictures"),
+        ("x.tar", lambda data: b"", "not a whole uncompressed tar|holds no images"),
         ("x.tar", lambda data: b"nothing like a tar" * 99, "not a whole uncompressed tar"),
         ("x.tar", _gzipped, "not a whole uncompressed tar"),
         ("x.parquet", lambda data: data, "not a whole parquet file"),
@@ -212,16 +212,16 @@ def test_broken_archives_are_named(
     data = _tar([(f"{label}/1.png", b"1" * 2000) for label in "abc"])
     (tmp_path / name).write_bytes(spoil(data))
     with pytest.raises(UserError, match=message):
-        list_pictures(tiny_recipe(tmp_path, f"data.source={tmp_path}/{name}"))
+        list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/{name}"))
 
 
 def test_a_kind_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures" / "digits")
+    write_images(tmp_path / "images" / "digits")
     with pytest.raises(UserError, match=r"is a folder, but data\.format is 'tar'"):
-        list_pictures(tiny_recipe(tmp_path, "data.format=tar"))
+        list_images(tiny_recipe(tmp_path, "data.format=tar"))
     (tmp_path / "x.tar").write_bytes(_tar([("a/1.png", b"")]))
     with pytest.raises(UserError, match=r"is not a folder, but data\.format is 'folder'"):
-        list_pictures(tiny_recipe(tmp_path, "data.format=folder", f"data.source={tmp_path}/x.tar"))
+        list_images(tiny_recipe(tmp_path, "data.format=folder", f"data.source={tmp_path}/x.tar"))
 
 
 def test_a_folder_that_may_not_be_read_stops(
@@ -230,7 +230,7 @@ def test_a_folder_that_may_not_be_read_stops(
     """Root may read everything, so the refusal is made by hand."""
     import os
 
-    write_pictures(tmp_path / "pictures" / "digits")
+    write_images(tmp_path / "images" / "digits")
     real = os.scandir
 
     def refusing(path: str):
@@ -240,7 +240,7 @@ def test_a_folder_that_may_not_be_read_stops(
 
     monkeypatch.setattr("os.scandir", refusing)
     with pytest.raises(UserError, match=r"digits/b may not be read"):
-        list_pictures(tiny_recipe(tmp_path))
+        list_images(tiny_recipe(tmp_path))
 
 
 NAMES = st.text(
@@ -252,15 +252,15 @@ NAMES = st.text(
 
 @settings(max_examples=25, deadline=None)
 @given(st.dictionaries(st.tuples(st.sampled_from("abc"), NAMES), st.binary(max_size=2000)))
-def test_any_tar_gives_back_its_pictures(
-    tmp_path_factory: pytest.TempPathFactory, pictures: dict[tuple[str, str], bytes]
+def test_any_tar_gives_back_its_images(
+    tmp_path_factory: pytest.TempPathFactory, images: dict[tuple[str, str], bytes]
 ) -> None:
     root = tmp_path_factory.mktemp("tar")
-    files = {f"{folder}/{name}.png": data for (folder, name), data in pictures.items()}
+    files = {f"{folder}/{name}.png": data for (folder, name), data in images.items()}
     files |= {f"{folder}/0.png": b"0" for folder in "abc"}
     (root / "x.tar").write_bytes(_tar(list(files.items())))
-    found = list_pictures(tiny_recipe(root, f"data.source={root}/x.tar"))
+    found = list_images(tiny_recipe(root, f"data.source={root}/x.tar"))
     assert list(found.paths) == sorted(files)
-    with PictureReader(found.url, found.kind) as reader:
+    with ImageReader(found.url, found.kind) as reader:
         for item in found.items:
             assert reader.read(item.place) == files[item.name]

@@ -291,6 +291,6 @@ def test_an_objective_is_least_for_the_truth(objective: str) -> None:
     truth = noise - x0 if objective == "flow" else torch.cat([noise, -torch.ones_like(noise)], 1)
     assert x.shape == x0.shape
     best = made.loss(truth, x0, t, noise)
-    # The noise that is left in a picture costs bits only in the last step of ADM's diffusion.
+    # The noise that is left in an image costs bits only in the last step of ADM's diffusion.
     assert (best[t >= 1] < 1e-4).all()
     assert (made.loss(truth + 0.5, x0, t, noise) > best + 0.1).all()

@@ -17,9 +17,9 @@ from diffit_train.evaluation.chunks import (
     Range,
     chunk_name,
     committed_chunks,
-    pictures_name,
+    images_name,
     read_chunk,
-    read_pictures,
+    read_chunk_images,
     write_chunk,
     write_samples,
 )
@@ -41,13 +41,13 @@ def test_what_is_missing_completes_what_is_there(
     missing = Layout(samples, batch, batches).missing(there)
     made = sorted([*there, *missing])
     assert [i for part in made for i in range(*part)] == list(range(samples))
-    # Every batch is one that the whole evaluation would have: it begins at the same picture.
+    # Every batch is one that the whole evaluation would have: it begins at the same image.
     assert all(part.first % batch == 0 for part in missing)
     assert all(part.size <= batch * batches for part in missing)
 
 
 def test_overlapping_chunks_are_named() -> None:
-    with pytest.raises(DiffitError, match=r"pictures 4 to 7 .* chunk-0000004-0000012"):
+    with pytest.raises(DiffitError, match=r"images 4 to 7 .* chunk-0000004-0000012"):
         Layout(12, 4, 1).missing([Range(0, 8), Range(4, 12)])
 
 
@@ -63,13 +63,13 @@ def test_chunks_come_back(tmp_path: Path) -> None:
     parts = [Range(0, 8), Range(8, 12)]
     pixels = np.concatenate([_write(tmp_path, part) for part in parts])
     (tmp_path / "chunk-0000012-0000016.safetensors.tmp-dead").write_bytes(b"half")
-    # Pictures whose measurements were not committed are no chunk.
-    np.save(tmp_path / pictures_name(Range(12, 16)), pixels[:4])
+    # Images whose measurements were not committed are no chunk.
+    np.save(tmp_path / images_name(Range(12, 16)), pixels[:4])
     assert committed_chunks(str(tmp_path)) == parts
     rows = read_chunk(str(tmp_path), parts[1], "key")
     assert rows[LABELS].tolist() == [2, 0, 1, 2]
     assert rows[FEATURES].dtype == np.float32
-    assert np.array_equal(read_pictures(str(tmp_path), parts[0]), pixels[:8])
+    assert np.array_equal(read_chunk_images(str(tmp_path), parts[0]), pixels[:8])
     target = tmp_path / "samples.npz"
     labels = [read_chunk(str(tmp_path), part, "key")[LABELS] for part in parts]
     write_samples(str(tmp_path), str(target), 12, labels)
@@ -87,13 +87,13 @@ def test_broken_chunks_are_named(tmp_path: Path) -> None:
         read_chunk(str(tmp_path), part, "other")
     with pytest.raises(DiffitError, match=r"chunk-0000000-0000009\S* is damaged"):
         read_chunk(str(tmp_path), Range(0, 9), "key")
-    pictures = tmp_path / pictures_name(part)
-    pictures.write_bytes(pictures.read_bytes()[:-5])
-    with pytest.raises(DiffitError, match=r"pictures-0000000-0000004.npy is damaged"):
-        read_pictures(str(tmp_path), part)
-    np.save(pictures, np.zeros((3, 4, 4, 3), np.uint8))
-    with pytest.raises(DiffitError, match=r"shape \(3, 4, 4, 3\), not 4 pictures"):
-        read_pictures(str(tmp_path), part)
+    images = tmp_path / images_name(part)
+    images.write_bytes(images.read_bytes()[:-5])
+    with pytest.raises(DiffitError, match=r"images-0000000-0000004.npy is damaged"):
+        read_chunk_images(str(tmp_path), part)
+    np.save(images, np.zeros((3, 4, 4, 3), np.uint8))
+    with pytest.raises(DiffitError, match=r"shape \(3, 4, 4, 3\), not 4 images"):
+        read_chunk_images(str(tmp_path), part)
     file = tmp_path / chunk_name(part)
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(DiffitError, match=r"chunk-0000000-0000004\S* is damaged"):

@@ -14,14 +14,14 @@ from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.sweep import run_sweep, show_sweep
 from diffit_train.compare.comparison import collect, compare_store
 from diffit_train.config import Recipe, load_recipe
-from diffit_train.data.sources import list_pictures
+from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import runner
 from diffit_train.evaluation.actors import EvaluationPool, EvaluationTarget
 from diffit_train.evaluation.best import register_best
-from diffit_train.evaluation.chunks import committed_chunks, read_pictures
+from diffit_train.evaluation.chunks import committed_chunks, read_chunk_images
 from diffit_train.evaluation.labels import choose_labels
-from diffit_train.evaluation.result import Result, evaluation_key, evaluation_url, finished
+from diffit_train.evaluation.result import Result, evaluation_key, evaluation_url, finished_result
 from diffit_train.evaluation.runner import Request, make_reference
 from diffit_train.runs.checkpoints import checkpoint_digest, read_state
 from diffit_train.tracking import Tracker
@@ -34,9 +34,9 @@ def evaluate(recipe: Recipe, run: str, steps: list[int]) -> list[Result]:
     return runner.evaluate([Request(recipe, run, step) for step in steps])
 
 
-def _pictures(result: Result) -> np.ndarray:
+def _images(result: Result) -> np.ndarray:
     url = str(Path(result.grid).parent)
-    return np.concatenate([read_pictures(url, part) for part in committed_chunks(url)])
+    return np.concatenate([read_chunk_images(url, part) for part in committed_chunks(url)])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def evaluated(trained: Path) -> tuple[Path, list[Result]]:
 
 
 def _copy(root: Path, target: Path) -> Path:
-    for name in ("pictures", "autoencoders", "features", "runs"):
+    for name in ("images", "autoencoders", "features", "runs"):
         shutil.copytree(root / name, target / name)
     shutil.copy(root / "mlflow.db", target)
     return target
@@ -63,7 +63,7 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
     # Three steps, each with and without the label.
     assert results[0].network_evaluations == 6
     for result in results:
-        assert finished(recipe, "tiny", result.step) == result
+        assert finished_result(recipe, "tiny", result.step) == result
         assert result.metrics["fd_digits"] > 0
         assert Image.open(result.grid).size[0] > 300
         tracker = Tracker.of(recipe)
@@ -86,7 +86,7 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
         assert files == ["grid.png"]
 
 
-def test_figures_are_those_of_the_pictures(evaluated: tuple[Path, list[Result]]) -> None:
+def test_figures_are_those_of_the_images(evaluated: tuple[Path, list[Result]]) -> None:
     """Agreement counted again from the chunks' files alone."""
     from safetensors.numpy import load_file
 
@@ -98,7 +98,7 @@ def test_figures_are_those_of_the_pictures(evaluated: tuple[Path, list[Result]])
     assert labels.tolist() == [i % 3 for i in range(12)]
     seen = np.concatenate([chunk["seen"] for chunk in chunks])
     assert result.metrics["label_agreement"] == (labels == seen).mean()
-    assert _pictures(result).shape == (12, 16, 16, 3)
+    assert _images(result).shape == (12, 16, 16, 3)
 
 
 def test_random_labels_do_not_depend_on_chunks_and_actors(
@@ -115,7 +115,7 @@ def test_random_labels_do_not_depend_on_chunks_and_actors(
         folder = Path(result.grid).parent
         chunks = [load_file(path)["labels"] for path in sorted(folder.glob("chunk-*.safetensors"))]
         assert len(chunks) == (2 if scaling else 3)
-        made.append((result.metrics, np.concatenate(chunks).tolist(), _pictures(result)))
+        made.append((result.metrics, np.concatenate(chunks).tolist(), _images(result)))
         assert Image.open(result.grid).size[0] > 100
     (metrics, labels, pixels), again = made
     assert (metrics, labels) == again[:2]
@@ -142,7 +142,7 @@ def test_two_actors_and_an_interruption_give_the_same_figures(
     (again,) = evaluate(recipe, "tiny", [12])
     assert again.metrics == result.metrics
     assert again.key == result.key
-    assert np.array_equal(_pictures(again), _pictures(result))
+    assert np.array_equal(_images(again), _images(result))
 
     folder = Path(again.grid).parent
     for name in ("result.json", "chunk-0000000-0000004.safetensors"):
@@ -155,7 +155,7 @@ def test_two_actors_and_an_interruption_give_the_same_figures(
     (resumed,) = evaluate(recipe, "tiny", [12])
     assert (folder / "chunk-0000000-0000008.safetensors").exists()
     assert resumed.metrics == result.metrics
-    assert np.array_equal(_pictures(resumed), _pictures(result))
+    assert np.array_equal(_images(resumed), _images(result))
     assert resumed.mlflow_run_id == again.mlflow_run_id
     history = Tracker.of(recipe).history(resumed.mlflow_run_id, "eval/fd_digits")
     assert len(history) == 1
@@ -181,15 +181,15 @@ def test_a_dead_actors_chunks_are_made_by_another(
     assert again.metrics == result.metrics
 
 
-def test_more_samples_begin_with_the_same_pictures(
+def test_more_samples_begin_with_the_same_images(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, (_, result) = evaluated
     recipe = tiny_recipe(_copy(root, tmp_path), "evaluate.samples=15", "scaling.evaluate_batches=9")
     (more,) = evaluate_run(recipe, "tiny", ["12"], npz=True)
-    assert np.array_equal(_pictures(Result.model_validate(more))[:12], _pictures(result))
+    assert np.array_equal(_images(Result.model_validate(more))[:12], _images(result))
     with np.load(Path(more["grid"]).parent / "samples.npz") as file:
-        assert np.array_equal(file["arr_0"], _pictures(Result.model_validate(more)))
+        assert np.array_equal(file["arr_0"], _images(Result.model_validate(more)))
         assert file["arr_1"].tolist() == [i % 3 for i in range(15)]
 
 
@@ -237,7 +237,7 @@ def test_a_sweep_is_evaluated_in_place_and_goes_on(
     lines = Path(found["csv"]).read_text().splitlines()
     assert lines[0].startswith("step,guidance.scale,sampler.steps,network_evaluations,fd_digits")
     assert len(lines) == 5
-    assert Image.open(found["picture"]).size[0] > 900
+    assert Image.open(found["image"]).size[0] > 900
     children = [r for r in Tracker.of(recipe).runs() if r.tags.get("diffit.sweep") == "first"]
     assert len(children) == 4
     # A sweep is no part of the run's own curve.
@@ -264,7 +264,7 @@ def test_a_reference_is_made_in_parts_and_goes_on(
     from diffit_train.evaluation import references
 
     monkeypatch.setattr(references, "SMALLEST_PART", 7)
-    recipe = tiny_recipe(_copy(trained, tmp_path), "evaluate.reference_pictures=10")
+    recipe = tiny_recipe(_copy(trained, tmp_path), "evaluate.reference_images=10")
     place, whole = make_reference(recipe)
     assert whole.count == 24
     assert whole.features is not None
@@ -272,7 +272,7 @@ def test_a_reference_is_made_in_parts_and_goes_on(
     Path(place).unlink()
     # As if it had been killed with one part of four done.
     fleet = EvaluationPool(recipe)
-    listing = list_pictures(recipe)
+    listing = list_images(recipe)
     tasks = list(references.part_tasks(recipe, listing))
     assert [len(task.items) for task in tasks] == [7, 7, 7, 3]
     assert sum(len(task.kept) for task in tasks) == 10
@@ -283,16 +283,16 @@ def test_a_reference_is_made_in_parts_and_goes_on(
     )
     assert [count for _, count in call] == [7]
     before = target.stat().st_mtime_ns
-    seen, real = [], references.read_parts
+    seen, real = [], references.read_reference_parts
 
-    def read(url: str, wanted: list[references.PartTask]) -> list[references.Part]:
+    def read(url: str, wanted: list[references.PartTask]) -> list[references.ReferencePart]:
         seen.append(target.stat().st_mtime_ns)
         if len(seen) == 1:
             # As if another evaluation, done with the same, were clearing up just now.
             (parts / references.part_name(tasks[3])).unlink()
         return list(real(url, wanted))
 
-    monkeypatch.setattr(references, "read_parts", read)
+    monkeypatch.setattr(references, "read_reference_parts", read)
     again = fleet.reference().statistics
     fleet.close()
     assert seen == [before, before]

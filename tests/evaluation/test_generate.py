@@ -14,7 +14,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SEEN
 from diffit_train.evaluation.features import load_features
 from diffit_train.evaluation.features_fit import fit_features
-from diffit_train.evaluation.generate import Generator, PictureNoise
+from diffit_train.evaluation.generate import Generator, ImageNoise
 from diffit_train.evaluation.result import features_info
 from diffit_train.models.build import build_model
 from tests.conftest import tiny_recipe
@@ -29,17 +29,17 @@ def _weights(recipe: Recipe) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_noise_belongs_to_the_picture_not_to_its_batch() -> None:
+def test_noise_belongs_to_the_image_not_to_its_batch() -> None:
     shape = (4, 2, 2)
-    together, alone = PictureNoise([(7, 3), (7, 4), (7, 5)], shape), PictureNoise([(7, 4)], shape)
+    together, alone = ImageNoise([(7, 3), (7, 4), (7, 5)], shape), ImageNoise([(7, 4)], shape)
     for _ in range(3):
         assert torch.equal(together(CPU)[1], alone(CPU)[0])
-    assert not torch.equal(PictureNoise([(8, 4)], shape)(CPU), PictureNoise([(7, 4)], shape)(CPU))
+    assert not torch.equal(ImageNoise([(8, 4)], shape)(CPU), ImageNoise([(7, 4)], shape)(CPU))
 
 
 @pytest.mark.parametrize("sampler", ["{name: ddpm, steps: 4}", "{name: ddim, steps: 4, eta: 0.5}"])
 @pytest.mark.parametrize("guidance", ["constant", "power_cosine"])
-def test_a_picture_is_the_same_in_any_batch(project: Path, sampler: str, guidance: str) -> None:
+def test_a_image_is_the_same_in_any_batch(project: Path, sampler: str, guidance: str) -> None:
     overrides = [f"evaluate.sampler={sampler}", f"evaluate.guidance.kind={guidance}"]
     recipe = tiny_recipe(project, *overrides)
     generator = Generator(recipe, _weights(recipe), load_autoencoder(recipe, CPU))

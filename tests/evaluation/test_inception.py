@@ -160,7 +160,7 @@ class _Described:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
     described = _Described(None)
-    # The smallest picture that all blocks take, so that making weights costs little.
+    # The smallest image that all blocks take, so that making weights costs little.
     described(torch.zeros(1, 3, 75, 75, dtype=torch.float64))
     return described.weights
 
@@ -198,7 +198,7 @@ def test_the_network_agrees_with_its_description(
     weights: dict[str, Tensor], network: Inception
 ) -> None:
     random = np.random.default_rng(0)
-    # Smooth ramps and noise, so that neither flat nor wild pictures decide alone.
+    # Smooth ramps and noise, so that neither flat nor wild images decide alone.
     ramp = np.linspace(0, 180, 299)[None, :, None, None] + np.zeros((1, 1, 299, 3))
     noisy = ramp + random.integers(0, 75, size=(1, 299, 299, 3))
     pixels = torch.from_numpy(noisy.astype(np.uint8))
@@ -216,7 +216,7 @@ def test_the_network_agrees_with_its_description(
 
 
 @torch.no_grad()
-def test_pictures_of_any_size_are_resized_first(network: Inception) -> None:
+def test_images_of_any_size_are_resized_first(network: Inception) -> None:
     pixels = torch.randint(0, 256, (2, 20, 33, 3), dtype=torch.uint8)
     both = network(pixels)
     alone = network(pixels[1:])
@@ -235,7 +235,7 @@ def test_pictures_of_any_size_are_resized_first(network: Inception) -> None:
 def test_other_input_is_refused(pixels: Tensor) -> None:
     with torch.device("meta"):
         network = Inception()
-    with pytest.raises(ValueError, match=r"pictures are \(B, H, W, 3\) uint8, not \("):
+    with pytest.raises(ValueError, match=r"images are \(B, H, W, 3\) uint8, not \("):
         network(pixels)
 
 
@@ -262,10 +262,10 @@ def test_convolutions_are_float32_and_the_setting_comes_back(
 # ---- Resize ----
 
 
-def _tf1_by_loops(picture: np.ndarray, size: int, real: type) -> np.ndarray:
+def _tf1_by_loops(image: np.ndarray, size: int, real: type) -> np.ndarray:
     """As TensorFlow's kernel: the row above, the row below, then between them."""
-    height, width = picture.shape
-    picture = picture.astype(real)
+    height, width = image.shape
+    image = image.astype(real)
     scales = real(height) / real(size), real(width) / real(size)
     result = np.zeros((size, size), real)
     for i in range(size):
@@ -275,8 +275,8 @@ def _tf1_by_loops(picture: np.ndarray, size: int, real: type) -> np.ndarray:
             x = real(j) * scales[1]
             left, right = int(x), min(int(x) + 1, width - 1)
             dx, dy = x - real(left), y - real(top)
-            above = picture[top, left] + (picture[top, right] - picture[top, left]) * dx
-            below = picture[bottom, left] + (picture[bottom, right] - picture[bottom, left]) * dx
+            above = image[top, left] + (image[top, right] - image[top, left]) * dx
+            below = image[bottom, left] + (image[bottom, right] - image[bottom, left]) * dx
             result[i, j] = above + (below - above) * dy
     return result
 

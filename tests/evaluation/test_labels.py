@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chi2, chisquare
 
 from diffit_train.config import load_recipe
-from diffit_train.evaluation.generate import PictureNoise
+from diffit_train.evaluation.generate import ImageNoise
 from diffit_train.evaluation.labels import choose_labels
 
 
@@ -35,7 +35,7 @@ def test_a_label_depends_on_seed_and_index_alone() -> None:
 
 def test_labels_and_noise_are_of_different_streams() -> None:
     """The noise's own generator, asked for a label, gives another one."""
-    noise = PictureNoise([(0, i) for i in range(200)], (1, 1, 1))
+    noise = ImageNoise([(0, i) for i in range(200)], (1, 1, 1))
     of_noise = [generator.integers(1000) for generator in noise.generators]
     labels = choose_labels("random", 0, range(200), 1000)
     assert (labels == of_noise).sum() < 5

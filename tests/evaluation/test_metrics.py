@@ -13,8 +13,8 @@ from scipy.spatial.distance import cdist
 
 from diffit_train.evaluation import metrics
 from diffit_train.evaluation.metrics import (
+    FeatureStats,
     InceptionScore,
-    Moments,
     frechet_distance,
     kernel_distance,
     precision_recall,
@@ -43,7 +43,7 @@ def _blocks(rows: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
 def test_moments_of_parts_add_up(count: int, width: int, cut: int) -> None:
     rows = _rows(0, count, width)
     cut = min(cut, count)
-    moments = Moments.of(rows[:cut]) + Moments.of(rows[cut:])
+    moments = FeatureStats.of(rows[:cut]) + FeatureStats.of(rows[cut:])
     np.testing.assert_allclose(moments.mean, rows.mean(0), atol=1e-10)
     covariance = np.cov(rows, rowvar=False).reshape(width, width)
     np.testing.assert_allclose(moments.covariance, covariance, atol=1e-9)
@@ -53,10 +53,10 @@ def test_moments_of_parts_add_up(count: int, width: int, cut: int) -> None:
 @given(st.lists(st.integers(0, 10**6), max_size=6), st.integers(1, 50))
 def test_any_blocks_have_the_same_moments(cuts: list[int], block_rows: int) -> None:
     rows = _real_looking(0, 120, 12)
-    whole = Moments.of(rows)
+    whole = FeatureStats.of(rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "_BLOCK_ROWS", block_rows)
-        parts = [Moments.of(block) for block in _blocks(rows, cuts)]
+        parts = [FeatureStats.of(block) for block in _blocks(rows, cuts)]
     total = sum(parts[1:], start=parts[0])
     assert total.count == whole.count == 120
     np.testing.assert_allclose(total.total, whole.total, rtol=1e-12)
@@ -66,28 +66,28 @@ def test_any_blocks_have_the_same_moments(cuts: list[int], block_rows: int) -> N
 def test_moments_far_from_zero_keep_their_precision() -> None:
     rows = np.random.default_rng(0).normal(size=(5000, 6)) + 300
     expected = np.cov(rows - 300, rowvar=False)
-    error = np.abs(Moments.of(rows).covariance - expected).max() / expected.max()
+    error = np.abs(FeatureStats.of(rows).covariance - expected).max() / expected.max()
     assert error < 1e-9
 
 
 def test_impossible_features_are_named() -> None:
     rows = _rows(0, 10, 3)
-    with pytest.raises(ValueError, match=r"the shape \(3,\), not \(pictures, features\)"):
-        Moments.of(rows[0])
+    with pytest.raises(ValueError, match=r"the shape \(3,\), not \(images, features\)"):
+        FeatureStats.of(rows[0])
     for wrong in (np.nan, np.inf):
         rows[4, 1] = wrong
         with pytest.raises(ValueError, match="features: some numbers are not finite"):
-            Moments.of(rows)
-    with pytest.raises(ValueError, match="1 pictures are too few"):
-        _ = Moments.of(rows[:1]).covariance
-    with pytest.raises(ValueError, match="0 pictures are too few"):
-        _ = Moments.of(rows[:0]).mean
+            FeatureStats.of(rows)
+    with pytest.raises(ValueError, match="1 images are too few"):
+        _ = FeatureStats.of(rows[:1]).covariance
+    with pytest.raises(ValueError, match="0 images are too few"):
+        _ = FeatureStats.of(rows[:0]).mean
 
 
 # ---- Frechet distance ----
 
 
-def _by_sqrtm(a: Moments, b: Moments) -> float:
+def _by_sqrtm(a: FeatureStats, b: FeatureStats) -> float:
     root = linalg.sqrtm(a.covariance @ b.covariance).real
     difference = a.mean - b.mean
     return difference @ difference + np.trace(a.covariance + b.covariance - 2 * root)
@@ -111,7 +111,7 @@ def test_frechet_distance_is_exact(count: int, other_count: int, make: Callable)
     """Also with fewer rows than columns, where the covariances are singular, one or both."""
     rows_a = np.asarray(make(1, count, 64), np.float64)
     rows_b = np.asarray(make(2, other_count, 64), np.float64)
-    a, b = Moments.of(rows_a), Moments.of(rows_b)
+    a, b = FeatureStats.of(rows_a), FeatureStats.of(rows_b)
     mine = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
     assert mine == pytest.approx(_by_singular_values(rows_a, rows_b), rel=1e-7)
     other_way = frechet_distance(b.mean, b.covariance, a.mean, a.covariance)
@@ -123,7 +123,7 @@ def test_frechet_distance_is_exact(count: int, other_count: int, make: Callable)
 
 def test_frechet_distance_of_a_covariance_rounded_to_float32() -> None:
     """As some published statistics are: no longer quite positive."""
-    a, b = Moments.of(_rows(1, 60, 64)), Moments.of(_rows(2, 300, 64))
+    a, b = FeatureStats.of(_rows(1, 60, 64)), FeatureStats.of(_rows(2, 300, 64))
     rounded = a.covariance.astype(np.float32).astype(np.float64)
     values = np.linalg.eigvalsh(rounded)
     assert values.min() < -1e-9 * values.max()
@@ -133,8 +133,8 @@ def test_frechet_distance_of_a_covariance_rounded_to_float32() -> None:
 
 
 def test_frechet_distance_of_what_does_not_vary() -> None:
-    """A collapsed model: all its pictures have the same features."""
-    none, some = np.zeros((5, 5)), Moments.of(_rows(1, 50, 5)).covariance
+    """A collapsed model: all its images have the same features."""
+    none, some = np.zeros((5, 5)), FeatureStats.of(_rows(1, 50, 5)).covariance
     mean = np.full(5, 2.0)
     assert frechet_distance(mean, none, mean, none) == 0
     expected = 20 + np.trace(some)
@@ -216,7 +216,7 @@ def test_inception_score_at_its_ends() -> None:
     sure = InceptionScore(split=100)
     sure.add(np.tile(np.eye(10) * 1e5, (10, 1)))
     assert sure.value() == (pytest.approx(10), 0)
-    # Beyond float32's and float64's exponentials: every picture is sure of its largest.
+    # Beyond float32's and float64's exponentials: every image is sure of its largest.
     wild = _logits(0, 50, 7, 1e6)
     found = InceptionScore(split=50)
     found.add(wild)
@@ -228,7 +228,7 @@ def test_inception_score_at_its_ends() -> None:
 
 
 def test_impossible_scores_are_named() -> None:
-    with pytest.raises(ValueError, match="no pictures were added"):
+    with pytest.raises(ValueError, match="no images were added"):
         InceptionScore().value()
     score = InceptionScore(4)
     with pytest.raises(ValueError, match="logits: some numbers are not finite"):
@@ -240,11 +240,11 @@ def test_impossible_scores_are_named() -> None:
         score.add(np.zeros((1, 4)))
     later = InceptionScore(4, first=6)
     later.add(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="split 0 of the inception score has 2 pictures, not 4"):
+    with pytest.raises(ValueError, match="split 0 of the inception score has 2 images, not 4"):
         (score + later).value()
-    with pytest.raises(ValueError, match="split 0 of the inception score has 4 pictures, not 2"):
+    with pytest.raises(ValueError, match="split 0 of the inception score has 4 images, not 2"):
         (score + score).value()
-    with pytest.raises(ValueError, match="splits of 4 and of 5 pictures do not add up"):
+    with pytest.raises(ValueError, match="splits of 4 and of 5 images do not add up"):
         score + InceptionScore(5)
 
 
@@ -280,7 +280,7 @@ def test_kernel_distance_is_unbiased_and_repeatable() -> None:
     assert far > 10 * deviation
     assert kernel_distance(real, moved, 20, 50) == kernel_distance(real, moved, 20, 50)
     assert kernel_distance(real, moved, 20, 50) != kernel_distance(real, moved, 20, 50, seed=1)
-    with pytest.raises(ValueError, match="1 fake pictures are too few for a kernel distance"):
+    with pytest.raises(ValueError, match="1 fake images are too few for a kernel distance"):
         kernel_distance(real, moved[:1])
     with pytest.raises(ValueError, match="fake features: some numbers are not finite"):
         kernel_distance(real, moved * np.nan)
@@ -318,7 +318,7 @@ def test_precision_and_recall_at_their_ends() -> None:
     real = random.normal(size=(50, 4))
     assert precision_recall(real, real, 3) == (1.0, 1.0)
     assert precision_recall(real, real + 100, 3) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="3 fake pictures are too few for 3 neighbours"):
+    with pytest.raises(ValueError, match="3 fake images are too few for 3 neighbours"):
         precision_recall(real, real[:3], 3)
     with pytest.raises(ValueError, match="real features: some numbers are not finite"):
         precision_recall(np.full((5, 4), np.inf), real, 3)
@@ -338,7 +338,7 @@ def _by_cdist(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float]
 def test_precision_and_recall_agree_with_scipy(
     scale: float, offset: float, block_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On features like Inception's, of any size and far from zero, to the last picture."""
+    """On features like Inception's, of any size and far from zero, to the last image."""
     monkeypatch.setattr(metrics, "_BLOCK_ROWS", block_rows)
     real = _real_looking(1, 420).astype(np.float64) * scale + offset
     fake = _real_looking(2, 350, shift=-0.1).astype(np.float64) * scale + offset

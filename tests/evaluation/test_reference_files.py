@@ -92,7 +92,7 @@ def server() -> Iterator[Server]:
 
 
 def _recipe(root: Path, url: str) -> Recipe:
-    small = ["data.resolution=32", "evaluate.reference_pictures=3", f"evaluate.reference={url}"]
+    small = ["data.resolution=32", "evaluate.reference_images=3", f"evaluate.reference={url}"]
     return load_recipe("imagenet256", small, root=str(root))
 
 

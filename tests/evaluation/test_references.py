@@ -28,7 +28,7 @@ SIDE = 32
 
 
 def _recipe(root: Path, *changes: str) -> Recipe:
-    small = [f"data.resolution={SIDE}", "evaluate.reference_pictures=6", *changes]
+    small = [f"data.resolution={SIDE}", "evaluate.reference_images=6", *changes]
     return load_recipe("imagenet256", small, root=str(root))
 
 
@@ -57,7 +57,7 @@ def test_adms_and_edms_files_are_read(tmp_path: Path) -> None:
     assert np.array_equal(read.pool.mean, found["mu"])
     assert read.spatial is not None
     assert np.array_equal(read.spatial.covariance, found["sigma_s"])
-    # The first six pictures, as the recipe says.
+    # The first six images, as the recipe says.
     assert np.array_equal(read.features, pixels[:6].reshape(6, -1)[:, :5])
     with opened_npz(recipe, edm) as opened:
         bare = opened.read(recipe, lambda batch: batch)
@@ -79,8 +79,8 @@ def test_a_file_that_cannot_serve_is_named(tmp_path: Path) -> None:
         ({**found, "mu": np.zeros(64)}, r"mu of .* is of shape \(64,\), but must be \(2048,\)"),
         ({k: v for k, v in found.items() if k != "sigma_s"}, "sigma_s of .* is missing"),
         ({**found, "mu": np.full(2048, np.nan)}, "mu of .* is not finite"),
-        ({**found, "arr_0": _pixels(5)}, r"holds 5 pictures, but .*reference_pictures is 6"),
-        ({**found, "arr_0": _pixels(6)[:, :16, :16]}, r"must be uint8 pictures .* 32"),
+        ({**found, "arr_0": _pixels(5)}, r"holds 5 images, but .*reference_images is 6"),
+        ({**found, "arr_0": _pixels(6)[:, :16, :16]}, r"must be uint8 images .* 32"),
         ({**found, "arr_0": _pixels(6) / 2.0}, "holds float64 of shape"),
         ({**found, "mu": np.array([None])}, "mu of .* cannot be read"),
         ({**found, "arr_0": np.asfortranarray(_pixels(6))}, "is in Fortran's order"),
@@ -105,7 +105,7 @@ def test_a_kept_reference_comes_back(tmp_path: Path) -> None:
         assert again.count == reference.count
         assert np.array_equal(again.pool.covariance, pool.covariance)
         assert (again.spatial is None, again.features is None) == (bool(number), bool(number))
-        with pytest.raises(DiffitError, match="is of other pictures"):
+        with pytest.raises(DiffitError, match="is of other images"):
             read_reference(url, "other")
     file = tmp_path / "0.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
@@ -124,7 +124,7 @@ def test_the_self_check_measures_what_the_folder_holds(
     np.savez(tmp_path / "reference.npz", arr_0=real, mu=found["mu"], sigma=alike)
     with pytest.raises(UserError, match=r"sample batch.*found: nothing"):
         conformance.conform(str(tmp_path))
-    np.savez(tmp_path / "samples.npz", pictures=fake)
+    np.savez(tmp_path / "samples.npz", images=fake)
     with pytest.raises(UserError, match=r"arr_0 of \S*samples\.npz cannot be read"):
         conformance.conform(str(tmp_path))
     np.savez(tmp_path / "samples.npz", arr_0=fake)
@@ -174,7 +174,7 @@ def test_the_self_check_measures_what_the_folder_holds(
 
 
 def test_published_figures_pass_within_their_tolerance() -> None:
-    published = conformance.PUBLISHED
+    published = conformance.PUBLISHED_METRICS
     assert published.passes("fid", 3.95)
     assert not published.passes("fid", 3.97)
     assert published.passes("recall", 0.5350)

@@ -40,7 +40,7 @@ from diffit_train.tracking import Tracker
 
 RECIPE = {
     "name": "x",
-    "data.source": "root:pictures",
+    "data.source": "root:images",
     "data.resolution": 32,
     "model.depth": 2,
     "train.lr": 1e-4,
@@ -63,7 +63,7 @@ EVALUATE = {
     "evaluate.features.source": "published",
     "evaluate.reference": "",
     "evaluate.neighbours": 3,
-    "evaluate.reference_pictures": 10000,
+    "evaluate.reference_images": 10000,
 }
 COLORS = {"base-s0": (200, 10, 10), "base-s1": (10, 200, 10), "<b>": (10, 10, 200)}
 
@@ -331,8 +331,8 @@ def test_other_features_and_references_are_other_protocols(tmp_path: Path, store
     assert names[protocols[2]] == "features inception, reference root:adm.npz"
     assert len(set(names.values())) == 4
     (note,) = [n for n in _compared(rows).notes() if "measured in 4 ways" in n]
-    assert "features digits of root:features/digits, reference root:pictures at 32" in note
-    assert "features inception, reference root:pictures at 64" in note
+    assert "features digits of root:features/digits, reference root:images at 32" in note
+    assert "features inception, reference root:images at 64" in note
 
 
 def test_references_are_told_by_their_digest(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_references_are_told_by_their_digest(tmp_path: Path) -> None:
     assert len(set(protocols.values())) == 3, "another file under the same path is another"
     assert protocols[0].reference == "adm.npz (aaaaaaaa)"
     assert protocols[2].reference == "adm.npz (bbbbbbbb)"
-    assert protocols[3].reference == "root:pictures at 32 (cccccccc)"
+    assert protocols[3].reference == "root:images at 32 (cccccccc)"
     with pytest.raises(ValueError, match="different protocols"):
         best_of(rows[0].evaluations, "fid")
     assert best_of([rows[0].evaluations[0], *rows[1].evaluations], "fid").step == 1  # type: ignore[union-attr]
@@ -403,7 +403,7 @@ def test_repetitions_of_a_seed_are_no_seeds(tmp_path: Path, store: Store) -> Non
     assert members == [["a", "c"], ["b"], ["d"]]
 
 
-# ---- Pictures ----
+# ---- Images ----
 
 
 def _panel(found: list[Panel], title: str) -> Panel:
@@ -570,9 +570,9 @@ def test_the_page_is_whole_and_loads_nothing(store: Store, tmp_path: Path) -> No
 
     colors = set()
     for source in sources:
-        picture = Image.open(io.BytesIO(_decoded(str(source))))
-        if picture.size == (40, 30):
-            colors.add(picture.getpixel((5, 5)))
+        image = Image.open(io.BytesIO(_decoded(str(source))))
+        if image.size == (40, 30):
+            colors.add(image.getpixel((5, 5)))
     # The best of base-s0 is of the sweep and has no grid; its newest is at the same step.
     assert colors == {COLORS["base-s1"], COLORS["<b>"]}
     assert "MLflow holds no grid of ddim50" in words
@@ -617,8 +617,8 @@ def test_a_grid_that_cannot_be_read_is_said(store: Store, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(store.tracker, "artifact", refuse)
     chosen = [("caption", _measured({}, Protocol()))]
-    pictures, notes = html._grids(chosen, store.tracker)
-    assert pictures == []
+    images, notes = html._grids(chosen, store.tracker)
+    assert images == []
     assert notes == ["the grid of key cannot be read: http://store is away"]
 
 
@@ -627,7 +627,7 @@ def test_a_grid_that_cannot_be_read_is_said(store: Store, monkeypatch: pytest.Mo
 
 def test_the_command_prints_one_form(store: Store, tmp_path: Path) -> None:
     words = ["compare", "base-s1", "<b>@30", "--root", str(store.folder)]
-    words += ["--picture", str(tmp_path / "p.png")]
+    words += ["--plot", str(tmp_path / "p.png")]
     value = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert [run["name"] for run in value["runs"]] == ["base-s1", "<b>"]
     first = value["runs"][0]
@@ -649,7 +649,7 @@ def test_the_command_prints_one_form(store: Store, tmp_path: Path) -> None:
     "words", [["--json", "--markdown"], ["--metric", "fd"], ["nobody"], ["base-s0/none"]]
 )
 def test_bad_input_writes_nothing(store: Store, tmp_path: Path, words: list[str]) -> None:
-    files = ["--picture", f"{tmp_path}/p.png", "--html", f"{tmp_path}/r.html"]
+    files = ["--plot", f"{tmp_path}/p.png", "--html", f"{tmp_path}/r.html"]
     arguments = ["compare", "--root", str(store.folder), *files, *words]
     assert exit_status(lambda: app(arguments, standalone_mode=False)) == 2
     assert list(tmp_path.iterdir()) == []

@@ -51,21 +51,21 @@ def _sample(root: Path, out: Path, source: WeightSource, batch: int = 4) -> dict
     return sample_images(tiny_recipe(root), source, ["b", "2"], "0-1,7", str(out), batch)
 
 
-def _pictures(folder: Path) -> dict[str, np.ndarray]:
+def _images(folder: Path) -> dict[str, np.ndarray]:
     names = sorted(path.name for path in folder.glob("class*.png"))
     return {name: np.asarray(Image.open(folder / name)).astype(int) for name in names}
 
 
-def test_a_run_and_its_export_give_the_same_pictures_in_any_batch(
+def test_a_run_and_its_export_give_the_same_images_in_any_batch(
     trained: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(trained)
     result = _sample(trained, tmp_path / "run", WeightSource("tiny"))
-    first = _pictures(tmp_path / "run")
+    first = _images(tmp_path / "run")
     assert len(first) == 6
     assert first["class0001-seed000000.png"].shape == (16, 16, 3)
     assert json.loads((tmp_path / "run" / "samples.json").read_text()) == result
-    assert [p["class"] for p in result["pictures"]] == ["b"] * 3 + ["c"] * 3
+    assert [p["class"] for p in result["images"]] == ["b"] * 3 + ["c"] * 3
     assert Image.open(tmp_path / "run" / "grid.png").size[0] > 100
 
     file = export_checkpoint(recipe, "tiny", "newest", "ema", str(tmp_path / "w.safetensors"))
@@ -76,11 +76,11 @@ def test_a_run_and_its_export_give_the_same_pictures_in_any_batch(
 
     source = WeightSource("none", file=file["file"])
     _sample(trained, tmp_path / "file", source, batch=1)
-    second = _pictures(tmp_path / "file")
+    second = _images(tmp_path / "file")
     assert second.keys() == first.keys()
-    for name, picture in first.items():
+    for name, image in first.items():
         # Products of another shape are rounded in another order; a level may differ by that.
-        assert np.abs(second[name] - picture).max() <= 1
+        assert np.abs(second[name] - image).max() <= 1
     assert not np.array_equal(first["class0001-seed000000.png"], first["class0001-seed000001.png"])
 
 
@@ -102,8 +102,8 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
 
     _sample(trained, tmp_path / "a", WeightSource("imported"))
     _sample(trained, tmp_path / "b", WeightSource("none", file=file))
-    for name, picture in _pictures(tmp_path / "a").items():
-        assert np.array_equal(_pictures(tmp_path / "b")[name], picture)
+    for name, image in _images(tmp_path / "a").items():
+        assert np.array_equal(_images(tmp_path / "b")[name], image)
 
     with pytest.raises(UserError, match=r"run 'imported' .* exists; choose another --run"):
         import_file(recipe, "imported", file, 8, False)
@@ -164,8 +164,8 @@ def test_other_ways_to_sample_change_little_in_kind(
     source = WeightSource("tiny")
     result = sample_images(recipe, source, ["a"], "0", str(tmp_path), 1)
     assert result["sampler"]["name"] == recipe.evaluate.sampler.name
-    assert len(_pictures(tmp_path)) == 1
-    assert "1 picture in " in capsys.readouterr().err
+    assert len(_images(tmp_path)) == 1
+    assert "1 image in " in capsys.readouterr().err
 
 
 def test_the_packaged_recipe_reads_a_release(tmp_path: Path) -> None:

@@ -25,18 +25,18 @@ from diffit_train.config import Recipe, load_recipe
 from tests.benchmarks.common import print_table
 from tests.head import Head
 
-KEPT = ("pictures", "autoencoders", "features", "latents", "runs", "references")
+KEPT = ("images", "autoencoders", "features", "latents", "runs", "references")
 WAIT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rows of the sweep undisturbed and disturbed, what was killed, and the picture."""
+    """Rows of the sweep undisturbed and disturbed, what was killed, and the image."""
 
     alone: list[dict[str, Any]]
     fleet: list[dict[str, Any]]
     killed: list[str]
-    picture: Path
+    image: Path
 
 
 def copy_root(root: Path, target: Path) -> Path:
@@ -74,7 +74,7 @@ def disturbed(
         ]
         thread.join()
     (fleet,) = found
-    return Outcome(alone["rows"], fleet["rows"], killed, Path(fleet["picture"]))
+    return Outcome(alone["rows"], fleet["rows"], killed, Path(fleet["image"]))
 
 
 def _kill(head: Head, words: str, thread: threading.Thread, root: Path) -> str:
@@ -105,7 +105,7 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, default=Path("diffit-demo"))
     parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--picture", type=Path, help="where the sweep's picture is copied to")
+    parser.add_argument("--image", type=Path, help="where the sweep's image is copied to")
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="diffit-fleet-"))
     texts = ["guidance.scale=1.0:4.0:1.0", "sampler.steps=20,50"]
@@ -127,13 +127,13 @@ def main() -> None:
             ]
         )
     print_table(
-        f"{len(rows)} evaluations of {chosen.samples} pictures as Ray jobs, killed: "
+        f"{len(rows)} evaluations of {chosen.samples} images as Ray jobs, killed: "
         f"{', '.join(outcome.killed)}; beside the same in place, undisturbed",
         ["scale", "steps", "fd_digits, fleet", "fd_digits, in place", "figures that differ"],
         rows,
     )
-    if chosen.picture:
-        shutil.copy(outcome.picture, chosen.picture)
+    if chosen.image:
+        shutil.copy(outcome.image, chosen.image)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def main() -> None:
         from diffit_train.data.autoencoder_fit import fit_autoencoder
         from diffit_train.data.digits import write_digits
 
-        write_digits(str(root / "pictures" / "digits"), 16)
+        write_digits(str(root / "images" / "digits"), 16)
         fit_autoencoder(_recipe(root, "1"))
         encode_latents(_recipe(root, "1"))
     faults, last = soak(root, options.minutes, options.seed)

@@ -50,7 +50,7 @@ def _assert_like_reference(name: str, dtype: torch.dtype, tolerance: float, devi
 def test_kernels_give_the_reference_and_its_gradients(
     name: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So small that a stretch is of two pictures, the last of one; or of one picture's two heads.
+    # So small that a stretch is of two images, the last of one; or of one image's two heads.
     for weights in (2 * HEADS * SIDE**4, 2 * SIDE**4):
         monkeypatch.setattr(attention_kernels, "CHUNK_WEIGHTS", weights)
         _assert_like_reference(name, dtype, tolerance, "cpu")

@@ -15,7 +15,7 @@ from diffit_train.models.published import (
     check_published,
     read_weights_and_step,
     read_weights_file,
-    stored_recipe,
+    recipe_of_file,
     write_published,
 )
 
@@ -99,10 +99,10 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{number}.safetensors"
         path.write_bytes(data)
-        for read in (read_weights_file, stored_recipe):
+        for read in (read_weights_file, recipe_of_file):
             with pytest.raises(UserError, match=f"{path} is not a whole safetensors file"):
                 read(str(path))
-    for read in (read_weights_file, stored_recipe):
+    for read in (read_weights_file, recipe_of_file):
         with pytest.raises(UserError, match="there is no weight file"):
             read(str(tmp_path / "none"))
     with pytest.raises(UserError, match="is a folder"):
@@ -169,11 +169,11 @@ def test_a_release_is_told_by_its_position_bias(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     for rows, recipe in ((961, "imagenet256"), (3969, "imagenet512")):
         save_file({"blocks.0.attn.relative_position_bias_table": torch.zeros(rows, 1)}, str(file))
-        assert stored_recipe(str(file)) == ("", recipe)
+        assert recipe_of_file(str(file)) == ("", recipe)
     save_file({"x": torch.zeros(1)}, str(file))
-    assert stored_recipe(str(file)) is None
+    assert recipe_of_file(str(file)) is None
     save_file({"x": torch.zeros(1)}, str(file), metadata={"recipe": "name: x"})
-    assert stored_recipe(str(file)) == ("name: x", f"in {file}")
+    assert recipe_of_file(str(file)) == ("name: x", f"in {file}")
     with pytest.raises(UserError, match="does not say what model it holds; name its recipe"):
         save_file({"x": torch.zeros(1)}, str(file))
         recipe_of_weights(str(file), None, (), None)

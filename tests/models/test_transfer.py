@@ -26,7 +26,7 @@ def _offsets(side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, columns
 
 
-def test_a_bias_linear_in_the_offset_stays_linear_in_pictures() -> None:
+def test_a_bias_linear_in_the_offset_stays_linear_in_images() -> None:
     rows, columns = _offsets(4)
     table = torch.stack([rows + 10 * columns, columns], dim=1)
     resized = resized_bias_table(table, 8)

@@ -60,9 +60,9 @@ def test_updates_add_up_to_the_profile() -> None:
         assert by_rule == pytest.approx(profile @ weights, rel=1e-9)
 
 
-def test_half_life_is_counted_in_pictures() -> None:
+def test_half_life_is_counted_in_images() -> None:
     steady = EmaProfile(half_life_images=80.0)
-    # Ten steps of eight pictures.
+    # Ten steps of eight images.
     assert ema_decay(steady, 0, 8) ** 10 == pytest.approx(0.5)
     ramped = EmaProfile(half_life_images=80.0, ramp_ratio=0.05)
     assert ema_decay(ramped, 0, 8) == 0.0

@@ -31,7 +31,7 @@ from diffit_train.training.checkpointer import (
     FAILED_SAVES,
     CheckpointWriter,
     load_checkpoint,
-    load_weights,
+    load_master_weights,
     newest_whole,
 )
 from diffit_train.training.engine import AcceptStep, Engine, learning_rate
@@ -120,7 +120,7 @@ def _resume_and_save(
     rank: int, world: int, run: str, step: int, train: Train, steps: int, into: str
 ) -> None:
     model = _model()
-    load_weights(model, run, step)
+    load_master_weights(model, run, step)
     engine = _engine(model, train, rank, world)
     assert load_checkpoint(engine, run, step).step == step
     _save(engine, into, step)
@@ -192,7 +192,7 @@ def test_training_equals_a_plain_loop(
     contents, largest = _contents(run, 8), max(float(m.abs().max()) for m in moments.values())
     assert saved.keys() == weights.keys()
     for name in weights:
-        # Weights move by up to 1e-2 a step. What shifts all keys of a picture alike has no
+        # Weights move by up to 1e-2 a step. What shifts all keys of an image alike has no
         # gradient but rounding, since softmax ignores it, and Adam blows that up.
         shifts_keys = "qkv_temb" in name or name.endswith("qkv.bias")
         atol = 5e-2 if shifts_keys else 2e-4

@@ -40,7 +40,7 @@ def _losses(root: Path, run: str) -> list[tuple[int, float]]:
 
 
 def _copy(encoded: Path, root: Path) -> Path:
-    for name in ("pictures", "autoencoders", "features", "latents"):
+    for name in ("images", "autoencoders", "features", "latents"):
         shutil.copytree(encoded / name, root / name)
     return root
 
@@ -182,7 +182,7 @@ def test_ctrl_c_ends_with_its_own_status_and_can_be_continued(
 def test_another_objective_and_model_around_which_much_is_put(
     encoded: Path, tmp_path: Path
 ) -> None:
-    """Flow matching, a model without labels, autocast, selective checkpointing; then pictures."""
+    """Flow matching, a model without labels, autocast, selective checkpointing; then images."""
     changes = ["diffusion.objective=flow", "model.architecture=dit_tmsa", "model.conditional=false"]
     changes += ["train.precision=bf16_autocast", "train.activation_checkpointing=selective"]
     changes += ["evaluate.sampler.name=sde", "evaluate.guidance.kind=none", "train.steps=6"]
@@ -197,7 +197,7 @@ def test_another_objective_and_model_around_which_much_is_put(
     assert weights["final_layer.linear.weight"].shape == (16, 16)
     source = WeightSource("flow")
     result = sample_images(recipe, source, ["a"], "0-1", str(tmp_path), 2)
-    assert len(result["pictures"]) == 2
+    assert len(result["images"]) == 2
 
 
 def test_a_kernel_that_the_workers_lack_is_refused_at_once(encoded: Path) -> None:

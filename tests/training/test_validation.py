@@ -10,7 +10,7 @@ import pytest
 from diffit_train.commands.evaluate import watch_run
 from diffit_train.commands.train import train_run
 from diffit_train.errors import UserError
-from diffit_train.evaluation.result import finished
+from diffit_train.evaluation.result import finished_result
 from diffit_train.runs.checkpoints import read_state
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
@@ -19,14 +19,14 @@ from tests.conftest import tiny_recipe
 def test_checkpoints_are_evaluated_while_training_goes_on(
     encoded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("pictures", "autoencoders", "features", "latents"):
+    for name in ("images", "autoencoders", "features", "latents"):
         shutil.copytree(encoded / name, tmp_path / name)
     validate = ("train.validate_every=8", "train.validate_samples=6")
     recipe = tiny_recipe(tmp_path, *validate, "train.steps=16")
     assert train_run(recipe, "watched")["step"] == 16
     assert "step 16 evaluated: fd_digits" in capfd.readouterr().err
     smaller = tiny_recipe(tmp_path, *validate, "train.steps=16", "evaluate.samples=6")
-    results = [finished(smaller, "watched", step) for step in (8, 16)]
+    results = [finished_result(smaller, "watched", step) for step in (8, 16)]
     assert [r.step for r in results if r] == [8, 16]
     # They are no part of the curve of whole evaluations, which have more samples.
     run_id = read_state(str(tmp_path / "runs" / "watched"), 16).mlflow_run_id
@@ -43,7 +43,7 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
 
 
 def test_every_checkpoint_of_a_run_is_watched(trained: Path, tmp_path: Path) -> None:
-    for name in ("pictures", "autoencoders", "features", "latents", "runs"):
+    for name in ("images", "autoencoders", "features", "latents", "runs"):
         shutil.copytree(trained / name, tmp_path / name)
     shutil.copy(trained / "mlflow.db", tmp_path)
     last = tmp_path / "runs" / "tiny" / "checkpoints" / "step-0000000012"

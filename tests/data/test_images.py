@@ -1,4 +1,4 @@
-"""Listing, decoding and cropping of pictures, and the demo's digits."""
+"""Listing, decoding and cropping of images, and the demo's digits."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from PIL import Image
 from diffit_train import storage
 from diffit_train.data.digits import write_digits
 from diffit_train.data.preprocess import (
-    UnreadablePicture,
+    UnreadableImage,
     center_crop,
     decode,
-    read_pictures,
+    read_images,
     to_model_range,
 )
-from diffit_train.data.sources import list_pictures
+from diffit_train.data.sources import list_images
 from diffit_train.errors import UserError
-from tests.conftest import tiny_recipe, write_pictures
+from tests.conftest import tiny_recipe, write_images
 
 
 def _bytes(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -34,57 +34,57 @@ def _bytes(image: Image.Image, kind: str = "PNG") -> bytes:
     return out.getvalue()
 
 
-def test_pictures_are_sorted_and_labelled_by_folder(tmp_path: Path) -> None:
-    source = tmp_path / "pictures" / "digits"
+def test_images_are_sorted_and_labelled_by_folder(tmp_path: Path) -> None:
+    source = tmp_path / "images" / "digits"
     for path in ("b/2.PNG", "b/1.jpg", "a/x.jpeg", "c/deep/y.webp", "c/notes.txt", "stray.png"):
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_bytes(b"")
-    found = list_pictures(tiny_recipe(tmp_path))
+    found = list_images(tiny_recipe(tmp_path))
     assert found.classes == ("a", "b", "c")
     assert found.paths == ("a/x.jpeg", "b/1.jpg", "b/2.PNG", "c/deep/y.webp")
     assert found.labels == (0, 1, 1, 2)
     digest = found.digest()
     (source / "a" / "new.png").write_bytes(b"")
-    assert list_pictures(tiny_recipe(tmp_path)).digest() != digest
+    assert list_images(tiny_recipe(tmp_path)).digest() != digest
 
 
 def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.source .*digits does not exist"):
-        list_pictures(tiny_recipe(tmp_path))
-    (tmp_path / "pictures" / "digits" / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds no pictures"):
-        list_pictures(tiny_recipe(tmp_path))
-    write_pictures(tmp_path / "pictures" / "digits", count=2, classes=2)
+        list_images(tiny_recipe(tmp_path))
+    (tmp_path / "images" / "digits" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no images"):
+        list_images(tiny_recipe(tmp_path))
+    write_images(tmp_path / "images" / "digits", count=2, classes=2)
     with pytest.raises(UserError, match=r"2 classes, but data\.num_classes is 3"):
-        list_pictures(tiny_recipe(tmp_path))
+        list_images(tiny_recipe(tmp_path))
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     """As in a subset of ImageNet made of links to class folders."""
-    write_pictures(tmp_path / "real", count=6)
-    source = tmp_path / "pictures" / "digits"
+    write_images(tmp_path / "real", count=6)
+    source = tmp_path / "images" / "digits"
     source.mkdir(parents=True)
     for name in "abc":
         (source / name).symlink_to(tmp_path / "real" / name)
     (tmp_path / "real" / "a" / "circle").symlink_to(tmp_path / "real" / "a")
     (tmp_path / "real" / "c" / "lost.png").symlink_to(tmp_path / "nowhere.png")
-    found = list_pictures(tiny_recipe(tmp_path))
+    found = list_images(tiny_recipe(tmp_path))
     names = ("a/000", "a/003", "b/001", "b/004", "c/002", "c/005", "c/lost")
     assert found.paths == tuple(f"{name}.png" for name in names)
 
 
 def test_remote_folders_are_listed_alike(tmp_path: Path) -> None:
-    source = "memory://listed/pictures"
+    source = "memory://listed/images"
     for path in ("b/2.PNG", "b/1.jpg", "a/deep/x.jpeg", "c/y.webp", "c/notes.txt", "stray.png"):
         storage.write_bytes(storage.join(source, path), b"x")
-    found = list_pictures(tiny_recipe(tmp_path, f"data.source={source}"))
+    found = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
     assert found.paths == ("a/deep/x.jpeg", "b/1.jpg", "b/2.PNG", "c/y.webp")
     assert found.labels == (0, 1, 1, 2)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 16))
-def test_crops_have_the_resolution_whatever_the_picture(width: int, height: int, size: int) -> None:
+def test_crops_have_the_resolution_whatever_the_image(width: int, height: int, size: int) -> None:
     assert center_crop(Image.new("RGB", (width, height)), size).shape == (size, size, 3)
 
 
@@ -116,43 +116,43 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"this is text", "not a picture"),
+        (b"this is text", "not a image"),
         (_bytes(Image.effect_noise((64, 64), 90))[:2000], "truncated"),
         (_bytes(Image.effect_noise((64, 64), 90), "JPEG")[:900], "truncated"),
     ],
 )
-def test_unreadable_pictures_have_a_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(UnreadablePicture, match=reason):
+def test_unreadable_images_have_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(UnreadableImage, match=reason):
         decode(data)
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UnreadablePicture, match="bomb"):
+    with pytest.raises(UnreadableImage, match="bomb"):
         decode(_bytes(Image.new("RGB", (11, 11))))
 
 
 def test_a_strip_that_enlarging_would_make_huge_is_refused() -> None:
     assert center_crop(Image.new("RGB", (2000, 2)), 64).shape == (64, 64, 3)
-    with pytest.raises(UnreadablePicture, match="60000x1 pixels are too long a strip"):
+    with pytest.raises(UnreadableImage, match="60000x1 pixels are too long a strip"):
         center_crop(Image.new("RGB", (60_000, 1)), 256)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, PermissionError, IsADirectoryError])
-def test_a_picture_that_cannot_be_opened_is_put_aside(error: type[OSError]) -> None:
+def test_a_image_that_cannot_be_opened_is_put_aside(error: type[OSError]) -> None:
     def read(path: str) -> bytes:
         raise error(2, "cannot be opened", path)
 
-    found = read_pictures([functools.partial(read, "a")], 4)
+    found = read_images([functools.partial(read, "a")], 4)
     assert found.rejected == [(0, f"{error.__name__}: cannot be opened")]
 
 
-def test_a_lost_network_is_no_fault_of_a_picture() -> None:
+def test_a_lost_network_is_no_fault_of_a_image() -> None:
     def read(path: str) -> bytes:
         raise ConnectionResetError("reset by peer")
 
     with pytest.raises(ConnectionResetError):
-        read_pictures([functools.partial(read, "a")], 4)
+        read_images([functools.partial(read, "a")], 4)
 
 
 def test_reading_keeps_positions() -> None:
@@ -162,12 +162,12 @@ def test_reading_keeps_positions() -> None:
         "c": _bytes(Image.new("L", (4, 4))),
     }
     reads = [functools.partial(files.__getitem__, name) for name in "abcc"]
-    found = read_pictures(reads, 4, ["", "", "", "known to be wrong"])
+    found = read_images(reads, 4, ["", "", "", "known to be wrong"])
     assert found.kept == [0, 2]
     assert found.rejected == [(1, "empty file"), (3, "known to be wrong")]
     assert found.pixels.shape == (2, 4, 4, 3)
     assert found.pixels[0, 0, 0].tolist() == [255, 0, 0]
-    assert read_pictures(reads[1:2], 4).pixels.shape == (0, 4, 4, 3)
+    assert read_images(reads[1:2], 4).pixels.shape == (0, 4, 4, 3)
 
 
 def test_digits_are_written_once_and_completed(
@@ -180,9 +180,9 @@ def test_digits_are_written_once_and_completed(
     target = load_digits().target
     for digit in range(10):
         assert len(list((folder / str(digit)).glob("*.png"))) == (target == digit).sum()
-    picture = Image.open(folder / str(target[5]) / "0005.png")
-    assert (picture.size, picture.mode) == ((16, 16), "RGB")
-    small = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
+    image = Image.open(folder / str(target[5]) / "0005.png")
+    assert (image.size, image.mode) == ((16, 16), "RGB")
+    small = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
     assert np.corrcoef(small.ravel(), load_digits().images[5].ravel())[0, 1] > 0.95
 
     written = (folder / "0" / "0000.png").stat().st_mtime_ns
@@ -192,7 +192,7 @@ def test_digits_are_written_once_and_completed(
         write_digits(str(folder), 32)
 
     marker = folder / "dataset.json"
-    assert json.loads(marker.read_text())["pictures"] == 1797
+    assert json.loads(marker.read_text())["images"] == 1797
     marker.unlink()
     (folder / "0" / "0000.png").unlink()
     kept = (folder / "1" / "0001.png").stat().st_mtime_ns
