@@ -38,7 +38,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
-# Of an evaluation: what its figures were measured against, wherever that lies.
+# Of an evaluation: what its metrics were measured against, wherever that lies.
 TAG_REFERENCE = "diffit.reference_digest"
 TAG_ATTEMPT = "diffit.attempt"
 # Alias of a registered model's best version.

@@ -15,7 +15,7 @@ KEY, SECRET, BUCKET = "diffit-key", "diffit-secret", "bucket"
 
 
 def free_port() -> int:
-    """A port that nobody listens on, whose neighbour 10000 above is free for gRPC."""
+    """A port that nobody listens on, whose neighbor 10000 above is free for gRPC."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))

@@ -102,7 +102,7 @@ def test_impossible_machines_are_named() -> None:
         Machine("H100", 0.4, -1.0)
 
 
-def test_the_table_holds_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_holds_the_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     print_plan(plan(load_recipe("imagenet256"), H100))
     out = capsys.readouterr().out
     for text in ("561,035,232", "118.5 G", "114.3 G", "ZeRO stage", "fits H100", "1,281,167"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,7 +32,7 @@ def compare_command(
         str | None, typer.Option(help="Experiment to compare. Default: every one in the store.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Where the curves go. Default: ROOT/compare.png.")
+        str | None, typer.Option(help="Where the curves go. Default: ROOT/compare.png.")
     ] = None,
     html: Annotated[
         str | None,
@@ -69,7 +68,7 @@ def compare_command(
         root,
         uri,
         experiment,
-        plot,
+        plot and storage.absolute(plot),
         selection=selection or (),
         metric=metric,
         html=html and storage.absolute(html),

@@ -78,8 +78,8 @@ def evaluate_all(
         if result is None:
             continue
         found.append(result)
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-        say(f"step {step:,}: {figures}  {storage.display_path(result.grid)}")
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+        say(f"step {step:,}: {metrics}  {storage.display_path(result.grid)}")
         if npz:
             from diffit_train.evaluation import runner
 

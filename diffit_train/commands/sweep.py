@@ -19,8 +19,10 @@ from diffit_train.evaluation import sweep as stage
 from diffit_train.evaluation.result import finished_result
 from diffit_train.evaluation.sweep import Member, Sweep
 from diffit_train.progress import StatesTable, print_rows, say
-from diffit_train.runs.identity import NEWEST, find_checkpoint
+from diffit_train.runs.checkpoints import read_state
+from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
 from diffit_train.runs.start import starting_from
+from diffit_train.tracking import tracking_uri
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def run_sweep(
     address: str | None = None,
     fleet: FleetOptions | None = None,
 ) -> dict[str, Any]:
-    """Evaluate every combination of some keys' values; a table and an image of them.
+    """Evaluate every combination of some keys' values; a table and a plot of them.
 
     Args:
         texts: KEY=VALUES each.
@@ -56,9 +58,8 @@ def run_sweep(
     wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
     plan = stage.plan_sweep(recipe, run, wanted, texts, name)
     stage.open_sweep(plan)
-    say(
-        f"sweep {plan.name!r}: {len(plan.members)} evaluations in {storage.display_path(plan.url())}"
-    )
+    folder = storage.display_path(plan.url())
+    say(f"sweep {plan.name!r}: {len(plan.members)} evaluations in {folder}")
     failed: list[str] = []
     if fleet is None:
         pairs = [(member.recipe(recipe), member.step) for member in plan.members]
@@ -68,15 +69,33 @@ def run_sweep(
     found = stage.results(plan)
     outputs: dict[str, str] = {}
     if any(result is not None for result in found):
-        outputs = stage.write_outputs(plan, found)
+        outputs = _write_outputs(plan)
         print_rows(plan.name, stage.rows(plan, found))
-        say(f"{storage.display_path(outputs['csv'])}  {storage.display_path(outputs['image'])}")
+        say(f"{storage.display_path(outputs['csv'])}  {storage.display_path(outputs['plot'])}")
     if failed:
         raise DiffitError(
             f"{len(failed)} of {len(plan.members)} evaluations of sweep {plan.name!r} were not "
-            f"made: {'; '.join(failed[:3])}. The same command tries them again"
+            f"made: {'; '.join(failed[:3])}. Rerun the same command to retry them"
         )
     return {"name": plan.name, "rows": stage.rows(plan, found), **outputs}
+
+
+def _write_outputs(plan: Sweep) -> dict[str, str]:
+    """Write sweep.csv and sweep.png, as `diffit compare` would; where they are."""
+    from diffit_train.compare.comparison import compare_store
+
+    recipe, url = plan.loaded(), plan.url()
+    state = read_state(run_url(recipe, plan.run), plan.members[0].step)
+    files = {"csv": storage.join(url, "sweep.csv"), "plot": storage.join(url, "sweep.png")}
+    compare_store(
+        recipe.storage.root,
+        tracking_uri(recipe),
+        recipe.tracking.experiment,
+        files["plot"],
+        selection=[f"{state.mlflow_run_id}/{plan.name}"],
+        csv=files["csv"],
+    )
+    return files
 
 
 def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str]:

@@ -48,18 +48,19 @@ def sample_images(
     batch_size: int,
 ) -> dict[str, Any]:
     """Sample images of classes and seeds into a folder; the record of samples.json."""
+    from diffit_train.evaluation import generate
     from diffit_train.evaluation import sample as stage
 
-    labels = stage.choose_classes(stage.class_names(recipe), classes)
+    labels = stage.choose_classes(generate.class_names(recipe), classes)
     numbers = stage.parse_seeds(seeds)
     if source.file is not None:
         title = storage.display_path(source.file)
-        weights = stage.file_weights(recipe, source.file, source.allow_pickle)
+        weights = generate.file_weights(recipe, source.file, source.allow_pickle)
     else:
         recipe = starting_from(recipe, source.run)
         url, step = find_checkpoint(recipe, source.run, source.step)
         title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
-        weights = stage.run_weights(recipe, url, step)
+        weights = generate.run_weights(recipe, url, step)
     folder = storage.absolute(out)
     result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
     count = len(result["images"])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from diffit_train.config.evaluate import INCEPTION, OWN
 from diffit_train.errors import UserError
+from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.storage import ROOT_PREFIX
 from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker
 
@@ -18,31 +19,30 @@ from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker
 PLACE_KEYS = ("storage.", "tracking.", "scaling.", "name")
 # Keys of `evaluate` that change no figure.
 _WITHOUT_EFFECT = ("batch_size", "compile", "grid_columns", "grid_rows", "features.fit.")
-_COST = "cost/network_evaluations"
 MAX_NAMED = 20
 
 
 class Protocol(NamedTuple):
-    """How figures were measured.
+    """How metrics were measured.
 
     A Frechet distance falls with the number of `samples` and depends on features and reference,
     which is told by its digest: the same file under two paths is one, another under the same path
     is not. Evaluations of earlier versions have no digest; theirs is told by its path. Precision
-    and recall depend on the number of neighbours and of real plots, too.
+    and recall depend on the number of neighbors and of real images, too.
     """
 
     samples: int | None = None
     features: str = ""
     reference: str = ""
-    neighbours: str = ""
+    num_neighbors: str = ""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """An evaluation of a run at a step; `metrics` without their prefix `eval/`.
 
-    `settings` are the keys of `evaluate` that matter, without that prefix; `cost` is passes of the
-    network a plot, where it was logged.
+    `settings` are the keys of `evaluate` that matter, without that prefix; `cost` is the NFE
+    per image, where it was logged.
     """
 
     step: int
@@ -55,7 +55,7 @@ class Evaluation:
     run_id: str
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; a figure that is not finite is null."""
+        """Plain values; a metric that is not finite is null."""
         return {
             "step": self.step,
             "key": self.key,
@@ -63,7 +63,7 @@ class Evaluation:
             **{name: finite(value) for name, value in self.metrics.items()},
             "run_id": self.run_id,
             "sweep": self.sweep,
-            "network_evaluations": self.cost,
+            "nfe": self.cost,
             "settings": self.settings,
         }
 
@@ -157,8 +157,8 @@ def _labels(parents: list[RunRecord]) -> dict[str, str]:
     labels = {}
     for record in parents:
         namesakes = [p for p in parents if p.name == record.name]
-        neighbours = [p for p in namesakes if p.experiment == record.experiment]
-        more = record.run_id[:8] if len(neighbours) > 1 else record.experiment
+        neighbors = [p for p in namesakes if p.experiment == record.experiment]
+        more = record.run_id[:8] if len(neighbors) > 1 else record.experiment
         labels[record.run_id] = f"{record.name} ({more})" if len(namesakes) > 1 else record.name
     return labels
 
@@ -270,14 +270,14 @@ def _evaluation(child: RunRecord, parent: RunRecord, names: Mapping[str, str]) -
         step=int(child.params.get("step", 0)),
         key=child.tags.get("diffit.evaluation_key", child.name),
         metrics={
-            name.removeprefix("eval/"): value
+            name.removeprefix(f"{EVALUATION}/"): value
             for name, value in child.metrics.items()
-            if name.startswith("eval/")
+            if name.startswith(f"{EVALUATION}/")
         },
         protocol=_protocol(settings, parent),
         settings=settings,
         sweep=child.tags.get("diffit.sweep") or None,
-        cost=finite(child.metrics.get(_COST)),
+        cost=finite(child.metrics.get(NFE)),
         run_id=child.run_id,
     )
 
@@ -287,14 +287,14 @@ def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
     reference = plain(settings.get("reference"))
     if reference in ("", OWN):
         reference = _reference_place({}, parent)
-    nearest = (plain(settings.get(key)) for key in ("neighbours", "reference_images"))
+    nearest = (plain(settings.get(key)) for key in ("num_neighbors", "reference_images"))
     samples = plain(settings.get("samples"))
     return Protocol(
         samples=int(samples) if samples else None,
         # Only the published network is called inception, wherever its file lies.
         features=name if name == INCEPTION or not source else f"{name} of {source}",
         reference=reference,
-        neighbours=" of ".join(text for text in nearest if text),
+        num_neighbors=" of ".join(text for text in nearest if text),
     )
 
 

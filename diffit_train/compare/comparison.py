@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -69,7 +68,7 @@ class Comparison(Compared):
         ]
 
     def _front(self) -> dict[str, Any] | None:
-        """The points of the Pareto fronts; figures are means over seeds."""
+        """The points of the Pareto fronts; metrics are means over seeds."""
         axes = pareto_axes(self.replicates, self.metric)
         if axes is None:
             return None
@@ -103,7 +102,7 @@ def compare_store(
     root: str,
     uri: str | None,
     experiment: str | None,
-    plot: Path | None,
+    plot: str | None,
     *,
     selection: Sequence[str] = (),
     metric: str | None = None,
@@ -127,7 +126,7 @@ def compare_store(
     tracker = Tracker(uri if uri is not None else _store_of(root))
     runs = collect(tracker, experiment, selection)
     ranked = main_metric([e for run in runs for e in run.evaluations], metric)
-    target = str(plot) if plot is not None else storage.join(root, "compare.png")
+    target = plot if plot is not None else storage.join(root, "compare.png")
     comparison = Comparison(runs, ranked, target, html, csv)
     found = panels(comparison)
     with storage.atomic_file(target) as path, path.open("wb") as file:

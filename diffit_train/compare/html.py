@@ -28,7 +28,7 @@ HASH_CHARACTERS = 12
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """A plot as a data URI."""
+    """An image as a data URI."""
 
     caption: str
     uri: str
@@ -97,34 +97,34 @@ def chosen_grids(compared: Compared) -> tuple[list[tuple[str, Evaluation]], int]
 
 
 def _caption(run: RunRow, evaluation: Evaluation, why: str) -> str:
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
-    return f"{run.label}, step {evaluation.step:,} ({why}): {evaluation.key}; {figures}"
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+    return f"{run.label}, step {evaluation.step:,} ({why}): {evaluation.key}; {metrics}"
 
 
 def _grids(
     chosen: Sequence[tuple[str, Evaluation]], tracker: Tracker
 ) -> tuple[list[EmbeddedImage], list[str]]:
     """The grids, and what is to be said of those that MLflow does not give."""
-    plots, notes = [], []
+    images, notes = [], []
     for caption, evaluation in chosen:
         try:
             data = tracker.artifact(evaluation.run_id, GRID_NAME)
             if data is None:
                 notes.append(f"MLflow holds no grid of {evaluation.key}")
             else:
-                plots.append(EmbeddedImage(caption, _grid_uri(data)))
-        # Each artifact store fails in a way of its own; the figures are worth a page without it.
+                images.append(EmbeddedImage(caption, _grid_uri(data)))
+        # Each artifact store fails in a way of its own; the metrics are worth a page without it.
         except Exception as error:
             notes.append(f"the grid of {evaluation.key} cannot be read: {first_line(error)}")
-    return plots, notes
+    return images, notes
 
 
 def _grid_uri(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as plot:
+    with Image.open(io.BytesIO(data)) as grid:
         if len(data) <= MAX_GRID_BYTES:
-            plot.verify()
+            grid.verify()
             return _data_uri(data, "png")
-        small = plot.convert("RGB")
+        small = grid.convert("RGB")
     small.thumbnail((SMALL_SIDE_PX, SMALL_SIDE_PX))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=88)

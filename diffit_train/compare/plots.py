@@ -1,10 +1,11 @@
 """The plots of `diffit compare`: curves, what settings do, and what is traded for what.
 
-Figures of different protocols are never on one line.
+Metrics of different protocols are never on one line.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ from diffit_train.compare.ranking import (
     Replicates,
     RunGroup,
     Spread,
+    differing_settings,
     fronts,
-    is_lower_better,
     metric_names,
     pareto_axes,
     protocol_names,
 )
+from diffit_train.metric_names import lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 MAX_LEGEND = 10
 MAX_LABEL = 56
 # Settings that a protocol holds; a line is named by that instead.
+# Settings that have panels of their own, or are spreads.
+_OTHER_AXES = ("seed", "sampler.steps")
 _OF_PROTOCOL = ("samples", "features.name", "features.source", "reference")
 
 
@@ -90,9 +94,12 @@ def panels(compared: Compared) -> list[Panel]:
     """The panels that have something to show: curves, then what the settings do."""
     replicates, metric = compared.replicates, compared.metric
     names = metric_names(compared.evaluations)
-    found = [_loss_panel(compared.groups), *(_step_panel(replicates, name) for name in names)]
+    # Where only sweeps are compared, training is not the question.
+    sweeps_only = bool(replicates) and all(e.sweep for e in compared.evaluations)
+    found = [] if sweeps_only else [_loss_panel(compared.groups)]
+    found += [_step_panel(replicates, name) for name in names]
     if metric is not None:
-        found.append(_guidance_panel(replicates, metric))
+        found += _setting_panels(replicates, metric)
         found.append(_cost_panel(replicates, metric))
     if (axes := pareto_axes(replicates, metric)) is not None:
         found.append(_pareto_panel(replicates, axes))
@@ -121,17 +128,34 @@ def _step_panel(replicates: list[Replicates], metric: str) -> Panel:
     for group in {s.group for s in series}:
         mine = {s: points for s, points in series.items() if s.group == group}
         kept |= _varying(mine) or (mine if len(mine) == 1 else {})
-    return Panel(metric, "step", _lines(kept), spans=bool(is_lower_better(metric)))
+    return Panel(metric, "step", _lines(kept), spans=bool(lower_is_better(metric)))
 
 
-def _guidance_panel(replicates: list[Replicates], metric: str) -> Panel:
-    def scale(r: Replicates) -> float | None:
-        text = plain(r.settings.get("guidance.scale"))
-        return float(text) if text and r.settings.get("guidance.kind") != "none" else None
+def _setting_panels(replicates: list[Replicates], metric: str) -> list[Panel]:
+    """The main metric, precision and recall against each numeric setting that varies.
 
-    kept = _varying(series_along(replicates, metric, scale, "guidance.scale"))
-    title, spans = f"{metric} against guidance", bool(is_lower_better(metric))
-    return Panel(title, "guidance scale", _lines(kept), spans=spans)
+    Over the guidance scale this is figure 7a of the paper.
+    """
+    found = []
+    for key in differing_settings(replicates):
+        if key in _OF_PROTOCOL or key in _OTHER_AXES:
+            continue
+        for name in (metric, "precision", "recall"):
+            series = series_along(replicates, name, functools.partial(_number, key), key)
+            lines = _lines(_varying(series))
+            spans = bool(lower_is_better(name))
+            found.append(Panel(f"{name} against {key}", key, lines, spans=spans))
+    return found
+
+
+def _number(key: str, r: Replicates) -> float | None:
+    """A setting as a number; None where it is none, or guidance is off."""
+    if key.startswith("guidance.") and r.settings.get("guidance.kind") == "none":
+        return None
+    try:
+        return float(plain(r.settings.get(key)))
+    except ValueError:
+        return None
 
 
 def _cost_panel(replicates: list[Replicates], metric: str) -> Panel:
@@ -144,7 +168,7 @@ def _cost_panel(replicates: list[Replicates], metric: str) -> Panel:
     if len({point.x for points in series.values() for point in points}) < 2:
         return Panel(title, NFE_LABEL, [])
     joined = _varying(series)
-    sign = 1.0 if is_lower_better(metric) else -1.0
+    sign = 1.0 if lower_is_better(metric) else -1.0
     rest: dict[Origin, dict[float, Point]] = {}
     for s, points in series.items():
         best = rest.setdefault((s.group, s.protocol), {}) if s not in joined else {}
@@ -154,7 +178,7 @@ def _cost_panel(replicates: list[Replicates], metric: str) -> Panel:
             )
     dots = {origin: list(best.values()) for origin, best in rest.items()}
     lines = [*_lines(joined), *_dots(dots, "best of the others")]
-    return Panel(title, NFE_LABEL, lines, spans=bool(is_lower_better(metric)))
+    return Panel(title, NFE_LABEL, lines, spans=bool(lower_is_better(metric)))
 
 
 def _pareto_panel(replicates: list[Replicates], axes: tuple[str, str]) -> Panel:
@@ -171,7 +195,7 @@ def _pareto_panel(replicates: list[Replicates], axes: tuple[str, str]) -> Panel:
         style = list(ways).index(protocol)
         label = _comma_joined("front", ways[protocol])
         lines.append(Line(label, x_values, y_values, 0, style, "front"))
-    title, spans = f"{axes[1]} against {axes[0]}", bool(is_lower_better(axes[1]))
+    title, spans = f"{axes[1]} against {axes[0]}", bool(lower_is_better(axes[1]))
     return Panel(title, axes[0], lines, axes[1], spans)
 
 

@@ -1,7 +1,7 @@
 """Runs and evaluations together that differ in seeds only, and which are best.
 
-Figures are comparable only where they were measured alike: as many samples, the same features, the
-same reference. Nothing here ranks figures of different protocols against one another.
+Metrics are comparable only where they were measured alike: as many samples, the same features, the
+same reference. Nothing here ranks metrics of different protocols against one another.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from diffit_train.compare.collect import (
     unknown,
 )
 from diffit_train.config.train import EXECUTION_KEYS, KEEPING_KEYS
+from diffit_train.metric_names import lower_is_better, sort_key
 from diffit_train.tracking import RunRecord
 
 _SEED = "train.seed"
-# Names and beginnings of names, in the order of the tables; lower is better.
-_DISTANCES = ("fid", "fd_", "sfid", "sfd_", "kid", "kd_")
-_SCORES = ("inception_score", "precision", "recall", "label_agreement")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Replicates:
         return Spread.of(values) if values else None
 
     def cost(self) -> float | None:
-        """Passes of the network a plot."""
+        """NFE per image."""
         costs = [e.cost for e in self.by_seeds.values() if e.cost is not None]
         return float(np.mean(costs)) if costs else None
 
@@ -141,7 +139,7 @@ class Compared:
 
     @cached_property
     def replicates(self) -> list[Replicates]:
-        """The evaluations with figures, those together that differ in seeds only."""
+        """The evaluations with metrics, those together that differ in seeds only."""
         return replicates_of(self.groups)
 
     def notes(self) -> list[str]:
@@ -156,7 +154,7 @@ class Compared:
         notes = [f"the same in all evaluations: {', '.join(shared)}"] if shared else []
         if ways := [way for way in protocol_names(protocols_of(evaluations)).values() if way]:
             notes.append(
-                f"note: figures were measured in {len(ways)} ways: {'; '.join(ways)}. They are not "
+                f"note: metrics were measured in {len(ways)} ways: {'; '.join(ways)}. They are not "
                 "comparable (a Frechet distance falls as samples grow), so each kind is ranked "
                 "apart and never joined by a line"
             )
@@ -221,7 +219,7 @@ def _common_name(labels: list[str]) -> str:
 
 
 def replicates_of(groups: Sequence[RunGroup]) -> list[Replicates]:
-    """Evaluations with figures, those equal in all but seeds together."""
+    """Evaluations with metrics, those equal in all but seeds together."""
     found: dict[Hashable, Replicates] = {}
     pairs = [(n, group, run) for n, group in enumerate(groups) for run in group.runs]
     for number, group, run in pairs:
@@ -239,25 +237,9 @@ def replicates_of(groups: Sequence[RunGroup]) -> list[Replicates]:
 # ---- Ranking ----
 
 
-def _kind(name: str) -> str:
-    start = name[: name.find("_") + 1]
-    return start if start in _DISTANCES else name
-
-
-def is_lower_better(name: str) -> bool | None:
-    """Which way a metric is better; None where that is not known."""
-    kind = _kind(name)
-    return True if kind in _DISTANCES else False if kind in _SCORES else None
-
-
 def metric_names(evaluations: Iterable[Evaluation]) -> list[str]:
     """Names of all metrics, distances first."""
-    order = (*_DISTANCES, *_SCORES)
-
-    def place(name: str) -> tuple[int, str]:
-        return order.index(_kind(name)) if _kind(name) in order else len(order), name
-
-    return sorted({name for e in evaluations for name in e.metrics}, key=place)
+    return sorted({name for e in evaluations for name in e.metrics}, key=sort_key)
 
 
 def main_metric(evaluations: Sequence[Evaluation], wanted: str | None) -> str | None:
@@ -266,7 +248,7 @@ def main_metric(evaluations: Sequence[Evaluation], wanted: str | None) -> str | 
     Raises:
         UserError: no evaluation has it, or it is not known which way it is better.
     """
-    names = [n for n in metric_names(evaluations) if is_lower_better(n) is not None]
+    names = [n for n in metric_names(evaluations) if lower_is_better(n) is not None]
     if wanted is None:
         return names[0] if names else None
     if wanted not in names:
@@ -283,7 +265,7 @@ def best_of(evaluations: Iterable[Evaluation], metric: str) -> Evaluation | None
     measured = [e for e in evaluations if math.isfinite(e.metrics.get(metric, math.nan))]
     if len({e.protocol for e in measured}) > 1:
         raise ValueError(f"{metric} of different protocols cannot be ranked")
-    sign = 1.0 if is_lower_better(metric) else -1.0
+    sign = 1.0 if lower_is_better(metric) else -1.0
     return min(measured, key=lambda e: sign * e.metrics[metric], default=None)
 
 
@@ -300,7 +282,7 @@ def best_places(
     values: Sequence[float | None], protocols: Sequence[Protocol], name: str
 ) -> set[int]:
     """Places of the best value of a metric within each protocol; none where all are equal."""
-    lower = is_lower_better(name)
+    lower = lower_is_better(name)
     best: set[int] = set()
     for protocol in set(protocols) if lower is not None else ():
         mine = {
@@ -370,7 +352,7 @@ def fronts(
     replicates: Sequence[Replicates], axes: tuple[str, str]
 ) -> dict[Protocol, list[Replicates]]:
     """By protocol: the points of its front, by rising x; none where a single point has both."""
-    lower = (bool(is_lower_better(axes[0])), bool(is_lower_better(axes[1])))
+    lower = (bool(lower_is_better(axes[0])), bool(lower_is_better(axes[1])))
     found: dict[Protocol, list[tuple[Replicates, tuple[float, float]]]] = {}
     for r in replicates:
         x, y = r.spread(axes[0]), r.spread(axes[1])

@@ -177,7 +177,7 @@ def _seeds_sheet(replicates: list[Replicates]) -> Sheet:
 
 
 def rich_table(sheet: Sheet) -> Table:
-    """For the terminal, without its title; the best figures are bold and starred."""
+    """For the terminal, without its title; the best metrics are bold and starred."""
     table = Table()
     for name, numeric in zip(sheet.columns, sheet.numeric, strict=True):
         table.add_column(Text(name), justify="right" if numeric else "left")
@@ -194,7 +194,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_table(sheet: Sheet) -> str:
-    """GitHub's Markdown; the best figures are bold."""
+    """GitHub's Markdown; the best metrics are bold."""
     lines = [
         [markdown_text(name) for name in sheet.columns],
         ["---:" if numeric else "---" for numeric in sheet.numeric],
@@ -214,11 +214,11 @@ def csv_text(runs: Sequence[RunRow]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ["run", "step", "key", "sweep", "samples", *(f"evaluate.{key}" for key in keys)]
-    writer.writerow([*head, "network_evaluations", *names, "mlflow_run_id"])
+    writer.writerow([*head, "nfe", *names, "mlflow_run_id"])
     for run in runs:
         for e in run.evaluations:
             own = [run.label, e.step, e.key, e.sweep, e.protocol.samples]
             settings = [e.settings.get(key) for key in keys]
-            figures = [e.metrics.get(name) for name in names]
-            writer.writerow([*own, *settings, e.cost, *figures, e.run_id])
+            metrics = [e.metrics.get(name) for name in names]
+            writer.writerow([*own, *settings, e.cost, *metrics, e.run_id])
     return text.getvalue()

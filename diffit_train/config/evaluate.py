@@ -193,7 +193,7 @@ class Evaluate(Section):
         "under ROOT), s3:// or https:// URL, the last downloaded once under ROOT/references; own: "
         "computed from data.source",
     )
-    neighbours: PositiveInt = Field(default=3, description="k of precision and recall")
+    num_neighbors: PositiveInt = Field(default=3, description="k of precision and recall")
     reference_images: PositiveInt = Field(
         default=10_000, description="most real images used for precision and recall"
     )

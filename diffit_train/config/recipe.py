@@ -183,7 +183,7 @@ class Recipe(Section):
         }
 
     def evaluate_identity(self) -> dict[str, Any]:
-        """The keys that determine the figures of a given checkpoint."""
+        """The keys that determine the metrics of a given checkpoint."""
         return self.evaluate.model_dump(mode="json", exclude={"features": {"fit"}, "compile": True})
 
     def encode_hash(self) -> str:

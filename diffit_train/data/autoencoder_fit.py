@@ -52,8 +52,8 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
     report = {"identity": identity, **_train_autoencoder(recipe, url, identity)}
     storage.write_json(marker, report)
     storage.remove(storage.join(url, STATE))
-    figures = f"reconstruction mse {report['reconstruction_mse']:.5f}, scale {report['scale']:.4f}"
-    say(f"autoencoder {storage.display_path(url)}: {figures}")
+    metrics = f"reconstruction mse {report['reconstruction_mse']:.5f}, scale {report['scale']:.4f}"
+    say(f"autoencoder {storage.display_path(url)}: {metrics}")
     return report
 
 

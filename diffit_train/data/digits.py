@@ -29,10 +29,10 @@ def write_digits(folder: str, size: int = 16) -> int:
     marker = storage.join(folder, DIGITS_MARKER)
     if storage.exists(marker):
         return _check_written(folder, storage.read_json(marker), size)
-    images, labels = _load_digits()
+    digits, labels = _load_digits()
     images = {
         f"{label}/{number:04d}.png": _png(image, size)
-        for number, (image, label) in enumerate(zip(images, labels, strict=True))
+        for number, (image, label) in enumerate(zip(digits, labels, strict=True))
     }
     there = _own_images(folder, images)
     with Progress("digits", len(images), "images", done=len(there)) as progress:

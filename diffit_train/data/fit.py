@@ -44,7 +44,7 @@ def fit(
     """Train `model` in place with AdamW, the rate falling along half a cosine to 0.
 
     Args:
-        loss: of a step and its generator, the loss to minimise and figures to show.
+        loss: of a step and its generator, the loss to minimise and metrics to show.
         state_url: where the state is kept in between; the caller removes it when it has
             committed the result.
         identity: hash of what determines the fit; a state of another identity is discarded.

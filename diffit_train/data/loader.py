@@ -2,7 +2,7 @@
 
 In an epoch the shards are permuted and laid end to end; the row of samples is cut into lanes of
 equal length; in a lane, samples are shuffled window by window. A global batch takes the same
-number of samples from every lane, and a rank serves a stretch of neighbouring lanes.
+number of samples from every lane, and a rank serves a stretch of neighboring lanes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class SampleOrder:
         return int(whole) + 2
 
     def rank_lanes(self, rank: int, world: int) -> range:
-        """The lanes that a rank serves, neighbours; some have one more where it does not divide.
+        """The lanes that a rank serves, neighbors; some have one more where it does not divide.
 
         Raises:
             UserError: there are more ranks than lanes.

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.evaluation.result import Result, evaluated_identity
+from diffit_train.metric_names import distance_name
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
 from diffit_train.runs.identity import run_url
@@ -17,7 +18,7 @@ from diffit_train.runs.identity import run_url
 def best_metric(recipe: Recipe) -> str:
     """The metric by which checkpoints are ranked; the lowest is the best."""
     features = recipe.evaluate.features
-    return "fid" if features.published else f"fd_{features.name}"
+    return distance_name("fd", features.name, features.published)
 
 
 def best_result(recipe: Recipe, run: str) -> Result | None:

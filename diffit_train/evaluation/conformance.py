@@ -1,10 +1,10 @@
-"""`diffit evaluate --conformance`: do our figures agree with those published for a known batch?
+"""`diffit evaluate --conformance`: do our metrics agree with those published for a known batch?
 
 The folder holds what ADM's authors published: a reference batch (.npz with `mu` and `sigma`), a
 sample batch (.npz without), and the Inception weights.
 
 Precision and recall are computed here with the rounding of ADM's evaluator (float16 distances), as
-the published ones were; those of every other evaluation are exact (float64). All other figures are
+the published ones were; those of every other evaluation are exact (float64). All other metrics are
 the same in both: sums in float64.
 """
 
@@ -38,29 +38,29 @@ class Expected(BaseModel):
     """expected.json, where the folder holds another batch than the published one.
 
     Attributes:
-        figures: by name.
+        metrics: by name.
         relative: largest relative difference of distances and scores that is let pass; the
-            published figures are of other arithmetic (TensorFlow, partly half precision).
+            published metrics are of other arithmetic (TensorFlow, partly half precision).
         absolute: largest difference of precision and recall.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     relative: float = 5e-3
     absolute: float = 5e-3
 
     def passes(self, name: str, found: float) -> bool:
-        """Whether a figure agrees."""
-        difference = abs(found - self.figures[name])
+        """Whether a metric agrees."""
+        difference = abs(found - self.metrics[name])
         if name in _OF_DISTANCES:
             return difference <= self.absolute
-        return difference <= self.relative * abs(self.figures[name])
+        return difference <= self.relative * abs(self.metrics[name])
 
 
 # ADM-G + ADM-U on ImageNet at 256 (Dhariwal & Nichol 2021, the evaluator's README).
 PUBLISHED_METRICS = Expected(
-    figures={
+    metrics={
         "inception_score": 215.84,
         "fid": 3.9426,
         "sfid": 6.1404,
@@ -71,11 +71,11 @@ PUBLISHED_METRICS = Expected(
 
 
 def conform(folder: str) -> dict[str, Any]:
-    """Measure the folder's sample batch; figures beside the expected ones.
+    """Measure the folder's sample batch; metrics beside the expected ones.
 
     Raises:
         UserError: the folder lacks something; what and where it is to be had.
-        DiffitError: a figure does not agree.
+        DiffitError: a metric does not agree.
     """
     weights, reference, samples = _find_files(folder)
     expected = _expected(folder)
@@ -98,49 +98,49 @@ def conform(folder: str) -> dict[str, Any]:
         ],
         root=folder,
     )
-    found = _figures(recipe, reference, samples, shape)
-    missing = sorted(set(expected.figures) - set(found))
+    found = _metrics(recipe, reference, samples, shape)
+    missing = sorted(set(expected.metrics) - set(found))
     if missing:
-        raise UserError(f"{folder}: there is no figure {', '.join(missing)}; it has {list(found)}")
+        raise UserError(f"{folder}: there is no metric {', '.join(missing)}; it has {list(found)}")
     rows = [
         {
-            "figure": name,
+            "metric": name,
             "expected": value,
             "found": found[name],
             "arithmetic": _ADM if name in _OF_DISTANCES else _EXACT,
             "verdict": "pass" if expected.passes(name, found[name]) else "FAIL",
         }
-        for name, value in expected.figures.items()
+        for name, value in expected.metrics.items()
     ]
     print_rows("conformance", rows)
-    failed = [row["figure"] for row in rows if row["verdict"] == "FAIL"]
+    failed = [row["metric"] for row in rows if row["verdict"] == "FAIL"]
     if failed:
         raise DiffitError(f"{', '.join(map(str, failed))} do not agree with what is expected")
-    say(f"all {len(rows)} figures agree")
-    return {"figures": rows, "all": found}
+    say(f"all {len(rows)} metrics agree")
+    return {"metrics": rows, "all": found}
 
 
 def _features_name(weights: Path) -> str:
     return "inception" if storage.sha256_file(weights) == INCEPTION_SHA256 else "own"
 
 
-def _figures(
+def _metrics(
     recipe: Recipe, reference: Path, samples: Path, shape: tuple[int, ...]
 ) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_features(recipe, device)
     with references.opened_npz(recipe, reference) as opened:
         known = opened.read(recipe, lambda pixels: network.extract(pixels)[FEATURES])
-    figures = MetricSuite(recipe, known, rounding="adm")
+    suite = MetricSuite(recipe, known, rounding="adm")
     with (
         zipfile.ZipFile(samples) as archive,
         references.opened_array(archive) as (file, _, _),
         Progress("conformance", shape[0], "images") as progress,
     ):
         for pixels in references.batches(file, shape):
-            figures.add(network.extract(pixels))
+            suite.add(network.extract(pixels))
             progress.update(progress.done + len(pixels))
-    return figures.values()
+    return suite.values()
 
 
 def _find_files(folder: str) -> tuple[Path, Path, Path]:

@@ -1,4 +1,4 @@
-"""Precision and recall with the rounding of ADM's evaluator, to compare with published figures.
+"""Precision and recall with the rounding of ADM's evaluator, to compare with published metrics.
 
 Dhariwal & Nichol 2021, evaluations/evaluator.py: features are cast to float16, and so are squared
 lengths, products and distances after each operation; only where a block of distances holds a
@@ -22,14 +22,14 @@ BLOCK_ROWS = 10_000
 _ROWS = 512
 
 
-def precision_recall_half(real: Array, fake: Array, neighbours: int) -> tuple[float, float]:
+def precision_recall_half(real: Array, fake: Array, num_neighbors: int) -> tuple[float, float]:
     """Precision and recall as ADM's evaluator rounds them.
 
     Args:
-        real: (n, D), float32 or what rounds to it. fake: (m, D). neighbours: k; below n and m.
+        real: (n, D), float32 or what rounds to it. fake: (m, D). num_neighbors: k; below n and m.
     """
     real, fake = real.astype(np.float32), fake.astype(np.float32)
-    real_radii, fake_radii = (_half_radii(points, neighbours) for points in (real, fake))
+    real_radii, fake_radii = (_half_radii(points, num_neighbors) for points in (real, fake))
     real_inside, fake_inside = np.zeros(len(real), bool), np.zeros(len(fake), bool)
     for a in _half_blocks(len(real), BLOCK_ROWS):
         for b in _half_blocks(len(fake), BLOCK_ROWS):
@@ -40,18 +40,18 @@ def precision_recall_half(real: Array, fake: Array, neighbours: int) -> tuple[fl
     return float(fake_inside.mean()), float(real_inside.mean())
 
 
-def _half_radii(points: Array, neighbours: int) -> Array:
+def _half_radii(points: Array, num_neighbors: int) -> Array:
     """Squared distance of each point to its k-th nearest besides itself, float32 (n,).
 
     By place, as ADM: the first is taken for the point itself, whose distance rounding may move.
     """
-    nearest = np.full((len(points), neighbours + 1), np.inf, np.float32)
+    nearest = np.full((len(points), num_neighbors + 1), np.inf, np.float32)
     for a in _half_blocks(len(points), BLOCK_ROWS):
         for b in _half_blocks(len(points), BLOCK_ROWS):
             for rows, distances in _distances(points[a], points[b]):
                 here = slice(a.start + rows.start, a.start + rows.stop)
                 known = np.concatenate([nearest[here], distances], axis=1)
-                nearest[here] = np.partition(known, neighbours, axis=1)[:, : neighbours + 1]
+                nearest[here] = np.partition(known, num_neighbors, axis=1)[:, : num_neighbors + 1]
     return nearest.max(1)
 
 

@@ -291,31 +291,31 @@ def _require_sets(real: Array, fake: Array, least: int, need: str) -> None:
 
 
 def precision_recall(
-    real: Array, fake: Array, neighbours: int, rounding: Rounding = "exact"
+    real: Array, fake: Array, num_neighbors: int, rounding: Rounding = "exact"
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
 
     Precision is the share of fakes inside the real images' manifold, recall the reverse; a
-    manifold is the union of closed balls around each point that reach its k-th nearest neighbour.
+    manifold is the union of closed balls around each point that reach its k-th nearest neighbor.
 
     Distances are screened in float32; what that leaves open is decided in float64. Memory grows
     with n + m, beside one block of distances.
 
     Args:
-        real: (n, D). fake: (m, D). neighbours: k; below n and m.
+        real: (n, D). fake: (m, D). num_neighbors: k; below n and m.
         rounding: exact, or adm for that of ADM's evaluator, which computes distances in float16
-            and by which published figures were made; see `half_precision`.
+            and by which published metrics were made; see `half_precision`.
 
     Raises:
         ValueError: too few rows, other shapes, or a number that is not finite.
     """
-    _require_sets(real, fake, neighbours + 1, f"{neighbours} neighbours")
+    _require_sets(real, fake, num_neighbors + 1, f"{num_neighbors} neighbors")
     if rounding == "adm":
-        return precision_recall_half(real, fake, neighbours)
+        return precision_recall_half(real, fake, num_neighbors)
     centre = real.mean(0, dtype=np.float64)
     scale = max(float(np.abs(rows - centre).max()) for rows in _blocks(real, fake))
     points = [_Points(rows, centre, scale or 1.0) for rows in (real, fake)]
-    return _shares_inside(points[0], points[1], *(_radii(part, neighbours) for part in points))
+    return _shares_inside(points[0], points[1], *(_radii(part, num_neighbors) for part in points))
 
 
 def _blocks(*parts: Array) -> Iterator[Array]:
@@ -357,10 +357,10 @@ class _Points:
             yield part, lengths, lengths - 2.0 * rows @ columns.T
 
 
-def _radii(points: _Points, neighbours: int) -> Array:
-    """Squared distance of each point to its k-th nearest neighbour besides itself, float64 (n,)."""
+def _radii(points: _Points, num_neighbors: int) -> Array:
+    """Squared distance of each point to its k-th nearest neighbor besides itself, float64 (n,)."""
     count = len(points.given)
-    nearest = _Nearest(count, min(neighbours + 1 + _SPARE, count))
+    nearest = _Nearest(count, min(num_neighbors + 1 + _SPARE, count))
     pairs = [(a, b) for i, a in enumerate(points.parts) for b in points.parts[i:]]
     # Those on the diagonal first: the sooner the bounds are tight, the less has to be sorted in.
     for a, b in sorted(pairs, key=lambda pair: pair[0] != pair[1]):
@@ -369,7 +369,7 @@ def _radii(points: _Points, neighbours: int) -> Array:
         if a != b:
             nearest.take(b.start, a.start, distances.T)
     radii = np.empty(count)
-    _measure(points, neighbours, np.arange(count), nearest.numbers, radii)
+    _measure(points, num_neighbors, np.arange(count), nearest.numbers, radii)
     # Where one that was left out may be as near, all are compared again in float64.
     bound = radii + _SCREEN * (points.squares + points.squares.max())
     (doubtful,) = np.nonzero((nearest.values.max(1) <= bound) & (radii > 0))
@@ -379,12 +379,12 @@ def _radii(points: _Points, neighbours: int) -> Array:
             better = _Nearest(len(chosen), nearest.values.shape[1], np.float64)
             for part, _, distances in points.distances(chosen, points):
                 better.take(0, part.start, distances)
-            _measure(points, neighbours, chosen, better.numbers, radii)
+            _measure(points, num_neighbors, chosen, better.numbers, radii)
     return radii
 
 
 def _measure(
-    points: _Points, neighbours: int, rows: Array, candidates: Array, radii: Array
+    points: _Points, num_neighbors: int, rows: Array, candidates: Array, radii: Array
 ) -> None:
     """Set the radii of some rows (r,) by differences to their candidates (r, c), in float64."""
     rows_at_once = 64
@@ -393,8 +393,8 @@ def _measure(
         difference = points.exact(others.ravel()).reshape(*others.shape, -1)
         difference -= points.exact(chosen)[:, None]
         squares = np.einsum("nkd,nkd->nk", difference, difference)
-        # A point is its own nearest neighbour, at distance 0.
-        radii[chosen] = np.partition(squares, neighbours, axis=1)[:, neighbours]
+        # A point is its own nearest neighbor, at distance 0.
+        radii[chosen] = np.partition(squares, num_neighbors, axis=1)[:, num_neighbors]
 
 
 class _Nearest:

@@ -39,7 +39,7 @@ class Result(BaseModel):
     `metrics` holds, with the published Inception, `fid`, `sfid`, `inception_score` and `kid`, else
     `fd_NAME` and `kd_NAME`; with either, `precision` and `recall`, where the reference has
     images (exact distances; only `diffit evaluate --conformance` rounds them as ADM's evaluator
-    does); with a classifier `label_agreement`, the share of images in which it sees the class
+    does); with a classifier `classifier_accuracy`, the share of images in which it sees the class
     that was asked for. `reference_digest` tells what they were measured against: the SHA-256 of a
     reference file, else a hash of images and features; "" where an earlier version did not say.
     """
@@ -53,7 +53,7 @@ class Result(BaseModel):
     metrics: dict[str, float]
     grid: str
     seconds: float
-    network_evaluations: float
+    nfe: float
     evaluate: dict[str, Any]
     reference_digest: str = ""
     recipe_hash: str
@@ -117,7 +117,7 @@ def _file_digest(url: str) -> str:
 
 
 def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
-    """The keys that determine the figures, the reference by what it is instead of where it lies.
+    """The keys that determine the metrics, the reference by what it is instead of where it lies.
 
     That of a reference not yet downloaded is of no evaluation that there is.
     """
@@ -125,7 +125,7 @@ def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def evaluation_key(recipe: Recipe, source: str, step: int) -> str:
-    """A readable name, made unique by a hash of all that determines the figures."""
+    """A readable name, made unique by a hash of all that determines the metrics."""
     evaluate = recipe.evaluate
     identity = [
         evaluated_identity(recipe),

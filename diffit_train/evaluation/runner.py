@@ -32,6 +32,7 @@ from diffit_train.evaluation.result import (
     finished_result,
 )
 from diffit_train.evaluation.scores import MetricSuite
+from diffit_train.metric_names import EVALUATION
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url
@@ -45,7 +46,7 @@ class Request:
     Attributes:
         sweep: that it belongs to, or "".
         npz: write samples.npz beside the result.
-        curve: under which its figures are points of the run's own curves over steps. Those of a
+        curve: under which its metrics are points of the run's own curves over steps. Those of a
             sweep are not: there would be many at one step.
     """
 
@@ -57,7 +58,7 @@ class Request:
     curve: Literal["eval", "validation"] = "eval"
 
     @property
-    def finished_result(self) -> Result | None:
+    def finished(self) -> Result | None:
         """Its result; None where it is to be done."""
         return finished_result(self.recipe, self.run, self.step)
 
@@ -69,7 +70,7 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
 
     Raises:
         UserError: bad input; nothing was written.
-        DiffitError: a chunk could not be made, or its figures are not finite.
+        DiffitError: a chunk could not be made, or its metrics are not finite.
     """
     for request in requests:
         check(request.recipe)
@@ -129,9 +130,9 @@ def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
     started_s = time.monotonic()
     reference = pool.reference()
     pool.generate(recipe, EvaluationTarget(source, step, url, key))
-    figures, labels, shown = _measured(recipe, url, key, reference.statistics)
-    metrics = figures.values()
-    for warning in figures.warnings():
+    suite, labels, shown = _measured(recipe, url, key, reference.statistics)
+    metrics = suite.values()
+    for warning in suite.warnings():
         say(f"note: {warning}")
     grid = storage.join(url, "grid.png")
     numbers = "   ".join(f"{name} {value:.3g}" for name, value in metrics.items())
@@ -143,7 +144,7 @@ def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
         child = _track(request, state, key, metrics, cost, grid, reference)
     except unreachable_errors() as error:
         raise DiffitError(
-            f"the figures of step {step:,} are made ({numbers}), but MLflow does not take them: "
+            f"the metrics of step {step:,} are made ({numbers}), but MLflow does not take them: "
             f"{first_line(error)}; the same command tries again"
         ) from error
     result = Result(
@@ -154,7 +155,7 @@ def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
         metrics=metrics,
         grid=grid,
         seconds=time.monotonic() - started_s,
-        nfe_per_image=cost,
+        nfe=cost,
         evaluate=evaluated_identity(recipe),
         reference_digest=reference.digest,
         recipe_hash=recipe.train_hash(),
@@ -168,13 +169,13 @@ def _measured(
     recipe: Recipe, url: str, key: str, reference: Reference
 ) -> tuple[MetricSuite, list[np.ndarray], dict[int, list[np.ndarray]]]:
     """MetricSuite, labels and the grid's images by class, reading chunk after chunk."""
-    figures, labels = MetricSuite(recipe, reference), []
+    suite, labels = MetricSuite(recipe, reference), []
     shown: dict[int, list[np.ndarray]] = {}
     evaluate = recipe.evaluate
     in_grid = _grid_labels(recipe)
     for part in chunks.committed_chunks(url):
         rows = chunks.read_chunk(url, part, key)
-        figures.add(rows)
+        suite.add(rows)
         labels.append(rows[LABELS])
         wanted = [
             (place, shown.setdefault(label, []))
@@ -185,7 +186,7 @@ def _measured(
         for place, row in wanted:
             if pixels is not None and len(row) < evaluate.grid_columns:
                 row.append(pixels[place])
-    return figures, labels, shown
+    return suite, labels, shown
 
 
 def _grid_labels(recipe: Recipe) -> set[int]:
@@ -244,8 +245,8 @@ def _track(
     )
     name = reference.url.rsplit("/", 1)[-1].removesuffix(".safetensors")
     tracker.log_dataset(child, name, name.rsplit("-", 1)[-1], reference.url)
-    named = {f"eval/{name}": value for name, value in metrics.items()}
-    curves = [(child, {**named, "cost/nfe_per_image": cost})]
+    named = {f"{EVALUATION}/{name}": value for name, value in metrics.items()}
+    curves = [(child, {**named, NFE: cost})]
     if not request.sweep:
         own = {f"{request.curve}/{name}": value for name, value in metrics.items()}
         curves.append((state.mlflow_run_id, own))

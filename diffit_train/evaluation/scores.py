@@ -1,4 +1,4 @@
-"""From what was measured of generated images, chunk by chunk, to the figures."""
+"""From what was measured of generated images, chunk by chunk, to the metrics."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from diffit_train.evaluation.metrics import (
     precision_recall,
 )
 from diffit_train.evaluation.references import Reference, Statistics, added
+from diffit_train.metric_names import distance_name
 
 # Fewer rows than dimensions: the covariance is singular, and the distance depends on chance.
 SINGULAR = (
@@ -67,7 +68,7 @@ class MetricSuite:
             self.agreeing += int((rows[LABELS] == rows[SEEN]).sum())
 
     def warnings(self) -> Iterator[str]:
-        """What a reader of the figures should know."""
+        """What a reader of the metrics should know."""
         dims = self.features[0].shape[1]
         for which, count in (("generated", self.count), ("real", self.reference.count)):
             if count is not None and count <= dims:
@@ -82,29 +83,28 @@ class MetricSuite:
         try:
             return dict(self._values())
         except ValueError as error:
-            raise DiffitError(f"no figures: {error}") from error
+            raise DiffitError(f"no metrics: {error}") from error
 
     def _values(self) -> Iterator[tuple[str, float]]:
         assert self.moments is not None
         evaluate, reference = self.recipe.evaluate, self.reference
-        published, own = evaluate.features.published, evaluate.features.name
-        yield "fid" if published else f"fd_{own}", _distance(self.moments, reference.pool)
+        own, published = evaluate.features.name, evaluate.features.published
+        yield distance_name("fd", own, published), _distance(self.moments, reference.pool)
         if self.spatial is not None and reference.spatial is not None:
-            name = "sfid" if published else f"sfd_{own}"
-            yield name, _distance(self.spatial, reference.spatial)
+            yield distance_name("sfd", own, published), _distance(self.spatial, reference.spatial)
         features = np.concatenate(self.features)
         if reference.features is not None:
             precision, recall = precision_recall(
-                reference.features, features, evaluate.neighbours, self.rounding
+                reference.features, features, evaluate.num_neighbors, self.rounding
             )
             yield "precision", precision
             yield "recall", recall
             kernel, _ = kernel_distance(reference.features, features)
-            yield "kid" if published else f"kd_{own}", kernel
+            yield distance_name("kd", own, published), kernel
         if published:
             yield "inception_score", self.score.value()[0]
         if evaluate.features.kind == "classifier" and self.recipe.model.conditional:
-            yield "label_agreement", self.agreeing / self.count
+            yield "classifier_accuracy", self.agreeing / self.count
 
 
 def _distance(fake: FeatureStats, real: Statistics) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import re
 from collections.abc import Sequence
@@ -16,19 +14,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe, load_recipe_text
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.best import best_metric
 from diffit_train.evaluation.result import Result, finished_result
 
 DEFINITION = "sweep.json"
 CANCELLED = "cancelled"
 # More evaluations than this in one sweep are taken for a slip of the pen.
 MOST_MEMBERS = 10_000
-# Lines that a legend still names.
-MOST_LABELS = 12
 _SECTION = "evaluate."
 _SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What a sweep may not vary: the figures of its members would not be comparable.
-_FIXED = ("evaluate.features.", "evaluate.reference", "evaluate.neighbours")
+# What a sweep may not vary: the metrics of its members would not be comparable.
+_FIXED = ("evaluate.features.", "evaluate.reference", "evaluate.num_neighbors")
 
 
 class Member(BaseModel):
@@ -93,7 +88,7 @@ def parse_values(text: str) -> tuple[str, list[Any]]:
     if not key.startswith(_SECTION):
         key = _SECTION + key
     if key.startswith(_FIXED):
-        raise UserError(f"--sweep {text}: a sweep cannot vary {key}, by which figures are made")
+        raise UserError(f"--sweep {text}: a sweep cannot vary {key}, by which metrics are made")
     found: list[Any] = []
     for part in _split_values(values):
         found += _range(part, text) if part.count(":") == 2 else [_plain(part, text)]
@@ -228,74 +223,10 @@ def rows(sweep: Sweep, found: Sequence[Result | None]) -> list[dict[str, Any]]:
         {
             "step": member.step,
             **{key.removeprefix(_SECTION): value for key, value in member.changes.items()},
-            "network_evaluations": result.network_evaluations,
+            "nfe": result.nfe,
             **result.metrics,
             "evaluation": result.key,
         }
         for member, result in zip(sweep.members, found, strict=True)
         if result is not None
     ]
-
-
-def write_outputs(sweep: Sweep, found: Sequence[Result | None]) -> dict[str, str]:
-    """Write sweep.csv and sweep.png; where they are."""
-    table = rows(sweep, found)
-    url = sweep.url()
-    places = {"csv": storage.join(url, "sweep.csv"), "plot": storage.join(url, "sweep.png")}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    storage.write_text(places["csv"], text.getvalue())
-    draw_sweep(sweep, table, places["plot"])
-    return places
-
-
-def draw_sweep(sweep: Sweep, table: list[dict[str, Any]], target: str) -> None:
-    """Draw the metrics over each numeric key that varies, and the distance over its cost.
-
-    A line for each combination of the other keys: over the guidance scale this is figure 7a of the
-    paper.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    recipe = sweep.loaded()
-    metric = best_metric(recipe)
-    axes = [key.removeprefix(_SECTION) for key in sweep.members[0].changes]
-    if len({row["step"] for row in table}) > 1:
-        axes.append("step")
-    numeric = [key for key in axes if all(isinstance(row[key], (int, float)) for row in table)]
-    panels = [(key, name) for key in numeric for name in (metric, "precision", "recall")]
-    panels = [(key, name) for key, name in panels if name in table[0]]
-    if len({row["network_evaluations"] for row in table}) > 1:
-        panels.append(("network_evaluations", metric))
-    if not panels:
-        panels = [("evaluation", metric)]
-    columns = min(3, len(panels))
-    count = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * count), layout="constrained", dpi=120)
-    cells = figure.subplots(count, columns, squeeze=False).flatten()
-    for cell, (x, y) in zip(cells, panels, strict=False):
-        cost = x == "network_evaluations"
-        others = [key for key in axes if key != x and not (cost and key == "sampler.steps")]
-        lines: dict[str, list[tuple[Any, float]]] = {}
-        for row in table:
-            label = ", ".join(f"{key} {row[key]}" for key in others)
-            lines.setdefault(label, []).append((row[x], row[y]))
-        for label, points in lines.items():
-            cell.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
-        shown_x = "network evaluations an image" if cost else x
-        cell.set(title=f"{y} against {'cost' if cost else x}", xlabel=shown_x, ylabel=y)
-        cell.grid(alpha=0.3)
-    for cell in cells[len(panels) :]:
-        cell.set_axis_off()
-    # A legend in the first panel of each key: the colours of the next key's mean other things.
-    firsts = {x: number for number, (x, _) in reversed(list(enumerate(panels)))}
-    for number in firsts.values():
-        handles, labels = cells[number].get_legend_handles_labels()
-        if any(labels) and len(labels) <= MOST_LABELS:
-            cells[number].legend(handles, labels, fontsize=7)
-    figure.suptitle(f"{sweep.run}: {sweep.name}", fontsize=10)
-    with storage.atomic_file(target) as path, path.open("wb") as file:
-        FigureCanvasAgg(figure).print_figure(file, format="png")

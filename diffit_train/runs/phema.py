@@ -106,7 +106,7 @@ def reconstruct(snapshots: list[Profile], wanted: Profile) -> Solution:
         end = min(first + _STRETCH - 1, last)
         rows = np.stack([p.weights(first, end) for p in everything], axis=1)
         # A QR of what was reduced so far and the new rows: products of profiles would lose half
-        # of the digits, and neighbouring snapshots are nearly alike.
+        # of the digits, and neighboring snapshots are nearly alike.
         triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, rows]), mode="r"))
     matrix, target = triangle[:, :-1], triangle[:, -1]
     coefficients = np.linalg.lstsq(matrix, target, rcond=1e-12)[0]

@@ -9,29 +9,17 @@ from typing import Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.metric_names import TRAINING
 from diffit_train.runs.checkpoints import (
     committed_steps,
     read_state,
 )
 from diffit_train.runs.identity import run_url
 
-_PERF = (
-    *("images_per_s", "step_s", "data_wait_fraction", "mfu", "memory_gib"),
-    *("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s"),
-)
-
-
-# Names under which a record's fields go to MLflow.
-_METRICS = {
-    **{name: f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")},
-    **{f"loss_q{q}": f"train/loss_q{q}" for q in range(4)},
-    **{name: f"perf/{name}" for name in _PERF},
-}
-
 
 def as_metrics(record: dict[str, Any]) -> dict[str, float]:
     """A record of the log by the names of MLflow's metrics."""
-    return {_METRICS[key]: value for key, value in record.items() if key in _METRICS}
+    return {TRAINING[key]: value for key, value in record.items() if key in TRAINING}
 
 
 class TrainingLog:

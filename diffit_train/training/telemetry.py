@@ -86,7 +86,7 @@ class SpeedMeter:
         self.started_s += seconds
 
     def measure(self, steps: int, waited_s: float) -> dict[str, float]:
-        """Figures of the interval of `steps` steps that ends now."""
+        """Metrics of the interval of `steps` steps that ends now."""
         elapsed_s = time.monotonic() - self.started_s
         images_per_s = steps * self.batch_size / elapsed_s
         return {

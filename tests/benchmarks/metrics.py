@@ -1,4 +1,4 @@
-"""What the figures of an evaluation cost: Frechet distance, precision and recall, Inception.
+"""What the metrics of an evaluation cost: Frechet distance, precision and recall, Inception.
 
     python -m tests.benchmarks.metrics [--fakes 50000 --reals 10000 --device cuda]
 
@@ -85,15 +85,15 @@ def distances(rounds: int) -> None:
 
 
 def _measured(reals: int, fakes: int, results: Connection) -> None:
-    """Figures, seconds, seconds of processors, and peak memory before and after, in KiB."""
+    """Metrics, seconds, seconds of processors, and peak memory before and after, in KiB."""
     real, fake = features(0, reals, 0.2), features(1, fakes, 0.15)
     for body in (lambda: precision_recall(real, fake, 3), lambda: kernel_distance(real, fake)):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start, worked = time.perf_counter(), time.process_time()
-        figures = body()
+        metrics = body()
         seconds, worked = time.perf_counter() - start, time.process_time() - worked
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        results.send((figures, seconds, worked, before, peak))
+        results.send((metrics, seconds, worked, before, peak))
 
 
 def precision(reals: int, fakes: int) -> None:
@@ -104,8 +104,8 @@ def precision(reals: int, fakes: int) -> None:
     theirs.close()
     rows = []
     for name in ("precision, recall", "kernel distance, deviation"):
-        figures, seconds, worked, before, peak = mine.recv()
-        values = ", ".join(f"{value:.5f}" for value in figures)
+        metrics, seconds, worked, before, peak = mine.recv()
+        values = ", ".join(f"{value:.5f}" for value in metrics)
         gib = [f"{kib / 2**20:.2f}" for kib in (before, peak)]
         rows.append([name, values, f"{seconds:.1f}", f"{worked:.1f}", *gib])
     process.join()

@@ -1,4 +1,4 @@
-"""Evaluations: any number of actors, interrupted or not, the same figures; and their comparison."""
+"""Evaluations: any number of actors, interrupted or not, the same metrics; and their comparison."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
     root, results = evaluated
     recipe = tiny_recipe(root)
     assert [r.step for r in results] == [0, 12]
-    names = {"fd_digits", "kd_digits", "precision", "recall", "label_agreement"}
+    names = {"fd_digits", "kd_digits", "precision", "recall", "classifier_accuracy"}
     assert results[0].metrics.keys() == names
     # Three steps, each with and without the label.
-    assert results[0].network_evaluations == 6
+    assert results[0].nfe == 6
     for result in results:
         assert finished_result(recipe, "tiny", result.step) == result
         assert result.metrics["fd_digits"] > 0
@@ -72,7 +72,7 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
         assert (child.parent_id, child.status) == (parent, "FINISHED")
         assert child.params["evaluate.sampler.steps"] == "3"
         logged = {f"eval/{name}": value for name, value in result.metrics.items()}
-        assert child.metrics == pytest.approx({**logged, "cost/network_evaluations": 6})
+        assert child.metrics == pytest.approx({**logged, "cost/nfe": 6})
         source = str(root / "runs" / "tiny")
         reference = child.tags["diffit.reference_digest"]
         assert result.reference_digest == reference
@@ -97,7 +97,7 @@ def test_figures_are_those_of_the_images(evaluated: tuple[Path, list[Result]]) -
     labels = np.concatenate([chunk["labels"] for chunk in chunks])
     assert labels.tolist() == [i % 3 for i in range(12)]
     seen = np.concatenate([chunk["seen"] for chunk in chunks])
-    assert result.metrics["label_agreement"] == (labels == seen).mean()
+    assert result.metrics["classifier_accuracy"] == (labels == seen).mean()
     assert _images(result).shape == (12, 16, 16, 3)
 
 
@@ -134,7 +134,7 @@ def test_the_grid_shows_the_first_classes_that_occur() -> None:
     assert runner._grid_labels(load_recipe("demo")) == set(range(10))
 
 
-def test_two_actors_and_an_interruption_give_the_same_figures(
+def test_two_actors_and_an_interruption_give_the_same_metrics(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, (_, result) = evaluated
@@ -233,9 +233,9 @@ def test_a_sweep_is_evaluated_in_place_and_goes_on(
     pairs = [(row["guidance.scale"], row["sampler.steps"]) for row in rows]
     assert pairs == [(1, 2), (1, 3), (2, 2), (2, 3)]
     # At scale 1 the unconditional pass is left out.
-    assert [row["network_evaluations"] for row in rows] == [2, 3, 4, 6]
+    assert [row["nfe"] for row in rows] == [2, 3, 4, 6]
     lines = Path(found["csv"]).read_text().splitlines()
-    assert lines[0].startswith("step,guidance.scale,sampler.steps,network_evaluations,fd_digits")
+    assert lines[0].startswith("step,guidance.scale,sampler.steps,nfe,fd_digits")
     assert len(lines) == 5
     assert Image.open(found["image"]).size[0] > 900
     children = [r for r in Tracker.of(recipe).runs() if r.tags.get("diffit.sweep") == "first"]

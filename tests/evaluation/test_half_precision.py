@@ -96,5 +96,5 @@ def test_its_rounding_shows() -> None:
 
 
 def test_bad_features_are_named_with_either_rounding() -> None:
-    with pytest.raises(ValueError, match="too few for 3 neighbours"):
+    with pytest.raises(ValueError, match="too few for 3 neighbors"):
         precision_recall(np.zeros((3, 2)), np.zeros((9, 2)), 3, rounding="adm")

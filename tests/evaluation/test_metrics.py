@@ -318,7 +318,7 @@ def test_precision_and_recall_at_their_ends() -> None:
     real = random.normal(size=(50, 4))
     assert precision_recall(real, real, 3) == (1.0, 1.0)
     assert precision_recall(real, real + 100, 3) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="3 fake images are too few for 3 neighbours"):
+    with pytest.raises(ValueError, match="3 fake images are too few for 3 neighbors"):
         precision_recall(real, real[:3], 3)
     with pytest.raises(ValueError, match="real features: some numbers are not finite"):
         precision_recall(np.full((5, 4), np.inf), real, 3)

@@ -139,7 +139,7 @@ def test_the_self_check_measures_what_the_folder_holds(
         known = network(torch.from_numpy(real)).pool.numpy()
     precision, recall = precision_recall(known, rows.astype(np.float32), 3, rounding="adm")
     rounded = {"precision": precision, "recall": recall}
-    expected = {"figures": {"fd_own": float(distance), **rounded}, "relative": 1e-6}
+    expected = {"metrics": {"fd_own": float(distance), **rounded}, "relative": 1e-6}
     (tmp_path / "expected.json").write_text(json.dumps(expected))
     asked = []
 
@@ -150,23 +150,23 @@ def test_the_self_check_measures_what_the_folder_holds(
     monkeypatch.setattr(scores, "precision_recall", measured)
     answer = conformance.conform(str(tmp_path))
     assert asked == ["adm"]
-    assert {row["figure"]: (row["arithmetic"], row["verdict"]) for row in answer["figures"]} == {
+    assert {row["metric"]: (row["arithmetic"], row["verdict"]) for row in answer["metrics"]} == {
         "fd_own": ("float64", "pass"),
         "precision": ("float16 distances, as ADM", "pass"),
         "recall": ("float16 distances, as ADM", "pass"),
     }
     assert answer["all"].keys() == {"fd_own", "precision", "recall", "kd_own"}
 
-    expected = {"figures": {"fd_own": float(distance)}, "relative": 1e-6}
+    expected = {"metrics": {"fd_own": float(distance)}, "relative": 1e-6}
     (tmp_path / "expected.json").write_text(json.dumps(expected))
-    monkeypatch.setattr(conformance, "_figures", lambda *_: {"fd_own": float(distance) * 1.001})
+    monkeypatch.setattr(conformance, "_metrics", lambda *_: {"fd_own": float(distance) * 1.001})
     with pytest.raises(DiffitError, match="fd_own do not agree"):
         conformance.conform(str(tmp_path))
-    (tmp_path / "expected.json").write_text('{"figures": {"fid": 3.0}}')
-    with pytest.raises(UserError, match=r"no figure fid; it has \['fd_own'\]"):
+    (tmp_path / "expected.json").write_text('{"metrics": {"fid": 3.0}}')
+    with pytest.raises(UserError, match=r"no metric fid; it has \['fd_own'\]"):
         conformance.conform(str(tmp_path))
-    (tmp_path / "expected.json").write_text('{"figure": {}}')
-    with pytest.raises(UserError, match=r"expected\.json: figures: Field required"):
+    (tmp_path / "expected.json").write_text('{"metric": {}}')
+    with pytest.raises(UserError, match=r"expected\.json: metrics: Field required"):
         conformance.conform(str(tmp_path))
     (tmp_path / "more.npz").write_bytes(b"no")
     with pytest.raises(UserError, match=r"more\.npz is no \.npz file"):

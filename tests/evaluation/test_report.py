@@ -62,7 +62,7 @@ EVALUATE = {
     "evaluate.features.name": "inception",
     "evaluate.features.source": "published",
     "evaluate.reference": "",
-    "evaluate.neighbours": 3,
+    "evaluate.num_neighbors": 3,
     "evaluate.reference_images": 10000,
 }
 COLORS = {"base-s0": (200, 10, 10), "base-s1": (10, 200, 10), "<b>": (10, 10, 200)}
@@ -109,7 +109,7 @@ class Store:
             tags["diffit.reference_digest"] = digest
         named = {f"eval/{name}": value for name, value in metrics.items()}
         if cost is not None:
-            named["cost/network_evaluations"] = cost
+            named["cost/nfe"] = cost
         child = self.tracker.evaluation_run(
             "main", run, f"{step}/{key}", f"{step}-{key}", {**params, "step": step}, tags
         )
@@ -296,7 +296,7 @@ def test_figures_of_other_numbers_of_samples_are_not_ranked(comparison: Comparis
 @pytest.mark.parametrize(
     ("name", "best"),
     [(name, 0) for name in ("fid", "sfid", "kid", "fd_digits", "sfd_digits", "kd_digits")]
-    + [(name, 2) for name in ("inception_score", "precision", "recall", "label_agreement")],
+    + [(name, 2) for name in ("inception_score", "precision", "recall", "classifier_accuracy")],
 )
 def test_the_better_way_of_each_metric(name: str, best: int) -> None:
     same = [Protocol()] * 4
@@ -426,7 +426,7 @@ def test_curves_have_error_bars_and_never_mix_samples(comparison: Comparison) ->
 
 def test_metric_against_guidance_and_cost(comparison: Comparison) -> None:
     found = panels(comparison)
-    (line,) = _panel(found, "fid against guidance").lines
+    (line,) = _panel(found, "fid against guidance.scale").lines
     # The evaluation of the curve at scale 1.5 differs from the sweep in nothing but the scale.
     assert line.x == [1.0, 1.5, 2.0, 3.0]
     assert line.y[2] == pytest.approx(np.mean(SCALES[2.0]))
@@ -499,7 +499,7 @@ def test_markdown_parses_back(comparison: Comparison) -> None:
     assert {len(row) for row in cells} == {len(cells[0])}
     assert re.fullmatch(r":?-+:?", cells[1][0])
     assert "<b>" not in text
-    assert "- note: figures were measured in 2 ways" in text
+    assert "- note: metrics were measured in 2 ways" in text
 
 
 def test_csv_parses_back(comparison: Comparison) -> None:

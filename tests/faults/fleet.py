@@ -2,7 +2,7 @@
 
     python -m tests.faults.fleet --root diffit-demo
 
-Its figures are held against those of the same sweep made in place and undisturbed. The root is that
+Its metrics are held against those of the same sweep made in place and undisturbed. The root is that
 of a `make demo`; both sweeps are made in copies of it.
 """
 
@@ -129,7 +129,7 @@ def main() -> None:
     print_table(
         f"{len(rows)} evaluations of {chosen.samples} images as Ray jobs, killed: "
         f"{', '.join(outcome.killed)}; beside the same in place, undisturbed",
-        ["scale", "steps", "fd_digits, fleet", "fd_digits, in place", "figures that differ"],
+        ["scale", "steps", "fd_digits, fleet", "fd_digits, in place", "metrics that differ"],
         rows,
     )
     if chosen.image:
