@@ -18,13 +18,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
 import diffit_train
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 Stage = Literal["encode", "train", "evaluate"]
 LIVE = ("PENDING", "RUNNING")
@@ -118,9 +121,9 @@ def submit(job: Job, address: str, *, follow: bool = True, python: str | None = 
     return submission_id
 
 
-def _attempts(client: Any) -> dict[str, list[Any]]:
+def _attempts(client: JobSubmissionClient) -> dict[str, list[JobDetails]]:
     """All jobs of ours on the cluster by their names, each one's attempts in order."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[JobDetails]] = {}
     for info in client.list_jobs():
         metadata = info.metadata or {}
         if "diffit.name" in metadata:
@@ -222,7 +225,9 @@ def cancel_jobs(names: Sequence[str], address: str) -> int:
     return stopped
 
 
-def _advance(client: Any, states: list[JobState], address: str, plan: FleetPlan) -> None:
+def _advance(
+    client: JobSubmissionClient, states: list[JobState], address: str, plan: FleetPlan
+) -> None:
     """Look at all jobs once, and submit as many as there is room for."""
     attempts = _attempts(client)
     cancelled = plan.is_cancelled()
@@ -250,7 +255,7 @@ def _advance(client: Any, states: list[JobState], address: str, plan: FleetPlan)
             running += 1
 
 
-def _ended(state: JobState, info: Any, plan: FleetPlan, cancelled: bool) -> None:
+def _ended(state: JobState, info: JobDetails | None, plan: FleetPlan, cancelled: bool) -> None:
     state.ended_s = time.monotonic()
     if plan.is_done(state.job):
         state.state = "done"
@@ -265,12 +270,12 @@ def _ended(state: JobState, info: Any, plan: FleetPlan, cancelled: bool) -> None
     state.state = "failed" if refused or state.failures > plan.retries else "waiting"
 
 
-def _why(info: Any) -> str:
+def _why(info: JobDetails | None) -> str:
     message = str(getattr(info, "message", None) or "no reason given")
     return message.splitlines()[0].partition(", last available")[0]
 
 
-def _client(address: str) -> Any:
+def _client(address: str) -> JobSubmissionClient:
     # A cluster started on a machine that has this file asks for its token; jobs sent from there
     # carry it only when told to.
     if TOKEN_FILE.exists():
@@ -296,7 +301,9 @@ def _client(address: str) -> Any:
         ) from error
 
 
-def _send(client: Any, job: Job, address: str, python: str | None, attempt: int) -> str:
+def _send(
+    client: JobSubmissionClient, job: Job, address: str, python: str | None, attempt: int
+) -> str:
     submission_id = f"{job.name}-{attempt}"
     folder = Path(tempfile.mkdtemp(prefix="diffit-submit-"))
     request = {
@@ -319,7 +326,7 @@ def _send(client: Any, job: Job, address: str, python: str | None, attempt: int)
     return submission_id
 
 
-def _send_when_ready(client: Any, request: dict[str, Any]) -> None:
+def _send_when_ready(client: JobSubmissionClient, request: dict[str, Any]) -> None:
     """A cluster that has just started refuses jobs until its agents have come up."""
     deadline_s = time.monotonic() + READY_S
     while True:
@@ -354,7 +361,7 @@ def _python(address: str) -> str:
     return sys.executable if local else "python"
 
 
-def _follow(client: Any, submission_id: str) -> None:
+def _follow(client: JobSubmissionClient, submission_id: str) -> None:
     async def tail() -> None:
         async for lines in client.tail_job_logs(submission_id):
             sys.stderr.write(lines)

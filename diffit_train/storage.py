@@ -25,12 +25,14 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 import tenacity
+from pydantic import BaseModel, ConfigDict
 
 from diffit_train.errors import DiffitError, UserError
 
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
 T = TypeVar("T")
+GIB = 2**30
 
 # Answers of a local or remote file system that trying again would not change.
 _LASTING = (
@@ -42,6 +44,12 @@ _LASTING = (
 )
 _CLIENT_LIBRARIES = ("botocore.", "aiobotocore.", "aiohttp.", "urllib3.")
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+
+
+class Record(BaseModel):
+    """A JSON document under the root: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def is_local(url: str) -> bool:

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffit_train import storage
+from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 # Nothing about the use of MLflow leaves the machine unless asked to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -412,14 +414,14 @@ def first_line(error: Exception) -> str:
     return redact((str(error) or type(error).__name__).splitlines()[0])
 
 
-def _run_record(run: Any, experiments: dict[str, str]) -> RunRecord:
+def _run_record(run: Run, experiments: dict[str, str]) -> RunRecord:
     return RunRecord(
         run_id=run.info.run_id,
         name=run.info.run_name,
         parent_id=run.data.tags.get("mlflow.parentRunId"),
         status=run.info.status,
-        params=dict(run.data.params),
-        metrics=dict(run.data.metrics),
+        params=renamed.current_params(run.data.params),
+        metrics={renamed.METRICS.get(k, k): v for k, v in run.data.metrics.items()},
         tags=dict(run.data.tags),
         start_time_ms=run.info.start_time,
         experiment=experiments[run.info.experiment_id],

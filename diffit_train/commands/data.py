@@ -43,6 +43,6 @@ def features_fit_command(name: RecipeName, overrides: Overrides = None, root: Ro
 
     Example: `diffit features fit demo --root my-project`
     """
-    from diffit_train.evaluation.features_fit import fit_features
+    from diffit_train.evaluation.features import fit_features
 
     fit_features(read_recipe(name, overrides, root))

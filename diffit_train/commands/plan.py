@@ -27,7 +27,6 @@ from diffit_train.config.train import BUCKET_ELEMENTS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 
-GIB = 2**30
 # Adam's two moments and the EMA are fp32, as are master weights.
 FP32, BF16 = 4, 2
 
@@ -161,7 +160,7 @@ def plan(recipe: Recipe, machine: Machine, emas: int | None = None) -> dict[str,
             "bucket": bucket,
             "activations": activations,
             "total": total,
-            "fits": total < gpu.memory_gib * GIB,
+            "fits": total < gpu.memory_gib * storage.GIB,
         }
     checkpoint = parameters * FP32 * (3 + emas)
     return {
@@ -277,7 +276,7 @@ def print_plan(result: dict[str, Any]) -> None:
     parts = ("weights", "gradients", "master", "moments", "ema", "bucket", "activations", "total")
     rows = table(title, "ZeRO stage", *parts, f"fits {time['gpu']}")
     for stage, values in memory["zero_stage"].items():
-        shown = [f"{values[part] / GIB:,.2f}" for part in parts]
+        shown = [f"{values[part] / storage.GIB:,.2f}" for part in parts]
         rows.add_row(stage, *shown, "yes" if values["fits"] else "no")
     console.print(rows)
 
@@ -291,9 +290,11 @@ def print_plan(result: dict[str, Any]) -> None:
     if time["cost"] is not None:
         price = time["price_per_gpu_hour"]
         rest.add_row(f"cost at {price:g} a GPU-hour", f"{time['cost']:,.0f}")
-    rest.add_row("checkpoint, GiB", f"{disk['checkpoint'] / GIB:,.2f}")
+    rest.add_row("checkpoint, GiB", f"{disk['checkpoint'] / storage.GIB:,.2f}")
     if disk["latents"] is not None:
-        rest.add_row(f"latents of {disk['images']:,} images, GiB", f"{disk['latents'] / GIB:,.1f}")
+        rest.add_row(
+            f"latents of {disk['images']:,} images, GiB", f"{disk['latents'] / storage.GIB:,.1f}"
+        )
     console.print(rest)
 
 

@@ -161,7 +161,7 @@ def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
 
 
 def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
-    """Stop the jobs of a sweep; what is finished_result stays."""
+    """Stop the jobs of a sweep; finished evaluations stay."""
     from diffit_train import ray_jobs as jobs
 
     plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))

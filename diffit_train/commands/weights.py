@@ -19,7 +19,7 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
-from diffit_train.config import Recipe, load_recipe, load_recipe_text
+from diffit_train.config import Recipe, load_recipe, load_stored_recipe
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.runs.identity import NEWEST, find_checkpoint, parse_step
@@ -89,7 +89,7 @@ def recipe_of_weights(
         raise UserError(f"{file} does not say what model it holds; name its recipe by --recipe")
     text, reference = found
     if text:
-        return load_recipe_text(text, reference, overrides, root)
+        return load_stored_recipe(text, reference, overrides, root)
     say(f"{file} has the shapes of {reference}")
     return load_recipe(reference, overrides, root)
 

@@ -4,6 +4,7 @@ from diffit_train.config.load import (
     dump_recipe,
     load_recipe,
     load_recipe_text,
+    load_stored_recipe,
     packaged_recipes,
     validate,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "load_recipe_text",
+    "load_stored_recipe",
     "packaged_recipes",
     "validate",
 ]

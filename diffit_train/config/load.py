@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffit_train import storage
+from diffit_train.config import renamed
 from diffit_train.config.evaluate import OWN, PUBLISHED
 from diffit_train.config.presets import PRESETS
 from diffit_train.config.recipe import Recipe
@@ -49,7 +50,19 @@ def load_recipe_text(
     text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
 ) -> Recipe:
     """As `load_recipe`, from YAML text; `reference` is named in errors."""
-    tree = _parse(text, reference)
+    return _resolve(_parse(text, reference), reference, overrides, root)
+
+
+def load_stored_recipe(
+    text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
+) -> Recipe:
+    """As `load_recipe_text`, from what `dump_recipe` wrote, also in an earlier version."""
+    return _resolve(renamed.current(_parse(text, reference)), reference, overrides, root)
+
+
+def _resolve(
+    tree: dict[str, Any], reference: str, overrides: Sequence[str], root: str | None
+) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     if root is not None:
@@ -171,6 +184,10 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 def _explain(error: dict[str, Any]) -> str:
     location = error["loc"]
     key = ".".join(str(part) for part in location)
+    if key in renamed.KEYS:
+        return f"key {key!r} is now called {renamed.KEYS[key]!r}"
+    if (value := renamed.VALUES.get((key, str(error.get("input"))))) is not None:
+        return f"{key} is {error['input']!r}, which is now called {value!r}"
     if error["type"] == "extra_forbidden":
         known = _section_keys(location)
         hint = _nearest(str(location[-1]), known) or f"; allowed here: {', '.join(known)}"

@@ -11,6 +11,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from diffit_train import storage
+from diffit_train.config import renamed
 from diffit_train.config.autoencoder import Autoencoder
 from diffit_train.config.base import Name, Section
 from diffit_train.config.data import Data
@@ -156,7 +157,11 @@ class Recipe(Section):
             )
         return self
 
-    # ---- What determines an output. Amounts of resources, places and tracking never do. ----
+    # ---- What determines an output. Resources, locations and tracking never do. ----
+
+    def image_identity(self) -> dict[str, Any]:
+        """The keys that determine the images and their labels."""
+        return self.data.model_dump(mode="json", include={"source", "resolution", "num_classes"})
 
     def encode_identity(self) -> dict[str, Any]:
         """The keys that determine the latent shards."""
@@ -188,11 +193,11 @@ class Recipe(Section):
 
     def encode_hash(self) -> str:
         """SHA-256 of `encode_identity`."""
-        return storage.digest(self.encode_identity())
+        return storage.digest(renamed.hashed(self.encode_identity()))
 
     def train_hash(self) -> str:
         """SHA-256 of `train_identity`: the recipe hash of a run."""
-        return storage.digest(self.train_identity())
+        return storage.digest(renamed.hashed(self.train_identity()))
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys to values, as logged to MLflow."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffit_train import storage
-from diffit_train.config import Recipe
+from diffit_train.config import Recipe, renamed
 from diffit_train.data.sources import list_images, read_items
 from diffit_train.errors import UserError
 from diffit_train.progress import say
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FITTED = "diffit.json"
-STATE = "fit-state.safetensors"
+AUTOENCODER_STATE = "fit-state.safetensors"
 
 
 def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
     url = storage.resolve(recipe.storage.root, recipe.autoencoder.source)
     identity = storage.digest(
         [
-            recipe.data.model_dump(mode="json", include={"source", "resolution", "num_classes"}),
+            renamed.hashed(recipe.image_identity()),
             recipe.autoencoder.model_dump(
                 mode="json", include={"fit", "latent_channels", "downsample"}
             ),
@@ -51,7 +51,7 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
     _check_target(recipe, url)
     report = {"identity": identity, **_train_autoencoder(recipe, url, identity)}
     storage.write_json(marker, report)
-    storage.remove(storage.join(url, STATE))
+    storage.remove(storage.join(url, AUTOENCODER_STATE))
     metrics = f"reconstruction mse {report['reconstruction_mse']:.5f}, scale {report['scale']:.4f}"
     say(f"autoencoder {storage.display_path(url)}: {metrics}")
     return report
@@ -65,7 +65,7 @@ def _check_target(recipe: Recipe, url: str) -> None:
             f"by {2 ** (levels - 1)}, but autoencoder.downsample is {recipe.autoencoder.downsample}"
         )
     if storage.exists(storage.join(url, "config.json")) and not storage.exists(
-        storage.join(url, STATE)
+        storage.join(url, AUTOENCODER_STATE)
     ):
         raise UserError(
             f"{url} holds an autoencoder that was not fitted here; it is not overwritten: set "
@@ -108,7 +108,7 @@ def _train_autoencoder(recipe: Recipe, url: str, identity: str) -> dict[str, Any
         steps=section.steps,
         lr=section.lr,
         seed=section.seed,
-        state_url=storage.join(url, STATE),
+        state_url=storage.join(url, AUTOENCODER_STATE),
         identity=identity,
         title="autoencoder",
     )

@@ -70,7 +70,7 @@ def _check_written(folder: str, marker: dict[str, Any], size: int) -> int:
             f"size {size}; give another folder"
         )
     say(f"digits are in {folder} already")
-    return int(marker["images"])
+    return int(marker.get("images") or marker["pictures"])  # so called by earlier versions
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
     """Encode the recipe's images on the Ray cluster at `address`. Rerunning continues.
 
     Args:
-        append: to finished_manifest latents, add those of images that have come since, as new shards.
+        append: to finished latents, add those of images that have come since, as new shards.
 
     Raises:
         UserError: bad input; nothing was written. Or too many unreadable images.

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe
@@ -40,11 +39,7 @@ REPAIR = "repair"
 RETRY = "retry-rejected"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Plan(_Strict):
+class Plan(storage.Record):
     """parts/plan.json: what the unfinished latents are of; `appended_to` images were there."""
 
     recipe_hash: str
@@ -52,14 +47,14 @@ class Plan(_Strict):
     appended_to: int
 
 
-class Rejected(_Strict):
+class Rejected(storage.Record):
     """An image that could not be read."""
 
     path: str
     reason: str
 
 
-class EncodedPart(_Strict):
+class EncodedPart(storage.Record):
     """A finished shard; `entry` is None where none of its images could be read.
 
     `total` and `squares` are sums over the scaled, sampled latents of each channel.

@@ -168,6 +168,7 @@ class LatentLoader(Generic[T]):
 
     Args:
         url: folder of the latents.
+        lanes: those of the rank, as `SampleOrder.rank_lanes` has them.
         prepare: what the thread makes of a batch, which is what iteration gives.
         read: how a shard is read.
         prefetch: batches read ahead.
@@ -180,8 +181,7 @@ class LatentLoader(Generic[T]):
         url: str,
         manifest: Manifest,
         order: SampleOrder,
-        rank: int,
-        world: int,
+        lanes: range,
         start_step: int,
         prepare: Callable[[Batch], T],
         read: Callable[[str, ShardEntry], Shard] = read_shard,
@@ -189,7 +189,7 @@ class LatentLoader(Generic[T]):
     ) -> None:
         self.url, self.manifest, self.order = url, manifest, order
         self.prepare, self.read = prepare, read
-        self.lanes = order.rank_lanes(rank, world)
+        self.lanes = lanes
         self.step = start_step
         self.wait_s = 0.0
         self._capacity = len(self.lanes) * order.shards_per_window()

@@ -14,9 +14,10 @@ import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError, model_validator
 
 from diffit_train import storage
 from diffit_train.config import Recipe
@@ -32,11 +33,7 @@ INPUTS = "inputs.jsonl.gz"
 REJECTED = "rejected.jsonl"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ShardEntry(_Strict):
+class ShardEntry(storage.Record):
     """A committed shard; `first_index` is the input index of the first image in it."""
 
     name: str
@@ -46,7 +43,7 @@ class ShardEntry(_Strict):
     first_index: int
 
 
-class Totals(_Strict):
+class Totals(storage.Record):
     """Images of the input; written and rejected add up to it."""
 
     input: int
@@ -54,7 +51,7 @@ class Totals(_Strict):
     rejected: int
 
 
-class Manifest(_Strict):
+class Manifest(storage.Record):
     """What the shards hold, and how they came to be.
 
     `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of
@@ -80,6 +77,14 @@ class Manifest(_Strict):
     mean: list[float]
     std: list[float]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, values: Any) -> Any:
+        former = "pictures_per_shard"
+        if isinstance(values, dict) and former in values:
+            return {("images_per_shard" if k == former else k): v for k, v in values.items()}
+        return values
+
     @property
     def member_shape(self) -> tuple[int, int, int, int]:
         """Shape of an image's latent member."""
@@ -101,16 +106,14 @@ def load_manifest(url: str) -> Manifest:
     """The manifest of a folder of latents.
 
     Raises:
-        UserError: there is none, so encoding has not finished_manifest.
+        UserError: there is none, so encoding has not finished.
         DiffitError: it is damaged or of another schema.
     """
     name = storage.join(url, MANIFEST)
     try:
         manifest = Manifest.model_validate_json(storage.read_bytes(name))
     except FileNotFoundError as error:
-        raise UserError(
-            f"there are no finished_manifest latents in {url}; run `diffit encode`"
-        ) from error
+        raise UserError(f"there are no finished latents in {url}; run `diffit encode`") from error
     except ValidationError as error:
         raise DiffitError(
             f"{name} is damaged: {error}; delete it and run `diffit encode`"

@@ -128,9 +128,13 @@ def source_kind(url: str, wanted: str) -> SourceKind:
         UserError: it is missing or cannot be told.
     """
     if not storage.exists(url):
+        former = url.replace("/images/", "/pictures/")
+        hint = f"; earlier versions kept images in {former}: rename that folder" * (
+            former != url and storage.exists(former)
+        )
         raise UserError(
-            f"data.source {url} does not exist; give a folder with a subfolder a class, a tar or "
-            "parquet files"
+            f"data.source {url} does not exist; give a folder with a subfolder for each class, a "
+            f"tar or parquet files{hint}"
         )
     folder = storage.is_folder(url)
     if wanted != "auto":

@@ -69,7 +69,7 @@ class EvaluationActor:
         """Load the feature network; raises here, where the reason can be told."""
         import torch
 
-        from diffit_train.evaluation.features import load_features
+        from diffit_train.evaluation.feature_networks import load_features
 
         gpu = self.recipe.scaling.gpus_per_actor > 0
         self.device = torch.device("cuda" if gpu else "cpu")

@@ -13,6 +13,7 @@ from diffit_train.metric_names import distance_name
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
 from diffit_train.runs.identity import run_url
+from diffit_train.tracking import Tracker, first_line, unreachable_errors
 
 
 def best_metric(recipe: Recipe) -> str:
@@ -51,8 +52,6 @@ def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
     Returns:
         step, value and file of the best; None where nothing was evaluated.
     """
-    from diffit_train.tracking import Tracker, first_line, unreachable_errors
-
     best = best_result(recipe, run)
     if best is None:
         return None
@@ -69,10 +68,9 @@ def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
     return found
 
 
-def _register(recipe: Recipe, run: str, best: Any, tracker: Any) -> str | None:
+def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker) -> str | None:
     """Export and register the best weights where they are not yet; their file if they were."""
     from diffit_train.runs import import_export
-    from diffit_train.tracking import first_line, unreachable_errors
 
     name = f"{recipe.tracking.experiment}-{run}"
     metric, weights = best_metric(recipe), recipe.evaluate.weights

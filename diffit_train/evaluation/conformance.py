@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import references
 from diffit_train.evaluation.chunks import FEATURES
-from diffit_train.evaluation.features import load_features
-from diffit_train.evaluation.result import INCEPTION_SHA256
+from diffit_train.evaluation.feature_networks import load_features
+from diffit_train.evaluation.features import INCEPTION_SHA256
 from diffit_train.evaluation.scores import MetricSuite
 from diffit_train.progress import Progress, print_rows, say
 
 EXPECTED_FILE = "expected.json"
-# MetricSuite that ADM's evaluator computes from distances in float16.
+# Metrics that ADM's evaluator computes from distances in float16.
 _OF_DISTANCES = ("precision", "recall")
 _ADM, _EXACT = "float16 distances, as ADM", "float64"
 _WEIGHTS = (".pth", ".safetensors")
 
 
-class Expected(BaseModel):
+class Expected(storage.Record):
     """expected.json, where the folder holds another batch than the published one.
 
     Attributes:
@@ -43,8 +43,6 @@ class Expected(BaseModel):
             published metrics are of other arithmetic (TensorFlow, partly half precision).
         absolute: largest difference of precision and recall.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     metrics: dict[str, float]
     relative: float = 5e-3

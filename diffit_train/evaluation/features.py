@@ -1,171 +1,116 @@
-"""The networks whose features are compared: Inception, or a small classifier of one's own.
+"""The features that are compared: which network, where it lies, and what tells it from others.
 
-A Frechet distance on the classifier's features is called fd_NAME, never FID.
-"""
+No torch is needed here; the networks themselves are in `feature_networks`."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
 
-import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe
-from diffit_train.data.fit import fit
-from diffit_train.data.preprocess import to_model_range
-from diffit_train.data.sources import list_images, read_items
+from diffit_train.config import Recipe, renamed
+from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.chunks import FEATURES, LOGITS, SEEN, SPATIAL
-from diffit_train.evaluation.inception import Inception, load_inception
-from diffit_train.evaluation.result import FeaturesInfo, features_info, features_url
+from diffit_train.progress import say
 
-WEIGHTS = "model.safetensors"
-STATE = "fit-state.safetensors"
-# Images are shifted by up to this many pixels while fitting, against learning them by heart.
-SHIFT_PIXELS = 1
+# Of the published weights, pt_inception-2015-12-05-6726825d.pth.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-class Classifier(nn.Module):
-    """Convolutions with SiLU, all but the first halving; then the features, then the classes."""
+class FeaturesInfo(storage.Record):
+    """features.json, the commit marker of a fitted feature network."""
 
-    def __init__(self, resolution: int, classes: int, channels: list[int], features: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        previous, side = 3, resolution
-        for number, width in enumerate(channels):
-            stride = 1 if number == 0 else 2
-            layers += [nn.Conv2d(previous, width, 3, stride=stride, padding=1), nn.SiLU()]
-            previous, side = width, -(-side // stride)
-        self.body = nn.Sequential(*layers, nn.Flatten())
-        self.to_features = nn.Linear(previous * side**2, features)
-        self.to_classes = nn.Linear(features, classes)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, R, R) in [-1, 1] to features (B, D) and logits (B, classes)."""
-        features = self.to_features(self.body(x))
-        return features, self.to_classes(nn.functional.silu(features))
+    identity: str
+    resolution: int
+    classes: list[str]
+    channels: list[int]
+    features: int
+    held_out_accuracy: float
+    sha256: str
 
 
-class FeatureNetwork(Protocol):
-    """A network on a device."""
-
-    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Images (B, R, R, 3) uint8 to what is measured of each, rows of float32 and int64.
-
-        `features` (B, D) always. Inception's also: `spatial` (B, 2023) and `logits` (B, 1008). A
-        classifier's: `seen` (B,), the class that it sees.
-        """
+def features_url(recipe: Recipe) -> str:
+    """Folder of the recipe's feature network, or Inception's weight file."""
+    if recipe.evaluate.features.source == PUBLISHED:
+        return PUBLISHED
+    return storage.resolve(recipe.storage.root, recipe.evaluate.features.source)
 
 
-class _ClassifierFeatures:
-    def __init__(self, model: Classifier, device: torch.device) -> None:
-        self.model, self.device = model.to(device).eval().requires_grad_(False), device
-
-    @torch.no_grad()
-    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        x = torch.from_numpy(to_model_range(pixels)).to(self.device)
-        features, logits = self.model(x)
-        return {FEATURES: features.cpu().numpy(), SEEN: logits.argmax(1).cpu().numpy()}
-
-
-class _InceptionFeatures:
-    def __init__(self, model: Inception, device: torch.device) -> None:
-        self.model, self.device = model, device
-
-    @torch.no_grad()
-    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        out = self.model(torch.from_numpy(pixels).to(self.device))
-        return {
-            FEATURES: out.pool.cpu().numpy(),
-            SPATIAL: out.spatial.cpu().numpy(),
-            LOGITS: out.logits.cpu().numpy(),
-        }
-
-
-def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
-    """The recipe's feature network, its hash verified.
+def features_info(recipe: Recipe) -> FeaturesInfo:
+    """What the recipe's feature network is.
 
     Raises:
-        UserError: it has not been fitted, or is not the one that its name says.
-        DiffitError: its weights are damaged.
+        UserError: it has not been fitted, or for another resolution or number of classes.
+        DiffitError: its marker is damaged.
+    """
+    url = features_url(recipe)
+    try:
+        data = storage.read_bytes(storage.join(url, "features.json"))
+        info = FeaturesInfo.model_validate_json(data)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no feature network in {url}; run `diffit features fit`, or set "
+            "evaluate.features.source"
+        ) from error
+    except ValidationError as error:
+        raise DiffitError(f"{url}/features.json is damaged; delete {url} and fit again") from error
+    for key, mine, theirs in (
+        ("data.resolution", recipe.data.resolution, info.resolution),
+        ("data.num_classes", recipe.data.num_classes, len(info.classes)),
+    ):
+        if mine != theirs:
+            raise UserError(f"{key} is {mine}, but the feature network {url} is for {theirs}")
+    return info
+
+
+def features_digest(recipe: Recipe) -> str:
+    """SHA-256 of the feature network's weights.
+
+    Raises:
+        UserError: it has not been fitted, or its weight file is not there.
     """
     section = recipe.evaluate.features
-    if section.kind == "inception":
-        source = features_url(recipe)
-        network, _ = load_inception(source, device, any_weights=not section.published)
-        return _InceptionFeatures(network, device)
-    return _ClassifierFeatures(_load_classifier(recipe), device)
+    if section.kind == "classifier":
+        return features_info(recipe).sha256
+    if section.published:
+        return INCEPTION_SHA256
+    return _file_digest(features_url(recipe))
 
 
-def _load_classifier(recipe: Recipe) -> Classifier:
-    info, url = features_info(recipe), features_url(recipe)
-    with storage.local_copy(storage.join(url, WEIGHTS)) as path:
-        if not path.exists() or storage.sha256_file(path) != info.sha256:
-            raise DiffitError(f"{url}/{WEIGHTS} is missing or damaged; delete {url} and fit again")
-        weights = load_file(path)
-    model = Classifier(info.resolution, len(info.classes), info.channels, info.features)
-    model.load_state_dict(weights)
-    return model
+@functools.cache
+def _file_digest(url: str) -> str:
+    if not storage.exists(url):
+        raise UserError(f"evaluate.features.source {url} does not exist")
+    with storage.local_copy(url) as path:
+        return storage.sha256_file(path)
 
 
-def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
-    """Fit the classifier on the recipe's images, measure it on those held out, and save it."""
-    section, url = recipe.evaluate.features.fit, features_url(recipe)
-    listing = list_images(recipe)
-    images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
-    labels = np.array(listing.labels)[images.kept]
-    order = np.random.Generator(np.random.Philox(section.seed)).permutation(len(labels))
-    held_out, used = np.split(order, [max(1, round(section.held_out_fraction * len(labels)))])
-    if not len(used):
-        raise UserError(f"{listing.url} holds too few images to fit a classifier: {len(labels)}")
-    torch.manual_seed(section.seed)
-    model = Classifier(
-        recipe.data.resolution, len(listing.classes), list(section.channels), section.features
+def fit_features(recipe: Recipe) -> FeaturesInfo:
+    """Fit the recipe's feature network; a finished one is left alone, a killed fit goes on.
+
+    Raises:
+        UserError: the folder holds another network, or the images cannot be had.
+    """
+    url = features_url(recipe)
+    identity = storage.digest(
+        [
+            renamed.hashed(recipe.image_identity()),
+            recipe.evaluate.features.fit.model_dump(mode="json"),
+        ]
     )
-    x, y = torch.from_numpy(to_model_range(images.pixels)), torch.from_numpy(labels)
+    if storage.exists(storage.join(url, "features.json")):
+        info = features_info(recipe)
+        if info.identity != identity:
+            raise UserError(
+                f"{url} holds a feature network of another recipe; set evaluate.features.source "
+                "to another folder, or delete that one"
+            )
+        say(f"feature network {storage.display_path(url)} is fitted already")
+        return info
+    from diffit_train.evaluation.feature_networks import fit_classifier
 
-    def loss(step: int, random: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.from_numpy(random.choice(used, size=section.batch_size))
-        rolls = random.integers(-SHIFT_PIXELS, SHIFT_PIXELS + 1, size=2).tolist()
-        _, logits = model(torch.roll(x[rows], rolls, dims=(2, 3)))
-        value = nn.functional.cross_entropy(logits, y[rows])
-        return value, {"cross-entropy": value.item()}
-
-    fit(
-        model,
-        loss,
-        steps=section.steps,
-        lr=section.lr,
-        seed=section.seed,
-        state_url=storage.join(url, STATE),
-        identity=identity,
-        title="features",
-    )
-    with torch.no_grad():
-        seen = model(x[held_out])[1].argmax(1)
-    accuracy = float((seen == y[held_out]).double().mean())
-    return _save_classifier(recipe, url, model, identity, list(listing.classes), accuracy)
-
-
-def _save_classifier(
-    recipe: Recipe, url: str, model: Classifier, identity: str, classes: list[str], accuracy: float
-) -> FeaturesInfo:
-    section: Any = recipe.evaluate.features.fit
-    with storage.atomic_file(storage.join(url, WEIGHTS)) as path:
-        save_file(model.state_dict(), str(path))
-        sha256 = storage.sha256_file(path)
-    info = FeaturesInfo(
-        identity=identity,
-        resolution=recipe.data.resolution,
-        classes=classes,
-        channels=list(section.channels),
-        features=section.features,
-        held_out_accuracy=accuracy,
-        sha256=sha256,
-    )
-    storage.write_text(storage.join(url, "features.json"), info.model_dump_json(indent=1) + "\n")
-    storage.remove(storage.join(url, STATE))
+    info = fit_classifier(recipe, identity)
+    share = f"{info.held_out_accuracy:.1%} of held-out images are recognised"
+    say(f"feature network {storage.display_path(url)}: {share}")
     return info

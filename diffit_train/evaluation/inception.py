@@ -24,7 +24,7 @@ from diffit_train import storage
 from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import UserError
 from diffit_train.evaluation.download import download
-from diffit_train.evaluation.result import INCEPTION_SHA256
+from diffit_train.evaluation.features import INCEPTION_SHA256
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"

@@ -14,7 +14,7 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
@@ -23,10 +23,8 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.download import download, is_web
 
 
-class Downloaded(BaseModel):
+class Downloaded(storage.Record):
     """NAME.npz.json, the commit marker of a downloaded reference file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str
     bytes: int

@@ -23,14 +23,14 @@ from diffit_train.config.evaluate import OWN
 from diffit_train.data.sources import ImageList, Item, SourceKind, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
-from diffit_train.evaluation.features import FeatureNetwork
+from diffit_train.evaluation.feature_networks import FeatureNetwork
+from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.metrics import FeatureStats
 from diffit_train.evaluation.reference_files import (
     fetch_reference,
     opened_reference,
     reference_file,
 )
-from diffit_train.evaluation.result import features_digest
 from diffit_train.progress import Progress
 
 # A source is measured in at most so many parts, each of at least so many images: sums of 2048

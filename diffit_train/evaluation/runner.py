@@ -19,6 +19,7 @@ from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.actors import EvaluationPool, EvaluationTarget
 from diffit_train.evaluation.chunks import LABELS
+from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.generate import class_names, guidance_saving, nfe_per_image
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.labels import choose_labels
@@ -28,11 +29,10 @@ from diffit_train.evaluation.result import (
     evaluated_identity,
     evaluation_key,
     evaluation_url,
-    features_digest,
     finished_result,
 )
 from diffit_train.evaluation.scores import MetricSuite
-from diffit_train.metric_names import EVALUATION
+from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url

@@ -9,10 +9,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe, dump_recipe, load_recipe_text
+from diffit_train.config import Recipe, dump_recipe, load_recipe_text, load_stored_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import Result, finished_result
 
@@ -26,10 +26,8 @@ _SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FIXED = ("evaluate.features.", "evaluate.reference", "evaluate.num_neighbors")
 
 
-class Member(BaseModel):
+class Member(storage.Record):
     """One evaluation of a sweep: a checkpoint, and the values of the keys that vary."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int
     changes: dict[str, Any]
@@ -40,10 +38,8 @@ class Member(BaseModel):
         return load_recipe_text(dump_recipe(recipe), "the sweep's recipe", overrides)
 
 
-class Sweep(BaseModel):
+class Sweep(storage.Record):
     """sweep.json: what a name stands for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
     name: str
@@ -54,7 +50,7 @@ class Sweep(BaseModel):
 
     def loaded(self) -> Recipe:
         """Its recipe."""
-        return load_recipe_text(self.recipe, f"the recipe of sweep {self.name!r}")
+        return load_stored_recipe(self.recipe, f"the recipe of sweep {self.name!r}")
 
     def url(self) -> str:
         """Its folder."""
@@ -218,7 +214,7 @@ def results(sweep: Sweep) -> list[Result | None]:
 
 
 def rows(sweep: Sweep, found: Sequence[Result | None]) -> list[dict[str, Any]]:
-    """A row for each finished_result member: step, the keys that vary, cost, metrics, folder."""
+    """A row for each finished member: step, the keys that vary, cost, metrics, folder."""
     return [
         {
             "step": member.step,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from diffit_train import storage
@@ -46,18 +46,14 @@ class DamagedCheckpoint(DiffitError):
         super().__init__(f"checkpoint {url} is damaged: {what}")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Strict):
+class FileEntry(storage.Record):
     """Size and hash of a file of the checkpoint."""
 
     bytes: int
     sha256: str
 
 
-class Piece(_Strict):
+class Piece(storage.Record):
     """`length` elements from `offset` on of a flattened parameter, and the file that holds them."""
 
     file: str
@@ -65,14 +61,14 @@ class Piece(_Strict):
     length: int
 
 
-class Parameter(_Strict):
+class Parameter(storage.Record):
     """Shape of a parameter and its pieces, ascending, without gaps."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
 
-class Index(_Strict):
+class Index(storage.Record):
     """What lies where in a checkpoint; one made from imported weights holds only `ema`."""
 
     schema_version: int
@@ -81,7 +77,7 @@ class Index(_Strict):
     parameters: dict[str, Parameter]
 
 
-class State(_Strict):
+class State(storage.Record):
     """Where training stood.
 
     Attributes:
@@ -100,7 +96,7 @@ class State(_Strict):
     interval: tuple[tuple[float, ...], ...] | None = None
 
 
-class Commit(_Strict):
+class Commit(storage.Record):
     """The commit marker."""
 
     index_sha256: str

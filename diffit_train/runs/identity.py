@@ -5,11 +5,10 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe, dump_recipe, validate
+from diffit_train.config import Recipe, dump_recipe, load_stored_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs.checkpoints import (
     committed_steps,
@@ -20,10 +19,8 @@ from diffit_train.runs.checkpoints import (
 NEWEST = "newest"
 
 
-class RunIdentity(BaseModel):
+class RunIdentity(storage.Record):
     """run.json: `uuid` tells apart two runs that bore the same name one after the other."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     uuid: str
     name: str
@@ -63,7 +60,8 @@ def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
 
 def stored_recipe(url: str) -> Recipe:
     """The recipe of the run in a folder."""
-    return validate(yaml.safe_load(storage.read_bytes(storage.join(url, "recipe.yaml"))), url)
+    name = storage.join(url, "recipe.yaml")
+    return load_stored_recipe(storage.read_bytes(name).decode(), name)
 
 
 def _differences(recipe: Recipe, url: str) -> str:

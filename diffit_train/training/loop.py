@@ -37,7 +37,7 @@ from diffit_train.training.checkpointer import (
 from diffit_train.training.control import ControlPlane, Decision, TrainerHooks
 from diffit_train.training.engine import Engine
 from diffit_train.training.guard import BadStepGuard, RollbackRequested
-from diffit_train.training.recorder import GIB, Recorder, StepProfiler
+from diffit_train.training.recorder import Recorder, StepProfiler
 from diffit_train.training.telemetry import SpeedMeter, matmul_flops_per_s
 
 
@@ -184,8 +184,7 @@ class Trainer:
             self.latents_url,
             self.manifest,
             self.order,
-            self.rank,
-            self.world,
+            self.order.rank_lanes(self.rank, self.world),
             self.step,
             self.build_batch,
             cache.read if cache else read_shard,
@@ -211,7 +210,7 @@ class Trainer:
         scaling = self.recipe.scaling
         if not scaling.shard_cache_gib or storage.is_local(self.latents_url):
             return None
-        return ShardCache(scaling.shard_cache_folder, int(scaling.shard_cache_gib * GIB))
+        return ShardCache(scaling.shard_cache_folder, int(scaling.shard_cache_gib * storage.GIB))
 
     def _train_step(self, batch: TrainingBatch) -> None:
         if self.step in self.guard.skipped:

@@ -25,8 +25,6 @@ from diffit_train.training.telemetry import (
     peak_memory_bytes,
 )
 
-GIB = 2**30
-
 
 class StepProfiler:
     """Runs some steps of rank 0 under torch.profiler and keeps their trace with the run.
@@ -125,7 +123,7 @@ class Recorder:
         if self._outbox is None:
             return
         values["lr"] = learning_rate(train, step - 1)
-        values["memory_gib"] = peak_memory_bytes(self.device) / GIB
+        values["memory_gib"] = peak_memory_bytes(self.device) / storage.GIB
         if math.isfinite(self._grad_norm):
             values["grad_norm"] = self._grad_norm
         if bad_steps:

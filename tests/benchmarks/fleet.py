@@ -26,7 +26,7 @@ from diffit_train import ray_session
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.evaluation.actors import ActorPool, EvaluationPool, EvaluationTarget
-from diffit_train.evaluation.features import load_features
+from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.generate import Generator, nfe_per_image, run_weights
 from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.runs.identity import run_url

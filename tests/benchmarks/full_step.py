@@ -16,7 +16,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from diffit_train.commands.plan import GIB, state_bytes
+from diffit_train import storage
+from diffit_train.commands.plan import state_bytes
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.train import Train
 from diffit_train.diffusion.objective import build_objective
@@ -78,9 +79,9 @@ def _train(rank: int, world: int, batch: int, steps: int, stage: int) -> None:
             "GiB on a rank between steps (gradients are dropped then)",
             ["", "GiB", "to plan"],
             [
-                ["planned states", f"{lasting / GIB:.3f}", ""],
-                ["tensors held", f"{held / GIB:.3f}", f"{held / lasting:.3f}"],
-                ["process grown by", f"{grown / GIB:.3f}", f"{grown / lasting:.3f}"],
+                ["planned states", f"{lasting / storage.GIB:.3f}", ""],
+                ["tensors held", f"{held / storage.GIB:.3f}", f"{held / lasting:.3f}"],
+                ["process grown by", f"{grown / storage.GIB:.3f}", f"{grown / lasting:.3f}"],
             ],
         )
 

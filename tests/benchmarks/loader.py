@@ -62,7 +62,9 @@ def with_loader(url: str, manifest: Manifest) -> float:
     order = SampleOrder(counts, BATCH, LANES, 1024, seed=0)
     steps = sum(counts) // BATCH
     start = time.perf_counter()
-    with LatentLoader(url, manifest, order, 0, 1, 0, lambda batch: batch) as loader:
+    with LatentLoader(
+        url, manifest, order, order.rank_lanes(0, 1), 0, lambda batch: batch
+    ) as loader:
         for number, _ in enumerate(loader, start=1):
             if number == steps:
                 break

@@ -116,7 +116,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"this is text", "not a image"),
+        (b"this is text", "not an image"),
         (_bytes(Image.effect_noise((64, 64), 90))[:2000], "truncated"),
         (_bytes(Image.effect_noise((64, 64), 90), "JPEG")[:900], "truncated"),
     ],

@@ -185,7 +185,9 @@ def _keys(latents: tuple[str, Manifest], world: int, first: int, last: int) -> l
     batches: list[list[int]] = [[] for _ in range(first, last)]
     for rank in range(world):
         order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
-        with LatentLoader(url, manifest, order, rank, world, first, _as_it_is) as loader:
+        with LatentLoader(
+            url, manifest, order, order.rank_lanes(rank, world), first, _as_it_is
+        ) as loader:
             for batch in loader:
                 batches[batch.step - first] += batch.keys.tolist()
                 assert (batch.labels == batch.keys % 3).all()
@@ -212,7 +214,7 @@ def test_a_damaged_shard_reaches_the_consumer(
     for shard in manifest.shards[:3]:
         (tmp_path / shard.name).write_bytes((Path(url) / shard.name).read_bytes())
     order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
-    loader = LatentLoader(str(tmp_path), manifest, order, 0, 1, 0, _as_it_is)
+    loader = LatentLoader(str(tmp_path), manifest, order, order.rank_lanes(0, 1), 0, _as_it_is)
     with pytest.raises(DiffitError, match=r"shard-000003\.tar is missing"), loader:
         for batch in loader:
             assert batch.step < 20

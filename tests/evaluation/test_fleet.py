@@ -377,13 +377,13 @@ def test_runs_are_compared(
     assert rows["tiny"].differences["train.lr"] == "0.003"
     assert rows["other"].differences["train.lr"] == "0.5"
     assert "scaling.workers" not in rows["tiny"].differences
-    comparison = compare_store(str(root), None, "demo", tmp_path / "curves.png")
+    comparison = compare_store(str(root), None, "demo", str(tmp_path / "curves.png"))
     value = next(r for r in comparison.as_json()["runs"] if r["name"] == "tiny")
     assert [e["step"] for e in value["evaluations"]] == [0, 12]
     assert [e["samples"] for e in value["evaluations"]] == [12, 12]
     expected = results[1].metrics["fd_digits"]
     assert value["evaluations"][1]["fd_digits"] == pytest.approx(expected)
-    assert Image.open(tmp_path / "curves.png").size[0] > 600
+    assert Image.open(str(tmp_path / "curves.png")).size[0] > 600
     comparison.print_table()
     printed = capsys.readouterr().out
     assert results[1].key in printed

@@ -12,10 +12,9 @@ from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import Autoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SEEN
-from diffit_train.evaluation.features import load_features
-from diffit_train.evaluation.features_fit import fit_features
+from diffit_train.evaluation.feature_networks import load_features
+from diffit_train.evaluation.features import features_info, fit_features
 from diffit_train.evaluation.generate import Generator, ImageNoise
-from diffit_train.evaluation.result import features_info
 from diffit_train.models.build import build_model
 from tests.conftest import tiny_recipe
 

@@ -547,7 +547,7 @@ def test_the_page_is_whole_and_loads_nothing(store: Store, tmp_path: Path) -> No
         str(store.folder),
         None,
         "main",
-        tmp_path / "compare.png",
+        str(tmp_path / "compare.png"),
         html=str(page),
         csv=str(table),
     )
@@ -627,7 +627,7 @@ def test_a_grid_that_cannot_be_read_is_said(store: Store, monkeypatch: pytest.Mo
 
 def test_the_command_prints_one_form(store: Store, tmp_path: Path) -> None:
     words = ["compare", "base-s1", "<b>@30", "--root", str(store.folder)]
-    words += ["--plot", str(tmp_path / "p.png")]
+    words += ["--plot", str(str(tmp_path / "p.png"))]
     value = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert [run["name"] for run in value["runs"]] == ["base-s1", "<b>"]
     first = value["runs"][0]
@@ -642,7 +642,7 @@ def test_the_command_prints_one_form(store: Store, tmp_path: Path) -> None:
     assert [e["step"] for e in value["runs"][1]["evaluations"]] == [30]
     printed = CliRunner().invoke(app, [*words, "--markdown", "--metric", "precision"]).stdout
     assert "| best precision (5,000 samples) |" in printed
-    assert Image.open(tmp_path / "p.png").size[0] > 600
+    assert Image.open(str(tmp_path / "p.png")).size[0] > 600
 
 
 @pytest.mark.parametrize(
@@ -665,7 +665,7 @@ def test_figures_that_are_not_finite_are_left_out(
     copy.evaluation(run, 20, {"fid": 4.0}, {})
     copy.evaluation(run, 30, {"fid": 5.0}, {})
     comparison = compare_store(
-        str(tmp_path), None, "main", tmp_path / "p.png", selection=["broken[/]"]
+        str(tmp_path), None, "main", str(tmp_path / "p.png"), selection=["broken[/]"]
     )
     value = json.loads(json.dumps(comparison.as_json(), allow_nan=False))
     assert [e["fid"] for e in value["runs"][0]["evaluations"]] == [None, 4.0, 5.0]

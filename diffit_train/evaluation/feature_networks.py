@@ -1,0 +1,171 @@
+"""The networks whose features are compared: Inception, or a small classifier of one's own.
+
+A Frechet distance on the classifier's features is called fd_NAME, never FID.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.data.fit import fit
+from diffit_train.data.preprocess import to_model_range
+from diffit_train.data.sources import list_images, read_items
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.chunks import FEATURES, LOGITS, SEEN, SPATIAL
+from diffit_train.evaluation.features import FeaturesInfo, features_info, features_url
+from diffit_train.evaluation.inception import Inception, load_inception
+
+WEIGHTS = "model.safetensors"
+CLASSIFIER_STATE = "fit-state.safetensors"
+# Images are shifted by up to this many pixels while fitting, against learning them by heart.
+SHIFT_PIXELS = 1
+
+
+class Classifier(nn.Module):
+    """Convolutions with SiLU, all but the first halving; then the features, then the classes."""
+
+    def __init__(self, resolution: int, classes: int, channels: list[int], features: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        previous, side = 3, resolution
+        for number, width in enumerate(channels):
+            stride = 1 if number == 0 else 2
+            layers += [nn.Conv2d(previous, width, 3, stride=stride, padding=1), nn.SiLU()]
+            previous, side = width, -(-side // stride)
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        self.to_features = nn.Linear(previous * side**2, features)
+        self.to_classes = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, R, R) in [-1, 1] to features (B, D) and logits (B, classes)."""
+        features = self.to_features(self.body(x))
+        return features, self.to_classes(nn.functional.silu(features))
+
+
+class FeatureNetwork(Protocol):
+    """A network on a device."""
+
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Images (B, R, R, 3) uint8 to what is measured of each, rows of float32 and int64.
+
+        `features` (B, D) always. Inception's also: `spatial` (B, 2023) and `logits` (B, 1008). A
+        classifier's: `seen` (B,), the class that it sees.
+        """
+
+
+class _ClassifierFeatures:
+    def __init__(self, model: Classifier, device: torch.device) -> None:
+        self.model, self.device = model.to(device).eval().requires_grad_(False), device
+
+    @torch.no_grad()
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        x = torch.from_numpy(to_model_range(pixels)).to(self.device)
+        features, logits = self.model(x)
+        return {FEATURES: features.cpu().numpy(), SEEN: logits.argmax(1).cpu().numpy()}
+
+
+class _InceptionFeatures:
+    def __init__(self, model: Inception, device: torch.device) -> None:
+        self.model, self.device = model, device
+
+    @torch.no_grad()
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        out = self.model(torch.from_numpy(pixels).to(self.device))
+        return {
+            FEATURES: out.pool.cpu().numpy(),
+            SPATIAL: out.spatial.cpu().numpy(),
+            LOGITS: out.logits.cpu().numpy(),
+        }
+
+
+def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
+    """The recipe's feature network, its hash verified.
+
+    Raises:
+        UserError: it has not been fitted, or is not the one that its name says.
+        DiffitError: its weights are damaged.
+    """
+    section = recipe.evaluate.features
+    if section.kind == "inception":
+        source = features_url(recipe)
+        network, _ = load_inception(source, device, any_weights=not section.published)
+        return _InceptionFeatures(network, device)
+    return _ClassifierFeatures(_load_classifier(recipe), device)
+
+
+def _load_classifier(recipe: Recipe) -> Classifier:
+    info, url = features_info(recipe), features_url(recipe)
+    with storage.local_copy(storage.join(url, WEIGHTS)) as path:
+        if not path.exists() or storage.sha256_file(path) != info.sha256:
+            raise DiffitError(f"{url}/{WEIGHTS} is missing or damaged; delete {url} and fit again")
+        weights = load_file(path)
+    model = Classifier(info.resolution, len(info.classes), info.channels, info.features)
+    model.load_state_dict(weights)
+    return model
+
+
+def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
+    """Fit the classifier on the recipe's images, measure it on those held out, and save it."""
+    section, url = recipe.evaluate.features.fit, features_url(recipe)
+    listing = list_images(recipe)
+    images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
+    labels = np.array(listing.labels)[images.kept]
+    order = np.random.Generator(np.random.Philox(section.seed)).permutation(len(labels))
+    held_out, used = np.split(order, [max(1, round(section.held_out_fraction * len(labels)))])
+    if not len(used):
+        raise UserError(f"{listing.url} holds too few images to fit a classifier: {len(labels)}")
+    torch.manual_seed(section.seed)
+    model = Classifier(
+        recipe.data.resolution, len(listing.classes), list(section.channels), section.features
+    )
+    x, y = torch.from_numpy(to_model_range(images.pixels)), torch.from_numpy(labels)
+
+    def loss(step: int, random: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.from_numpy(random.choice(used, size=section.batch_size))
+        rolls = random.integers(-SHIFT_PIXELS, SHIFT_PIXELS + 1, size=2).tolist()
+        _, logits = model(torch.roll(x[rows], rolls, dims=(2, 3)))
+        value = nn.functional.cross_entropy(logits, y[rows])
+        return value, {"cross-entropy": value.item()}
+
+    fit(
+        model,
+        loss,
+        steps=section.steps,
+        lr=section.lr,
+        seed=section.seed,
+        state_url=storage.join(url, CLASSIFIER_STATE),
+        identity=identity,
+        title="features",
+    )
+    with torch.no_grad():
+        seen = model(x[held_out])[1].argmax(1)
+    accuracy = float((seen == y[held_out]).double().mean())
+    return _save_classifier(recipe, url, model, identity, list(listing.classes), accuracy)
+
+
+def _save_classifier(
+    recipe: Recipe, url: str, model: Classifier, identity: str, classes: list[str], accuracy: float
+) -> FeaturesInfo:
+    section: Any = recipe.evaluate.features.fit
+    with storage.atomic_file(storage.join(url, WEIGHTS)) as path:
+        save_file(model.state_dict(), str(path))
+        sha256 = storage.sha256_file(path)
+    info = FeaturesInfo(
+        identity=identity,
+        resolution=recipe.data.resolution,
+        classes=classes,
+        channels=list(section.channels),
+        features=section.features,
+        held_out_accuracy=accuracy,
+        sha256=sha256,
+    )
+    storage.write_text(storage.join(url, "features.json"), info.model_dump_json(indent=1) + "\n")
+    storage.remove(storage.join(url, CLASSIFIER_STATE))
+    return info
