@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from diffit_train.cli import app
-from diffit_train.config import load_recipe, packaged_recipes
+from diffit_train.config import Recipe, load_recipe, packaged_recipes
 from diffit_train.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -229,6 +229,33 @@ def test_command_lines_are_found() -> None:
 def test_wrong_command_lines_are_noticed(text: str, fault: str) -> None:
     with pytest.raises((AssertionError, UserError), match=fault):
         _check(text)
+
+
+# ---- Keys and files named in passing ----
+
+
+def _inline(path: Path) -> Iterator[str]:
+    text = re.sub(r"^ *```.*?^ *```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    yield from re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_recipe_keys_exist(path: Path) -> None:
+    sections = "|".join(Recipe.model_fields)
+    for span in _inline(path):
+        found = re.match(rf"((?:{sections})(?:\.\w+)+)(?=$|[=:])", span)
+        if found and not found[1].endswith((".py", ".yaml")):
+            key = found[1].replace(".NAME", ".name")
+            assert _is_key(key), f"{path.name}: there is no recipe key {found[1]}"
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "../CONTRIBUTING.md"])
+def test_files_exist(name: str) -> None:
+    for span in _inline(DOCS / name):
+        if re.fullmatch(r"[\w/]+\.py", span):
+            there = [(base / span).exists() for base in (REPOSITORY, REPOSITORY / "diffit_train")]
+            known = any(there) or any((REPOSITORY / "diffit_train").glob(f"*/{span}"))
+            assert known, f"{name} names {span}, which is not there"
 
 
 # ---- Links and words ----
