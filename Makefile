@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 ROOT ?= diffit-demo
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test slow lint format docs clean help
 
 help:
 	@echo "make demo       the whole chain on real digits: encode, train, evaluate, compare"
 	@echo "make test       lint and all tests"
+	@echo "make slow       the slow tests: clusters, faults, S3"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
+	@echo "make docs       write docs/recipes.md and docs/commands.md from the code"
 	@echo "make clean      remove what make demo wrote (ROOT=$(ROOT))"
 
 $(INSTALLED): pyproject.toml
@@ -44,6 +46,12 @@ format: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(ROOT)
