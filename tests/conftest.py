@@ -48,17 +48,24 @@ TINY = [
 ]
 
 
-# Files that take minutes, longest first: begun last, one of them would run on alone in the end.
-LONGEST = ("training/test_train", "data/test_encode", "evaluation/test_fleet", "test_submit")
-LONGEST += ("training/test_validation", "training/test_loop", "training/test_engine", "test_cli")
-LONGEST += ("evaluation/test_report", "data/test_s3", "evaluation/test_sample", "test_plan")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first; within a file, and among the others, the order stays."""
-    here = Path(__file__).parent
-    places = {here / f"{name}.py": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    """Files that take long come first; started last, one of them would run on alone at the end.
+
+    These use a Ray cluster, other ranks, servers or processes of their own, which shows in their
+    fixtures and in what their module imports. Within a file the order stays.
+    """
+    slow = sorted({item.path for item in items if _starts_processes(item)}, reverse=True)
+    items.sort(key=lambda item: slow.index(item.path) if item.path in slow else len(slow))
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    if "ray_session" in getattr(item, "fixturenames", ()):
+        return True
+    values = vars(item.module).values() if isinstance(item, pytest.Function) else ()
+    modules = {
+        getattr(value, "__module__", None) or getattr(value, "__name__", "") for value in values
+    }
+    return bool(modules & {"ray", "subprocess", "tests.head", "tests.s3", "tests.training.ranks"})
 
 
 def write_images(folder: Path, count: int = 24, classes: int = 3, size: int = 20) -> None:

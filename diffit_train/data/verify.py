@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffit_train import storage
-from diffit_train.config import Recipe
-from diffit_train.config.load import validate
+from diffit_train.config import Recipe, load_stored_recipe
 from diffit_train.data.encode_plan import REPAIR, read_inputs, read_plan, shard_ranges, shard_spec
 from diffit_train.data.shards import (
     MANIFEST,
@@ -136,14 +135,12 @@ def _check_totals(manifest: Manifest, report: Report) -> None:
 
 def recipe_of(url: str) -> Recipe:
     """The recipe that a folder of latents was made by, stored beside its manifest."""
-    import yaml
-
     name = storage.join(url, "recipe.yaml")
     try:
-        tree = yaml.safe_load(storage.read_bytes(name))
+        text = storage.read_bytes(name).decode()
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing, so it is not known how to read the images") from error
-    return validate(tree, name)
+    return load_stored_recipe(text, name)
 
 
 def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
