@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -234,10 +235,14 @@ def test_a_sweep_is_evaluated_in_place_and_goes_on(
     assert pairs == [(1, 2), (1, 3), (2, 2), (2, 3)]
     # At scale 1 the unconditional pass is left out.
     assert [row["nfe"] for row in rows] == [2, 3, 4, 6]
-    lines = Path(found["csv"]).read_text().splitlines()
-    assert lines[0].startswith("step,guidance.scale,sampler.steps,nfe,fd_digits")
-    assert len(lines) == 5
-    assert Image.open(found["image"]).size[0] > 900
+    with Path(found["csv"]).open(newline="") as file:
+        table = list(csv.DictReader(file))
+    scales = [
+        (float(r["evaluate.guidance.scale"]), int(r["evaluate.sampler.steps"])) for r in table
+    ]
+    assert sorted(scales) == pairs
+    assert {float(r["fd_digits"]) for r in table} == {row["fd_digits"] for row in rows}
+    assert Image.open(found["plot"]).size[0] > 900
     children = [r for r in Tracker.of(recipe).runs() if r.tags.get("diffit.sweep") == "first"]
     assert len(children) == 4
     # A sweep is no part of the run's own curve.

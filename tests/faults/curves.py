@@ -1,6 +1,6 @@
 """One training five ways: the loss of every step, and how far apart the curves lie.
 
-    python -m tests.faults.curves --image docs/curves.png
+    python -m tests.faults.curves --plot docs/curves.png
 
 On 2 workers; on 1; on 4; killed at ten random moments; interrupted in the middle and gone on with
 another number of workers and another ZeRO stage. Digits, fp32, 200 steps.
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="a root whose demo latents are encoded")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image", type=Path, default=Path("curves.png"))
+    parser.add_argument("--plot", type=Path, default=Path("curves.png"))
     options = parser.parse_args()
     root, steps = Path(tempfile.mkdtemp(prefix="diffit-curves-")), options.steps
     if options.root:
@@ -115,11 +115,11 @@ def main() -> None:
         ["", "last loss", "largest difference", "relative"],
         rows,
     )
-    _draw(curves, names, options.image)
-    print(options.image)
+    _draw(curves, names, options.plot)
+    print(options.plot)
 
 
-def _draw(curves: dict[str, np.ndarray], names: dict[str, str], image: Path) -> None:
+def _draw(curves: dict[str, np.ndarray], names: dict[str, str], plot: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,7 +138,7 @@ def _draw(curves: dict[str, np.ndarray], names: dict[str, str], image: Path) -> 
     upper.legend()
     lower.set(yscale="log", xlabel="step", ylabel="relative difference\nto the first")
     figure.tight_layout()
-    figure.savefig(image, dpi=110)
+    figure.savefig(plot, dpi=110)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ WAIT_S = 300.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rows of the sweep undisturbed and disturbed, what was killed, and the image."""
+    """Rows of the sweep undisturbed and disturbed, what was killed, and the plot."""
 
     alone: list[dict[str, Any]]
     fleet: list[dict[str, Any]]
     killed: list[str]
-    image: Path
+    plot: Path
 
 
 def copy_root(root: Path, target: Path) -> Path:
@@ -74,7 +74,7 @@ def disturbed(
         ]
         thread.join()
     (fleet,) = found
-    return Outcome(alone["rows"], fleet["rows"], killed, Path(fleet["image"]))
+    return Outcome(alone["rows"], fleet["rows"], killed, Path(fleet["plot"]))
 
 
 def _kill(head: Head, words: str, thread: threading.Thread, root: Path) -> str:
@@ -105,7 +105,7 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, default=Path("diffit-demo"))
     parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--image", type=Path, help="where the sweep's image is copied to")
+    parser.add_argument("--plot", type=Path, help="where the sweep's plot is copied to")
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="diffit-fleet-"))
     texts = ["guidance.scale=1.0:4.0:1.0", "sampler.steps=20,50"]
@@ -132,8 +132,8 @@ def main() -> None:
         ["scale", "steps", "fd_digits, fleet", "fd_digits, in place", "metrics that differ"],
         rows,
     )
-    if chosen.image:
-        shutil.copy(outcome.image, chosen.image)
+    if chosen.plot:
+        shutil.copy(outcome.plot, chosen.plot)
 
 
 if __name__ == "__main__":
