@@ -38,7 +38,7 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     assert submit(job("encode", recipe, None, []), address) == "encode-digits-1"
     assert "24 images in 5 shards" in capfd.readouterr().err
     assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-2"
-    assert "trained 12 steps" in capfd.readouterr().err
+    assert "Trained 12 steps" in capfd.readouterr().err
     assert committed_steps(str(tmp_path / "runs" / "tiny"))[-1] == 12
     assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-3"
     assert "trained already" in capfd.readouterr().err

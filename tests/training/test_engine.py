@@ -379,7 +379,7 @@ def _storage_is_away(rank: int, world: int, run: str) -> None:
 
 
 def _all_damaged(rank: int, world: int, run: str) -> None:
-    with pytest.raises(DiffitError, match=r"is damaged.*no checkpoint before it"):
+    with pytest.raises(DiffitError, match=r"is damaged.*no earlier checkpoint"):
         newest_whole(run, print)
 
 
