@@ -1,11 +1,11 @@
-"""The two ways in which a command may fail."""
+"""The two ways a command can fail."""
 
 from __future__ import annotations
 
 
 class DiffitError(Exception):
-    """Something went wrong that the user did not cause; exit status 1."""
+    """A failure that the user did not cause; exit status 1."""
 
 
 class UserError(DiffitError):
-    """Bad input: the message names the thing, its value and the mend; exit status 2."""
+    """Bad input: the message names the thing, its value and the fix; exit status 2."""

@@ -1,4 +1,4 @@
-"""Progress of long work, with rate and time left: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long-running work: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -23,13 +22,13 @@ _console = Console(stderr=True)
 
 
 def say(message: str) -> None:
-    """One line for the user, on standard error, so that standard output stays for results."""
+    """Print a line for the user to standard error; standard output is for results."""
     _console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table for the user, on standard error; all rows have the keys of the first."""
-    # A pipe has no width that a table would have to fit in.
+    """Print a table for the user to standard error; all rows have the keys of the first."""
+    # A pipe has no width for the table to fit into.
     wide = _console if _console.is_terminal else Console(stderr=True, width=PLAIN_WIDTH)
     wide.print(_table(title, rows))
 
@@ -45,9 +44,9 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 class StatesTable:
-    """Where each of many pieces of work stands: a live table on a terminal, elsewhere lines.
+    """The states of many jobs: a live table on a terminal, plain lines elsewhere.
 
-    Rows hold `state` and `job` beside whatever tells them apart.
+    Rows hold `state`, `job` and whatever else identifies them.
     """
 
     def __init__(self, title: str) -> None:
@@ -62,17 +61,12 @@ class StatesTable:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
     def show(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Set where all stand."""
+        """Show the current states."""
         if self._live is not None:
             self._live.update(_table(f"{self.title}  {self._summary(rows)}", rows), refresh=True)
             return
@@ -91,13 +85,13 @@ class StatesTable:
 
 
 class Progress:
-    """A title, done of total units, units a second over the whole of this run, and time left.
+    """Shows a title, units done and in total, this run's rate, and the time left.
 
     Args:
         title: what is being done.
-        total: units in all.
-        unit: what is counted, in the plural, as "images".
-        done: units that an earlier run finished; they do not count for the rate.
+        total: total units.
+        unit: plural name of what is counted, such as "images".
+        done: units that an earlier run finished; they do not count toward the rate.
     """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
@@ -120,12 +114,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif self.done > self.said:
@@ -133,11 +122,11 @@ class Progress:
         sys.stderr.flush()
 
     def restart_clock(self) -> None:
-        """Leave out of the rate what has passed so far, as the start of workers."""
+        """Exclude everything so far, such as worker startup, from the rate."""
         self.started_s, self.first = time.monotonic(), self.done
 
     def update(self, done: int, detail: str = "") -> None:
-        """Set the units done; `detail` is shown behind, as "loss 0.123"."""
+        """Set the units done; `detail`, such as "loss 0.123", is shown after the rate."""
         self.done = done
         if self._bar is not None:
             text = f"{self._rate_and_left()}  {detail}".rstrip()
@@ -156,6 +145,7 @@ class Progress:
         if rate <= 0:
             return "starting"
         if self.done >= self.total:
-            return f"{rate:,.1f} {self.unit}/s  {timedelta(seconds=round(elapsed_s))} in all"
+            finished_in = timedelta(seconds=round(elapsed_s))
+            return f"{rate:,.1f} {self.unit}/s  finished in {finished_in}"
         left = timedelta(seconds=round((self.total - self.done) / rate))
         return f"{rate:,.1f} {self.unit}/s  {left} left"

@@ -1,7 +1,7 @@
-"""Send a command to a cluster as a Ray job, follow its log, and return how it ended.
+"""Submit a command to a cluster as a Ray job, follow its log, and return its outcome.
 
-A job is known by its name, STAGE-RUN. Submitted again while it runs, it is followed; submitted
-again after it ended, a new attempt goes on where the last one stopped, as every command does.
+A job is identified by its name, STAGE-RUN. Submitting it again while it runs follows it;
+submitting it again after it ended starts a new attempt that resumes where the last one stopped.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted.
+    """A job to submit.
 
     Attributes:
-        sweep: that an evaluation belongs to, and `number` in it.
+        sweep: the sweep that an evaluation belongs to.
+        number: the evaluation's number in the sweep.
     """
 
     stage: Stage
@@ -54,7 +55,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name under which a later submission finds this one."""
+        """The name by which a later submission finds this one."""
         name = f"{self.stage}-{self.run}"
         return f"{name}-{self.sweep}-{self.number:04d}" if self.sweep else name
 
@@ -82,29 +83,29 @@ class Job:
 
 
 def job(stage: str, recipe: Recipe, run: str | None, steps: Sequence[str]) -> Job:
-    """A job for one of the stages; encoding is named after the latents.
+    """A job for one of the stages; encoding jobs are named after the latents.
 
     Raises:
-        UserError: unknown stage, or steps for a stage that has none.
+        UserError: unknown stage, or steps for a stage that takes none.
     """
     if stage not in get_args(Stage):
         raise UserError(f"stage is {stage!r}, but must be one of {', '.join(get_args(Stage))}")
     if steps and stage != "evaluate":
-        raise UserError(f"--step is for evaluate; {stage} has none")
+        raise UserError(f"--step is only for evaluate, not for {stage}")
     name = recipe.data.name if stage == "encode" else run or recipe.name
     return Job(cast(Stage, stage), recipe, name, steps)
 
 
 def submit(job: Job, address: str, *, follow: bool = True, python: str | None = None) -> str:
-    """Submit a job, or find it running; its submission id and, if followed, its success.
+    """Submit a job, or find it running; returns its submission id.
 
     Args:
-        address: of the cluster's job server, as http://head:8265.
+        address: the cluster's job server, such as http://head:8265.
         follow: print the job's log until it ends.
-        python: the cluster's Python; by default this one's where the cluster is this machine.
+        python: the cluster's Python; by default this one if the cluster is this machine.
 
     Raises:
-        UserError: no job server answers.
+        UserError: the job server is unreachable.
         DiffitError: the job was followed and failed.
     """
     client = _client(address)
@@ -112,7 +113,7 @@ def submit(job: Job, address: str, *, follow: bool = True, python: str | None = 
     live = [info for info in earlier if info.status in LIVE]
     if live:
         submission_id = str(live[0].submission_id)
-        say(f"job {submission_id} is running already")
+        say(f"job {submission_id} is already running")
     else:
         submission_id = _send(client, job, address, python, attempt=len(earlier) + 1)
         say(f"submitted job {submission_id} to {address}")
@@ -122,7 +123,7 @@ def submit(job: Job, address: str, *, follow: bool = True, python: str | None = 
 
 
 def _attempts(client: JobSubmissionClient) -> dict[str, list[JobDetails]]:
-    """All jobs of ours on the cluster by their names, each one's attempts in order."""
+    """All attempts of our jobs on the cluster, in order, by job name."""
     found: dict[str, list[JobDetails]] = {}
     for info in client.list_jobs():
         metadata = info.metadata or {}
@@ -138,12 +139,12 @@ def _attempts(client: JobSubmissionClient) -> dict[str, list[JobDetails]]:
 
 @dataclass
 class JobState:
-    """Where a job of a fleet stands.
+    """State of a job of a fleet.
 
     Attributes:
         state: waiting, running, done, failed or cancelled.
-        failures: of its attempts since the fleet was begun.
-        reason: why the last of them failed.
+        failures: failed attempts since the fleet was started.
+        reason: why the last attempt failed.
     """
 
     job: Job
@@ -157,14 +158,14 @@ class JobState:
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """How a fleet of jobs is driven.
+    """How to run a fleet of jobs.
 
     Attributes:
-        at_most: jobs that are on the cluster at once.
-        retries: attempts of a job beyond the first, in this call; bad input is not tried again.
+        at_most: maximum number of jobs on the cluster at once.
+        retries: attempts of a job after the first, in this call; bad input is not retried.
         is_done: whether a job has nothing left to do.
-        is_cancelled: whether no more jobs are wanted.
-        show: told of all states after each look.
+        is_cancelled: whether to stop submitting jobs.
+        show: called with all states after each poll.
     """
 
     at_most: int
@@ -177,15 +178,14 @@ class FleetPlan:
 
 
 def submit_fleet(jobs: Sequence[Job], address: str, plan: FleetPlan) -> list[JobState]:
-    """Submit jobs, a few at once, until each is done or has failed for good.
+    """Submit jobs, a few at a time, until each is done or has failed permanently.
 
-    Jobs that are on the cluster already are taken over, and those that are done passed over: the
-    same call continues what an earlier one began. A job server that does not answer for a while is
-    waited for.
+    Jobs already on the cluster are followed, and finished ones skipped, so that calling this again
+    resumes an earlier call. Waits for a job server that is temporarily unreachable.
 
     Raises:
-        UserError: no job server answers at the beginning.
-        DiffitError: it has not answered for minutes.
+        UserError: the job server is unreachable at the start.
+        DiffitError: it has been unreachable for minutes.
     """
     client = _client(address)
     states = [JobState(job) for job in jobs]
@@ -197,15 +197,15 @@ def submit_fleet(jobs: Sequence[Job], address: str, plan: FleetPlan) -> list[Job
         try:
             _advance(client, states, address, plan)
             silent_s = None
-        except (OSError, RuntimeError) as error:  # no connection, or an answer of 5xx
+        except (OSError, RuntimeError) as error:  # no connection, or a 5xx response
             now_s = time.monotonic()
             if silent_s is None:
-                say(f"{address} does not answer ({type(error).__name__}); waiting for it")
+                say(f"{address} is unreachable ({type(error).__name__}); waiting for it")
             silent_s = silent_s or now_s
             if now_s - silent_s > SILENT_S:
                 raise DiffitError(
-                    f"{address} has not answered for {SILENT_S:g} s; its jobs may go on; the same "
-                    "command takes them over"
+                    f"{address} has been unreachable for {SILENT_S:g} s; its jobs may still be "
+                    "running; rerun the same command to follow them"
                 ) from error
         plan.show(states)
         if all(state.state in ("done", "failed", "cancelled") for state in states):
@@ -214,7 +214,7 @@ def submit_fleet(jobs: Sequence[Job], address: str, plan: FleetPlan) -> list[Job
 
 
 def cancel_jobs(names: Sequence[str], address: str) -> int:
-    """Stop those of the named jobs that are on the cluster; how many they were."""
+    """Stop those of the named jobs that are on the cluster; returns how many."""
     client = _client(address)
     attempts, stopped = _attempts(client), 0
     for name in names:
@@ -228,7 +228,7 @@ def cancel_jobs(names: Sequence[str], address: str) -> int:
 def _advance(
     client: JobSubmissionClient, states: list[JobState], address: str, plan: FleetPlan
 ) -> None:
-    """Look at all jobs once, and submit as many as there is room for."""
+    """Poll all jobs once, and submit as many as there is room for."""
     attempts = _attempts(client)
     cancelled = plan.is_cancelled()
     for state in states:
@@ -276,28 +276,28 @@ def _why(info: JobDetails | None) -> str:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    # A cluster started on a machine that has this file asks for its token; jobs sent from there
-    # carry it only when told to.
+    # A cluster started on a machine with this file requires its token; clients send it only in
+    # this mode.
     if TOKEN_FILE.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    # Its uploads and sockets are no news to a user.
+    # Ray logs every upload.
     logging.getLogger("ray").setLevel(logging.WARNING)
     if urlsplit(address).scheme not in ("http", "https"):
-        raise UserError(f"--address is {address!r}, but must be as http://head:8265")
+        raise UserError(f"--address is {address!r}, but must look like http://head:8265")
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise UserError(
-            f"{address} asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
+            f"{address} requires a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
             "cluster's token"
         ) from error
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
-            f"no Ray job server answers at {address}: {str(error).splitlines()[0]}; "
-            "start one with `ray start --head`, or mend --address"
+            f"could not reach a Ray job server at {address}: {str(error).splitlines()[0]}; "
+            "start one with `ray start --head`, or fix --address"
         ) from error
 
 
@@ -327,7 +327,7 @@ def _send(
 
 
 def _send_when_ready(client: JobSubmissionClient, request: dict[str, Any]) -> None:
-    """A cluster that has just started refuses jobs until its agents have come up."""
+    """Submit, retrying while a cluster that has just started has no agents yet."""
     deadline_s = time.monotonic() + READY_S
     while True:
         try:
@@ -338,15 +338,15 @@ def _send_when_ready(client: JobSubmissionClient, request: dict[str, Any]) -> No
                 raise
             if time.monotonic() > deadline_s:
                 raise DiffitError(
-                    f"no node of the cluster takes jobs after {READY_S:g} s: the head node's "
-                    "dashboard agent is not up, or its port is taken (52365, unless `ray start "
-                    "--dashboard-agent-listen-port` names another)"
+                    f"no node of the cluster accepts jobs after {READY_S:g} s: the head node's "
+                    "dashboard agent is not running, or its port is in use (52365, or that of `ray "
+                    "start --dashboard-agent-listen-port`)"
                 ) from error
             time.sleep(1.0)
 
 
 def _stage_files(job: Job, folder: Path) -> None:
-    """The job's working folder: its entry point, the recipe, and the package as it is here."""
+    """Fill the job's working directory: its entry point, the recipe, and this package."""
     package = Path(diffit_train.__file__).parent
     pipelines = package / "pipelines"
     if not pipelines.is_dir():
@@ -370,14 +370,15 @@ def _follow(client: JobSubmissionClient, submission_id: str) -> None:
     try:
         asyncio.run(tail())
     except KeyboardInterrupt:
-        say(f"job {submission_id} goes on; the same command follows it again")
+        say(f"job {submission_id} keeps running; rerun the same command to follow it")
         raise
     info = client.get_job_info(submission_id)
     if info.status == "SUCCEEDED":
         say(f"job {submission_id} succeeded")
         return
     if info.driver_exit_code == BAD_INPUT:
-        raise UserError(f"job {submission_id} refused its input; its log above says why")
+        raise UserError(f"job {submission_id} rejected its input; see its log above")
     raise DiffitError(
-        f"job {submission_id} ended as {info.status}: {_why(info)}; the same command continues it"
+        f"job {submission_id} ended as {info.status}: {_why(info)}; rerun the same command to "
+        "resume"
     )

@@ -1,4 +1,4 @@
-"""Connect to Ray: a cluster by its address, or one of this machine, started and ended here."""
+"""Connect to Ray: an existing cluster, or a private one on this machine for the block."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from urllib.parse import urlsplit
 
 from diffit_train.errors import UserError
 
-# Usage reports would leave the machine; set to 1 by whoever wants to send them.
+# No usage reports leave the machine; set to 1 to send them.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-# Without it Ray would join any cluster that happens to run on this machine.
+# Without it, Ray would join any cluster that happens to run on this machine.
 NEW_CLUSTER = "local"
-KNOCK_S = 10.0
-# Environment of processes that compute on a CPU. glibc gives each freed block above 32 MiB back to
-# the kernel and has it zeroed again page by page: in a loop over an autoencoder's activations a
-# fifth of the time, in a ZeRO step of 108M parameters a third. Here what a process has freed stays
-# with it. They must be set before it starts.
+CONNECT_TIMEOUT_S = 10.0
+# Environment for processes that compute on a CPU: keep freed memory. By default glibc returns each
+# freed block above 32 MiB to the kernel, which zeroes it again page by page: a fifth of the time in
+# a loop over an autoencoder's activations, a third in a ZeRO step with 108M parameters. Must be set
+# before the process starts.
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -34,11 +34,11 @@ def connected(address: str | None = None) -> Iterator[None]:
     """A Ray session for the block.
 
     Args:
-        address: `host:port`, `ray://host:port` or `auto`; None means the cluster that
-            RAY_ADDRESS names, as inside a Ray job, or else a new one on this machine.
+        address: `host:port`, `ray://host:port` or `auto`; None for RAY_ADDRESS (set inside a Ray
+            job), or else a new cluster on this machine.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: no cluster is reachable at the address.
     """
     import ray
 
@@ -46,7 +46,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or NEW_CLUSTER
-    _knock(address)
+    _require_listening(address)
     try:
         with _on_loopback() if address == NEW_CLUSTER else nullcontext():
             ray.init(
@@ -56,7 +56,7 @@ def connected(address: str | None = None) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )
     except (ConnectionError, ValueError) as error:
-        raise UserError(_no_answer(address, error)) from error
+        raise UserError(_unreachable(address, error)) from error
     try:
         yield
     finally:
@@ -65,11 +65,11 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let a cluster that is started within listen on 127.0.0.1 only.
+    """Make a cluster started in the block listen on 127.0.0.1 only.
 
-    Else every process of it listens on all interfaces. There is no public way: Ray turns
-    `_node_ip_address="127.0.0.1"` into the address of the network card. This switch makes it keep
-    to loopback, as it does on macOS; without the switch, in a later Ray, nothing changes.
+    Otherwise all its processes listen on all interfaces. There is no public option: Ray replaces
+    `_node_ip_address="127.0.0.1"` with the network interface's address. This private switch keeps
+    it on loopback, as on macOS; if a later Ray drops the switch, this has no effect.
     """
     from ray._private import ray_constants
 
@@ -82,28 +82,28 @@ def _on_loopback() -> Iterator[None]:
         setattr(ray_constants, switch, before)
 
 
-def _knock(address: str) -> None:
-    """Refuse an address where nothing listens: Ray itself would try for many minutes."""
-    place = urlsplit(address if "://" in address else f"ray://{address}")
+def _require_listening(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself would retry for many minutes."""
+    url = urlsplit(address if "://" in address else f"ray://{address}")
     try:
-        if place.port is not None:
-            socket.create_connection((place.hostname, place.port), KNOCK_S).close()
+        if url.port is not None:
+            socket.create_connection((url.hostname, url.port), CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
-        raise UserError(_no_answer(address, error)) from error
+        raise UserError(_unreachable(address, error)) from error
 
 
-def _no_answer(address: str, error: Exception) -> str:
+def _unreachable(address: str, error: Exception) -> str:
     return (
-        f"no Ray cluster answers at {address!r}: {error}; start one with `ray start --head`, "
-        "or leave --address out to use this machine"
+        f"could not reach a Ray cluster at {address!r}: {error}; start one with `ray start "
+        "--head`, or omit --address to use this machine"
     )
 
 
 def require(cpus: float, gpus: float, purpose: str) -> None:
-    """Refuse work that the connected cluster could never place.
+    """Refuse work that the connected cluster could never schedule.
 
     Raises:
-        UserError: the cluster has fewer CPUs or GPUs than `purpose` takes.
+        UserError: the cluster has fewer CPUs or GPUs than `purpose` needs.
     """
     import ray
 
@@ -113,6 +113,6 @@ def require(cpus: float, gpus: float, purpose: str) -> None:
         if needed > present:
             raise UserError(
                 f"{purpose} needs {needed:g} {kind}s, but the Ray cluster has {present:g}; "
-                "lower the amounts under `scaling`, as scaling.workers=1, or give a larger "
-                "cluster by --address"
+                "lower the resources under `scaling`, such as scaling.workers=1, or pass the "
+                "--address of a larger cluster"
             )

@@ -1,10 +1,10 @@
-"""One way to read, write and commit files under a local path or any fsspec URL (s3://…).
+"""Read, write and commit files under a local path or any fsspec URL (s3://…).
 
-What is written appears under its final name only when it is whole: locally through a temporary
-file, fsync and rename; on an object store through one upload, which is atomic there.
+A file appears under its final name only when it is complete: locally through a temporary file,
+fsync and rename; on an object store through one upload, which is atomic there.
 
-What fails remotely and may pass (a lost connection, a server that is busy or restarts) is tried
-again for DIFFIT_STORAGE_RETRY_S seconds, 120 unless set, with growing pauses.
+Transient remote errors (a lost connection, a server that is busy or restarting) are retried with
+exponential backoff for DIFFIT_STORAGE_RETRY_S seconds, by default 120.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ROOT_PREFIX = "root:"
 T = TypeVar("T")
 GIB = 2**30
 
-# Answers of a local or remote file system that trying again would not change.
-_LASTING = (
+# File system errors that a retry would not fix.
+_PERMANENT = (
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
@@ -47,18 +47,18 @@ _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileN
 
 
 class Record(BaseModel):
-    """A JSON document under the root: immutable, unknown keys refused."""
+    """A JSON document under the root: immutable, unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` names a file of this machine."""
+    """Whether `url` is a file on this machine."""
     return "://" not in url or url.startswith("file://")
 
 
 def missing_slash(url: str) -> str | None:
-    """What is wrong with `s3:/bucket/x`, which would else name a local folder `s3:`."""
+    """What is wrong with `s3:/bucket/x`, which would otherwise mean a local folder `s3:`."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url)
     return f"one slash is missing; write {found[1]}://…" if found else None
 
@@ -74,26 +74,26 @@ def join(base: str, *parts: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """The same place, named alike from any working folder."""
+    """The same URL, independent of the working directory."""
     return str(local_path(url).absolute()) if is_local(url) else url
 
 
 def display_path(url: str) -> str:
-    """The shortest name of a place, for people: relative where it lies below this folder."""
+    """The URL for display: relative if it is below the working directory."""
     if is_local(url) and local_path(url).absolute().is_relative_to(Path.cwd()):
         return str(local_path(url).absolute().relative_to(Path.cwd()))
     return url
 
 
 def resolve(root: str, reference: str) -> str:
-    """The URL that a recipe means: `root:images/x` lies under the project's root."""
+    """Expand a recipe's reference: `root:images/x` is under the project's root."""
     if reference.startswith(ROOT_PREFIX):
         return join(root, reference.removeprefix(ROOT_PREFIX))
     return reference
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec file system of `url` and the path inside it.
+    """The fsspec file system of `url`, and the path in it.
 
     Raises:
         UserError: the URL's protocol is unknown or its driver is not installed.
@@ -101,7 +101,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         if is_local(url):
             return fsspec.core.url_to_fs(str(local_path(url).absolute()))
-        # Listings are never cached: other processes write what this one looks for.
+        # Never cache listings: other processes write the files this one looks for.
         return fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise UserError(
@@ -109,22 +109,22 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ) from error
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether a failed remote call may succeed later."""
-    if isinstance(error, _LASTING):
+    if isinstance(error, _PERMANENT):
         return False
     if isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError):
         return True
     kind = type(error)
     if f"{kind.__module__}.".startswith(_CLIENT_LIBRARIES):
         return kind.__name__ not in (*_CREDENTIAL_ERRORS, "ParamValidationError")
-    # s3fs turns answers of the server into these: 503 and SlowDown, and any other 5xx.
+    # s3fs maps server responses to these: 503 and SlowDown, and any other 5xx.
     remote = getattr(errno, "EREMOTEIO", errno.EIO)
     return isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EIO, remote)
 
 
 def retried(url: str, call: Callable[[], T]) -> T:
-    """The value of a call on `url`; a remote one that fails in passing is tried again.
+    """The value of a call on `url`; transient remote errors are retried.
 
     Raises:
         UserError: the credentials or the bucket are wrong.
@@ -133,7 +133,7 @@ def retried(url: str, call: Callable[[], T]) -> T:
         return call()
     seconds = float(os.environ.get("DIFFIT_STORAGE_RETRY_S", "120"))
     attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_passing),
+        retry=tenacity.retry_if_exception(is_transient),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=10.0),
         stop=tenacity.stop_after_delay(seconds),
         reraise=True,
@@ -145,7 +145,7 @@ def retried(url: str, call: Callable[[], T]) -> T:
 
 
 def _explained(url: str, error: Exception) -> Exception:
-    """A remote failure in the user's words where it is the user's to mend, else itself."""
+    """A remote failure with advice if the user can fix it, else the error itself."""
     if type(error).__name__ in _CREDENTIAL_ERRORS:
         return UserError(
             f"no credentials for {url} ({error}); set AWS_ACCESS_KEY_ID and "
@@ -154,41 +154,41 @@ def _explained(url: str, error: Exception) -> Exception:
     if isinstance(error, PermissionError):
         return UserError(f"access to {url} is denied ({error}); check the credentials")
     if isinstance(error, FileNotFoundError) and "bucket does not exist" in str(error).lower():
-        return UserError(f"{url}: {error}; make the bucket, or mend its name")
-    if is_passing(error):
+        return UserError(f"{url}: {error}; create the bucket, or fix its name")
+    if is_transient(error):
         return DiffitError(
-            f"{url} cannot be reached ({type(error).__name__}: {error}); the same command "
-            "continues once it can"
+            f"could not reach {url} ({type(error).__name__}: {error}); rerun the same command to "
+            "resume"
         )
     return error
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder of this name is there."""
+    """Whether a file or folder exists."""
     fs, path = filesystem(url)
     return bool(retried(url, lambda: fs.exists(path)))
 
 
 def is_folder(url: str) -> bool:
-    """Whether a folder of this name is there."""
+    """Whether a folder exists."""
     fs, path = filesystem(url)
     return bool(retried(url, lambda: fs.isdir(path)))
 
 
 def size_bytes(url: str) -> int:
-    """Size of a file in bytes; FileNotFoundError where there is none."""
+    """Size of a file in bytes; FileNotFoundError if it does not exist."""
     fs, path = filesystem(url)
     return int(retried(url, lambda: fs.info(path))["size"])
 
 
 def fingerprint(url: str) -> str:
-    """What changes when a file is written anew: of its size, time and, remotely, ETag."""
+    """Changes when a file is rewritten; from its size, time and, remotely, ETag."""
     fs, path = filesystem(url)
     return str(retried(url, lambda: fs.ukey(path)))
 
 
 def list_names(url: str) -> list[str]:
-    """Sorted names directly below a folder, temporary ones left out; empty where it is missing."""
+    """Sorted names directly in a folder, without temporary files; empty if it does not exist."""
     fs, path = filesystem(url)
     if not is_folder(url):
         return []
@@ -198,24 +198,24 @@ def list_names(url: str) -> list[str]:
 
 
 def find_files(url: str) -> list[str]:
-    """Sorted paths, below a remote folder, of all files in it."""
+    """Sorted relative paths of all files below a remote folder."""
     fs, path = filesystem(url)
     base = path.rstrip("/")
     found = retried(url, lambda: fs.find(base))
     below = (str(name)[len(base) + 1 :] for name in found)
-    # Some servers list folders, too, as empty objects.
+    # Some servers also list folders, as empty objects.
     return sorted(name for name in below if name and not name.endswith("/"))
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file; FileNotFoundError where there is none."""
+    """The whole file; FileNotFoundError if it does not exist."""
     fs, path = filesystem(url)
     return bytes(retried(url, lambda: fs.cat_file(path)))
 
 
 @contextmanager
 def open_file(url: str) -> Iterator[IO[bytes]]:
-    """A file to read from any place."""
+    """Open a local or remote file for reading."""
     fs, path = filesystem(url)
     with retried(url, lambda: fs.open(path, "rb")) as file:
         yield file
@@ -235,10 +235,10 @@ def read_json(url: str) -> Any:
 
 @contextmanager
 def atomic_file(url: str) -> Iterator[Path]:
-    """A local path to write; on a clean exit it becomes `url`, on an error nothing is left.
+    """A local path to write to; becomes `url` on a clean exit, and is removed on an error.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the path cannot be written.
     """
     if is_local(url):
         final = local_path(url).absolute()
@@ -284,7 +284,7 @@ def write_text(url: str, text: str) -> None:
 
 
 def write_json(url: str, value: Any) -> None:
-    """Write a JSON file at once, indented, keys in the order given."""
+    """Write a whole JSON file at once, indented, keys in the order given."""
     write_text(url, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -322,14 +322,14 @@ def local_folder(url: str) -> Iterator[Path]:
 
 
 def remove(url: str) -> None:
-    """Remove a file or a folder with all it holds, if it is there."""
+    """Remove a file, or a folder with its contents, if it exists."""
     fs, path = filesystem(url)
     if exists(url):
         retried(url, lambda: fs.rm(path, recursive=True))
 
 
 def remove_temporary(url: str) -> None:
-    """Remove what killed writers left behind in a local folder."""
+    """Remove temporary files left in a local folder by killed writers."""
     if is_local(url) and local_path(url).is_dir():
         for leftover in local_path(url).glob(f"*{TEMPORARY_MARK}*"):
             leftover.unlink(missing_ok=True)
@@ -341,7 +341,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a local file, read in pieces."""
+    """Hexadecimal SHA-256 of a local file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

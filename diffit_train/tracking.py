@@ -1,7 +1,7 @@
-"""MLflow: one run for each training, a child run for each evaluation. Only this file imports it.
+"""MLflow: one run per training, a child run per evaluation. Only this module imports it.
 
-Runs are found by tags of our own, never by name, so a command that was killed and is run again
-finds its run; parameters are written once, when a run is made (a changed one would fail it).
+Runs are looked up by our own tags, never by name, so a command that is killed and rerun finds its
+run; parameters are written once, when a run is created, since MLflow rejects changed ones.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-# Nothing about the use of MLflow leaves the machine unless asked to.
+# No usage statistics leave the machine unless the user turns them on.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-# MLflow itself would try for minutes before it says that a server is out of reach.
+# By default MLflow retries for minutes before it reports an unreachable server.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
-# Of an evaluation: what its metrics were measured against, wherever that lies.
+# Digest of the reference that an evaluation was measured against, independent of its path.
 TAG_REFERENCE = "diffit.reference_digest"
 TAG_ATTEMPT = "diffit.attempt"
 # Alias of a registered model's best version.
@@ -51,7 +51,7 @@ _BATCH_LIMIT = 100
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as MLflow holds it; metrics are the last values."""
+    """A run as stored in MLflow, with the last value of each metric."""
 
     run_id: str
     name: str
@@ -65,23 +65,23 @@ class RunRecord:
 
 
 def redact(text: str) -> str:
-    """The text without the credentials of any URI in it."""
+    """The text without the credentials in any URI."""
     return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@", r"\1", text)
 
 
 def tracking_uri(recipe: Recipe) -> str:
-    """The recipe's MLflow, by default SQLite under the root.
+    """The recipe's MLflow URI, by default a SQLite file under the root.
 
     Raises:
-        UserError: the root is remote, where no SQLite file can live, and no URI is given.
+        UserError: the root is remote, which SQLite does not support, and no URI is set.
     """
     if recipe.tracking.uri is not None:
         return recipe.tracking.uri
     root = recipe.storage.root
     if not storage.is_local(root):
         raise UserError(
-            f"storage.root is {redact(root)}, where MLflow's SQLite file cannot live; give a "
-            "server, as tracking.uri=http://mlflow:5000, or a file of this machine, as "
+            f"storage.root is {redact(root)}, which cannot hold MLflow's SQLite file; set a "
+            "server, such as tracking.uri=http://mlflow:5000, or a local file, such as "
             "tracking.uri=sqlite:////absolute/path/mlflow.db"
         )
     return f"sqlite:///{storage.local_path(root).absolute()}/mlflow.db"
@@ -98,7 +98,7 @@ def git_commit() -> str | None:
 
 
 def unreachable_errors() -> tuple[type[Exception], ...]:
-    """What is raised where MLflow does not answer."""
+    """Errors raised when MLflow is unreachable."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -109,15 +109,15 @@ class Tracker:
     """A connection to MLflow.
 
     Args:
-        uri: a server, or `sqlite:////absolute/path/mlflow.db`, which is made on first use.
-        artifacts: where images of new experiments go; None leaves it to the server.
+        uri: a server, or `sqlite:////absolute/path/mlflow.db`, which is created on first use.
+        artifacts: artifact location of new experiments; None leaves it to the server.
 
     Raises:
         UserError: the store cannot be opened.
     """
 
     def __init__(self, uri: str, artifacts: str | None = None) -> None:
-        # MLflow's migrations of a new SQLite file log a screenful.
+        # Creating a new SQLite file logs pages of migrations.
         for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.WARNING)
         from mlflow import MlflowClient
@@ -133,13 +133,13 @@ class Tracker:
         except (MlflowException, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"MLflow at {redact(uri)} cannot be used: {reason}; mend tracking.uri, or move "
-                "that file away"
+                f"cannot open MLflow at {redact(uri)}: {reason}; fix tracking.uri, or move that "
+                "file away"
             ) from error
 
     @classmethod
     def of(cls, recipe: Recipe) -> Tracker:
-        """The tracker of a recipe."""
+        """The tracker for a recipe."""
         uri = tracking_uri(recipe)
         local = uri.startswith("sqlite:///")
         folder = Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts"
@@ -155,7 +155,7 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> str:
-        """The run of a training: the one tagged `run_uuid`, reopened, or a new one."""
+        """A training's run: the one tagged `run_uuid`, reopened, or a new one."""
         return self._run(experiment, name, {TAG_RUN: run_uuid, **tags}, TAG_RUN, params)
 
     def evaluation_run(
@@ -167,7 +167,7 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> str:
-        """The child run of an evaluation: the one tagged parent and `key`, or a new one."""
+        """An evaluation's child run: the one tagged with parent and `key`, or a new one."""
         own = {TAG_EVALUATION: f"{parent_run_id}/{key}", "mlflow.parentRunId": parent_run_id}
         return self._run(experiment, name, {**own, **tags}, TAG_EVALUATION, params)
 
@@ -200,7 +200,7 @@ class Tracker:
         known = self.client.get_experiment_by_name(name)
         if known is not None:
             return str(known.experiment_id)
-        # The kind decides which of its pages MLflow opens first: curves instead of chats.
+        # The kind determines which page MLflow opens first: curves instead of chats.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         return str(self.client.create_experiment(name, self.artifacts, tags))
 
@@ -212,7 +212,7 @@ class Tracker:
             self.client.log_batch(run_id, params=rows[start : start + _BATCH_LIMIT])
 
     def log_dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
-        """The data set that a run used; MLflow allows digests of 36 characters."""
+        """Log the data set a run used; MLflow limits digests to 36 characters."""
         from mlflow.entities import Dataset, DatasetInput
 
         source = f'{{"url": "{redact(source)}"}}'
@@ -220,7 +220,7 @@ class Tracker:
         self.client.log_inputs(run_id, datasets=[DatasetInput(dataset)])
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-        """Values at a step."""
+        """Log values at a step."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
@@ -228,19 +228,19 @@ class Tracker:
         self.client.log_batch(run_id, metrics=rows)
 
     def log_artifact(self, run_id: str, path: Path) -> None:
-        """A local file, kept with the run."""
+        """Store a local file with the run."""
         self.client.log_artifact(run_id, str(path))
 
     def finish(
         self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
     ) -> None:
-        """Close a run."""
+        """Set a run's final status."""
         self.client.set_terminated(run_id, status)
 
     # ---- The best checkpoint ----
 
     def tag_best(self, evaluation_run_id: str, step: int, metric: str, value: float) -> None:
-        """Say on the training run of an evaluation that this one is its best."""
+        """Tag an evaluation's training run with this evaluation as its best."""
         tags = self.client.get_run(evaluation_run_id).data.tags
         parent = tags["mlflow.parentRunId"]
         for name, text in (
@@ -252,7 +252,7 @@ class Tracker:
             self.client.set_tag(parent, f"diffit.best_{name}", text)
 
     def registered_step(self, name: str) -> int | None:
-        """Step of the registered model that is called the best; None where there is none."""
+        """Step of the registered model's best version; None if it has none."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -264,11 +264,11 @@ class Tracker:
         return int(version.tags["step"])
 
     def register(self, name: str, file: str, run_id: str, tags: Mapping[str, Any]) -> None:
-        """Make a weight file the best version of a registered model.
+        """Register a weight file as the best version of a model.
 
         Args:
             run_id: the evaluation that measured it.
-            tags: of the version; `step` must be among them.
+            tags: tags of the version; must include `step`.
         """
         from mlflow.exceptions import MlflowException
 
@@ -285,21 +285,21 @@ class Tracker:
     # ---- Reading ----
 
     def last_step(self, run_id: str, metric: str) -> int:
-        """Largest step at which a metric was logged; -1 where it never was."""
+        """Largest step at which a metric was logged; -1 if never."""
         return max((step for step, _ in self.history(run_id, metric)), default=-1)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """All (step, value) of a metric, ascending."""
+        """All (step, value) pairs of a metric, ascending."""
         rows = self.client.get_metric_history(run_id, metric)
         return sorted((row.step, row.value) for row in rows)
 
     def value_at(self, run_id: str, metric: str, step: int) -> float | None:
-        """The value that was logged last at a step; None where none was."""
+        """A metric's value at a step (the last one logged); None if there is none."""
         return dict(self.history(run_id, metric)).get(step)
 
     def artifact(self, run_id: str, name: str) -> bytes | None:
-        """A file kept with a run; None where it has none of this name."""
-        # MLflow would draw a progress bar of its own for each file.
+        """A file stored with a run; None if it does not exist."""
+        # Otherwise MLflow shows a progress bar for each file.
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         if name not in (file.path for file in self.client.list_artifacts(run_id)):
             return None
@@ -307,14 +307,14 @@ class Tracker:
             return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
 
     def experiments(self) -> list[str]:
-        """Names of the experiments that hold something."""
+        """Names of all experiments but MLflow's empty default."""
         return sorted(e.name for e in self.client.search_experiments() if e.name != "Default")
 
     def runs(self, experiment: str | None = None) -> list[RunRecord]:
-        """The runs of one experiment or of all, oldest first.
+        """The runs of one experiment, or of all, oldest first.
 
         Raises:
-            UserError: there is no such experiment.
+            UserError: the experiment does not exist.
         """
         known = {e.experiment_id: e.name for e in self.client.search_experiments()}
         if experiment is not None:
@@ -338,14 +338,14 @@ class Tracker:
 class MetricsOutbox:
     """Sends a run's metrics from a thread, so that training never waits for MLflow.
 
-    Points that MLflow has already are dropped. While it is out of reach they are kept, and sent
-    when it answers again.
+    Points that MLflow already has are dropped. While MLflow is unreachable, points are kept and
+    sent once it is back.
 
     Args:
-        recipe: says where MLflow is.
-        run_id: the run.
-        say: told when MLflow goes out of reach, and when it is back.
-        pause_s: seconds between tries.
+        recipe: determines the MLflow URI.
+        run_id: the MLflow run.
+        say: told when MLflow becomes unreachable, and when it is back.
+        pause_s: seconds between attempts.
     """
 
     def __init__(
@@ -359,18 +359,18 @@ class MetricsOutbox:
         self._thread.start()
 
     def put(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take in the values at a step; steps must ascend."""
+        """Queue the values at a step; steps must ascend."""
         self._points.put((step, dict(metrics)))
 
     def close(self) -> int:
-        """Send what is left, in one more try; the number of points that could not be sent."""
+        """Try once more to send what is left; returns the number of points not sent."""
         self._leaving.set()
         self._points.put(None)
         self._thread.join()
         if self.unsent:
             self.say(
-                f"MLflow at {redact(tracking_uri(self.recipe))} is out of reach: {self.unsent} "
-                "points are kept in log.jsonl; the same command sends them once it answers"
+                f"MLflow at {redact(tracking_uri(self.recipe))} is unreachable: {self.unsent} "
+                "points are kept in log.jsonl; rerun the same command later to send them"
             )
         return self.unsent
 
@@ -390,7 +390,10 @@ class MetricsOutbox:
                 except unreachable_errors() as error:
                     if not away:
                         away = True
-                        self.say(f"MLflow is out of reach, metrics are kept: {first_line(error)}")
+                        self.say(
+                            f"Could not reach MLflow; metrics are kept and sent later: "
+                            f"{first_line(error)}"
+                        )
                     if self._leaving.is_set():
                         self.unsent = 1 + sum(p is not None for p in self._drained())
                         return
@@ -398,7 +401,7 @@ class MetricsOutbox:
                     continue
                 if away:
                     away = False
-                    self.say("MLflow answers again")
+                    self.say("MLflow is reachable again")
                 break
 
     def _drained(self) -> list[tuple[int, dict[str, float]] | None]:
@@ -410,7 +413,7 @@ class MetricsOutbox:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line without credentials."""
+    """The first line of an error message, without credentials."""
     return redact((str(error) or type(error).__name__).splitlines()[0])
 
 

@@ -53,15 +53,15 @@ def test_version() -> None:
         (["train", "demo", "model.patch_size=3"], ["model.patch_size is 3"]),
         (["train", "demo"], ["no finished latents", "diffit encode"]),
         (["encode", "demo"], ["does not exist"]),
-        (["evaluate", "demo"], ["there is no run 'demo'"]),
+        (["evaluate", "demo"], ["run 'demo' does not exist"]),
         (["compare"], ["mlflow.db", "train first"]),
         (["plan", "demo", "--gpu", "H9"], ["--gpu is 'H9'", "H100"]),
         (["sample", "demo", "--class", "eleven"], ["--class is 'eleven'", "0 to 9"]),
-        (["sample", "demo"], ["there is no run 'demo'", "--run"]),
+        (["sample", "demo"], ["run 'demo' does not exist", "--run"]),
         (["sample", "demo", "evaluate.sampler.steps=-3"], ["evaluate.sampler.steps is -3"]),
         (["sample", "demo", "evaluate.sampler.steps=2000"], ["steps is 2000", "(1000)"]),
         (["import", "none.safetensors"], ["no weight file", "none.safetensors"]),
-        (["export", "demo"], ["there is no run 'demo'"]),
+        (["export", "demo"], ["run 'demo' does not exist"]),
         (["train", "dmo"], ["did you mean 'demo'"]),
         (["autoencoder", "fit", "demo"], ["does not exist"]),
         (["features", "fit", "demo"], ["does not exist"]),
@@ -101,7 +101,7 @@ def test_a_cluster_that_does_not_answer_is_named(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    words = f"no Ray cluster answers at '{address}'"
+    words = f"could not reach a Ray cluster at '{address}'"
     with pytest.raises(UserError, match=words), connected(address):
         pass
 

@@ -32,13 +32,13 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     write_images(tmp_path / "images" / "digits")
     recipe = tiny_recipe(tmp_path)
     fit_autoencoder(recipe)
-    with pytest.raises(UserError, match="job train-tiny-1 refused its input"):
+    with pytest.raises(UserError, match="job train-tiny-1 rejected its input"):
         submit(job("train", recipe, "tiny", []), address)
     assert "no finished latents" in capfd.readouterr().err
     assert submit(job("encode", recipe, None, []), address) == "encode-digits-1"
     assert "24 images in 5 shards" in capfd.readouterr().err
     assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-2"
-    assert "trained 12 steps" in capfd.readouterr().err
+    assert "Trained 12 steps" in capfd.readouterr().err
     assert committed_steps(str(tmp_path / "runs" / "tiny"))[-1] == 12
     assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-3"
     assert "trained already" in capfd.readouterr().err
@@ -146,11 +146,11 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(UserError, match="stage is 'trian'"):
         job("trian", recipe, None, [])
-    with pytest.raises(UserError, match="--step is for evaluate"):
+    with pytest.raises(UserError, match="--step is only for evaluate"):
         job("train", recipe, None, ["3"])
-    with pytest.raises(UserError, match="no Ray job server answers"):
+    with pytest.raises(UserError, match="could not reach a Ray job server"):
         submit(job("train", recipe, None, []), f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(UserError, match=r"must be as http://head:8265"):
+    with pytest.raises(UserError, match=r"must look like http://head:8265"):
         submit(job("train", recipe, None, []), "head:8265")
 
 

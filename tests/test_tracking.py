@@ -108,11 +108,11 @@ def test_metrics_wait_until_mlflow_answers(tmp_path: Path) -> None:
     while not said:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert "out of reach, metrics are kept" in said[0]
+    assert "Could not reach MLflow; metrics are kept" in said[0]
     folder.unlink()
     (tmp_path / "away").rename(folder)
     assert outbox.close() == 0
-    assert said[-1] == "MLflow answers again"
+    assert said[-1] == "MLflow is reachable again"
     # Step 10 was there already.
     assert tracker.history(run_id, "train/loss") == [(10, 3.0), (20, 1.0), (30, 1.0)]
 

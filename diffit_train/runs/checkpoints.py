@@ -1,4 +1,4 @@
-"""The sharded checkpoint format, and everything about reading it.
+"""The sharded checkpoint format: reading, writing, retention.
 
     runs/RUN/checkpoints/step-0000001000/
         rank-00000-of-00002.safetensors   1-D float32 pieces named KIND/PARAMETER
@@ -6,8 +6,8 @@
         state.json                        step, images seen, recipe hash, MLflow run
         commit.json                       sha256 of the two above; written last
 
-A piece is a stretch of a flattened parameter, so a checkpoint may be read at any world size.
-Training writes it, evaluation reads it; neither knows the other. No pickle is involved.
+KIND is a state name. A piece is a slice of a flattened parameter, so a checkpoint can be read at
+any world size. Training writes it, evaluation reads it; neither imports the other. No pickle.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_SCHEMA = 1
-# What a piece holds: one of these, or the average of the weights of that name.
+# What a piece holds: one of STATES, or the name of an EMA.
 StateName = str
 STATES: tuple[StateName, ...] = ("master", "exp_avg", "exp_avg_sq")
 M = TypeVar("M", bound=BaseModel)
 
 
 class DamagedCheckpoint(DiffitError):
-    """A committed checkpoint does not hold what was committed; not said of storage that is away."""
+    """A committed checkpoint is corrupt; never raised because storage is unreachable."""
 
     def __init__(self, url: str, what: str) -> None:
         super().__init__(f"checkpoint {url} is damaged: {what}")
 
 
 class FileEntry(storage.Record):
-    """Size and hash of a file of the checkpoint."""
+    """Size and hash of one checkpoint file."""
 
     bytes: int
     sha256: str
 
 
 class Piece(storage.Record):
-    """`length` elements from `offset` on of a flattened parameter, and the file that holds them."""
+    """`length` elements of a flattened parameter from `offset`, and the file that holds them."""
 
     file: str
     offset: int
@@ -62,14 +62,14 @@ class Piece(storage.Record):
 
 
 class Parameter(storage.Record):
-    """Shape of a parameter and its pieces, ascending, without gaps."""
+    """A parameter's shape and its pieces, in ascending order without gaps."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
 
 class Index(storage.Record):
-    """What lies where in a checkpoint; one made from imported weights holds only `ema`."""
+    """Contents of a checkpoint; one created from imported weights holds only `ema`."""
 
     schema_version: int
     kinds: tuple[StateName, ...]
@@ -78,12 +78,11 @@ class Index(storage.Record):
 
 
 class State(storage.Record):
-    """Where training stood.
+    """Training progress at the checkpoint.
 
     Attributes:
-        optimizer_steps: Adam's own count.
-        interval: sums of the loss since the last record of the log, where the checkpoint lies
-            between two records.
+        optimizer_steps: Adam's own step count.
+        interval: loss sums since the last log record, if the checkpoint falls between two.
     """
 
     step: int
@@ -105,7 +104,7 @@ class Commit(storage.Record):
 
 @dataclass(frozen=True)
 class Slice:
-    """A stretch of a flattened parameter that a reader wants."""
+    """A slice of a flattened parameter."""
 
     name: str
     offset: int
@@ -114,10 +113,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """A stretch of a flattened parameter on this rank, and the tensors that hold its state.
+    """A slice of a flattened parameter on this rank, and the tensors that hold its state.
 
     Attributes:
-        values: 1-D views, as long as the stretch, of the kinds of a checkpoint.
+        values: 1-D views of the slice's length, by state name.
     """
 
     slice: Slice
@@ -130,12 +129,12 @@ def step_name(step: int) -> str:
 
 
 def checkpoint_url(run_url: str, step: int) -> str:
-    """Folder of one checkpoint of a run."""
+    """Folder of a run's checkpoint."""
     return storage.join(run_url, "checkpoints", step_name(step))
 
 
 def reconstructed_url(run_url: str, sigma_rel: float, step: int) -> str:
-    """Where a run keeps an average that was made of its snapshots."""
+    """File for an EMA reconstructed from a run's snapshots."""
     return storage.join(run_url, "export", f"ema-{sigma_rel:g}-{step:010d}.safetensors")
 
 
@@ -150,7 +149,7 @@ def committed_steps(run_url: str) -> list[int]:
 
 
 def require_step(run_url: str, step: int | None) -> int:
-    """The step asked for, or the newest.
+    """The requested step, or the newest.
 
     Raises:
         UserError: the run has no such committed checkpoint.
@@ -162,7 +161,7 @@ def require_step(run_url: str, step: int | None) -> int:
         return steps[-1]
     if step not in steps:
         known = ", ".join(str(s) for s in steps)
-        raise UserError(f"{run_url} has no committed checkpoint of step {step}; it has: {known}")
+        raise UserError(f"{run_url} has no committed checkpoint at step {step}; it has: {known}")
     return step
 
 
@@ -184,13 +183,13 @@ def read_index(run_url: str, step: int) -> Index:
 
 
 def damage(run_url: str, step: int, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is damaged in a committed checkpoint, or None; every byte of it is read.
+    """What is damaged in a committed checkpoint, or None; reads every byte.
 
     Args:
-        share: (number, of how many) parts of the files that this caller looks at.
+        share: (i, n): check only the i-th of n parts of the files.
 
     Raises:
-        DiffitError: it could not be looked at, as where storage is out of reach.
+        DiffitError: it could not be checked, for example because storage is unreachable.
     """
     try:
         index, url = read_index(run_url, step), checkpoint_url(run_url, step)
@@ -204,18 +203,18 @@ def damage(run_url: str, step: int, share: tuple[int, int] = (0, 1)) -> str | No
 
 
 def checkpoint_digest(run_url: str, step: int) -> str:
-    """SHA-256 that names the contents of a checkpoint: that of its index."""
+    """SHA-256 that identifies a checkpoint's contents: the hash of its index."""
     return _commit(checkpoint_url(run_url, step)).index_sha256
 
 
 def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
-    """Every trainable parameter by name, fp32, whole.
+    """Every trainable parameter in full, by name, in fp32.
 
     Args:
-        kind: `raw` for the master weights, or the name of an average.
+        kind: `raw` for the master weights, or the name of an EMA.
 
     Raises:
-        DiffitError: a file is missing or damaged; it is named.
+        DiffitError: a file is missing or damaged.
     """
     index = read_index(run_url, step)
     wanted = [Slice(name, 0, math.prod(p.shape)) for name, p in index.parameters.items()]
@@ -229,7 +228,7 @@ def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
 def read_slices(
     run_url: str, step: int, wanted: list[Slice], kinds: tuple[StateName, ...]
 ) -> dict[StateName, list[Tensor]]:
-    """For each kind, the wanted stretches as 1-D float32 tensors, in the order asked for.
+    """For each state name, the wanted slices as 1-D float32 tensors, in the order given.
 
     Raises:
         UserError, DiffitError: as `fill_slices`.
@@ -248,12 +247,12 @@ def fill_slices(
     wanted: Sequence[tuple[Slice, Mapping[StateName, Tensor]]],
     kinds: tuple[StateName, ...],
 ) -> None:
-    """Read stretches into 1-D tensors that are there already, of any device and precision.
+    """Read slices into existing 1-D tensors of any device and precision.
 
-    Only the files that hold a part of them are read; each is verified first.
+    Only the files that hold part of them are read; each is verified first.
 
     Raises:
-        UserError: the checkpoint was imported and does not hold a kind.
+        UserError: the checkpoint lacks one of the states, for example because it was imported.
         DiffitError: a file is missing or damaged, or a parameter is not in the checkpoint.
     """
     import torch
@@ -269,7 +268,7 @@ def fill_slices(
     by_file: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
     for number, (part, _) in enumerate(wanted):
         if part.name not in index.parameters:
-            raise DiffitError(f"{url} holds no parameter {part.name!r}: it is of another model")
+            raise DiffitError(f"{url} has no parameter {part.name!r}: it holds a different model")
         for piece in index.parameters[part.name].pieces:
             if _overlap(part, piece)[1] > 0:
                 by_file[piece.file].append((number, piece))
@@ -292,7 +291,7 @@ def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:
 
 @contextmanager
 def _verified(url: str, file: str, entry: FileEntry) -> Iterator[Any]:
-    """The file's tensors, after its size and hash were found right."""
+    """The file's tensors, after checking its size and hash."""
     name = storage.join(url, file)
     try:
         with storage.local_copy(name) as path:
@@ -310,7 +309,7 @@ def _commit(url: str) -> Commit:
     try:
         return Commit.model_validate_json(storage.read_bytes(storage.join(url, "commit.json")))
     except FileNotFoundError as error:
-        raise DiffitError(f"checkpoint {url} is not committed; it was never finished") from error
+        raise DiffitError(f"checkpoint {url} is not committed: it was never finished") from error
     except ValidationError as error:
         raise DamagedCheckpoint(url, "commit.json is not a commit marker") from error
 
@@ -325,41 +324,41 @@ def _read_model(model: type[M], url: str, file: str, sha256: str) -> M:
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        raise DamagedCheckpoint(url, f"{file}: {error.error_count()} wrong fields") from error
+        raise DamagedCheckpoint(url, f"{file}: {error.error_count()} invalid fields") from error
 
 
-# Where snapshots of averages lie under a run, in the format of checkpoints.
+# Folder of EMA snapshots under a run, in the checkpoint format.
 SNAPSHOTS = "ema-snapshots"
 
 
-def write_pieces(path: Path, stretches: Iterable[OwnedSlice], kinds: Sequence[StateName]) -> None:
-    """Write stretches as a safetensors file of 1-D tensors named KIND/PARAMETER.
+def write_pieces(path: Path, slices: Iterable[OwnedSlice], kinds: Sequence[StateName]) -> None:
+    """Write slices as a safetensors file of 1-D tensors named KIND/PARAMETER.
 
-    The library's own writer wants every tensor in memory apart from the others, which would be
-    a second copy of the state; here one stretch at a time passes through the memory of the host.
+    The library's own writer needs every tensor in memory separately, a second copy of the state;
+    this one moves one slice at a time through host memory.
     """
     import torch
 
-    stretches = list(stretches)
+    slices = list(slices)
     header: dict[str, Any] = {}
-    place = 0
+    offset = 0
     for kind in kinds:
-        for stretch in stretches:
-            size = 4 * stretch.slice.length
-            header[f"{kind}/{stretch.slice.name}"] = {
+        for part in slices:
+            size = 4 * part.slice.length
+            header[f"{kind}/{part.slice.name}"] = {
                 "dtype": "F32",
-                "shape": [stretch.slice.length],
-                "data_offsets": [place, place + size],
+                "shape": [part.slice.length],
+                "data_offsets": [offset, offset + size],
             }
-            place += size
+            offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for kind in kinds:
-            for stretch in stretches:
-                values = stretch.values[kind].detach().to("cpu", torch.float32)
+            for part in slices:
+                values = part.values[kind].detach().to("cpu", torch.float32)
                 values.contiguous().numpy().tofile(file)
 
 
@@ -369,14 +368,14 @@ def save_whole(
     run_url: str,
     state: State,
 ) -> None:
-    """Write a checkpoint from whole tensors, by kind and parameter, in this process alone."""
+    """Write a checkpoint from full tensors, by state name and parameter, in a single process."""
     url, name = checkpoint_url(run_url, state.step), "rank-00000-of-00001.safetensors"
-    stretches = [
+    slices = [
         OwnedSlice(Slice(key, 0, shape.numel()), {k: v[key].reshape(-1) for k, v in values.items()})
         for key, shape in shapes.items()
     ]
     with storage.atomic_file(storage.join(url, name)) as path:
-        write_pieces(path, stretches, tuple(values))
+        write_pieces(path, slices, tuple(values))
         entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
     pieces = [(key, 0, shape.numel()) for key, shape in shapes.items()]
     part: dict[str, Any] = {"name": name, "entry": entry.model_dump(), "pieces": pieces}
@@ -384,12 +383,12 @@ def save_whole(
 
 
 def remove_old(run_url: str, keep: int, every: int | None = None) -> None:
-    """Remove all but the newest `keep` committed checkpoints, that of step 0, and those for good.
+    """Remove all committed checkpoints except step 0, the newest `keep`, and permanent ones.
 
-    The commit marker goes first, so a half-removed checkpoint is never taken for a whole one.
+    The commit marker is removed first, so a half-removed checkpoint never looks complete.
 
     Args:
-        every: checkpoints at multiples of so many steps are kept for good.
+        every: checkpoints at multiples of this many steps are kept permanently.
     """
     for step in [s for s in committed_steps(run_url) if s > 0][:-keep]:
         if every is not None and step % every == 0:
@@ -406,7 +405,7 @@ def commit_checkpoint(
     parts: list[dict[str, Any]],
     kinds: tuple[StateName, ...],
 ) -> None:
-    """Write index, state and, last, the commit marker over the files that ranks have written."""
+    """Write the index, the state and, last, the commit marker for the files the ranks wrote."""
     by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
     for part in parts:
         file = str(part["name"])
@@ -439,7 +438,7 @@ def commit_checkpoint(
 
 
 def _require_whole(index: Index) -> None:
-    """Pieces must cover each parameter without gap or overlap; else a checkpoint would lie."""
+    """Check that the pieces cover each parameter without gap or overlap."""
     for name, parameter in index.parameters.items():
         end = 0
         for piece in parameter.pieces:

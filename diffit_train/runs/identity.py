@@ -10,17 +10,14 @@ from pydantic import ValidationError
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe, load_stored_recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.runs.checkpoints import (
-    committed_steps,
-    require_step,
-)
+from diffit_train.runs.checkpoints import committed_steps, require_step
 
-# The word for the newest checkpoint where a step is asked for.
+# `--step` value that means the newest checkpoint.
 NEWEST = "newest"
 
 
 class RunIdentity(storage.Record):
-    """run.json: `uuid` tells apart two runs that bore the same name one after the other."""
+    """run.json; `uuid` distinguishes two successive runs of the same name."""
 
     uuid: str
     name: str
@@ -33,7 +30,7 @@ def run_url(recipe: Recipe, run: str) -> str:
 
 
 def read_identity(url: str) -> RunIdentity | None:
-    """The identity of the run in a folder; None where there is no run."""
+    """The identity of the run in a folder; None if there is no run."""
     try:
         return RunIdentity.model_validate_json(storage.read_bytes(storage.join(url, "run.json")))
     except FileNotFoundError:
@@ -43,18 +40,18 @@ def read_identity(url: str) -> RunIdentity | None:
 
 
 def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
-    """The run's identity, if it exists.
+    """The run's identity, or None if it does not exist.
 
     Raises:
-        UserError: the name holds the checkpoints of another recipe; the differing keys are named.
+        UserError: the run was trained with another recipe; the message lists the differing keys.
     """
     url = run_url(recipe, run)
     identity = read_identity(url)
     if identity is None or identity.recipe_hash == recipe.train_hash():
         return identity
     raise UserError(
-        f"run {run!r} in {recipe.storage.root} was trained by another recipe"
-        f"{_differences(recipe, url)}; choose another name by --run, or give the same recipe"
+        f"run {run!r} in {recipe.storage.root} was trained with another recipe"
+        f"{_differences(recipe, url)}; choose another --run, or use the same recipe"
     )
 
 
@@ -65,7 +62,7 @@ def stored_recipe(url: str) -> Recipe:
 
 
 def _differences(recipe: Recipe, url: str) -> str:
-    """`: train.lr is 0.1, there 0.2` for the keys that make the recipes differ."""
+    """` (train.lr is 0.1, there 0.2)` for the keys that differ."""
     stored = stored_recipe(url)
     mine, theirs = _leaves(recipe.train_identity()), _leaves(stored.train_identity())
     changed = [
@@ -87,7 +84,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def create_identity(recipe: Recipe, run: str) -> RunIdentity:
-    """Write recipe.yaml, then run.json, which makes the folder a run."""
+    """Write recipe.yaml, then run.json, which marks the folder as a run."""
     url = run_url(recipe, run)
     identity = RunIdentity(uuid=uuid.uuid4().hex, name=run, recipe_hash=recipe.train_hash())
     storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
@@ -96,7 +93,7 @@ def create_identity(recipe: Recipe, run: str) -> RunIdentity:
 
 
 def finished_step(recipe: Recipe, run: str) -> int | None:
-    """The newest committed step where the recipe's steps are done, else None.
+    """The newest committed step if it completes the recipe, else None.
 
     Raises:
         UserError: as `check_recipe`.
@@ -108,12 +105,15 @@ def finished_step(recipe: Recipe, run: str) -> int | None:
 
 
 def find_checkpoint(recipe: Recipe, run: str, step: str) -> tuple[str, int]:
-    """Folder of a run and the step asked for, if both are there."""
+    """Folder of a run and the requested step.
 
+    Raises:
+        UserError: the run or the checkpoint does not exist.
+    """
     if check_recipe(recipe, run) is None:
         raise UserError(
-            f"there is no run {run!r} under {recipe.storage.root}; train it first, or name "
-            "another by --run"
+            f"run {run!r} does not exist in {recipe.storage.root}; train it first, or pass "
+            "another --run"
         )
     url = run_url(recipe, run)
     return url, require_step(url, parse_step(step))
@@ -128,5 +128,5 @@ def parse_step(text: str) -> int | None:
     if text == NEWEST:
         return None
     if not text.isdigit():
-        raise UserError(f"--step is {text!r}, but must be a number of steps or {NEWEST!r}")
+        raise UserError(f"--step is {text!r}, but must be a step number or {NEWEST!r}")
     return int(text)

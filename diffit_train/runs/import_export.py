@@ -1,4 +1,4 @@
-"""`diffit import` and `diffit export`: weights in and out of a run, under the published names."""
+"""`diffit import` and `diffit export`: weights into and out of runs, under published names."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from diffit_train.tracking import Tracker
 def import_weights(
     recipe: Recipe, run: str, file: str, step: int | None = None, allow_pickle: bool = False
 ) -> tuple[str, int]:
-    """Make a run of a weight file, ready to be sampled and evaluated; its folder and step.
+    """Create a run from a weight file, ready to sample and evaluate; its folder and step.
 
     Args:
-        step: under which the weights are kept; None for the one that the file says, else 0.
+        step: step to store the weights under; None for the step recorded in the file, else 0.
 
     Raises:
-        UserError: the run exists already, or the file does not hold the recipe's model.
+        UserError: the run already exists, or the file does not hold the recipe's model.
     """
     _require_new(recipe, run)
     tensors, said = read_weights_and_step(file, allow_pickle)
@@ -46,19 +46,19 @@ def import_weights(
 
 
 def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) -> tuple[str, int]:
-    """Make a run of a checkpoint of DeepSpeed's own, to be trained on; its folder and step.
+    """Create a run from DeepSpeed's own checkpoint, ready to resume; its folder and step.
 
-    Master weights and Adam's moments are taken over. DeepSpeed keeps no averages of the weights,
-    so those of the recipe begin anew.
+    Master weights and Adam's moments are imported. DeepSpeed keeps no EMA, so the recipe's EMAs
+    restart from the master weights.
 
     Raises:
-        UserError: the run exists already, or the checkpoint does not hold the recipe's model.
+        UserError: the run already exists, or the checkpoint does not hold the recipe's model.
     """
     _require_new(recipe, run)
     if not allow_pickle:
         raise UserError(
-            f"{folder} is a checkpoint of DeepSpeed's, made of pickles, which may run any code "
-            "when they are read; if you trust it, give --allow-pickle"
+            f"{folder} is a DeepSpeed checkpoint made of pickles, which can run arbitrary code "
+            "when loaded; if you trust it, pass --allow-pickle"
         )
     from diffit_train.runs.deepspeed import read_deepspeed_checkpoint
 
@@ -88,7 +88,9 @@ def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) 
 
 def _require_new(recipe: Recipe, run: str) -> None:
     if committed_steps(run_url(recipe, run)):
-        raise UserError(f"run {run!r} in {recipe.storage.root} exists; choose another --run")
+        raise UserError(
+            f"run {run!r} in {recipe.storage.root} already exists; choose another --run"
+        )
 
 
 def _new_run(
@@ -99,10 +101,10 @@ def _new_run(
     shapes: dict[str, torch.Size],
     counts: dict[str, int],
 ) -> str:
-    """Identity, MLflow run and checkpoint of a run that begins with imported values."""
+    """Create identity, MLflow run and checkpoint of a run with imported values."""
     url = run_url(recipe, run)
     known = check_recipe(recipe, run)
-    # Before the identity: where MLflow cannot be used, nothing must be written.
+    # Before the identity: if MLflow is unavailable, nothing must be written.
     tracker = Tracker.of(recipe)
     identity = known or create_identity(recipe, run)
     tags = {
@@ -129,8 +131,8 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
     """Write a checkpoint's weights to one safetensors file under the published names; its URL.
 
     Args:
-        kind: `raw`, or the name of an average.
-        out: where to; None for RUN/export/KIND-STEP.safetensors.
+        kind: `raw`, or the name of an EMA.
+        out: output file; None for RUN/export/KIND-STEP.safetensors.
 
     Raises:
         DiffitError: the checkpoint is damaged.
@@ -143,7 +145,7 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
 
 
 def _metadata(recipe: Recipe, run: str, step: int, weights: str) -> dict[str, str]:
-    """What a file says of itself. Its recipe is the run's own, at the places given now."""
-    places = {"storage": recipe.storage, "tracking": recipe.tracking}
-    own = stored_recipe(run_url(recipe, run)).model_copy(update=places)
+    """Metadata of an exported file: the run's own recipe, with the current URLs."""
+    locations = {"storage": recipe.storage, "tracking": recipe.tracking}
+    own = stored_recipe(run_url(recipe, run)).model_copy(update=locations)
     return {"run": run, "step": str(step), "weights": weights, "recipe": dump_recipe(own)}

@@ -1,9 +1,9 @@
-"""Averages of the weights chosen after training: EDM2's post-hoc EMA (section 3, appendix C).
+"""EMA profiles chosen after training: EDM2's post-hoc EMA (section 3, appendix C).
 
-A run keeps a few averages whose profiles are power functions of training time, and snapshots of
-them. A sum of snapshots whose profiles add up to a wanted profile, in the sense of least squares,
-is then the average with that profile. As in EDM2's code the coefficients are divided by their
-sum, so that weights which stood still all through training come out as they are.
+A run keeps a few EMAs with power-function profiles, and stores snapshots of them. Any other
+profile is approximated, in the least-squares sense, by a linear combination of the snapshots'
+profiles; the same combination of the snapshots is then the EMA with that profile. As in EDM2's
+code, the coefficients are divided by their sum, so that constant weights are reproduced exactly.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
-from diffit_train.models.published import (
-    write_published,
-)
+from diffit_train.models.published import write_published
 from diffit_train.progress import Progress
 from diffit_train.runs.checkpoints import (
     SNAPSHOTS,
@@ -34,20 +32,20 @@ from diffit_train.runs.checkpoints import (
 from diffit_train.runs.identity import run_url
 from diffit_train.runs.import_export import _metadata
 
-# sigma_rel of the mean over all of training, gamma = 0.
+# sigma_rel of the plain mean over training, gamma = 0.
 WIDEST_PROFILE = 12**-0.5
-# Steps of training whose weights are held at once when profiles are multiplied.
-_STRETCH = 1 << 16
+# Training steps per chunk when comparing profiles; bounds memory.
+_CHUNK_STEPS = 1 << 16
 
 
 @functools.cache
 def power_exponent(sigma_rel: float) -> float:
-    """gamma of the profile t^gamma whose standard deviation is `sigma_rel` of training.
+    """gamma of the profile t^gamma with a standard deviation of `sigma_rel` of training.
 
     Solves sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2, section 3.1).
 
     Raises:
-        ValueError: sigma_rel is not below that of the plain mean, 12^-0.5, and above 0.
+        ValueError: sigma_rel is not between 0 and 12^-0.5, that of the plain mean.
     """
 
     def excess(gamma: float) -> float:
@@ -60,16 +58,16 @@ def power_exponent(sigma_rel: float) -> float:
 
 @dataclass(frozen=True)
 class Profile:
-    """The average with exponent `gamma` as it stands after `steps` training steps."""
+    """The EMA with exponent `gamma` after `steps` training steps."""
 
     steps: int
     gamma: float
 
     def weights(self, first: int, last: int) -> np.ndarray:
-        """How much the weights after steps first..last (counted from 1) contribute, float64.
+        """Contribution of the weights after each of steps first..last (from 1), float64.
 
-        The product of the update's decays (1 - 1/t)^(gamma + 1) telescopes, so the weights after
-        step s count (s^(gamma+1) - (s-1)^(gamma+1)) / steps^(gamma+1), those before none.
+        The product of the decays (1 - 1/t)^(gamma + 1) telescopes: the weights after step s
+        contribute (s^(gamma+1) - (s-1)^(gamma+1)) / steps^(gamma+1); the initial weights, nothing.
         """
         t = np.arange(first - 1, last + 1, dtype=np.float64) / self.steps
         return np.where(t[1:] <= 1.0, np.diff(t ** (self.gamma + 1.0)), 0.0)
@@ -77,11 +75,11 @@ class Profile:
 
 @dataclass(frozen=True)
 class Solution:
-    """Coefficients of the snapshots, and how far their sum is from the wanted profile.
+    """Snapshot coefficients and the error of the resulting profile.
 
     Attributes:
-        coefficients: one of each snapshot; they add up to 1.
-        error: L2 norm of the difference between the profiles, relative to the wanted one.
+        coefficients: one per snapshot; they sum to 1.
+        error: L2 distance to the wanted profile, relative to its norm.
     """
 
     coefficients: np.ndarray
@@ -89,24 +87,24 @@ class Solution:
 
 
 def reconstruct(snapshots: list[Profile], wanted: Profile) -> Solution:
-    """The weighted mean of snapshots that comes close to a wanted average (EDM2, algorithm 3).
+    """Coefficients of the snapshots that best approximate a wanted profile (EDM2, algorithm 3).
 
-    The coefficients of least squares, divided by their sum (EDM2, solve_posthoc_coefficients). The
-    profiles are those of the discrete updates, where EDM2 has the continuous limit, so a snapshot
-    that has the wanted profile is found exactly.
+    Least-squares coefficients divided by their sum (EDM2, solve_posthoc_coefficients). Profiles
+    are those of the discrete updates, not EDM2's continuous limit, so a snapshot that already has
+    the wanted profile is reproduced exactly.
 
     Raises:
         ValueError: there are no snapshots.
     """
     if not snapshots:
-        raise ValueError("there are no snapshots to reconstruct an average from")
+        raise ValueError("no snapshots to reconstruct an EMA from")
     everything, last = [*snapshots, wanted], max(p.steps for p in [*snapshots, wanted])
     triangle = np.zeros((0, len(everything)))
-    for first in range(1, last + 1, _STRETCH):
-        end = min(first + _STRETCH - 1, last)
+    for first in range(1, last + 1, _CHUNK_STEPS):
+        end = min(first + _CHUNK_STEPS - 1, last)
         rows = np.stack([p.weights(first, end) for p in everything], axis=1)
-        # A QR of what was reduced so far and the new rows: products of profiles would lose half
-        # of the digits, and neighboring snapshots are nearly alike.
+        # Incremental QR: inner products of profiles would lose half the digits, and neighboring
+        # snapshots are nearly identical.
         triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, rows]), mode="r"))
     matrix, target = triangle[:, :-1], triangle[:, -1]
     coefficients = np.linalg.lstsq(matrix, target, rcond=1e-12)[0]
@@ -117,11 +115,11 @@ def reconstruct(snapshots: list[Profile], wanted: Profile) -> Solution:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """An average that was made of snapshots.
+    """An EMA reconstructed from snapshots.
 
     Attributes:
-        error: L2 distance of its profile from the wanted one, relative to the wanted one.
-        snapshots: how many were summed.
+        error: L2 distance to the wanted profile, relative to its norm.
+        snapshots: number of snapshots combined.
     """
 
     file: str
@@ -133,12 +131,12 @@ class Reconstruction:
 def reconstruct_ema(
     recipe: Recipe, run: str, sigma_rel: float, step: int | None = None, out: str | None = None
 ) -> Reconstruction:
-    """Make the average with another power profile from a run's snapshots (EDM2, section 3).
+    """Reconstruct the EMA with another power profile from a run's snapshots (EDM2, section 3).
 
     Args:
         sigma_rel: width of the profile, relative to the training up to `step`.
-        step: of the average; None for the newest snapshot's.
-        out: where to; None for `checkpoints.reconstructed_url`.
+        step: step of the EMA; None for the newest snapshot.
+        out: output file; None for `checkpoints.reconstructed_url`.
 
     Raises:
         UserError: there are no snapshots, or none that late.
@@ -153,8 +151,8 @@ def reconstruct_ema(
     steps = committed_steps(snapshots)
     if not profiles or not steps:
         raise UserError(
-            f"run {run!r} has no snapshots of averages; train with averages that have a sigma_rel "
-            "(as 0.05 and 0.1) in train.ema, and with train.ema_snapshot_every"
+            f"run {run!r} has no EMA snapshots; train with power-function EMAs in train.ema (for "
+            "example sigma_rel 0.05 and 0.1) and set train.ema_snapshot_every"
         )
     step = steps[-1] if step is None else step
     if not 0 < step <= steps[-1]:

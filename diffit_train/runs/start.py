@@ -5,11 +5,7 @@ from __future__ import annotations
 from diffit_train.config import Recipe
 from diffit_train.config.train import Start
 from diffit_train.errors import UserError
-from diffit_train.runs.checkpoints import (
-    checkpoint_digest,
-    read_index,
-    require_step,
-)
+from diffit_train.runs.checkpoints import checkpoint_digest, read_index, require_step
 from diffit_train.runs.identity import read_identity, run_url, stored_recipe
 
 
@@ -18,33 +14,33 @@ def starting_from(
 ) -> Recipe:
     """The recipe with `train.start` filled in.
 
-    A run that exists keeps the checkpoint that it started from, though its source may have
-    trained on since, or be gone. Where the resolution differs, the fixed positions keep the
-    spread that the source has learnt.
+    An existing run keeps the checkpoint it started from, even if its source has trained further
+    or been removed. If the resolution differs, the fixed positions keep the range that the source
+    was trained with.
 
     Args:
         run: the new run.
-        source: RUN or RUN@STEP, without a step the newest checkpoint; None for the source that
-            the run was started from, if any.
-        weights: raw, or the name of an average.
+        source: RUN or RUN@STEP, by default the newest checkpoint; None for the source that the
+            run was started from, if any.
+        weights: raw, or the name of an EMA.
 
     Raises:
-        UserError: there is no such run, checkpoint or average.
+        UserError: the run, checkpoint or EMA does not exist.
     """
     if source is None:
         return begun_from(recipe, run)
     name, _, step = source.partition("@")
     if step and not step.isdigit():
-        raise UserError(f"--from is {source!r}, but must be RUN or RUN@STEP, as first@5000")
+        raise UserError(f"--from is {source!r}, but must be RUN or RUN@STEP, such as first@5000")
     if name == run:
-        raise UserError(f"--from names run {run!r} itself; give the new run another name by --run")
+        raise UserError(f"--from is run {run!r} itself; choose another --run for the new run")
     begun = begun_from(recipe, run)
     kept = begun.train.start
     if kept and kept.run == name and kept.weights == weights and step in ("", str(kept.step)):
         return begun
     url = run_url(recipe, name)
     if read_identity(url) is None:
-        raise UserError(f"--from is {source!r}, but there is no run {name!r} in {url}")
+        raise UserError(f"--from is {source!r}, but run {name!r} does not exist in {url}")
     number = require_step(url, int(step) if step else None)
     kind = "master" if weights == "raw" else weights
     known = read_index(url, number).kinds
@@ -58,7 +54,7 @@ def starting_from(
 
 
 def begun_from(recipe: Recipe, run: str) -> Recipe:
-    """The recipe, with what `--from` once filled in where the run exists and had it."""
+    """The recipe, with the `train.start` of the existing run if it was started by `--from`."""
     url = run_url(recipe, run)
     if recipe.train.start is not None or read_identity(url) is None:
         return recipe
@@ -69,7 +65,7 @@ def begun_from(recipe: Recipe, run: str) -> Recipe:
 
 
 def _started(recipe: Recipe, start: Start, side: int | None) -> Recipe:
-    """The recipe with a start, and the spread of its positions where it says none itself."""
+    """The recipe with a start, and with `side` as `model.position_side` unless it sets its own."""
     update = {"position_side": recipe.model.position_side or side}
     model = recipe.model.model_copy(update=update)
     train = recipe.train.model_copy(update={"start": start})

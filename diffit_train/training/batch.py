@@ -1,4 +1,4 @@
-"""A rank's share of a global batch, with all the randomness that its step depends on."""
+"""A rank's share of a global batch, with all of its randomness."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from diffit_train.diffusion.objective import Objective
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What a step is a function of, on one rank: n of the global batch's samples.
+    """One rank's input to a step: n samples of the global batch.
 
     Attributes:
-        source: the samples as they were read.
+        source: the samples as read from the shards.
         x0: scaled latents, (n, C, h, w).
         t: noise levels, (n,).
-        noise: as `x0`.
+        noise: same shape as `x0`.
         y: labels, (n,); the null class where dropped.
     """
 
@@ -33,14 +33,14 @@ class TrainingBatch:
     y: Tensor
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x0, t, noise and y."""
+        """(x0, t, noise, y)."""
         return self.x0, self.t, self.noise, self.y
 
 
 class BatchBuilder:
     """Draws noise levels, noise, posterior samples, flips and label dropout, lane by lane.
 
-    Called by the loader's thread; the result depends on the seed, the step and the lanes only.
+    Called by the loader's thread; the result depends only on the seed, the step and the lanes.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class BatchBuilder:
         self.device = device
 
     def __call__(self, batch: Batch) -> TrainingBatch:
-        """The training batch of samples just read."""
+        """Turn a batch of samples into a training batch."""
         manifest, train = self.manifest, self.recipe.train
         count = len(batch.labels) // len(batch.lanes)
         shape = (manifest.channels, manifest.height, manifest.width)

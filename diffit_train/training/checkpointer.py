@@ -1,4 +1,4 @@
-"""Write and load sharded checkpoints: every rank its own pieces, the commit marker last."""
+"""Write and load sharded checkpoints: each rank writes what it owns, the commit marker last."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from diffit_train.runs.checkpoints import (
 )
 from diffit_train.training.engine import Engine
 
-# Checkpoints in a row that may fail before training stops: storage may be away for a while.
+# Consecutive failed checkpoints before training stops: storage may be unavailable for a while.
 FAILED_SAVES = 3
 
 
 class UnrecoverableError(DiffitError):
-    """What all ranks find alike, and would find again if they were started anew."""
+    """Raised on all ranks; restarting the workers would only raise it again."""
 
 
 def _nothing() -> None:
@@ -46,7 +46,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class _Saving:
-    """A checkpoint on its way: this rank's part is on the disk, the rest is the thread's."""
+    """A checkpoint in progress: this rank's part is on disk, the thread does the rest."""
 
     url: str
     state: State
@@ -58,19 +58,19 @@ class _Saving:
 
 
 class CheckpointWriter:
-    """Writes checkpoints of an engine, in two parts.
+    """Writes an engine's checkpoints in two phases.
 
-    `save` writes this rank's part to a local file, which is all that training waits for. A thread
-    hashes it, uploads or renames it, and agrees with the other ranks' threads; then rank 0
+    `save` writes this rank's part to a local file; training waits only for that. A thread then
+    hashes it, uploads or renames it, and agrees with the other ranks' threads, and rank 0
     commits. All ranks must make the same calls in the same order.
 
     Args:
-        say: told what went wrong where training goes on nevertheless.
+        say: told about failures that training survives.
     """
 
     def __init__(self, engine: Engine, say: Callable[[str], None] = lambda text: None) -> None:
         self.engine, self.say = engine, say
-        # A group of the threads' own: their collectives must not meet those of training.
+        # The threads use their own group: their collectives must not mix with training's.
         self.group = dist.new_group(backend="gloo")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.blocked_s = 0.0
@@ -85,15 +85,15 @@ class CheckpointWriter:
         before_commit: Callable[[], None] = _nothing,
         after_commit: Callable[[], None] = _nothing,
     ) -> None:
-        """Begin a checkpoint, once the one before it is done.
+        """Start a checkpoint, once the previous one is done.
 
         Args:
-            kinds: what to write; None for everything.
+            kinds: state names to write; None for everything.
             before_commit, after_commit: called by rank 0's thread around the commit; the second
                 must not raise.
 
         Raises:
-            UnrecoverableError: too many checkpoints in a row could not be written.
+            UnrecoverableError: too many consecutive checkpoints failed.
         """
         started_s = time.monotonic()
         self.wait()
@@ -119,18 +119,18 @@ class CheckpointWriter:
         self.blocked_s += time.monotonic() - started_s
 
     def wait(self) -> None:
-        """Return when no checkpoint is on its way."""
+        """Return once no checkpoint is in progress."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def take_blocked_s(self) -> float:
-        """Seconds for which checkpoints held up training since the last call."""
+        """Seconds that checkpoints blocked training since the last call."""
         seconds, self.blocked_s = self.blocked_s, 0.0
         return seconds
 
     def save_now(self, run_url: str, state: State, **rest: Any) -> None:
-        """Write a checkpoint and return when it is committed.
+        """Write a checkpoint and return once it is committed.
 
         Raises:
             UnrecoverableError: it could not be written.
@@ -149,7 +149,7 @@ class CheckpointWriter:
         path: Path | None,
         error: Exception | None,
     ) -> None:
-        """Hash, upload, agree, commit; on every rank, in a thread."""
+        """Hash, upload, agree, commit; runs in a thread on every rank."""
         mine: dict[str, Any] = {"name": saving.name, "pieces": saving.pieces}
         try:
             with stack:
@@ -180,13 +180,13 @@ class CheckpointWriter:
         text = f"checkpoint {saving.url} could not be written: {'; '.join(verdict[0])}"
         self.failures.append(text)
         if self.rank == 0:
-            self.say(text)
+            self.say(f"Save failed: {text}")
 
 
 def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
-    """Fill this rank's master weights, moments and averages; any world size, any ZeRO stage.
+    """Load this rank's master weights, moments and EMA, from any world size and ZeRO stage.
 
-    The model itself must have been given the checkpoint's weights before the engine was made.
+    The checkpoint's weights must be loaded into the model before the engine is created.
     """
     state = read_state(run_url, step)
     owned = engine.owned()
@@ -197,7 +197,7 @@ def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
 
 
 def load_master_weights(model: nn.Module, run_url: str, step: int) -> None:
-    """Give a model the master weights of a checkpoint, without a second copy of them."""
+    """Load a checkpoint's master weights into a model in place, without a second copy."""
     wanted = [
         (Slice(name, 0, p.numel()), {"master": p.detach().view(-1)})
         for name, p in model.named_parameters()
@@ -206,28 +206,26 @@ def load_master_weights(model: nn.Module, run_url: str, step: int) -> None:
     fill_slices(run_url, step, wanted, ("master",))
 
 
-def _fill(
-    stretches: list[OwnedSlice], run_url: str, step: int, kinds: tuple[StateName, ...]
-) -> None:
-    if stretches:
-        fill_slices(run_url, step, [(s.slice, s.values) for s in stretches], kinds)
+def _fill(slices: list[OwnedSlice], run_url: str, step: int, kinds: tuple[StateName, ...]) -> None:
+    if slices:
+        fill_slices(run_url, step, [(s.slice, s.values) for s in slices], kinds)
 
 
 def agreed_steps(run_url: str, group: dist.ProcessGroup | None = None) -> list[int]:
-    """The run's committed steps as rank 0 sees them, on all ranks, which must call it together."""
+    """The run's committed steps as rank 0 sees them (collective)."""
     steps: list[Any] = [committed_steps(run_url) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(steps, group=group)
     return list(steps[0])
 
 
 def newest_whole(run_url: str, say: Callable[[str], None]) -> int | None:
-    """Step of the newest committed checkpoint that is not damaged; None where there is none.
+    """Step of the newest committed checkpoint that is intact; None without checkpoints.
 
-    All ranks must call it; they share out the reading. A damaged one is named and loses its
-    commit marker, so that training writes it again when it comes by.
+    A collective: the ranks divide the reading among themselves. A damaged checkpoint is reported
+    and loses its commit marker, so that training writes it again at that step.
 
     Raises:
-        DiffitError: there are checkpoints, and all of them are damaged.
+        DiffitError: all checkpoints are damaged.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     steps = agreed_steps(run_url)
@@ -239,9 +237,11 @@ def newest_whole(run_url: str, say: Callable[[str], None]) -> int | None:
             return step
         earlier = [s for s in steps if s < step]
         if not earlier:
-            raise DiffitError(f"{problems[0]}; there is no checkpoint before it")
+            raise DiffitError(
+                f"{problems[0]}; there is no earlier checkpoint; choose another --run"
+            )
         if rank == 0:
-            say(f"{problems[0]}; going on from step {earlier[-1]:,}")
+            say(f"Resuming from step {earlier[-1]:,}: {problems[0]}")
             storage.remove(storage.join(checkpoint_url(run_url, step), "commit.json"))
         dist.barrier()
     return None

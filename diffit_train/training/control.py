@@ -1,4 +1,4 @@
-"""What the ranks of a training agree on once a step, and what they hear from and tell outside."""
+"""What the ranks agree on once per step, and the hooks to whoever runs the training."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ PREEMPTION_POLL_S = 1.0
 
 
 class TrainerHooks(Protocol):
-    """What a rank's training hears from, and tells, whoever runs it."""
+    """Callbacks from a rank's training to whoever runs it."""
 
     def report(self, record: dict[str, Any]) -> None:
-        """A record of the log, on rank 0, for the progress line."""
+        """Show a log record as progress; called on rank 0."""
 
     def say(self, text: str) -> None:
-        """A line for the user, on rank 0."""
+        """Show a line to the user; called on rank 0."""
 
     def stop_wanted(self) -> bool:
-        """Whether training should save and leave; asked on rank 0."""
+        """Whether training should save and exit; called on rank 0."""
 
     def preempted(self) -> bool:
-        """Whether a node of this run will be taken away; all ranks ask together."""
+        """Whether a node of this run is about to be preempted; called on all ranks together."""
 
     def validate(self, step: int) -> None:
-        """Evaluate a committed checkpoint next to training; all ranks call it together."""
+        """Evaluate a committed checkpoint while training runs; called on all ranks together."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after a step; the same on each.
+    """What all ranks do after a step; identical on every rank.
 
     Attributes:
         accept: whether the optimizer may take the step.
         loss: mean over the global batch.
-        stop: save and leave.
-        check_preemption: ask whether a node will be taken away.
+        stop: save and exit.
+        check_preemption: ask whether a node is about to be preempted.
         validate: step of a checkpoint to evaluate; 0 for none.
     """
 
@@ -56,14 +56,14 @@ class Decision:
 
 
 class ControlPlane:
-    """Stop, preemption, validation and the accept step, agreed on by one small reduction a step.
+    """Agrees on stop, preemption, validation and step acceptance with one small reduction a step.
 
-    It has a gloo group of its own, apart from the GPUs' collectives. torch.distributed must be
+    Uses its own gloo group, separate from the GPUs' collectives. torch.distributed must be
     initialized; all ranks must make the same calls in the same order.
 
     Attributes:
-        pending_validation: on rank 0, steps whose checkpoints are committed and await evaluation.
-        stop: whether training was asked to save and leave.
+        pending_validation: on rank 0, steps of committed checkpoints that await evaluation.
+        stop: whether training was asked to save and exit.
         preempted: whether a preemption was announced and no checkpoint has been saved since.
     """
 
@@ -77,10 +77,10 @@ class ControlPlane:
         self._polled_s = 0.0
 
     def decide(self, loss_sum: float, grad_norm: float) -> Decision:
-        """Agree on a step that has its gradients but has not been taken.
+        """Agree on a step after its backward pass and before the optimizer takes it.
 
         Args:
-            loss_sum: over this rank's samples.
+            loss_sum: loss summed over this rank's samples.
             grad_norm: global, before clipping; the same on every rank.
         """
         mine = torch.zeros(4, dtype=torch.float64)
@@ -106,7 +106,7 @@ class ControlPlane:
         )
 
     def follow(self, decision: Decision) -> None:
-        """Do what was decided besides the step itself."""
+        """Act on the parts of a decision other than the step itself."""
         if decision.validate:
             self.hooks.validate(decision.validate)
         self.stop = self.stop or decision.stop
@@ -114,11 +114,11 @@ class ControlPlane:
             self.preempted = self.hooks.preempted()
 
     def saved_for_preemption(self) -> None:
-        """A checkpoint was committed after the announcement; the run need not save again."""
+        """Note that a checkpoint was committed after the announcement; no need to save again."""
         self._saved_for_preemption, self.preempted = True, False
 
     def validate_pending(self) -> None:
-        """Hand over every checkpoint that still awaits evaluation."""
+        """Start the evaluation of every checkpoint that still awaits it."""
         pending: list[Any] = [list(self.pending_validation)]
         dist.broadcast_object_list(pending, group=self.group)
         for step in pending[0]:

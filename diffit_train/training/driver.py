@@ -2,7 +2,8 @@
 
 Ray Train's own checkpoints and resumption are not used: it would resume an old name with another
 recipe, and its snapshot may be truncated. Workers that start, for whatever reason, resume from the
-newest committed checkpoint of the run; Ray gets a fresh name each time."""
+newest committed checkpoint of the run; Ray gets a fresh name each time.
+"""
 
 from __future__ import annotations
 
@@ -43,20 +44,20 @@ from diffit_train.tracking import (
 )
 from diffit_train.training.worker import POLL_S, TrainingStatus, Validate, _Validation, _worker
 
-STOPPED = 143  # as a shell has it for a process that SIGTERM ended
+STOPPED = 143  # 128 + SIGTERM, the shell's status for a process ended by it
 
 
 def train(
     recipe: Recipe, run: str, address: str | None = None, validate: Validate | None = None
 ) -> int:
-    """Train a run to its last step, from wherever it stands; returns that step.
+    """Train a run to its last step, resuming it if it exists; returns that step.
+
+    A finished run is left unchanged. On SIGTERM the workers save a checkpoint and exit, and this
+    function raises SystemExit with status 143.
 
     Args:
         address: of the Ray cluster; None as in `ray_session.connected`.
-        validate: evaluates a checkpoint every `train.validate_every` steps, while training goes on.
-
-    Rerunning continues; a finished run is left alone. SIGTERM makes the workers save and leave,
-    and ends the process by SystemExit with status 143.
+        validate: evaluates a checkpoint every `train.validate_every` steps while training runs.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -81,31 +82,31 @@ def train(
 
 
 def _kernel(recipe: Recipe) -> str:
-    """The attention kernel of the workers; a UserError where their device has it not."""
+    """The workers' attention kernel; a UserError if their device does not support it."""
     device = torch.device("cuda" if recipe.scaling.gpus_per_worker else "cpu")
     return kernel_name(recipe.model.attention, device)
 
 
 def _check_resumable(url: str) -> None:
-    """Refuse a run of imported weights: they came without the state of an optimizer."""
+    """Refuse a run with imported weights: it has no optimizer state."""
     steps = committed_steps(url)
     if steps and "master" not in read_index(url, steps[-1]).kinds:
         raise UserError(
-            f"the weights of {url} were imported and have no optimizer state to go on from; they "
-            "can be sampled and evaluated; to train, choose another --run"
+            f"the weights of {url} were imported without optimizer state, so training cannot "
+            "resume from them; they can be sampled and evaluated; to train, choose another --run"
         )
 
 
 def _check_start(recipe: Recipe) -> None:
-    """Refuse to start from a checkpoint that is not there, or has changed."""
+    """Refuse to start from a checkpoint that is missing or has changed."""
     start = recipe.train.start
     if start is None:
         return
     url = run_url(recipe, start.run)
     if start.step not in committed_steps(url) or checkpoint_digest(url, start.step) != start.digest:
         raise UserError(
-            f"train.start is step {start.step} of run {start.run!r}, but {storage.display_path(url)} has "
-            "no such checkpoint any more, or another one; name it anew by --from"
+            f"train.start is step {start.step} of run {start.run!r}, but that checkpoint in "
+            f"{storage.display_path(url)} has been removed or replaced; pass --from again"
         )
     with torch.device("meta"):
         model = build_model(recipe)
@@ -117,7 +118,7 @@ def _check_start(recipe: Recipe) -> None:
 def _tracked_fit(
     recipe: Recipe, identity: RunIdentity, manifest: Manifest, validate: Validate | None
 ) -> int:
-    """Train, with an MLflow run that ends as training did."""
+    """Train, and give the MLflow run the final status of training."""
     tags = {
         "diffit.recipe_hash": identity.recipe_hash,
         "diffit.dataset_digest": manifest.digest,
@@ -143,17 +144,17 @@ def _tracked_fit(
         try:
             Tracker.of(recipe).finish(mlflow_run_id, status)
         except unreachable_errors() as error:
-            say(f"MLflow was not told that the run is {status}: {first_line(error)}")
+            say(f"Could not mark the MLflow run {status}: {first_line(error)}")
     return step
 
 
 def _mlflow_run(
     recipe: Recipe, identity: RunIdentity, manifest: Manifest, tags: dict[str, str]
 ) -> str:
-    """The run's id in MLflow. A run that goes on needs no answer from MLflow to know it.
+    """The run's id in MLflow. A resumed run reads it from its checkpoint if MLflow is down.
 
     Raises:
-        UserError: MLflow is out of reach, and the run is new.
+        UserError: MLflow is unreachable and the run is new.
     """
     try:
         tracker = Tracker.of(recipe)
@@ -165,14 +166,14 @@ def _mlflow_run(
         url = run_url(recipe, identity.name)
         steps = committed_steps(url)
         if not steps:
-            raise UserError(f"a new run needs MLflow to start with: {first_line(error)}") from error
-        say(f"going on without MLflow: {first_line(error)}")
+            raise UserError(f"a new run needs MLflow: {first_line(error)}") from error
+        say(f"Continuing without MLflow: {first_line(error)}")
         return read_state(url, steps[-1]).mlflow_run_id
     return run_id
 
 
 def _check_latents(recipe: Recipe) -> Manifest:
-    """The latents, if they are those of the recipe."""
+    """The manifest of the latents, checked against the recipe."""
     manifest = load_manifest(latents_url(recipe))
     require_recipe(recipe, manifest.recipe_hash)
     return manifest
@@ -197,7 +198,7 @@ def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Valid
     fewest, most = scaling.fewest_workers, scaling.most_workers
     validation = None
     if validate is not None and recipe.train.validate_every:
-        # The task only waits for the evaluation's actors, which take what they need themselves.
+        # The task only waits for the evaluation's actors, which reserve their own resources.
         validation = ValidationConfig(
             _Validation(status, validate), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
         )
@@ -245,33 +246,33 @@ def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Valid
     step = max(committed_steps(url), default=0)
     if step < recipe.train.steps:
         if stop.is_set():
-            say(f"stopped at step {step:,}, which is saved; the same command continues")
+            say(f"Stopped at step {step:,} (checkpoint saved); rerun the same command to resume")
             raise SystemExit(STOPPED)
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
-    say(f"trained {step:,} steps of {recipe.train.batch_size} images")
+    say(f"Trained {step:,} steps of {recipe.train.batch_size} images")
     return step
 
 
 def _renew_claim(url: str, ray_run_id: str) -> None:
-    """Take back what an earlier attempt of an elastic run claimed of the ray_session.
+    """Cancel the resource request that an earlier attempt of an elastic run left in Ray.
 
-    Where a command was killed, Ray would keep the claim for three minutes and let this attempt
-    wait for it. The name of a claim is Ray's own (`ScalingPolicy.after_controller_start`).
+    If that command was killed, Ray would hold the request for three minutes and make this attempt
+    wait. Requests are named by Ray (`ScalingPolicy.after_controller_start`).
     """
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
     )
 
-    place = storage.join(url, "ray-claim.json")
-    if storage.exists(place):
+    claim_url = storage.join(url, "ray-claim.json")
+    if storage.exists(claim_url):
         coordinator = get_or_create_autoscaling_coordinator()
-        ray.get(coordinator.cancel_request.remote(requester_id=storage.read_json(place)))
-    storage.write_json(place, f"train-{ray_run_id}")
+        ray.get(coordinator.cancel_request.remote(requester_id=storage.read_json(claim_url)))
+    storage.write_json(claim_url, f"train-{ray_run_id}")
 
 
 @contextlib.contextmanager
 def _on_sigterm(stop: threading.Event) -> Iterator[None]:
-    """Set an event on SIGTERM while the block runs, where this thread may say so."""
+    """Set an event on SIGTERM while the block runs; only the main thread can handle signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -283,7 +284,7 @@ def _on_sigterm(stop: threading.Event) -> Iterator[None]:
 
 
 def _ray_storage(url: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own state, as RunConfig wants it."""
+    """RunConfig arguments for where Ray Train keeps its own state."""
     if storage.is_local(url):
         return {"storage_path": str(storage.local_path(url).absolute())}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -293,7 +294,7 @@ def _ray_storage(url: str) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of the innermost failure, which is what went wrong."""
+    """The last line of the innermost failure: the actual error."""
     failures = getattr(error, "worker_failures", None) or {}
     texts = [str(failure) for failure in failures.values()] or [str(error)]
     lines = [line for line in texts[0].strip().splitlines() if line.strip()]
@@ -304,11 +305,11 @@ def _cause(error: BaseException) -> str:
 def _progress(
     recipe: Recipe, status: Any, committed: list[int], stop: threading.Event
 ) -> Iterator[None]:
-    """Show the status's record and lines while the block runs; pass on that it is to stop."""
+    """Show the status actor's record and lines while the block runs; forward a stop request."""
     ended = threading.Event()
     steps, start = recipe.train.steps, max(committed, default=0)
     say(
-        f"starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}, "
+        f"Starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}, "
         f"attention kernel {_kernel(recipe)}"
     )
     seen = 0
@@ -330,7 +331,7 @@ def _progress(
             while not ended.wait(POLL_S):
                 if stop.is_set() and not told:
                     told = True
-                    say("asked to end: saving a checkpoint")
+                    say("Stop requested; saving a checkpoint")
                     status.stop.remote()
                 if show(progress) and not begun:
                     begun = True

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the fp32 master weights, sharded exactly as they are."""
+"""EMA of the fp32 master weights, with the same sharding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from diffit_train.runs.phema import power_exponent
 
 
 def ema_decay(profile: EmaProfile, step: int, batch_size: int) -> float:
-    """Weight of the past in the update that follows training step `step` (the first is 0).
+    """EMA decay in the update after training step `step` (the first is 0).
 
     Constant; EDM's half-life of `half_life_images`, at most `ramp_ratio` of the images seen
     before the step (EDM, training_loop.py); or (1 - 1/t)^(gamma + 1) with t = step + 1, which
-    makes the average a power function of training time (EDM2, section 3.1).
+    makes the profile a power function of training time (EDM2, section 3.1).
     """
     if profile.decay is not None:
         return profile.decay
@@ -30,15 +30,15 @@ def ema_decay(profile: EmaProfile, step: int, batch_size: int) -> float:
 
 
 class ShardedEMA:
-    """Averages of tensors: average <- decay * average + (1 - decay) * weights, in fp32.
+    """EMA of tensors: ema <- decay * ema + (1 - decay) * weights, in fp32.
 
-    Each rank averages only the master weights that it owns, so no rank ever holds a whole copy,
-    and the pieces together equal the averages of the whole weights, bit for bit.
+    Each rank averages only the master weights it owns, so no rank ever holds a full copy; the
+    shards together equal the EMA of the full weights, bit for bit.
 
     Args:
         sources: this rank's fp32 master weights.
-        profiles: the averages to keep, by name.
-        batch_size: images of a step.
+        profiles: the EMAs to keep, by name.
+        batch_size: images per step.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ShardedEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights as they are after training step `step`."""
+        """Update with the weights after training step `step`."""
         for name, profile in self.profiles.items():
             decay = ema_decay(profile, step, self.batch_size)
             if self.sources:

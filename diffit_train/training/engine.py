@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO around a plain model: owned stretches, optimizer step, learning rate, EMA."""
+"""DeepSpeed ZeRO around a plain model: owned slices, optimizer step, learning rate, EMA."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from diffit_train.errors import DiffitError
 from diffit_train.runs.checkpoints import OwnedSlice, Slice, StateName
 from diffit_train.training.ema import ShardedEMA
 
-# Says from a step's gradient norm, on all ranks alike, whether the step may be taken.
+# From a step's gradient norm, whether to take the step; all ranks must return the same.
 AcceptStep = Callable[[float], bool]
 
 
 def learning_rate(train: Train, step: int) -> float:
-    """Learning rate of a step, a pure function of the recipe: linear rise, then the schedule."""
-    rise = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
-    lr = train.lr * rise
+    """Learning rate at a step, a pure function of the recipe: linear warmup times the schedule."""
+    warmup = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+    lr = train.lr * warmup
     if train.lr_schedule == "cosine":
         return lr * 0.5 * (1.0 + math.cos(math.pi * step / train.steps))
     if train.lr_schedule == "inverse_sqrt":
@@ -34,7 +34,7 @@ def learning_rate(train: Train, step: int) -> float:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where a stretch lies: `start` elements into the flat tensor `flat`."""
+    """A slice and its location: `start` elements into the flat tensor `flat`."""
 
     slice: Slice
     flat: Tensor
@@ -42,17 +42,17 @@ class _Piece:
 
 
 class Engine:
-    """A model under ZeRO stage 0 to 3, with its AdamW and its sharded averages.
+    """A model under ZeRO stage 0 to 3, with AdamW and sharded EMA.
 
-    torch.distributed must be initialised. The model must have the same weights on every rank.
+    torch.distributed must be initialized. The model must have the same weights on every rank.
 
     Args:
         model: a single-device module; its forward is (x, t, y).
-        train: the recipe's section.
-        rank: this process's number.
+        train: the recipe's `train` section.
+        rank: this process's rank.
         world_size: number of processes.
         device: where the model runs.
-        micro_batches: backward passes whose gradients make up a step.
+        micro_batches: backward passes per step.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Engine:
         self._norm = float("nan")
         self._accept: AcceptStep = math.isfinite
         self._install_accept()
-        # At stage 0 the parameters themselves are the masters, and Adam's state is theirs.
+        # At stage 0 the parameters are their own master weights and hold Adam's state.
         replicas = list(self.names) if train.zero_stage == 0 else []
         self._replicas = [(p.detach().view(-1), self.names[p]) for p in replicas]
         owners = zip(self._replicas, replicas, strict=True)
@@ -95,30 +95,30 @@ class Engine:
         self.ema = ShardedEMA(masters, train.ema, train.batch_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The model's output in fp32, for noisy latents x in fp32: they are never rounded."""
+        """The model's output in fp32, for noisy latents x in fp32, which are never rounded."""
         autocast = self.train.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             return cast(Tensor, self.engine(x, t, y)).float()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Add a micro-batch's gradients; `micro_batches` of them make a step.
+        """Accumulate a micro-batch's gradients; `micro_batches` of them make a step.
 
         Args:
-            loss: this rank's share of the micro-batch's part of the mean over the whole batch:
-                the sum over ranks and micro-batches is what is descended.
-            last: whether it is the step's last micro-batch.
+            loss: this micro-batch's contribution to the global batch's mean loss. Gradients are
+                those of the sum over ranks and micro-batches.
+            last: whether this is the step's last micro-batch.
         """
-        # DeepSpeed divides by the number of micro-batches and takes the mean over the ranks.
+        # DeepSpeed divides by the number of micro-batches and averages over the ranks.
         self.engine.backward(loss * float(self.micro_batches * self.world_size))
         if not last:
             self.engine.step()
 
     def step(self, step: int, accept: AcceptStep = math.isfinite) -> bool:
-        """Optimizer step at this step's learning rate; whether it was taken.
+        """Optimizer step at this step's learning rate; returns whether it was taken.
 
         Args:
-            accept: called once with the norm of the gradient before clipping; where it says no,
-                weights and moments stay as they are.
+            accept: called once with the gradient norm before clipping; if it returns False,
+                weights and moments do not change.
         """
         for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
@@ -129,33 +129,33 @@ class Engine:
         return not self.optimizer.overflow
 
     def update_ema(self, step: int) -> None:
-        """Let the averages take in the weights as they are after a step, taken or not."""
+        """Update the EMA with the current weights; called after every step, taken or not."""
         self.ema.update(step)
 
     def grad_norm(self) -> float:
-        """L2 norm of the last global gradient, before clipping."""
+        """L2 norm of the last global gradient before clipping."""
         return self._norm
 
     def optimizer_steps(self) -> int:
-        """How often Adam has stepped, its bias correction's count."""
+        """Adam's step count, used for bias correction."""
         steps = {int(self._adam(piece.flat)["step"]) for piece in self._pieces}
         if len(steps) > 1:
             raise DiffitError(f"Adam's parameter groups disagree on their step: {sorted(steps)}")
         return steps.pop() if steps else 0
 
     def set_optimizer_steps(self, steps: int) -> None:
-        """Put Adam's count where it stood after so many steps."""
+        """Set Adam's step count."""
         for piece in self._held_pieces():
             self._adam(piece.flat)["step"].fill_(float(steps))
 
     def destroy(self) -> None:
-        """Take DeepSpeed's hooks off the model, so that its memory can be freed."""
+        """Remove DeepSpeed's hooks from the model, so that its memory can be freed."""
         self.engine.destroy()
 
-    # ---- State, by stretches ----
+    # ---- State, by slices ----
 
     def owned(self) -> list[OwnedSlice]:
-        """What this rank, and no other, answers for; all ranks together cover every parameter."""
+        """The slices that only this rank owns; all ranks together cover every parameter."""
         out = []
         for number, piece in enumerate(self._pieces):
             averages = {name: parts[number] for name, parts in self.ema.averages.items()}
@@ -163,7 +163,7 @@ class Engine:
         return out
 
     def replicated(self) -> list[OwnedSlice]:
-        """What every rank holds beside what it owns: whole weights and moments, at stage 0."""
+        """State that every rank holds in full: weights and moments at stage 0."""
         if self.train.zero_stage:
             return []
         return [OwnedSlice(piece.slice, self._adam_values(piece)) for piece in self._held_pieces()]
@@ -178,12 +178,12 @@ class Engine:
         return {kind: f.narrow(0, piece.start, piece.slice.length) for kind, f in flats.items()}
 
     def _adam(self, flat: Tensor) -> dict[str, Tensor]:
-        """Adam's state of a flat tensor, or at stage 0 of the parameter behind it."""
+        """Adam's state for a flat tensor; at stage 0, for the parameter it views."""
         owner = self._flat_owner.get(id(flat), flat)
         return cast(dict[str, Tensor], self.base_optimizer.state[owner])
 
     def _start_moments(self) -> None:
-        """Zero moments, as Adam itself would make them at its first step."""
+        """Create zero moments, as Adam itself does at its first step."""
         for piece in self._held_pieces():
             master = self._flat_owner.get(id(piece.flat), piece.flat)
             state = self.base_optimizer.state[master]
@@ -202,32 +202,32 @@ class Engine:
             yield from self._partitions_of_groups()
 
     def _partitions_of_groups(self) -> Iterator[_Piece]:
-        """Stages 1 and 2: a group's parameters laid end to end, cut into one part for each rank."""
+        """Stages 1 and 2: a group's parameters concatenated and split into one part per rank."""
         masters = self.optimizer.single_partition_of_fp32_groups
         for group, flat in zip(self.optimizer.bit16_groups, masters, strict=True):
             for parameter in group:
                 part = parameter._hp_mapping
-                if part is None:  # wholly on other ranks
+                if part is None:  # entirely on other ranks
                     continue
                 source = part.lp_fragment_address
                 slice_ = Slice(self.names[parameter], source.start, source.numel)
                 yield _Piece(slice_, flat, part.hp_fragment_address.start)
 
     def _partitions_of_parameters(self) -> Iterator[_Piece]:
-        """Stage 3: each parameter cut into one part for each rank, the last ones filled up."""
+        """Stage 3: each parameter split into one part per rank, the last ones padded."""
         flats = self.optimizer.fp32_partitioned_groups_flat
         for group, flat in zip(self.optimizer.fp16_groups, flats, strict=True):
-            place = 0
+            start = 0
             for parameter in group:
                 size = parameter.partition_numel()
                 offset = self.rank * size
                 length = min(size, parameter.ds_numel - offset)
                 if length > 0:
-                    yield _Piece(Slice(self.names[parameter], offset, length), flat, place)
-                place += size
+                    yield _Piece(Slice(self.names[parameter], offset, length), flat, start)
+                start += size
 
     def _held_pieces(self) -> Iterator[_Piece]:
-        """At stage 0 whole parameters, else what this rank owns."""
+        """Whole parameters at stage 0, otherwise what this rank owns."""
         if self.train.zero_stage:
             yield from self._pieces
             return
@@ -235,22 +235,22 @@ class Engine:
             yield _Piece(Slice(name, 0, flat.numel()), flat, 0)
 
     def _shares_of_replicas(self) -> Iterator[_Piece]:
-        """Stage 0: all parameters laid end to end, cut into one part for each rank."""
+        """Stage 0: all parameters concatenated and split into one part per rank."""
         total = sum(p.numel() for p in self.names)
         first, last = (total * r // self.world_size for r in (self.rank, self.rank + 1))
-        place = 0
+        offset = 0
         for flat, name in self._replicas:
-            start, end = max(first, place), min(last, place + flat.numel())
+            start, end = max(first, offset), min(last, offset + flat.numel())
             if start < end:
-                yield _Piece(Slice(name, start - place, end - start), flat, start - place)
-            place += flat.numel()
+                yield _Piece(Slice(name, start - offset, end - start), flat, start - offset)
+            offset += flat.numel()
 
     # ---- Accepting a step ----
 
     def _install_accept(self) -> None:
-        """Let `accept` decide where DeepSpeed looks whether the gradient's norm is a number.
+        """Hook `accept` in where DeepSpeed checks that the gradient norm is finite.
 
-        What it takes for no number it skips, on all ranks, with everything cleared up.
+        DeepSpeed skips a step with a non-finite norm on all ranks, and clears its gradients.
         """
         stage = self.train.zero_stage
         if stage in (1, 2):
@@ -263,12 +263,12 @@ class Engine:
             self.optimizer._get_norm_groups = lambda: [self._checked(_total_norm(groups()))]
 
     def _checked(self, norm: Tensor) -> Tensor:
-        # DeepSpeed marks sums that are no number by -1.
+        # DeepSpeed reports a non-finite norm as -1.
         self._norm = float(norm) if float(norm) >= 0.0 else float("inf")
         return norm if self._accept(self._norm) else torch.full_like(norm, float("inf"))
 
     def _replicated_step(self) -> bool:
-        """Stage 0, where DeepSpeed neither looks at the norm nor tells it."""
+        """Stage 0, where DeepSpeed neither checks nor returns the norm."""
         gradients = [p.grad for p in self.names if p.grad is not None]
         self._norm = float(torch.nn.utils.get_total_norm(gradients))
         good = self._accept(self._norm)
@@ -301,13 +301,13 @@ def _deepspeed_config(train: Train, micro_batches: int, device: torch.device) ->
     if train.offload == "parameters":
         zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
     config: dict[str, Any] = {
-        # Only for counting: ranks may take unequal shares of a batch.
+        # Only used by DeepSpeed's bookkeeping: ranks may have unequal shares of a batch.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "zero_optimization": zero,
-        # DeepSpeed's own Adam for CPUs would be compiled at the first start, for minutes.
+        # DeepSpeed's CPU Adam takes minutes to compile on first use.
         "zero_force_ds_cpu_optimizer": False,
-        # Left out, DeepSpeed would clip at 1; at stage 0 we clip, having looked at the norm.
+        # DeepSpeed clips at 1 by default; at stage 0 we clip, after checking the norm.
         "gradient_clipping": (train.grad_clip or 0.0) if train.zero_stage else 0.0,
         "steps_per_print": 10**9,
     }
@@ -319,13 +319,13 @@ def _deepspeed_config(train: Train, micro_batches: int, device: torch.device) ->
 
 
 def _quiet_deepspeed(device: torch.device) -> Any:
-    # DeepSpeed picks its accelerator when it is imported; a CPU run must not take a GPU nearby.
+    # DeepSpeed picks its accelerator on import; a CPU run must not pick up an unused GPU.
     os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else device.type
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # DeepSpeed would compile a shared-memory all-reduce for CPUs, at every start where the
-    # extension cache is cold, for the better part of a minute; gloo serves.
+    # With a cold extension cache, DeepSpeed would spend most of a minute compiling a shared-memory
+    # all-reduce for CPUs; gloo is good enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

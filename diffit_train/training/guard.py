@@ -1,6 +1,6 @@
-"""Bad steps: a loss or gradient that is not finite, or beyond its limit, is skipped and reported.
+"""Bad steps: a step with a non-finite or out-of-limit loss or gradient is skipped and reported.
 
-After too many in a row the run rolls back to its last checkpoint and skips their batches.
+After too many consecutive ones the run rolls back to its last checkpoint and skips their batches.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class BadStepGuard:
 
     Args:
         url: folder of the run.
-        control: of this rank.
-        wait_for_checkpoint: returns once no checkpoint is being written.
+        control: this rank's control plane.
+        wait_for_checkpoint: returns once no checkpoint is in progress.
 
     Attributes:
         skipped: steps whose batches are not trained on.
@@ -42,7 +42,7 @@ class BadStepGuard:
         self._since_record = 0
 
     def good_step(self) -> None:
-        """A step was taken."""
+        """Note that a step was taken."""
         self._consecutive = []
 
     def take_count(self) -> int:
@@ -51,11 +51,11 @@ class BadStepGuard:
         return count
 
     def bad_step(self, batch: Batch, loss: float, grad_norm: float) -> None:
-        """A step was not taken; its samples are named in bad-steps.jsonl.
+        """Note that a step was skipped, and list its samples in bad-steps.jsonl.
 
         Raises:
-            RollbackRequested: there were too many in a row; their batches are noted.
-            UnrecoverableError: the same, after the last rollback that the recipe allows.
+            RollbackRequested: too many consecutive bad steps; their batches will be skipped.
+            UnrecoverableError: the same, with no rollbacks left.
         """
         control = self.control
         self._since_record += 1

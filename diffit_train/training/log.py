@@ -1,4 +1,4 @@
-"""A run's own records: log.jsonl, the steps it skips, and what MLflow has not been sent."""
+"""A run's own records: log.jsonl, skipped steps, and metrics not yet sent to MLflow."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ from typing import Any
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.metric_names import TRAINING
-from diffit_train.runs.checkpoints import (
-    committed_steps,
-    read_state,
-)
+from diffit_train.runs.checkpoints import committed_steps, read_state
 from diffit_train.runs.identity import run_url
 
 
 def as_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """A record of the log by the names of MLflow's metrics."""
+    """A log record under MLflow's metric names."""
     return {TRAINING[key]: value for key, value in record.items() if key in TRAINING}
 
 
 class TrainingLog:
-    """log.jsonl: a record every `log_every` steps.
+    """log.jsonl: one record every `log_every` steps.
 
-    The file is written whole before each checkpoint, so what it holds up to a checkpoint's step
-    belongs to that checkpoint, and a resumed run drops what lies behind.
+    The file is rewritten before each checkpoint, so the records up to a checkpoint's step belong
+    to that checkpoint; a resumed run drops any later ones.
     """
 
     def __init__(self, url: str, up_to_step: int) -> None:
@@ -37,33 +34,33 @@ class TrainingLog:
             self.records = [r for r in map(json.loads, lines) if r["step"] <= up_to_step]
 
     def append(self, record: dict[str, Any]) -> None:
-        """Take in a record; it is durable after the next checkpoint."""
+        """Add a record; it is durable after the next checkpoint."""
         self.records.append(record)
 
     def text(self) -> str:
-        """All records as they stand now, a line each."""
+        """All records so far, one JSON object per line."""
         return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records)
 
 
 @dataclass(frozen=True)
 class SkippedSteps:
-    """passed-over.json: steps whose batches are not trained on, as (first, last)."""
+    """passed-over.json: inclusive (first, last) ranges of steps whose batches are skipped."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def read(cls, url: str) -> SkippedSteps:
-        """Those of a run's folder."""
-        place = storage.join(url, "passed-over.json")
-        if not storage.exists(place):
+        """The skipped steps of the run at `url`."""
+        name = storage.join(url, "passed-over.json")
+        if not storage.exists(name):
             return cls()
-        return cls(tuple((int(a), int(b)) for a, b in storage.read_json(place)))
+        return cls(tuple((int(a), int(b)) for a, b in storage.read_json(name)))
 
     def __contains__(self, step: int) -> bool:
         return any(first <= step <= last for first, last in self.ranges)
 
     def adding(self, first: int, last: int) -> SkippedSteps:
-        """These and one more range."""
+        """A copy with one more range."""
         return SkippedSteps((*self.ranges, (first, last)))
 
     def write(self, url: str) -> None:
@@ -72,19 +69,19 @@ class SkippedSteps:
 
 
 def append_bad_step(url: str, record: dict[str, Any]) -> None:
-    """Add a line to bad-steps.jsonl."""
-    place = storage.join(url, "bad-steps.jsonl")
-    before = storage.read_bytes(place).decode() if storage.exists(place) else ""
-    storage.write_text(place, before + json.dumps(record) + "\n")
+    """Append a line to bad-steps.jsonl."""
+    name = storage.join(url, "bad-steps.jsonl")
+    before = storage.read_bytes(name).decode() if storage.exists(name) else ""
+    storage.write_text(name, before + json.dumps(record) + "\n")
 
 
 def mark_unsent(url: str) -> None:
-    """Note that MLflow lacks points of the log, as it was out of reach when training ended."""
+    """Note that MLflow was unreachable when training ended and is missing points of the log."""
     storage.write_text(storage.join(url, "metrics-unsent"), "")
 
 
 def send_unsent(recipe: Recipe, run: str, say: Callable[[str], None]) -> None:
-    """Send the points that MLflow lacks, if there are any."""
+    """Send any points that MLflow is missing."""
     url = run_url(recipe, run)
     mark = storage.join(url, "metrics-unsent")
     if not storage.exists(mark):
@@ -97,4 +94,4 @@ def send_unsent(recipe: Recipe, run: str, say: Callable[[str], None]) -> None:
         outbox.put(record["step"], as_metrics(record))
     if not outbox.close():
         storage.remove(mark)
-        say("sent the metrics that MLflow lacked")
+        say("Sent the missing metrics to MLflow")

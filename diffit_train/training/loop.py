@@ -1,4 +1,4 @@
-"""The training loop of one rank: a function of recipe and seed, not of ranks or restarts."""
+"""One rank's training loop: depends on recipe and seed, not on world size or restarts."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from diffit_train.training.telemetry import SpeedMeter, matmul_flops_per_s
 def train_until_done(
     recipe: Recipe, run: str, mlflow_run_id: str, device: torch.device, hooks: TrainerHooks
 ) -> int:
-    """Train from wherever the run stands, rolling back where needed; the step reached.
+    """Train from the newest checkpoint, rolling back when needed; returns the step reached.
 
-    That is the recipe's last one, or an earlier one where training was asked to stop.
+    That is the recipe's last step, or an earlier one if a stop was requested.
     """
     while True:
         with Trainer(recipe, run, mlflow_run_id, device, hooks) as trainer:
@@ -59,16 +59,16 @@ def train_until_done(
 
 
 class Trainer:
-    """One rank's training, from the newest whole checkpoint to the recipe's last step.
+    """One rank's training, from the newest intact checkpoint to the recipe's last step.
 
     torch.distributed must be initialized.
 
     Args:
         recipe: the run's recipe.
         run: the run's name.
-        mlflow_run_id: the run that rank 0 logs to.
+        mlflow_run_id: the MLflow run that rank 0 logs to.
         device: where the model runs.
-        hooks: what it hears from and tells.
+        hooks: callbacks to whoever runs the training.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Where one rank failed alone, the others' threads may never end.
+        # If a single rank failed, the other ranks' threads may never finish.
         if kind is None or issubclass(kind, UnrecoverableError):
             self.writer.wait()
             self.recorder.close()
@@ -112,7 +112,7 @@ class Trainer:
     # ---- Starting ----
 
     def _start_engine(self) -> None:
-        """Model, engine and position: of the newest whole checkpoint, or new ones."""
+        """Build model and engine, and load the newest intact checkpoint if there is one."""
         train = self.recipe.train
         newest = newest_whole(self.url, self.hooks.say)
         torch.manual_seed(train.seed)
@@ -149,7 +149,7 @@ class Trainer:
             return
         every = train.validate_every
         if every and self.step and self.step % every == 0:
-            # The run may have ended before this checkpoint was evaluated.
+            # The run may have stopped before this checkpoint was evaluated.
             self.control.pending_validation.append(self.step)
         if state.interval is not None and self.rank == 0:
             self.recorder.losses.restore(state.interval)
@@ -170,11 +170,11 @@ class Trainer:
     # ---- Running ----
 
     def run(self) -> int:
-        """Train to the last step, or until asked to stop; the step reached, saved and logged.
+        """Train to the last step or a stop request; returns the step, saved and logged.
 
         Raises:
-            RollbackRequested: there were too many consecutive bad steps.
-            UnrecoverableError: the same, too often; or checkpoints cannot be written.
+            RollbackRequested: too many consecutive bad steps.
+            UnrecoverableError: too many rollbacks, or checkpoints cannot be written.
         """
         train, recorder = self.recipe.train, self.recorder
         if self.step >= train.steps:
@@ -228,7 +228,7 @@ class Trainer:
         with self.recorder.watch.phase("optimizer"):
             taken = self.engine.step(self.step, accept)
             self.engine.update_ema(self.step)
-        # In bf16 DeepSpeed may drop a step whose gradients overflow before it knows their norm.
+        # In bf16, DeepSpeed may skip a step with overflowing gradients before computing the norm.
         decision = decision or self.control.decide(loss_sum, math.inf)
         self.control.follow(decision)
         if taken:
@@ -238,13 +238,13 @@ class Trainer:
             self.guard.bad_step(batch.source, decision.loss, self.engine.grad_norm())
 
     def _backward(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Gradients of this rank's samples; their losses and noise levels, (n,) each."""
+        """Accumulate gradients of this rank's samples; their losses and noise levels, (n,)."""
         tensors = [v.to(self.device, non_blocking=True) for v in batch.tensors()]
         watch, losses, noise_levels = self.recorder.watch, [], []
         chunks = zip(*(v.tensor_split(self.micro_batches) for v in tensors), strict=True)
         for number, (x0, t, noise, y) in enumerate(chunks):
             weight = 1.0 / self.recipe.train.batch_size
-            if not len(t):  # this rank has fewer samples than others have micro-batches
+            if not len(t):  # this rank has fewer samples than there are micro-batches
                 (x0, t, noise, y), weight = (v[:1] for v in tensors), 0.0
             with watch.phase("forward"):
                 noisy = self.objective.noisy(x0, t, noise)
@@ -275,7 +275,7 @@ class Trainer:
                 self.hooks.say(f"Node preemption announced; checkpoint saved at step {self.step:,}")
 
     def _save(self) -> None:
-        """Log first, then the checkpoint that vouches for it, then what retention removes."""
+        """Write the log, then the checkpoint that covers it, then apply retention."""
         train, text, started_s = self.recipe.train, self.recorder.log.text(), time.monotonic()
         step = self.step
 
@@ -292,7 +292,7 @@ class Trainer:
                 self.hooks.say(f"Could not remove old checkpoints: {error}")
 
         self.writer.save(self.url, self._state(), before_commit=write_log, after_commit=retain)
-        # Waiting for a checkpoint does not count as time of a step.
+        # Waiting for a checkpoint does not count toward step time.
         self.recorder.speed.pause(time.monotonic() - started_s)
 
     def _state(self) -> State:
@@ -311,7 +311,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        """Wait for the last checkpoint; write it once more where that failed.
+        """Wait for the last checkpoint; retry it once if it failed.
 
         Raises:
             UnrecoverableError: it cannot be written.

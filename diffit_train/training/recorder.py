@@ -1,4 +1,4 @@
-"""Where measurements of a training go: log.jsonl, MLflow, the progress line; and step profiles."""
+"""Where training metrics go: log.jsonl, MLflow, the progress line; and step profiles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from diffit_train.training.telemetry import (
 
 
 class StepProfiler:
-    """Runs some steps of rank 0 under torch.profiler and keeps their trace with the run.
+    """Profiles some steps of rank 0 with torch.profiler and stores the trace with the run.
 
     Args:
         steps: first and last step; None for none.
@@ -42,7 +42,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Profile the block where the step is one of those wanted."""
+        """Profile the block if the step is to be profiled."""
         if self.steps is None or not self.steps[0] <= step <= self.steps[1]:
             yield
             return
@@ -62,18 +62,18 @@ class StepProfiler:
 
 
 class Recorder:
-    """Averages an interval of steps into a record of the log, and sends it on.
+    """Averages an interval of steps into a log record and publishes it.
 
     All ranks measure; rank 0 keeps log.jsonl, sends points to MLflow and reports progress.
 
     Args:
-        recipe: of the run.
-        url: its folder.
-        mlflow_run_id: where the points go.
-        speed: the run's meter.
+        recipe: the run's recipe.
+        url: the run's folder.
+        mlflow_run_id: the MLflow run to log to.
+        speed: the run's speed meter.
         device: where the model runs.
-        hooks: told of each record.
-        step: where training stands; records behind it are dropped.
+        hooks: told about each record.
+        step: the current step; later records are dropped.
     """
 
     def __init__(
@@ -94,23 +94,23 @@ class Recorder:
         self._grad_norm = float("nan")
         self._outbox: MetricsOutbox | None = None
         if dist.get_rank() == 0:
-            # A restarted run repeats steps behind its checkpoint; the outbox drops their points.
+            # A restarted run repeats the steps after its checkpoint; the outbox drops duplicates.
             self._outbox = MetricsOutbox(recipe, mlflow_run_id, hooks.say)
             for record in self.log.records:
                 self._outbox.put(record["step"], as_metrics(record))
 
     def add(self, losses: Tensor, noise_levels: Tensor, grad_norm: float) -> None:
-        """A step was taken: its losses and noise levels on this rank, and the gradient's norm."""
+        """Add a taken step: its losses and noise levels on this rank, and the gradient norm."""
         self._grad_norm = grad_norm
         self.losses.add(losses, noise_levels)
 
     def record(self, step: int, waited_s: float, checkpoint_s: float, bad_steps: int) -> None:
-        """Record the interval that ends at `step` (a collective).
+        """Record the interval that ends at `step` (collective).
 
         Args:
-            waited_s: the loader's total so far.
-            checkpoint_s: for which checkpoints held up the interval.
-            bad_steps: steps of the interval that were not taken.
+            waited_s: the loader's total wait so far.
+            checkpoint_s: how long checkpoints blocked the interval.
+            bad_steps: steps of the interval that were skipped.
         """
         train = self.recipe.train
         steps = step % train.log_every or train.log_every
@@ -134,6 +134,6 @@ class Recorder:
         self.hooks.report(record)
 
     def close(self) -> None:
-        """Send what MLflow lacks; note it where MLflow is out of reach."""
+        """Send the remaining points; leave a note in the run if MLflow is unreachable."""
         if self._outbox is not None and self._outbox.close():
             mark_unsent(self.url)

@@ -1,4 +1,4 @@
-"""Meters of a training: losses by noise quarter, speed, phases of a step, MFU, memory."""
+"""Training meters: loss by noise quarter, throughput, step phases, MFU, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUARTERS = 4
 
 
 class LossMeter:
-    """Mean loss over an interval of steps and all ranks, whole and by quarter of the timesteps.
+    """Mean loss over an interval of steps and all ranks, in total and by timestep quarter.
 
     Quarter 0 holds the least noisy timesteps. Sums are float64.
     """
@@ -27,30 +27,30 @@ class LossMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear all sums."""
         self.sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def add(self, losses: Tensor, t: Tensor) -> None:
-        """Take in the losses (B,) of images at timesteps t (B,)."""
+        """Add the losses (B,) of images at timesteps t (B,)."""
         quarter = (t * QUARTERS / self.timesteps).long()
         rows = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         self.sums.index_add_(1, quarter, rows)
 
     def total(self) -> Tensor:
-        """Sums of losses and of images by quarter, (2, 4), over all ranks (a collective)."""
+        """Loss sums and image counts by quarter, (2, 4), over all ranks (collective)."""
         total = self.sums.clone()
         dist.all_reduce(total)
         return total.cpu()
 
     def restore(self, total: Sequence[Sequence[float]]) -> None:
-        """Begin with sums over all ranks that an interrupted interval had come to."""
+        """Start from the all-rank sums of an interrupted interval."""
         self.sums.copy_(torch.tensor(total, dtype=torch.float64))
 
     def reduce(self) -> dict[str, float]:
-        """`loss` and `loss_q0`…, over all ranks (a collective); empty quarters are left out.
+        """`loss` and `loss_q0`…, over all ranks (collective); empty quarters are omitted.
 
-        Empty where no image was taken in.
+        Returns an empty dictionary if no images were added.
         """
         sums, counts = self.total()
         self.reset()
@@ -64,11 +64,11 @@ class LossMeter:
 
 
 class SpeedMeter:
-    """Images a second, seconds a step, share of the time spent waiting for data, and MFU.
+    """Images per second, seconds per step, fraction of time spent waiting for data, and MFU.
 
     Args:
-        batch_size: images of a global step.
-        flops_per_image: of forward and backward.
+        batch_size: images in the global batch.
+        flops_per_image: for forward and backward.
         peak_flops_per_s: of all ranks together.
     """
 
@@ -78,11 +78,11 @@ class SpeedMeter:
         self.restart(0.0)
 
     def restart(self, waited_s: float) -> None:
-        """Begin an interval; `waited_s` is the loader's total so far."""
+        """Start an interval; `waited_s` is the loader's total wait so far."""
         self.started_s, self.waited_before_s = time.monotonic(), waited_s
 
     def pause(self, seconds: float) -> None:
-        """Leave out a time that has just passed."""
+        """Exclude the last `seconds` from the interval."""
         self.started_s += seconds
 
     def measure(self, steps: int, waited_s: float) -> dict[str, float]:
@@ -98,9 +98,9 @@ class SpeedMeter:
 
 
 class Stopwatch:
-    """Seconds spent in each phase of the steps since the last `take`.
+    """Seconds spent in each step phase since the last `take`.
 
-    On a GPU the time between events of its stream, so nothing waits for it; elsewhere wall time.
+    On a GPU, the time between CUDA events, without synchronizing; elsewhere, wall time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -124,7 +124,7 @@ class Stopwatch:
         self._seconds[name] += time.perf_counter() - started_s
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase, and begin anew."""
+        """Seconds by phase; resets the stopwatch."""
         for name, start, end in self._events:
             end.synchronize()
             self._seconds[name] += start.elapsed_time(end) / 1000.0
@@ -135,7 +135,7 @@ class Stopwatch:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that tensors took on the GPU, or the process on a machine without one."""
+    """Peak memory allocated by tensors on the GPU, or by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -143,7 +143,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Measured rate of a square matrix product, the best of five: the peak for MFU."""
+    """Measured rate of a square matrix product, best of five after a warmup: the peak for MFU."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best_s = float("inf")
     for _ in range(6):

@@ -1,9 +1,4 @@
-"""`diffit train`: Ray Train starts the workers, restarts them, and this process shows progress.
-
-Ray Train's own checkpoints and resumption are not used: it would resume an old name with another
-recipe, and its snapshot may be left truncated. Workers that start, for whatever reason, go on
-from the newest committed checkpoint of the run; Ray gets a fresh name each time.
-"""
+"""The Ray side of training: the worker function, its hooks, and the status actor it reports to."""
 
 from __future__ import annotations
 
@@ -20,20 +15,17 @@ import torch
 from ray.exceptions import RayActorError
 
 from diffit_train.config import Recipe
-from diffit_train.tracking import (
-    first_line,
-)
+from diffit_train.tracking import first_line
 
 POLL_S = 0.5
 
-
-# Evaluates a checkpoint of a step beside training; a line that says what came of it.
+# Evaluates the checkpoint of a step while training continues; returns a one-line summary.
 Validate = Callable[[int], str]
 
 
 @ray.remote(num_cpus=0)
 class TrainingStatus:
-    """Where rank 0 writes its newest record, and where the driver asks the workers to stop."""
+    """Shared by driver and workers: rank 0's newest record, and the driver's stop request."""
 
     def __init__(self) -> None:
         self.record: dict[str, Any] = {}
@@ -51,35 +43,35 @@ class TrainingStatus:
         self.lines.append(line)
 
     def begin(self, workers: int, step: int) -> None:
-        """A group of workers has begun to train."""
+        """Note that a worker group has started training."""
         self.groups += 1
-        again = "again " if self.groups > 1 else ""
+        verb = "Resuming" if self.groups > 1 else "Training"
         plural = "" if workers == 1 else "s"
-        self.say(f"training {again}from step {step:,} on {workers} worker{plural}")
+        self.say(f"{verb} from step {step:,} on {workers} worker{plural}")
 
     def fail(self, reason: str) -> None:
-        """Training gave up; to start the workers again would not help."""
+        """Note an unrecoverable error; restarting the workers would not help."""
         self.failure = reason
 
     def why_failed(self) -> str:
-        """Why training gave up; empty where it did not."""
+        """The unrecoverable error; empty if there was none."""
         return self.failure
 
     def read(self, seen: int) -> tuple[dict[str, Any], list[str]]:
-        """The newest record, and the lines after the first `seen`."""
+        """The newest record, and all lines after the first `seen`."""
         return self.record, self.lines[seen:]
 
     def stop(self) -> None:
-        """Let the workers save and leave."""
+        """Ask the workers to save and exit."""
         self.stopping = True
 
     def is_stopping(self) -> bool:
-        """Whether they should."""
+        """Whether the workers should save and exit."""
         return self.stopping
 
 
 class RayHooks:
-    """A rank's hooks under Ray Train (`training.control.TrainerHooks`)."""
+    """`training.control.TrainerHooks` for one rank under Ray Train."""
 
     def __init__(self, status: Any, rank: int, world: int, run: str) -> None:
         from ray.util.metrics import Gauge
@@ -92,16 +84,16 @@ class RayHooks:
             threading.Thread(target=self._watch, name="stop-wanted", daemon=True).start()
 
     def _watch(self) -> None:
-        # Asked apart from training, which must not wait for an answer at every step.
+        # In a thread, so that no training step waits for the actor to answer.
         pause = threading.Event()
-        with contextlib.suppress(RayActorError):  # the driver is gone, and Ray ends this process
+        with contextlib.suppress(RayActorError):  # the driver is gone; Ray ends this process
             while not pause.wait(POLL_S):
                 if ray.get(self.status.is_stopping.remote()):
                     self.stopping.set()
                     return
 
     def report(self, record: dict[str, Any]) -> None:
-        """To the driver, and to Ray's metrics as diffit_train_NAME."""
+        """Send to the driver, and to Ray's metrics as diffit_train_NAME."""
         if self.rank != 0:
             return
         if not self.begun:
@@ -119,22 +111,22 @@ class RayHooks:
         return self.gauges[name]
 
     def say(self, text: str) -> None:
-        """To the driver."""
+        """Send to the driver."""
         if self.rank == 0:
             self.status.say.remote(text)
 
     def stop_wanted(self) -> bool:
-        """Whether the driver has been asked to end."""
+        """Whether the driver has been asked to stop."""
         return self.stopping.is_set()
 
     def preempted(self) -> bool:
-        """Whether Ray has announced that it takes a node of this group away."""
+        """Whether Ray has announced the preemption of one of this group's nodes."""
         import ray.train
 
         return ray.train.get_preemption_info() is not None
 
     def validate(self, step: int) -> None:
-        """By Ray Train's own validation, which wants a checkpoint to know it by."""
+        """Start Ray Train's own validation, which is keyed by a (nearly empty) checkpoint."""
         import ray.train
         from ray.train.v2.api.validation_config import ValidationTaskConfig
 
@@ -152,7 +144,7 @@ class RayHooks:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """Run by each Ray Train worker."""
     import ray.train
     import ray.train.torch
 
@@ -167,7 +159,7 @@ def _worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(recipe.scaling.cpus_per_worker)
     try:
         step = train_until_done(recipe, run, config["mlflow_run_id"], device, hooks)
-    except UnrecoverableError as error:  # raised on all ranks alike
+    except UnrecoverableError as error:  # raised on all ranks
         if hooks.rank == 0:
             ray.get(hooks.status.fail.remote(str(error)))
         return
@@ -175,7 +167,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 class _Validation:
-    """What Ray Train runs, as a task, for each checkpoint that is to be evaluated."""
+    """Run by Ray Train, as a task, for each checkpoint to evaluate."""
 
     def __init__(self, status: Any, validate: Validate) -> None:
         self.status, self.validate = status, validate
@@ -183,7 +175,7 @@ class _Validation:
     def __call__(self, checkpoint: Any, step: int) -> dict[str, Any]:
         try:
             self.status.say.remote(self.validate(step))
-        except Exception as error:  # Ray Train would only log it, where nobody looks
-            self.status.say.remote(f"step {step:,} could not be evaluated: {first_line(error)}")
+        except Exception as error:  # Ray Train only logs it, where nobody looks
+            self.status.say.remote(f"Could not evaluate step {step:,}: {first_line(error)}")
             raise
         return {"step": step}

@@ -353,8 +353,8 @@ def test_a_chunk_of_another_evaluation_is_refused(
 @pytest.mark.parametrize(
     ("run", "steps", "overrides", "words"),
     [
-        ("none", [], [], "there is no run 'none'"),
-        ("tiny", ["5"], [], "no committed checkpoint of step 5; it has: 0, 4, 8, 12"),
+        ("none", [], [], "run 'none' does not exist"),
+        ("tiny", ["5"], [], "no committed checkpoint at step 5; it has: 0, 4, 8, 12"),
         ("tiny", ["last"], [], "--step is 'last'"),
         ("tiny", [], ["evaluate.features.source=root:features/none"], "diffit features fit"),
         ("tiny", [], ["scaling.evaluate_actors=9"], "evaluation needs 9 CPUs"),

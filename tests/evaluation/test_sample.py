@@ -145,7 +145,7 @@ def test_files_of_another_model_are_refused(trained: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"missing: blocks\.0\.attn"):
         import_file(recipe, "other", file, 0, False)
     assert not (trained / "runs" / "other").exists()
-    with pytest.raises(UserError, match="there is no run 'none'"):
+    with pytest.raises(UserError, match="run 'none' does not exist"):
         sample_images(recipe, WeightSource("none"), [], "0", str(tmp_path / "o"), 1)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import psutil
 
-_BEGUN = re.compile(r"^training (?:again )?from step ([\d,]+) on (\d+) workers?")
+_BEGUN = re.compile(r"^(?:Training|Resuming) from step ([\d,]+) on (\d+) workers?")
 _PROGRESS = re.compile(r"^train +([\d,]+)/")
 
 

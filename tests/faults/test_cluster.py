@@ -51,7 +51,7 @@ def _disturb(recipe: Path) -> None:
         driver.wait(lambda: driver.stepped(first.at_s))
 
         nodes.announce_end(nodes.nodes[0], 20.0)
-        driver.wait(lambda: driver.said("a node is to be taken away; saved at step"))
+        driver.wait(lambda: driver.said("Node preemption announced; checkpoint saved at step"))
         told_s = time.monotonic()
         nodes.kill(nodes.nodes[0])
         alone = driver.wait_begun(told_s)
@@ -67,7 +67,7 @@ def _disturb(recipe: Path) -> None:
         assert left.workers == 1
 
         assert driver.end(signal.SIGTERM) == STOPPED
-        assert driver.said("which is saved; the same command continues")
+        assert driver.said("(checkpoint saved); rerun the same command to resume")
         stopped = committed_steps(str(recipe.parent / "runs" / "elastic"))[-1]
         nodes.add()
         driver.start()

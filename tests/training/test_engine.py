@@ -267,7 +267,7 @@ def test_without_a_marker_there_is_no_checkpoint(trained: str, tmp_path: Path) -
     assert committed_steps(run) == [0]
     with pytest.raises(DiffitError, match="not committed"):
         read_weights(run, 2, "ema")
-    with pytest.raises(UserError, match="no committed checkpoint of step 2; it has: 0"):
+    with pytest.raises(UserError, match="no committed checkpoint at step 2; it has: 0"):
         require_step(run, 2)
     assert require_step(run, None) == 0
     with pytest.raises(UserError, match="no committed checkpoint"):
@@ -275,7 +275,7 @@ def test_without_a_marker_there_is_no_checkpoint(trained: str, tmp_path: Path) -
 
 
 def test_another_models_checkpoint_is_named(trained: str) -> None:
-    with pytest.raises(DiffitError, match=r"'blocks\.9\.x': it is of another model"):
+    with pytest.raises(DiffitError, match=r"'blocks\.9\.x': it holds a different model"):
         read_slices(trained, 2, [Slice("blocks.9.x", 0, 4)], KINDS)
 
 
@@ -372,14 +372,14 @@ def _storage_is_away(rank: int, world: int, run: str) -> None:
 
     before, storage.read_bytes = storage.read_bytes, away
     try:
-        with pytest.raises(DiffitError, match="cannot be reached"):
+        with pytest.raises(DiffitError, match="could not reach"):
             newest_whole(run, print)
     finally:
         storage.read_bytes = before
 
 
 def _all_damaged(rank: int, world: int, run: str) -> None:
-    with pytest.raises(DiffitError, match=r"is damaged.*no checkpoint before it"):
+    with pytest.raises(DiffitError, match=r"is damaged.*no earlier checkpoint"):
         newest_whole(run, print)
 
 
@@ -478,12 +478,14 @@ def test_deepspeeds_own_checkpoints_are_read(tmp_path: Path, stage: int) -> None
         assert torch.equal(mine[name], values.reshape(-1)), name
     optimizer = next((tmp_path / "mine").glob("*zero_pp_rank_1_*optim*"))
     torch.save({"optimizer_state_dict": {"zero_stage": stage}}, optimizer)
-    with pytest.raises(UserError, match=r"is not laid out as DeepSpeed.*KeyError"):
+    with pytest.raises(UserError, match=r"does not have the layout of DeepSpeed.*KeyError"):
         read_deepspeed_checkpoint(str(tmp_path))
     optimizer.write_bytes(b"no pickle")
     with pytest.raises(UserError, match=r"optim_states\.pt cannot be read"):
         read_deepspeed_checkpoint(str(tmp_path))
     optimizer.unlink()
-    with pytest.raises(UserError, match=r"written by 2 ranks; those of \[1\] are missing"):
+    with pytest.raises(
+        UserError, match=r"written by 2 ranks; the files of ranks \[1\] are missing"
+    ):
         read_deepspeed_checkpoint(str(tmp_path))
     assert not is_deepspeed_checkpoint(str(tmp_path / "nowhere"))

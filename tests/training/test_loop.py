@@ -284,7 +284,7 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
     ):
         with pytest.raises(UserError, match=words):
             reconstruct_average(recipe, "snapshots", *wrong, None)
-    with pytest.raises(UserError, match=r"no snapshots of averages; train with"):
+    with pytest.raises(UserError, match=r"no EMA snapshots; train with"):
         reconstruct_average(tiny_recipe(encoded, *STEPS), "whole", 0.1, "newest", None)
 
 
@@ -359,8 +359,8 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     assert train_run(more, "larger", source="whole")["step"] == 24
     gone.rename(whole)
     for wrong, words in (
-        (("larger", "whole@17", "ema"), r"no committed checkpoint of step 17"),
-        (("new", "nobody", "ema"), r"there is no run 'nobody'"),
+        (("larger", "whole@17", "ema"), r"no committed checkpoint at step 17"),
+        (("new", "nobody", "ema"), r"run 'nobody' does not exist"),
         (("new", "whole", "slow"), r"--from-weights is 'slow', but whole holds master"),
         (("new", "whole@x", "ema"), r"must be RUN or RUN@STEP"),
         (("whole", "whole", "ema"), r"names run 'whole' itself"),
