@@ -1,4 +1,4 @@
-"""The command `diffit`: its commands in the order of use, and what its exit status means."""
+"""The `diffit` command line: its commands in the order of use, and its exit status."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from diffit_train.progress import say
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
-# Each command by its words, in the order in which they are used.
+# Each command by its words, in the order of use.
 COMMANDS: dict[str, Callable[..., None]] = {
     "data digits": data_digits_command,
     "autoencoder fit": autoencoder_fit_command,
@@ -58,9 +58,9 @@ GROUPS = {
     "data": "Data sets that need no download.",
     "autoencoder": "Fit your own autoencoder.",
     "features": "Fit your own feature network.",
-    "verify": "Check what was written.",
+    "verify": "Check written data.",
     "sweep": "Sweeps started by `diffit evaluate --sweep`.",
-    "ema": "Moving averages of the weights.",
+    "ema": "Exponential moving averages (EMA) of the weights.",
 }
 
 
@@ -68,7 +68,7 @@ class OrderedGroup(TyperGroup):
     """Lists the commands in the order of `COMMANDS`."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of the commands."""
+        """The command names, in that order."""
         order = list(dict.fromkeys(words.split()[0] for words in COMMANDS))
         return sorted(super().list_commands(ctx), key=order.index)
 
@@ -78,8 +78,8 @@ app = typer.Typer(
     cls=OrderedGroup,
     help="Train diffusion vision transformers (DiffiT): encode images to latents, train, "
     "evaluate and compare, on this machine or on a Ray cluster.\n\n"
-    "A RECIPE is a packaged name, or the path or URL of a YAML file. Rerun any command to resume "
-    "it.",
+    "RECIPE is the name of a packaged recipe, or the path or URL of a YAML file. Rerun any "
+    "command to resume it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -108,21 +108,21 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Hold the options of `diffit` itself."""
+    """Options of `diffit` itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `diffit` and exit with its status.
 
     Args:
-        arguments: the words after `diffit`; None for those of the process.
+        arguments: the words after `diffit`; None for the arguments of the process.
     """
     words = None if arguments is None else list(arguments)
     sys.exit(exit_status(lambda: app(words)))
 
 
 def exit_status(body: Callable[[], object]) -> int:
-    """Run a command's body; its exit status: 0, 1 failed, 2 bad input, 130 interrupted."""
+    """Run a command; return its exit status: 0 ok, 1 failed, 2 bad input, 130 interrupted."""
     try:
         body()
     except UserError as error:
@@ -133,7 +133,7 @@ def exit_status(body: Callable[[], object]) -> int:
         return FAILED
     except KeyboardInterrupt:
         return _interrupted()
-    except SystemExit as error:  # how typer reports an interruption
+    except SystemExit as error:  # typer reports an interruption this way
         status = error.code if isinstance(error.code, int) else 0
         return _interrupted() if status == INTERRUPTED else status
     finally:

@@ -1,4 +1,4 @@
-"""The command line: help with examples, exit statuses, one clear message, nothing written."""
+"""The command line: help with examples, exit statuses; errors are one message, nothing written."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_each_command_has_help_with_an_example(words: str) -> None:
     assert f"Example: diffit {words}" in result.output.replace("`", "")
 
 
-def test_help_lists_the_commands_in_the_order_of_work() -> None:
+def test_help_lists_the_commands_in_the_order_of_use() -> None:
     output = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).output
-    places = [output.index(f"│ {words.split()[0]} ") for words in ("data", "encode", "compare")]
-    assert places == sorted(places)
+    offsets = [output.index(f"│ {words.split()[0]} ") for words in ("data", "encode", "compare")]
+    assert offsets == sorted(offsets)
 
 
-def test_help_shows_no_value_behind_a_flag() -> None:
+def test_help_shows_no_value_after_a_flag() -> None:
     help_of = ["import", "--help"]
     lines = CliRunner().invoke(app, help_of, env={"COLUMNS": "120"}).output.splitlines()
     for flag in ("--json", "--allow-pickle"):
@@ -69,8 +69,8 @@ def test_version() -> None:
         (["train"], ["Missing argument"]),
         (["evaluate"], ["evaluate needs a RECIPE"]),
         (["evaluate", "demo", "--fleet", "--sweep", "seed=1,2"], ["--fleet needs", "http://head"]),
-        (["evaluate", "demo", "--watch", "--step", "3"], ["leave out --step"]),
-        (["evaluate", "demo", "--npz", "--sweep", "seed=1,2"], ["leave out --sweep"]),
+        (["evaluate", "demo", "--watch", "--step", "3"], ["remove --step"]),
+        (["evaluate", "demo", "--npz", "--sweep", "seed=1,2"], ["remove --npz or --sweep"]),
         (["evaluate", "demo", "--conformance", "nowhere"], ["nowhere is no folder"]),
         (["references", "demo"], ["there is no feature network"]),
         (["sweep", "show", "none", "--run", "demo"], ["there is no sweep in"]),
@@ -125,7 +125,7 @@ def test_statuses() -> None:
         fails(ZeroDivisionError())
 
 
-def test_json_is_all_that_standard_output_holds(trained: Path) -> None:
+def test_standard_output_is_only_json(trained: Path) -> None:
     from tests.conftest import TINY
 
     for words in (["encode", "demo", *TINY], ["train", "demo", *TINY, "--run", "tiny"]):

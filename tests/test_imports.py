@@ -1,4 +1,4 @@
-"""Imports point one way, and heavy frameworks stay where they belong."""
+"""Imports point one way, and heavy frameworks are imported only where allowed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = Path(diffit_train.__file__).parent
 BASE = {"errors", "storage", "progress", "config", "metric_names"}
 SCIENCE = {"models", "diffusion", "data"}
 
-# What each part may import of the package; a part is a folder or a top-level file.
+# The parts of the package that each part may import; a part is a folder or a top-level file.
 ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
@@ -61,7 +61,7 @@ def _files() -> list[Path]:
 
 
 def _imports(path: Path) -> set[str]:
-    """Every imported module of a file, also those inside functions."""
+    """Every module that a file imports, including inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
         if isinstance(node, ast.Import):
@@ -88,7 +88,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("framework", HOMES)
-def test_frameworks_stay_at_home(framework: str) -> None:
+def test_frameworks_are_imported_only_where_allowed(framework: str) -> None:
     users = {
         path.as_posix()
         for path in _files()
@@ -106,7 +106,7 @@ def test_unwanted_libraries_are_not_imported(library: str) -> None:
 
 
 def test_the_command_starts_without_heavy_frameworks() -> None:
-    """A finished stage is passed over quickly only if help and checks import nothing heavy."""
+    """Finished stages are skipped quickly only if help and checks import nothing heavy."""
     code = "import sys, diffit_train.cli; print([m for m in sys.modules if '.' not in m])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "ray", "mlflow", "deepspeed", "diffusers", "matplotlib", "scipy"}

@@ -41,7 +41,7 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     assert "Trained 12 steps" in capfd.readouterr().err
     assert committed_steps(str(tmp_path / "runs" / "tiny"))[-1] == 12
     assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-3"
-    assert "trained already" in capfd.readouterr().err
+    assert "already trained" in capfd.readouterr().err
 
     info = JobSubmissionClient(address).get_job_info("train-tiny-3")
     assert info.metadata["diffit.run"] == "tiny"

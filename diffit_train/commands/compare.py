@@ -17,44 +17,41 @@ def compare_command(
         list[str] | None,
         typer.Argument(
             metavar="[RUN|RUN@STEP|RUN/SWEEP]...",
-            help="Runs by name; with @STEP (or @newest) or /SWEEP only those of their evaluations. "
-            "Default: every run.",
+            help="Runs to compare; add @STEP (or @newest) or /SWEEP to select some of a run's "
+            "evaluations. Default: every run.",
             show_default=False,
         ),
     ] = None,
-    root: Annotated[
-        str, typer.Option(help="Folder of the project, whose MLflow store is read.")
-    ] = ".",
+    root: Annotated[str, typer.Option(help="Project folder; its MLflow store is read.")] = ".",
     uri: Annotated[
-        str | None, typer.Option("--tracking-uri", help="MLflow, where it is not under the root.")
+        str | None,
+        typer.Option("--tracking-uri", help="MLflow tracking URI. Default: ROOT/mlflow.db."),
     ] = None,
     experiment: Annotated[
-        str | None, typer.Option(help="Experiment to compare. Default: every one in the store.")
+        str | None, typer.Option(help="MLflow experiment to compare. Default: all of them.")
     ] = None,
     plot: Annotated[
-        str | None, typer.Option(help="Where the curves go. Default: ROOT/compare.png.")
+        str | None, typer.Option(help="PNG file for the curves. Default: ROOT/compare.png.")
     ] = None,
     html: Annotated[
         str | None,
-        typer.Option(help="File for a report with curves and sample grids that opens anywhere."),
+        typer.Option(help="HTML file for a self-contained report with curves and sample grids."),
     ] = None,
-    csv: Annotated[
-        str | None, typer.Option(help="File for a table with a row for each evaluation.")
-    ] = None,
+    csv: Annotated[str | None, typer.Option(help="CSV file with one row per evaluation.")] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="Metric to rank by. Default: fid, else another distance."),
+        typer.Option(help="Metric to rank by. Default: fid, or else another distance."),
     ] = None,
     markdown: Annotated[
         bool,
-        typer.Option("--markdown", metavar="", help="Print the tables as GitHub's Markdown."),
+        typer.Option("--markdown", metavar="", help="Print the tables as GitHub Markdown."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print runs, checkpoints or sweeps side by side, and draw their curves.
+    """Compare runs, checkpoints or sweeps in tables, and plot their curves.
 
-    Evaluations that differ in seeds only are shown as mean and standard deviation, too. Those with
-    other numbers of samples, features or references are never ranked together.
+    Evaluations that differ only in seeds are also summarized as mean and standard deviation.
+    Evaluations with different numbers of samples, features or references are never ranked together.
 
     Example: `diffit compare --root my-project`
 
@@ -63,7 +60,7 @@ def compare_command(
     from diffit_train.compare.comparison import compare_store
 
     if markdown and as_json:
-        raise UserError("--markdown and --json both print; choose one of them")
+        raise UserError("--markdown and --json exclude each other; choose one")
     comparison = compare_store(
         root,
         uri,

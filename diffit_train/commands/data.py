@@ -1,4 +1,4 @@
-"""`diffit data`, `autoencoder` and `features`: what a project may need before it encodes."""
+"""`diffit data`, `autoencoder` and `features`: optional preparation before encoding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from diffit_train.commands.options import Overrides, RecipeName, Root, read_reci
 
 
 def data_digits_command(
-    folder: Annotated[str, typer.Argument(help="Where the images go.", show_default=False)],
-    size: Annotated[int, typer.Option(help="Side of the images in pixels, 16 or 32.")] = 16,
+    folder: Annotated[str, typer.Argument(help="Output folder.", show_default=False)],
+    size: Annotated[int, typer.Option(help="Side of the images in pixels: 16 or 32.")] = 16,
 ) -> None:
-    """Write scikit-learn's 1,797 handwritten digits as images, a folder for each class.
+    """Write scikit-learn's 1,797 handwritten digits as images, one folder per class.
 
     Example: `diffit data digits my-project/images/digits`
     """
@@ -25,9 +25,9 @@ def data_digits_command(
 def autoencoder_fit_command(
     name: RecipeName, overrides: Overrides = None, root: Root = None
 ) -> None:
-    """Train a small AutoencoderKL on the recipe's images, for domains no published VAE fits.
+    """Train a small AutoencoderKL on the recipe's images, where no published VAE fits.
 
-    It is saved in diffusers' format at `autoencoder.source`, with an image of reconstructions.
+    Saves it in diffusers format at `autoencoder.source`, with an image of reconstructions.
 
     Example: `diffit autoencoder fit demo --root my-project`
     """
@@ -37,9 +37,9 @@ def autoencoder_fit_command(
 
 
 def features_fit_command(name: RecipeName, overrides: Overrides = None, root: Root = None) -> None:
-    """Train a small classifier on the recipe's images, whose features measure quality.
+    """Train a small classifier on the recipe's images, as the feature network of the metrics.
 
-    The Frechet distance on them is called `fd_NAME`; only Inception's is a FID.
+    The Frechet distance on its features is called `fd_NAME`; only Inception's is the FID.
 
     Example: `diffit features fit demo --root my-project`
     """

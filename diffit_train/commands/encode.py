@@ -1,4 +1,4 @@
-"""`diffit encode` and `diffit verify`."""
+"""`diffit encode`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diffit_train.progress import say
 def encode_latents(
     recipe: Recipe, address: str | None = None, append: bool = False
 ) -> dict[str, Any]:
-    """Encode the recipe's images; a summary of the latents."""
+    """Encode the recipe's images; return a summary of the latents."""
     from diffit_train.data.shards import finished_manifest, latents_url
 
     manifest = finished_manifest(recipe)
@@ -32,10 +32,10 @@ def encode_latents(
 
         manifest = stage.encode(recipe, address, append)
     else:
-        say("encoded already")
+        say("already encoded")
     say(
-        f"latents {storage.display_path(latents_url(recipe))}: {manifest.totals.written:,} images in "
-        f"{len(manifest.shards)} shards, {manifest.totals.rejected:,} rejected"
+        f"latents {storage.display_path(latents_url(recipe))}: {manifest.totals.written:,} images "
+        f"in {len(manifest.shards)} shards, {manifest.totals.rejected:,} rejected"
     )
     return {
         "latents": latents_url(recipe),
@@ -51,13 +51,11 @@ def encode_command(
     address: Address = None,
     append: Annotated[
         bool,
-        typer.Option(
-            "--append", metavar="", help="Add images that have come since, as new shards."
-        ),
+        typer.Option("--append", metavar="", help="Add new images as new shards."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode images (a folder, tars or parquet files) into shards of VAE latents.
+    """Encode images (a folder, tar or parquet files) into shards of VAE latents.
 
     Example: `diffit encode imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
     """

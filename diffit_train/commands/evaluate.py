@@ -20,7 +20,7 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
-from diffit_train.commands.weights import reconstruct_average
+from diffit_train.commands.weights import reconstruct_run_ema
 from diffit_train.config import Recipe, packaged_recipes
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.best import register_best
@@ -30,7 +30,7 @@ from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
 from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
 from diffit_train.runs.start import starting_from
 
-# Between looks for new checkpoints.
+# Seconds between checks for new checkpoints.
 WATCH_S = 30.0
 
 
@@ -42,11 +42,11 @@ def evaluate_run(
     sweep: str = "",
     npz: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate checkpoints of a run: a result for each of `steps`, numbers or `newest`.
+    """Evaluate checkpoints of a run; one result per step in `steps`, a number or `newest`.
 
     Args:
-        sweep: that the evaluations belong to.
-        npz: write the images as ADM's samples.npz beside each result.
+        sweep: name of the sweep that the evaluations belong to.
+        npz: write the images in ADM's format as samples.npz next to each result.
     """
     recipe = starting_from(recipe, run)
     wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
@@ -56,7 +56,7 @@ def evaluate_run(
 def evaluate_all(
     wanted: Sequence[tuple[Recipe, int]], run: str, address: str | None, sweep: str, npz: bool
 ) -> list[dict[str, Any]]:
-    """Results of (recipe, step), those made that are missing."""
+    """The results of all (recipe, step), computing those that are missing."""
     results = [finished_result(recipe, run, step) for recipe, step in wanted]
     missing = [number for number, result in enumerate(results) if result is None]
     if missing:
@@ -72,7 +72,7 @@ def evaluate_all(
         for number, new in zip(missing, made, strict=True):
             results[number] = new
     else:
-        say("evaluated already")
+        say("already evaluated")
     found = []
     for (recipe, step), result in zip(wanted, results, strict=True):
         if result is None:
@@ -94,7 +94,7 @@ def _reconstruct(recipe: Recipe, step: int, run: str) -> None:
     width = recipe.evaluate.reconstructed
     if width is None or storage.exists(reconstructed_url(run_url(recipe, run), width, step)):
         return
-    reconstruct_average(recipe, run, width, str(step), None)
+    reconstruct_run_ema(recipe, run, width, str(step), None)
 
 
 def watch_run(
@@ -103,12 +103,12 @@ def watch_run(
     address: str | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> list[dict[str, Any]]:
-    """Evaluate each checkpoint of a run as it comes, until that of its last step.
+    """Evaluate each checkpoint of a run as it appears, up to its last step.
 
-    Checkpoints that training has removed meanwhile are passed over.
+    Checkpoints that training removes in the meantime are skipped.
 
     Args:
-        pause: waits between looks, so many seconds.
+        pause: sleeps for a number of seconds between checks.
     """
     recipe = starting_from(recipe, run)
     find_checkpoint(recipe, run, NEWEST)
@@ -119,31 +119,31 @@ def watch_run(
         missing = [s for s in steps if s not in found]
         for step in missing:
             if finished_result(recipe, run, step) is None:
-                say(f"checkpoint of step {step:,}")
+                say(f"evaluating the checkpoint of step {step:,}")
             try:
                 (found[step],) = evaluate_all([(recipe, step)], run, address, "", npz=False)
             except DiffitError as error:
                 if step in committed_steps(url):
                     raise
-                say(f"step {step:,} was removed while it was evaluated: {error}")
+                say(f"the checkpoint of step {step:,} was removed during its evaluation: {error}")
         if steps and steps[-1] >= recipe.train.steps:
             return [found[step] for step in sorted(found)]
         if not missing and not waiting:
             waiting = True
-            say(f"waiting for checkpoints of {storage.display_path(url)}")
+            say(f"waiting for new checkpoints in {storage.display_path(url)}")
         pause(WATCH_S)
 
 
 def compute_references(recipe: Recipe, address: str | None = None) -> dict[str, Any]:
-    """Compute the statistics of the recipe's real images, or find them computed."""
+    """Compute the statistics of the recipe's real images unless they exist; summarize them."""
     from diffit_train.evaluation import runner
 
     url, reference = runner.make_reference(recipe, address)
     kept = 0 if reference.features is None else len(reference.features)
-    count = "" if reference.count is None else f" of {reference.count:,} images"
+    count = "" if reference.count is None else f" over {reference.count:,} images"
     say(
-        f"reference {storage.display_path(url)}: {len(reference.pool.mean):,} features{count}, "
-        f"{kept:,} of them kept for precision and recall"
+        f"reference {storage.display_path(url)}: {len(reference.pool.mean):,} features{count}; "
+        f"{kept:,} images kept for precision and recall"
     )
     return {
         "reference": url,
@@ -158,7 +158,7 @@ def evaluate_command(
         str | None,
         typer.Argument(
             metavar="RECIPE",
-            help=f"Packaged recipe ({', '.join(packaged_recipes())}), or path or URL of a YAML "
+            help=f"Packaged recipe ({', '.join(packaged_recipes())}), or the path or URL of a YAML "
             "file.",
             show_default=False,
         ),
@@ -170,7 +170,7 @@ def evaluate_command(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Ray cluster, as 10.0.0.1:6379 or auto; with --fleet its job server, as "
+            help="Ray cluster, e.g. 10.0.0.1:6379 or auto; with --fleet, its job server, e.g. "
             "http://head:8265. Default: this machine."
         ),
     ] = None,
@@ -178,51 +178,53 @@ def evaluate_command(
         list[str] | None,
         typer.Option(
             "--sweep",
-            help="KEY=VALUES, as guidance.scale=1.0:5.0:0.4 or sampler.steps=50,250; repeated, "
-            "all combinations.",
+            help="KEY=VALUES, e.g. guidance.scale=1.0:5.0:0.4 or sampler.steps=50,250. Repeat it "
+            "to evaluate all combinations.",
         ),
     ] = None,
     sweep_name: Annotated[
         str | None,
-        typer.Option("--name", help="Name of the sweep. Default: made of its keys."),
+        typer.Option("--name", help="Name of the sweep. Default: derived from its keys."),
     ] = None,
     fleet: Annotated[
         bool,
-        typer.Option("--fleet", metavar="", help="Send each evaluation as a Ray job of its own."),
+        typer.Option("--fleet", metavar="", help="Submit each evaluation as a separate Ray job."),
     ] = False,
-    at_most: Annotated[int, typer.Option(min=1, help="Jobs of the fleet that run at once.")] = 4,
-    retries: Annotated[
-        int, typer.Option(min=0, help="Times that a failed job of the fleet is sent again.")
-    ] = 2,
+    at_most: Annotated[
+        int, typer.Option(min=1, help="Maximum number of concurrent fleet jobs.")
+    ] = 4,
+    retries: Annotated[int, typer.Option(min=0, help="Retries of a failed fleet job.")] = 2,
     python: Annotated[
-        str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
+        str | None,
+        typer.Option(help="Python interpreter on the cluster. Default: its `python`."),
     ] = None,
     watch: Annotated[
         bool,
         typer.Option(
-            "--watch", metavar="", help="Evaluate each new checkpoint while training goes on."
+            "--watch", metavar="", help="Evaluate each new checkpoint while training runs."
         ),
     ] = False,
     npz: Annotated[
-        bool, typer.Option("--npz", metavar="", help="Write samples.npz as ADM's evaluator reads.")
+        bool,
+        typer.Option("--npz", metavar="", help="Write samples.npz, readable by ADM's evaluator."),
     ] = False,
     sweep_member: Annotated[
-        str, typer.Option("--sweep-member", hidden=True, help="Sweep this evaluation belongs to.")
+        str, typer.Option("--sweep-member", hidden=True, help="Sweep of this evaluation.")
     ] = "",
     conformance: Annotated[
         str | None,
         typer.Option(
-            help="Folder with the published self-check (weights, reference and sample batch); its "
-            "metrics next to the expected ones. Precision and recall are rounded as by ADM's "
-            "evaluator (float16 distances) here, and exact in every other evaluation."
+            help="Folder with the published weights, reference and sample batch: compute their "
+            "metrics and compare them with the expected ones. Here precision and recall round like "
+            "ADM's evaluator (float16 distances); all other evaluations are exact."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate images from checkpoints of a run and measure them.
+    """Generate images from checkpoints of a run and compute their metrics.
 
-    With --sweep: every combination of some keys' values, with a table and an image. The same
-    command goes on with what is missing.
+    With --sweep, evaluate every combination of the given values and write a table and a plot.
+    Rerun the same command to resume.
 
     Example: `diffit evaluate demo --root my-project --step 0 --step newest`
 
@@ -235,13 +237,16 @@ def evaluate_command(
         print_result(conform(storage.absolute(conformance)), as_json)
         return
     if name is None:
-        raise UserError("evaluate needs a RECIPE, as `diffit evaluate demo`")
+        raise UserError("evaluate needs a RECIPE, for example `diffit evaluate demo`")
     if watch and (sweep or step or fleet):
-        raise UserError("--watch evaluates every checkpoint; leave out --step, --sweep and --fleet")
+        raise UserError("--watch evaluates every checkpoint; remove --step, --sweep and --fleet")
     if fleet and (not sweep or address is None):
-        raise UserError("--fleet needs --sweep, and the job server's --address http://head:8265")
+        raise UserError(
+            "--fleet needs --sweep and the address of a job server, for example --address "
+            "http://head:8265"
+        )
     if sweep and npz:
-        raise UserError("--npz is for single evaluations; leave out --sweep")
+        raise UserError("--npz is for single evaluations; remove --npz or --sweep")
     recipe = read_recipe(name, overrides, root)
     run = run or recipe.name
     if watch:
@@ -265,9 +270,9 @@ def references_command(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Compute the statistics of the real images that evaluations compare with.
+    """Compute the statistics of the real images that evaluations compare against.
 
-    `diffit evaluate` does so itself where they are missing.
+    `diffit evaluate` does this itself if they are missing.
 
     Example: `diffit references imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
     """

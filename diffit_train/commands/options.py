@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help=f"Packaged recipe ({', '.join(packaged_recipes())}), or path or URL of a YAML file.",
+        help=f"Packaged recipe ({', '.join(packaged_recipes())}), or the path or URL of a YAML "
+        "file.",
         show_default=False,
     ),
 ]
@@ -22,44 +23,50 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Keys of the recipe to change, as train.lr=1e-4.",
+        help="Recipe keys to override, e.g. train.lr=1e-4.",
         show_default=False,
     ),
 ]
 Root = Annotated[
     str | None,
-    typer.Option(help="Folder or s3://bucket/prefix that holds the project (storage.root)."),
+    typer.Option(help="Project folder or s3://bucket/prefix (storage.root)."),
 ]
-ProjectRoot = Annotated[str, typer.Option("--root", help="Folder of the project.")]
+ProjectRoot = Annotated[str, typer.Option("--root", help="Project folder or s3://bucket/prefix.")]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster, as 10.0.0.1:6379 or auto. Default: this machine."),
+    typer.Option(help="Ray cluster, e.g. 10.0.0.1:6379 or auto. Default: this machine."),
 ]
 RunName = Annotated[
     str | None, typer.Option("--run", help="Name of the run. Default: the recipe's name.")
 ]
 Steps = Annotated[
     list[str] | None,
-    typer.Option("--step", help="Checkpoint by its step, or `newest`; may be repeated."),
+    typer.Option("--step", help="Step of a checkpoint, or `newest`; repeatable."),
 ]
 Source = Annotated[
     str | None,
-    typer.Option("--from", help="RUN or RUN@STEP whose weights a new run starts from."),
+    typer.Option("--from", help="Start a new run from the weights of RUN or RUN@STEP."),
 ]
 SourceWeights = Annotated[
-    str, typer.Option("--from-weights", help="Which of them: raw, or the name of an average.")
+    str, typer.Option("--from-weights", help="Weights for --from: raw, or the name of an EMA.")
 ]
-# A flag takes no value, so help shows none.
+# Flags take no value, so help shows none.
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", metavar="", help="Read a weight file that is a pickle.")
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        metavar="",
+        help="Allow a weight file that is a pickle. Reading a pickle can run any code: use it only "
+        "for files you trust.",
+    ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", metavar="", help="Print the result as JSON on standard output.")
+    bool, typer.Option("--json", metavar="", help="Print the result as JSON to standard output.")
 ]
 
 
 def print_result(value: Any, as_json: bool) -> None:
-    """Print a result as JSON on standard output where --json asks for it."""
+    """Print a result as JSON to standard output if --json was given."""
     if as_json:
         sys.stdout.write(json.dumps(value, indent=2) + "\n")
 

@@ -1,8 +1,8 @@
-"""`diffit plan`: what a run needs, before any GPU is rented.
+"""`diffit plan`: estimate what a run needs before renting any GPU.
 
-Parameters and multiply-adds are counted on the model itself, without memory (meta device).
-Bytes of states follow from what DeepSpeed ZeRO keeps at each stage; bytes of activations are those
-that autograd saves. Not counted: the framework's own memory, NCCL's buffers, fragmentation.
+Parameters and multiply-adds are counted on the model itself, on the meta device. Memory is the sum
+of the states that DeepSpeed ZeRO keeps at each stage and the activations that autograd saves. Not
+counted: the framework's own memory, NCCL buffers, fragmentation.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from diffit_train.config.train import BUCKET_ELEMENTS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 
-# Adam's two moments and the EMA are fp32, as are master weights.
+# Bytes per value. Master weights, Adam's two moments and the EMAs are fp32.
 FP32, BF16 = 4, 2
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's memory, and its dense matrix rate in bf16 without sparsity (vendors' data sheets)."""
+    """A GPU's memory and its dense bf16 TFLOP/s (vendor data sheets)."""
 
     memory_gib: float
     tflops_bf16: float
@@ -52,7 +52,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one rank that last from step to step."""
+    """Bytes that persist on one rank from step to step."""
 
     weights: int
     gradients: int
@@ -62,18 +62,20 @@ class States:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Their sum."""
         return self.weights + self.gradients + self.master + self.moments + self.ema
 
 
 def state_bytes(parameters: int, stage: int, world: int, emas: int, bf16: bool) -> States:
-    """What each rank keeps under ZeRO.
+    """States that each rank keeps under ZeRO.
 
     Args:
-        parameters: trainable ones.
-        stage: 0 to 3. Stages 1 and up share out master weights, moments and EMA over the ranks, 2
-            gradients too, 3 the weights too. Below 3 the master weights are a tensor of their
-            own in fp32 as well.
+        parameters: number of trainable parameters.
+        stage: 0 to 3. Stage 1 shards master weights, moments and EMAs over the ranks; 2 also
+            gradients; 3 also the weights. Stages 1 and up keep separate master weights even if
+            the weights are fp32.
+        world: world size.
+        emas: number of EMAs.
         bf16: whether the weights of the model are bf16.
     """
 
@@ -93,11 +95,11 @@ def state_bytes(parameters: int, stage: int, world: int, emas: int, bf16: bool) 
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs a run would rent.
+    """The GPUs that the estimate assumes.
 
     Attributes:
-        mfu: share of the GPU's matrix rate that training is assumed to reach.
-        price_per_hour: of one GPU; None where unknown.
+        mfu: model FLOPs utilization assumed.
+        price_per_hour: price of one GPU-hour; None if unknown.
     """
 
     gpu: str
@@ -108,16 +110,16 @@ class Machine:
         if self.gpu not in GPUS:
             raise UserError(f"--gpu is {self.gpu!r}, but must be one of: {', '.join(GPUS)}")
         if not 0.0 < self.mfu <= 1.0:
-            raise UserError(f"--mfu is {self.mfu}, but must lie above 0 and at most 1")
+            raise UserError(f"--mfu is {self.mfu}, but must be greater than 0 and at most 1")
         if self.price_per_hour is not None and not self.price_per_hour >= 0.0:
             raise UserError(f"--price is {self.price_per_hour}, but must be at least 0")
 
 
 def plan(recipe: Recipe, machine: Machine, emas: int | None = None) -> dict[str, Any]:
-    """Everything that `diffit plan` says, as JSON has it; bytes and seconds unless named.
+    """The estimate of `diffit plan` as plain values, in bytes and seconds unless named otherwise.
 
     Args:
-        emas: how many averages of the weights are kept; None for as many as the recipe has.
+        emas: number of EMAs; None for the recipe's.
     """
     import torch
 
@@ -191,7 +193,7 @@ def plan(recipe: Recipe, machine: Machine, emas: int | None = None) -> dict[str,
 
 
 def _offloaded(states: States, stage: int, offload: str) -> int:
-    """Bytes of the states that lie in the memory of the host."""
+    """Bytes of the states that are kept in host memory."""
     if stage == 0 or offload == "none":
         return 0
     weights = states.weights if offload == "parameters" and stage == 3 else 0
@@ -199,7 +201,7 @@ def _offloaded(states: States, stage: int, offload: str) -> int:
 
 
 def _latents(recipe: Recipe) -> dict[str, Any]:
-    """Size of the latents: as they are if they are there, else from the expected number."""
+    """Size of the latents: measured if they exist, else estimated from the expected number."""
     url = latents_url(recipe)
     if storage.exists(storage.join(url, MANIFEST)):
         manifest = load_manifest(url)
@@ -210,13 +212,13 @@ def _latents(recipe: Recipe) -> dict[str, Any]:
         return {"images": None, "latents": None}
     frames = 2 if recipe.data.flip else 1
     values = frames * 2 * recipe.autoencoder.latent_channels * recipe.latent_size**2
-    # A tar member is a 512-byte header and contents filled up to 512; a .npy header is 128 bytes.
+    # A tar member is a 512-byte header plus contents padded to 512; a .npy header is 128 bytes.
     member = 512 + math.ceil((128 + 2 * values) / 512) * 512
     return {"images": images, "latents": images * (member + 1024)}
 
 
 def _time(recipe: Recipe, machine: Machine, of_image: int) -> dict[str, Any]:
-    """Speed and cost. MFU counts forward and backward once, so recomputation does not enter."""
+    """Speed and cost. MFU counts forward and backward once, so recomputation does not count."""
     train, world = recipe.train, recipe.scaling.most_workers
     rate = GPUS[machine.gpu].tflops_bf16 * 1e12 * machine.mfu / (2 * of_image)
     seconds = train.steps * train.batch_size / (rate * world)
@@ -238,7 +240,7 @@ def _time(recipe: Recipe, machine: Machine, of_image: int) -> dict[str, Any]:
 
 
 def print_plan(result: dict[str, Any]) -> None:
-    """The plan as tables on standard output."""
+    """Print the plan as tables to standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -248,7 +250,7 @@ def print_plan(result: dict[str, Any]) -> None:
     model = result["model"]
 
     def table(title: str, *columns: str) -> Table:
-        console.print(title)  # a table's own title would be folded to its width
+        console.print(title)  # rich would wrap a table's own title to the table's width
         made = Table(*columns, show_header=len(columns) > 2)
         for column in made.columns[1:]:
             column.justify = "right"
@@ -260,17 +262,16 @@ def print_plan(result: dict[str, Any]) -> None:
     )
     counts = table(f"{result['recipe']}: {sizes}", "", "")
     for name, value in parameters.items():
-        label = "parameters" if name == "total" else f"  of them {name}"
-        counts.add_row(label, f"{value:,}")
-    counts.add_row("multiply-adds of a forward pass, one image", f"{work['forward'] / 1e9:,.1f} G")
+        counts.add_row("parameters" if name == "total" else f"  {name}", f"{value:,}")
+    counts.add_row("multiply-adds per image, forward pass", f"{work['forward'] / 1e9:,.1f} G")
     plain = work["forward_without_attention_products"]
-    counts.add_row("  without the attention products", f"{plain / 1e9:,.1f} G")
-    counts.add_row("  of a training step", f"{work['training_step'] / 1e12:,.1f} T")
+    counts.add_row("  without attention products", f"{plain / 1e9:,.1f} G")
+    counts.add_row("multiply-adds per training step", f"{work['training_step'] / 1e12:,.1f} T")
     console.print(counts)
 
     title = (
-        f"GiB on each of {memory['world_size']} GPUs, {memory['batch_per_gpu']} images each, "
-        f"{memory['precision']}, {memory['emas']} EMA, activation checkpointing "
+        f"GiB per GPU, world size {memory['world_size']}, {memory['batch_per_gpu']} images per "
+        f"GPU, {memory['precision']}, EMAs: {memory['emas']}, activation checkpointing: "
         f"{memory['activation_checkpointing']}"
     )
     parts = ("weights", "gradients", "master", "moments", "ema", "bucket", "activations", "total")
@@ -280,16 +281,16 @@ def print_plan(result: dict[str, Any]) -> None:
         rows.add_row(stage, *shown, "yes" if values["fits"] else "no")
     console.print(rows)
 
-    rest = table(f"{time['gpu']} at {time['mfu']:.0%} of its bf16 rate", "", "")
-    rest.add_row("images a second", f"{time['images_per_s']:,.0f}")
-    rest.add_row("  on each GPU", f"{time['images_per_s_per_gpu']:,.0f}")
-    rest.add_row("seconds a step", f"{time['step_s']:.3f}")
+    rest = table(f"{time['gpu']} at {time['mfu']:.0%} MFU (bf16)", "", "")
+    rest.add_row("images/s", f"{time['images_per_s']:,.0f}")
+    rest.add_row("  per GPU", f"{time['images_per_s_per_gpu']:,.0f}")
+    rest.add_row("seconds per step", f"{time['step_s']:.3f}")
     epochs = "" if time["epochs"] is None else f" ({time['epochs']:,.0f} epochs)"
     rest.add_row(f"hours for {time['steps']:,} steps{epochs}", f"{time['hours']:,.1f}")
     rest.add_row("GPU-hours", f"{time['gpu_hours']:,.0f}")
     if time["cost"] is not None:
         price = time["price_per_gpu_hour"]
-        rest.add_row(f"cost at {price:g} a GPU-hour", f"{time['cost']:,.0f}")
+        rest.add_row(f"cost at {price:g} per GPU-hour", f"{time['cost']:,.0f}")
     rest.add_row("checkpoint, GiB", f"{disk['checkpoint'] / storage.GIB:,.2f}")
     if disk["latents"] is not None:
         rest.add_row(
@@ -302,18 +303,15 @@ def plan_command(
     name: RecipeName,
     overrides: Overrides = None,
     root: Root = None,
-    gpu: Annotated[str, typer.Option(help="GPU that is reckoned with.")] = "H100",
-    mfu: Annotated[
-        float, typer.Option(help="Share of its bf16 matrix rate that training reaches.")
-    ] = 0.4,
-    price: Annotated[float | None, typer.Option(help="Price of a GPU-hour.")] = None,
+    gpu: Annotated[str, typer.Option(help="GPU type assumed in the estimate.")] = "H100",
+    mfu: Annotated[float, typer.Option(help="Model FLOPs utilization assumed.")] = 0.4,
+    price: Annotated[float | None, typer.Option(help="Price per GPU-hour.")] = None,
     emas: Annotated[
-        int | None,
-        typer.Option(min=0, help="Averages of the weights that are kept. Default: the recipe's."),
+        int | None, typer.Option(min=0, help="Number of EMAs. Default: the recipe's.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a run needs: parameters, work, memory per GPU, storage, hours and cost.
+    """Estimate what a run needs: compute, memory per GPU, storage, hours and cost.
 
     Example: `diffit plan imagenet256 --gpu H100 --mfu 0.4 --price 2.5 scaling.workers=16`
     """

@@ -23,10 +23,13 @@ from diffit_train.runs.start import starting_from
 
 
 def submit_command(
-    stage: Annotated[str, typer.Argument(help="encode, train or evaluate.", show_default=False)],
+    stage: Annotated[
+        str,
+        typer.Argument(help="Command to submit: encode, train or evaluate.", show_default=False),
+    ],
     name: RecipeName,
     address: Annotated[
-        str, typer.Option(help="Ray's job server, as http://head:8265.", show_default=False)
+        str, typer.Option(help="Ray job server, e.g. http://head:8265.", show_default=False)
     ],
     overrides: Overrides = None,
     root: Root = None,
@@ -38,13 +41,13 @@ def submit_command(
         bool, typer.Option(metavar="", help="Follow the job's log until it ends.")
     ] = True,
     python: Annotated[
-        str | None, typer.Option(help="Python of the cluster. Default: `python` there.")
+        str | None, typer.Option(help="Python interpreter on the cluster. Default: its `python`.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Send encode, train or evaluate to a cluster as a Ray job, and follow its log.
+    """Submit encode, train or evaluate to a cluster as a Ray job, and follow its log.
 
-    Submitted again under the same name, a running job is followed and an ended one continued.
+    Rerun the same command to follow a running job or resume an ended one.
 
     Example: `diffit submit train imagenet256 --address http://head:8265 --root s3://bucket/project`
     """

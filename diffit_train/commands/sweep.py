@@ -27,7 +27,7 @@ from diffit_train.tracking import tracking_uri
 
 @dataclass(frozen=True)
 class FleetOptions:
-    """Where and how the jobs of a sweep run."""
+    """How the jobs of a sweep run, on the job server at `address`."""
 
     address: str
     at_most: int = 4
@@ -44,15 +44,15 @@ def run_sweep(
     address: str | None = None,
     fleet: FleetOptions | None = None,
 ) -> dict[str, Any]:
-    """Evaluate every combination of some keys' values; a table and a plot of them.
+    """Evaluate every combination of some keys' values; write a table and a plot of them.
 
     Args:
-        texts: KEY=VALUES each.
-        fleet: send each evaluation as a Ray job of its own; None makes them here one by one, on
-            the Ray cluster at `address`.
+        texts: one KEY=VALUES per varied key.
+        fleet: submit each evaluation as a separate Ray job; None runs them from here one by one,
+            on the Ray cluster at `address`.
 
     Raises:
-        DiffitError: some evaluations failed, or the sweep was cancelled; the others are kept.
+        DiffitError: some evaluations failed, or the sweep was canceled; the others are kept.
     """
     recipe = starting_from(recipe, run)
     wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
@@ -74,14 +74,14 @@ def run_sweep(
         say(f"{storage.display_path(outputs['csv'])}  {storage.display_path(outputs['plot'])}")
     if failed:
         raise DiffitError(
-            f"{len(failed)} of {len(plan.members)} evaluations of sweep {plan.name!r} were not "
-            f"made: {'; '.join(failed[:3])}. Rerun the same command to retry them"
+            f"{len(failed)} of {len(plan.members)} evaluations of sweep {plan.name!r} did not "
+            f"finish: {'; '.join(failed[:3])}; rerun the same command to retry them"
         )
     return {"name": plan.name, "rows": stage.rows(plan, found), **outputs}
 
 
 def _write_outputs(plan: Sweep) -> dict[str, str]:
-    """Write sweep.csv and sweep.png, as `diffit compare` would; where they are."""
+    """Write sweep.csv and sweep.png as `diffit compare` does; return their URLs."""
     from diffit_train.compare.comparison import compare_store
 
     recipe, url = plan.loaded(), plan.url()
@@ -99,7 +99,7 @@ def _write_outputs(plan: Sweep) -> dict[str, str]:
 
 
 def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str]:
-    """Make a sweep's evaluations as Ray jobs; why those failed that did."""
+    """Run a sweep's evaluations as Ray jobs; return the reasons of those that failed."""
     members = list(enumerate(plan.members))
     every = {number: member.recipe(recipe) for number, member in members}
     todo = [
@@ -127,7 +127,7 @@ def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str
             ),
         )
     return [
-        state.reason or f"{state.job.name} was cancelled"
+        state.reason or f"{state.job.name} was canceled"
         for state in states
         if state.state != "done"
     ]
@@ -148,12 +148,12 @@ def _state_row(member: Member, state: jobs.JobState) -> dict[str, str]:
 
 
 def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
-    """The table of a sweep as far as it has got."""
+    """Print the results of a sweep so far."""
     plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
     found = stage.results(plan)
     done = sum(result is not None for result in found)
-    state = ", cancelled" if stage.is_cancelled(plan.url()) else ""
-    say(f"sweep {name!r}: {done} of {len(found)} evaluations are done{state}")
+    state = ", canceled" if stage.is_cancelled(plan.url()) else ""
+    say(f"sweep {name!r}: {done} of {len(found)} evaluations done{state}")
     table = stage.rows(plan, found)
     if table:
         print_rows(name, table)
@@ -161,7 +161,7 @@ def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
 
 
 def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
-    """Stop the jobs of a sweep; finished evaluations stay."""
+    """Stop the jobs of a sweep; finished evaluations are kept."""
     from diffit_train import ray_jobs as jobs
 
     plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
@@ -172,17 +172,17 @@ def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
     ]
     stage.cancel_sweep(plan.url())
     stopped = jobs.cancel_jobs(names, address)
-    say(f"sweep {name!r} is cancelled; {stopped} jobs were running")
+    say(f"sweep {name!r} canceled; {stopped} jobs stopped")
     return {"name": name, "stopped": stopped}
 
 
 def sweep_show_command(
-    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Of the sweep.")],
+    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")],
     run: Annotated[str, typer.Option("--run", help="Name of the run.")],
     root: ProjectRoot = ".",
     as_json: Json = False,
 ) -> None:
-    """Print the table of a sweep as far as it has got.
+    """Print the results of a sweep so far.
 
     Example: `diffit sweep show guidance.scale --root my-project --run demo`
     """
@@ -190,13 +190,13 @@ def sweep_show_command(
 
 
 def sweep_cancel_command(
-    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Of the sweep.")],
+    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")],
     run: Annotated[str, typer.Option("--run", help="Name of the run.")],
-    address: Annotated[str, typer.Option(help="Ray's job server, as http://head:8265.")],
+    address: Annotated[str, typer.Option(help="Ray job server, e.g. http://head:8265.")],
     root: ProjectRoot = ".",
     as_json: Json = False,
 ) -> None:
-    """Stop the jobs of a sweep; the same `diffit evaluate` goes on with it.
+    """Stop the jobs of a sweep; rerun `diffit evaluate` to resume it.
 
     Example: `diffit sweep cancel guidance.scale --root my-project --run demo
     --address http://head:8265`

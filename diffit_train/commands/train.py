@@ -1,4 +1,4 @@
-"""`diffit train`, with validation while training goes on."""
+"""`diffit train`, with validation during training."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def train_run(
     source: str | None = None,
     source_weights: str = "ema",
 ) -> dict[str, Any]:
-    """Train a run; where it stands.
+    """Train a run; return its name, folder and last step.
 
     Args:
-        source: RUN or RUN@STEP whose weights a new run starts from.
-        source_weights: which of them: raw, or the name of an average.
+        source: RUN or RUN@STEP to start a new run from.
+        source_weights: weights of the source: raw, or the name of an EMA.
     """
     recipe = starting_from(recipe, run, source, source_weights)
     step = finished_step(recipe, run)
@@ -48,14 +48,14 @@ def train_run(
 
         step = driver.train(recipe, run, address, _validation(recipe, run))
     else:
-        say("trained already")
+        say("already trained")
         send_unsent(recipe, run, say)
-    say(f"run {storage.display_path(run_url(recipe, run))} stands at step {step:,}")
+    say(f"run {storage.display_path(run_url(recipe, run))} is at step {step:,}")
     return {"run": run, "url": run_url(recipe, run), "step": step}
 
 
 def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
-    """What evaluates checkpoints while a run trains; None where the recipe wants none."""
+    """The function that evaluates checkpoints during training; None if the recipe has none."""
     if recipe.train.validate_every is None:
         return None
     from diffit_train.data.sources import list_images
@@ -71,7 +71,7 @@ def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
 
 
 def validate_checkpoint(recipe: Recipe, run: str, step: int) -> str:
-    """Evaluate a checkpoint of a run in training; a line that says what came of it."""
+    """Evaluate a checkpoint during training; return a line with its metrics."""
     from diffit_train.evaluation import runner
 
     request = runner.Request(recipe, run, step, curve="validation")
@@ -91,10 +91,10 @@ def train_command(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Train on the latents, from the newest checkpoint if there is one.
+    """Train on the latents, resuming from the newest checkpoint if there is one.
 
-    The same command starts a run, continues it after any end, and with a larger train.steps trains
-    it on. SIGTERM makes it save and leave.
+    Rerun the same command to resume a run, or with a larger train.steps to extend it. On SIGTERM,
+    the run saves a checkpoint and exits.
 
     Example: `diffit train demo --root my-project --run first train.lr=1e-3`
 

@@ -16,21 +16,21 @@ def verify_latents_command(
     url: Annotated[str, typer.Argument(help="Folder of the latents.", show_default=False)],
     image: Annotated[
         str | None,
-        typer.Option(help="PNG of originals beside reconstructions. Default: URL/verify.png."),
+        typer.Option(help="PNG of originals and reconstructions. Default: URL/verify.png."),
     ] = None,
     no_image: Annotated[
         bool,
-        typer.Option("--no-image", metavar="", help="Leave out the image, which needs the source."),
+        typer.Option("--no-image", metavar="", help="Skip the PNG, which needs the source images."),
     ] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", metavar="", help="Encode the bad shards again.")
+        bool, typer.Option("--repair", metavar="", help="Re-encode bad shards.")
     ] = False,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Recompute hashes and counts of latent shards, and test every member.
+    """Check hashes and counts of latent shards, and every sample in them.
 
-    Exit status 1 where something is bad and not repaired.
+    Exit status 1 if a shard is bad and was not repaired.
 
     Example: `diffit verify latents my-project/latents/digits --repair`
     """
@@ -43,13 +43,13 @@ def verify_latents_command(
 def check_latents(
     url: str, image: str | None, repair: bool, address: str | None = None
 ) -> dict[str, Any]:
-    """Check a folder of latents, make bad shards again if asked to, and draw an image.
+    """Check a folder of latents, optionally re-encode bad shards, and draw reconstructions.
 
     Args:
-        image: a PNG of originals beside their reconstructions; None for no image.
+        image: PNG file for originals next to their reconstructions; None for none.
 
     Raises:
-        DiffitError: something is bad and was not, or could not be, repaired.
+        DiffitError: a shard is bad and was not, or could not be, repaired.
     """
     from diffit_train.data import verify as stage
 
@@ -64,15 +64,16 @@ def check_latents(
         raise DiffitError(
             f"{len(report.bad)} of {report.shards} shards of {storage.display_path(url)} are bad: "
             f"{', '.join(list(report.bad)[:8])}"
-            + ("" if repair else "; --repair encodes them again")
+            + ("" if repair else "; run again with --repair to re-encode them")
         )
     spread = "  ".join(f"{m:.3f}±{s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True))
     say(
-        f"{storage.display_path(url)}: {report.images:,} images in {report.shards} shards are good; "
-        f"latents by channel {spread}, from {report.lowest:.2f} to {report.highest:.2f}"
+        f"{storage.display_path(url)}: {report.images:,} images in {report.shards} shards, all "
+        f"good; latents per channel (mean±std) {spread}, range {report.lowest:.2f} to "
+        f"{report.highest:.2f}"
     )
     if image is not None:
         found["reconstruction_mse"] = stage.draw_reconstructions(url, image)
         found["image"] = image
-        say(f"reconstruction mse {found['reconstruction_mse']:.4g}: {storage.display_path(image)}")
+        say(f"reconstruction MSE {found['reconstruction_mse']:.4g}: {storage.display_path(image)}")
     return found

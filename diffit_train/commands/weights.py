@@ -25,13 +25,13 @@ from diffit_train.progress import say
 from diffit_train.runs.identity import NEWEST, find_checkpoint, parse_step
 from diffit_train.runs.start import starting_from
 
-# Relative error of a reconstructed profile beyond which the user is warned.
+# Warn if the relative error of a reconstructed profile is larger than this.
 POOR_PROFILE = 0.1
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Which weights to sample: a checkpoint of a run, or a file."""
+    """The weights to sample from: a checkpoint of a run, or a file."""
 
     run: str
     step: str = NEWEST
@@ -47,7 +47,7 @@ def sample_images(
     out: str,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Sample images of classes and seeds into a folder; the record of samples.json."""
+    """Sample images of classes and seeds into a folder; return the content of samples.json."""
     from diffit_train.evaluation import generate
     from diffit_train.evaluation import sample as stage
 
@@ -75,10 +75,10 @@ def recipe_of_weights(
     root: str | None,
     allow_pickle: bool = False,
 ) -> Recipe:
-    """The recipe named, or that of the weight file itself.
+    """The named recipe, or else the weight file's own.
 
     Raises:
-        UserError: the file does not say which, so it must be named; or it is broken.
+        UserError: no recipe is named and the file has none, or the file is damaged.
     """
     if name is not None:
         return load_recipe(name, overrides, root)
@@ -86,21 +86,21 @@ def recipe_of_weights(
 
     found = recipe_of_file(storage.absolute(file), allow_pickle)
     if found is None:
-        raise UserError(f"{file} does not say what model it holds; name its recipe by --recipe")
+        raise UserError(f"{file} does not name its model; give its recipe with --recipe")
     text, reference = found
     if text:
         return load_stored_recipe(text, reference, overrides, root)
-    say(f"{file} has the shapes of {reference}")
+    say(f"{file} has the shapes of recipe {reference}")
     return load_recipe(reference, overrides, root)
 
 
 def import_file(
     recipe: Recipe, run: str, file: str, step: int | None, allow_pickle: bool
 ) -> dict[str, Any]:
-    """Read a weight file into a run.
+    """Import a weight file into a run.
 
     Args:
-        step: under which the weights are kept; None for the file's own.
+        step: step of the new checkpoint; None for the file's own.
     """
     from diffit_train.runs import import_export
     from diffit_train.runs.deepspeed import is_deepspeed_checkpoint
@@ -109,13 +109,14 @@ def import_file(
     if is_deepspeed_checkpoint(file):
         url, number = import_export.import_deepspeed(recipe, run, file, allow_pickle)
         say(
-            f"run {storage.display_path(url)} holds {storage.display_path(file)} at step {number:,}, ready to be "
-            "trained on; its averages of the weights begin anew"
+            f"imported {storage.display_path(file)} into run {storage.display_path(url)} at step "
+            f"{number:,}; training can resume from it, and its EMAs restart"
         )
     else:
         url, number = import_export.import_weights(recipe, run, file, step, allow_pickle)
         say(
-            f"run {storage.display_path(url)} holds {storage.display_path(file)} as the EMA of step {number:,}"
+            f"imported {storage.display_path(file)} into run {storage.display_path(url)} as the "
+            f"EMA of step {number:,}"
         )
     return {"run": run, "url": url, "step": number}
 
@@ -134,10 +135,10 @@ def export_checkpoint(
     return {"file": file, "run": run, "step": number, "weights": kind}
 
 
-def reconstruct_average(
+def reconstruct_run_ema(
     recipe: Recipe, run: str, sigma_rel: float, step: str, out: str | None
 ) -> dict[str, Any]:
-    """Make an average of the weights from a run's snapshots."""
+    """Reconstruct an EMA from a run's snapshots."""
     from diffit_train.runs import phema
 
     recipe = starting_from(recipe, run)
@@ -145,13 +146,13 @@ def reconstruct_average(
     target = None if out is None else storage.absolute(out)
     made = phema.reconstruct_ema(recipe, run, sigma_rel, parse_step(step), target)
     say(
-        f"wrote {storage.display_path(made.file)}: sigma_rel {sigma_rel:g} of {run}, step {made.step:,}, "
-        f"from {made.snapshots} snapshots; its profile is off by {made.error:.2%}"
+        f"wrote {storage.display_path(made.file)}: sigma_rel {sigma_rel:g} of {run}, step "
+        f"{made.step:,}, from {made.snapshots} snapshots; profile error {made.error:.2%}"
     )
     if made.error > POOR_PROFILE:
         say(
-            "that is far from what was asked; take a sigma_rel nearer those of train.ema, or more "
-            "snapshots"
+            "warning: the profile is far from the requested one; choose a sigma_rel closer to "
+            "those in train.ema, or take more snapshots"
         )
     return {**asdict(made), "run": run, "sigma_rel": sigma_rel}
 
@@ -162,25 +163,27 @@ def sample_command(
     root: Root = None,
     run: RunName = None,
     step: Annotated[
-        str, typer.Option("--step", help="Checkpoint by its step, or `newest`.")
+        str, typer.Option("--step", help="Step of the checkpoint, or `newest`.")
     ] = NEWEST,
     weights: Annotated[
         str | None,
-        typer.Option(help="Weights from a file (an export, or published) instead of a run."),
+        typer.Option(help="Weight file (exported or published) to use instead of a run."),
     ] = None,
     classes: Annotated[
         list[str] | None,
-        typer.Option("--class", help="Class by name or number; may be repeated."),
+        typer.Option("--class", help="Name or number of a class; repeatable."),
     ] = None,
     seeds: Annotated[
-        str, typer.Option(help="Seeds, as 0-3,8: an image of each class for each.")
+        str, typer.Option(help="Seeds, e.g. 0-3,8; one image per class and seed.")
     ] = "0-3",
-    out: Annotated[str, typer.Option(help="Folder for grid.png and single images.")] = "samples",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
+    out: Annotated[
+        str, typer.Option(help="Output folder for grid.png and the images.")
+    ] = "samples",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 16,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Make images of chosen classes and seeds; sampler and guidance are those of the recipe.
+    """Sample images of chosen classes and seeds, with the recipe's sampler and guidance.
 
     Example: `diffit sample demo --root my-project --class 3 --class 7 --seeds 0-9 --out threes`
     """
@@ -194,22 +197,20 @@ def import_command(
     overrides: Overrides = None,
     name: Annotated[
         str | None,
-        typer.Option("--recipe", help="Recipe of the weights. Default: what the file itself says."),
+        typer.Option("--recipe", help="Recipe of the weights. Default: the file's own."),
     ] = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Step under which the weights are kept. Default: the file's own, or 0."
-        ),
+        typer.Option(min=0, help="Step of the imported checkpoint. Default: the file's own, or 0."),
     ] = None,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Read a weight file under the published names into a run, ready to sample and evaluate.
+    """Import a weight file with the published names into a run, to sample and evaluate.
 
-    A folder of DeepSpeed's `save_checkpoint` becomes a run that can be trained on.
+    A folder from DeepSpeed's `save_checkpoint` becomes a run that can be trained further.
 
     Example: `diffit import diffit_256.safetensors --root my-project --run nvidia`
     """
@@ -224,17 +225,17 @@ def export_command(
     root: Root = None,
     run: RunName = None,
     step: Annotated[
-        str, typer.Option("--step", help="Checkpoint by its step, or `newest`.")
+        str, typer.Option("--step", help="Step of the checkpoint, or `newest`.")
     ] = NEWEST,
     weights: Annotated[
-        str, typer.Option(help="Which weights: raw, or the name of an average.")
+        str, typer.Option(help="Weights to export: raw, or the name of an EMA.")
     ] = "ema",
     out: Annotated[
-        str | None, typer.Option(help="File. Default: RUN/export/ema-STEP.safetensors.")
+        str | None, typer.Option(help="Output file. Default: RUN/export/ema-STEP.safetensors.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint's weights to one safetensors file under the published names.
+    """Export a checkpoint's weights to one safetensors file with the published names.
 
     Example: `diffit export demo --root my-project --step newest`
     """
@@ -246,25 +247,26 @@ def export_command(
 def ema_reconstruct_command(
     name: RecipeName,
     sigma_rel: Annotated[
-        float, typer.Option(help="Width of the profile, relative to the training up to the step.")
+        float, typer.Option(help="Width of the profile, relative to the training up to that step.")
     ],
     overrides: Overrides = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[
-        str, typer.Option("--step", help="Step of the average, or `newest`: the last snapshot's.")
+        str, typer.Option("--step", help="Step of the EMA, or `newest` for the last snapshot.")
     ] = NEWEST,
     out: Annotated[
-        str | None, typer.Option(help="File. Default: RUN/export/ema-SIGMA-STEP.safetensors.")
+        str | None,
+        typer.Option(help="Output file. Default: RUN/export/ema-SIGMA-STEP.safetensors."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an average with another profile than those trained with, from a run's snapshots.
+    """Reconstruct an EMA with any profile width after training, from a run's snapshots.
 
-    The run needs averages with a sigma_rel in train.ema, and train.ema_snapshot_every (EDM2).
+    The run needs EMAs with a sigma_rel in train.ema, and train.ema_snapshot_every (EDM2).
 
     Example: `diffit ema reconstruct demo --root my-project --run first --sigma-rel 0.07`
     """
     recipe = read_recipe(name, overrides, root)
-    result = reconstruct_average(recipe, run or recipe.name, sigma_rel, step, out)
+    result = reconstruct_run_ema(recipe, run or recipe.name, sigma_rel, step, out)
     print_result(result, as_json)

@@ -1,4 +1,4 @@
-"""What `diffit compare` compares: runs and their evaluations, as MLflow holds them."""
+"""Read the runs and evaluations that `diffit compare` compares from MLflow."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.storage import ROOT_PREFIX
 from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker
 
-# Recipe keys that say where and on how much a run ran, not what it is.
-PLACE_KEYS = ("storage.", "tracking.", "scaling.", "name")
-# Keys of `evaluate` that change no figure.
+# Recipe keys of a run's location and resources; they do not change its results.
+LOCATION_KEYS = ("storage.", "tracking.", "scaling.", "name")
+# Keys of `evaluate` that do not change any metric.
 _WITHOUT_EFFECT = ("batch_size", "compile", "grid_columns", "grid_rows", "features.fit.")
 MAX_NAMED = 20
 
@@ -25,10 +25,10 @@ MAX_NAMED = 20
 class Protocol(NamedTuple):
     """How metrics were measured.
 
-    A Frechet distance falls with the number of `samples` and depends on features and reference,
-    which is told by its digest: the same file under two paths is one, another under the same path
-    is not. Evaluations of earlier versions have no digest; theirs is told by its path. Precision
-    and recall depend on the number of neighbors and of real images, too.
+    A Frechet distance falls as the number of `samples` grows, and depends on features and
+    reference. References are identified by digest, so one file at two paths is the same reference
+    and two files at one path are not; evaluations of earlier versions have no digest and use the
+    path. Precision and recall also depend on the number of neighbors and of real images.
     """
 
     samples: int | None = None
@@ -39,10 +39,10 @@ class Protocol(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation of a run at a step; `metrics` without their prefix `eval/`.
+    """An evaluation of a run at a step.
 
-    `settings` are the keys of `evaluate` that matter, without that prefix; `cost` is the NFE
-    per image, where it was logged.
+    `metrics` are named without the prefix `eval/`. `settings` are the keys of `evaluate` that
+    affect them, without that prefix. `cost` is the NFE per image, or None if it was not logged.
     """
 
     step: int
@@ -70,7 +70,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunRow:
-    """A training run; `label` is its name, with more where several have that name."""
+    """A training run; `label` is its name, with a suffix if several runs share it."""
 
     record: RunRecord
     differences: dict[str, str]
@@ -80,7 +80,7 @@ class RunRow:
     label: str
 
     def origin(self) -> dict[str, str]:
-        """Where the run's code, recipe and data come from; only what is known."""
+        """Where the run's code, recipe and data come from, as far as known."""
         tags = self.record.tags
         known = {
             "git_commit": tags.get("mlflow.source.git.commit"),
@@ -114,10 +114,10 @@ class RunRow:
 def collect(
     tracker: Tracker, experiment: str | None, selection: Sequence[str] = ()
 ) -> list[RunRow]:
-    """The training runs with their evaluations: in the order of `selection`, else oldest first.
+    """The training runs with their evaluations, in the order of `selection`, else oldest first.
 
     Raises:
-        UserError: there is none, or none that was selected.
+        UserError: there is no run, or none was selected.
     """
     records = tracker.runs(experiment)
     parents = {record.run_id: record for record in records if record.parent_id is None}
@@ -130,7 +130,7 @@ def collect(
             parent = parents[child.parent_id]
             evaluations[child.parent_id].append(_evaluation(child, parent, names))
     for mine in evaluations.values():
-        mine.sort(key=_place)
+        mine.sort(key=_sort_key)
     labels = _labels(list(parents.values()))
     if selection:
         evaluations = _selected(selection, parents, labels, evaluations)
@@ -145,15 +145,15 @@ def collect(
     return rows
 
 
-def _place(evaluation: Evaluation) -> tuple[object, ...]:
-    """Where an evaluation stands among those of a run: the hash that ends its key tells nothing."""
+def _sort_key(evaluation: Evaluation) -> tuple[object, ...]:
+    """Sort key within a run; the hash at the end of the evaluation's key counts last."""
     readable, seed = evaluation.key.rsplit("-", 1)[0], evaluation.settings.get("seed", "")
     samples = evaluation.protocol.samples or 0
     return evaluation.step, natural(readable), samples, natural(seed), evaluation.key
 
 
 def _labels(parents: list[RunRecord]) -> dict[str, str]:
-    """By run id: the name, with the experiment or the id where another run has that name."""
+    """Run id to label: the name, plus the experiment or the id if another run has that name."""
     labels = {}
     for record in parents:
         namesakes = [p for p in parents if p.name == record.name]
@@ -169,11 +169,11 @@ def _selected(
     labels: Mapping[str, str],
     evaluations: Mapping[str, list[Evaluation]],
 ) -> dict[str, list[Evaluation]]:
-    """By run id: the evaluations that the words of `selection` name, those of a run joined."""
+    """Run id to the evaluations that `selection` names, merged per run."""
     chosen: dict[str, list[Evaluation]] = {}
     for text in selection:
         names = {run_id: (run_id, p.name, labels[run_id]) for run_id, p in parents.items()}
-        # A name may hold @ and / itself; the longest that fits is meant.
+        # Names may contain @ and /; take the longest one that matches.
         fitting = [
             name
             for known in names.values()
@@ -193,7 +193,7 @@ def _selected(
 
 
 def _restricted(name: str, found: Mapping[str, list[Evaluation]], rest: str) -> list[Evaluation]:
-    """The evaluations of runs of a name that `rest`, as @STEP or /SWEEP, leaves of them."""
+    """The evaluations in `found`, restricted by `rest`: @STEP or /SWEEP."""
     step_text, _, sweep = rest.partition("/")
     step = step_text.removeprefix("@")
     kept = [e for mine in found.values() for e in mine]
@@ -203,7 +203,7 @@ def _restricted(name: str, found: Mapping[str, list[Evaluation]], rest: str) -> 
         sweeps = {e.sweep for e in kept if e.sweep}
         kept = [e for e in kept if e.sweep == sweep]
         if not kept:
-            raise unknown(f"sweep of run {name!r}", sweep, sweeps)
+            raise unknown("sweep", sweep, sweeps, f" of run {name!r}")
     if step == "newest":
         newest = {run_id: max((e.step for e in mine), default=0) for run_id, mine in found.items()}
         return [e for run_id, mine in found.items() for e in mine if e.step == newest[run_id]]
@@ -215,8 +215,8 @@ def _restricted(name: str, found: Mapping[str, list[Evaluation]], rest: str) -> 
     return kept
 
 
-def unknown(what: str, given: str, known: Iterable[str]) -> UserError:
-    """The error that names what there is, nearest first."""
+def unknown(what: str, given: str, known: Iterable[str], where: str = "") -> UserError:
+    """An error that lists what exists, closest match first."""
 
     def distance(name: str) -> tuple[float, list[tuple[float, str]]]:
         if given.isdecimal() and name.isdecimal():
@@ -226,30 +226,30 @@ def unknown(what: str, given: str, known: Iterable[str]) -> UserError:
     names = sorted(known, key=distance)
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     shown = ", ".join(names[:MAX_NAMED]) or "none"
-    return UserError(f"there is no {what} {given!r}; there are, nearest first: {shown}{more}")
+    return UserError(f"there is no {what} {given!r}{where}; known, closest first: {shown}{more}")
 
 
 def _differing_keys(records: list[RunRecord]) -> list[str]:
     keys = sorted({key for record in records for key in record.params})
-    keys = [key for key in keys if not key.startswith(PLACE_KEYS)]
+    keys = [key for key in keys if not key.startswith(LOCATION_KEYS)]
     return [key for key in keys if len({record.params.get(key) for record in records}) > 1]
 
 
 def _reference_names(
     records: Iterable[RunRecord], parents: Mapping[str, RunRecord]
 ) -> dict[str, str]:
-    """By digest: the file's name or the source where it was met first, and the digest's start."""
+    """Digest to name: its first file name or source, plus the start of the digest."""
     names: dict[str, str] = {}
     for child in records:
         digest, parent = child.tags.get(TAG_REFERENCE), parents.get(child.parent_id or "")
         if digest and parent:
-            place = _reference_place(child.params, parent)
-            names.setdefault(digest, f"{place} ({digest[:8]})")
+            name = _reference_name(child.params, parent)
+            names.setdefault(digest, f"{name} ({digest[:8]})")
     return names
 
 
-def _reference_place(params: Mapping[str, str], parent: RunRecord) -> str:
-    """Name of the reference file, or data.source and its resolution."""
+def _reference_name(params: Mapping[str, str], parent: RunRecord) -> str:
+    """Name of the reference file, or data.source and data.resolution."""
     reference = plain(params.get("evaluate.reference"))
     if reference not in ("", OWN):
         return reference.rstrip("/").rsplit("/", 1)[-1].removeprefix(ROOT_PREFIX)
@@ -286,12 +286,12 @@ def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
     name, source = (plain(settings.get(f"features.{key}")) for key in ("name", "source"))
     reference = plain(settings.get("reference"))
     if reference in ("", OWN):
-        reference = _reference_place({}, parent)
+        reference = _reference_name({}, parent)
     nearest = (plain(settings.get(key)) for key in ("num_neighbors", "reference_images"))
     samples = plain(settings.get("samples"))
     return Protocol(
         samples=int(samples) if samples else None,
-        # Only the published network is called inception, wherever its file lies.
+        # Only the published network is called inception, wherever its weight file is.
         features=name if name == INCEPTION or not source else f"{name} of {source}",
         reference=reference,
         num_neighbors=" of ".join(text for text in nearest if text),
@@ -299,16 +299,16 @@ def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
 
 
 def plain(value: str | None) -> str:
-    """A parameter as text; empty where it is not set."""
+    """A parameter as text; empty if not set."""
     return "" if value in (None, "None") else str(value)
 
 
 def finite(value: float | None) -> float | None:
-    """The value; None where it is not finite."""
+    """The value; None if it is not finite."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def natural(text: str) -> list[tuple[float, str]]:
-    """A key that sorts ddim50 before ddim250."""
+    """Natural sort key: ddim50 before ddim250."""
     pieces = re.findall(r"(\d+(?:\.\d+)?)|(\D+)", text)
     return [(float(number or 0), letters) for number, letters in pieces]

@@ -1,4 +1,4 @@
-"""`diffit compare`: runs, checkpoints and sweeps side by side, as MLflow holds them."""
+"""`diffit compare`: runs, checkpoints and sweeps side by side, read from MLflow."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from diffit_train.tracking import Tracker, redact
 
 __all__ = ["Comparison", "collect", "compare_store"]
 
-# A pipe has no width that a table would have to fit in.
+# Output to a pipe need not fit any width.
 TABLE_WIDTH = 1000
 
 
 @dataclass(frozen=True)
 class Comparison(Compared):
-    """What was compared, and the files that show it."""
+    """The compared runs, and the files written about them."""
 
     plot: str
     html: str | None
@@ -53,7 +53,7 @@ class Comparison(Compared):
         }
 
     def _best(self, run: RunRow) -> list[dict[str, Any]]:
-        """The best evaluation by each protocol."""
+        """The best evaluation of each protocol."""
         if self.metric is None:
             return []
         return [
@@ -76,24 +76,24 @@ class Comparison(Compared):
         return {"axes": axes, "points": [r.as_json() for r in members]}
 
     def _lines(self) -> list[str]:
-        places = {"curves": self.plot, "report": self.html, "table": self.csv}
+        files = {"curves": self.plot, "report": self.html, "table": self.csv}
         return [
             *self.notes(),
-            *(f"{what}: {storage.display_path(p)}" for what, p in places.items() if p),
+            *(f"{what}: {storage.display_path(file)}" for what, file in files.items() if file),
         ]
 
     def print_table(self) -> None:
-        """The tables on standard output."""
+        """Print the tables to standard output."""
         console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
         for sheet in sheets(self):
-            # A table folds its own title into its width.
+            # rich would wrap a table's own title to the table's width.
             console.print(Text(sheet.title, "italic"))
             console.print(rich_table(sheet))
         for line in self._lines():
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def markdown(self) -> str:
-        """The tables as GitHub's Markdown, then a list of notes."""
+        """The tables as GitHub Markdown, followed by a list of notes."""
         notes = "".join(f"- {markdown_text(line)}\n" for line in self._lines())
         return "\n".join([*(markdown_table(sheet) for sheet in sheets(self)), notes])
 
@@ -109,19 +109,19 @@ def compare_store(
     html: str | None = None,
     csv: str | None = None,
 ) -> Comparison:
-    """Compare runs of one experiment, or of all in a store, and draw their curves.
+    """Compare runs of one experiment, or of all in a store, and plot their curves.
 
     Args:
-        root: of the project; its MLflow store is read where `uri` is None.
-        plot: where the curves go; by default ROOT/compare.png.
-        selection: RUN, RUN@STEP (or RUN@newest) and RUN/SWEEP; by default every run.
-        metric: what runs are ranked by; by default the FID, else another Frechet distance.
-        html: where a report with the curves and grids goes, if anywhere.
-        csv: where a table with a row an evaluation goes, if anywhere.
+        root: root of the project; its MLflow store is read if `uri` is None.
+        plot: PNG file for the curves; ROOT/compare.png by default.
+        selection: RUN, RUN@STEP (or RUN@newest) or RUN/SWEEP; every run by default.
+        metric: metric to rank by; the FID by default, or else another Frechet distance.
+        html: file for a report with the curves and grids; None for no report.
+        csv: file for a table with one row per evaluation; None for no table.
 
     Raises:
-        UserError: there is no store, no such experiment, run, sweep, step or metric, or no training
-            run; nothing was written.
+        UserError: there is no store or training run, or no such experiment, run, sweep, step or
+            metric; nothing was written.
     """
     tracker = Tracker(uri if uri is not None else _store_of(root))
     runs = collect(tracker, experiment, selection)
@@ -143,10 +143,11 @@ def _store_of(root: str) -> str:
         raise UserError(f"--root is {root!r}: {fault}")
     if not storage.is_local(root):
         raise UserError(
-            f"--root is {redact(root)}, where no MLflow file lies; give the MLflow of its runs "
-            "by --tracking-uri, as http://mlflow:5000 or sqlite:////absolute/path/mlflow.db"
+            f"--root is {redact(root)}, which holds no MLflow database; give the tracking URI of "
+            "its runs with --tracking-uri, for example http://mlflow:5000 or "
+            "sqlite:////absolute/path/mlflow.db"
         )
     database = storage.local_path(root).absolute() / "mlflow.db"
     if not database.exists():
-        raise UserError(f"there is no {database}; train first, or mend --root")
+        raise UserError(f"there is no {database}; train first, or fix --root")
     return f"sqlite:///{database}"

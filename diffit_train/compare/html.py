@@ -1,4 +1,4 @@
-"""The page of `diffit compare --html`: one file that opens anywhere and loads nothing."""
+"""The report of `diffit compare --html`: one self-contained file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffit_train.compare.tables import Cell, Sheet, sheets
 from diffit_train.tracking import Tracker, first_line, redact
 
 MAX_GRIDS = 24
-# A grid above this is embedded smaller, or a page of many would not open on a phone.
+# Larger grids are embedded at reduced size, so that a page with many still opens on a phone.
 MAX_GRID_BYTES = 800_000
 SMALL_SIDE_PX = 1400
 GRID_NAME = "grid.png"
@@ -49,7 +49,7 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
         "ranked by": compared.metric or "-",
     }
     found = sheets(compared)
-    # What is long stands below the plots.
+    # Long tables go below the plots.
     summary = [sheet for sheet in found if sheet.title in ("runs", "recipe differences")]
     details = [sheet for sheet in found if sheet not in summary]
     chosen, left_out = chosen_grids(compared)
@@ -57,7 +57,7 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
     if left_out:
         grid_notes.insert(
             0,
-            f"{left_out} further evaluations are left out: shown are each run's best by "
+            f"grids of {left_out} more evaluations are omitted; shown are each run's best by "
             f"{compared.metric} and its newest, at most {MAX_GRIDS} grids",
         )
     page = environment.get_template("report.html.j2").render(
@@ -74,10 +74,10 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
 
 
 def chosen_grids(compared: Compared) -> tuple[list[tuple[str, Evaluation]], int]:
-    """(caption, evaluation) of each run's best and newest, and how many others there are.
+    """(caption, evaluation) of each run's best and newest, and the number of other evaluations.
 
-    The best is that of the protocol that most evaluations share, where the run has it, else of its
-    own main one.
+    The best is by the most common protocol of all runs, or by the run's own most common one if it
+    lacks that.
     """
     every = [e for e in compared.evaluations if e.metrics]
     chosen = []
@@ -104,18 +104,18 @@ def _caption(run: RunRow, evaluation: Evaluation, why: str) -> str:
 def _grids(
     chosen: Sequence[tuple[str, Evaluation]], tracker: Tracker
 ) -> tuple[list[EmbeddedImage], list[str]]:
-    """The grids, and what is to be said of those that MLflow does not give."""
+    """The grids, and notes about those that MLflow cannot provide."""
     images, notes = [], []
     for caption, evaluation in chosen:
         try:
             data = tracker.artifact(evaluation.run_id, GRID_NAME)
             if data is None:
-                notes.append(f"MLflow holds no grid of {evaluation.key}")
+                notes.append(f"MLflow has no grid of {evaluation.key}")
             else:
                 images.append(EmbeddedImage(caption, _grid_uri(data)))
-        # Each artifact store fails in a way of its own; the metrics are worth a page without it.
+        # Artifact stores raise errors of many types; write the report without the grid.
         except Exception as error:
-            notes.append(f"the grid of {evaluation.key} cannot be read: {first_line(error)}")
+            notes.append(f"could not read the grid of {evaluation.key}: {first_line(error)}")
     return images, notes
 
 
@@ -142,7 +142,7 @@ def _data_uri(data: bytes, kind: str) -> str:
 
 
 def _origins_sheet(runs: Sequence[RunRow]) -> Sheet:
-    """Where each run comes from; hashes by their beginnings."""
+    """Where each run comes from, with shortened hashes."""
     keys = list(dict.fromkeys(key for run in runs for key in run.origin()))
     rows = []
     for run in runs:

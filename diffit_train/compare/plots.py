@@ -1,6 +1,6 @@
-"""The plots of `diffit compare`: curves, what settings do, and what is traded for what.
+"""The plots of `diffit compare`: curves over steps, effects of settings, and Pareto fronts.
 
-Metrics of different protocols are never on one line.
+A line never joins metrics of different protocols.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ if TYPE_CHECKING:
 
 MAX_LEGEND = 10
 MAX_LABEL = 56
-# Settings that a protocol holds; a line is named by that instead.
-# Settings that have panels of their own, or are spreads.
+# Settings shown in other ways: seeds as error bars, steps in the cost panel.
 _OTHER_AXES = ("seed", "sampler.steps")
+# Settings that are part of the protocol, which names the line instead.
 _OF_PROTOCOL = ("samples", "features.name", "features.source", "reference")
-
+NFE_LABEL = "NFE per image"
 
 LineKind = Literal["curve", "band", "dots", "front"]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a panel; `color` and `style` count. Errors are one deviation, 0 for single values.
+    """A line of a panel; `color` and `style` are indices into the palettes.
 
-    A band is a line with its errors as a shade; dots are not joined; a front is a line with rings.
+    Errors are one standard deviation, 0 for single values. A band shades its errors; dots are not
+    joined; a front has rings as markers.
     """
 
     label: str
@@ -60,7 +61,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes of a plot; `spans` is for losses and distances, which may fall by decades."""
+    """One panel of a plot; `spans` allows a log axis, for losses and distances."""
 
     title: str
     x_label: str
@@ -70,7 +71,7 @@ class Panel:
 
 
 class Series(NamedTuple):
-    """What replicates along an axis have in common; `step` is None along steps."""
+    """What the replicates on a line have in common; `step` is None if the x axis is the step."""
 
     group: int
     step: int | None
@@ -87,14 +88,13 @@ class Point(NamedTuple):
 
 
 Origin = tuple[int, Protocol]
-NFE_LABEL = "NFE per image"
 
 
 def panels(compared: Compared) -> list[Panel]:
-    """The panels that have something to show: curves, then what the settings do."""
+    """The panels that are not empty: curves over steps, then effects of settings."""
     replicates, metric = compared.replicates, compared.metric
     names = metric_names(compared.evaluations)
-    # Where only sweeps are compared, training is not the question.
+    # A comparison of sweeps only is not about training.
     sweeps_only = bool(replicates) and all(e.sweep for e in compared.evaluations)
     found = [] if sweeps_only else [_loss_panel(compared.groups)]
     found += [_step_panel(replicates, name) for name in names]
@@ -122,7 +122,7 @@ def _loss_panel(groups: list[RunGroup]) -> Panel:
 
 
 def _step_panel(replicates: list[Replicates], metric: str) -> Panel:
-    """A metric over steps; settings that were tried at one step only have panels of their own."""
+    """A metric over steps; settings varied at a single step have their own panels."""
     series = series_along(replicates, metric, lambda r: r.step, "step")
     kept: dict[Series, list[Point]] = {}
     for group in {s.group for s in series}:
@@ -144,12 +144,12 @@ def _setting_panels(replicates: list[Replicates], metric: str) -> list[Panel]:
             series = series_along(replicates, name, functools.partial(_number, key), key)
             lines = _lines(_varying(series))
             spans = bool(lower_is_better(name))
-            found.append(Panel(f"{name} against {key}", key, lines, spans=spans))
+            found.append(Panel(f"{name} vs. {key}", key, lines, spans=spans))
     return found
 
 
 def _number(key: str, r: Replicates) -> float | None:
-    """A setting as a number; None where it is none, or guidance is off."""
+    """A setting as a number; None if it is not a number, or guidance is off."""
     if key.startswith("guidance.") and r.settings.get("guidance.kind") == "none":
         return None
     try:
@@ -159,12 +159,12 @@ def _number(key: str, r: Replicates) -> float | None:
 
 
 def _cost_panel(replicates: list[Replicates], metric: str) -> Panel:
-    """The metric against passes of the network: lines along a sampler's steps, and the best rest.
+    """The metric against NFE: lines along a sampler's steps, and the best of the others.
 
-    Of evaluations on no line, such as those of a sweep of guidance, each cost has only its best.
+    Evaluations on no line, such as those of a guidance sweep, show only the best for each NFE.
     """
     series = series_along(replicates, metric, Replicates.cost, "sampler.steps")
-    title = f"{metric} against cost"
+    title = f"{metric} vs. NFE"
     if len({point.x for points in series.values() for point in points}) < 2:
         return Panel(title, NFE_LABEL, [])
     joined = _varying(series)
@@ -182,7 +182,7 @@ def _cost_panel(replicates: list[Replicates], metric: str) -> Panel:
 
 
 def _pareto_panel(replicates: list[Replicates], axes: tuple[str, str]) -> Panel:
-    """Every evaluation, and by protocol the front."""
+    """Every evaluation, and the Pareto front of each protocol."""
     dots: dict[Origin, list[Point]] = {}
     for r in replicates:
         x, y = (r.spread(name) for name in axes)
@@ -195,7 +195,7 @@ def _pareto_panel(replicates: list[Replicates], axes: tuple[str, str]) -> Panel:
         style = list(ways).index(protocol)
         label = _comma_joined("front", ways[protocol])
         lines.append(Line(label, x_values, y_values, 0, style, "front"))
-    title, spans = f"{axes[1]} against {axes[0]}", bool(lower_is_better(axes[1]))
+    title, spans = f"{axes[1]} vs. {axes[0]}", bool(lower_is_better(axes[1]))
     return Panel(title, axes[0], lines, axes[1], spans)
 
 
@@ -208,10 +208,10 @@ def series_along(
     x_of: Callable[[Replicates], float | None],
     free: str,
 ) -> dict[Series, list[Point]]:
-    """Replicates with a metric and an x, those together that differ in `free` and seeds only.
+    """Replicates that have the metric and an x, grouped by everything except `free` and seeds.
 
     Args:
-        free: `step`, or the setting that varies along the axis.
+        free: `step`, or the setting that varies along the x axis.
     """
     found: dict[Series, list[Point]] = {}
     for r in replicates:
@@ -229,14 +229,14 @@ def _varying(series: dict[Series, list[Point]]) -> dict[Series, list[Point]]:
 
 
 def _lines(series: dict[Series, list[Point]]) -> list[Line]:
-    """A line a series, named by what tells it from the others; a colour for each group."""
+    """One line per series, named by how it differs from the others; one color per group."""
     several = len({s.group for s in series}) > 1
     lines: list[Line] = []
-    for place, ((s, points), label) in enumerate(
+    for index, ((s, points), label) in enumerate(
         zip(series.items(), _series_names(series), strict=True)
     ):
-        style = sum(other.group == s.group for other in list(series)[:place])
-        color, style = (s.group, style) if several else (place, 0)
+        style = sum(other.group == s.group for other in list(series)[:index])
+        color, style = (s.group, style) if several else (index, 0)
         lines.append(_line(label, points, color, style, "curve"))
     return lines
 
@@ -248,7 +248,7 @@ def _line(label: str, points: Sequence[Point], color: int, style: int, kind: Lin
 
 
 def _dots(dots: dict[Origin, list[Point]], what: str = "") -> list[Line]:
-    """Points that are not joined; a colour for each group, a marker for each protocol."""
+    """Points that are not joined; one color per group, one marker per protocol."""
     ways = protocol_names(protocol for _, protocol in dots)
     return [
         _line(
@@ -263,7 +263,7 @@ def _dots(dots: dict[Origin, list[Point]], what: str = "") -> list[Line]:
 
 
 def _label(points: Sequence[Point]) -> str:
-    """Name of the run of all, or of its group where there are several."""
+    """Name of the points' run, or of their group if there are several runs."""
     names = {p.of.label for p in points}
     return names.pop() if len(names) == 1 else points[0].of.group_label
 
@@ -304,7 +304,7 @@ _FRONT = "#444444"
 
 
 def draw_panels(found: Sequence[Panel], file: IO[bytes], width_inches: float = 4.4) -> None:
-    """Write a PNG with up to three panels beside one another, each with its legend below it."""
+    """Write a PNG with up to three panels per row, each with its legend below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -316,7 +316,7 @@ def draw_panels(found: Sequence[Panel], file: IO[bytes], width_inches: float = 4
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
     figure = Figure(figsize=size, layout=layout, dpi=120)
     if not found:
-        figure.text(0.5, 0.5, "nothing was logged yet", ha="center", va="center")
+        figure.text(0.5, 0.5, "nothing logged yet", ha="center", va="center")
     parts = figure.subfigures(len(rows) or 1, 1, squeeze=False, height_ratios=heights or None)
     for row, part in zip(rows, parts[:, 0], strict=False):
         cells = part.subplots(1, columns, squeeze=False)[0]
@@ -334,7 +334,7 @@ def _draw_panel(cell: Axes, panel: Panel) -> None:
     cell.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     cell.grid(alpha=0.3)
     values = [y for line in panel.lines for y in line.y if math.isfinite(y)]
-    # A logarithmic axis within one decade has hardly a number on it.
+    # A log axis within one decade has hardly any tick labels.
     if panel.spans and values and 0 < 10 * min(values) < max(values):
         cell.set_yscale("log")
     if panel.x_label == NFE_LABEL:
@@ -353,21 +353,21 @@ def _draw_panel(cell: Axes, panel: Panel) -> None:
 
 
 def _legend(panel: Panel) -> list[str]:
-    """Labels of the lines, their middle left out where long: what differs is often at the end."""
+    """Labels of the lines; long ones lose their middle, as the end often tells them apart."""
     half = MAX_LABEL // 2
     labels = [line.label for line in panel.lines]
     labels = [t if len(t) <= MAX_LABEL else f"{t[:half]}…{t[-half:]}" for t in labels]
     if len(labels) > MAX_LEGEND:
         labels[MAX_LEGEND:] = [f"and {len(labels) - MAX_LEGEND} more"]
-    # A name that begins with _ would be left out of the legend, one with $ be set as a formula.
+    # matplotlib hides labels that start with _ and typesets $ as math.
     return [f" {label}".replace("$", r"\$") for label in labels]
 
 
 def _draw_line(cell: Axes, line: Line) -> Any:
     color = _FRONT if line.kind == "front" else _COLORS[line.color % len(_COLORS)]
-    # Beyond the colours there are, styles tell the lines apart.
-    turn = line.style + line.color // len(_COLORS)
-    style, marker = _STYLES[turn % len(_STYLES)], _MARKERS[turn % len(_MARKERS)]
+    # With more lines than colors, styles tell them apart.
+    index = line.style + line.color // len(_COLORS)
+    style, marker = _STYLES[index % len(_STYLES)], _MARKERS[index % len(_MARKERS)]
     if line.kind in ("curve", "dots"):
         return cell.errorbar(
             line.x,
@@ -381,7 +381,7 @@ def _draw_line(cell: Axes, line: Line) -> Any:
             capsize=3,
             linewidth=1.3,
         )
-    # A front of a single point is a ring around it.
+    # Rings, so that even a front of one point shows.
     ring: dict[str, Any] = (
         {"marker": "o", "markersize": 9, "fillstyle": "none"} if line.kind == "front" else {}
     )

@@ -1,7 +1,7 @@
-"""Runs and evaluations together that differ in seeds only, and which are best.
+"""Group runs and evaluations that differ only in seeds, and rank them.
 
-Metrics are comparable only where they were measured alike: as many samples, the same features, the
-same reference. Nothing here ranks metrics of different protocols against one another.
+Metrics are comparable only if measured the same way: the same number of samples, features and
+reference. Nothing here ranks metrics of different protocols against each other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffit_train.compare.collect import (
-    PLACE_KEYS,
+    LOCATION_KEYS,
     Evaluation,
     Protocol,
     RunRow,
@@ -34,20 +34,20 @@ _SEED = "train.seed"
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs equal in all but `train.seed`; mostly a single one."""
+    """Runs that differ only in `train.seed`; often a single run."""
 
     label: str
     runs: list[RunRow]
 
     def mean_loss(self) -> list[tuple[int, Spread]]:
-        """The loss at the steps at which all runs have it."""
+        """The loss at the steps that all runs have logged."""
         curves = [dict(run.loss) for run in self.runs]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         return [(step, Spread.of([curve[step] for curve in curves])) for step in steps]
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation of a sample (with n - 1); 0 for a single value."""
+    """Mean and sample standard deviation (n - 1), which is 0 for a single value."""
 
     mean: float
     deviation: float
@@ -55,17 +55,17 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """That of one value or more."""
+        """The spread of one or more values."""
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         return cls(float(np.mean(values)), deviation, len(values))
 
 
 @dataclass(frozen=True)
 class Replicates:
-    """Evaluations equal in all but seeds, of the training or their own; mostly a single one.
+    """Evaluations that differ only in training or evaluation seeds; often a single evaluation.
 
-    `group` counts the run groups; `by_seeds` holds one evaluation a pair of seeds, `runs` the
-    labels of their runs.
+    `group` is the index of the run group. `by_seeds` has one evaluation per (training seed,
+    evaluation seed), `runs` the labels of their runs.
     """
 
     group: int
@@ -78,16 +78,16 @@ class Replicates:
 
     @property
     def label(self) -> str:
-        """Name of the run, or of the group where several of its runs were evaluated so."""
+        """Label of the run, or of the group if it covers several runs."""
         return self.group_label if len(self.runs) > 1 else next(iter(self.runs))
 
     def seeds(self) -> tuple[list[str], list[str]]:
-        """Seeds of training and of evaluation."""
+        """Training seeds and evaluation seeds."""
         training, own = zip(*self.by_seeds, strict=True)
         return sorted(set(training), key=natural), sorted(set(own), key=natural)
 
     def spread(self, name: str) -> Spread | None:
-        """Of the finite values of a metric; None without any."""
+        """The spread of a metric's finite values; None if there are none."""
         found = (e.metrics.get(name, math.nan) for e in self.by_seeds.values())
         values = [value for value in found if math.isfinite(value)]
         return Spread.of(values) if values else None
@@ -98,7 +98,7 @@ class Replicates:
         return float(np.mean(costs)) if costs else None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; no standard deviation below two values."""
+        """Plain values; the standard deviation of a single value is null."""
         spreads = {n: self.spread(n) for n in metric_names(self.by_seeds.values())}
         training, own = self.seeds()
         return {
@@ -122,28 +122,28 @@ class Replicates:
 
 @dataclass(frozen=True)
 class Compared:
-    """Runs side by side; `metric` is what they are ranked by, None where nothing was evaluated."""
+    """Runs side by side, ranked by `metric`; None if nothing was evaluated."""
 
     runs: list[RunRow]
     metric: str | None
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """Those of all runs, in their order."""
+        """The evaluations of all runs, in order."""
         return [evaluation for run in self.runs for evaluation in run.evaluations]
 
     @cached_property
     def groups(self) -> list[RunGroup]:
-        """The runs, those together that differ in their seed only."""
+        """The runs, grouped by everything except the seed."""
         return group_runs(self.runs)
 
     @cached_property
     def replicates(self) -> list[Replicates]:
-        """The evaluations with metrics, those together that differ in seeds only."""
+        """The evaluations with metrics, grouped by everything except seeds."""
         return replicates_of(self.groups)
 
     def notes(self) -> list[str]:
-        """What a reader must know to read tables and plots right."""
+        """What a reader must know to interpret the tables and plots."""
         evaluations = [e for e in self.evaluations if e.metrics]
         varying = differing_settings(evaluations)
         shared = [
@@ -155,13 +155,13 @@ class Compared:
         if ways := [way for way in protocol_names(protocols_of(evaluations)).values() if way]:
             notes.append(
                 f"note: metrics were measured in {len(ways)} ways: {'; '.join(ways)}. They are not "
-                "comparable (a Frechet distance falls as samples grow), so each kind is ranked "
-                "apart and never joined by a line"
+                "comparable (a Frechet distance falls with more samples), so each is ranked "
+                "separately and no line joins them"
             )
         if any(min(map(len, r.seeds())) > 1 for r in self.replicates):
             notes.append(
                 "note: where training and evaluation seeds both vary, all evaluations are pooled; "
-                "those of one training are not independent"
+                "those of one training run are not independent"
             )
         return notes
 
@@ -176,13 +176,13 @@ def differing_settings(evaluations: Sequence[Evaluation | Replicates]) -> list[s
 
 
 def group_runs(runs: Sequence[RunRow]) -> list[RunGroup]:
-    """Runs that differ in `train.seed` only, together; others alone. Order is kept."""
+    """Group runs that differ only in `train.seed`, in order; any other run is its own group."""
     found: list[tuple[Hashable, list[RunRow]]] = []
     for run in runs:
         same, seed = _but_for_seed(run.record), run.record.params.get(_SEED)
         for known, members in found:
             taken = {member.record.params.get(_SEED) for member in members}
-            # A repetition of the same seed says nothing about the spread over seeds.
+            # A repeated seed says nothing about the spread over seeds.
             if known == same and seed is not None and not {seed, None} & taken:
                 members.append(run)
                 break
@@ -198,18 +198,18 @@ def group_runs(runs: Sequence[RunRow]) -> list[RunGroup]:
 
 
 def _but_for_seed(record: RunRecord) -> Hashable:
-    """What determines a run's weights at a step, its seed left out."""
+    """Everything except the seed that determines a run's weights at a step."""
     free = {_SEED, *(f"train.{key}" for key in (*KEEPING_KEYS, *EXECUTION_KEYS))}
     params = (
         (key, value)
         for key, value in record.params.items()
-        if key not in free and not key.startswith((*PLACE_KEYS, "evaluate."))
+        if key not in free and not key.startswith((*LOCATION_KEYS, "evaluate."))
     )
     return tuple(sorted(params)), record.tags.get("diffit.dataset_digest")
 
 
 def _common_name(labels: list[str]) -> str:
-    """base-seed0 and base-seed1 are `base (2 seeds)`."""
+    """`base (2 seeds)` for base-seed0 and base-seed1."""
     if len(labels) == 1:
         return labels[0]
     alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*labels, strict=False))
@@ -219,7 +219,7 @@ def _common_name(labels: list[str]) -> str:
 
 
 def replicates_of(groups: Sequence[RunGroup]) -> list[Replicates]:
-    """Evaluations with metrics, those equal in all but seeds together."""
+    """Evaluations with metrics, grouped by everything except seeds."""
     found: dict[Hashable, Replicates] = {}
     pairs = [(n, group, run) for n, group in enumerate(groups) for run in group.runs]
     for number, group, run in pairs:
@@ -243,34 +243,34 @@ def metric_names(evaluations: Iterable[Evaluation]) -> list[str]:
 
 
 def main_metric(evaluations: Sequence[Evaluation], wanted: str | None) -> str | None:
-    """What runs are ranked by: `wanted`, else the FID, else the first known; None without any.
+    """The metric to rank by: `wanted`, else the FID, else the first known; None without any.
 
     Raises:
-        UserError: no evaluation has it, or it is not known which way it is better.
+        UserError: no evaluation has `wanted`, or it is unknown whether lower is better.
     """
     names = [n for n in metric_names(evaluations) if lower_is_better(n) is not None]
     if wanted is None:
         return names[0] if names else None
     if wanted not in names:
-        raise unknown("--metric to rank by called", wanted, names)
+        raise unknown("metric", wanted, names, " to rank by (--metric)")
     return wanted
 
 
 def best_of(evaluations: Iterable[Evaluation], metric: str) -> Evaluation | None:
-    """The evaluation with the best finite value; None where there is none.
+    """The evaluation with the best finite value; None if there is none.
 
     Raises:
-        ValueError: the evaluations are of different protocols.
+        ValueError: the evaluations have different protocols.
     """
     measured = [e for e in evaluations if math.isfinite(e.metrics.get(metric, math.nan))]
     if len({e.protocol for e in measured}) > 1:
-        raise ValueError(f"{metric} of different protocols cannot be ranked")
+        raise ValueError(f"cannot rank {metric} of different protocols")
     sign = 1.0 if lower_is_better(metric) else -1.0
     return min(measured, key=lambda e: sign * e.metrics[metric], default=None)
 
 
 def best_by_protocol(run: RunRow, metric: str) -> dict[Protocol, Evaluation]:
-    """The best evaluation of a run by each protocol in which it has the metric."""
+    """A run's best evaluation for each protocol that has the metric."""
     tops = {
         protocol: best_of((e for e in run.evaluations if e.protocol == protocol), metric)
         for protocol in protocols_of(run.evaluations)
@@ -278,26 +278,26 @@ def best_by_protocol(run: RunRow, metric: str) -> dict[Protocol, Evaluation]:
     return {protocol: top for protocol, top in tops.items() if top is not None}
 
 
-def best_places(
+def best_indices(
     values: Sequence[float | None], protocols: Sequence[Protocol], name: str
 ) -> set[int]:
-    """Places of the best value of a metric within each protocol; none where all are equal."""
+    """Indices of a metric's best values within each protocol; none if all are equal."""
     lower = lower_is_better(name)
     best: set[int] = set()
     for protocol in set(protocols) if lower is not None else ():
         mine = {
-            place: value
-            for place, value in enumerate(values)
-            if protocols[place] == protocol and value is not None and math.isfinite(value)
+            index: value
+            for index, value in enumerate(values)
+            if protocols[index] == protocol and value is not None and math.isfinite(value)
         }
         if len(set(mine.values())) > 1:
             top = min(mine.values()) if lower else max(mine.values())
-            best |= {place for place, value in mine.items() if value == top}
+            best |= {index for index, value in mine.items() if value == top}
     return best
 
 
 def protocols_of(evaluations: Iterable[Evaluation]) -> list[Protocol]:
-    """The protocols, that of most evaluations first, then that of most samples."""
+    """The protocols, those with the most evaluations first, then with the most samples."""
     counts: dict[Protocol, int] = {}
     for evaluation in evaluations:
         counts[evaluation.protocol] = counts.get(evaluation.protocol, 0) + 1
@@ -305,21 +305,23 @@ def protocols_of(evaluations: Iterable[Evaluation]) -> list[Protocol]:
 
 
 def protocol_names(protocols: Iterable[Protocol]) -> dict[Protocol, str]:
-    """What tells each from the others; empty where there is only one."""
+    """How each protocol differs from the others; empty text if there is only one."""
     known = list(dict.fromkeys(protocols))
     fields = [name for name in Protocol._fields if len({getattr(p, name) for p in known}) > 1]
 
-    def told(protocol: Protocol, name: str) -> str:
+    def describe(protocol: Protocol, name: str) -> str:
         value = getattr(protocol, name) or "?"
         if name == "samples":
             return f"{value:,} samples" if protocol.samples else "? samples"
         return f"{name} {value}"
 
-    return {p: ", ".join(told(p, name) for name in fields) for p in known}
+    return {p: ", ".join(describe(p, name) for name in fields) for p in known}
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool]) -> list[int]:
-    """Places of the points that no other beats: as good in both and better in one, by rising x.
+    """Indices of the points that no other point dominates, by ascending x.
+
+    A point dominates another if it is at least as good in both coordinates and better in one.
 
     Args:
         points: (x, y), finite.
@@ -328,17 +330,17 @@ def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool]
     signs = [1.0 if flag else -1.0 for flag in lower]
     scaled = [(signs[0] * x, signs[1] * y) for x, y in points]
     kept: list[int] = []
-    for place in sorted(range(len(points)), key=lambda i: scaled[i]):
-        # Sorted by x, a point is beaten only by one before it that is as good in y.
-        if not kept or scaled[place][1] < scaled[kept[-1]][1] or scaled[place] == scaled[kept[-1]]:
-            kept.append(place)
+    for index in sorted(range(len(points)), key=lambda i: scaled[i]):
+        # Sorted by x, only an earlier point that is as good in y can dominate.
+        if not kept or scaled[index][1] < scaled[kept[-1]][1] or scaled[index] == scaled[kept[-1]]:
+            kept.append(index)
     return sorted(kept, key=lambda i: points[i])
 
 
 def pareto_axes(replicates: Sequence[Replicates], metric: str | None) -> tuple[str, str] | None:
-    """(x, y) of what is traded: the main metric for the Inception score, else precision for recall.
+    """The (x, y) trade-off: Inception score and main metric, else recall and precision.
 
-    None where fewer than two evaluations have both.
+    None if fewer than two evaluations have both.
     """
     for x, y in (("inception_score", metric), ("recall", "precision")):
         if y is None or x == y:
@@ -351,7 +353,7 @@ def pareto_axes(replicates: Sequence[Replicates], metric: str | None) -> tuple[s
 def fronts(
     replicates: Sequence[Replicates], axes: tuple[str, str]
 ) -> dict[Protocol, list[Replicates]]:
-    """By protocol: the points of its front, by rising x; none where a single point has both."""
+    """Protocol to the points of its front, by ascending x; omits protocols with one point."""
     lower = (bool(lower_is_better(axes[0])), bool(lower_is_better(axes[1])))
     found: dict[Protocol, list[tuple[Replicates, tuple[float, float]]]] = {}
     for r in replicates:

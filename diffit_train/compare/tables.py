@@ -18,7 +18,7 @@ from diffit_train.compare.ranking import (
     RunGroup,
     Spread,
     best_by_protocol,
-    best_places,
+    best_indices,
     differing_settings,
     metric_names,
     protocol_names,
@@ -28,7 +28,7 @@ from diffit_train.compare.ranking import (
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; numbers stand at the right, and the best of them is marked."""
+    """A cell of a table; numbers are right-aligned, and the best of them is marked."""
 
     text: str
     is_number: bool = False
@@ -45,13 +45,13 @@ class Sheet:
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether a column holds nothing but numbers and dashes."""
+        """For each column, whether it holds only numbers and dashes."""
         columns = zip(*self.rows, strict=True)
         return [all(cell.is_number or cell.text == "-" for cell in column) for column in columns]
 
 
 def sheets(compared: Compared) -> list[Sheet]:
-    """The tables that have rows."""
+    """The tables, without empty ones."""
     found = [
         _runs_sheet(compared),
         _differences_sheet(compared.runs),
@@ -103,9 +103,9 @@ def _runs_sheet(compared: Compared) -> Sheet:
             columns += [f"best {metric} ({name})" if name else f"best {metric}", "at step"]
             best = [top.get(protocol) for top in tops]
             values = [None if top is None else top.metrics[metric] for top in best]
-            marked = best_places(values, [protocol] * len(values), metric)
-            for place, (row, top) in enumerate(zip(rows, best, strict=True)):
-                row.append(_metric_cell(values[place], place in marked))
+            marked = best_indices(values, [protocol] * len(values), metric)
+            for index, (row, top) in enumerate(zip(rows, best, strict=True)):
+                row.append(_metric_cell(values[index], index in marked))
                 row.append(_count(None if top is None else top.step))
     return Sheet("runs", columns, rows)
 
@@ -113,11 +113,11 @@ def _runs_sheet(compared: Compared) -> Sheet:
 def _differences_sheet(runs: list[RunRow]) -> Sheet:
     keys = list(runs[0].differences)
     cells = [[_setting(run.differences[key]) for key in keys] for run in runs]
-    # Many runs stand below one another, few beside one another.
+    # One row per run if there are many runs, else one column per run.
     if len(runs) > max(6, len(keys)):
         rows = [[Cell(run.label), *row] for run, row in zip(runs, cells, strict=True)]
         return Sheet("recipe differences", ["run", *keys], rows if keys else [])
-    rows = [[Cell(key), *(row[place] for row in cells)] for place, key in enumerate(keys)]
+    rows = [[Cell(key), *(row[index] for row in cells)] for index, key in enumerate(keys)]
     return Sheet("recipe differences", ["key", *(run.label for run in runs)], rows)
 
 
@@ -127,23 +127,23 @@ def _evaluations_sheet(compared: Compared) -> Sheet:
     sweeps = any(e.sweep for e in every)
     costs = any(e.cost is not None for e in every)
     protocols = [e.protocol for e in every]
-    marks = {n: best_places([e.metrics.get(n) for e in every], protocols, n) for n in names}
+    marks = {n: best_indices([e.metrics.get(n) for e in every], protocols, n) for n in names}
     columns = ["run", "evaluation", "step", *(["sweep"] if sweeps else []), *keys]
-    columns += [*(["passes"] if costs else []), *names]
+    columns += [*(["NFE"] if costs else []), *names]
     labels = [run.label for run in compared.runs for _ in run.evaluations]
     rows = []
-    for place, (label, e) in enumerate(zip(labels, every, strict=True)):
+    for index, (label, e) in enumerate(zip(labels, every, strict=True)):
         row = [Cell(label), Cell(e.key), _count(e.step)]
         row += [Cell(e.sweep or "-")] if sweeps else []
         row += [_setting(e.settings.get(key), key) for key in keys]
         row += [_metric_cell(e.cost)] if costs else []
-        row += [_metric_cell(e.metrics.get(name), place in marks[name]) for name in names]
+        row += [_metric_cell(e.metrics.get(name), index in marks[name]) for name in names]
         rows.append(row)
     return Sheet("evaluations", columns, rows)
 
 
 def _loss_sheet(groups: list[RunGroup]) -> Sheet:
-    """The loss of runs that differ in their seed only, at the last step that all have."""
+    """The loss of runs that differ only in their seed, at the last step that all have logged."""
     rows = []
     for group in (group for group in groups if len(group.runs) > 1):
         for step, spread in group.mean_loss()[-1:]:
@@ -167,9 +167,9 @@ def _seeds_sheet(replicates: list[Replicates]) -> Sheet:
     protocols = [r.protocol for r in several]
     for name in names:
         spreads = [r.spread(name) for r in several]
-        marked = best_places([s and s.mean for s in spreads], protocols, name)
-        for place, (row, spread) in enumerate(zip(rows, spreads, strict=True)):
-            row.append(_spread_cell(spread, place in marked))
+        marked = best_indices([s and s.mean for s in spreads], protocols, name)
+        for index, (row, spread) in enumerate(zip(rows, spreads, strict=True)):
+            row.append(_spread_cell(spread, index in marked))
     return Sheet("over seeds: mean ± standard deviation", [*columns, *names], rows)
 
 
@@ -177,24 +177,24 @@ def _seeds_sheet(replicates: list[Replicates]) -> Sheet:
 
 
 def rich_table(sheet: Sheet) -> Table:
-    """For the terminal, without its title; the best metrics are bold and starred."""
+    """A table for the terminal, without its title; the best values are bold and starred."""
     table = Table()
     for name, numeric in zip(sheet.columns, sheet.numeric, strict=True):
         table.add_column(Text(name), justify="right" if numeric else "left")
     for row in sheet.rows:
-        # A name may hold brackets, which a plain string would turn into markup.
+        # Names may contain brackets, which rich would read as markup in a plain string.
         table.add_row(*(Text(c.text + "*", "bold") if c.best else Text(c.text) for c in row))
     return table
 
 
 def markdown_text(text: str) -> str:
-    """Text that GitHub shows as it is."""
+    """Text escaped so that GitHub shows it literally."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_|~\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def markdown_table(sheet: Sheet) -> str:
-    """GitHub's Markdown; the best metrics are bold."""
+    """A table as GitHub Markdown; the best values are bold."""
     lines = [
         [markdown_text(name) for name in sheet.columns],
         ["---:" if numeric else "---" for numeric in sheet.numeric],
@@ -207,7 +207,7 @@ def markdown_table(sheet: Sheet) -> str:
 
 
 def csv_text(runs: Sequence[RunRow]) -> str:
-    """A row an evaluation: run, step, key, sweep, samples, settings that differ, metrics."""
+    """One row per evaluation: run, step, key, sweep, samples, settings that differ, metrics."""
     every = [e for run in runs for e in run.evaluations]
     names = metric_names(every)
     keys = [key for key in differing_settings(every) if key != "samples"]

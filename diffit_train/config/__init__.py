@@ -1,4 +1,4 @@
-"""The recipe and everything about reading it."""
+"""The typed recipe, and reading it from YAML."""
 
 from diffit_train.config.load import (
     dump_recipe,

@@ -10,18 +10,22 @@ from diffit_train.config.base import Positive, PositiveInt, Section
 
 
 class AutoencoderFit(Section):
-    """How `diffit autoencoder fit` trains an AutoencoderKL of one's own."""
+    """How `diffit autoencoder fit` trains your own AutoencoderKL."""
 
-    steps: PositiveInt = 250
-    batch_size: PositiveInt = 64
-    lr: Positive = 2e-3
-    kl_weight: Positive = Field(default=1e-4, description="weight of the KL term beside the MSE")
-    block_out_channels: tuple[PositiveInt, ...] = Field(
-        default=(16, 32), description="channels of each level; all but the last halve the image"
+    steps: PositiveInt = Field(default=250, description="optimizer steps in total")
+    batch_size: PositiveInt = Field(default=64, description="images per step")
+    lr: Positive = Field(default=2e-3, description="learning rate")
+    kl_weight: Positive = Field(
+        default=1e-4, description="weight of the KL term added to the MSE loss"
     )
-    layers_per_block: PositiveInt = 1
-    norm_num_groups: PositiveInt = 8
-    seed: int = Field(default=0, ge=0)
+    block_out_channels: tuple[PositiveInt, ...] = Field(
+        default=(16, 32), description="channels per level; each but the last halves the resolution"
+    )
+    layers_per_block: PositiveInt = Field(default=1, description="residual layers per level")
+    norm_num_groups: PositiveInt = Field(
+        default=8, description="groups of each GroupNorm; must divide every block_out_channels"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the initial weights and the batches")
 
 
 class Autoencoder(Section):
@@ -29,16 +33,23 @@ class Autoencoder(Section):
 
     kind: Literal["kl", "tiny", "identity"] = Field(
         default="kl",
-        description="diffusers' AutoencoderKL or AutoencoderTiny; identity: pixels as latents",
+        description="kl or tiny: diffusers' AutoencoderKL or AutoencoderTiny; identity: train on "
+        "pixels",
     )
     source: str = Field(
-        default="", description="hub id or folder in diffusers' format; `root:` under ROOT"
+        default="",
+        description="Hugging Face Hub id, or folder in diffusers format (`root:` means under ROOT)",
     )
-    latent_channels: PositiveInt = 4
-    downsample: PositiveInt = Field(default=8, description="pixels for one latent pixel")
+    latent_channels: PositiveInt = Field(default=4, description="channels of a latent")
+    downsample: PositiveInt = Field(
+        default=8, description="image side divided by latent side, in pixels"
+    )
     scale: Positive | None = Field(
-        default=None, description="latents are multiplied by it; null: the autoencoder's own"
+        default=None,
+        description="factor applied to latents before training; null: the autoencoder's own",
     )
-    batch_size: PositiveInt = Field(default=32, description="images encoded at once")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: PositiveInt = Field(default=32, description="images per encoding batch")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="floating-point type of the autoencoder"
+    )
     fit: AutoencoderFit = AutoencoderFit()

@@ -1,4 +1,4 @@
-"""What all sections of the recipe are made of."""
+"""Base class and common types of the recipe's sections."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A part of the recipe: immutable, unknown keys refused, every number finite."""
+    """A section of the recipe: immutable, rejects unknown keys, every number finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

@@ -1,4 +1,4 @@
-"""Section `data`: the images, and the latent shards made of them."""
+"""Section `data`: the images, and the latent shards encoded from them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,33 @@ from diffit_train.config.base import Fraction, Name, PositiveInt, Section
 
 
 class Data(Section):
-    """The images, and the latent shards made of them."""
+    """The images, and the latent shards encoded from them."""
 
     name: Name = Field(description="name of the latents under ROOT/latents")
-    source: str = Field(description="folder, tar or parquet; `root:` means under ROOT")
+    source: str = Field(
+        description="images: folder, tar or parquet files (`root:` means under ROOT)"
+    )
     format: Literal["auto", "folder", "tar", "ilsvrc", "webdataset", "parquet"] = Field(
-        default="auto", description="what the source is; auto: what its name and contents say"
+        default="auto", description="format of the source; auto: detect from its name and contents"
     )
     resolution: PositiveInt = Field(description="side of the square images, in pixels")
     num_classes: PositiveInt = Field(description="number of classes")
-    flip: bool = Field(default=False, description="also encode each image mirrored (F = 2)")
-    images_per_shard: PositiveInt = Field(default=512, description="images in a shard")
+    flip: bool = Field(
+        default=False, description="also encode each image flipped horizontally (F = 2)"
+    )
+    images_per_shard: PositiveInt = Field(default=512, description="images per shard")
     max_rejected_fraction: Fraction = Field(
-        default=0.01, description="stop when more of the images than this cannot be read"
+        default=0.01, description="fail if a larger fraction of the images cannot be read"
     )
     expected_images: PositiveInt | None = Field(
-        default=None, description="number of images, for `diffit plan` before they are encoded"
+        default=None,
+        description="number of images, used by `diffit plan` before they are encoded",
     )
     lanes: PositiveInt = Field(
-        default=64, description="parallel streams of samples; a world size must divide them"
+        default=64,
+        description="parallel streams of samples, independent of the number of workers; any number "
+        "of workers up to this works",
     )
     shuffle_window: PositiveInt = Field(
-        default=1024, description="samples of a lane that are shuffled together"
+        default=1024, description="consecutive samples of a lane that are shuffled together"
     )

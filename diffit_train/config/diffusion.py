@@ -1,4 +1,4 @@
-"""Section `diffusion`: the forward process, and what the model predicts."""
+"""Section `diffusion`: the forward process and the prediction target."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ from diffit_train.config.base import Section
 
 
 class Diffusion(Section):
-    """The forward process, and what the model predicts."""
+    """The forward process and the prediction target."""
 
     objective: Literal["epsilon", "flow"] = Field(
         default="epsilon",
-        description="epsilon: ADM's noise prediction with learned-range variance; "
-        "flow: velocity on the linear path (SiT)",
+        description="epsilon: noise prediction with learned variance (ADM); flow: velocity on the "
+        "linear path (SiT)",
     )
-    timesteps: Annotated[int, Field(gt=1)] = 1000
-    beta_start: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4
-    beta_end: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
+    timesteps: Annotated[int, Field(gt=1)] = Field(
+        default=1000, description="diffusion timesteps T; flow: the time range [0, T) of the model"
+    )
+    beta_start: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=1e-4, description="epsilon: first beta of the linear noise schedule"
+    )
+    beta_end: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.02, description="epsilon: last beta of the linear noise schedule"
+    )
 
 
 def ddim_stride(timesteps: int, steps: int) -> int | None:
-    """The smallest stride below `timesteps` that takes `steps` of them from 0; None: there is none.
+    """The stride that visits exactly `steps` of `timesteps` timesteps from 0; None if none does.
 
-    A stride takes ceil(timesteps / stride), so only the smallest that takes at most `steps` can
-    take that many.
+    A stride visits ceil(timesteps / stride) timesteps, so only the smallest stride that visits at
+    most `steps` can visit exactly that many.
     """
     stride = -(-timesteps // steps)
     return stride if stride < timesteps and -(-timesteps // stride) == steps else None

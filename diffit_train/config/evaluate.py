@@ -1,4 +1,4 @@
-"""Section `evaluate`: what is generated, and how it is measured."""
+"""Section `evaluate`: how images are generated and measured."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pydantic import Field, field_validator, model_validator
 
 from diffit_train.config.base import Fraction, Name, Positive, PositiveInt, Section
 
-# Which samplers belong to which objective.
+# Samplers of each objective.
 SAMPLERS = {
     "epsilon": ("ddpm", "ddim", "dpmpp_2m", "heun"),
     "flow": ("euler", "heun", "sde"),
 }
 
-
-# Options of `evaluate.sampler`, and the one sampler that each is of.
+# Options of `evaluate.sampler`, and the only sampler that has each.
 SAMPLER_OPTIONS = {
     "eta": "ddim",
     "spacing": "ddim",
@@ -25,44 +24,42 @@ SAMPLER_OPTIONS = {
     "last_step_size": "sde",
 }
 
-
-# The published feature network, and where its weights come from.
+# The published feature network, and the source of its weights.
 INCEPTION = "inception"
-
-
 PUBLISHED = "published"
 
-
-# Statistics of the real images that are computed from data.source.
+# Reference statistics computed from data.source.
 OWN = "own"
 
 
 class Sampler(Section):
-    """How latents are drawn."""
+    """How latents are sampled."""
 
     name: Literal["ddpm", "ddim", "dpmpp_2m", "heun", "euler", "sde"] = Field(
         default="ddpm",
         description="for epsilon: ddpm, ddim, dpmpp_2m or heun; for flow: euler, heun or sde",
     )
-    steps: PositiveInt = 250
-    eta: Fraction = Field(default=0.0, description="ddim: share of fresh noise")
+    steps: PositiveInt = Field(default=250, description="sampling steps")
+    eta: Fraction = Field(
+        default=0.0, description="ddim: noise added at each step; 0: none, 1: as much as DDPM"
+    )
     spacing: Literal["even", "ddim"] = Field(
         default="even",
-        description="ddim: which timesteps are visited; even: from first to last; ddim: every n-th "
-        "from the first, as the DDIM paper has it (ADM's ddimN)",
+        description="ddim: timesteps visited; even: evenly spaced, first and last included; ddim: "
+        "every n-th from the first, as in the DDIM paper (ADM's ddimN)",
     )
     diffusion: Literal["2sigma", "sigma"] = Field(
         default="2sigma",
-        description="sde: squared coefficient w(t) of its noise, with sigma(t) = t; 2sigma: as in "
-        "SiT's code, whose name for it is sigma; sigma: half of that",
+        description="sde: squared diffusion coefficient w(t), where sigma(t) = t; 2sigma: 2 t, as "
+        "in SiT's code (which calls it sigma); sigma: t",
     )
     last_step: Literal["mean", "euler"] = Field(
         default="mean",
-        description="sde: its last step, without fresh noise; mean: along the SDE's drift (SiT's "
+        description="sde: last step, taken without noise; mean: along the SDE's drift (SiT's "
         "code); euler: along the velocity",
     )
     last_step_size: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.04, description="sde: time that the last step takes; the path takes 1"
+        default=0.04, description="sde: length of the last step, where the whole path is 1"
     )
 
     @model_validator(mode="after")
@@ -71,12 +68,12 @@ class Sampler(Section):
             value, default = getattr(self, key), type(self).model_fields[key].default
             if self.name != owner and value != default:
                 raise ValueError(
-                    f"evaluate.sampler.{key} is {value!r}, but only sampler {owner!r} has this "
-                    f"option; evaluate.sampler.name is {self.name!r}"
+                    f"evaluate.sampler.{key} is {value!r}, but evaluate.sampler.name is "
+                    f"{self.name!r}; only sampler {owner!r} has this option"
                 )
         if self.name == "sde" and self.steps < 2:
             raise ValueError(
-                f"evaluate.sampler.steps is {self.steps}, but sampler 'sde' takes at least 2"
+                f"evaluate.sampler.steps is {self.steps}, but sampler 'sde' needs at least 2"
             )
         return self
 
@@ -84,73 +81,85 @@ class Sampler(Section):
 class Guidance(Section):
     """Classifier-free guidance."""
 
-    kind: Literal["constant", "power_cosine", "interval", "none"] = "power_cosine"
-    scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 4.4
-    power: Positive = Field(default=4.0, description="exponent of power_cosine")
-    low: Fraction = Field(default=0.0, description="interval: guided from this share of the time")
-    high: Fraction = Field(default=1.0, description="interval: guided up to this share of the time")
+    kind: Literal["constant", "power_cosine", "interval", "none"] = Field(
+        default="power_cosine",
+        description="schedule of the guidance weight; power_cosine: from 1 at t = T to scale at "
+        "t = 0; interval: scale between low and high, else 1; none: no guidance",
+    )
+    scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=4.4, description="guidance scale; 1: no guidance"
+    )
+    power: Positive = Field(default=4.0, description="power_cosine: exponent")
+    low: Fraction = Field(default=0.0, description="interval: lowest guided time, as t / T")
+    high: Fraction = Field(default=1.0, description="interval: highest guided time, as t / T")
     channels: PositiveInt | Literal["all"] = Field(
-        default=3, description="leading latent channels that are guided; as published: 3"
+        default=3, description="leading latent channels that are guided; published DiffiT: 3"
     )
     skip_within: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
         default=1e-4,
-        description="the unconditional pass is left out where the weight is this close to 1",
+        description="skip the unconditional forward pass where the guidance weight is this close "
+        "to 1",
     )
 
     @model_validator(mode="after")
     def _interval_is_one(self) -> Self:
         if self.low >= self.high:
             raise ValueError(
-                f"evaluate.guidance.low is {self.low}, but must be below evaluate.guidance.high "
-                f"({self.high})"
+                f"evaluate.guidance.low is {self.low}, but must be less than "
+                f"evaluate.guidance.high ({self.high})"
             )
         return self
 
 
 class FeaturesFit(Section):
-    """How `diffit features fit` trains a small classifier of one's own."""
+    """How `diffit features fit` trains a small classifier of your own."""
 
-    steps: PositiveInt = 400
-    batch_size: PositiveInt = 64
-    lr: Positive = 2e-3
+    steps: PositiveInt = Field(default=400, description="optimizer steps in total")
+    batch_size: PositiveInt = Field(default=64, description="images per step")
+    lr: Positive = Field(default=2e-3, description="learning rate")
     channels: tuple[PositiveInt, ...] = Field(
-        default=(32, 64, 64), description="channels of each convolution; all but the first halve"
+        default=(32, 64, 64),
+        description="channels of each convolution; each but the first halves the resolution",
     )
     features: PositiveInt = Field(default=64, description="size of the feature vector")
-    held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    seed: int = Field(default=0, ge=0)
+    held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.2, description="fraction of the images held out to measure accuracy"
+    )
+    seed: int = Field(
+        default=0, ge=0, description="seed of the split, the initial weights and the batches"
+    )
 
 
 class Features(Section):
-    """The network whose features are compared."""
+    """The feature network that metrics are computed with."""
 
     name: Name = Field(
-        description="the distance is called fd_NAME; inception, and only it, names the published "
-        "network, whose distance is the FID"
+        description="the Frechet distance is called fd_NAME; `inception` is reserved for the "
+        "published network, whose distance is the FID"
     )
     kind: Literal["inception", "classifier"] = Field(
         default="classifier",
-        description="Inception of 2015, or a classifier of one's own (`diffit features fit`)",
+        description="inception: Inception-2015; classifier: your own, from `diffit features fit`",
     )
     source: str = Field(
         default="published",
-        description="folder written by `diffit features fit`, or Inception's weight file; "
-        "published: the published one, fetched once. `root:` under ROOT",
+        description="Inception weight file, or folder written by `diffit features fit` (`root:` "
+        "means under ROOT); published: download the published Inception weights once",
     )
     fit: FeaturesFit = FeaturesFit()
 
     @model_validator(mode="after")
-    def _names_are_honest(self) -> Self:
+    def _name_matches_kind(self) -> Self:
         if self.kind == "classifier" and self.name == INCEPTION:
             raise ValueError(
-                "evaluate.features.name is 'inception', but that is the name of the published "
-                "network; give a classifier of your own another name, or set "
+                "evaluate.features.name is 'inception', but that name is reserved for the "
+                "published network; give your classifier another name, or set "
                 "evaluate.features.kind=inception"
             )
         if self.kind == "classifier" and self.source == PUBLISHED:
             raise ValueError(
-                "evaluate.features.source is 'published', but a classifier is in a folder written "
-                "by `diffit features fit`; name it, as root:features/own"
+                "evaluate.features.source is 'published', but no classifier is published; set it "
+                "to the folder written by `diffit features fit`, for example root:features/own"
             )
         return self
 
@@ -163,52 +172,63 @@ class Features(Section):
 class Evaluate(Section):
     """What `diffit evaluate` generates and measures."""
 
-    samples: Annotated[int, Field(gt=1)] = 50_000
+    samples: Annotated[int, Field(gt=1)] = Field(
+        default=50_000, description="images generated per evaluation"
+    )
     batch_size: PositiveInt = Field(
-        default=64, description="images that pass through the networks at once"
+        default=64, description="images per batch of generation and feature extraction"
     )
     weights: str = Field(
         default="ema",
-        description="raw; the name of an average in train.ema; or sigma_rel:0.07 for one that is "
-        "made of the run's snapshots (EDM2)",
+        description="raw; the name of an EMA in train.ema; or, for example, sigma_rel:0.07 for an "
+        "EMA reconstructed from the run's snapshots (EDM2)",
     )
-    precision: Literal["fp32", "bf16_autocast"] = "fp32"
-    compile: bool = Field(default=False, description="compile the blocks by torch.compile")
-    seed: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16_autocast"] = Field(
+        default="fp32", description="bf16_autocast: fp32 weights, bf16 matrix products"
+    )
+    compile: bool = Field(
+        default=False, description="compile the transformer blocks with torch.compile"
+    )
+    seed: int = Field(
+        default=0, ge=0, description="seed of labels and noise; image i depends on (seed, i) only"
+    )
     sampler: Sampler = Sampler()
     guidance: Guidance = Guidance()
     labels: Literal["random", "balanced"] = Field(
         default="random",
-        description="random: drawn uniformly, as in ADM, DiT and the published DiffiT; balanced: "
-        "image i is of class i mod data.num_classes",
+        description="random: uniformly random, as in ADM, DiT and the published DiffiT; balanced: "
+        "class i mod data.num_classes for image i",
     )
     pixels: Literal["round", "truncate"] = Field(
         default="round",
-        description="how decoded pixels become uint8; truncate: as ADM and the published DiffiT",
+        description="conversion of decoded pixels to uint8; truncate: as in ADM and the published "
+        "DiffiT",
     )
     features: Features
     reference: str = Field(
         default=OWN,
-        description="statistics of the real images: an .npz file of ADM or EDM, by path (`root:` "
-        "under ROOT), s3:// or https:// URL, the last downloaded once under ROOT/references; own: "
-        "computed from data.source",
+        description="statistics of the real images; own: computed from data.source; else an .npz "
+        "file in ADM's or EDM's format: a path (`root:` means under ROOT), an s3:// URL, or an "
+        "https:// URL, downloaded once into ROOT/references",
     )
-    num_neighbors: PositiveInt = Field(default=3, description="k of precision and recall")
+    num_neighbors: PositiveInt = Field(
+        default=3, description="k nearest neighbors of precision and recall"
+    )
     reference_images: PositiveInt = Field(
-        default=10_000, description="most real images used for precision and recall"
+        default=10_000, description="maximum number of real images used for precision and recall"
     )
-    grid_columns: PositiveInt = Field(default=10, description="images of a class in the grid")
-    grid_rows: PositiveInt = Field(default=10, description="classes in the grid")
+    grid_columns: PositiveInt = Field(default=10, description="images per class in grid.png")
+    grid_rows: PositiveInt = Field(default=10, description="classes in grid.png")
 
     @field_validator("reference")
     @classmethod
     def _empty_is_own(cls, reference: str) -> str:
-        # Recipes that were stored before `own` had a name.
+        # Recipes stored before `own` had a name.
         return reference or OWN
 
     @property
     def reconstructed(self) -> float | None:
-        """Width of the profile where the weights are made of snapshots; else None."""
+        """sigma_rel of the EMA to reconstruct from snapshots; None if none is asked for."""
         kind, colon, width = self.weights.partition(":")
         return float(width) if colon and kind == "sigma_rel" else None
 
@@ -217,5 +237,5 @@ class Evaluate(Section):
     def _width_is_a_number(cls, weights: str) -> str:
         kind, colon, width = weights.partition(":")
         if colon and kind == "sigma_rel" and not re.fullmatch(r"0?\.\d+", width):
-            raise ValueError(f"evaluate.weights is {weights!r}, but must be as sigma_rel:0.07")
+            raise ValueError(f"evaluate.weights is {weights!r}, but must look like sigma_rel:0.07")
         return weights

@@ -1,4 +1,4 @@
-"""Read a recipe by path, URL or packaged name, apply overrides, and say clearly what is wrong."""
+"""Read a recipe by path, URL or packaged name, apply overrides, and report errors clearly."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
     """Read and check a recipe.
 
     Precedence, lowest first: 1. the defaults of the typed recipe; 2. the file; 3. `overrides`,
-    each `key.sub=value` with a YAML value, later ones winning; 4. `root`, which is --root.
+    each `key.sub=value` with a YAML value, where later ones win; 4. `root`, from --root.
 
-    Local paths are made absolute, since workers run in other folders.
+    Local paths are made absolute, because workers run in other folders.
 
     Args:
         reference: a packaged name, or the path or URL of a YAML file.
 
     Raises:
-        UserError: naming the key, its value and what is allowed.
+        UserError: the recipe is invalid; names the key, its value and what is allowed.
     """
     return load_recipe_text(_read_text(reference), reference, overrides, root)
 
@@ -49,14 +49,14 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
 def load_recipe_text(
     text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
 ) -> Recipe:
-    """As `load_recipe`, from YAML text; `reference` is named in errors."""
+    """Like `load_recipe`, but from YAML text; errors name `reference`."""
     return _resolve(_parse(text, reference), reference, overrides, root)
 
 
 def load_stored_recipe(
     text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
 ) -> Recipe:
-    """As `load_recipe_text`, from what `dump_recipe` wrote, also in an earlier version."""
+    """Like `load_recipe_text`, but from what this or an earlier version's `dump_recipe` wrote."""
     return _resolve(renamed.current(_parse(text, reference)), reference, overrides, root)
 
 
@@ -76,7 +76,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         "storage": recipe.storage.model_copy(update={"root": storage.absolute(root)}),
         "data": recipe.data.model_copy(update={"source": source}),
     }
-    # Names like a/b are ids on a hub, so only what is plainly a path can be made absolute.
+    # a/b may be a Hub id, so only an explicit relative path is made absolute.
     if recipe.autoencoder.source.startswith("."):
         path = storage.absolute(recipe.autoencoder.source)
         update["autoencoder"] = recipe.autoencoder.model_copy(update={"source": path})
@@ -90,12 +90,12 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _absolute(place: str) -> str:
-    return storage.absolute(place) if place and not place.startswith(storage.ROOT_PREFIX) else place
+def _absolute(path: str) -> str:
+    return storage.absolute(path) if path and not path.startswith(storage.ROOT_PREFIX) else path
 
 
 def validate(tree: dict[str, Any], reference: str) -> Recipe:
-    """The typed recipe of a plain tree of values; `reference` is named in errors."""
+    """Validate a plain tree of values into a recipe; errors name `reference`."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -106,7 +106,7 @@ def validate(tree: dict[str, Any], reference: str) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every key spelled out; `load_recipe` reads it back."""
+    """The resolved recipe as YAML with every key; `load_recipe` reads it back."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -117,7 +117,7 @@ def _read_text(reference: str) -> str:
         try:
             return storage.read_bytes(reference).decode()
         except (OSError, UnicodeDecodeError) as error:
-            # Object stores name no reason beside that the file is missing.
+            # Object stores give no reason other than that the file is missing.
             missing = "No such file" if isinstance(error, FileNotFoundError) else str(error)
             reason = (error.strerror or missing) if isinstance(error, OSError) else "not UTF-8 text"
             raise UserError(f"cannot read recipe file {reference}: {reason}") from error
@@ -125,7 +125,7 @@ def _read_text(reference: str) -> str:
     if reference not in known:
         raise UserError(
             f"no packaged recipe is named {reference!r}{_nearest(reference, known)}; known: "
-            f"{', '.join(known)}; a recipe of your own is given by its path or URL, as "
+            f"{', '.join(known)}; for your own recipe, give its path or URL, for example "
             "my/recipe.yaml"
         )
     return (files("diffit_train.config") / "recipes" / f"{reference}.yaml").read_text()
@@ -144,27 +144,29 @@ def _parse(text: str, reference: str) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
-        raise UserError(f"override {override!r} is not of the form key.sub=value, as train.lr=1e-4")
+        raise UserError(
+            f"override {override!r} must have the form key.sub=value, for example train.lr=1e-4"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+        raise UserError(f"override {override!r}: value {text!r} is not valid YAML") from error
     *sections, last = key.split(".")
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {section!r} holds {child!r}, not a section")
+            raise UserError(f"override {override!r}: {section!r} is {child!r}, not a section")
         node = child
     if key == "model.preset" and value in PRESETS:
-        # It stands for all its sizes, also those that the file spells out.
+        # A preset sets all its sizes, including those set in the file.
         for size in PRESETS[value]:
             node.pop(size, None)
     node[last] = value
 
 
 def _section_keys(location: Sequence[str | int]) -> list[str]:
-    """Known keys beside the last part of `location`."""
+    """Known keys of the section that holds the last part of `location`."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
@@ -185,9 +187,9 @@ def _explain(error: dict[str, Any]) -> str:
     location = error["loc"]
     key = ".".join(str(part) for part in location)
     if key in renamed.KEYS:
-        return f"key {key!r} is now called {renamed.KEYS[key]!r}"
+        return f"key {key!r} was renamed to {renamed.KEYS[key]!r}"
     if (value := renamed.VALUES.get((key, str(error.get("input"))))) is not None:
-        return f"{key} is {error['input']!r}, which is now called {value!r}"
+        return f"{key} is {error['input']!r}, which was renamed to {value!r}"
     if error["type"] == "extra_forbidden":
         known = _section_keys(location)
         hint = _nearest(str(location[-1]), known) or f"; allowed here: {', '.join(known)}"

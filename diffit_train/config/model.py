@@ -11,27 +11,37 @@ from diffit_train.config.presets import PRESETS
 
 
 class Model(Section):
-    """The transformer. Keys beside `preset` change what the preset says."""
+    """The transformer. Other keys override what `preset` sets."""
 
     preset: str | None = Field(
-        default=None, description=f"named sizes: {', '.join(PRESETS)}; null: the keys below"
+        default=None, description=f"named size: {', '.join(PRESETS)}; null: the keys below"
     )
     architecture: Literal["diffit", "dit", "dit_tmsa"] = Field(
-        default="diffit", description="DiffiT; DiT with adaLN-Zero; DiT with TMSA in its place"
+        default="diffit",
+        description="diffit: DiffiT; dit: DiT with adaLN-Zero; dit_tmsa: DiT with TMSA instead of "
+        "adaLN-Zero",
     )
-    patch_size: PositiveInt = 2
-    hidden_size: Annotated[int, Field(gt=0, multiple_of=4)] = 1152
-    depth: PositiveInt = 28
-    num_heads: PositiveInt = 16
-    mlp_ratio: Positive = 4.0
-    conditional: bool = Field(default=True, description="whether the model is told the label")
+    patch_size: PositiveInt = Field(
+        default=2, description="side of a patch, in latent pixels; a patch is one token"
+    )
+    hidden_size: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
+        default=1152, description="width of a token; a multiple of 4 and of num_heads"
+    )
+    depth: PositiveInt = Field(default=28, description="number of transformer blocks")
+    num_heads: PositiveInt = Field(default=16, description="attention heads per block")
+    mlp_ratio: Positive = Field(
+        default=4.0, description="hidden width of the MLP divided by hidden_size"
+    )
+    conditional: bool = Field(
+        default=True, description="whether the model is conditioned on the label"
+    )
     position_side: PositiveInt | None = Field(
         default=None,
-        description="side of the token grid over which the fixed positions spread; null: the "
-        "model's own. A model that starts from one of another resolution keeps that one's",
+        description="side, in tokens, of the grid that the fixed position embeddings span; null: "
+        "the model's own. A model started from one at another resolution keeps that one's",
     )
     label_init_std: Positive = Field(
-        default=0.02, description="standard deviation of the label table at the start"
+        default=0.02, description="standard deviation of the initial label embeddings"
     )
     attention: Literal["auto", "reference", "sdpa", "chunked", "flex"] = Field(
         default="auto", description="attention kernel; auto: flex on CUDA, chunked elsewhere"

@@ -1,13 +1,13 @@
-"""Named sizes of the transformer: what `model.preset` stands for.
+"""Named sizes of the transformer, for `model.preset`.
 
-They lie beside the recipe because reading a recipe needs them, and no torch.
+They are part of the configuration so that reading a recipe does not import torch.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# DiT's sizes: hidden size, depth, heads. XL is the 561M of the published weights for DiffiT.
+# DiT's sizes: hidden size, depth, heads. DiffiT's published 561M weights are size XL.
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 
 
@@ -19,7 +19,7 @@ def _preset(architecture: str, size: str, **changes: Any) -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"diffit_{size}": _preset("diffit", size) for size in _SIZES},
-    # As appendix H.2 says; the published weights have 28 blocks.
+    # Depth from appendix H.2; the published weights have 28 blocks.
     "diffit_xl_depth30": _preset("diffit", "xl", depth=30),
     **{f"dit_{size}": _preset("dit", size) for size in _SIZES},
     **{f"dit_tmsa_{size}": _preset("dit_tmsa", size) for size in _SIZES},

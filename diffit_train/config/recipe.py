@@ -1,7 +1,7 @@
-"""The typed recipe: one YAML file says all of a run.
+"""The typed recipe: one YAML file defines a whole run.
 
-Every key carries its unit in its name or its description. Impossible combinations are refused
-here, before anything starts.
+Every key states its unit in its name or description. Impossible combinations are rejected here,
+before anything starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffit_train.config.train import EXECUTION_KEYS, KEEPING_KEYS, Train
 
 
 class Recipe(Section):
-    """All of a run."""
+    """Everything that defines a run."""
 
     name: Name = Field(description="default name of the run")
     data: Data
@@ -44,7 +44,7 @@ class Recipe(Section):
         return self.data.resolution // self.autoencoder.downsample
 
     @model_validator(mode="after")
-    def _sizes_divide(self) -> Self:
+    def _check_sizes(self) -> Self:
         data, autoencoder, model = self.data, self.autoencoder, self.model
         _divides(
             "autoencoder.downsample", autoencoder.downsample, "data.resolution", data.resolution
@@ -54,13 +54,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
+    def _check_training(self) -> Self:
         train, data, scaling = self.train, self.data, self.scaling
         _divides("data.lanes", data.lanes, "train.batch_size", train.batch_size)
         if scaling.most_workers > data.lanes:
             raise ValueError(
                 f"scaling.workers is {scaling.workers}, but must be at most data.lanes "
-                f"({data.lanes})"
+                f"({data.lanes}); lower it, or raise data.lanes"
             )
         _divides(
             "train.log_every", train.log_every, "train.checkpoint_every", train.checkpoint_every
@@ -73,13 +73,13 @@ class Recipe(Section):
                 _divides("train.checkpoint_every", train.checkpoint_every, name, every)
         if train.warmup_steps >= train.steps:
             raise ValueError(
-                f"train.warmup_steps is {train.warmup_steps}, but must be below train.steps "
+                f"train.warmup_steps is {train.warmup_steps}, but must be less than train.steps "
                 f"({train.steps})"
             )
         return self
 
     @model_validator(mode="after")
-    def _autoencoder_fits(self) -> Self:
+    def _check_autoencoder(self) -> Self:
         fit, kind = self.autoencoder.fit, self.autoencoder.kind
         if kind == "identity":
             for key, value, needed in (
@@ -88,13 +88,13 @@ class Recipe(Section):
             ):
                 if value != needed:
                     raise ValueError(
-                        f"autoencoder.{key} is {value}, but must be {needed} where "
+                        f"autoencoder.{key} is {value}, but must be {needed} when "
                         "autoencoder.kind is 'identity'"
                     )
         elif not self.autoencoder.source:
             raise ValueError(
-                f"autoencoder.source is empty, but autoencoder.kind {kind!r} needs a hub id or a "
-                "folder in diffusers' format"
+                f"autoencoder.source is empty, but autoencoder.kind {kind!r} needs a Hugging Face "
+                "Hub id or a folder in diffusers format"
             )
         scaling = self.scaling
         if scaling.encode_min_actors > scaling.encode_actors:
@@ -112,11 +112,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _diffusion_makes_sense(self) -> Self:
+    def _check_diffusion_and_evaluation(self) -> Self:
         diffusion, evaluate = self.diffusion, self.evaluate
         if diffusion.beta_start >= diffusion.beta_end:
             raise ValueError(
-                f"diffusion.beta_start is {diffusion.beta_start}, but must be below "
+                f"diffusion.beta_start is {diffusion.beta_start}, but must be less than "
                 f"diffusion.beta_end ({diffusion.beta_end})"
             )
         if evaluate.sampler.steps > diffusion.timesteps:
@@ -125,24 +125,23 @@ class Recipe(Section):
                 f"diffusion.timesteps ({diffusion.timesteps})"
             )
         if evaluate.sampler.spacing == "ddim":
-            _strides(evaluate.sampler.steps, diffusion.timesteps)
+            _check_ddim_stride(evaluate.sampler.steps, diffusion.timesteps)
         samplers = SAMPLERS[diffusion.objective]
         if evaluate.sampler.name not in samplers:
             raise ValueError(
                 f"evaluate.sampler.name is {evaluate.sampler.name!r}, but must be one of "
-                f"{', '.join(samplers)} where diffusion.objective is {diffusion.objective!r}"
+                f"{', '.join(samplers)} when diffusion.objective is {diffusion.objective!r}"
             )
-        averages = ("raw", *self.train.ema)
+        weights = ("raw", *self.train.ema)
         if evaluate.reconstructed is not None:
             if not self.train.power_profiles():
                 raise ValueError(
-                    f"evaluate.weights is {evaluate.weights!r}, but no average in train.ema has a "
-                    "sigma_rel of which it could be made"
+                    f"evaluate.weights is {evaluate.weights!r}, but no EMA in train.ema has a "
+                    "sigma_rel to reconstruct it from"
                 )
-        elif evaluate.weights not in averages:
+        elif evaluate.weights not in weights:
             raise ValueError(
-                f"evaluate.weights is {evaluate.weights!r}, but must be one of "
-                f"{', '.join(averages)}"
+                f"evaluate.weights is {evaluate.weights!r}, but must be one of {', '.join(weights)}"
             )
         guided = evaluate.guidance.channels
         if guided != "all" and guided > self.autoencoder.latent_channels:
@@ -152,12 +151,12 @@ class Recipe(Section):
             )
         if not self.model.conditional and evaluate.guidance.kind != "none":
             raise ValueError(
-                f"evaluate.guidance.kind is {evaluate.guidance.kind!r}, but must be 'none' where "
+                f"evaluate.guidance.kind is {evaluate.guidance.kind!r}, but must be 'none' when "
                 "model.conditional is false"
             )
         return self
 
-    # ---- What determines an output. Resources, locations and tracking never do. ----
+    # ---- What determines an output: never resources, locations or tracking ----
 
     def image_identity(self) -> dict[str, Any]:
         """The keys that determine the images and their labels."""
@@ -173,7 +172,7 @@ class Recipe(Section):
         return {"data": data, "autoencoder": autoencoder}
 
     def train_identity(self) -> dict[str, Any]:
-        """The keys that determine the weights after a given step."""
+        """The keys that determine the weights at a given step."""
         free = {*KEEPING_KEYS, *EXECUTION_KEYS}
         if self.train.lr_schedule != "cosine":
             free.add("steps")
@@ -209,15 +208,15 @@ def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
         raise ValueError(f"{small_name} is {small}, but must divide {large_name} ({large})")
 
 
-def _strides(steps: int, timesteps: int) -> None:
+def _check_ddim_stride(steps: int, timesteps: int) -> None:
     if ddim_stride(timesteps, steps) is not None:
         return
     possible = [n for n in range(1, timesteps + 1) if ddim_stride(timesteps, n) is not None]
     nearest = [*[n for n in possible if n < steps][-1:], *[n for n in possible if n > steps][:1]]
     raise ValueError(
-        f"evaluate.sampler.steps is {steps}, but with evaluate.sampler.spacing 'ddim' a whole "
-        f"stride must take that many of diffusion.timesteps ({timesteps}); the nearest that does "
-        f"so: {' or '.join(map(str, nearest))}"
+        f"evaluate.sampler.steps is {steps}, but no integer stride through diffusion.timesteps "
+        f"({timesteps}) has that many steps, as evaluate.sampler.spacing 'ddim' needs; nearest "
+        f"possible: {' or '.join(map(str, nearest))}"
     )
 
 

@@ -1,14 +1,14 @@
-"""Names of earlier versions: refused in a recipe of today's, understood in what was stored then.
+"""Names of earlier versions: rejected in new recipes, understood in stored ones.
 
-Hashes are computed over the names that keys had when the hash was introduced, so that a renamed key
-does not make another run of a run.
+Hashes are computed over the names that keys had when the hash was introduced, so that renaming a
+key does not turn a stored run into a different one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Keys of the recipe, then to now.
+# Keys of the recipe, old to new.
 KEYS = {
     "data.pictures_per_shard": "data.images_per_shard",
     "data.expected_pictures": "data.expected_images",
@@ -16,9 +16,9 @@ KEYS = {
     "evaluate.neighbours": "evaluate.num_neighbors",
     "evaluate.reference_pictures": "evaluate.reference_images",
 }
-# Values of keys, then to now.
+# Values of keys, (key, old value) to new.
 VALUES = {("model.attention", "stretched"): "chunked"}
-# Names of metrics in MLflow, then to now.
+# Names of metrics in MLflow, old to new.
 METRICS = {
     "cost/network_evaluations": "cost/nfe",
     **{
@@ -26,12 +26,12 @@ METRICS = {
         for prefix in ("eval", "validation")
     },
 }
-# Folder of the root that held the images, then to now.
+# Folder of images under the root, new and old.
 FOLDER, FORMER_FOLDER = "root:images/", "root:pictures/"
 
 
 def current(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A stored tree of keys under the names of today."""
+    """A stored tree of keys under their current names."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
@@ -44,13 +44,13 @@ def current(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def current_params(params: dict[str, str]) -> dict[str, str]:
-    """Parameters of an MLflow run, by dotted keys, under the names of today."""
+    """Parameters of an MLflow run, dotted keys to values, under their current names."""
     return {KEYS.get(key, key): VALUES.get((key, value), value) for key, value in params.items()}
 
 
 def hashed(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree under the names over which its hash is computed."""
-    former = {now.rsplit(".", 1)[-1]: then.rsplit(".", 1)[-1] for then, now in KEYS.items()}
+    """A tree under the names that its hash is computed over."""
+    former = {new.rsplit(".", 1)[-1]: old.rsplit(".", 1)[-1] for old, new in KEYS.items()}
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Section `scaling`: how much of the cluster each command takes."""
+"""Section `scaling`: the cluster resources that each command uses."""
 
 from __future__ import annotations
 
@@ -10,59 +10,67 @@ from diffit_train.config.base import Positive, PositiveInt, Section
 
 
 class Scaling(Section):
-    """How much of the cluster each command takes. It never changes a result."""
+    """The cluster resources that each command uses. They never change a result."""
 
     workers: PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d*\.\.[1-9]\d*$")] = Field(
         default=1,
-        description="training workers; 2..8 goes on with as many as there are, from 2 to 8",
+        description="training workers; 2..8: elastic, as many as fit from 2 to 8",
     )
-    cpus_per_worker: PositiveInt = 1
-    gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    encode_actors: PositiveInt = Field(default=1, description="most autoencoder actors")
+    cpus_per_worker: PositiveInt = Field(default=1, description="CPU cores per training worker")
+    gpus_per_worker: int = Field(
+        default=0, ge=0, le=1, description="GPUs per training worker; 0: train on the CPU"
+    )
+    encode_actors: PositiveInt = Field(default=1, description="maximum number of encoding actors")
     encode_min_actors: PositiveInt = Field(
-        default=1, description="autoencoder actors to begin with; more start as images wait"
+        default=1, description="encoding actors at the start; more start when images queue up"
     )
     encode_threads: PositiveInt = Field(
-        default=1, description="processors that each autoencoder actor computes on, without a GPU"
+        default=1, description="CPU threads per encoding actor without a GPU"
     )
-    evaluate_actors: PositiveInt = Field(default=1, description="generating actors")
+    evaluate_actors: PositiveInt = Field(default=1, description="evaluation actors")
     evaluate_batches: PositiveInt = Field(
-        default=1, description="batches of an evaluation that an actor makes and commits at once"
+        default=1, description="batches that an evaluation actor generates per committed chunk"
     )
-    gpus_per_actor: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    gpus_per_actor: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="GPUs per encoding or evaluation actor, may be a fraction; 0: use the CPU",
+    )
     max_failures: int = Field(
-        default=3, ge=-1, description="restarts of the training workers; -1: any number"
+        default=3, ge=-1, description="restarts after failures of training workers; -1: unlimited"
     )
     max_preemptions: int = Field(
-        default=-1, ge=-1, description="restarts after announced preemptions; -1: any number"
+        default=-1, ge=-1, description="restarts after announced preemptions; -1: unlimited"
     )
     resize_check_s: Positive = Field(
-        default=60.0, description="seconds between looks whether an elastic run may grow"
+        default=60.0, description="seconds between checks whether an elastic run can grow"
     )
     shard_cache_gib: float = Field(
         default=0.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="disk of each node that keeps copies of remote latent shards; 0: none",
+        description="disk space per node for caching remote latent shards, in GiB; 0: no cache",
     )
     shard_cache_folder: str = Field(
-        default="", description="where they are kept; empty: the node's temporary folder"
+        default="", description="folder of the shard cache; empty: the node's temporary folder"
     )
 
     @property
     def fewest_workers(self) -> int:
-        """Training workers without which a run waits."""
+        """Minimum number of training workers; with fewer, a run waits."""
         return self.workers if isinstance(self.workers, int) else int(self.workers.split("..")[0])
 
     @property
     def most_workers(self) -> int:
-        """Training workers that a run takes where it can."""
+        """Maximum number of training workers."""
         return self.workers if isinstance(self.workers, int) else int(self.workers.split("..")[1])
 
     @model_validator(mode="after")
-    def _range_is_one(self) -> Self:
+    def _range_ascends(self) -> Self:
         if self.fewest_workers > self.most_workers:
             raise ValueError(
-                f"scaling.workers is {self.workers!r}, but its first number must be the smaller"
+                f"scaling.workers is {self.workers!r}, but the first number must not exceed the "
+                "second"
             )
         return self

@@ -1,4 +1,4 @@
-"""Section `storage`: where everything lies."""
+"""Section `storage`: where the project is stored."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from diffit_train.config.base import Section
 
 
 class Storage(Section):
-    """Where everything lies."""
+    """Where the project is stored."""
 
-    root: str = Field(default=".", description="folder or s3://bucket/prefix; --root overrides it")
+    root: str = Field(
+        default=".", description="project folder or s3://bucket/prefix; --root overrides it"
+    )
 
     @field_validator("root")
     @classmethod

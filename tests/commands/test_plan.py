@@ -1,4 +1,4 @@
-"""The plan against published counts, and its memory against what a real engine keeps."""
+"""The plan against published counts, and its memory against that of a real engine."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_recomputing_blocks_costs_a_forward_pass_but_no_mfu() -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_stages_share_out_more_and_more(bf16: bool) -> None:
+def test_higher_stages_shard_more(bf16: bool) -> None:
     totals = [state_bytes(10**6, stage, 4, 1, bf16).total for stage in range(4)]
     # Stage 1 in fp32 pays for its own copy of the master weights with a share of the moments.
     assert totals == sorted(totals, reverse=True)
@@ -71,7 +71,7 @@ def test_stages_share_out_more_and_more(bf16: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_those_that_a_forward_pass_leaves(dtype: torch.dtype) -> None:
+def test_activations_match_those_of_a_forward_pass(dtype: torch.dtype) -> None:
     shape = Shape(latent_size=16, hidden_size=64, depth=6, num_heads=2, num_classes=3)
     for mode, every_nth in (("none", 1), ("blocks", 1), ("selective", 1), ("blocks", 2)):
         model = LatentDiffiT(shape).to(dtype)
@@ -87,7 +87,7 @@ def test_activations_are_those_that_a_forward_pass_leaves(dtype: torch.dtype) ->
         lasting = sum(event.self_cpu_memory_usage for event in profile.key_averages())
         del out
         covered = 0 if mode == "none" else -(-6 // every_nth)
-        # Without what one block holds while it is computed again, which is not there yet.
+        # Without what one block holds while it is recomputed, which comes only later.
         one = activation_bytes(shape, "diffit", 8, "none", 1, dtype) // 6 if covered else 0
         planned = activation_bytes(shape, "diffit", 8, mode, every_nth, dtype) - one
         assert planned == pytest.approx(lasting, rel=0.12), mode
@@ -102,14 +102,14 @@ def test_impossible_machines_are_named() -> None:
         Machine("H100", 0.4, -1.0)
 
 
-def test_the_table_holds_the_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_counts_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     print_plan(plan(load_recipe("imagenet256"), H100))
     out = capsys.readouterr().out
     for text in ("561,035,232", "118.5 G", "114.3 G", "ZeRO stage", "fits H100", "1,281,167"):
         assert text in out
 
 
-def test_latents_are_sized_as_they_come_out(encoded: Path) -> None:
+def test_estimated_latents_have_their_real_size(encoded: Path) -> None:
     from tests.conftest import tiny_recipe
 
     recipe = tiny_recipe(encoded, "data.expected_images=24")
@@ -121,7 +121,7 @@ def test_latents_are_sized_as_they_come_out(encoded: Path) -> None:
 
 
 def _held(rank: int, world: int, stage: int, precision: str) -> None:
-    """Bytes of all tensors after two steps, against the plan."""
+    """Compare the bytes of all tensors after two steps with the plan."""
     torch.manual_seed(0)
     sizes = {"latent_size": 8, "hidden_size": 192, "depth": 4, "num_heads": 4, "num_classes": 10}
     gc.collect()
@@ -138,7 +138,7 @@ def _held(rank: int, world: int, stage: int, precision: str) -> None:
     gc.collect()
     held = _tensor_bytes() - before
     planned = state_bytes(count, stage, world, 1, precision == "bf16")
-    # Between steps ZeRO has dropped the gradients.
+    # ZeRO frees the gradients between steps.
     expected = planned.total - planned.gradients
     assert held == pytest.approx(expected, rel=0.05), (held / count, expected / count)
 
@@ -154,5 +154,5 @@ def _tensor_bytes() -> int:
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_states_are_those_that_ranks_keep(stage: int, precision: str) -> None:
+def test_states_match_those_that_ranks_keep(stage: int, precision: str) -> None:
     on_ranks(2, _held, stage, precision)

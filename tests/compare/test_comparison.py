@@ -1,4 +1,4 @@
-"""`diffit compare`: what is selected, ranked, averaged, drawn and written."""
+"""`diffit compare`: selection, ranking, averages over seeds, plots and files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from diffit_train.compare.collect import Evaluation, Protocol, RunRow, collect
 from diffit_train.compare.comparison import Comparison, compare_store
 from diffit_train.compare.plots import Panel, draw_panels, panels
 from diffit_train.compare.ranking import (
+    best_indices,
     best_of,
-    best_places,
     fronts,
     group_runs,
     main_metric,
@@ -100,7 +100,7 @@ class Store:
         cost: float | None = None,
         digest: str | None = None,
     ) -> None:
-        """A child run, with a grid of one colour where that is given."""
+        """A child run, with a single-color grid if `color` is given."""
         params = {**EVALUATE, **{f"evaluate.{key}": value for key, value in changes.items()}}
         words = sorted((key, str(value)) for key, value in params.items())
         key = f"ddim{params['evaluate.sampler.steps']}-{abs(hash((run, *words))) % 16**8:08x}"
@@ -128,7 +128,7 @@ SCALES = {1.0: (14.0, 14.5, 13.6), 2.0: (8.0, 8.4, 8.1), 3.0: (11.0, 11.1, 11.6)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Two seeds of a run, one of them swept, and another run measured on more samples, too."""
+    """Two seeds of a run, one with sweeps, and another run, also evaluated on more samples."""
     made = Store(tmp_path_factory.mktemp("store"))
     for seed, curve in CURVE.items():
         name = f"base-s{seed}"
@@ -196,19 +196,19 @@ def test_checkpoints_and_sweeps_are_selected(store: Store) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("bse-s1", r"no run 'bse-s1'; .*nearest first: base-s1, base-s0, .*lonely"),
-        ("base-s0/scale", r"no sweep of run 'base-s0' 'scale'; .*nearest first: scales, steps"),
-        ("base-s1/scales", r"no sweep of run 'base-s1' 'scales'; .*: none"),
+        ("bse-s1", r"no run 'bse-s1'; .*closest first: base-s1, base-s0, .*lonely"),
+        ("base-s0/scale", r"no sweep 'scale' of run 'base-s0'; .*closest first: scales, steps"),
+        ("base-s1/scales", r"no sweep 'scales' of run 'base-s1'; .*: none"),
         ("base-s1@20", r"no evaluation of run 'base-s1' at step '20'; .*: 10, 30"),
         ("lonely@10", r"run 'lonely' has no evaluation yet; run `diffit evaluate`"),
     ],
 )
-def test_what_is_unknown_is_named_with_the_nearest(store: Store, word: str, message: str) -> None:
+def test_unknown_names_are_reported_with_the_closest(store: Store, word: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         collect(store.tracker, None, [word])
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path, store: Store) -> None:
+def test_runs_with_the_same_name_get_distinct_labels(tmp_path: Path, store: Store) -> None:
     shutil.copy(store.folder / "mlflow.db", tmp_path)
     copy = Store(tmp_path)
     copy.run("lonely", {}, experiment="main")
@@ -220,24 +220,24 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path, store: Store) -> None:
     assert f"lonely ({again[:8]})" in [row.label for row in collect(copy.tracker, "main")]
 
 
-def test_names_may_hold_the_signs_of_a_selection(tmp_path: Path, store: Store) -> None:
+def test_names_may_contain_the_separators_of_a_selection(tmp_path: Path, store: Store) -> None:
     shutil.copy(store.folder / "mlflow.db", tmp_path)
     copy = Store(tmp_path)
     for name, fid in (("wide", 5.0), ("wide@2", 6.0), ("wide@2/b", 7.0)):
         copy.evaluation(copy.run(name, {}), 10, {"fid": fid}, {}, sweep="b")
     assert _fids(copy, "wide@2/b") == {"wide@2/b": [7.0]}
     assert _fids(copy, "wide@2@10", "wide/b") == {"wide@2": [6.0], "wide": [5.0]}
-    with pytest.raises(UserError, match=r"run 'wide@2' at step '3'; .*nearest first: 10"):
+    with pytest.raises(UserError, match=r"run 'wide@2' at step '3'; .*closest first: 10"):
         collect(copy.tracker, None, ["wide@2@3"])
 
 
-def test_a_metric_must_be_one_that_ranks(comparison: Comparison) -> None:
+def test_the_ranking_metric_must_have_a_direction(comparison: Comparison) -> None:
     evaluations = comparison.evaluations
     assert metric_names(evaluations) == ["fid", "inception_score", "precision", "recall"]
     assert main_metric(evaluations, None) == "fid"
     assert main_metric(evaluations, "recall") == "recall"
     assert main_metric([], None) is None
-    with pytest.raises(UserError, match=r"'inception'; .*nearest first: inception_score"):
+    with pytest.raises(UserError, match=r"'inception' .*closest first: inception_score"):
         main_metric(evaluations, "inception")
     odd = _measured({"speed": 1.0, "sfd_digits": 3.0, "fd_digits": 2.0}, Protocol())
     assert main_metric([odd], None) == "fd_digits"
@@ -246,7 +246,7 @@ def test_a_metric_must_be_one_that_ranks(comparison: Comparison) -> None:
 # ---- Differences ----
 
 
-def test_only_differences_of_recipes_are_shown(comparison: Comparison) -> None:
+def test_only_recipe_differences_are_shown(comparison: Comparison) -> None:
     (sheet,) = [s for s in sheets(comparison) if s.title == "recipe differences"]
     cells = {row[0].text: [cell.text for cell in row[1:]] for row in sheet.rows}
     assert cells == {
@@ -256,7 +256,7 @@ def test_only_differences_of_recipes_are_shown(comparison: Comparison) -> None:
     }
 
 
-def test_settings_are_columns_where_they_differ_and_said_once_else(
+def test_differing_settings_are_columns_and_the_others_a_note(
     comparison: Comparison, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (sheet,) = [s for s in sheets(comparison) if s.title == "evaluations"]
@@ -273,13 +273,13 @@ def test_settings_are_columns_where_they_differ_and_said_once_else(
 # ---- Ranking ----
 
 
-def test_figures_of_other_numbers_of_samples_are_not_ranked(comparison: Comparison) -> None:
+def test_metrics_of_different_sample_counts_are_not_ranked_together(comparison: Comparison) -> None:
     few, many = Protocol(samples=5000), Protocol(samples=50_000)
     mixed = [_measured({"fid": 9.0}, few), _measured({"fid": 3.0}, many)]
-    with pytest.raises(ValueError, match="different protocols cannot be ranked"):
+    with pytest.raises(ValueError, match="cannot rank fid of different protocols"):
         best_of(mixed, "fid")
     assert best_of(mixed[:1], "fid") == mixed[0]
-    assert best_places([9.0, 3.0, 8.0], [few, many, few], "fid") == {2}
+    assert best_indices([9.0, 3.0, 8.0], [few, many, few], "fid") == {2}
 
     (runs,) = [s for s in sheets(comparison) if s.title == "runs"]
     columns = ["best fid (5,000 samples)", "best fid (50,000 samples)"]
@@ -290,7 +290,7 @@ def test_figures_of_other_numbers_of_samples_are_not_ranked(comparison: Comparis
     assert marked == [("base-s0", "8")]
     (note,) = [n for n in comparison.notes() if n.startswith("note")]
     assert "measured in 2 ways: 5,000 samples; 50,000 samples." in note
-    assert "never joined by a line" in note
+    assert "no line joins them" in note
 
 
 @pytest.mark.parametrize(
@@ -298,9 +298,9 @@ def test_figures_of_other_numbers_of_samples_are_not_ranked(comparison: Comparis
     [(name, 0) for name in ("fid", "sfid", "kid", "fd_digits", "sfd_digits", "kd_digits")]
     + [(name, 2) for name in ("inception_score", "precision", "recall", "classifier_accuracy")],
 )
-def test_the_better_way_of_each_metric(name: str, best: int) -> None:
+def test_the_better_direction_of_each_metric(name: str, best: int) -> None:
     same = [Protocol()] * 4
-    assert best_places([1.0, 2.0, 3.0, math.nan], same, name) == {best}
+    assert best_indices([1.0, 2.0, 3.0, math.nan], same, name) == {best}
     evaluations = [_measured({name: float(i)}, Protocol(), i) for i in (1, 2, 3)]
     top = best_of(evaluations, name)
     assert top is not None
@@ -308,12 +308,14 @@ def test_the_better_way_of_each_metric(name: str, best: int) -> None:
 
 
 def test_nothing_is_marked_best_without_a_rival() -> None:
-    assert best_places([1.0, None], [Protocol()] * 2, "fid") == set()
-    assert best_places([1.0, 1.0], [Protocol()] * 2, "fid") == set()
-    assert best_places([1.0, 2.0], [Protocol()] * 2, "unheard_of") == set()
+    assert best_indices([1.0, None], [Protocol()] * 2, "fid") == set()
+    assert best_indices([1.0, 1.0], [Protocol()] * 2, "fid") == set()
+    assert best_indices([1.0, 2.0], [Protocol()] * 2, "unheard_of") == set()
 
 
-def test_other_features_and_references_are_other_protocols(tmp_path: Path, store: Store) -> None:
+def test_different_features_or_references_are_different_protocols(
+    tmp_path: Path, store: Store
+) -> None:
     shutil.copy(store.folder / "mlflow.db", tmp_path)
     copy = Store(tmp_path)
     run = copy.run("measured", {})
@@ -326,7 +328,7 @@ def test_other_features_and_references_are_other_protocols(tmp_path: Path, store
     rows = collect(copy.tracker, None, ["measured", "larger"])
     protocols = [e.protocol for row in rows for e in row.evaluations]
     assert len(set(protocols)) == 4
-    assert protocols[3] == protocols[4], "the published network is the same wherever it lies"
+    assert protocols[3] == protocols[4], "the published network is the same at any path"
     names = protocol_names(protocols)
     assert names[protocols[2]] == "features inception, reference root:adm.npz"
     assert len(set(names.values())) == 4
@@ -335,25 +337,25 @@ def test_other_features_and_references_are_other_protocols(tmp_path: Path, store
     assert "features inception, reference root:images at 64" in note
 
 
-def test_references_are_told_by_their_digest(tmp_path: Path) -> None:
+def test_references_are_identified_by_digest(tmp_path: Path) -> None:
     copy = Store(tmp_path)
     first, second = copy.run("first", {}), copy.run("second", {})
-    places = ["/here/adm.npz", "https://there/jul-2021/adm.npz", "/here/adm.npz", "own"]
+    paths = ["/here/adm.npz", "https://there/jul-2021/adm.npz", "/here/adm.npz", "own"]
     digests = ["a" * 64, "a" * 64, "b" * 64, "c" * 64]
-    for step, (place, digest) in enumerate(zip(places, digests, strict=True)):
+    for step, (path, digest) in enumerate(zip(paths, digests, strict=True)):
         run = second if step == 1 else first
-        copy.evaluation(run, step, {"fid": 9.0 - step}, {"reference": place}, digest=digest)
+        copy.evaluation(run, step, {"fid": 9.0 - step}, {"reference": path}, digest=digest)
     rows = collect(copy.tracker, None, ["first", "second"])
     protocols = {e.step: e.protocol for row in rows for e in row.evaluations}
-    assert protocols[0] == protocols[1], "the same file under two paths"
-    assert len(set(protocols.values())) == 3, "another file under the same path is another"
+    assert protocols[0] == protocols[1], "the same file at two paths"
+    assert len(set(protocols.values())) == 3, "a different file at the same path"
     assert protocols[0].reference == "adm.npz (aaaaaaaa)"
     assert protocols[2].reference == "adm.npz (bbbbbbbb)"
     assert protocols[3].reference == "root:images at 32 (cccccccc)"
     with pytest.raises(ValueError, match="different protocols"):
         best_of(rows[0].evaluations, "fid")
     assert best_of([rows[0].evaluations[0], *rows[1].evaluations], "fid").step == 1  # type: ignore[union-attr]
-    # Nor are seeds of one training kept apart by the path.
+    # A different path does not separate seeds of the same run.
     assert rows[0].evaluations[0].settings == rows[1].evaluations[0].settings
 
 
@@ -388,7 +390,7 @@ def test_seeds_give_mean_and_deviation(comparison: Comparison) -> None:
     assert losses.rows[0][3].text == f"{np.mean(ends):.4g} ± {np.std(ends, ddof=1):.2g}"
 
 
-def test_repetitions_of_a_seed_are_no_seeds(tmp_path: Path, store: Store) -> None:
+def test_a_repeated_seed_is_not_another_seed(tmp_path: Path, store: Store) -> None:
     shutil.copy(store.folder / "mlflow.db", tmp_path)
     copy = Store(tmp_path)
     for name, change in (
@@ -403,7 +405,7 @@ def test_repetitions_of_a_seed_are_no_seeds(tmp_path: Path, store: Store) -> Non
     assert members == [["a", "c"], ["b"], ["d"]]
 
 
-# ---- Images ----
+# ---- Plots ----
 
 
 def _panel(found: list[Panel], title: str) -> Panel:
@@ -424,24 +426,24 @@ def test_curves_have_error_bars_and_never_mix_samples(comparison: Comparison) ->
     assert not any(line.x == [20, 30] and line.y == [9.5, 3.0] for p in found for line in p.lines)
 
 
-def test_metric_against_guidance_and_cost(comparison: Comparison) -> None:
+def test_metric_vs_guidance_and_nfe(comparison: Comparison) -> None:
     found = panels(comparison)
-    (line,) = _panel(found, "fid against guidance.scale").lines
-    # The evaluation of the curve at scale 1.5 differs from the sweep in nothing but the scale.
+    (line,) = _panel(found, "fid vs. guidance.scale").lines
+    # The evaluation of the curve, at scale 1.5, differs from the sweep only in its scale.
     assert line.x == [1.0, 1.5, 2.0, 3.0]
     assert line.y[2] == pytest.approx(np.mean(SCALES[2.0]))
     assert line.y_error[2] == pytest.approx(np.std(SCALES[2.0], ddof=1))
-    cost = _panel(found, "fid against cost")
+    cost = _panel(found, "fid vs. NFE")
     curve = next(line for line in cost.lines if line.kind == "curve")
     assert curve.x == [20.0, 50.0, 100.0]
     assert curve.y[:2] == [20.0, 13.0]
 
 
-def test_panels_without_anything_are_left_out(store: Store, tmp_path: Path) -> None:
+def test_empty_panels_are_omitted(store: Store, tmp_path: Path) -> None:
     rows = collect(store.tracker, None, ["base-s1"])
     titles = [p.title for p in panels(_compared(rows))]
     curves = ["training loss", "fid", "inception_score", "precision", "recall"]
-    assert titles == [*curves, "fid against inception_score"]
+    assert titles == [*curves, "fid vs. inception_score"]
     rows = collect(store.tracker, None, ["lonely"])
     assert [p.title for p in panels(_compared(rows))] == ["training loss"]
     with (tmp_path / "empty.png").open("wb") as file:
@@ -455,18 +457,18 @@ points = st.lists(
 
 
 @given(points, st.booleans(), st.booleans())
-def test_the_front_is_what_nothing_beats(
+def test_the_front_is_what_nothing_dominates(
     found: list[tuple[float, float]], lower_x: bool, lower_y: bool
 ) -> None:
     sign = np.where([lower_x, lower_y], 1, -1)
 
-    def beaten(mine: tuple[float, float]) -> bool:
+    def dominated(mine: tuple[float, float]) -> bool:
         differences = [np.subtract(other, mine) * sign for other in found]
         return any((d <= 0).all() and (d < 0).any() for d in differences)
 
-    places = pareto_front(found, (lower_x, lower_y))
-    assert sorted(places) == [i for i, point in enumerate(found) if not beaten(point)]
-    assert [found[i][0] for i in places] == sorted(found[i][0] for i in places)
+    front = pareto_front(found, (lower_x, lower_y))
+    assert sorted(front) == [i for i, point in enumerate(found) if not dominated(point)]
+    assert [found[i][0] for i in front] == sorted(found[i][0] for i in front)
 
 
 def test_fronts_are_by_protocol(comparison: Comparison) -> None:
@@ -475,7 +477,7 @@ def test_fronts_are_by_protocol(comparison: Comparison) -> None:
     means = [[r.spread(name).mean for name in ("inception_score", "fid")] for r in members]
     scores = [[50.0 * scale + 1, np.mean(SCALES[scale])] for scale in (2.0, 3.0)]
     assert np.allclose(means, scores)
-    panel = _panel(panels(comparison), "fid against inception_score")
+    panel = _panel(panels(comparison), "fid vs. inception_score")
     (line,) = [x for x in panel.lines if x.kind == "front"]
     assert np.allclose(np.transpose([line.x, line.y]), scores)
     value = comparison.as_json()["front"]
@@ -494,8 +496,8 @@ def test_markdown_parses_back(comparison: Comparison) -> None:
     cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert cells[0][:2] == ["run", "status"]
     assert [row[0] for row in cells[2:]] == ["base-s0", "base-s1", "&lt;b&gt;"]
-    place = cells[0].index("best fid (5,000 samples)")
-    assert [row[place] for row in cells[2:]] == ["**8**", "11.5", "9.5"]
+    column = cells[0].index("best fid (5,000 samples)")
+    assert [row[column] for row in cells[2:]] == ["**8**", "11.5", "9.5"]
     assert {len(row) for row in cells} == {len(cells[0])}
     assert re.fullmatch(r":?-+:?", cells[1][0])
     assert "<b>" not in text
@@ -541,7 +543,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_whole_and_loads_nothing(store: Store, tmp_path: Path) -> None:
+def test_the_page_is_complete_and_self_contained(store: Store, tmp_path: Path) -> None:
     page, table = tmp_path / "out" / "report.html", tmp_path / "table.csv"
     comparison = compare_store(
         str(store.folder),
@@ -566,16 +568,16 @@ def test_the_page_is_whole_and_loads_nothing(store: Store, tmp_path: Path) -> No
     assert "c0ffeec0ffee" in words
     assert "hash-of-base" in words
     assert "d1d1d1d1d1d1" in words
-    assert "13 further evaluations are left out" in words
+    assert "grids of 13 more evaluations are omitted" in words
 
     colors = set()
     for source in sources:
         image = Image.open(io.BytesIO(_decoded(str(source))))
         if image.size == (40, 30):
             colors.add(image.getpixel((5, 5)))
-    # The best of base-s0 is of the sweep and has no grid; its newest is at the same step.
+    # The best evaluation of base-s0 is in the sweep, without a grid; its newest is at that step.
     assert colors == {COLORS["base-s1"], COLORS["<b>"]}
-    assert "MLflow holds no grid of ddim50" in words
+    assert "MLflow has no grid of ddim50" in words
     assert len(sources) == len(panels(comparison)) + 2
     assert len(list(csv.reader(table.open()))) == len(comparison.evaluations) + 1
     assert [p.name for p in sorted(tmp_path.rglob("*")) if ".tmp-" in p.name] == []
@@ -587,7 +589,7 @@ def _decoded(source: str) -> bytes:
     return base64.b64decode(source.split(",", 1)[1])
 
 
-def test_a_heavy_grid_is_embedded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_grid_is_embedded_at_reduced_size(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
@@ -599,19 +601,19 @@ def test_a_heavy_grid_is_embedded_smaller(monkeypatch: pytest.MonkeyPatch) -> No
     assert Image.open(io.BytesIO(_decoded(uri))).size == (60, 45)
 
 
-def test_the_page_is_bounded_and_tells_no_secret(
+def test_the_page_is_bounded_and_reveals_no_secret(
     store: Store, comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(html, "MAX_GRIDS", 1)
     monkeypatch.setattr(store.tracker, "uri", "http://user:secret@mlflow:5000")
     html.write_html(comparison, [], store.tracker, str(tmp_path / "r.html"))
     text = (tmp_path / "r.html").read_text()
-    assert "16 further evaluations are left out" in text
+    assert "grids of 16 more evaluations are omitted" in text
     assert "http://mlflow:5000" in text
     assert "secret" not in text
 
 
-def test_a_grid_that_cannot_be_read_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_grid_is_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(run_id: str, name: str) -> bytes:
         raise OSError("http://user:secret@store is away")
 
@@ -619,13 +621,13 @@ def test_a_grid_that_cannot_be_read_is_said(store: Store, monkeypatch: pytest.Mo
     chosen = [("caption", _measured({}, Protocol()))]
     images, notes = html._grids(chosen, store.tracker)
     assert images == []
-    assert notes == ["the grid of key cannot be read: http://store is away"]
+    assert notes == ["could not read the grid of key: http://store is away"]
 
 
 # ---- The command ----
 
 
-def test_the_command_prints_one_form(store: Store, tmp_path: Path) -> None:
+def test_the_command_prints_one_format(store: Store, tmp_path: Path) -> None:
     words = ["compare", "base-s1", "<b>@30", "--root", str(store.folder)]
     words += ["--plot", str(str(tmp_path / "p.png"))]
     value = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
@@ -655,7 +657,7 @@ def test_bad_input_writes_nothing(store: Store, tmp_path: Path, words: list[str]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_figures_that_are_not_finite_are_left_out(
+def test_values_that_are_not_finite_are_omitted(
     tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(store.folder / "mlflow.db", tmp_path)

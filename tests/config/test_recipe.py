@@ -1,4 +1,4 @@
-"""The recipe: what is accepted, what is refused and how it is said."""
+"""The recipe: what is accepted, what is rejected, and the error messages."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_later_overrides_win_and_root_wins_over_all() -> None:
     assert recipe.storage.root == str(Path.cwd() / "b c")
 
 
-def test_local_paths_are_absolute_and_others_left_alone() -> None:
+def test_only_local_paths_are_made_absolute() -> None:
     recipe = load_recipe("demo", ["data.source=images", "autoencoder.source=./vae"], root="r")
     assert recipe.data.source == str(Path.cwd() / "images")
     assert recipe.autoencoder.source == str(Path.cwd() / "vae")
@@ -108,13 +108,13 @@ def test_local_paths_are_absolute_and_others_left_alone() -> None:
         ("scaling.workers=few", ["scaling.workers", "'few'"]),
         ("train.ema.ema.sigma_rel=0.1", ["exactly one of", "decay, sigma_rel"]),
         ("train.ema.b.ramp_ratio=0.1", ["exactly one of", "none"]),
-        ("train.ema.raw.decay=0.9", ["'raw'", "names are taken"]),
+        ("train.ema.raw.decay=0.9", ["'raw'", "names are reserved"]),
         ("train.ema.b.sigma_rel=0.3", ["sigma_rel", "0.3", "0.28"]),
         ("evaluate.weights=slow", ["evaluate.weights is 'slow'", "raw, ema"]),
         ("train.ema_snapshot_every=10", ["ema_snapshot_every is 10", "sigma_rel"]),
         ("train.offload=parameters", ["zero_stage is 2", "offload 'parameters'", "stage 3"]),
         ("train.keep_every=50", ["checkpoint_every", "train.keep_every (50)"]),
-        ("train.profile_steps=[5,2]", ["profile_steps is [5, 2]", "first and a last"]),
+        ("train.profile_steps=[5,2]", ["profile_steps is [5, 2]", "first and last"]),
         ("model.patch_size=3", ["model.patch_size is 3", "latent size"]),
         ("model.num_heads=5", ["model.num_heads is 5", "hidden_size"]),
         ("autoencoder.downsample=3", ["autoencoder.downsample is 3", "data.resolution (16)"]),
@@ -157,18 +157,18 @@ def test_bad_values_are_named(override: str, words: list[str]) -> None:
         (["name=ddpm", "spacing=ddim"], ["spacing is 'ddim'", "only sampler 'ddim'", "'ddpm'"]),
         (["name=ddpm", "eta=0.5"], ["eta is 0.5", "only sampler 'ddim'"]),
         (["spacing=ddim", "steps=300"], ["steps is 300", "(1000)", "250 or 334"]),
-        (["spacing=ddim", "steps=1"], ["steps is 1,", "(1000)", "so: 2"]),
+        (["spacing=ddim", "steps=1"], ["steps is 1,", "(1000)", "possible: 2"]),
         (["name=sde", "steps=1"], ["steps is 1,", "at least 2"]),
     ],
 )
-def test_options_must_suit_the_sampler(overrides: list[str], words: list[str]) -> None:
+def test_options_must_match_the_sampler(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("demo", [f"evaluate.sampler.{text}" for text in overrides])
     for word in words:
         assert word in str(caught.value)
 
 
-def test_options_of_the_samplers_are_taken() -> None:
+def test_sampler_options_are_accepted() -> None:
     ddim = ["steps=250", "spacing=ddim", "eta=1"]
     sampler = load_recipe("demo", [f"evaluate.sampler.{text}" for text in ddim]).evaluate.sampler
     assert (sampler.spacing, sampler.eta) == ("ddim", 1.0)
@@ -199,14 +199,14 @@ def test_unknown_recipes_are_named(reference: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
-def test_a_recipe_may_lie_anywhere() -> None:
+def test_a_recipe_can_be_on_any_storage() -> None:
     recipe = load_recipe("demo", ["train.lr=0.5"])
     storage.write_text("memory://work/runs/x/recipe.yaml", dump_recipe(recipe))
     assert load_recipe("memory://work/runs/x/recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words", ""])
-def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_recipes_are_rejected(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"r\.yaml"):
@@ -225,9 +225,7 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str) -> None
         ),
     ],
 )
-def test_ways_of_computing_that_do_not_go_together_are_refused(
-    changes: str, words: list[str]
-) -> None:
+def test_incompatible_execution_settings_are_rejected(changes: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("demo", changes.split())
     for word in words:
@@ -251,7 +249,7 @@ def test_ways_of_computing_that_do_not_go_together_are_refused(
         ]
     )
 )
-def test_resources_and_places_do_not_change_a_run(key: str) -> None:
+def test_resources_and_locations_do_not_change_a_run(key: str) -> None:
     assert load_recipe("demo", [key]).train_hash() == load_recipe("demo").train_hash()
 
 
@@ -263,7 +261,7 @@ def test_what_changes_the_weights_changes_the_hash() -> None:
     assert load_recipe("demo", ["data.flip=true"]).encode_hash() != plain.encode_hash()
 
 
-def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them() -> None:
+def test_more_steps_are_the_same_run_unless_the_schedule_depends_on_them() -> None:
     constant = ["train.lr_schedule=constant"]
     longer = [*constant, "train.steps=9999"]
     assert load_recipe("demo", constant).train_hash() == load_recipe("demo", longer).train_hash()
@@ -272,17 +270,17 @@ def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them() -> Non
     )
 
 
-def test_a_preset_stands_for_its_sizes() -> None:
+def test_a_preset_sets_its_sizes() -> None:
     recipe = load_recipe("imagenet256", ["model.preset=dit_b", "model.depth=3"])
     assert (recipe.model.architecture, recipe.model.hidden_size) == ("dit", 768)
     assert (recipe.model.depth, recipe.model.num_heads) == (3, 12)
-    # Also where the file spells sizes out, as a stored recipe does.
+    # Even if the file lists the sizes, as a stored recipe does.
     assert load_recipe("demo", ["model.preset=diffit_s"]).model.hidden_size == 384
     with pytest.raises(UserError, match=r"model\.preset is 'dit_m', but must be one of: diffit_s,"):
         load_recipe("demo", ["model.preset=dit_m"])
 
 
-def test_how_a_step_is_computed_does_not_name_another_run() -> None:
+def test_how_a_step_is_computed_does_not_change_the_run() -> None:
     base = load_recipe("imagenet256")
     spelled_out = ["model.preset=null", "model.hidden_size=1152", "model.depth=28"]
     for changes in (
@@ -301,9 +299,9 @@ def test_how_a_step_is_computed_does_not_name_another_run() -> None:
     [
         (
             ["diffusion.objective=flow"],
-            r"evaluate\.sampler\.name is 'ddim', .* euler, heun, sde where .* 'flow'",
+            r"evaluate\.sampler\.name is 'ddim', .* euler, heun, sde when .* 'flow'",
         ),
-        (["evaluate.sampler.name=sde"], r"must be one of ddpm, ddim, dpmpp_2m, heun where"),
+        (["evaluate.sampler.name=sde"], r"must be one of ddpm, ddim, dpmpp_2m, heun when"),
         (
             ["model.conditional=false"],
             r"evaluate\.guidance\.kind is 'constant', but must be 'none'",

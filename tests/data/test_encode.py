@@ -361,7 +361,9 @@ def test_bad_shards_are_found_and_made_again(encoded: Path, tmp_path: Path) -> N
     assert list(bad) == ["shard-000001.tar", "shard-000003.tar"]
     assert "differs from its recorded size or sha256" in bad["shard-000001.tar"]
     assert "is missing" in bad["shard-000003.tar"]
-    with pytest.raises(DiffitError, match=r"2 of 5 shards .* are bad: .*--repair encodes them"):
+    with pytest.raises(
+        DiffitError, match=r"2 of 5 shards .* are bad: .*--repair to re-encode them"
+    ):
         check_latents(url, None, False)
     kept = (Path(url) / "shard-000002.tar").stat().st_mtime_ns
     found = check_latents(url, str(tmp_path / "check.png"), True)

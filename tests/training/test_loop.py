@@ -22,7 +22,7 @@ from diffit_train.commands.weights import (
     export_checkpoint,
     import_file,
     recipe_of_weights,
-    reconstruct_average,
+    reconstruct_run_ema,
 )
 from diffit_train.config import Recipe
 from diffit_train.data.loader import Batch
@@ -261,7 +261,7 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
     changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.2}}"]
     run = _run(encoded, "snapshots", 1, 24, *changes)
     recipe = tiny_recipe(encoded, *STEPS, *changes)
-    same = reconstruct_average(recipe, "snapshots", 0.05, "newest", None)
+    same = reconstruct_run_ema(recipe, "snapshots", 0.05, "newest", None)
     assert same["error"] < 1e-9
     assert same["file"] == f"{run}/export/ema-0.05-0000000024.safetensors"
     kept = read_weights(str(run), 24, "a")
@@ -275,7 +275,7 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
     assert result["evaluate"]["weights"] == "sigma_rel:0.07"
     # In between, at a step that has no snapshot, an average of what lies between.
     out = str(tmp_path / "x.safetensors")
-    between = reconstruct_average(recipe, "snapshots", 0.1, "21", out)
+    between = reconstruct_run_ema(recipe, "snapshots", 0.1, "21", out)
     assert 0.0 < between["error"] < 0.2
     assert recipe_of(out).train == recipe.train
     for wrong, words in (
@@ -283,9 +283,9 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
         ((0.1, "99"), r"--step is 99, but the snapshots of 'snapshots' end at step 24"),
     ):
         with pytest.raises(UserError, match=words):
-            reconstruct_average(recipe, "snapshots", *wrong, None)
+            reconstruct_run_ema(recipe, "snapshots", *wrong, None)
     with pytest.raises(UserError, match=r"no EMA snapshots; train with"):
-        reconstruct_average(tiny_recipe(encoded, *STEPS), "whole", 0.1, "newest", None)
+        reconstruct_run_ema(tiny_recipe(encoded, *STEPS), "whole", 0.1, "newest", None)
 
 
 def recipe_of(file: str) -> Recipe:
