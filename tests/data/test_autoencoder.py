@@ -102,7 +102,7 @@ def test_a_finished_fit_is_left_alone_and_another_refused(project: Path) -> None
 
 def test_impossible_and_foreign_autoencoders_are_named(project: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "images" / "digits")
-    with pytest.raises(UserError, match="3 levels, which divide the image by 4"):
+    with pytest.raises(UserError, match="3 levels, which downsample by 4"):
         fit_autoencoder(tiny_recipe(tmp_path, "autoencoder.downsample=2"))
     assert not (tmp_path / "autoencoders").exists()
     shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")

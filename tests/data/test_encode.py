@@ -35,7 +35,7 @@ from diffit_train.data.shards import (
     read_shard,
     write_shard,
 )
-from diffit_train.data.sources import Item, Place
+from diffit_train.data.sources import Item, Location
 from diffit_train.data.verify import verify
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.training.driver import train
@@ -102,7 +102,7 @@ def test_a_rerun_does_nothing_and_another_recipe_is_refused(encoded: Path) -> No
     recipe = tiny_recipe(encoded)
     times = {p: p.stat().st_mtime_ns for p in (encoded / "latents").rglob("*")}
     assert finished_manifest(recipe) == encode(recipe)
-    with pytest.raises(UserError, match="latents .* are of another recipe"):
+    with pytest.raises(UserError, match="latents .* were encoded with another recipe"):
         encode(tiny_recipe(encoded, "data.flip=true"))
     assert {p: p.stat().st_mtime_ns for p in (encoded / "latents").rglob("*")} == times
 
@@ -194,7 +194,7 @@ def test_a_plan_binds_from_the_first_finished_shard_on(encoded: Path, tmp_path: 
     assert make_plan(other, url, work).recipe_hash == other.encode_hash()
     (Path(url) / "parts" / "shard-000000.tar.json").write_text("{}")
     assert make_plan(mine, url, work).recipe_hash == mine.encode_hash()
-    with pytest.raises(UserError, match="are of another recipe"):
+    with pytest.raises(UserError, match="were encoded with another recipe"):
         make_plan(other, url, work)
     next((tmp_path / "images").rglob("*.png")).unlink()
     with pytest.raises(UserError, match="have changed since"):
@@ -209,16 +209,16 @@ def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Pa
 
 
 def test_a_node_without_the_source_is_told_from_unreadable_images(tmp_path: Path) -> None:
-    row = {"spec": json.dumps(shard_spec(0, 0, [Item("a/1.png", 0, Place("a/1.png"))]))}
+    row = {"spec": json.dumps(shard_spec(0, 0, [Item("a/1.png", 0, Location("a/1.png"))]))}
     read = _read_shard_images(row, str(tmp_path / "unmounted"), "folder", 16)
-    assert "unmounted is not there on node" in read["failure"]
+    assert "unmounted does not exist on node" in read["failure"]
     assert json.loads(read["rejected"]) == []
 
 
 def test_a_lost_shard_is_said(encoded: Path, tmp_path: Path) -> None:
     shutil.copytree(encoded / "latents", tmp_path / "latents")
     (tmp_path / "latents" / "digits" / "shard-000002.tar").unlink()
-    with pytest.raises(DiffitError, match=r"lacks shard-000002\.tar"):
+    with pytest.raises(DiffitError, match=r"is missing shard-000002\.tar"):
         finished_manifest(tiny_recipe(tmp_path))
 
 
@@ -334,7 +334,7 @@ def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) 
     assert encode(recipe, append=True) == after
     assert (tmp_path / "latents/digits/rejected.jsonl").read_text() == rejected_lines
     (source / "b" / "001.png").unlink()
-    with pytest.raises(UserError, match=r"1 encoded images are gone .* as b/001\.png"):
+    with pytest.raises(UserError, match=r"1 encoded images were removed .* as b/001\.png"):
         encode(recipe, append=True)
 
 
@@ -381,10 +381,10 @@ def test_members_that_are_wrong_though_their_hash_is_right(encoded: Path, tmp_pa
     spoiled = moments.copy()
     spoiled[1, 0, 0, 0, 0] = np.nan
     changes = {
-        0: ("latents are not finite", [0, 1], spoiled, [0, 1]),
-        1: (r"members are \(1, 8, 2, 4\)", [5, 6], moments[..., :2, :], [0, 1]),
+        0: ("latents are NaN or infinite", [0, 1], spoiled, [0, 1]),
+        1: (r"latents have shape \(1, 8, 2, 4\)", [5, 6], moments[..., :2, :], [0, 1]),
         2: ("labels are out of range", [10, 11], moments, [0, 3]),
-        3: ("keys are not ascending", [16, 15], moments, [0, 1]),
+        3: ("keys do not ascend", [16, 15], moments, [0, 1]),
     }
     shards = list(manifest.shards)
     for number, (_, keys, values, labels) in changes.items():

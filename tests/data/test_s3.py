@@ -160,7 +160,7 @@ def test_sources_are_read_from_s3(
             _upload(local, url)
     found = list_images(tiny_recipe(tmp_path, f"data.source={url}"))
     with ImageReader(found.url, found.kind) as reader:
-        assert [reader.read(item.place) for item in found.items] == list(files.values())
+        assert [reader.read(item.location) for item in found.items] == list(files.values())
 
 
 def test_a_server_that_goes_away_is_waited_for(

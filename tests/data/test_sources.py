@@ -105,11 +105,11 @@ def test_every_kind_holds_the_same_images(kind: str, remote: bool, tmp_path: Pat
         assert found.paths == folder.paths
         assert found.classes == folder.classes == ("a", "b", "c")
     with ImageReader(found.url, found.kind) as reader:
-        data = [reader.read(item.place) for item in found.items]
+        data = [reader.read(item.location) for item in found.items]
         assert data == list(files.values())
         # Also out of order.
-        assert reader.read(found.items[20].place) == data[20]
-        assert reader.read(found.items[1].place) == data[1]
+        assert reader.read(found.items[20].location) == data[20]
+        assert reader.read(found.items[1].location) == data[1]
 
 
 def test_class_names_of_a_hub_data_set(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_wrong_members_of_a_tar_carry_their_problem(tmp_path: Path) -> None:
     bad = [("../evil/1.png", b"4"), ("/abs/1.png", b"5"), ("a/1.png", b"6")]
     (tmp_path / "x.tar").write_bytes(_tar(good + odd + bad))
     assert _problems(tmp_path, tmp_path / "x.tar") == {
-        "../evil/1.png": "the name leads out of the archive",
-        "/abs/1.png": "the name leads out of the archive",
+        "../evil/1.png": "the name points outside the archive",
+        "/abs/1.png": "the name points outside the archive",
         "a/1.png (again 1)": "the name occurs twice",
     }
     found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
@@ -175,10 +175,13 @@ def test_wrong_labels_of_parquet_carry_their_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": [b"x"], "label": [0]}, "has columns image, label; needed are `image`"),
-        ({"image": [b"x"], "label": [0]}, "has columns image, label; needed are `image`, a struct"),
-        ({"image": [{"bytes": b"x", "path": ""}]}, "has columns image; needed"),
-        ({"image": [{"bytes": b"x", "path": ""}], "label": ["cat"]}, "not of whole numbers"),
+        ({"image": [b"x"], "label": [0]}, "has columns image, label; it needs `image`"),
+        ({"image": [b"x"], "label": [0]}, "has columns image, label; it needs `image`, a struct"),
+        ({"image": [{"bytes": b"x", "path": ""}]}, "has columns image; it needs"),
+        (
+            {"image": [{"bytes": b"x", "path": ""}], "label": ["cat"]},
+            "does not have an integer type",
+        ),
     ],
 )
 def test_parquet_without_the_columns_is_refused(
@@ -198,11 +201,11 @@ def _gzipped(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("x.tar", lambda data: data[:-3000], "cut off|not a whole"),
-        ("x.tar", lambda data: b"", "not a whole uncompressed tar|holds no images"),
-        ("x.tar", lambda data: b"nothing like a tar" * 99, "not a whole uncompressed tar"),
-        ("x.tar", _gzipped, "not a whole uncompressed tar"),
-        ("x.parquet", lambda data: data, "not a whole parquet file"),
+        ("x.tar", lambda data: data[:-3000], "is truncated|not a complete"),
+        ("x.tar", lambda data: b"", "not a complete uncompressed tar|holds no images"),
+        ("x.tar", lambda data: b"nothing like a tar" * 99, "not a complete uncompressed tar"),
+        ("x.tar", _gzipped, "not a complete uncompressed tar"),
+        ("x.parquet", lambda data: data, "not a complete parquet file"),
         ("x.zip", lambda data: data, "neither a folder nor a .tar"),
     ],
 )
@@ -239,7 +242,7 @@ def test_a_folder_that_may_not_be_read_stops(
         return real(path)
 
     monkeypatch.setattr("os.scandir", refusing)
-    with pytest.raises(UserError, match=r"digits/b may not be read"):
+    with pytest.raises(UserError, match=r"digits/b is not readable"):
         list_images(tiny_recipe(tmp_path))
 
 
@@ -263,4 +266,4 @@ def test_any_tar_gives_back_its_images(
     assert list(found.paths) == sorted(files)
     with ImageReader(found.url, found.kind) as reader:
         for item in found.items:
-            assert reader.read(item.place) == files[item.name]
+            assert reader.read(item.location) == files[item.name]

@@ -89,7 +89,7 @@ def test_bad_input_writes_nothing(trained: Path, tmp_path: Path) -> None:
         train(tiny_recipe(trained, "train.lr=0.5"), "tiny")
     with pytest.raises(UserError, match="training needs 4 CPUs, but the Ray cluster has 2"):
         train(tiny_recipe(trained, "scaling.workers=4"), "other")
-    with pytest.raises(UserError, match="latents .* are of another recipe"):
+    with pytest.raises(UserError, match="latents .* were encoded with another recipe"):
         train(tiny_recipe(trained, "autoencoder.scale=3"), "other")
     assert sorted(trained.rglob("*")) == before
     with pytest.raises(UserError, match="no finished latents .*diffit encode"):
