@@ -157,7 +157,7 @@ def test_ddim_spacing_is_that_of_adm_at_every_count() -> None:
     for steps in range(1, 1001):
         expected = _adm_ddim(1000, steps)
         if expected is None:
-            with pytest.raises(ValueError, match=f"no whole stride takes {steps} of 1000"):
+            with pytest.raises(ValueError, match=f"no integer stride gives {steps} of 1000"):
                 ddim_spaced(1000, steps)
             continue
         possible += 1

@@ -100,10 +100,10 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.safetensors"
         path.write_bytes(data)
         for read in (read_weights_file, recipe_of_file):
-            with pytest.raises(UserError, match=f"{path} is not a whole safetensors file"):
+            with pytest.raises(UserError, match=f"{path} is not a complete safetensors file"):
                 read(str(path))
     for read in (read_weights_file, recipe_of_file):
-        with pytest.raises(UserError, match="there is no weight file"):
+        with pytest.raises(UserError, match="weight file .* does not exist"):
             read(str(tmp_path / "none"))
     with pytest.raises(UserError, match="is a folder"):
         read_weights_file(str(tmp_path))
@@ -161,7 +161,7 @@ def test_a_pickle_that_is_cut_off_is_named(tmp_path: Path, zipped: bool) -> None
     whole = path.read_bytes()
     for length in (20, len(whole) // 2):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=f"{path} cannot be read as a pickle .*if it is not wh"):
+        with pytest.raises(UserError, match=f"{path} cannot be read as a pickle .*if it is trunc"):
             read_weights_file(str(path), allow_pickle=True)
 
 

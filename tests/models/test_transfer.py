@@ -64,7 +64,9 @@ def test_another_model_is_refused() -> None:
     small = LatentDiffiT(Shape(latent_size=8, **SIZES))
     weights = {n: p.detach() for n, p in small.named_parameters() if p.requires_grad}
     wide = LatentDiffiT(Shape(latent_size=8, **SIZES | {"hidden_size": 32}))
-    with pytest.raises(UserError, match=r"small@1 holds another model.*\(16,\).*only the resol"):
+    with pytest.raises(
+        UserError, match=r"small@1 holds a different model.*\(16,\).*only the resol"
+    ):
         transfer_weights(wide, weights, "small@1")
     deep = LatentDiffiT(Shape(latent_size=8, **SIZES | {"depth": 3}))
     with pytest.raises(UserError, match=r"blocks\.2\..* \(missing there\)"):

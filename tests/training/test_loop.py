@@ -369,5 +369,5 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
             starting_from(large, *wrong)
     wider = tiny_recipe(encoded, *changes, "model.hidden_size=32")
     wider = starting_from(wider, "wider", "whole", "ema")
-    with pytest.raises(UserError, match=r"whole@24 holds another model than the recipe's"):
+    with pytest.raises(UserError, match=r"whole@24 holds a different model than the recipe's"):
         train_run(wider, "wider")
