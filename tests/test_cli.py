@@ -30,8 +30,8 @@ def test_each_command_has_help_with_an_example(words: str) -> None:
 
 def test_help_lists_the_commands_in_the_order_of_work() -> None:
     output = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).output
-    places = [output.index(f"│ {words.split()[0]} ") for words in ("data", "encode", "compare")]
-    assert places == sorted(places)
+    offsets = [output.index(f"│ {words.split()[0]} ") for words in ("data", "encode", "compare")]
+    assert offsets == sorted(offsets)
 
 
 def test_help_shows_no_value_behind_a_flag() -> None:

@@ -1,9 +1,9 @@
-"""The encoding pipeline beside a bare loop, and its memory with more and more images.
+"""The encoding pipeline against a bare loop, and its memory as the number of images grows.
 
     python -m tests.benchmarks.encode [--images FOLDER_OR_TAR --classes N] [--count 48]
 
 The autoencoder has the size of Stable Diffusion's, with random weights. The bare loop decodes and
-encodes in one process on the same processors. Without --images noisy JPEG files are made.
+encodes in one process on the same CPUs. Without --images, noisy JPEG files are generated.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def make_autoencoder(folder: Path, channels: tuple[int, ...]) -> None:
 
 
 def recipe_for(root: Path, source: str, classes: int, per_shard: int, batch: int) -> Recipe:
-    """The ImageNet recipe on this machine's processors."""
+    """The ImageNet recipe on this machine's CPUs."""
     return load_recipe(
         "imagenet256",
         [
@@ -77,7 +77,7 @@ def recipe_for(root: Path, source: str, classes: int, per_shard: int, batch: int
 
 
 def bare_loop(recipe: Recipe, skip: int) -> float:
-    """Images a second of decoding and encoding in this process, after the first `skip`."""
+    """Images per second of decoding and encoding in this process, after the first `skip`."""
     torch.set_num_threads(CPUS)
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     listing, batch = list_images(recipe), recipe.autoencoder.batch_size
@@ -92,7 +92,7 @@ def bare_loop(recipe: Recipe, skip: int) -> float:
 
 
 def pipeline(recipe: Recipe, skip: int) -> tuple[float, float]:
-    """Images a second after the first shards of `skip` images, and seconds in all."""
+    """Images per second after the first shards of `skip` images, and total seconds."""
     shutil.rmtree(Path(recipe.storage.root) / "latents", ignore_errors=True)
     started_s = time.time()
     manifest = encode(recipe)
@@ -104,7 +104,7 @@ def pipeline(recipe: Recipe, skip: int) -> tuple[float, float]:
 
 
 def peak_bytes(body: Callable[[], object]) -> int:
-    """The most memory of this process and all it has started, shared memory counted once."""
+    """Peak memory of this process and its children; shared memory is counted once."""
     peak, stop = 0, threading.Event()
 
     def watch() -> None:

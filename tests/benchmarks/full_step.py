@@ -1,4 +1,4 @@
-"""Training steps of the 561M model under ZeRO on this machine, its memory beside the plan's.
+"""Training steps of the 561M model under ZeRO on this machine; its memory against the plan's.
 
 python -m tests.benchmarks.full_step [--world 2 --batch 4 --steps 2 --stage 2]
 """
@@ -29,7 +29,7 @@ from tests.training import ranks
 
 
 def tensor_bytes() -> int:
-    """Bytes of every tensor that this process holds, each storage once."""
+    """Bytes of all tensors in this process, counting each storage once."""
     gc.collect()
     storages = {}
     for item in gc.get_objects():
