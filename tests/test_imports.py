@@ -106,7 +106,7 @@ def test_unwanted_libraries_are_not_imported(library: str) -> None:
 
 
 def test_the_command_starts_without_heavy_frameworks() -> None:
-    """A finished stage is passed over quickly only if help and checks import nothing heavy."""
+    """A finished stage is skipped quickly only if help and checks import nothing heavy."""
     code = "import sys, diffit_train.cli; print([m for m in sys.modules if '.' not in m])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "ray", "mlflow", "deepspeed", "diffusers", "matplotlib", "scipy"}

@@ -150,13 +150,13 @@ def main() -> None:
         again = bare_loop(recipe, skip=8)
         bare = (bare + again) / 2
         print_table(
-            f"{len(listing)} images at 256, autoencoder of real size, {CPUS} processors",
-            ["", "images/s", "to the bare loop"],
+            f"{len(listing)} images at 256x256, full-size autoencoder, {CPUS} CPUs",
+            ["", "images/s", "vs. bare loop"],
             [
                 ["bare loop (before and after)", f"{bare:.3f}", "1.00"],
-                ["pipeline, once it runs", f"{steady:.3f}", f"{steady / bare:.2f}"],
+                ["pipeline, steady state", f"{steady:.3f}", f"{steady / bare:.2f}"],
                 [
-                    "pipeline, with its start",
+                    "pipeline, including startup",
                     f"{len(listing) / total_s:.3f}",
                     f"{len(listing) / total_s / bare:.2f}",
                 ],
@@ -176,7 +176,7 @@ def main() -> None:
             first = first or peak
             count = times * options.memory_count
             rows.append([f"{count:,}", f"{peak / 2**20:,.0f}", f"{peak / first:.3f}"])
-        print_table("peak memory of all processes", ["images", "MiB", "to the first"], rows)
+        print_table("Peak memory of all processes", ["images", "MiB", "vs. first"], rows)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
     alone, fleet = (float(np.median(column)) for column in zip(*pairs, strict=True))
     print_table(
         f"{samples} images of the demo in chunks of {recipe.evaluate.batch_size * batches}; "
-        f"baseline: a bare loop in one process, one thread; medians of {rounds} rounds in turn",
-        ["", "s", "images/s", "to the bare loop"],
+        f"baseline: a bare loop in one process, one thread; medians of {rounds} interleaved rounds",
+        ["", "s", "images/s", "vs. bare loop"],
         [
             ["bare loop", f"{alone:.2f}", f"{samples / alone:.1f}", "1.000"],
             ["fleet, 1 actor", f"{fleet:.2f}", f"{samples / fleet:.1f}", f"{fleet / alone:.3f}"],
@@ -124,8 +124,8 @@ def actors(root: Path, samples: int, rounds: int) -> None:
         share = one / taken / count
         rows.append([str(count), f"{taken:.2f}", f"{samples / taken:.1f}", f"{share:.3f}"])
     print_table(
-        f"{samples} images of the demo on {os.cpu_count()} processors; baseline: one actor",
-        ["actors", "s", "images/s", "share of ideal"],
+        f"{samples} images of the demo on {os.cpu_count()} CPUs; baseline: one actor",
+        ["actors", "s", "images/s", "fraction of ideal"],
         rows,
     )
 
@@ -166,9 +166,9 @@ def simulate(counts: list[int]) -> None:
             ideal = CHUNKS * SLEEP_S
             rows.append([str(count), f"{len(tasks):,}", f"{taken:.2f}", f"{ideal / taken:.3f}"])
     print_table(
-        f"{CHUNKS} chunks for each actor, whose model sleeps {SLEEP_S:g} s a chunk, in {PROCESSES} "
+        f"{CHUNKS} chunks per actor, with a model that sleeps {SLEEP_S:g} s, in {PROCESSES} "
         f"processes; baseline: {CHUNKS * SLEEP_S:g} s",
-        ["actors", "chunks", "s", "share of ideal"],
+        ["actors", "chunks", "s", "fraction of ideal"],
         rows,
     )
 
@@ -194,8 +194,8 @@ def guidance() -> None:
         always = 2.0 * recipe.evaluate.sampler.steps
         rows.append([name, f"{always:g}", *(f"{p:g}" for p in passes), f"{passes[1] / always:.3f}"])
     print_table(
-        "Passes of the network an image; baseline: both passes at every step",
-        ["", "both", "left out at 1", "within 1e-4 of 1", "to both"],
+        "NFE per image; baseline: both passes at every step",
+        ["", "both", "skipped at 1", "skipped within 1e-4 of 1", "vs. both"],
         rows,
     )
 

@@ -79,7 +79,7 @@ def distances(rounds: int) -> None:
                 f"{abs(ours[0][1] / theirs[1] - 1):.1e}",
             ]
         )
-    title = f"Frechet distance of 10,000 and of so many images, {WIDTH} features"
+    title = f"Frechet distance between 10,000 and N images, {WIDTH} features"
     columns = ["images", "least/largest", "s", "sqrtm s", "times", "distance", "difference"]
     print_table(title, columns, rows)
 

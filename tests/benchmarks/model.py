@@ -98,7 +98,7 @@ def main() -> None:
         f"{'compiled' if options.compile else 'eager'}; "
         f"matrix products: up to {fastest / 1e9:,.0f} GFLOP/s"
     )
-    columns = ["", "s", "images/s", "speed to DiT", "of matrix rate"]
+    columns = ["", "s", "images/s", "speed vs. DiT", "of matmul rate"]
     columns += ["kept GiB", "to plain", "peak GiB"]
     print_table(title, columns, rows)
 

@@ -136,7 +136,7 @@ def _step(rank: int, world: int, size: str, count: int, rounds: int, precision: 
     whole = sum(parts.values())
     print_table(
         f"Parts of a step of {size}, ZeRO 2, one worker; best of {rounds}",
-        ["", "s", "to the optimizer step", "to the whole"],
+        ["", "s", "vs. optimizer step", "vs. whole step"],
         [
             [name, f"{s:.4f}", f"{s / parts['optimizer step']:.3f}", f"{s / whole:.3f}"]
             for name, s in parts.items()
@@ -177,7 +177,7 @@ def _checkpoint(rank: int, world: int, size: str) -> None:
         print_table(
             f"A checkpoint of {size}, {world} ranks, to a local disk; baseline: waiting until it "
             "is committed",
-            ["", "GiB a rank", "training waits, s", "committed after, s", "share"],
+            ["", "GiB per rank", "training waits, s", "committed after, s", "fraction"],
             rows,
         )
 
@@ -212,9 +212,9 @@ def _states(rank: int, world: int, size: str) -> None:
         del engine, model
     if rank == 0:
         print_table(
-            f"MiB on a rank between steps, {size}, {world} ranks, fp32, one average; baseline: "
-            "diffit plan without gradients and bucket, which stages 0 to 2 drop",
-            ["ZeRO stage", "held", "planned", "held to planned"],
+            f"MiB per rank between steps, {size}, {world} ranks, fp32, one EMA; baseline: "
+            "diffit plan without gradients and buckets, which stages 0 to 2 free",
+            ["ZeRO stage", "held", "planned", "held vs. planned"],
             rows,
         )
 

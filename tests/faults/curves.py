@@ -110,8 +110,8 @@ def main() -> None:
             [name, f"{curves[run][-1]:.6f}", f"{away.max():.2e}", f"{(away / base).max():.2e}"]
         )
     print_table(
-        f"Loss of each of {steps} steps, beside that of 2 workers; killed: "
-        f"{killed.count('worker')} times a worker, {killed.count('command')} times the command",
+        f"Loss at each of {steps} steps, against 2 workers; kills: "
+        f"{killed.count('worker')} of a worker, {killed.count('command')} of the command",
         ["", "last loss", "largest difference", "relative"],
         rows,
     )

@@ -128,8 +128,8 @@ def main() -> None:
         )
     print_table(
         f"{len(rows)} evaluations of {chosen.samples} images as Ray jobs, killed: "
-        f"{', '.join(outcome.killed)}; beside the same in place, undisturbed",
-        ["scale", "steps", "fd_digits, fleet", "fd_digits, in place", "metrics that differ"],
+        f"{', '.join(outcome.killed)}; against the same run locally without faults",
+        ["scale", "steps", "fd_digits, fleet", "fd_digits, local", "differing metrics"],
         rows,
     )
     if chosen.image:
