@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before anything imports them: Ray and MLflow speak to nobody, and neither do the hubs.
+# Set before importing them: no network access for Ray, MLflow and the hubs.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
-# A token left by an earlier cluster of this machine is none of these tests' business.
+# Ignore a token left by an earlier cluster on this machine.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffit_train.config import Recipe, load_recipe
 
-# The demo made as small as it can be: 6 images of 3 classes in 4 shards, one tiny block.
+# The demo at its smallest: 6 images of 3 classes in 4 shards, one tiny block.
 TINY = [
     "data.num_classes=3",
     "data.images_per_shard=5",
@@ -82,13 +82,13 @@ def write_images(folder: Path, count: int = 24, classes: int = 3, size: int = 20
 
 
 def tiny_recipe(root: Path, *overrides: str) -> Recipe:
-    """The tiny recipe under a root, whose images are in root/images/digits."""
+    """The tiny recipe for a root with images in root/images/digits."""
     return load_recipe("demo", [*TINY, *overrides], root=str(root))
 
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A Ray cluster of this machine with two CPUs."""
+    """A Ray cluster on this machine with two CPUs."""
     import ray
 
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -98,7 +98,7 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with images, a fitted autoencoder and fitted features; not to be changed."""
+    """A root with images, a fitted autoencoder and fitted features; read-only."""
     from diffit_train.data.autoencoder_fit import fit_autoencoder
     from diffit_train.evaluation.features import fit_features
 
@@ -120,7 +120,7 @@ def encoded(project: Path, ray_session: None) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(encoded: Path) -> Path:
-    """The project with a run `tiny`, trained undisturbed by one worker."""
+    """The project with a run `tiny`, trained without interruption by one worker."""
     from diffit_train.training.driver import train
 
     train(tiny_recipe(encoded), "tiny")

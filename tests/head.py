@@ -1,4 +1,4 @@
-"""A cluster as `ray start --head` makes it, with a job server, on ports of its own."""
+"""A cluster started by `ray start --head`, with a job server, on its own ports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -18,14 +17,14 @@ READY_S = 120.0
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port on this machine."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
 
 
 class Head:
-    """A head node of two CPUs; everything of it is ended on leaving.
+    """A head node with two CPUs; all its processes are killed on exit.
 
     Args:
         log: where it writes.
@@ -38,8 +37,8 @@ class Head:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
         command += ["--num-cpus=2", f"--port={self.port}", f"--dashboard-port={dashboard}"]
         command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
-        # Any other Ray session of this machine holds the agent's default port, and an agent
-        # without its port takes no jobs.
+        # Any other Ray session on this machine occupies the agent's default port, and an agent
+        # without its port accepts no jobs.
         self.command = [*command, f"--dashboard-agent-listen-port={agent}"]
 
     def __enter__(self) -> Self:
@@ -51,22 +50,17 @@ class Head:
                 urllib.request.urlopen(f"{self.address}/api/version", timeout=2)
                 return self
             except urllib.error.HTTPError:
-                return self  # it answers, if only to ask for its token
+                return self  # it responds, even if only to require a token
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline_s:
                     raise RuntimeError(f"no head: {self.log.read_text()[-500:]}") from None
                 time.sleep(0.5)
 
     def children(self) -> list[psutil.Process]:
-        """All processes of the cluster but the first."""
+        """All processes of the cluster except the first."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in [psutil.Process(self.process.pid), *self.children()]:
             process.kill()
         self.process.wait()

@@ -15,7 +15,7 @@ KEY, SECRET, BUCKET = "diffit-key", "diffit-secret", "bucket"
 
 
 def free_port() -> int:
-    """A port that nobody listens on, whose neighbor 10000 above is free for gRPC."""
+    """A free port; port + 10000 is also free, for gRPC."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
@@ -29,12 +29,12 @@ def free_port() -> int:
             return port
 
 
-# It may wait long for its own parts to part; what it has written is with the kernel already.
+# A clean shutdown can take long, and written data is already in the kernel.
 STOP_S = 3.0
 
 
 class S3Server:
-    """`weed server` with its S3 gateway; it may be stopped and started again on its data."""
+    """`weed server` with its S3 gateway; can be stopped and restarted with its data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class S3Server:
         return f"http://127.0.0.1:{self.ports['s3']}"
 
     def environment(self) -> dict[str, str]:
-        """What any S3 client needs."""
+        """Environment variables for any S3 client."""
         return {
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -56,7 +56,7 @@ class S3Server:
         }
 
     def start(self) -> None:
-        """Start, and wait until it answers."""
+        """Start, and wait until it responds."""
         data, log = self.folder / "data", self.folder / "log"
         data.mkdir(parents=True, exist_ok=True)
         command = [str(Path(sys.executable).parent / "weed"), "server", f"-dir={data}"]
@@ -74,7 +74,7 @@ class S3Server:
                 urllib.request.urlopen(self.endpoint, timeout=2)
                 break
             except urllib.error.HTTPError:
-                break  # it answers, if only to refuse
+                break  # it responds, even if with an error
             except OSError as error:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     text = log.read_text(errors="replace")[-3000:]
@@ -82,7 +82,7 @@ class S3Server:
                 time.sleep(0.2)
 
     def stop(self) -> None:
-        """End it; what it holds stays."""
+        """Stop it; its data is kept."""
         if self.process is not None:
             self.process.terminate()
             try:

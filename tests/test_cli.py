@@ -60,7 +60,7 @@ def test_version() -> None:
         (["sample", "demo"], ["run 'demo' does not exist", "--run"]),
         (["sample", "demo", "evaluate.sampler.steps=-3"], ["evaluate.sampler.steps is -3"]),
         (["sample", "demo", "evaluate.sampler.steps=2000"], ["steps is 2000", "(1000)"]),
-        (["import", "none.safetensors"], ["no weight file", "none.safetensors"]),
+        (["import", "none.safetensors"], ["weight file", "none.safetensors does not exist"]),
         (["export", "demo"], ["run 'demo' does not exist"]),
         (["train", "dmo"], ["did you mean 'demo'"]),
         (["autoencoder", "fit", "demo"], ["does not exist"]),

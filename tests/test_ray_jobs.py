@@ -1,4 +1,4 @@
-"""Jobs on a real cluster: sent, followed, refused, and continued under the same name."""
+"""Jobs on a real cluster: submitted, followed, rejected, and resumed under the same name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.head import Head, free_port
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The job server of a cluster of its own, as `ray start --head` makes it."""
+    """The job server of a separate cluster, as started by `ray start --head`."""
     with Head(tmp_path_factory.mktemp("head") / "log") as head:
         yield head.address
 
@@ -65,7 +65,7 @@ def test_a_running_job_is_followed_not_doubled(address: str, tmp_path: Path) -> 
 
 
 class _Shell:
-    """Jobs that are shell commands: each leaves a file when it is done."""
+    """Jobs that are shell commands; each creates a file when it is done."""
 
     def __init__(self, folder: Path, commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.seen = folder, list[list[str]]()
@@ -94,10 +94,10 @@ class _Shell:
         return submit_fleet(self.jobs, address, plan)
 
 
-def test_a_fleet_of_jobs_is_seen_through(
+def test_a_fleet_of_jobs_runs_to_completion(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The second fails once, the third always, the fourth is refused, the fifth was done before.
+    # The second fails once, the third always, the fourth is rejected, the fifth is already done.
     flag = tmp_path / "flag"
     once = f"(test -e {flag} || (touch {flag}; exit 1))"
     shell = _Shell(tmp_path, ["sleep 1", once, "exit 1", "exit 2", "exit 3"], monkeypatch)
@@ -110,7 +110,7 @@ def test_a_fleet_of_jobs_is_seen_through(
     assert max(row.count("running") for row in shell.seen) == 2
 
 
-def test_a_fleet_that_is_cancelled_ends_and_can_go_on(
+def test_a_cancelled_fleet_ends_and_can_be_resumed(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shell = _Shell(tmp_path, ["sleep 60", "true"], monkeypatch)
@@ -128,7 +128,7 @@ def test_a_fleet_that_is_cancelled_ends_and_can_go_on(
     assert [state.state for state in found] == ["cancelled", "cancelled"]
     assert not (tmp_path / "log-1").exists()
 
-    # A job that still runs, as after the death of whoever drove the fleet, is taken over.
+    # A job that still runs, as after the driver of the fleet died, is followed.
     (tmp_path / "cancelled").unlink()
     done = tmp_path / "done-0"
     JobSubmissionClient(address).submit_job(
@@ -142,7 +142,7 @@ def test_a_fleet_that_is_cancelled_ends_and_can_go_on(
     assert shell.attempts(0) == 1
 
 
-def test_bad_requests_are_named(tmp_path: Path) -> None:
+def test_bad_requests_are_refused(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(UserError, match="stage is 'trian'"):
         job("trian", recipe, None, [])
@@ -154,7 +154,7 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
         submit(job("train", recipe, None, []), "head:8265")
 
 
-def test_what_a_job_is(tmp_path: Path) -> None:
+def test_job_name_metadata_and_entrypoint(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     evaluation = job("evaluate", recipe, "a run", ["0", "newest"])
     expected = "python evaluate.py recipe.yaml --run 'a run' --step 0 --step newest"

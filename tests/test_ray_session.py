@@ -1,4 +1,4 @@
-"""The cluster of this machine: who can reach it."""
+"""The private cluster on this machine: who can reach it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-# Its own process, as a session of Ray lasts for all tests of one.
+# In its own process, because the tests of a process share one Ray session.
 LISTENERS = """
 import json, psutil, ray
 from diffit_train.ray_session import connected

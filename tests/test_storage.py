@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, locally and on an object store."""
+"""Files appear complete or not at all, locally and on an object store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_failed_write_leaves_what_was_there(root: str) -> None:
     assert storage.list_names(root) == ["file"]
 
 
-def test_missing_things(root: str) -> None:
+def test_missing_files(root: str) -> None:
     assert storage.list_names(storage.join(root, "nothing")) == []
     assert not storage.exists(storage.join(root, "nothing"))
     with pytest.raises(FileNotFoundError):
@@ -63,19 +63,19 @@ def test_leftovers_of_killed_writers_are_invisible_and_removed(tmp_path: Path) -
     assert not leftover.exists()
 
 
-def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file"):
         storage.write_text(str(tmp_path / "file" / "below"), "x")
 
 
-def test_an_unknown_protocol_is_named() -> None:
+def test_an_unknown_protocol_is_reported() -> None:
     with pytest.raises(UserError, match="gopher"):
         storage.exists("gopher://x/y")
 
 
 @pytest.mark.parametrize("url", ["s3:/b/p", "gs:/b", "file:/tmp/x"])
-def test_a_missing_slash_is_seen(url: str) -> None:
+def test_a_missing_slash_is_detected(url: str) -> None:
     scheme = url.partition(":")[0]
     assert storage.missing_slash(url) == f"one slash is missing; write {scheme}://…"
 
@@ -83,7 +83,7 @@ def test_a_missing_slash_is_seen(url: str) -> None:
 @pytest.mark.parametrize(
     "url", ["s3://b/p", "file:///tmp/x", "/a/b", "a/b:c", "a/b:/c", ".", "C:/x"]
 )
-def test_other_places_lack_no_slash(url: str) -> None:
+def test_other_urls_are_not_missing_a_slash(url: str) -> None:
     assert storage.missing_slash(url) is None
 
 

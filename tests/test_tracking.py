@@ -1,4 +1,4 @@
-"""MLflow runs are found again, never doubled, and hold no credentials."""
+"""MLflow runs are found again, never duplicated, and contain no credentials."""
 
 from __future__ import annotations
 
@@ -71,19 +71,19 @@ def test_credentials_are_removed(tracker: Tracker) -> None:
     assert record.tags["u"] == "http://h"
 
 
-def test_an_unknown_experiment_is_named(tracker: Tracker) -> None:
+def test_an_unknown_experiment_is_reported(tracker: Tracker) -> None:
     tracker.training_run("known", "uuid-7", "name", {}, {})
     with pytest.raises(UserError, match=r"'unknown'.*known"):
         tracker.runs("unknown")
 
 
-def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    (tmp_path / "mlflow.db").write_text("this is no database, but long enough to be looked at")
+def test_a_store_that_cannot_be_opened_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is not a database, but long enough to be checked")
     with pytest.raises(UserError, match=r"mlflow\.db"):
         Tracker(f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_the_store_lies_under_a_local_root_only(tmp_path: Path) -> None:
+def test_the_default_store_needs_a_local_root(tmp_path: Path) -> None:
     recipe = load_recipe("demo", root=str(tmp_path))
     assert tracking_uri(recipe) == f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match=r"tracking\.uri=http.* or .*tracking\.uri=sqlite:////"):
@@ -92,7 +92,7 @@ def test_the_store_lies_under_a_local_root_only(tmp_path: Path) -> None:
     assert tracking_uri(given) == "http://mlflow:5000"
 
 
-def test_metrics_wait_until_mlflow_answers(tmp_path: Path) -> None:
+def test_metrics_wait_until_mlflow_is_reachable(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     recipe = tiny_recipe(tmp_path, f"tracking.uri=sqlite:///{folder}/mlflow.db")
     tracker = Tracker.of(recipe)
@@ -113,7 +113,7 @@ def test_metrics_wait_until_mlflow_answers(tmp_path: Path) -> None:
     (tmp_path / "away").rename(folder)
     assert outbox.close() == 0
     assert said[-1] == "MLflow is reachable again"
-    # Step 10 was there already.
+    # Step 10 was already logged.
     assert tracker.history(run_id, "train/loss") == [(10, 3.0), (20, 1.0), (30, 1.0)]
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder between images and latents: diffusers' KL or Tiny, or none, with one scale.
+"""The autoencoder: diffusers' AutoencoderKL or AutoencoderTiny, or the identity; with a scale.
 
 Shapes: B images, R x R pixels, C latent channels, h x w latent pixels.
 """
@@ -19,16 +19,16 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 
-# diffusers' own bounds of the posterior's log-variance.
+# diffusers' bounds on the posterior's log-variance.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def scaled_sample(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
-    """A scaled latent (B, C, h, w) of the posterior whose mean and log-variance are `moments`.
+    """Sample scaled latents (B, C, h, w) from the posterior.
 
     Args:
-        moments: (B, 2C, h, w), mean first; or (B, C, h, w) of an autoencoder without posterior.
+        moments: mean and log-variance (B, 2C, h, w), or latents (B, C, h, w) without posterior.
         noise: (B, C, h, w), standard normal.
     """
     if moments.shape[1] == noise.shape[1]:
@@ -54,7 +54,7 @@ class Autoencoder:
     def encode_moments(self, pixels: np.ndarray) -> np.ndarray:
         """(B, 3, R, R) float32 in [-1, 1] to mean then log-variance, (B, 2C, h, w), unscaled.
 
-        An autoencoder without posterior gives its latents, (B, C, h, w).
+        An autoencoder without posterior returns its latents, (B, C, h, w).
         """
         if self.model is None:
             return pixels
@@ -70,7 +70,7 @@ class Autoencoder:
         """Scaled latents (B, C, h, w) to images (B, R, R, 3), uint8.
 
         Args:
-            pixels: round to the nearest level, or truncate to the one below.
+            pixels: round to the nearest level, or truncate to the next lower one.
         """
         x = latents / self.scale
         if self.model is not None:
@@ -81,7 +81,7 @@ class Autoencoder:
         return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def weight_hash(self) -> str:
-        """SHA-256 over names, shapes and bytes of the weights, in the order of the names."""
+        """SHA-256 over names, shapes and bytes of the weights, sorted by name."""
         out = hashlib.sha256()
         weights = {} if self.model is None else self.model.state_dict()
         for name, value in sorted(weights.items()):
@@ -91,7 +91,7 @@ class Autoencoder:
 
 
 def autoencoder_url(recipe: Recipe) -> str:
-    """The recipe's autoencoder: a folder, or an id on the hub."""
+    """The recipe's autoencoder: a folder or a hub id."""
     return storage.resolve(recipe.storage.root, recipe.autoencoder.source)
 
 
@@ -99,7 +99,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
     """The recipe's autoencoder, frozen.
 
     Raises:
-        UserError: it cannot be had, or its latents are not those that the recipe says.
+        UserError: it is not available, or its latent shape is not the recipe's.
     """
     url, section = autoencoder_url(recipe), recipe.autoencoder
     dtype = _DTYPES[section.precision]
@@ -113,45 +113,47 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
         ("downsample", section.downsample, factor),
     ):
         if mine != theirs:
-            raise UserError(f"autoencoder.{key} is {mine}, but {url} has {theirs}")
+            raise UserError(
+                f"autoencoder.{key} is {mine}, but {url} has {theirs}; set it to {theirs}"
+            )
     scale = section.scale if section.scale is not None else float(model.config.scaling_factor)
     model = model.to(device).eval().requires_grad_(False)
     return Autoencoder(model, section.source, scale, device, dtype)
 
 
 def _downsampling(model: Any, kind: str) -> int:
-    """Pixels for one latent pixel in each direction."""
+    """Downsampling factor in each direction."""
     if kind == "tiny":
         return 2 ** (len(model.config.encoder_block_out_channels) - 1)
     return 2 ** (len(model.config.block_out_channels) - 1)
 
 
 def _is_path(source: str) -> bool:
-    """Whether a source is a folder; a hub id is NAME/NAME and no folder that exists."""
+    """Whether a source is a path; a hub id is NAME/NAME and not an existing folder."""
     return "://" in source or source.startswith(("/", ".", "~")) or Path(source).exists()
 
 
 def _load_model(url: str, kind: str, dtype: torch.dtype, hub: bool) -> Any:
-    # Progress bars of downloads are for people; inside actors they only fill logs.
+    # Download progress bars only fill the logs of actors.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    made = AutoencoderTiny if kind == "tiny" else AutoencoderKL
+    model_class = AutoencoderTiny if kind == "tiny" else AutoencoderKL
     if not hub and not storage.exists(storage.join(url, "config.json")):
         raise UserError(
-            f"there is no autoencoder in {url}; run `diffit autoencoder fit`, or set "
+            f"autoencoder {url} does not exist; run `diffit autoencoder fit`, or set "
             "autoencoder.source to a folder in diffusers' format or a hub id"
         )
-    # Said outright, since diffusers would warn that it falls back to this.
+    # Explicit, because diffusers warns when it falls back to this.
     options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     try:
         if hub or storage.is_local(url):
-            return made.from_pretrained(url, **options)
+            return model_class.from_pretrained(url, **options)
         with storage.local_folder(url) as folder:
-            return made.from_pretrained(folder, **options)
+            return model_class.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"autoencoder.source {url} cannot be loaded: {reason}; give a folder in diffusers' "
-            f"format or the id of an {made.__name__} on the hub"
+            f"autoencoder.source {url} cannot be loaded: {reason}; set it to a folder in "
+            f"diffusers' format or the hub id of an {model_class.__name__}"
         ) from error

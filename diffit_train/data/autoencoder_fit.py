@@ -1,4 +1,4 @@
-"""`diffit autoencoder fit`: an AutoencoderKL of one's own, for images no published VAE fits."""
+"""`diffit autoencoder fit`: train your own AutoencoderKL where no published VAE fits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ AUTOENCODER_STATE = "fit-state.safetensors"
 
 
 def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
-    """Fit the recipe's autoencoder on its images; what the marker says of it.
+    """Fit the recipe's autoencoder on its images; returns the report stored in its marker.
 
     Saved in diffusers' format at `autoencoder.source`, the marker last. A finished one is left
-    alone, an interrupted fit goes on.
+    unchanged; an interrupted fit resumes.
 
     Raises:
-        UserError: the folder holds another autoencoder, or the sizes cannot be had.
+        UserError: the folder holds another autoencoder, or the sizes are inconsistent.
     """
     url = storage.resolve(recipe.storage.root, recipe.autoencoder.source)
     identity = storage.digest(
@@ -43,10 +43,10 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
         report: dict[str, Any] = storage.read_json(marker)
         if report["identity"] != identity:
             raise UserError(
-                f"{url} holds an autoencoder of another recipe; set autoencoder.source to "
+                f"{url} holds the autoencoder of another recipe; set autoencoder.source to "
                 "another folder, or delete that one"
             )
-        say(f"autoencoder {storage.display_path(url)} is fitted already")
+        say(f"autoencoder {storage.display_path(url)} is already fitted")
         return report
     _check_target(recipe, url)
     report = {"identity": identity, **_train_autoencoder(recipe, url, identity)}
@@ -61,15 +61,16 @@ def _check_target(recipe: Recipe, url: str) -> None:
     levels = len(recipe.autoencoder.fit.block_out_channels)
     if 2 ** (levels - 1) != recipe.autoencoder.downsample:
         raise UserError(
-            f"autoencoder.fit.block_out_channels has {levels} levels, which divide the image "
-            f"by {2 ** (levels - 1)}, but autoencoder.downsample is {recipe.autoencoder.downsample}"
+            f"autoencoder.fit.block_out_channels has {levels} levels, which downsample by "
+            f"{2 ** (levels - 1)}, but autoencoder.downsample is {recipe.autoencoder.downsample}; "
+            "change either"
         )
     if storage.exists(storage.join(url, "config.json")) and not storage.exists(
         storage.join(url, AUTOENCODER_STATE)
     ):
         raise UserError(
-            f"{url} holds an autoencoder that was not fitted here; it is not overwritten: set "
-            "autoencoder.source to another folder"
+            f"{url} holds an autoencoder that was not fitted here, and will not be overwritten; "
+            "set autoencoder.source to another folder"
         )
 
 
@@ -122,14 +123,14 @@ def _all_pixels(recipe: Recipe) -> np.ndarray:
     listing = list_images(recipe)
     images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
     if images.rejected:
-        say(f"{len(images.rejected):,} unreadable images are left out")
+        say(f"Skipped {len(images.rejected):,} unreadable images")
     if not images.kept:
-        raise UserError(f"no image of {listing.url} can be read: {images.rejected[0][1]}")
+        raise UserError(f"no image in {listing.url} can be read: {images.rejected[0][1]}")
     return to_model_range(images.pixels)
 
 
 def _save_autoencoder(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) -> dict[str, Any]:
-    """Measure scale and reconstruction, and write the files that the marker will vouch for."""
+    """Measure scale and reconstruction error, and write everything but the marker."""
     import torch
 
     means, decoded = [], []
@@ -145,7 +146,7 @@ def _save_autoencoder(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) 
         model.save_pretrained(folder)
         for path in sorted(Path(folder).iterdir()):
             storage.write_bytes(storage.join(url, path.name), path.read_bytes())
-    # The images are sorted by class, so evenly spaced ones show them all.
+    # Images are sorted by class, so evenly spaced ones cover the classes.
     shown = [round(i * (len(pixels) - 1) / 15) for i in range(16)]
     image = _image(pixels[shown], reconstruction[shown])
     storage.write_bytes(storage.join(url, "reconstructions.png"), image)
@@ -157,7 +158,7 @@ def _save_autoencoder(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) 
 
 
 def _image(originals: np.ndarray, reconstructions: np.ndarray) -> bytes:
-    """A PNG with originals above their reconstructions, enlarged where they are small."""
+    """A PNG of originals above their reconstructions; small images are enlarged."""
     import io
 
     import numpy as np

@@ -1,7 +1,7 @@
-"""Copies of remote latent shards on a node's disk, at most so many bytes of them.
+"""A size-limited cache of remote latent shards on a node's disk.
 
-The ranks of a node share the folder. A file is named by the SHA-256 of what it holds and is
-verified whenever it is read, so nobody needs to know who wrote it.
+The ranks of a node share the folder. Files are named by the SHA-256 of their contents and
+verified on every read, so the ranks need no coordination.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from diffit_train.data.shards import Shard, ShardEntry, parse_shard, read_shard_
 
 
 class ShardCache:
-    """Read shards through a folder that holds those used last.
+    """Reads shards through a folder of the most recently used ones.
 
     Args:
-        folder: where the copies are; empty for the node's temporary folder.
-        limit_bytes: of all copies together.
+        folder: folder of the copies; empty for a default in the node's temporary folder.
+        limit_bytes: total size of the copies.
     """
 
     def __init__(self, folder: str, limit_bytes: int) -> None:
@@ -30,7 +30,7 @@ class ShardCache:
         self.hits = self.misses = 0
 
     def read(self, url: str, entry: ShardEntry) -> Shard:
-        """A shard, from the folder or else from `url`; errors as `read_shard`."""
+        """A shard, from the cache if possible, else from `url`; errors as `read_shard`."""
         name, copy = storage.join(url, entry.name), self.folder / f"{entry.sha256}.tar"
         data = self._copied(copy, entry)
         if data is None:
@@ -44,10 +44,10 @@ class ShardCache:
         return parse_shard(name, entry, data)
 
     def _copied(self, copy: Path, entry: ShardEntry) -> bytes | None:
-        """What the copy holds; None where there is none, or a damaged one, which is removed."""
+        """Contents of the copy; None if it is missing or damaged (then it is removed)."""
         try:
             data = copy.read_bytes()
-            copy.touch()  # used last
+            copy.touch()  # mark as most recently used
         except FileNotFoundError:
             return None
         if storage.sha256_bytes(data) != entry.sha256:
@@ -56,7 +56,7 @@ class ShardCache:
         return data
 
     def _make_room(self, needed: int) -> None:
-        """Remove the copies used longest ago; other ranks may be doing the same."""
+        """Evict the least recently used copies; other ranks may be doing the same."""
         copies = []
         for path in self.folder.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):

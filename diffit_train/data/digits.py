@@ -17,12 +17,12 @@ DIGITS_MARKER = "dataset.json"
 
 
 def write_digits(folder: str, size: int = 16) -> int:
-    """Write the 1,797 digits, 8x8 enlarged to `size`, as FOLDER/CLASS/NUMBER.png.
+    """Write the 1,797 8x8 digits, enlarged to `size`, as FOLDER/CLASS/NUMBER.png.
 
-    A complete folder is left alone, a half-written one completed.
+    A complete folder is left unchanged; an incomplete one is completed.
 
     Raises:
-        UserError: another size than 16 or 32, a folder of other images, no scikit-learn.
+        UserError: a size other than 16 or 32, a folder with other files, no scikit-learn.
     """
     if size not in SIZES:
         raise UserError(f"--size is {size}, but must be one of {SIZES}")
@@ -45,10 +45,10 @@ def write_digits(folder: str, size: int = 16) -> int:
 
 
 def _own_images(folder: str, images: dict[str, bytes]) -> set[str]:
-    """Paths of those images that an interrupted run has written already.
+    """Paths of the images that an interrupted run has already written.
 
     Raises:
-        UserError: the folder holds anything else, which is neither mixed with nor overwritten.
+        UserError: the folder holds other files; they are never mixed or overwritten.
     """
     there: set[str] = set()
     for name in storage.list_names(folder):
@@ -56,10 +56,10 @@ def _own_images(folder: str, images: dict[str, bytes]) -> set[str]:
         for path in [f"{name}/{image}" for image in below]:
             url = storage.join(folder, path)
             if path not in images or storage.read_bytes(url) != images[path]:
-                raise UserError(f"{folder} holds other things ({path!r}); give an empty folder")
+                raise UserError(f"{folder} holds other files ({path!r}); choose an empty folder")
             there.add(path)
         if name not in {str(digit) for digit in range(10)}:
-            raise UserError(f"{folder} holds other things ({name!r}); give an empty folder")
+            raise UserError(f"{folder} holds other files ({name!r}); choose an empty folder")
     return there
 
 
@@ -67,10 +67,10 @@ def _check_written(folder: str, marker: dict[str, Any], size: int) -> int:
     if marker.get("name") != "digits" or marker.get("size") != size:
         raise UserError(
             f"{folder} holds {marker.get('name')!r} of size {marker.get('size')}, not digits of "
-            f"size {size}; give another folder"
+            f"size {size}; choose another folder"
         )
-    say(f"digits are in {folder} already")
-    return int(marker.get("images") or marker["pictures"])  # so called by earlier versions
+    say(f"digits are already in {folder}")
+    return int(marker.get("images") or marker["pictures"])  # the key of earlier versions
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:

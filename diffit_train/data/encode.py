@@ -1,8 +1,8 @@
-"""`diffit encode`: Ray Data reads images on CPU tasks and encodes them in a pool of actors.
+"""`diffit encode`: Ray Data reads images in CPU tasks and encodes them in a pool of actors.
 
-A row of the pipeline is a shard. Its contents follow from recipe and input alone, whoever makes
-it; it is committed by the tar file and then by its part file in `parts/`, so a rerun makes only
-the shards without one. The manifest, written last, takes in all parts and replaces them.
+Each row of the pipeline is a shard. Its contents depend only on recipe and input, not on the
+worker. A shard is committed by writing its tar file and then its part file in `parts/`; a rerun
+encodes only the shards without one. The manifest, written last, merges and replaces all parts.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from diffit_train.data.sources import ImageList, SourceKind, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
-# Shards of images that may wait for each actor; Ray Data counts a row twice on its way.
+# Shards of images queued per actor; Ray Data counts each row twice in the pipeline.
 QUEUED_SHARDS = 6
 MIN_QUEUED_BYTES = 256 * 2**20
 
 
 def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> Manifest:
-    """Encode the recipe's images on the Ray cluster at `address`. Rerunning continues.
+    """Encode the recipe's images on the Ray cluster at `address`. Rerun it to resume.
 
     Args:
-        append: to finished latents, add those of images that have come since, as new shards.
+        append: encode images added since the latents were finished, as new shards.
 
     Raises:
-        UserError: bad input; nothing was written. Or too many unreadable images.
-        DiffitError: a shard could not be made.
+        UserError: bad input (nothing was written), or too many unreadable images.
+        DiffitError: a shard could not be encoded.
     """
     done = finished_manifest(recipe)
     if done is not None and not append:
@@ -69,7 +69,7 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
     work = find_work(recipe, done)
     if work is None:
         assert done is not None
-        say("no images have come; nothing to append")
+        say("No new images to append")
         return done
     _require_autoencoder(recipe)
     url = latents_url(recipe)
@@ -81,7 +81,7 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
 def encode_again(
     recipe: Recipe, url: str, listing: ImageList, specs: list[dict[str, Any]], address: str | None
 ) -> list[EncodedPart]:
-    """Encode these shards, whatever is there, and commit each; their parts stay in `parts/`."""
+    """Re-encode and commit the given shards; their parts stay in `parts/`."""
     _require_autoencoder(recipe)
     plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=REPAIR, appended_to=0)
     made = []
@@ -105,7 +105,7 @@ def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
 
 
 def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, EncodedPart]:
-    """All parts: those of earlier runs, and those made now, as they finish."""
+    """All parts: those of earlier runs, and those encoded now."""
     plan = make_plan(recipe, url, work)
     parts, total = read_encoded_parts(url), len(work.listing)
     specs = [s for s in work_specs(recipe, work) if s["number"] not in parts]
@@ -123,14 +123,14 @@ def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, Encode
 
 
 def _require_autoencoder(recipe: Recipe) -> None:
-    """Say early that the autoencoder of a `root:` reference has not been fitted yet."""
+    """Fail early if the autoencoder of a `root:` reference has not been fitted yet."""
     source = recipe.autoencoder.source
     if recipe.autoencoder.kind == "identity":
         return
     url = storage.resolve(recipe.storage.root, source)
     if url != source and not storage.exists(storage.join(url, "config.json")):
         raise UserError(
-            f"there is no autoencoder in {url}; run `diffit autoencoder fit`, or set "
+            f"autoencoder {url} does not exist; run `diffit autoencoder fit`, or set "
             "autoencoder.source to a folder in diffusers' format or a hub id"
         )
 
@@ -142,22 +142,22 @@ def _encode_missing(
     specs: list[dict[str, Any]],
     known_autoencoders: set[str],
 ) -> Iterator[EncodedPart]:
-    """Run the pipeline over these shards, in whatever order they finish."""
+    """Run the pipeline over these shards; yields parts in completion order."""
     if not specs:
         return
     scaling, data = recipe.scaling, recipe.data
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Readers wait while this many bytes of images wait for actors, so that memory does not grow
-    # with the input: for each actor what it encodes, the next, and one that is being read.
+    # Backpressure: readers pause while this many bytes of images wait for actors, so that memory
+    # does not grow with the input. Per actor: the shard it encodes, the next, and one being read.
     shard_bytes = data.images_per_shard * data.resolution**2 * 3
     waiting = int(QUEUED_SHARDS * scaling.encode_actors * shard_bytes)
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=max(waiting, MIN_QUEUED_BYTES)
     )
-    # A full pool of actors must leave processors for the readers that feed it. An amount other
-    # than the readers' also keeps Ray Data from fusing them into the actors.
+    # A full actor pool must leave CPUs for the readers that feed it. Requesting a different number
+    # of CPUs also keeps Ray Data from fusing readers into actors.
     actors, cpus = scaling.encode_actors, ray.cluster_resources()["CPU"]
     actor_cpus = min(0.9, cpus / (2 * actors))
     reader_cpus = min(1.0, cpus - actors * actor_cpus)
@@ -193,12 +193,12 @@ def _encode_missing(
             yield EncodedPart.model_validate_json(row["part"])
     except ray.exceptions.RayError as error:
         raise DiffitError(
-            f"a shard could not be encoded: {_reason(error)}; the same command continues"
+            f"a shard could not be encoded: {_reason(error)}; rerun the same command to resume"
         ) from error
 
 
 def _failure(error: DiffitError) -> str:
-    """An error as part of a row: Ray Data would wrap one that is raised beyond recognition."""
+    """An error as a column of a row: Ray Data would wrap a raised one beyond recognition."""
     return json.dumps({"user": isinstance(error, UserError), "message": str(error)})
 
 
@@ -209,7 +209,7 @@ def _raise_failure(text: str) -> None:
 
 
 def _reason(error: ray.exceptions.RayError) -> str:
-    """The line of the exception that began a chain of remote ones."""
+    """The line of the root exception in a chain of remote ones."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception)\b", line)]
     return (named or lines[-1:] or [type(error).__name__])[0]
@@ -236,19 +236,19 @@ def _read_shard_images(
 
 
 def _source_failure(source: str) -> str:
-    """What is wrong with this node: else all of a shard's images would pass for unreadable."""
+    """A failure if this node lacks the source; otherwise every image would look unreadable."""
     if not storage.is_local(source) or storage.exists(source):
         return ""
     return _failure(
         UserError(
-            f"data.source {source} is not there on node {socket.gethostname()} of the cluster; "
-            "give a place that every node reads, as s3://bucket/prefix"
+            f"data.source {source} does not exist on node {socket.gethostname()} of the cluster; "
+            "set it to a path that every node can read, such as s3://bucket/prefix"
         )
     )
 
 
 class _Encoder:
-    """Actor: the autoencoder, and the writing of shards."""
+    """Actor: runs the autoencoder and writes shards."""
 
     def __init__(
         self, recipe: dict[str, Any], plan: dict[str, Any], known_autoencoders: list[str]
@@ -257,11 +257,11 @@ class _Encoder:
         self.failure: DiffitError | None = None
         try:
             self._load(known_autoencoders)
-        # Raised from a constructor, it would reach the driver as a dead actor.
+        # Raised from the constructor, it would reach the driver only as a dead actor.
         except DiffitError as error:
             self.failure = error
         else:
-            # Not before: an autoencoder that cannot serve leaves nothing behind.
+            # Only now, so that an unusable autoencoder leaves nothing behind.
             write_plan(self.url, Plan.model_validate(plan))
 
     def _load(self, known_autoencoders: list[str]) -> None:
@@ -277,8 +277,8 @@ class _Encoder:
         self.url = latents_url(self.recipe)
         if set(known_autoencoders) - {self.sha256}:
             raise UserError(
-                f"the autoencoder {self.autoencoder.id} has changed since encoding to {self.url} "
-                f"began; delete {self.url} to begin again"
+                f"autoencoder {self.autoencoder.id} has changed since encoding to {self.url} "
+                f"started; delete {self.url} to start over"
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class _Encoder:
             return {"part": "", "failure": _failure(error)}
 
     def _encode(self, row: dict[str, Any]) -> str:
-        """Encode and commit a shard; its part."""
+        """Encode and commit a shard; returns its part as JSON."""
         spec, kept = json.loads(row["spec"]), json.loads(row["kept"])
         number, size = spec["number"], self.recipe.data.resolution
         items = spec_items(spec)
@@ -331,17 +331,17 @@ class _Encoder:
         for start in range(0, len(pixels), batch):
             x = to_model_range(pixels[start : start + batch])
             for frame in range(frames):
-                turned = np.ascontiguousarray(x[..., ::-1]) if frame else x
-                out[start : start + batch, frame] = self.autoencoder.encode_moments(turned)
+                flipped = np.ascontiguousarray(x[..., ::-1]) if frame else x
+                out[start : start + batch, frame] = self.autoencoder.encode_moments(flipped)
         if not np.isfinite(out).all():
             raise DiffitError(
-                f"the autoencoder {self.autoencoder.id} gives latents that are not finite in "
-                f"{self.recipe.autoencoder.precision}; try autoencoder.precision=fp32"
+                f"autoencoder {self.autoencoder.id} produces NaN or infinite latents in "
+                f"{self.recipe.autoencoder.precision}; set autoencoder.precision=fp32"
             )
         return out
 
     def _statistics(self, number: int, moments: np.ndarray) -> tuple[list[float], list[float]]:
-        """Sums and sums of squares of scaled, sampled latents, by channel."""
+        """Sums and sums of squares of the scaled, sampled latents, by channel."""
         import torch
 
         from diffit_train.data.autoencoder import scaled_sample
@@ -356,24 +356,24 @@ class _Encoder:
 
 
 def _readable(name: str) -> str:
-    """A name as text: a local file's may hold bytes that are no UTF-8."""
+    """A name as valid text: local file names may contain bytes that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _check_rejected(recipe: Recipe, url: str, parts: dict[int, EncodedPart], total: int) -> None:
-    """Stop before a night is wasted on a broken input.
+    """Stop early on broken input.
 
     Raises:
-        UserError: with the first reasons; the shards concerned are read again by a rerun.
+        UserError: with the first reasons; a rerun reads the affected shards again.
     """
     rejected = [item for part in parts.values() for item in part.rejected]
     limit = recipe.data.max_rejected_fraction
     if len(rejected) <= limit * total:
         return
-    # Left as a mark and not done here, since actors may still be writing such parts.
+    # A marker for the rerun: actors may still be writing parts with rejected images.
     storage.write_text(storage.join(url, "parts", RETRY), "")
     first = "".join(f"\n  {item.path}: {item.reason}" for item in rejected[:5])
     raise UserError(
         f"{len(rejected):,} of {total:,} images cannot be read, more than "
-        f"data.max_rejected_fraction={limit:g} allows; mend them or raise the limit:{first}"
+        f"data.max_rejected_fraction={limit:g} allows; fix them or raise the limit:{first}"
     )

@@ -1,7 +1,7 @@
-"""Encoding that is under way: its plan, its shards to make, and the parts that are finished.
+"""Encoding in progress: the plan, the shards to encode, and the finished parts.
 
-`parts/` below the latents holds plan.json, which says what they are of, and a file for each shard
-that is done. The manifest, once written, takes their place.
+`parts/` in the folder of the latents holds plan.json, which identifies the input, and one file
+per finished shard. The manifest, once written, replaces them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from diffit_train.data.shards import (
     require_recipe,
     shard_name,
 )
-from diffit_train.data.sources import ImageList, Item, Place, list_images
+from diffit_train.data.sources import ImageList, Item, Location, list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 
 PLAN = "plan.json"
-# The input of the plan under which bad shards are made again.
+# `input_sha256` of the plan of a repair.
 REPAIR = "repair"
-# Left by a run that found too many unreadable images: their shards are to be read again.
+# Marker left by a run that found too many unreadable images: read their shards again.
 RETRY = "retry-rejected"
 
 
 class Plan(storage.Record):
-    """parts/plan.json: what the unfinished latents are of; `appended_to` images were there."""
+    """parts/plan.json: recipe and input of the encoding; `appended_to` images came before it."""
 
     recipe_hash: str
     input_sha256: str
@@ -55,9 +55,9 @@ class Rejected(storage.Record):
 
 
 class EncodedPart(storage.Record):
-    """A finished shard; `entry` is None where none of its images could be read.
+    """A finished shard; `entry` is None if none of its images could be read.
 
-    `total` and `squares` are sums over the scaled, sampled latents of each channel.
+    `total` and `squares` are per-channel sums over the scaled, sampled latents.
     """
 
     number: int
@@ -72,12 +72,12 @@ class EncodedPart(storage.Record):
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What is to be encoded.
+    """What to encode.
 
     Attributes:
-        listing: of the source; its items are those to encode.
-        before: names and labels of the images whose keys come first, encoded earlier.
-        base: the manifest that is appended to.
+        listing: the images to encode.
+        before: names and labels of the images encoded earlier, whose keys come first.
+        base: the manifest to append to.
     """
 
     listing: ImageList
@@ -86,7 +86,7 @@ class EncodeJob:
 
     @property
     def inputs(self) -> list[tuple[str, int]]:
-        """Names and labels in the order of the keys."""
+        """Names and labels in key order."""
         return self.before + [(item.name, item.label) for item in self.listing.items]
 
     def shard_ranges(self, images_per_shard: int) -> list[tuple[int, int, int]]:
@@ -97,7 +97,7 @@ class EncodeJob:
 
 
 def shard_ranges(segments: Sequence[int], images_per_shard: int) -> list[tuple[int, int, int]]:
-    """Number, first key and end key of every shard; no shard holds images of two segments."""
+    """Number, first key and end key of every shard; shards never span two segments."""
     ranges: list[tuple[int, int, int]] = []
     first = 0
     for size in segments:
@@ -108,26 +108,26 @@ def shard_ranges(segments: Sequence[int], images_per_shard: int) -> list[tuple[i
 
 
 def find_work(recipe: Recipe, done: Manifest | None) -> EncodeJob | None:
-    """What there is to encode; None where nothing is to be appended.
+    """What there is to encode; None if there is nothing to append.
 
     Args:
         done: finished latents to append to.
 
     Raises:
-        UserError: bad input; or images that were encoded are gone or labelled anew.
+        UserError: bad input; or encoded images were removed or relabeled.
     """
     listing = list_images(recipe)
     if done is None:
         return EncodeJob(listing)
-    # A commit that was cut off may have left more than the manifest knows of.
+    # An interrupted commit may have left more entries than the manifest counts.
     before = read_inputs(latents_url(recipe))[: done.totals.input]
     known = dict(before)
     here = {item.name: item.label for item in listing.items}
     changed = [name for name, label in before if here.get(name) != label]
     if changed:
         raise UserError(
-            f"{len(changed):,} encoded images are gone from {listing.url} or have another label, "
-            f"as {changed[0]}; appending only adds: choose another data.name to encode anew"
+            f"{len(changed):,} encoded images were removed from {listing.url} or relabeled, such "
+            f"as {changed[0]}; --append only adds images: choose another data.name to re-encode"
         )
     if list(listing.classes) != done.classes:
         raise UserError(
@@ -138,9 +138,10 @@ def find_work(recipe: Recipe, done: Manifest | None) -> EncodeJob | None:
 
 
 def make_plan(recipe: Recipe, url: str, work: EncodeJob) -> Plan:
-    """The plan, checked against that of what is under way; `write_plan` makes it binding.
+    """The plan, checked against that of an encoding in progress; `write_plan` stores it.
 
-    A plan without a finished shard binds nobody, so a recipe that failed at once can be mended.
+    A stored plan without a finished shard is ignored, so that a recipe that failed immediately
+    can be fixed.
 
     Raises:
         UserError: other images or another recipe are being encoded there.
@@ -156,14 +157,14 @@ def make_plan(recipe: Recipe, url: str, work: EncodeJob) -> Plan:
     require_recipe(recipe, found.recipe_hash)
     if found != plan:
         raise UserError(
-            f"the images of {work.listing.url} have changed since encoding to {url} began; "
+            f"the images of {work.listing.url} have changed since encoding to {url} started; "
             f"choose another data.name, or delete {storage.join(url, 'parts')}"
         )
     return plan
 
 
 def read_plan(url: str) -> Plan | None:
-    """The plan of what is under way; None where no shard of it is finished."""
+    """The plan of the encoding in progress; None if none of its shards is finished."""
     folder = storage.join(url, "parts")
     names = set(storage.list_names(folder))
     if PLAN not in names or not names - {PLAN, RETRY}:
@@ -172,12 +173,12 @@ def read_plan(url: str) -> Plan | None:
 
 
 def write_plan(url: str, plan: Plan) -> None:
-    """Say what the parts that follow are of; written again, it is the same."""
+    """Store the plan that the following parts belong to; idempotent."""
     storage.write_text(storage.join(url, "parts", PLAN), plan.model_dump_json(indent=2))
 
 
 def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
-    """Finished shards whose tar file is there with its recorded size."""
+    """Finished shards that have a tar file of the recorded size."""
     storage.remove_temporary(url)
     folder = storage.join(url, "parts")
     names = set(storage.list_names(folder)) - {PLAN}
@@ -200,19 +201,20 @@ def _is_whole(url: str, entry: ShardEntry) -> bool:
 
 
 def shard_spec(number: int, first: int, items: Sequence[Item]) -> dict[str, Any]:
-    """What a shard is made of, as it travels to a task."""
+    """Description of a shard, as sent to a task."""
     return {"number": number, "first": first, "items": [list(item) for item in items]}
 
 
 def spec_items(spec: dict[str, Any]) -> list[Item]:
     """The images of a shard."""
     return [
-        Item(name, label, Place(*place), problem) for name, label, place, problem in spec["items"]
+        Item(name, label, Location(*location), problem)
+        for name, label, location, problem in spec["items"]
     ]
 
 
 def work_specs(recipe: Recipe, work: EncodeJob) -> list[dict[str, Any]]:
-    """Every shard of the work."""
+    """Descriptions of all shards of the job."""
     skip, items = len(work.before), work.listing.items
     return [
         shard_spec(number, first, items[first - skip : end - skip])
@@ -221,12 +223,12 @@ def work_specs(recipe: Recipe, work: EncodeJob) -> list[dict[str, Any]]:
 
 
 def count_images(specs: list[dict[str, Any]]) -> int:
-    """Images of all these shards."""
+    """Number of images in these shards."""
     return sum(len(spec["items"]) for spec in specs)
 
 
 def read_inputs(url: str) -> list[tuple[str, int]]:
-    """Names and labels of all encoded images in the order of their keys.
+    """Names and labels of all encoded images, in key order.
 
     Raises:
         DiffitError: the list is missing or damaged.
@@ -237,32 +239,32 @@ def read_inputs(url: str) -> list[tuple[str, int]]:
         return [(str(path), int(label)) for path, label in map(json.loads, lines)]
     except (FileNotFoundError, OSError, ValueError, EOFError) as error:
         raise DiffitError(
-            f"{name} is missing or damaged ({error}); without it nothing can be appended or "
-            "repaired, and the shards themselves are not concerned"
+            f"{name} is missing or damaged ({error}); latents cannot be appended or repaired "
+            "without it; the shards themselves are intact"
         ) from error
 
 
 def _write_inputs(url: str, inputs: list[tuple[str, int]]) -> None:
     text = "".join(json.dumps(pair) + "\n" for pair in inputs)
-    # No time in the header, so that the same list gives the same bytes.
+    # No timestamp in the header, so that the same list gives the same bytes.
     storage.write_bytes(storage.join(url, INPUTS), gzip.compress(text.encode(), mtime=0))
 
 
 def commit_manifest(
     recipe: Recipe, url: str, work: EncodeJob, parts: dict[int, EncodedPart]
 ) -> Manifest:
-    """Write rejected.jsonl, the inputs, recipe.yaml and, last, the manifest; then parts may go."""
+    """Write rejected.jsonl, the inputs, recipe.yaml and, last, the manifest; remove the parts."""
     base, listing = work.base, work.listing
     ordered = [parts[number] for number in sorted(parts)]
     new = [part.entry for part in ordered if part.entry is not None]
     rejected = [item for part in ordered for item in part.rejected]
     if not new:
-        raise UserError(f"no image of {listing.url} can be read: {rejected[0].reason}")
+        raise UserError(f"no image in {listing.url} can be read: {rejected[0].reason}")
     if sum(shard.count for shard in new) + len(rejected) != len(listing):
         raise DiffitError(
             f"{sum(shard.count for shard in new)} written and {len(rejected)} rejected images do "
-            f"not add up to the {len(listing)} of {listing.url}; delete {url}/parts and encode "
-            "again"
+            f"not add up to the {len(listing)} images in {listing.url}; delete {url}/parts and "
+            "encode again"
         )
     shards = [*(base.shards if base else []), *new]
     written = sum(shard.count for shard in shards)
@@ -308,6 +310,6 @@ def commit_manifest(
     storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
     storage.remove(storage.join(url, "parts"))
     if rejected:
-        place = storage.display_path(storage.join(url, REJECTED))
-        say(f"{len(rejected):,} images could not be read; see {place}")
+        name = storage.display_path(storage.join(url, REJECTED))
+        say(f"{len(rejected):,} images could not be read; see {name}")
     return manifest

@@ -1,7 +1,7 @@
-"""A small resumable fit for small models: autoencoders and feature classifiers.
+"""A resumable training loop for small models: autoencoders and feature classifiers.
 
-A fit is a function of its seed and steps. Killed at any moment and run again, it goes on from its
-last saved state and ends with the same weights.
+A fit depends only on its seed and steps. Killed at any time and rerun, it resumes from its last
+saved state and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LossOfStep = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]
 
 
 def step_generator(seed: int, step: int) -> np.random.Generator:
-    """The randomness of one step."""
+    """Random generator of a step."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
 
 
@@ -41,13 +41,13 @@ def fit(
     identity: str,
     title: str,
 ) -> None:
-    """Train `model` in place with AdamW, the rate falling along half a cosine to 0.
+    """Train `model` in place with AdamW and cosine decay of the learning rate to 0.
 
     Args:
-        loss: of a step and its generator, the loss to minimise and metrics to show.
-        state_url: where the state is kept in between; the caller removes it when it has
-            committed the result.
-        identity: hash of what determines the fit; a state of another identity is discarded.
+        loss: from a step and its generator, the loss to minimize and metrics to show.
+        state_url: file for the resumable state; the caller removes it after committing the
+            result.
+        identity: hash of everything that determines the fit; a state with another is discarded.
         title: shown with the progress.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
@@ -81,7 +81,7 @@ def _save_state(
 
 
 def _load_state(model: nn.Module, optimizer: torch.optim.Optimizer, url: str, identity: str) -> int:
-    """Put model and optimizer where a saved state left them; its step, or 0 without one."""
+    """Restore model and optimizer from a saved state; returns its step, or 0 without one."""
     if not storage.exists(url):
         return 0
     try:

@@ -1,8 +1,8 @@
-"""Latents in the order of training: a function of recipe and step, not of workers or restarts.
+"""Latents in training order, which depends on recipe and step, not on workers or restarts.
 
-In an epoch the shards are permuted and laid end to end; the row of samples is cut into lanes of
-equal length; in a lane, samples are shuffled window by window. A global batch takes the same
-number of samples from every lane, and a rank serves a stretch of neighboring lanes.
+Each epoch, the shards are permuted and concatenated; the sequence of samples is split into lanes
+of equal length; within a lane, samples are shuffled window by window. A global batch takes the
+same number of samples from every lane, and a rank serves a contiguous range of lanes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -23,7 +22,7 @@ from diffit_train.errors import UserError
 
 T = TypeVar("T")
 
-# Streams of randomness, so that no two uses of one seed meet.
+# Distinct random streams for the different uses of one seed.
 _SHARDS, _WINDOW, _DRAW = 0, 1, 2
 
 
@@ -32,17 +31,17 @@ def _generator(*seed: int) -> np.random.Generator:
 
 
 class SampleOrder:
-    """Which sample stands where in training.
+    """The order of samples in training.
 
     Args:
-        counts: images of each shard.
-        batch_size: of a global batch; a multiple of `lanes`.
-        lanes: at most this many; reduced to its largest divisor that the shards can fill.
+        counts: number of images in each shard.
+        batch_size: global batch size; a multiple of `lanes`.
+        lanes: maximum number of lanes; reduced to its largest divisor not above the shard count.
         window: samples of a lane that are shuffled together.
-        seed: of the run.
+        seed: the run's seed.
 
     Raises:
-        UserError: there are fewer samples than a batch takes.
+        UserError: there are fewer samples than a batch needs.
     """
 
     def __init__(
@@ -55,34 +54,35 @@ class SampleOrder:
         self.steps_per_epoch = self.samples // batch_size
         if not self.steps_per_epoch:
             raise UserError(
-                f"train.batch_size is {batch_size}, but there are only {self.samples} images"
+                f"train.batch_size is {batch_size}, but there are only {self.samples} images; "
+                "lower it"
             )
         self.per_lane = batch_size // self.lanes
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def lane_samples(self, step: int, lane: int) -> list[tuple[int, int]]:
-        """(shard, offset in the shard) of each sample that a lane gives to a step's batch."""
-        epoch, turn = divmod(step, self.steps_per_epoch)
+        """(shard, offset in the shard) of each sample of a lane in a step's batch."""
+        epoch, epoch_step = divmod(step, self.steps_per_epoch)
         shards, starts = self._permuted(epoch)
         length = self.steps_per_epoch * self.per_lane
-        first = turn * self.per_lane
-        places = [
-            lane * length + self._shuffled(epoch, lane, place, length)
-            for place in range(first, first + self.per_lane)
+        first = epoch_step * self.per_lane
+        indices = [
+            lane * length + self._shuffled(epoch, lane, index, length)
+            for index in range(first, first + self.per_lane)
         ]
-        rows = np.searchsorted(starts, places, side="right") - 1
+        rows = np.searchsorted(starts, indices, side="right") - 1
         return [
-            (int(shards[row]), int(place - starts[row]))
-            for row, place in zip(rows, places, strict=True)
+            (int(shards[row]), int(index - starts[row]))
+            for row, index in zip(rows, indices, strict=True)
         ]
 
     def shards_per_window(self) -> int:
-        """The most shards that a window can touch: the smallest ones, and one cut at each end."""
+        """Most shards a window can touch: the smallest ones, plus a partial one at each end."""
         whole = np.searchsorted(np.cumsum(np.sort(self.counts)), self.window, side="right")
         return int(whole) + 2
 
     def rank_lanes(self, rank: int, world: int) -> range:
-        """The lanes that a rank serves, neighbors; some have one more where it does not divide.
+        """The contiguous lanes of a rank; some ranks have one more if they do not divide evenly.
 
         Raises:
             UserError: there are more ranks than lanes.
@@ -95,11 +95,11 @@ class SampleOrder:
         return range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
 
     def largest_share(self, world: int) -> int:
-        """Images of a batch that the most burdened of so many ranks takes."""
+        """Images per batch on the rank with the largest share."""
         return self.per_lane * max(len(self.rank_lanes(rank, world)) for rank in range(world))
 
     def _permuted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and the place in the row where each of them begins."""
+        """The epoch's order of shards, and the index of each one's first sample."""
         if self._epoch is None or self._epoch[0] != epoch:
             shards = _generator(self.seed, _SHARDS, epoch).permutation(len(self.counts))
             ends = np.cumsum(self.counts[shards])
@@ -107,9 +107,9 @@ class SampleOrder:
             self._windows: dict[tuple[int, int], np.ndarray] = {}
         return self._epoch[1], self._epoch[2]
 
-    def _shuffled(self, epoch: int, lane: int, place: int, length: int) -> int:
-        """Where the sample that comes at `place` of a lane stood before the shuffle."""
-        number, offset = divmod(place, self.window)
+    def _shuffled(self, epoch: int, lane: int, index: int, length: int) -> int:
+        """The index in the lane before shuffling of the sample that is at `index` after it."""
+        number, offset = divmod(index, self.window)
         start = number * self.window
         if (lane, number) not in self._windows:
             self._windows.pop((lane, number - 2), None)
@@ -140,7 +140,7 @@ def draw(
     draw_timesteps: Callable[[np.random.Generator, int], np.ndarray],
     label_dropout: float,
 ) -> Draws:
-    """Timesteps, noise, posterior noise, flips and dropped labels from (seed, step, lane) alone."""
+    """Timesteps, noise, posterior noise, flips and label dropout, seeded by (seed, step, lane)."""
     random = _generator(seed, _DRAW, step, lane)
     return Draws(
         t=draw_timesteps(random, count),
@@ -153,27 +153,28 @@ def draw(
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's part of a global batch, lane after lane."""
+    """A rank's share of a global batch, ordered by lane."""
 
     step: int
     lanes: range
     keys: np.ndarray  # (n,) int64, input indices of the images
-    shards: tuple[str, ...]  # names of the shards that they came from
+    shards: tuple[str, ...]  # names of their shards
     moments: np.ndarray  # (n, F, 2C, h, w) float32
     labels: np.ndarray  # (n,) int64
 
 
 class LatentLoader(Generic[T]):
-    """Iterate over a rank's batches from a step on, read and prepared ahead by a thread.
+    """Iterates over a rank's batches from a given step; a thread reads and prepares them ahead.
 
     Args:
         url: folder of the latents.
-        lanes: those of the rank, as `SampleOrder.rank_lanes` has them.
-        prepare: what the thread makes of a batch, which is what iteration gives.
-        read: how a shard is read.
-        prefetch: batches read ahead.
+        lanes: the rank's lanes, from `SampleOrder.rank_lanes`.
+        prepare: called by the thread on each batch; iteration yields its results.
+        read: reads a shard.
+        prefetch: number of batches to read ahead.
 
-    `wait_s` is the time that the consumer has waited so far.
+    Attributes:
+        wait_s: total time the consumer has waited.
     """
 
     def __init__(
@@ -202,12 +203,7 @@ class LatentLoader(Generic[T]):
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -225,7 +221,7 @@ class LatentLoader(Generic[T]):
         while not self._stop.is_set():
             try:
                 item: T | BaseException = self.prepare(self.batch(step))
-            except Exception as error:  # raised again where the batch was asked for
+            except Exception as error:  # re-raised in the consumer
                 item = error
             while not self._stop.is_set():
                 try:
@@ -238,20 +234,20 @@ class LatentLoader(Generic[T]):
             step += 1
 
     def batch(self, step: int) -> Batch:
-        """This rank's part of the batch of a step."""
-        places = [p for lane in self.lanes for p in self.order.lane_samples(step, lane)]
-        samples = [(self._shard(number), offset) for number, offset in places]
+        """This rank's share of a step's batch."""
+        picked = [p for lane in self.lanes for p in self.order.lane_samples(step, lane)]
+        samples = [(self._shard(number), offset) for number, offset in picked]
         return Batch(
             step=step,
             lanes=self.lanes,
             keys=np.array([shard.keys[offset] for shard, offset in samples]),
-            shards=tuple(sorted({self.manifest.shards[number].name for number, _ in places})),
+            shards=tuple(sorted({self.manifest.shards[number].name for number, _ in picked})),
             moments=np.stack([s.moments[offset] for s, offset in samples]).astype(np.float32),
             labels=np.array([shard.labels[offset] for shard, offset in samples]),
         )
 
     def _shard(self, number: int) -> Shard:
-        """A shard, from the cache of those used last or read anew."""
+        """A shard, from the in-memory LRU cache or read again."""
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]

@@ -1,6 +1,6 @@
-"""From the bytes of an image to pixels, with ADM's centre crop.
+"""From image bytes to pixels, with ADM's center crop.
 
-Shapes: H x W pixels of 3 channels, uint8; R the resolution asked for.
+Shapes: H x W pixels, 3 channels, uint8; R the target resolution.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAX_RESIZED_PIXELS = 64 * 1024 * 1024
 
 
 class UnreadableImage(Exception):
-    """The bytes are no image that can be used; the message is the reason."""
+    """The bytes are not a usable image; the message gives the reason."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """An RGB image: of an animation the first frame, of transparency the colours below it.
+    """Decode to RGB: the first frame of an animation; alpha is dropped.
 
     Raises:
-        UnreadableImage: empty, truncated, no image at all, or a decompression bomb.
+        UnreadableImage: empty, truncated, not an image, or a decompression bomb.
     """
     if not data:
         raise UnreadableImage("empty file")
@@ -34,7 +34,7 @@ def decode(data: bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data))
             if image.mode.startswith("I"):
-                # Sixteen bits of grey, of which Pillow would clip all but the lowest eight.
+                # 16-bit grayscale: Pillow would clip to 8 bits instead of scaling.
                 levels = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255)
                 image = Image.fromarray(levels.astype(np.uint8))
             return image.convert("RGB")
@@ -48,18 +48,18 @@ def decode(data: bytes) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: int) -> Array:
-    """(R, R, 3): halved by box while twice too large, bicubic to the short side, cropped (ADM).
+    """(R, R, 3): box-halved while twice too large, bicubic to the short side, cropped (ADM).
 
     Raises:
-        UnreadableImage: so long a strip that enlarging it would fill the memory.
+        UnreadableImage: an aspect ratio so extreme that resizing would exhaust memory.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
-    # A strip of 1 x 60,000 pixels passes the check of a bomb, but enlarged it would be one.
+    # A strip of 1 x 60,000 pixels passes the decompression-bomb check, but enlarged it is one.
     if size[0] * size[1] > MAX_RESIZED_PIXELS:
-        raise UnreadableImage(f"{image.width}x{image.height} pixels are too long a strip")
+        raise UnreadableImage(f"{image.width}x{image.height} pixels are too narrow to resize")
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - resolution) // 2, (pixels.shape[1] - resolution) // 2
     return pixels[top : top + resolution, left : left + resolution]
@@ -72,7 +72,7 @@ def to_model_range(pixels: Array) -> Array:
 
 @dataclass(frozen=True)
 class Images:
-    """What could be read: positions in the input, pixels (n, R, R, 3) uint8, and what could not."""
+    """Indices of readable images, their pixels (n, R, R, 3) uint8, and the rejected images."""
 
     kept: list[int]
     pixels: Array
@@ -82,14 +82,14 @@ class Images:
 def read_images(
     reads: Iterable[Callable[[], bytes]], resolution: int, problems: Sequence[str] = ()
 ) -> Images:
-    """Read, decode and crop; an unreadable image is put aside with its reason.
+    """Read, decode and crop; unreadable images are rejected with a reason.
 
     Args:
-        reads: for each image, what gives its bytes.
-        problems: what is known to be wrong with each; such an image is not read.
+        reads: for each image, a function that returns its bytes.
+        problems: known problem of each image, or ""; an image with a problem is not read.
 
     Raises:
-        OSError: reading failed in a way that says nothing about the image, as a lost network.
+        OSError: reading failed for a reason unrelated to the image, such as a lost connection.
     """
     kept, pixels, rejected = [], [], []
     for position, read in enumerate(reads):
@@ -101,7 +101,7 @@ def read_images(
             kept.append(position)
         except UnreadableImage as error:
             rejected.append((position, str(error)))
-        # A dangling link or a forbidden file is a fault of this one image.
+        # A dangling link or an unreadable file affects only this image.
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
             rejected.append((position, f"{type(error).__name__}: {error.strerror or error}"))
     shape = (0, resolution, resolution, 3)

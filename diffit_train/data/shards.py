@@ -1,10 +1,10 @@
-"""Latent shards, schema 1: WebDataset tar files and their manifest. No torch is needed.
+"""Latent shards, schema 1: WebDataset tar files and their manifest. Does not import torch.
 
-Per image two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
-log-variance, unscaled, the mirrored image second where F = 2; and KEY.cls, the label in ASCII.
-Of an autoencoder without posterior the member is (F, C, h, w). KEY is the nine-digit index of the
-image in the sorted input; images appended later are counted on. The same content gives the same
-bytes: fixed order, times, owners and modes.
+Each image has two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
+log-variance, unscaled, with the flipped image second if F = 2; and KEY.cls, the label in ASCII.
+Without a posterior the latent is (F, C, h, w). KEY is the nine-digit index of the image in the
+sorted input; images appended later continue the numbering. The same content gives the same bytes:
+order, times, owners and modes are fixed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, UserError
 
-# webdataset's default decoders unpickle, and its readers run shell commands, unless told not to.
+# By default webdataset's decoders unpickle and its readers run shell commands.
 os.environ.setdefault("WDS_SECURE", "1")
 
 MANIFEST_SCHEMA = 1
 MANIFEST = "manifest.json"
-# Names and labels of all input images in the order of their keys, a JSON pair in each line.
+# Names and labels of all input images in key order, one JSON pair per line.
 INPUTS = "inputs.jsonl.gz"
 REJECTED = "rejected.jsonl"
 
 
 class ShardEntry(storage.Record):
-    """A committed shard; `first_index` is the input index of the first image in it."""
+    """A committed shard; `first_index` is the input index of its first image."""
 
     name: str
     count: int
@@ -44,7 +44,7 @@ class ShardEntry(storage.Record):
 
 
 class Totals(storage.Record):
-    """Images of the input; written and rejected add up to it."""
+    """Image counts; input = written + rejected."""
 
     input: int
     written: int
@@ -52,10 +52,10 @@ class Totals(storage.Record):
 
 
 class Manifest(storage.Record):
-    """What the shards hold, and how they came to be.
+    """Contents and provenance of the shards.
 
     `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of
-    input images that were encoded at once: the first encoding, then what was appended.
+    input images of the first encoding and of each append.
     """
 
     schema_version: int
@@ -93,7 +93,7 @@ class Manifest(storage.Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256 that names the data set."""
+        """SHA-256 that identifies the data set."""
         return storage.digest([[s.sha256 for s in self.shards], self.classes, self.scale])
 
 
@@ -106,14 +106,14 @@ def load_manifest(url: str) -> Manifest:
     """The manifest of a folder of latents.
 
     Raises:
-        UserError: there is none, so encoding has not finished.
-        DiffitError: it is damaged or of another schema.
+        UserError: it does not exist, so encoding has not finished.
+        DiffitError: it is damaged or has another schema.
     """
     name = storage.join(url, MANIFEST)
     try:
         manifest = Manifest.model_validate_json(storage.read_bytes(name))
     except FileNotFoundError as error:
-        raise UserError(f"there are no finished latents in {url}; run `diffit encode`") from error
+        raise UserError(f"no finished latents in {url}; run `diffit encode`") from error
     except ValidationError as error:
         raise DiffitError(
             f"{name} is damaged: {error}; delete it and run `diffit encode`"
@@ -126,10 +126,11 @@ def load_manifest(url: str) -> Manifest:
 
 
 def finished_manifest(recipe: Recipe) -> Manifest | None:
-    """The manifest where the recipe's latents are whole; None where encoding is to be done.
+    """The manifest if the recipe's latents are complete; None if they need encoding.
 
     Raises:
-        UserError: the name holds the latents of another recipe.
+        UserError: the folder holds the latents of another recipe.
+        DiffitError: a shard is missing.
     """
     url = latents_url(recipe)
     if not storage.exists(storage.join(url, MANIFEST)):
@@ -139,21 +140,23 @@ def finished_manifest(recipe: Recipe) -> Manifest | None:
     sizes = {shard.name: shard.bytes for shard in manifest.shards}
     missing = sorted(set(sizes) - set(storage.list_names(url)))
     if missing:
-        raise DiffitError(f"{url} lacks {missing[0]}; run `diffit verify latents {url} --repair`")
+        raise DiffitError(
+            f"{url} is missing {missing[0]}; run `diffit verify latents {url} --repair`"
+        )
     return manifest
 
 
 def require_recipe(recipe: Recipe, recipe_hash: str) -> None:
-    """Refuse latents that another recipe made.
+    """Refuse latents encoded with another recipe.
 
     Raises:
-        UserError: naming both hashes.
+        UserError: with both hashes.
     """
     if recipe_hash != recipe.encode_hash():
         raise UserError(
-            f"latents {latents_url(recipe)} are of another recipe (hash {recipe_hash[:12]}, this "
-            f"one's {recipe.encode_hash()[:12]}); choose another data.name, or give the data and "
-            "autoencoder sections that they were made with"
+            f"latents {latents_url(recipe)} were encoded with another recipe (hash "
+            f"{recipe_hash[:12]}, this recipe's is {recipe.encode_hash()[:12]}); choose another "
+            "data.name, or use the data and autoencoder sections they were encoded with"
         )
 
 
@@ -179,7 +182,7 @@ def write_shard(
     Args:
         url: folder of the latents.
         keys: input indices of the images, ascending.
-        moments: (n, F, 2C, h, w); kept as float16.
+        moments: (n, F, 2C, h, w); stored as float16.
         labels: (n,).
     """
     from webdataset import TarWriter
@@ -207,43 +210,43 @@ def write_shard(
 
 
 def read_shard(url: str, entry: ShardEntry) -> Shard:
-    """A shard, its size, hash and count verified first.
+    """Read a shard and verify its size, hash and count.
 
     Raises:
-        DiffitError: it is missing or damaged; it is named.
+        DiffitError: it is missing or damaged.
     """
     return parse_shard(storage.join(url, entry.name), entry, read_shard_bytes(url, entry))
 
 
 def read_shard_bytes(url: str, entry: ShardEntry) -> bytes:
-    """The tar of a shard, its size and hash verified; errors as `read_shard`."""
+    """Read a shard's tar and verify its size and hash; errors as `read_shard`."""
     name = storage.join(url, entry.name)
     try:
         data = storage.read_bytes(name)
     except FileNotFoundError as error:
-        raise DiffitError(f"shard {name} is missing; {_MEND}") from error
+        raise DiffitError(f"shard {name} is missing; {_FIX}") from error
     if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:
-        raise DiffitError(f"shard {name} differs from its recorded size or sha256; {_MEND}")
+        raise DiffitError(f"shard {name} differs from its recorded size or sha256; {_FIX}")
     return data
 
 
 def parse_shard(name: str, entry: ShardEntry, data: bytes) -> Shard:
-    """The images in the tar of a shard; errors as `read_shard`."""
+    """The images in a shard's tar; errors as `read_shard`."""
     latents, labels = _shard_members(name, data)
     if len(latents) != entry.count or latents.keys() != labels.keys():
-        raise DiffitError(f"shard {name} holds {len(latents)} images, not {entry.count}; {_MEND}")
+        raise DiffitError(f"shard {name} holds {len(latents)} images, not {entry.count}; {_FIX}")
     keys = np.array([int(key) for key in latents])
     return Shard(keys, np.stack(list(latents.values())), np.array([labels[k] for k in latents]))
 
 
-_MEND = "run `diffit verify latents FOLDER --repair`, which makes it again"
+_FIX = "run `diffit verify latents FOLDER --repair` to re-encode it"
 
 
 def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Latents and labels by key, in the order of the tar.
+    """Latents and labels by key, in tar order.
 
     Raises:
-        DiffitError: a member is not of the schema.
+        DiffitError: a member does not belong to the schema.
     """
     latents: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
@@ -255,11 +258,11 @@ def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[
             if kind == "cls":
                 labels[key] = int(content)
             elif kind != "latent.npy":
-                raise DiffitError(f"shard {name} holds a member {member.name}; {_MEND}")
+                raise DiffitError(f"shard {name} has an unexpected member {member.name}; {_FIX}")
             elif (
                 header and content.startswith(header) and len(content) - len(header) == like.nbytes
             ):
-                # Nearly all members have the header of the first, which NumPy reads slowly.
+                # Fast path: parsing .npy headers is slow, and nearly all are identical.
                 values = np.frombuffer(content, like.dtype, offset=len(header))
                 latents[key] = values.reshape(like.shape)
             else:

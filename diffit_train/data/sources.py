@@ -1,14 +1,14 @@
-"""Where images come from, and how the bytes of each are reached; local or remote.
+"""Image sources, local or remote: listing images and reading their bytes.
 
-    folder       one subfolder for each class
-    tar          a tar of such a folder, uncompressed
-    ilsvrc       ImageNet's own tar of one tar for each class
+    folder       one subfolder per class
+    tar          an uncompressed tar of such a folder
+    ilsvrc       ImageNet's own tar, containing one tar per class
     webdataset   a tar, or a folder of tars, with KEY.jpg (png, webp) and KEY.cls or KEY.json
     parquet      a file, or a folder of files, with columns `image` (bytes, path) and `label`
 
 The order of the images is fixed: folders and tars of folders by name; webdataset and parquet by
-the name of the file, then as they lie in it. An image that is wrong already in the listing (a
-label out of range, a name twice) keeps its place and carries its problem.
+file name, then in file order. An image with a problem in the listing (a label out of range, a
+duplicate name) keeps its index and carries the problem.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 SourceKind = Literal["folder", "tar", "ilsvrc", "webdataset", "parquet"]
 
 
-class Place(NamedTuple):
-    """Where the bytes of an image lie.
+class Location(NamedTuple):
+    """Location of an image's bytes.
 
-    `file` is a path below the source's URL, empty for that file itself. In a tar, `start` and
-    `size` are bytes; in parquet, the row and the row group; both are -1 for a whole file.
+    `file` is a path relative to the source's URL, empty if the source is that file. In a tar,
+    `start` and `size` are bytes; in parquet, the row and the row group; -1 for a whole file.
     """
 
     file: str
@@ -47,11 +47,11 @@ class Place(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An image: its name for people, label, place, and what is wrong with it, if anything."""
+    """An image: its display name, label and location, and what is wrong with it, if anything."""
 
     name: str
     label: int
-    place: Place
+    location: Location
     problem: str = ""
 
 
@@ -69,21 +69,21 @@ class ImageList:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Names of the images."""
+        """Image names."""
         return tuple(item.name for item in self.items)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Labels of the images."""
+        """Image labels."""
         return tuple(item.label for item in self.items)
 
     def digest(self) -> str:
-        """SHA-256 of the listing: it tells whether images came or went."""
+        """SHA-256 of the listing; changes when images are added or removed."""
         return items_digest(self.items)
 
 
 def items_digest(items: Iterable[Item]) -> str:
-    """SHA-256 of names and labels in their order."""
+    """SHA-256 of names and labels, in order."""
     pairs = [(item.name, item.label) for item in items]
     return storage.digest([[name for name, _ in pairs], [label for _, label in pairs]])
 
@@ -92,28 +92,27 @@ def list_images(recipe: Recipe) -> ImageList:
     """The images of `data.source`.
 
     Raises:
-        UserError: the source is missing, empty or of no known kind, or its classes are not the
-            recipe's in number.
+        UserError: the source is missing, empty or in an unknown format, or its number of classes
+            is not the recipe's.
     """
     url = storage.resolve(recipe.storage.root, recipe.data.source)
     kind = source_kind(url, recipe.data.format)
     classes, items = _LISTERS[kind](url, recipe.data.num_classes)
     if not items:
         raise UserError(
-            f"data.source {url} holds no images (read as {kind}); they are looked for with "
-            f"endings {', '.join(sorted(SUFFIXES))}, a folder for each class; data.format says "
-            "what else it may be"
+            f"data.source {url} holds no images (read as {kind}); expected one folder per class "
+            f"with {', '.join(sorted(SUFFIXES))} files; for another format set data.format"
         )
     if len(classes) != recipe.data.num_classes:
         raise UserError(
             f"data.source {url} has {len(classes)} classes, but data.num_classes is "
-            f"{recipe.data.num_classes}; set data.num_classes={len(classes)} or mend the source"
+            f"{recipe.data.num_classes}; set data.num_classes={len(classes)} or fix the source"
         )
     return ImageList(url, kind, tuple(classes), list(_unique(items)))
 
 
 def _unique(items: Iterable[Item]) -> Iterator[Item]:
-    """Items by names that tell them apart: a name that occurs again says so."""
+    """Items with unique names: repeated names get a suffix."""
     seen: Counter[str] = Counter()
     for item in items:
         seen[item.name] += 1
@@ -122,10 +121,10 @@ def _unique(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def source_kind(url: str, wanted: str) -> SourceKind:
-    """What a source is: `wanted`, or for `auto` what its name and its first members say.
+    """Format of a source: `wanted`, or for `auto` inferred from its name and first members.
 
     Raises:
-        UserError: it is missing or cannot be told.
+        UserError: it is missing, or its format cannot be inferred.
     """
     if not storage.exists(url):
         former = url.replace("/images/", "/pictures/")
@@ -133,8 +132,8 @@ def source_kind(url: str, wanted: str) -> SourceKind:
             former != url and storage.exists(former)
         )
         raise UserError(
-            f"data.source {url} does not exist; give a folder with a subfolder for each class, a "
-            f"tar or parquet files{hint}"
+            f"data.source {url} does not exist; set it to a folder with one subfolder per class, "
+            f"a tar or parquet files{hint}"
         )
     folder = storage.is_folder(url)
     if wanted != "auto":
@@ -152,8 +151,8 @@ def source_kind(url: str, wanted: str) -> SourceKind:
         return "parquet"
     if not url.endswith(".tar"):
         raise UserError(
-            f"data.source {url} is neither a folder nor a .tar or .parquet file; unpack it, or "
-            "give one of those"
+            f"data.source {url} is neither a folder nor a .tar or .parquet file; unpack or convert "
+            "it"
         )
     return _kind_of_tar(url)
 
@@ -178,20 +177,20 @@ def _list_folder(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
     else:
         found = storage.find_files(url)
     paths = sorted(p for p in found if "/" in p and _is_image(p))
-    return _by_folder((path, Place(path), "") for path in paths)
+    return _by_folder((path, Location(path), "") for path in paths)
 
 
 def _local_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Every file below a folder. Links are followed, which fsspec does not; circles are not.
+    """Every file below a folder. Unlike fsspec, follows symbolic links, but not in cycles.
 
     Raises:
-        UserError: a folder may not be read; images would be missing silently.
+        UserError: a folder is not readable; its images would be missing silently.
     """
     above |= {os.path.realpath(folder)}
     try:
         entries = list(os.scandir(folder))
     except PermissionError as error:
-        raise UserError(f"folder {folder} may not be read; mend its permissions") from error
+        raise UserError(f"folder {folder} is not readable; fix its permissions") from error
     for entry in entries:
         if not entry.is_dir():
             yield entry.path
@@ -203,12 +202,12 @@ def _is_image(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in SUFFIXES
 
 
-def _by_folder(found: Iterable[tuple[str, Place, str]]) -> tuple[list[str], list[Item]]:
-    """Classes and items of sorted (path, place, problem); the first folder is the class."""
+def _by_folder(found: Iterable[tuple[str, Location, str]]) -> tuple[list[str], list[Item]]:
+    """Classes and items of sorted (path, location, problem); the first folder is the class."""
     rows = list(found)
     classes = sorted({path.split("/", 1)[0] for path, _, _ in rows})
     number = {name: label for label, name in enumerate(classes)}
-    items = [Item(p, number[p.split("/", 1)[0]], place, problem) for p, place, problem in rows]
+    items = [Item(p, number[p.split("/", 1)[0]], where, problem) for p, where, problem in rows]
     return classes, items
 
 
@@ -216,26 +215,28 @@ def _by_folder(found: Iterable[tuple[str, Place, str]]) -> tuple[list[str], list
 
 
 def _tar_members(file: IO[bytes] | FileWindow, url: str) -> Iterator[tarfile.TarInfo]:
-    """The regular files of an uncompressed tar, one after the other.
+    """Iterate over the regular files of an uncompressed tar.
 
     Raises:
-        UserError: it is no tar, compressed or cut off.
+        UserError: it is not a tar, compressed or truncated.
     """
     try:
         with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else it would keep all of them
+                tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
                 if member.isfile():
                     yield member
             end = tar.offset
     except tarfile.TarError as error:
         raise UserError(
-            f"{url} is not a whole uncompressed tar ({error}); unpack it if it is compressed, or "
-            "fetch it again"
+            f"{url} is not a complete uncompressed tar ({error}); decompress it, or download it "
+            "again"
         ) from error
     file.seek(0, os.SEEK_END)
     if file.tell() < end:
-        raise UserError(f"{url} is cut off: its last member ends at byte {end:,}; fetch it again")
+        raise UserError(
+            f"{url} is truncated: its last member ends at byte {end:,}; download it again"
+        )
 
 
 def _clean(name: str) -> str:
@@ -243,43 +244,44 @@ def _clean(name: str) -> str:
 
 
 def _name_problem(name: str) -> str:
-    """What is wrong with the name of a member; nothing is ever written under it."""
+    """What is wrong with a member's name. (No file is ever written under it.)"""
     parts = PurePosixPath(name).parts
     if name.startswith("/") or ".." in parts:
-        return "the name leads out of the archive"
+        return "the name points outside the archive"
     return ""
 
 
 def _list_tar(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
-    rows: list[tuple[str, Place, str]] = []
+    rows: list[tuple[str, Location, str]] = []
     with storage.open_file(url) as file:
         for member in _tar_members(file, url):
             name = _clean(member.name)
             if "/" in name and _is_image(name):
-                place = Place("", member.offset_data, member.size)
-                rows.append((name, place, _name_problem(name)))
+                location = Location("", member.offset_data, member.size)
+                rows.append((name, location, _name_problem(name)))
     return _named_once(rows)
 
 
-def _named_once(rows: list[tuple[str, Place, str]]) -> tuple[list[str], list[Item]]:
-    """Classes and items by name; a member that bears another's name is a problem.
+def _named_once(rows: list[tuple[str, Location, str]]) -> tuple[list[str], list[Item]]:
+    """Classes and items sorted by name; duplicate names are a problem.
 
-    A name that leads out of the archive makes no class.
+    A name that points outside the archive creates no class.
     """
     rows.sort(key=lambda row: (row[0], row[1]))
     good = [row for row in rows if not row[2]]
     classes = sorted({name.split("/", 1)[0] for name, _, _ in good})
     number = {name: label for label, name in enumerate(classes)}
     items, before = [], None
-    for name, place, problem in rows:
-        again = "the name occurs twice" if name == before else ""
-        items.append(Item(name, number.get(name.split("/", 1)[0], 0), place, problem or again))
+    for name, location, problem in rows:
+        twice = "the name occurs twice" if name == before else ""
+        label = number.get(name.split("/", 1)[0], 0)
+        items.append(Item(name, label, location, problem or twice))
         before = name
     return classes, items
 
 
 def _list_ilsvrc(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
-    rows: list[tuple[str, Place, str]] = []
+    rows: list[tuple[str, Location, str]] = []
     with storage.open_file(url) as file:
         for outer in list(_tar_members(file, url)):
             if not outer.name.endswith(".tar"):
@@ -290,28 +292,28 @@ def _list_ilsvrc(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
                 if _is_image(member.name):
                     start = outer.offset_data + member.offset_data
                     path = f"{name}/{_clean(member.name)}"
-                    rows.append((path, Place("", start, member.size), _name_problem(path)))
+                    rows.append((path, Location("", start, member.size), _name_problem(path)))
     return _named_once(rows)
 
 
 class FileWindow(io.RawIOBase):
-    """A stretch of a file as a file of its own."""
+    """A byte range of a file, as a file object."""
 
     def __init__(self, file: IO[bytes], start: int, size: int) -> None:
         self.file, self.start, self.size, self.position = file, start, size, 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move within the stretch."""
+        """Seek within the window."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
         self.position = base + offset
         return self.position
 
     def tell(self) -> int:
-        """Position within the stretch."""
+        """Position within the window."""
         return self.position
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         left = max(0, self.size - self.position)
         self.file.seek(self.start + self.position)
         data = self.file.read(left if size < 0 else min(size, left))
@@ -337,7 +339,7 @@ def _list_webdataset(url: str, num_classes: int) -> tuple[list[str], list[Item]]
 
 
 def _webdataset_items(url: str, file: str, num_classes: int) -> Iterator[Item]:
-    """Samples of a tar: members of one key lie together."""
+    """Samples of a tar; members with the same key must be adjacent."""
     name = storage.join(url, file) if file else url
     with storage.open_file(name) as opened:
         key, parts = None, {}  # type: ignore[var-annotated]
@@ -349,7 +351,7 @@ def _webdataset_items(url: str, file: str, num_classes: int) -> Iterator[Item]:
                 yield _webdataset_item(file, key, parts, num_classes)
                 parts = {}
             key = this
-            place = Place(file, member.offset_data, member.size)
+            location = Location(file, member.offset_data, member.size)
             ending = ending.lower()
             text = b""
             if ending in ("cls", "json"):
@@ -357,25 +359,25 @@ def _webdataset_items(url: str, file: str, num_classes: int) -> Iterator[Item]:
                 opened.seek(member.offset_data)
                 text = opened.read(member.size)
                 opened.seek(position)
-            parts.setdefault(ending, (place, text))
+            parts.setdefault(ending, (location, text))
         if key is not None:
             yield _webdataset_item(file, key, parts, num_classes)
 
 
 def _webdataset_item(
-    file: str, key: str, parts: dict[str, tuple[Place, bytes]], num_classes: int
+    file: str, key: str, parts: dict[str, tuple[Location, bytes]], num_classes: int
 ) -> Item:
     images = [e for e in parts if f".{e}" in SUFFIXES]
     if not images:
-        return Item(key, 0, Place(file, 0, 0), "the sample has no image")
-    place = parts[images[0]][0]
+        return Item(key, 0, Location(file, 0, 0), "the sample has no image")
+    location = parts[images[0]][0]
     try:
         label = int(parts["cls"][1]) if "cls" in parts else _json_label(parts["json"][1])
     except KeyError:
-        return Item(key, 0, place, "the sample has no label (cls, or json with `label`)")
+        return Item(key, 0, location, "the sample has no label (cls, or json with `label`)")
     except (ValueError, TypeError):
-        return Item(key, 0, place, "the label is not a number")
-    return Item(key, *_usable(label, num_classes, place, _name_problem(key)))
+        return Item(key, 0, location, "the label is not a number")
+    return Item(key, *_usable(label, num_classes, location, _name_problem(key)))
 
 
 def _json_label(data: bytes) -> int:
@@ -387,11 +389,11 @@ def _json_label(data: bytes) -> int:
 
 
 def _usable(
-    label: int, num_classes: int, place: Place, problem: str = ""
-) -> tuple[int, Place, str]:
+    label: int, num_classes: int, location: Location, problem: str = ""
+) -> tuple[int, Location, str]:
     if 0 <= label < num_classes:
-        return label, place, problem
-    return 0, place, problem or f"label {label} is not between 0 and {num_classes - 1}"
+        return label, location, problem
+    return 0, location, problem or f"label {label} is not between 0 and {num_classes - 1}"
 
 
 # ---- Parquet ----
@@ -419,20 +421,20 @@ def _parquet_items(columns: Any, file: str, group: int, num_classes: int) -> Ite
     labels = columns["label"].to_pylist()
     paths = columns["image"].combine_chunks().field("path").to_pylist()
     for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        shown = path or f"{file or 'file'}:{group}:{row}"
-        place = Place(file, row, group)
+        name = path or f"{file or 'file'}:{group}:{row}"
+        location = Location(file, row, group)
         if label is None:
-            yield Item(shown, 0, place, "the label is null")
+            yield Item(name, 0, location, "the label is null")
         else:
-            yield Item(shown, *_usable(int(label), num_classes, place))
+            yield Item(name, *_usable(int(label), num_classes, location))
 
 
 @contextmanager
 def _parquet(url: str) -> Iterator[Any]:
-    """A parquet file with the columns that are needed.
+    """Open a parquet file and check that it has the required columns.
 
     Raises:
-        UserError: it is no parquet, or lacks them.
+        UserError: it is not a parquet file, or lacks them.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -441,7 +443,7 @@ def _parquet(url: str) -> Iterator[Any]:
         try:
             table = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
-            raise UserError(f"{url} is not a whole parquet file: {error}") from error
+            raise UserError(f"{url} is not a complete parquet file: {error}") from error
         schema = table.schema_arrow
         image = schema.field("image").type if "image" in schema.names else None
         fields = (
@@ -449,16 +451,16 @@ def _parquet(url: str) -> Iterator[Any]:
         )
         if not {"bytes", "path"} <= fields or "label" not in schema.names:
             raise UserError(
-                f"{url} has columns {', '.join(schema.names)}; needed are `image`, a struct of "
+                f"{url} has columns {', '.join(schema.names)}; it needs `image`, a struct of "
                 "`bytes` and `path`, and `label`"
             )
         if not pa.types.is_integer(schema.field("label").type):
-            raise UserError(f"{url}: the column `label` is not of whole numbers")
+            raise UserError(f"{url}: column `label` does not have an integer type")
         yield table
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
-    """Names of the classes where the hub's library has left them in the schema."""
+    """Class names, if the Hugging Face datasets library stored them in the schema."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         names = features["label"]["names"]
@@ -480,7 +482,7 @@ _LISTERS: dict[SourceKind, Callable[[str, int], tuple[list[str], list[Item]]]] =
 
 
 class ImageReader(AbstractContextManager["ImageReader"]):
-    """The bytes of images by their places; a file is kept open while the next lies in it."""
+    """Reads image bytes by location; keeps a file open while consecutive reads are from it."""
 
     def __init__(self, url: str, kind: SourceKind) -> None:
         self.url, self.kind = url, kind
@@ -488,7 +490,7 @@ class ImageReader(AbstractContextManager["ImageReader"]):
         self._file: tuple[str, Any] | None = None
         self._group: tuple[str, int, list[bytes]] | None = None
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -503,35 +505,35 @@ class ImageReader(AbstractContextManager["ImageReader"]):
             self._file = (name, self._open.__enter__())
         return self._file[1]
 
-    def read(self, place: Place) -> bytes:
+    def read(self, location: Location) -> bytes:
         """The bytes of an image.
 
         Raises:
-            OSError: as reading a file does.
+            OSError: the file cannot be read.
         """
-        return storage.retried(self.url, lambda: self._read(place))
+        return storage.retried(self.url, lambda: self._read(location))
 
-    def _read(self, place: Place) -> bytes:
+    def _read(self, location: Location) -> bytes:
         if self.kind == "folder":
-            return storage.read_bytes(storage.join(self.url, place.file))
+            return storage.read_bytes(storage.join(self.url, location.file))
         try:
             if self.kind == "parquet":
-                return self._row(place)
-            file = self._opened(place.file, storage.open_file)
-            file.seek(place.start)
-            return bytes(file.read(place.size))
+                return self._row(location)
+            file = self._opened(location.file, storage.open_file)
+            file.seek(location.start)
+            return bytes(file.read(location.size))
         except OSError:
-            self._close()  # what is tried again is opened again
+            self._close()  # a retry reopens the file
             raise
 
-    def _row(self, place: Place) -> bytes:
-        key = (place.file, place.size)
+    def _row(self, location: Location) -> bytes:
+        key = (location.file, location.size)
         if self._group is None or self._group[:2] != key:
-            table = self._opened(place.file, _parquet)
-            column = table.read_row_group(place.size, columns=["image.bytes"])["image"]
+            table = self._opened(location.file, _parquet)
+            column = table.read_row_group(location.size, columns=["image.bytes"])["image"]
             values = column.combine_chunks().field("bytes").to_pylist()
             self._group = (*key, values)
-        return self._group[2][place.start] or b""
+        return self._group[2][location.start] or b""
 
 
 def read_items(
@@ -539,5 +541,5 @@ def read_items(
 ) -> preprocess.Images:
     """Read, decode and crop images of a source; see `preprocess.read_images`."""
     with ImageReader(url, kind) as reader:
-        reads = [functools.partial(reader.read, item.place) for item in items]
+        reads = [functools.partial(reader.read, item.location) for item in items]
         return preprocess.read_images(reads, resolution, [item.problem for item in items])

@@ -1,8 +1,7 @@
-"""`diffit verify latents`: whether shards are what the manifest says, and what their latents hold.
+"""`diffit verify latents`: check shards against the manifest, and report latent statistics.
 
-Every member's shape, label and finiteness, every count and hash; statistics of the latents; and a
-image of originals beside what the autoencoder makes of their latents. Bad shards can be made
-again.
+Checks every member's shape, label and finiteness, and every count and hash. Can draw original
+images above their reconstructions, and re-encode bad shards.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
 THREADS = 4
-# Originals and reconstructions in the image.
+# Number of originals and reconstructions to draw.
 SHOWN = 8
 
 
 @dataclass
 class Report:
-    """What was found; `bad` holds a reason for each bad shard."""
+    """The findings; `bad` holds a reason for each bad shard."""
 
     url: str
     shards: int
@@ -50,7 +49,7 @@ class Report:
     highest: float = float("-inf")
 
     def as_json(self) -> dict[str, Any]:
-        """The report for programs; mean and standard deviation are of scaled means, by channel."""
+        """The report as JSON; mean and standard deviation are of the scaled means, by channel."""
         mean = np.asarray(self.total) / max(1, self.values)
         spread = np.sqrt(np.maximum(np.asarray(self.squares) / max(1, self.values) - mean**2, 0))
         return {
@@ -69,7 +68,7 @@ def verify(url: str) -> Report:
     """Read every shard of a folder of latents.
 
     Raises:
-        UserError: there are no finished latents.
+        UserError: the folder has no finished latents.
     """
     manifest = load_manifest(url)
     report = Report(url, len(manifest.shards))
@@ -89,24 +88,24 @@ def verify(url: str) -> Report:
 
 
 def _read_good(url: str, manifest: Manifest, entry: ShardEntry) -> Shard | str:
-    """A good shard, or what is wrong with it."""
+    """The shard, or what is wrong with it."""
     try:
         shard = read_shard(url, entry)
     except DiffitError as error:
         return str(error).partition(";")[0]
-    # What tar, NumPy and int raise for members that are not what they should be.
+    # Raised by tarfile, NumPy and int for malformed members.
     except (ValueError, KeyError, EOFError, OSError) as error:
         return f"a member cannot be read: {type(error).__name__}: {error}"
     if shard.moments.shape[1:] != manifest.member_shape:
-        return f"members are {shard.moments.shape[1:]}, not {manifest.member_shape}"
+        return f"latents have shape {shard.moments.shape[1:]}, not {manifest.member_shape}"
     if shard.moments.dtype != np.float16:
-        return f"members are {shard.moments.dtype}, not float16"
+        return f"latents are {shard.moments.dtype}, not float16"
     if not np.isfinite(shard.moments).all():
-        return "latents are not finite"
+        return "latents are NaN or infinite"
     if not ((shard.labels >= 0) & (shard.labels < len(manifest.classes))).all():
         return "labels are out of range"
     if not (np.diff(shard.keys) > 0).all() or shard.keys[0] != entry.first_index:
-        return "keys are not ascending from the recorded first"
+        return "keys do not ascend from the recorded first key"
     return shard
 
 
@@ -130,24 +129,24 @@ def _check_totals(manifest: Manifest, report: Report) -> None:
         )
 
 
-# ---- Making bad shards again ----
+# ---- Repairing bad shards ----
 
 
 def recipe_of(url: str) -> Recipe:
-    """The recipe that a folder of latents was made by, stored beside its manifest."""
+    """The recipe of a folder of latents, stored next to its manifest."""
     name = storage.join(url, "recipe.yaml")
     try:
         text = storage.read_bytes(name).decode()
     except FileNotFoundError as error:
-        raise UserError(f"{name} is missing, so it is not known how to read the images") from error
+        raise UserError(f"{name} is missing, so the images cannot be located") from error
     return load_stored_recipe(text, name)
 
 
 def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
-    """Encode these shards again from the images, and write the manifest anew.
+    """Re-encode these shards from the images, and rewrite the manifest.
 
     Raises:
-        UserError: the images are not those that were encoded.
+        UserError: the images have changed since they were encoded.
     """
     from diffit_train.data.encode import encode_again
 
@@ -155,7 +154,7 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
     started = read_plan(url)
     if started is not None and started.input_sha256 != REPAIR:
         raise UserError(
-            f"an encoding to {url} is under way; finish it first by `diffit encode --append`"
+            f"encoding to {url} is in progress; finish it first with `diffit encode --append`"
         )
     by_key = _items_by_key(recipe, url)
     ranges = shard_ranges(manifest.segments, manifest.images_per_shard)
@@ -164,56 +163,56 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
         for number, first, end in ranges
         if shard_name(number) in names
     ]
-    made = {}
+    repaired = {}
     for part in encode_again(recipe, url, by_key, specs, address):
         if part.entry is None or part.autoencoder_sha256 != manifest.autoencoder_sha256:
             raise DiffitError(
-                f"shard {part.number} of {url} cannot be made again: its images cannot be read "
-                "any more, or the autoencoder has changed"
+                f"shard {part.number} of {url} cannot be repaired: its images are no longer "
+                "readable, or the autoencoder has changed; restore them and rerun --repair"
             )
-        made[part.entry.name] = part.entry
-    shards = [made.get(entry.name, entry) for entry in manifest.shards]
+        repaired[part.entry.name] = part.entry
+    shards = [repaired.get(entry.name, entry) for entry in manifest.shards]
     for before, after in zip(manifest.shards, shards, strict=True):
         if before.count != after.count:
             raise DiffitError(
-                f"{before.name} held {before.count} images, of which {after.count} can be read "
-                "now; mend the source and repair again"
+                f"{before.name} held {before.count} images, but only {after.count} are readable "
+                "now; fix the source and rerun --repair"
             )
         if before.sha256 != after.sha256:
-            say(f"{before.name} has other bytes than before: another device encoded it")
-    mended = manifest.model_copy(update={"shards": shards})
-    storage.write_text(storage.join(url, MANIFEST), mended.model_dump_json(indent=1) + "\n")
+            say(f"{before.name} was re-encoded with different bytes (different hardware?)")
+    manifest = manifest.model_copy(update={"shards": shards})
+    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
     storage.remove(storage.join(url, "parts"))
-    return mended
+    return manifest
 
 
 def _items_by_key(recipe: Recipe, url: str) -> ImageList:
-    """The images of the source in the order of their keys."""
+    """The images of the source, in key order."""
     listing = list_images(recipe)
     here = {item.name: item for item in listing.items}
     inputs = read_inputs(url)
     gone = [name for name, label in inputs if name not in here or here[name].label != label]
     if gone:
         raise UserError(
-            f"{len(gone):,} encoded images are gone from {listing.url} or have another label, as "
-            f"{gone[0]}; bring them back, or encode anew under another data.name"
+            f"{len(gone):,} encoded images were removed from {listing.url} or relabeled, such as "
+            f"{gone[0]}; restore them, or re-encode under another data.name"
         )
     items = [here[name] for name, _ in inputs]
     return ImageList(listing.url, listing.kind, listing.classes, items)
 
 
-# ---- Originals beside reconstructions ----
+# ---- Drawing reconstructions ----
 
 
 def draw_reconstructions(url: str, image: str) -> float:
-    """Write a PNG of originals above their reconstructions; their mean squared error in [-1, 1].
+    """Write a PNG of originals above reconstructions; their mean squared error in [-1, 1].
 
     Args:
-        url: folder of good latents.
-        image: where the PNG goes.
+        url: folder of intact latents.
+        image: URL of the PNG.
 
     Raises:
-        UserError: images or autoencoder cannot be had.
+        UserError: the images or the autoencoder are not available.
     """
     import torch
 
@@ -228,41 +227,41 @@ def draw_reconstructions(url: str, image: str) -> float:
     originals = read_items(by_key.url, by_key.kind, chosen, recipe.data.resolution).pixels
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     means = torch.from_numpy(moments[:, 0, : manifest.channels].astype(np.float32))
-    made = autoencoder.decode(means * manifest.scale)
-    error = float(((to_model_range(originals) - to_model_range(made)) ** 2).mean())
+    decoded = autoencoder.decode(means * manifest.scale)
+    error = float(((to_model_range(originals) - to_model_range(decoded)) ** 2).mean())
     names = [by_key.classes[item.label] for item in chosen]
-    _draw_rows(originals, made, names, f"{storage.display_path(url)}: mse {error:.4g}", image)
+    _draw_rows(originals, decoded, names, f"{storage.display_path(url)}: mse {error:.4g}", image)
     return error
 
 
 def _evenly_spaced_samples(url: str, manifest: Manifest) -> tuple[list[int], np.ndarray]:
-    """Keys and moments of some images, evenly spread over all."""
+    """Keys and moments of evenly spaced images."""
     counts = np.cumsum([entry.count for entry in manifest.shards])
     wanted = np.unique(np.linspace(0, counts[-1] - 1, min(SHOWN, int(counts[-1]))).astype(int))
     keys, moments = [], []
-    for place in wanted.tolist():
-        number = int(np.searchsorted(counts, place, side="right"))
+    for index in wanted.tolist():
+        number = int(np.searchsorted(counts, index, side="right"))
         shard = read_shard(url, manifest.shards[number])
-        offset = place - int(counts[number] - len(shard.keys))
+        offset = index - int(counts[number] - len(shard.keys))
         keys.append(int(shard.keys[offset]))
         moments.append(shard.moments[offset])
     return keys, np.stack(moments)
 
 
-def _rows(originals: np.ndarray, made: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _rows(originals: np.ndarray, decoded: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "original", originals
-    yield "decoded", made
+    yield "decoded", decoded
 
 
 def _draw_rows(
-    originals: np.ndarray, made: np.ndarray, names: list[str], title: str, image: str
+    originals: np.ndarray, decoded: np.ndarray, names: list[str], title: str, image: str
 ) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * len(names) + 0.8, 3.4), layout="constrained")
     axes = figure.subplots(2, len(names), squeeze=False)
-    for row, (label, images) in zip(axes, _rows(originals, made), strict=True):
+    for row, (label, images) in zip(axes, _rows(originals, decoded), strict=True):
         for cell, pixels in zip(row, images, strict=True):
             cell.imshow(pixels, interpolation="nearest")
             cell.set_axis_off()

@@ -16,12 +16,12 @@ def _per_image(t: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolate(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """The point of the path at time t (SiT, equation 5, time reversed)."""
+    """The point on the path at time t (SiT, equation 5, time reversed)."""
     return torch.lerp(x0, noise, _per_image(t, x0))
 
 
 def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity of each image, (B,) (SiT, equation 7)."""
+    """Mean squared error of the velocity per image, (B,) (SiT, equation 7)."""
     return ((velocity - (noise - x0)) ** 2).flatten(1).mean(1)
 
 

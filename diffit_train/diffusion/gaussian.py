@@ -28,7 +28,7 @@ def add_noise(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tenso
 
 
 def predict_x0(schedule: Schedule, xt: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """The x_0 that `add_noise` would have turned into x_t with this noise."""
+    """x_0 from x_t and the noise: the inverse of `add_noise`."""
     alpha_bar = schedule.alpha_bar
     scaled = _at(np.sqrt(1.0 / alpha_bar - 1.0), t, xt) * noise
     return _at(np.sqrt(1.0 / alpha_bar), t, xt) * xt - scaled
@@ -52,7 +52,7 @@ def learned_log_variance(schedule: Schedule, values: Tensor, t: Tensor) -> Tenso
 
 
 def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    """KL divergence of two normal distributions, element by element, in nats."""
+    """Elementwise KL divergence of two normal distributions, in nats."""
     ratio = torch.exp(log_var1 - log_var2)
     distance = (mean1 - mean2) ** 2 * torch.exp(-log_var2)
     return 0.5 * (-1.0 + log_var2 - log_var1 + ratio + distance)
@@ -62,7 +62,7 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     """Log-probability of x in [-1, 1] rounded to 256 levels (Ho et al. 2020, equation 13)."""
 
     def cdf(value: Tensor) -> Tensor:
-        # The tanh form of ADM, so that its losses are matched to rounding.
+        # ADM's tanh approximation, to match its losses up to rounding.
         inner = math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)
         return 0.5 * (1.0 + torch.tanh(inner))
 
@@ -78,9 +78,9 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 def variational_bound(
     schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor, values: Tensor
 ) -> Tensor:
-    """One term of the variational bound for each image, (B,), in bits a dimension.
+    """One term of the variational bound per image, (B,), in bits per dimension.
 
-    KL of the posterior to the model's step, or the decoder's negative log-likelihood where t = 0.
+    KL from the posterior to the model's step; at t = 0, the decoder's negative log-likelihood.
     """
     true_mean = posterior_mean(schedule, x0, xt, t)
     mean = posterior_mean(schedule, predict_x0(schedule, xt, t, noise), xt, t)
@@ -94,7 +94,7 @@ def variational_bound(
 
 @dataclass(frozen=True)
 class Loss:
-    """Losses of each image, (B,): what is minimised, and its two parts."""
+    """Losses per image, (B,): the total to minimize, and its two terms."""
 
     total: Tensor
     mse: Tensor
@@ -102,9 +102,9 @@ class Loss:
 
 
 def training_loss(schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Loss:
-    """Mean squared error of the noise plus the variational bound of the variance (ADM).
+    """Mean squared error of the noise plus the variational bound (ADM).
 
-    The bound trains the variance only: its mean is detached.
+    The bound trains only the variance: the mean is detached.
 
     Args:
         output: the model's prediction for `add_noise(schedule, x0, t, noise)`, (B, 2C, h, w).

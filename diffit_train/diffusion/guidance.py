@@ -15,7 +15,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def constant(scale: float) -> Weight:
-    """The same weight at every timestep."""
+    """A constant weight."""
     return lambda t: scale
 
 
@@ -36,7 +36,7 @@ def interval(scale: float, low: float, high: float, timesteps: int = 1000) -> We
 
 
 def build_weight(guidance: Guidance, timesteps: int) -> Weight:
-    """The recipe's weight of the conditional prediction at each timestep."""
+    """The recipe's guidance weight as a function of the timestep."""
     if guidance.kind == "constant":
         return constant(guidance.scale)
     if guidance.kind == "power_cosine":
@@ -47,10 +47,10 @@ def build_weight(guidance: Guidance, timesteps: int) -> Weight:
 
 
 def saved_share(weight: Weight, timesteps: list[float], skip_within: float) -> float:
-    """Share of the model's evaluations that leaving out idle unconditional passes saves.
+    """Fraction of the NFE saved by skipping idle unconditional passes.
 
     Args:
-        timesteps: of every call of the denoiser.
+        timesteps: timestep of every call to the denoiser.
     """
     idle = sum(abs(weight(t) - 1.0) <= skip_within for t in timesteps)
     return idle / (2.0 * len(timesteps))
@@ -64,15 +64,15 @@ def guided(
     channels: int,
     skip_within: float = 0.0,
 ) -> Denoiser:
-    """A denoiser (x, t) of conditional model output pushed away from the unconditional one.
+    """A denoiser (x, t) with classifier-free guidance.
 
-    Only the first `channels` channels of the output are guided, u + w(t) (c - u); the other
-    channels and the variance stay the conditional ones. All images share one t.
+    Only the first `channels` output channels are guided, u + w(t) (c - u); the other channels,
+    including the variance, are the conditional ones. All images share one t.
 
     Args:
         model: (x, t, labels) to (B, O, h, w).
-        labels: (B,), the classes asked for.
-        skip_within: the unconditional pass is left out where |w(t) - 1| is at most this.
+        labels: (B,), the classes to generate.
+        skip_within: skip the unconditional pass if |w(t) - 1| is at most this.
     """
     null = torch.full_like(labels, null_label)
 

@@ -1,7 +1,7 @@
-"""What the model is trained to predict, and how it is sampled: one object for each objective.
+"""Training objectives, and how to sample from models trained with them.
 
-Timesteps t that the model gets lie in [0, T): integers for ADM's diffusion, real numbers for the
-flow, whose time is t / T.
+The model's timesteps t are in [0, T): integers for ADM's diffusion, real numbers for the flow,
+with flow time t / T.
 
 Shapes: x (B, C, h, w); t (B,); model output (B, O, h, w).
 """
@@ -33,7 +33,7 @@ SDE_DIFFUSION = {"2sigma": 2.0, "sigma": 1.0}
 
 
 class Objective(Protocol):
-    """What training and sampling need to know of an objective."""
+    """Interface of an objective to training and sampling."""
 
     @property
     def timesteps(self) -> int:
@@ -43,15 +43,15 @@ class Objective(Protocol):
         """Uniform timesteps (count,)."""
 
     def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The noisy latents that the model sees."""
+        """The noisy latents passed to the model."""
 
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Loss of each image, (B,)."""
+        """Loss per image, (B,)."""
 
     def sample(
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
-        """x_0 from standard normal x; `denoise` gets timesteps in the model's units."""
+        """x_0 from standard normal x; `denoise` takes the model's timesteps."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class EpsilonObjective:
     def sample(
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
-        """By the sampler of that name, on the respaced schedule."""
+        """Run the recipe's sampler on the respaced schedule."""
         space = ddim_spaced if sampler.spacing == "ddim" else evenly_spaced
         respaced = respace(self.schedule, space(self.timesteps, sampler.steps))
         run: dict[str, samplers.DiffusionSampler] = {
@@ -113,7 +113,7 @@ class FlowObjective:
     def sample(
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
-        """By the sampler of that name."""
+        """Run the recipe's sampler."""
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return denoise(x, t * self.timesteps)
@@ -141,7 +141,7 @@ def build_objective(diffusion: Diffusion) -> Objective:
 
 
 def visited_timesteps(diffusion: Diffusion, sampler: Sampler) -> list[float]:
-    """The timesteps at which a sampler calls its denoiser, in order; for saying what it costs."""
+    """The timesteps at which a sampler calls its denoiser, in order; used to count the NFE."""
     visited: list[float] = []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:

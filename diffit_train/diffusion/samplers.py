@@ -4,14 +4,14 @@ For ADM's diffusion
 
     sampler(schedule, denoise, x, noise) -> x_0
 
-where `schedule` is the respaced diffusion and `denoise(x, t)` gets the original timesteps t (B,)
+where `schedule` is the respaced diffusion and `denoise(x, t)` takes the original timesteps t (B,)
 and returns (B, 2C, h, w), predicted noise first. For the flow
 
     sampler(steps, velocity, x, noise) -> x_0
 
-where `velocity(x, t)` gets t (B,) in [0, 1] and returns (B, C, h, w). Either way x (B, C, h, w)
-is standard normal, and `noise(i)` gives the fresh standard normal noise of step i, so that a
-caller may seed every image by itself.
+where `velocity(x, t)` takes t (B,) in [0, 1] and returns (B, C, h, w). In both cases x
+(B, C, h, w) is standard normal, and `noise(i)` returns fresh standard normal noise for step i, so
+that a caller can seed every image separately.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ddpm(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tens
 def ddim(
     schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise, eta: float = 0.0
 ) -> Tensor:
-    """DDIM (Song et al. 2021, equation 12); eta 0 is deterministic and never asks for noise."""
+    """DDIM (Song et al. 2021, equation 12); eta 0 is deterministic and never calls `noise`."""
     alpha_bar, previous = schedule.alpha_bar, schedule.alpha_bar_previous
     for i in reversed(range(len(schedule))):
         index, predicted, _ = _predict(schedule, denoise, x, i)
@@ -76,10 +76,10 @@ def ddim(
 
 
 def dpmpp_2m(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), a multistep method of second order.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), a second-order multistep method.
 
-    Deterministic. One evaluation a step; first and last step are of first order, the last
-    because it goes to noise zero, where the logarithm of the signal-to-noise ratio is infinite.
+    Deterministic; NFE = steps. The first and last steps are first-order, the last because it ends
+    at zero noise, where the log signal-to-noise ratio is infinite.
     """
     signal, sigma = np.sqrt(schedule.alpha_bar), np.sqrt(1.0 - schedule.alpha_bar)
     log_ratio = np.log(signal / sigma)
@@ -104,7 +104,7 @@ def heun(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tens
     """Heun's method on the probability-flow ODE (Karras et al. 2022, algorithm 1).
 
     In y = x / sqrt(alpha_bar) and s = sqrt(1 / alpha_bar - 1) the ODE is dy / ds = predicted
-    noise. Deterministic; two evaluations a step, one in the last, which goes to s = 0.
+    noise. Deterministic; two evaluations per step, but one in the last step, which ends at s = 0.
     """
     signal = np.sqrt(schedule.alpha_bar)
     s = np.sqrt(1.0 / schedule.alpha_bar - 1.0)
@@ -115,9 +115,9 @@ def heun(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tens
         if i == 0:
             return y - float(s[0]) * slope
         width = float(s[i - 1] - s[i])
-        there = y + width * slope
-        _, slope_there, _ = _predict(schedule, denoise, there * float(signal[i - 1]), i - 1)
-        y = y + width * 0.5 * (slope + slope_there)
+        ahead = y + width * slope
+        _, slope_ahead, _ = _predict(schedule, denoise, ahead * float(signal[i - 1]), i - 1)
+        y = y + width * 0.5 * (slope + slope_ahead)
     return y
 
 
@@ -137,13 +137,13 @@ def flow_euler(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tenso
 
 
 def flow_heun(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
-    """Heun's method on the flow's ODE from t = 1 to 0. Deterministic; two evaluations a step."""
+    """Heun's method on the flow's ODE from t = 1 to 0. Deterministic; NFE = 2 * steps."""
     times = np.linspace(1.0, 0.0, steps + 1)
     for now, then in itertools.pairwise(times):
         width = float(then - now)
         slope = velocity(x, _times(x, now))
-        slope_there = velocity(x + width * slope, _times(x, then))
-        x = x + width * 0.5 * (slope + slope_there)
+        slope_ahead = velocity(x + width * slope, _times(x, then))
+        x = x + width * 0.5 * (slope + slope_ahead)
     return x
 
 
@@ -158,12 +158,13 @@ def flow_sde(
 ) -> Tensor:
     """Euler-Maruyama on the flow's reverse SDE with w(t) = diffusion * sigma(t) (SiT, equation 4).
 
-    Backwards in time dx = (v - w / 2 * score) dt + sqrt(w) dW, and sigma(t) = t. The score divides
-    by t, so the steps end at `last_step_size`, and the rest is one step without fresh noise.
+    In reverse time, dx = (v - w / 2 * score) dt + sqrt(w) dW, with sigma(t) = t. The score divides
+    by t, so the noisy steps end at t = `last_step_size`; one final step without noise covers the
+    rest.
 
     Args:
-        diffusion: 2 for SiT's sampling script, whose `--diffusion-form sigma` multiplies the score
-            by sigma and the noise by sqrt(2 sigma).
+        diffusion: 2 matches SiT's sampling script: its `--diffusion-form sigma` multiplies the
+            score by sigma and the noise by sqrt(2 sigma).
         last_step: along the SDE's drift (`mean`, SiT's default) or along the velocity (`euler`).
         last_step_size: 0.04 in SiT.
     """

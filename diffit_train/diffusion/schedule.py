@@ -1,4 +1,4 @@
-"""The noise schedule of ADM, and its respacing. T timesteps, all tables float64 of shape (T,)."""
+"""ADM's noise schedule and its respacing. T timesteps; all tables are float64 of shape (T,)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffit_train.config.diffusion import ddim_stride
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tables of a discrete diffusion whose step i stands for the original timestep `timesteps[i]`.
+    """Tables of a discrete diffusion; step i is the original timestep `timesteps[i]`.
 
     alpha_bar is the cumulative product of 1 - beta (Ho et al. 2020, equation 4).
     """
@@ -24,14 +24,14 @@ class Schedule:
         if len(self.timesteps) != len(self.betas):
             raise ValueError(f"{len(self.timesteps)} timesteps for {len(self.betas)} betas")
         if not ((self.betas > 0) & (self.betas <= 1)).all():
-            raise ValueError("every beta must lie in (0, 1]")
+            raise ValueError("every beta must be in (0, 1]")
 
     def __len__(self) -> int:
         return len(self.betas)
 
     @property
     def alpha_bar(self) -> np.ndarray:
-        """Share of the signal's variance that is left after each step."""
+        """Fraction of the signal's variance left after each step."""
         return np.cumprod(1.0 - self.betas)
 
     @property
@@ -46,7 +46,7 @@ class Schedule:
 
     @property
     def posterior_log_variance(self) -> np.ndarray:
-        """Its logarithm, where the first entry, log 0, is replaced by the second (ADM)."""
+        """Log posterior variance; the first entry, log 0, is replaced by the second (ADM)."""
         variance = self.posterior_variance
         first = variance[1] if len(variance) > 1 else self.betas[0]
         return np.log(np.append(first, variance[1:]))
@@ -64,42 +64,42 @@ class Schedule:
 
 
 def linear_schedule(timesteps: int, beta_start: float, beta_end: float) -> Schedule:
-    """Betas on a line, ADM's choice with T = 1000, 1e-4 to 0.02."""
+    """Linearly spaced betas; ADM uses T = 1000, 1e-4 to 0.02."""
     return Schedule(np.arange(timesteps), np.linspace(beta_start, beta_end, timesteps))
 
 
 def evenly_spaced(timesteps: int, steps: int) -> np.ndarray:
-    """`steps` of `timesteps` timesteps, first and last included, at equal strides.
+    """`steps` of `timesteps` timesteps at equal strides, including the first and the last.
 
-    ADM's space_timesteps with one section: the stride is added up in float64 and each sum rounded,
-    which for 278 of 1,000 step counts is one off the rounded multiple of the stride somewhere.
+    ADM's space_timesteps with one section: it accumulates the stride in float64 and rounds each
+    sum, which for 278 of 1,000 step counts differs from rounding multiples of the stride.
 
     Raises:
         ValueError: more steps than timesteps, or none.
     """
     if not 1 <= steps <= timesteps:
-        raise ValueError(f"sampling steps must lie between 1 and {timesteps}, not {steps}")
+        raise ValueError(f"sampling steps must be between 1 and {timesteps}, not {steps}")
     stride = (timesteps - 1) / (steps - 1) if steps > 1 else 1.0
     sums = itertools.accumulate(itertools.repeat(stride, steps - 1), initial=0.0)
-    return np.array([round(place) for place in sums])
+    return np.array([round(value) for value in sums])
 
 
 def ddim_spaced(timesteps: int, steps: int) -> np.ndarray:
-    """Every n-th of `timesteps` timesteps from 0, where that makes `steps` of them (ADM's ddimN).
+    """Every n-th of `timesteps` timesteps from 0, `steps` in total (ADM's ddimN).
 
-    The last one is not included, unlike in `evenly_spaced`.
+    Unlike `evenly_spaced`, does not include the last one.
 
     Raises:
-        ValueError: no whole stride makes so many.
+        ValueError: no integer stride gives this many.
     """
     stride = ddim_stride(timesteps, steps)
     if stride is None:
-        raise ValueError(f"no whole stride takes {steps} of {timesteps} timesteps")
+        raise ValueError(f"no integer stride gives {steps} of {timesteps} timesteps")
     return np.arange(0, timesteps, stride)
 
 
 def respace(schedule: Schedule, kept: np.ndarray) -> Schedule:
-    """The diffusion that visits only the steps `kept` (ascending) of `schedule`."""
+    """The diffusion restricted to the steps `kept` (ascending) of `schedule`."""
     alpha_bar = schedule.alpha_bar[kept]
     previous = np.append(1.0, alpha_bar[:-1])
     return Schedule(schedule.timesteps[kept], 1.0 - alpha_bar / previous)

@@ -12,9 +12,9 @@ from diffit_train.models.attention_kernels import Kernel, sdpa_attention
 
 
 def relative_position_index(side: int) -> Tensor:
-    """Row of the bias table for each pair of tokens: (N, N) int64, N = side^2.
+    """Bias table row of each pair of tokens: (N, N) int64, N = side^2.
 
-    The table has (2 side - 1)^2 rows, one for each offset (rows, columns) between two tokens.
+    The table has (2 side - 1)^2 rows, one per offset (rows, columns) between two tokens.
     """
     grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
     position = grid.flatten(1)  # (2, N)
@@ -23,7 +23,7 @@ def relative_position_index(side: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multihead self-attention without time or position, as in DiT. `kernel` may be replaced."""
+    """Multihead self-attention without time or position, as in DiT. `kernel` can be replaced."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -39,21 +39,21 @@ class SelfAttention(nn.Module):
 
 
 class TMSA(nn.Module):
-    """Self-attention whose queries, keys and values are linear in token and time-label token.
+    """Self-attention with queries, keys and values linear in the tokens and the conditioning c.
 
     q, k, v = qkv(x) + qkv_temb(c)                       (equations 3 to 5)
     out = softmax(q k^T / sqrt(K) + B) v                 (equation 6)
 
-    B is a learned bias for each head and each relative position. With a window, tokens attend to
-    those of their own window x window square only. `kernel` may be replaced.
+    B is a learned bias per head and relative position. With a window, tokens attend only within
+    their own window x window square. `kernel` can be replaced.
 
     Args:
-        side: of the square grid of tokens.
+        side: side of the square token grid.
         window: side of a window; None for one window over the whole grid.
-        condition_size: size of the token c, where it is not the hidden size.
+        condition_size: size of c; None for the hidden size.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: hidden size not divisible by heads, or side by window.
     """
 
     relative_position_index: Tensor
@@ -83,7 +83,7 @@ class TMSA(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(self.window))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (B, N, D) in row order and conditioning c (B, condition size) to (B, N, D)."""
+        """Tokens x (B, N, D), row-major, and conditioning c (B, condition size) to (B, N, D)."""
         qkv = self.qkv(x) + self.qkv_temb(c)[:, None, :]
         windowed = self.window < self.side
         if windowed:
@@ -103,14 +103,14 @@ def _require_heads(hidden_size: int, num_heads: int) -> None:
 def _attend(
     kernel: Kernel, qkv: Tensor, num_heads: int, table: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """Projected tokens (B, N, 3D) to attended ones (B, N, D)."""
+    """Projected tokens (B, N, 3D) to attention output (B, N, D)."""
     batch, count, width = qkv.shape
     q, k, v = qkv.view(batch, count, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     return kernel(q, k, v, table, index).transpose(1, 2).reshape(batch, count, width // 3)
 
 
 def _to_windows(x: Tensor, side: int, window: int) -> Tensor:
-    """(B, side^2, D) to (B * windows, window^2, D), windows and their tokens in row order."""
+    """(B, side^2, D) to (B * windows, window^2, D), windows and their tokens row-major."""
     many, width = side // window, x.shape[-1]
     cut = x.view(-1, many, window, many, window, width).transpose(2, 3)
     return cut.reshape(-1, window**2, width)

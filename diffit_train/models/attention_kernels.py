@@ -1,13 +1,13 @@
-"""Attention kernels: the same computation with and without position bias, for each kind of device.
+"""Attention kernels: implementations of one function for different devices.
 
 A kernel is a plain function
 
     kernel(q, k, v, table, index) -> softmax(q k^T / sqrt(K) + B) v
 
-of q, k, v (B, H, N, K), a bias table (R, H) and the row of that table for each pair of tokens,
-(N, N) int64; table and index are None where attention has no position bias.
+of q, k, v (B, H, N, K), a bias table (R, H), and the table row of each pair of tokens, (N, N)
+int64. Without position bias, table and index are None.
 
-Shapes: B images (or windows), N tokens, H heads, K features a head.
+Shapes: B images (or windows), N tokens, H heads, K features per head.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from diffit_train.errors import UserError
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
-# Attention weights that `chunked_attention` computes at once: 4 MiB in fp32, for the cache.
+# Attention weights per chunk of `chunked_attention`: 4 MiB in fp32, to fit the cache.
 CHUNK_WEIGHTS = 1 << 20
 
 
 def position_bias(table: Tensor, index: Tensor) -> Tensor:
-    """The bias B of every pair of tokens, (H, N, N)."""
+    """The bias B for every pair of tokens, (H, N, N)."""
     return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
 
 
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """Equation 6 as it stands; every weight is held. Any dtype, any device."""
+    """Equation 6 as written; materializes all attention weights. Any dtype, any device."""
     logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if table is not None and index is not None:
         logits = logits + position_bias(table, index)
@@ -48,9 +48,9 @@ def reference_attention(
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """torch's scaled-dot-product attention with the bias as its mask.
+    """torch's scaled_dot_product_attention with the bias as its mask.
 
-    On a CPU torch holds every weight where the bias wants a gradient; see `chunked_attention`.
+    On a CPU, torch materializes all weights if the bias requires grad; see `chunked_attention`.
     """
     if table is None or index is None:
         return F.scaled_dot_product_attention(q, k, v)
@@ -64,8 +64,8 @@ def chunked_attention(
 ) -> Tensor:
     """For CPUs: attention in chunks that fit the cache.
 
-    It keeps q, k and v only, and recomputes the weights in the backward pass. Without position
-    bias torch's own kernel does as well.
+    Saves only q, k and v, and recomputes the weights in the backward pass. Without position bias,
+    torch's own kernel already does so.
     """
     if table is None or index is None:
         return F.scaled_dot_product_attention(q, k, v)
@@ -73,7 +73,7 @@ def chunked_attention(
 
 
 def _chunks(batch: int, heads: int, count: int) -> Iterator[tuple[slice, slice]]:
-    """Images and heads whose attention weights fit the cache: some images, or some heads."""
+    """Slices of images and heads small enough that their attention weights fit the cache."""
     heads_at_once = min(heads, max(1, CHUNK_WEIGHTS // count**2))
     images = max(1, CHUNK_WEIGHTS // (heads * count**2))
     for start in range(0, batch, images):
@@ -85,8 +85,7 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1)).mul_(1.0 / math.sqrt(q.shape[-1])).add_(bias).softmax(-1)
 
 
-# One operation to torch, so that selective checkpointing keeps its result and compilers leave it
-# alone.
+# A custom op, so that selective checkpointing can save its result and compilers do not touch it.
 @torch.library.custom_op("diffit::biased_attention", mutates_args=())
 def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
     batch, heads, count, size = q.shape
@@ -107,7 +106,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
 def _biased_attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of q, k, v in the layout (B, N, 3, H, K) of their projection, and of the table."""
+    """Gradients of q, k, v in the layout of their projection, (B, N, 3, H, K), and of the table."""
     batch, heads, count, size = q.shape
     scale = 1.0 / math.sqrt(size)
     bias = position_bias(table, index).to(q.dtype).contiguous()
@@ -115,17 +114,17 @@ def _biased_attention_backward(
     grad_q, grad_k, grad_v = grad_qkv.permute(2, 0, 3, 1, 4)
     grad_bias = torch.zeros_like(bias, dtype=table.dtype)
     for rows, some in _chunks(batch, heads, count):
-        place = (rows, some)
-        query, key, value, grad = q[place], k[place], v[place], grad_out[place]
+        chunk = (rows, some)
+        query, key, value, grad = q[chunk], k[chunk], v[chunk], grad_out[chunk]
         weights = _weights(query, key, bias[some])
-        grad_v[place] = weights.transpose(-2, -1) @ grad
-        # The softmax's gradient: weights * (dW - sum(weights * dW)), here in place.
+        grad_v[chunk] = weights.transpose(-2, -1) @ grad
+        # Gradient of softmax: weights * (dW - sum(weights * dW)), in place.
         grad_logits = grad @ value.transpose(-2, -1)
         inner = torch.linalg.vecdot(grad_logits, weights).unsqueeze(-1)
         grad_logits.sub_(inner).mul_(weights)
         grad_bias[some] += grad_logits.sum(0, dtype=table.dtype)
-        grad_q[place] = (grad_logits @ key).mul_(scale)
-        grad_k[place] = (grad_logits.transpose(-2, -1) @ query).mul_(scale)
+        grad_q[chunk] = (grad_logits @ key).mul_(scale)
+        grad_k[chunk] = (grad_logits.transpose(-2, -1) @ query).mul_(scale)
     by_pair = grad_bias.permute(1, 2, 0).reshape(-1, heads)
     return grad_qkv, torch.zeros_like(table).index_add_(0, index.view(-1), by_pair)
 
@@ -159,9 +158,9 @@ def _flops(q: Any, *args: Any, **kwargs: Any) -> int:
 def flex_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """FlexAttention: the bias is looked up inside the kernel, so no (N, N) tensor exists.
+    """FlexAttention: looks up the bias inside the kernel, so no (N, N) tensor is materialized.
 
-    Compiled on CUDA; elsewhere torch evaluates the same function eagerly, which is for tests.
+    Compiled on CUDA; elsewhere evaluated eagerly by torch, for tests only.
     """
     run = _compiled_flex() if q.is_cuda else _eager_flex()
     if table is None or index is None:
@@ -197,7 +196,7 @@ def kernel_name(wanted: str, device: torch.device) -> str:
     """The kernel to use: `wanted`, or for `auto` flex on CUDA and chunked elsewhere.
 
     Raises:
-        UserError: flex was asked for where it would be evaluated eagerly.
+        UserError: flex was requested on a device where it would be evaluated eagerly.
     """
     if wanted == "auto":
         return "flex" if device.type == "cuda" else "chunked"

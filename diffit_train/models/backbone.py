@@ -1,4 +1,4 @@
-"""What every trained network is to the rest of the package."""
+"""The interface of every trained network to the rest of the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Backbone(nn.Module, ABC):
     """A network that maps noisy input, noise level and label to a prediction.
 
     Attributes:
-        blocks: the repeated units, in order, which compilation and activation checkpointing wrap.
+        blocks: the repeated blocks, in order; units of compilation and activation checkpointing.
     """
 
     blocks: nn.ModuleList

@@ -1,4 +1,4 @@
-"""From a recipe to its model."""
+"""Build the model of a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARCHITECTURES: dict[str, type[LatentTransformer]] = {
 
 
 def model_shape(recipe: Recipe) -> Shape:
-    """The sizes that a recipe asks for."""
+    """The recipe's model sizes."""
     model, channels = recipe.model, recipe.autoencoder.latent_channels
     return Shape(
         latent_size=recipe.latent_size,
@@ -33,5 +33,5 @@ def model_shape(recipe: Recipe) -> Shape:
 
 
 def build_model(recipe: Recipe) -> Backbone:
-    """The recipe's model, initialised from torch's current random state."""
+    """The recipe's model, initialized from torch's current random state."""
     return ARCHITECTURES[recipe.model.architecture](model_shape(recipe))

@@ -1,6 +1,7 @@
-"""What a model costs: parameters, multiply-adds and activation bytes.
+"""Cost of a model: parameters, multiply-adds and activation bytes.
 
-All are counted on the model itself, without memory (meta device) where it holds none."""
+All are counted on the model itself; a model on the meta device needs no memory.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +21,15 @@ from diffit_train.models.wrap import KEPT_OPERATIONS, use_kernel
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters of each child of the model."""
+    """Number of trainable parameters in each child module."""
     return {name: trainable_parameters(child) for name, child in model.named_children()}
 
 
 def multiply_adds(model: Backbone) -> tuple[int, int]:
-    """Multiply-adds of one forward pass of one image: all, and those of attention products.
+    """Multiply-adds of a forward pass for one image: total, and in attention products.
 
     Args:
-        model: on the meta device; it is left with the reference kernel.
+        model: on the meta device; its kernel is set to the reference kernel.
     """
     use_kernel(model, "reference", torch.device("meta"))
     counter = FlopCounterMode(display=False)
@@ -40,14 +41,14 @@ def multiply_adds(model: Backbone) -> tuple[int, int]:
 
 
 def _inputs(model: Backbone) -> tuple[Tensor, Tensor, Tensor]:
-    """A noisy input, its noise level and its label, on the model's device."""
+    """A noisy input, noise level and label, on the model's device."""
     device = next(model.parameters()).device
     zero = torch.zeros(1, dtype=torch.long, device=device)
     return torch.zeros(1, *model.input_shape, device=device), zero, zero
 
 
 class _KeptBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the results of the operations that selective checkpointing keeps."""
+    """Counts bytes of the results that selective checkpointing saves."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,7 +63,7 @@ class _KeptBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass beside the module's own, each once."""
+    """Bytes that autograd saves for the backward pass, except parameters and buffers."""
     own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -82,10 +83,10 @@ def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
 def activation_bytes(
     shape: Shape, architecture: str, batch: int, mode: str, every_nth: int, dtype: torch.dtype
 ) -> int:
-    """Bytes of activations at their peak, at the start of the backward pass.
+    """Peak bytes of activations, at the start of the backward pass.
 
     Args:
-        batch: images of one rank.
+        batch: images per rank.
         mode: as `train.activation_checkpointing`.
     """
     with torch.device("meta"):
@@ -102,17 +103,17 @@ def activation_bytes(
     whole = _saved_bytes(block, tokens, condition)
     with _KeptBytes() as kept:
         block(tokens, condition)
-    lasting = {"none": whole, "selective": kept.total + into, "blocks": into}[mode]
+    saved = {"none": whole, "selective": kept.total + into, "blocks": into}[mode]
     covered = 0 if mode == "none" else math.ceil(shape.depth / every_nth)
-    again = whole if covered else 0
+    recomputed = whole if covered else 0
     last = _saved_bytes(model.final_layer, tokens, condition)
-    return covered * lasting + (shape.depth - covered) * whole + again + last
+    return covered * saved + (shape.depth - covered) * whole + recomputed + last
 
 
 def training_flops_per_image(model: Backbone) -> float:
-    """Floating-point operations of forward and backward for one image.
+    """FLOPs of forward and backward for one image.
 
-    Counted by torch on the products of a forward pass; a backward pass costs twice as much.
+    Torch counts the matrix products of a forward pass; a backward pass costs twice as much.
     """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

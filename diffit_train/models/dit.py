@@ -1,6 +1,6 @@
-"""DiT with adaLN-Zero (Peebles and Xie 2023), the baseline, and DiT with TMSA in its place.
+"""The baseline DiT with adaLN-Zero (Peebles and Xie 2023), and DiT with TMSA instead.
 
-Shapes as in latent.py. Names are those of DiT's published weights.
+Shapes as in latent.py. Parameter names are those of DiT's published weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """A block whose norms and branches are scaled, shifted and gated by time and label."""
+    """A block with adaLN-Zero: time and label scale, shift and gate its norms and branches."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -53,28 +53,29 @@ class DiTFinalLayer(nn.Module):
 
 
 class DiT(LatentTransformer):
-    """DiT; at the default shape DiT-XL/2 for 256x256."""
+    """DiT; the default shape is DiT-XL/2 for 256x256."""
 
     def make_block(self, shape: Shape) -> nn.Module:
         """A DiT block."""
         return DiTBlock(shape)
 
     def make_final_layer(self, shape: Shape) -> nn.Module:
-        """DiT's."""
+        """DiT's final layer."""
         return DiTFinalLayer(shape)
 
-    def zero_initialise(self) -> None:
-        """Gates, shifts and scales are zero, so every block starts as the identity."""
+    def zero_initialize(self) -> None:
+        """Zero gates, shifts and scales, so that every block starts as the identity."""
         for name, parameter in self.named_parameters():
             if "adaLN_modulation" in name or name == "final_layer.linear.weight":
                 nn.init.zeros_(parameter)
 
 
 class DiTWithTMSA(LatentTransformer):
-    """DiT in which TMSA takes the place of every modulation (paper section 5.9).
+    """DiT with TMSA instead of modulation (paper section 5.9).
 
-    The paper gives no code for it. Here blocks are DiffiT's, and the last layer is DiT's without
-    its modulation, so it differs from the latent DiffiT by the SiLU before the last projection.
+    There is no published code. Here the blocks are DiffiT's and the final layer is DiT's without
+    modulation, so the only difference from the latent DiffiT is the SiLU before the final
+    projection.
     """
 
     def make_block(self, shape: Shape) -> nn.Module:
@@ -82,9 +83,9 @@ class DiTWithTMSA(LatentTransformer):
         return Block(shape.hidden_size, shape.num_heads, shape.mlp_ratio, shape.side)
 
     def make_final_layer(self, shape: Shape) -> nn.Module:
-        """DiT's, without modulation."""
+        """DiT's final layer, without modulation."""
         return FinalLayer(shape, silu=False)
 
-    def zero_initialise(self) -> None:
-        """The first prediction is zero, as in DiT."""
+    def zero_initialize(self) -> None:
+        """Zero the last projection, so that the initial prediction is zero, as in DiT."""
         nn.init.zeros_(self.final_layer.get_parameter("linear.weight"))

@@ -34,14 +34,15 @@ class Shape:
     Attributes:
         latent_size: side of the square latent, h = w; a multiple of `patch_size`.
         latent_channels: C.
-        out_channels: O; 2C where the variance is learned.
-        num_classes: classes of the data, where label `num_classes` is the null class; None for
-            a model without labels.
-        label_init_std: standard deviation of the label table at the start (0.02 as published).
-        position_side: side of the token grid over which the fixed positions spread; None: its own.
+        out_channels: O; 2C if the variance is learned.
+        num_classes: number of classes, label `num_classes` being the null class; None for an
+            unconditional model.
+        label_init_std: initial standard deviation of the label table (published: 0.02).
+        position_side: side of the token grid that the fixed positions range over; None for the
+            model's own.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: latent size is not a multiple of patch size.
     """
 
     latent_size: int = 32
@@ -64,16 +65,16 @@ class Shape:
 
     @property
     def side(self) -> int:
-        """Tokens in a row."""
+        """Tokens per row."""
         return self.latent_size // self.patch_size
 
 
 class LatentTransformer(Backbone):
     """Embed patches, time and label; run blocks; project tokens back to patches.
 
-    A subclass says what a block and the last layer are; both are called with (x, c). Under bf16
-    weights the latents must still come in fp32: patches and positions are embedded in fp32, and
-    the tokens are rounded for the first block.
+    Subclasses define the block and the final layer; both are called with (x, c). With bf16 weights
+    the latents must still be fp32: patches and positions are embedded in fp32, and only the tokens
+    are rounded, before the first block.
     """
 
     pos_embed: Tensor  # (1, N, D), fixed, never narrower than fp32
@@ -90,7 +91,7 @@ class LatentTransformer(Backbone):
             else LabelEmbedder(shape.num_classes, width, shape.label_init_std)
         )
         table = sincos_position_table(width, shape.side, shape.position_side)
-        # A buffer, since DeepSpeed rounds every parameter to bf16, learned or not.
+        # A buffer, because DeepSpeed casts every parameter to bf16, trainable or not.
         self.register_buffer("pos_embed", table)
         self.blocks = nn.ModuleList([self.make_block(shape) for _ in range(shape.depth)])
         self.final_layer = self.make_final_layer(shape)
@@ -98,7 +99,7 @@ class LatentTransformer(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.zero_initialise()
+        self.zero_initialize()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -107,18 +108,18 @@ class LatentTransformer(Backbone):
 
     @abstractmethod
     def make_block(self, shape: Shape) -> nn.Module:
-        """A transformer block, called with tokens (B, N, D) and conditioning (B, D)."""
+        """Build a transformer block, called with tokens (B, N, D) and conditioning (B, D)."""
 
     @abstractmethod
     def make_final_layer(self, shape: Shape) -> nn.Module:
-        """From tokens (B, N, D) and conditioning (B, D) to (B, N, patch_size^2 * O)."""
+        """Build a layer from tokens (B, N, D), conditioning (B, D) to (B, N, patch_size^2 * O)."""
 
     @abstractmethod
-    def zero_initialise(self) -> None:
-        """Set to zero what must be so at the start."""
+    def zero_initialize(self) -> None:
+        """Zero the weights that must start at zero."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `half` and the like come down to; the positions are moved but not rounded."""
+        """Called by `to`, `half`, etc.; moves the positions but never rounds them."""
         table = self.pos_embed
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.pos_embed.dtype.itemsize < 4:
@@ -129,7 +130,7 @@ class LatentTransformer(Backbone):
         """Noisy latents x (B, C, h, w), timesteps t (B,), labels y (B,) to (B, O, h, w).
 
         With a learned variance the first C channels are the predicted noise, the last C the
-        variance interpolation. A model without labels takes no notice of y.
+        variance interpolation. An unconditional model ignores y.
         """
         c = self.t_embedder(t)
         if self.y_embedder is not None:
@@ -167,21 +168,21 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(shape.hidden_size, shape.patch_size**2 * shape.out_channels)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, patch_size^2 * O); time and label have no part in it."""
+        """(B, N, D) to (B, N, patch_size^2 * O); c is not used."""
         return self.linear(self.act(self.norm(x)))
 
 
 class LatentDiffiT(LatentTransformer):
-    """The paper's model; at its default shape the 561M of the published weights for 256x256."""
+    """The paper's model; the default shape is that of the published 561M weights for 256x256."""
 
     def make_block(self, shape: Shape) -> nn.Module:
         """A DiffiT block."""
         return Block(shape.hidden_size, shape.num_heads, shape.mlp_ratio, shape.side)
 
     def make_final_layer(self, shape: Shape) -> nn.Module:
-        """With SiLU, as published."""
+        """The published final layer, with SiLU."""
         return FinalLayer(shape, silu=True)
 
-    def zero_initialise(self) -> None:
-        """The first prediction is zero whatever the input, as in DiT."""
+    def zero_initialize(self) -> None:
+        """Zero the last projection, so that the initial prediction is zero, as in DiT."""
         nn.init.zeros_(self.final_layer.get_parameter("linear.weight"))

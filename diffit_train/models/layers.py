@@ -1,4 +1,4 @@
-"""Parts shared by the transformers: patches, positions, timestep and label embeddings, MLP.
+"""Layers shared by the transformers: patch, position, timestep and label embeddings, MLP.
 
 Shapes: B images, C channels, h x w latent pixels, N tokens, D hidden size.
 """
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 
 def layer_norm(hidden_size: int) -> nn.LayerNorm:
-    """LayerNorm over D without affine terms, as in the published weights."""
+    """LayerNorm over D without affine parameters, as in the published weights."""
     return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
 
 
 class FullPrecisionConv2d(nn.Conv2d):
-    """A convolution that never rounds its input: weights are widened to it, autocast is off.
+    """A convolution that never rounds its input: casts weights up to it, disables autocast.
 
-    Where weights and input have one dtype it is the plain convolution, bit for bit.
+    If weights and input have the same dtype, it equals nn.Conv2d bit for bit.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,10 +35,10 @@ class FullPrecisionConv2d(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """Cut (B, C, h, w) into patches and project each to D: (B, N, D), tokens in row order.
+    """Split (B, C, h, w) into patches and project each to D: (B, N, D), tokens in row-major order.
 
-    In the dtype of the latents, also under bf16 weights or autocast: a noisy latent near the data
-    differs from the data by less than bf16 resolves.
+    Computed in the latents' dtype even with bf16 weights or autocast: at low noise levels, noisy
+    latents differ from clean ones by less than bf16 can represent.
     """
 
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
@@ -54,7 +54,7 @@ class PatchEmbed(nn.Module):
 
 
 def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
-    """(B, N, patch_size^2 * channels) to (B, channels, h, w); N must be a square."""
+    """(B, N, patch_size^2 * channels) to (B, channels, h, w); N must be a perfect square."""
     batch, count, _ = tokens.shape
     side = math.isqrt(count)
     x = tokens.reshape(batch, side, side, patch_size, patch_size, channels)
@@ -63,18 +63,18 @@ def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
 
 
 def sincos_position_table(hidden_size: int, side: int, spread: int | None = None) -> Tensor:
-    """Fixed 2D sine-cosine positions (1, side^2, D): the column's half first, then the row's.
+    """Fixed 2D sine-cosine positions (1, side^2, D): first half columns, second half rows.
 
     Args:
-        spread: side of the grid whose positions the `side` tokens share evenly; None for `side`.
-            A model made for `spread` tokens a row then sees no position that it has not learnt.
+        spread: side of the grid whose position range the `side` tokens cover evenly; None for
+            `side`. A model trained with `spread` tokens per row then sees no unseen positions.
     """
     if hidden_size % 4:
         raise ValueError(f"hidden_size must be a multiple of 4, not {hidden_size}")
     quarter = hidden_size // 4
     frequency = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
-    places = np.arange(side) * ((spread or side) / side)
-    row, column = np.meshgrid(places, places, indexing="ij")
+    positions = np.arange(side) * ((spread or side) / side)
+    row, column = np.meshgrid(positions, positions, indexing="ij")
 
     def encode(position: np.ndarray) -> np.ndarray:
         angle = position.reshape(-1, 1) * frequency
@@ -85,7 +85,7 @@ def sincos_position_table(hidden_size: int, side: int, spread: int | None = None
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (B,) to (B, D): sinusoid features (cosines first), then a two-layer MLP."""
+    """Timesteps (B,) to (B, D): sinusoidal features (cosines first), then a two-layer MLP."""
 
     features = 256
     max_period = 10000
@@ -110,7 +110,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) to (B, D). Row `num_classes` is the null class of guidance."""
+    """Labels (B,) to (B, D). Row `num_classes` is the null class for guidance."""
 
     def __init__(self, num_classes: int, hidden_size: int, init_std: float = 0.02) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with tanh-GELU between them."""
+    """Two linear layers with tanh-approximated GELU in between."""
 
     def __init__(self, hidden_size: int, ratio: float) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Weight files under the names of NVIDIA's release: reading, checking, writing.
+"""Read, check and write weight files under the parameter names of NVIDIA's release.
 
-The models here bear those names themselves, so nothing is renamed. A file that does not fit is
-refused with the names of what is missing, unexpected or wrongly shaped.
+The models here use those names themselves, so nothing is renamed. A file that does not match is
+refused with the names of missing, unexpected or wrongly shaped tensors.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor, nn
 from diffit_train import storage
 from diffit_train.errors import UserError
 
-# Set when a model is made, not learned: training checkpoints do not hold them, the release does.
+# Computed, not learned: the release includes them, training checkpoints do not.
 FIXED = ("pos_embed", "relative_position_index")
-# The release's position table was made by other code; float32 sines may differ by rounding.
+# The release's position table was computed by other code; float32 sines may differ by rounding.
 POSITION_TOLERANCE = 1e-5
 
-# First bytes of the two forms in which torch pickles: a zip archive, and the older bare pickle.
+# First bytes of torch's two pickle formats: a zip archive, and the older bare pickle.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _SHOWN_NAMES = 40
 
 
 def read_weights_file(url: str, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; of a pickle only if `allow_pickle`.
+    """The tensors of a safetensors file, or of a pickle if `allow_pickle`.
 
-    A pickle is read by torch with `weights_only=True`; a dictionary under `ema`, `model` or
-    `state_dict` is taken where there is one.
+    Pickles are read by torch with `weights_only=True`; a dictionary under `ema`, `model` or
+    `state_dict` is used if there is one.
 
     Raises:
-        UserError: the file is missing, truncated, or a pickle that was not asked for.
+        UserError: the file is missing, truncated, or a pickle without `allow_pickle`.
     """
     return read_weights_and_step(url, allow_pickle)[0]
 
@@ -43,7 +43,7 @@ def read_weights_file(url: str, allow_pickle: bool = False) -> dict[str, Tensor]
 def read_weights_and_step(
     url: str, allow_pickle: bool = False
 ) -> tuple[dict[str, Tensor], int | None]:
-    """As `read_weights_file`, and the step of which the file says it is; None if it does not."""
+    """As `read_weights_file`, plus the step recorded in the file; None if there is none."""
     with _weights_file(url) as path:
         if _is_pickle(path, url, allow_pickle):
             return _read_pickle(path, url), None
@@ -53,13 +53,13 @@ def read_weights_and_step(
 
 
 def recipe_of_file(url: str, allow_pickle: bool = False) -> tuple[str, str] | None:
-    """The recipe that a weight file is of, as its text and a name; None where it cannot be told.
+    """A weight file's recipe, as its text and a name; None if it cannot be determined.
 
-    An export holds its recipe. A release does not, but the size of its position bias tells which
-    of the two it is. Pickles and folders never say.
+    An export contains its recipe. A release does not, but the size of its position bias tells
+    which of the two it is. Pickles and folders never contain it.
 
     Raises:
-        UserError: the file is missing, truncated, or a pickle that was not asked for.
+        UserError: the file is missing, truncated, or a pickle without `allow_pickle`.
     """
     if storage.is_folder(url):
         return None
@@ -71,7 +71,7 @@ def recipe_of_file(url: str, allow_pickle: bool = False) -> tuple[str, str] | No
             if text is not None:
                 return text, f"in {url}"
             name = "blocks.0.attn.relative_position_bias_table"
-            if name not in file.keys():  # noqa: SIM118  (it is no dictionary)
+            if name not in file.keys():  # noqa: SIM118  (not a dictionary)
                 return None
             rows = file.get_slice(name).get_shape()[0]
     return {961: ("", "imagenet256"), 3969: ("", "imagenet512")}.get(rows)
@@ -79,30 +79,30 @@ def recipe_of_file(url: str, allow_pickle: bool = False) -> tuple[str, str] | No
 
 @contextmanager
 def _weights_file(url: str) -> Iterator[Path]:
-    """A local path to read a weight file from; what is wrong with it is said of `url`."""
+    """A local path to read a weight file from; errors name `url`."""
     try:
         with storage.local_copy(url) as path:
             yield path
     except FileNotFoundError as error:
-        raise UserError(f"there is no weight file {url}") from error
+        raise UserError(f"weight file {url} does not exist; fix the path") from error
     except IsADirectoryError as error:
-        raise UserError(f"{url} is a folder; give the safetensors file in it") from error
+        raise UserError(f"{url} is a folder; pass the safetensors file in it") from error
     except SafetensorError as error:
         raise UserError(
-            f"{url} is not a whole safetensors file ({error}); fetch it again"
+            f"{url} is not a complete safetensors file ({error}); download it again"
         ) from error
 
 
 def _is_pickle(path: Path, url: str, allowed: bool) -> bool:
-    """Whether the file is a pickle; refused unless allowed."""
+    """Whether the file is a pickle; a UserError if it is and pickles are not allowed."""
     with path.open("rb") as file:
         start = file.read(8)
     if not start.startswith(_PICKLE_STARTS):
         return False
     if not allowed:
         raise UserError(
-            f"{url} is a pickle, which can run any code when it is read; convert it to "
-            "safetensors, or say --allow-pickle if you trust where it comes from"
+            f"{url} is a pickle, which can run arbitrary code when loaded; convert it to "
+            "safetensors, or pass --allow-pickle if you trust its source"
         )
     return True
 
@@ -110,31 +110,31 @@ def _is_pickle(path: Path, url: str, allowed: bool) -> bool:
 def _read_pickle(path: Path, url: str) -> dict[str, Tensor]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a foreign pickle raises is not to be foreseen
+    except Exception as error:  # unpickling can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if type(error).__name__ == "UnpicklingError":
-            # Torch's words advise weights_only=False, which would run what the pickle holds.
-            reason = "it holds more than tensors, or is cut off"
+            # Torch's message recommends weights_only=False, which would run the pickle's code.
+            reason = "it holds more than tensors, or is truncated"
         raise UserError(
             f"{url} cannot be read as a pickle of tensors: {reason}; convert it to safetensors "
-            "by the program that wrote it, or fetch it again if it is not whole"
+            "with the program that wrote it, or download it again if it is truncated"
         ) from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
     if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
-        raise UserError(f"{url} holds no dictionary of tensors")
+        raise UserError(f"{url} does not hold a dictionary of tensors; convert it to safetensors")
     return value
 
 
 def check_published(model: nn.Module, tensors: Mapping[str, Tensor], url: str) -> dict[str, Tensor]:
-    """The tensors that `model` needs, in fp32: what is learned, and the position table.
+    """The tensors that `model` needs, in fp32: learned parameters and the position table.
 
     Args:
-        model: of the architecture expected; it may lie on the meta device.
+        model: of the expected architecture; may be on the meta device.
 
     Raises:
-        UserError: names, shapes or fixed tensors differ; every one is named.
+        UserError: names, shapes or fixed tensors differ; the message lists them.
     """
     expected = model.state_dict()
     lines = []
@@ -168,7 +168,7 @@ def _size(tensor: Tensor) -> str:
 
 
 def _wrong_fixed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Fixed tensors whose values are not this model's; the meta device has none to compare."""
+    """Fixed tensors with values other than this model's; skipped on the meta device."""
     lines = []
     for name, mine in model.state_dict().items():
         if not name.endswith(FIXED) or mine.is_meta:
@@ -189,9 +189,8 @@ def write_published(
     """Write a safetensors file with every name of the release, in the model's order.
 
     Args:
-        model: of the weights' architecture, whose fixed tensors are written where `weights`
-            holds none.
-        weights: what is learned, by name.
+        model: of the weights' architecture; supplies the fixed tensors missing in `weights`.
+        weights: learned parameters by name.
     """
     tensors = {
         name: weights.get(name, value).detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Weights of one model for another of the same kind at another resolution."""
+"""Transfer weights between models of the same architecture at different resolutions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BIAS_TABLE = "relative_position_bias_table"
 
 
 def resized_bias_table(table: Tensor, side: int) -> Tensor:
-    """A relative-position bias table for a grid of another side.
+    """Resize a relative-position bias table to another grid side.
 
-    Offsets are scaled with the grid, so a token looks as far, measured in images, as before:
-    the new entry of offset d is the old table, bicubic, at d * old side / new side. Offsets that
-    lie beyond the old table take its outermost entry.
+    Offsets scale with the grid, so attention reaches equally far relative to the image: the new
+    entry at offset d is the old table, bicubically interpolated, at d * old side / new side.
+    Offsets beyond the old table use its outermost entry.
 
     Args:
-        table: ((2 w - 1)^2, heads), as `models.attention` has it, w the old side.
+        table: ((2 w - 1)^2, heads), in the layout of `models.attention`; w is the old side.
         side: the new side.
 
     Returns:
@@ -32,8 +32,8 @@ def resized_bias_table(table: Tensor, side: int) -> Tensor:
     grid = table.T.reshape(1, -1, 2 * old - 1, 2 * old - 1).double()
     offsets = torch.arange(1 - side, side, dtype=torch.float64) * (old / side) / max(1, old - 1)
     rows, columns = torch.meshgrid(offsets, offsets, indexing="ij")
-    places = torch.stack([columns, rows], dim=-1).unsqueeze(0)
-    resized = F.grid_sample(grid, places, "bicubic", "border", align_corners=True)
+    points = torch.stack([columns, rows], dim=-1).unsqueeze(0)
+    resized = F.grid_sample(grid, points, "bicubic", "border", align_corners=True)
     return resized[0].flatten(1).T.to(table.dtype).contiguous()
 
 
@@ -41,8 +41,8 @@ def check_transfer(model: nn.Module, shapes: Mapping[str, torch.Size], source: s
     """Refuse weights that `transfer_weights` could not use.
 
     Args:
-        model: it may lie on the meta device.
-        shapes: of the other model's trainable parameters.
+        model: may be on the meta device.
+        shapes: shapes of the other model's trainable parameters.
 
     Raises:
         UserError: the other model differs in more than the size of its token grid.
@@ -59,15 +59,15 @@ def check_transfer(model: nn.Module, shapes: Mapping[str, torch.Size], source: s
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise UserError(
-            f"{source} holds another model than the recipe's: {', '.join(wrong[:6])}{more}; only "
-            "the resolution may differ"
+            f"{source} holds a different model than the recipe's: {', '.join(wrong[:6])}{more}; "
+            "only the resolution may differ"
         )
 
 
 def transfer_weights(
     model: nn.Module, weights: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Weights for all trainable parameters of `model`, made of another model's.
+    """Weights for all trainable parameters of `model`, from those of another model.
 
     Raises:
         UserError: as `check_transfer`.

@@ -1,6 +1,6 @@
-"""What is put around a plain model: attention kernel, activation checkpointing, compilation.
+"""Applied to a plain model: attention kernel, activation checkpointing, compilation.
 
-None of them changes a result beyond rounding, and the model's parameters keep their names.
+None of them changes results beyond rounding, or parameter names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffit_train.models.backbone import Backbone
 Checkpointing = Literal["none", "selective", "blocks"]
 
 _aten = torch.ops.aten
-# Results of linear layers and attention are kept, what is cheap to compute again is not.
+# Selective checkpointing saves these and recomputes everything else, which is cheap.
 KEPT_OPERATIONS = {
     _aten.addmm.default,
     _aten.mm.default,
@@ -37,7 +37,7 @@ KEPT_OPERATIONS = {
 
 
 def use_kernel(model: nn.Module, wanted: str, device: torch.device) -> str:
-    """Give every attention of the model the kernel `wanted` (or `auto`); its name."""
+    """Set the attention kernel `wanted` (or `auto`) throughout the model; returns its name."""
     name = kernel_name(wanted, device)
     for module in model.modules():
         if isinstance(module, TMSA | SelfAttention):
@@ -52,12 +52,12 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def checkpoint_activations(model: Backbone, mode: Checkpointing, every_nth: int = 1) -> None:
-    """Compute activations of blocks again in the backward pass rather than keep them.
+    """Recompute block activations in the backward pass instead of saving them.
 
     Args:
-        mode: `selective` keeps the results of matrix products and attention of each block;
-            `blocks` keeps only what goes into a block.
-        every_nth: do so for one block in so many.
+        mode: `selective` saves the results of matrix products and attention; `blocks` saves only
+            each block's input.
+        every_nth: checkpoint every n-th block.
     """
     if mode == "none":
         return
@@ -65,7 +65,7 @@ def checkpoint_activations(model: Backbone, mode: Checkpointing, every_nth: int 
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for block in model.blocks[::every_nth]:
-        # The module stays in place, so that names in checkpoints do not change.
+        # Patch `forward` instead of wrapping the module, so that parameter names do not change.
         block.forward = functools.partial(_checkpointed, block.forward, options)
 
 
@@ -74,6 +74,6 @@ def _checkpointed(forward: Any, options: dict[str, Any], x: Tensor, c: Tensor) -
 
 
 def compile_blocks(model: Backbone) -> None:
-    """Compile each block; equal blocks share one compilation."""
+    """Compile each block; identical blocks share one compilation."""
     for block in model.blocks:
         block.compile()

@@ -9,11 +9,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
-from diffit_train.models.published import (
-    check_published,
-    read_weights_and_step,
-    write_published,
-)
+from diffit_train.models.published import check_published, read_weights_and_step, write_published
 from diffit_train.runs.checkpoints import (
     State,
     StateName,

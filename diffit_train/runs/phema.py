@@ -52,7 +52,7 @@ def power_exponent(sigma_rel: float) -> float:
         return (gamma + 1.0) / ((gamma + 2.0) ** 2 * (gamma + 3.0)) - sigma_rel**2
 
     if not 0.0 < sigma_rel < WIDEST_PROFILE:
-        raise ValueError(f"sigma_rel is {sigma_rel}, but must lie between 0 and 0.2886")
+        raise ValueError(f"sigma_rel is {sigma_rel}, but must be between 0 and 0.2886")
     return float(brentq(excess, 0.0, 2.0 / sigma_rel, xtol=1e-14, rtol=1e-15))
 
 
@@ -143,7 +143,7 @@ def reconstruct_ema(
     """
     if not 0.0 < sigma_rel < WIDEST_PROFILE:
         raise UserError(
-            f"--sigma-rel is {sigma_rel}, but must lie above 0 and below {WIDEST_PROFILE:.4f}, "
+            f"--sigma-rel is {sigma_rel}, but must be above 0 and below {WIDEST_PROFILE:.4f}, "
             "the width of the plain mean"
         )
     url = run_url(recipe, run)

@@ -327,10 +327,10 @@ def _progress(
 
     def watch() -> None:
         with Progress("train", steps, "steps", done=start) as progress:
-            begun = told = False
+            begun = stop_sent = False
             while not ended.wait(POLL_S):
-                if stop.is_set() and not told:
-                    told = True
+                if stop.is_set() and not stop_sent:
+                    stop_sent = True
                     say("Stop requested; saving a checkpoint")
                     status.stop.remote()
                 if show(progress) and not begun:

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.block [--device cuda --dtype bf16]
 
-Time of forward and backward, memory that a forward pass keeps for its backward pass (of a deep
-model the most), and peak of both with the gradients of weights, at 256 and 1024 tokens. `plain`
-materialises the softmax; the block `selective` computes norms and activations again in its backward
-pass (train.activation_checkpointing=selective).
+Time of forward and backward, memory saved for backward (most of a deep model's memory), and peak
+memory including weight gradients, at 256 and 1024 tokens. `plain` materializes the softmax; the
+block `selective` recomputes norms and activations in its backward pass
+(train.activation_checkpointing=selective).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was launched."""
+    """Wait for pending GPU work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -19,9 +19,9 @@ def synchronize(device: torch.device) -> None:
 def interleaved_seconds(
     bodies: dict[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, float]:
-    """The best time of each body, taken in turns so that a noisy machine disturbs all alike."""
+    """The best time of each body, interleaved so that noise affects all equally."""
     best = dict.fromkeys(bodies, float("inf"))
-    for _ in range(rounds + 1):  # the first round warms up and can hardly be the best
+    for _ in range(rounds + 1):  # the first round is a warmup
         for name, body in bodies.items():
             synchronize(device)
             start = time.perf_counter()
@@ -32,7 +32,7 @@ def interleaved_seconds(
 
 
 def kept_bytes(forward: Callable[[], object], device: torch.device) -> int:
-    """What a forward pass leaves allocated for its backward pass, its result included."""
+    """Memory saved by a forward pass for its backward pass, including the result."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         result = forward()
@@ -49,7 +49,7 @@ def kept_bytes(forward: Callable[[], object], device: torch.device) -> int:
 
 
 def peak_bytes(body: Callable[[], object], device: torch.device) -> int:
-    """The most memory that is allocated at once while the body runs, beyond what was before."""
+    """Peak memory allocated while the body runs, beyond what was allocated before."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -70,7 +70,7 @@ def peak_bytes(body: Callable[[], object], device: torch.device) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
-    """Operations a second of a large square matrix product, the best of some sizes."""
+    """FLOPs per second of a large square matrix product, best of several sizes."""
     best = 0.0
     for size in (1024, 2048) if device.type == "cpu" else (8192, 16384):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -82,7 +82,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
 def beside_matrix_rate(
     body: Callable[[], object], device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Seconds of the body, and the mean matrix rate right before and after it."""
+    """Seconds of the body, and the mean matmul rate right before and after it."""
     before = matrix_rate(device, dtype)
     synchronize(device)
     start = time.perf_counter()
@@ -93,7 +93,7 @@ def beside_matrix_rate(
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output."""
+    """Print a table to standard output."""
     console = Console(width=120)
     console.print(title)
     table = Table(*columns)

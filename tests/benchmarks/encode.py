@@ -1,9 +1,9 @@
-"""The encoding pipeline beside a bare loop, and its memory with more and more images.
+"""The encoding pipeline against a bare loop, and its memory as the number of images grows.
 
     python -m tests.benchmarks.encode [--images FOLDER_OR_TAR --classes N] [--count 48]
 
 The autoencoder has the size of Stable Diffusion's, with random weights. The bare loop decodes and
-encodes in one process on the same processors. Without --images noisy JPEG files are made.
+encodes in one process on the same CPUs. Without --images, noisy JPEG files are generated.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def make_autoencoder(folder: Path, channels: tuple[int, ...]) -> None:
 
 
 def recipe_for(root: Path, source: str, classes: int, per_shard: int, batch: int) -> Recipe:
-    """The ImageNet recipe on this machine's processors."""
+    """The ImageNet recipe on this machine's CPUs."""
     return load_recipe(
         "imagenet256",
         [
@@ -77,7 +77,7 @@ def recipe_for(root: Path, source: str, classes: int, per_shard: int, batch: int
 
 
 def bare_loop(recipe: Recipe, skip: int) -> float:
-    """Images a second of decoding and encoding in this process, after the first `skip`."""
+    """Images per second of decoding and encoding in this process, after the first `skip`."""
     torch.set_num_threads(CPUS)
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     listing, batch = list_images(recipe), recipe.autoencoder.batch_size
@@ -92,7 +92,7 @@ def bare_loop(recipe: Recipe, skip: int) -> float:
 
 
 def pipeline(recipe: Recipe, skip: int) -> tuple[float, float]:
-    """Images a second after the first shards of `skip` images, and seconds in all."""
+    """Images per second after the first shards of `skip` images, and total seconds."""
     shutil.rmtree(Path(recipe.storage.root) / "latents", ignore_errors=True)
     started_s = time.time()
     manifest = encode(recipe)
@@ -104,7 +104,7 @@ def pipeline(recipe: Recipe, skip: int) -> tuple[float, float]:
 
 
 def peak_bytes(body: Callable[[], object]) -> int:
-    """The most memory of this process and all it has started, shared memory counted once."""
+    """Peak memory of this process and its children; shared memory is counted once."""
     peak, stop = 0, threading.Event()
 
     def watch() -> None:
@@ -150,13 +150,13 @@ def main() -> None:
         again = bare_loop(recipe, skip=8)
         bare = (bare + again) / 2
         print_table(
-            f"{len(listing)} images at 256, autoencoder of real size, {CPUS} processors",
-            ["", "images/s", "to the bare loop"],
+            f"{len(listing)} images at 256x256, full-size autoencoder, {CPUS} CPUs",
+            ["", "images/s", "vs. bare loop"],
             [
                 ["bare loop (before and after)", f"{bare:.3f}", "1.00"],
-                ["pipeline, once it runs", f"{steady:.3f}", f"{steady / bare:.2f}"],
+                ["pipeline, steady state", f"{steady:.3f}", f"{steady / bare:.2f}"],
                 [
-                    "pipeline, with its start",
+                    "pipeline, including startup",
                     f"{len(listing) / total_s:.3f}",
                     f"{len(listing) / total_s / bare:.2f}",
                 ],
@@ -176,7 +176,7 @@ def main() -> None:
             first = first or peak
             count = times * options.memory_count
             rows.append([f"{count:,}", f"{peak / 2**20:,.0f}", f"{peak / first:.3f}"])
-        print_table("peak memory of all processes", ["images", "MiB", "to the first"], rows)
+        print_table("Peak memory of all processes", ["images", "MiB", "vs. first"], rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the fleet costs over a bare sampling loop, how it scales, and what idle passes would cost.
+"""Fleet overhead over a bare sampling loop, its scaling, and the cost of idle passes.
 
     python -m tests.benchmarks.fleet overhead --root diffit-demo
     python -m tests.benchmarks.fleet actors --root diffit-demo
@@ -32,10 +32,10 @@ from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.runs.identity import run_url
 from tests.benchmarks.common import print_table
 
-# The sleeping model: seconds of a chunk, and chunks that each actor would make.
+# The sleeping model: seconds per chunk, and chunks per actor.
 SLEEP_S = 2.0
 CHUNKS = 8
-# Processes among which the sleeping actors are spread.
+# Number of processes that host the sleeping actors.
 PROCESSES = 4
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ class _Bare:
         self.network = load_features(recipe, CPU)
 
     def seconds(self) -> float:
-        """For all images."""
+        """Seconds for all images."""
         evaluate, started_s = self.recipe.evaluate, time.perf_counter()
         size, classes = evaluate.batch_size, self.recipe.data.num_classes
         for first in range(0, evaluate.samples, size):
@@ -68,7 +68,7 @@ class _Bare:
 
 
 class _Started:
-    """A fleet whose actors are loaded, as they are after their first chunk."""
+    """A fleet with warmed-up actors, as after their first chunk."""
 
     def __init__(self, recipe: Recipe, step: int) -> None:
         self.recipe, self.step = recipe, step
@@ -76,7 +76,7 @@ class _Started:
         self.seconds()
 
     def seconds(self) -> float:
-        """For all images, into a folder that is thrown away."""
+        """Seconds for all images, written to a temporary folder."""
         folder = tempfile.mkdtemp(prefix="diffit-bench-")
         started_s = time.perf_counter()
         source = run_url(self.recipe, "demo")
@@ -99,8 +99,8 @@ def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
     alone, fleet = (float(np.median(column)) for column in zip(*pairs, strict=True))
     print_table(
         f"{samples} images of the demo in chunks of {recipe.evaluate.batch_size * batches}; "
-        f"baseline: a bare loop in one process, one thread; medians of {rounds} rounds in turn",
-        ["", "s", "images/s", "to the bare loop"],
+        f"baseline: a bare loop in one process, one thread; medians of {rounds} interleaved rounds",
+        ["", "s", "images/s", "vs. bare loop"],
         [
             ["bare loop", f"{alone:.2f}", f"{samples / alone:.1f}", "1.000"],
             ["fleet, 1 actor", f"{fleet:.2f}", f"{samples / fleet:.1f}", f"{fleet / alone:.3f}"],
@@ -124,18 +124,18 @@ def actors(root: Path, samples: int, rounds: int) -> None:
         share = one / taken / count
         rows.append([str(count), f"{taken:.2f}", f"{samples / taken:.1f}", f"{share:.3f}"])
     print_table(
-        f"{samples} images of the demo on {os.cpu_count()} processors; baseline: one actor",
-        ["actors", "s", "images/s", "share of ideal"],
+        f"{samples} images of the demo on {os.cpu_count()} CPUs; baseline: one actor",
+        ["actors", "s", "images/s", "fraction of ideal"],
         rows,
     )
 
 
 @ray.remote(num_cpus=0, max_concurrency=256)
 class _Sleepers:
-    """A process of many actors that sleep instead of sampling."""
+    """A process hosting many actors that sleep instead of sampling."""
 
     def ready(self) -> None:
-        """At once."""
+        """Return immediately."""
 
     def work(self, seconds: float) -> int:
         time.sleep(seconds)
@@ -143,14 +143,14 @@ class _Sleepers:
 
 
 class _Sleeper:
-    """What `ActorPool` sees as an actor; it stands for one of a process's many."""
+    """An actor to `ActorPool`; stands for one of the many in a process."""
 
     def __init__(self, process: Any) -> None:
         self.ready, self.work = process.ready, process.work
 
 
 def simulate(counts: list[int]) -> None:
-    """The dispatch of chunks to many actors, against chunks that took no dispatching."""
+    """Dispatching chunks to many actors, against zero dispatch cost."""
     rows = []
     with ray_session.connected():
         processes = [_Sleepers.remote() for _ in range(PROCESSES)]  # type: ignore[attr-defined]
@@ -166,15 +166,15 @@ def simulate(counts: list[int]) -> None:
             ideal = CHUNKS * SLEEP_S
             rows.append([str(count), f"{len(tasks):,}", f"{taken:.2f}", f"{ideal / taken:.3f}"])
     print_table(
-        f"{CHUNKS} chunks for each actor, whose model sleeps {SLEEP_S:g} s a chunk, in {PROCESSES} "
+        f"{CHUNKS} chunks per actor, with a model that sleeps {SLEEP_S:g} s, in {PROCESSES} "
         f"processes; baseline: {CHUNKS * SLEEP_S:g} s",
-        ["actors", "chunks", "s", "share of ideal"],
+        ["actors", "chunks", "s", "fraction of ideal"],
         rows,
     )
 
 
 def guidance() -> None:
-    """Passes of the network an image, with and without leaving out idle unconditional ones."""
+    """NFE per image, with and without skipping idle unconditional passes."""
     rows = []
     for name, changes in (
         ("imagenet256, power-cosine 4.4", []),
@@ -188,14 +188,14 @@ def guidance() -> None:
             changes += ["evaluate.sampler.steps=50"]
         passes = []
         for skip in ("0", "1e-4"):
-            # A negative tolerance does not exist: 0 leaves out only where the weight is exactly 1.
+            # Tolerances are not negative: 0 skips only where the weight is exactly 1.
             recipe = load_recipe("imagenet256", [*changes, f"evaluate.guidance.skip_within={skip}"])
             passes.append(nfe_per_image(recipe))
         always = 2.0 * recipe.evaluate.sampler.steps
         rows.append([name, f"{always:g}", *(f"{p:g}" for p in passes), f"{passes[1] / always:.3f}"])
     print_table(
-        "Passes of the network an image; baseline: both passes at every step",
-        ["", "both", "left out at 1", "within 1e-4 of 1", "to both"],
+        "NFE per image; baseline: both passes at every step",
+        ["", "both", "skipped at 1", "skipped within 1e-4 of 1", "vs. both"],
         rows,
     )
 
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("diffit-demo"))
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=1, help="of a chunk")
+    parser.add_argument("--batches", type=int, default=1, help="batches per chunk")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64, 512])
     chosen = parser.parse_args()
     if chosen.what == "overhead":

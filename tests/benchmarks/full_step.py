@@ -1,4 +1,4 @@
-"""Training steps of the 561M model under ZeRO on this machine, its memory beside the plan's.
+"""Training steps of the 561M model under ZeRO on this machine; its memory against the plan's.
 
 python -m tests.benchmarks.full_step [--world 2 --batch 4 --steps 2 --stage 2]
 """
@@ -29,7 +29,7 @@ from tests.training import ranks
 
 
 def tensor_bytes() -> int:
-    """Bytes of every tensor that this process holds, each storage once."""
+    """Bytes of all tensors in this process, counting each storage once."""
     gc.collect()
     storages = {}
     for item in gc.get_objects():
@@ -70,18 +70,18 @@ def _train(rank: int, world: int, batch: int, steps: int, stage: int) -> None:
         del output, loss
     held = tensor_bytes() - before
     if rank == 0:
-        title = f"561M, {world} ranks, ZeRO {stage}, fp32, {batch} images a step"
+        title = f"561M, {world} ranks, ZeRO {stage}, fp32, {batch} images per step"
         print_table(title, ["step", "loss", "gradient norm", "s"], rows)
         planned = state_bytes(count, stage, world, 1, bf16=False)
         lasting = planned.total - planned.gradients
         grown = process.memory_info().rss - resident
         print_table(
-            "GiB on a rank between steps (gradients are dropped then)",
+            "GiB per rank between steps (without gradients)",
             ["", "GiB", "to plan"],
             [
                 ["planned states", f"{lasting / storage.GIB:.3f}", ""],
                 ["tensors held", f"{held / storage.GIB:.3f}", f"{held / lasting:.3f}"],
-                ["process grown by", f"{grown / storage.GIB:.3f}", f"{grown / lasting:.3f}"],
+                ["process growth", f"{grown / storage.GIB:.3f}", f"{grown / lasting:.3f}"],
             ],
         )
 

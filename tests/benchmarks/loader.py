@@ -1,9 +1,9 @@
-"""Images a second out of latent shards: our loader, plain webdataset, tarfile; local and from S3.
+"""Images per second from latent shards: our loader, webdataset, tarfile; local and from S3.
 
     python -m tests.benchmarks.loader [--images 16384]
 
 Members are those of ImageNet at 256x256: (1, 8, 32, 32) float16. The loader verifies each shard's
-hash, shuffles, and puts together batches; the other two only iterate. S3 is a SeaweedFS server.
+hash, shuffles, and assembles batches; the other two only iterate. S3 is a SeaweedFS server.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _decoded(data: bytes) -> np.ndarray:
 
 
 def with_webdataset(url: str, manifest: Manifest) -> float:
-    """Plain iteration in the order of the shards."""
+    """Plain iteration in shard order."""
     import webdataset
 
     names = [storage.join(url, shard.name) for shard in manifest.shards]
@@ -88,7 +88,7 @@ def with_webdataset(url: str, manifest: Manifest) -> float:
     else:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        # webdataset itself opens no s3:// but by a shell command; fsspec opens it here.
+        # webdataset itself opens s3:// only through a shell command; use fsspec here.
         for name in names:
             with storage.open_file(name) as file:
                 for sample in group_by_keys(tar_file_expander([{"url": name, "stream": file}])):
@@ -98,7 +98,7 @@ def with_webdataset(url: str, manifest: Manifest) -> float:
 
 
 def with_tarfile(url: str, manifest: Manifest) -> float:
-    """The standard library's tarfile, member after member."""
+    """The standard library's tarfile, member by member."""
     start, count = time.perf_counter(), 0
     for shard in manifest.shards:
         with (
@@ -128,14 +128,14 @@ def main() -> None:
 
             s3fs.S3FileSystem().mkdir(BUCKET)
             rows = []
-            for place, url in (("local", f"{name}/latents"), ("S3", f"s3://{BUCKET}/latents")):
+            for location, url in (("local", f"{name}/latents"), ("S3", f"s3://{BUCKET}/latents")):
                 manifest = write_latents(url, options.images)
                 best = dict.fromkeys(ways, 0.0)
                 for _ in range(options.rounds):
                     for way, body in ways.items():
                         best[way] = max(best[way], body(url, manifest))
                 rows += [
-                    [f"{place}, {way}", f"{rate:,.0f}", f"{rate / best['webdataset']:.2f}"]
+                    [f"{location}, {way}", f"{rate:,.0f}", f"{rate / best['webdataset']:.2f}"]
                     for way, rate in best.items()
                 ]
         finally:

@@ -1,10 +1,10 @@
-"""What the metrics of an evaluation cost: Frechet distance, precision and recall, Inception.
+"""Cost of the evaluation metrics: Frechet distance, precision and recall, Inception.
 
     python -m tests.benchmarks.metrics [--fakes 50000 --reals 10000 --device cuda]
 
 The features are random: rectified mixtures with a spectrum over three decades, 2048 wide. The
-distance is set against scipy's matrix root. Precision and recall run in a process of their own,
-whose peak memory includes the interpreter and the features.
+distance is compared with scipy's matrix square root. Precision and recall run in their own process;
+its peak memory includes the interpreter and the features.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PARTS = ("distance", "precision", "inception")
 
 
 def features(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
-    """(count, 2048) float32, not negative."""
+    """(count, 2048) float32, nonnegative."""
     mixing = np.random.default_rng(99).normal(size=(WIDTH, WIDTH)).astype(np.float32)
     scales = (10.0 / np.arange(1, WIDTH + 1)).astype(np.float32)
     random = np.random.default_rng(seed)
@@ -79,13 +79,13 @@ def distances(rounds: int) -> None:
                 f"{abs(ours[0][1] / theirs[1] - 1):.1e}",
             ]
         )
-    title = f"Frechet distance of 10,000 and of so many images, {WIDTH} features"
+    title = f"Frechet distance between 10,000 and N images, {WIDTH} features"
     columns = ["images", "least/largest", "s", "sqrtm s", "times", "distance", "difference"]
     print_table(title, columns, rows)
 
 
 def _measured(reals: int, fakes: int, results: Connection) -> None:
-    """Metrics, seconds, seconds of processors, and peak memory before and after, in KiB."""
+    """Metrics, seconds, CPU seconds, and peak memory before and after, in KiB."""
     real, fake = features(0, reals, 0.2), features(1, fakes, 0.15)
     for body in (lambda: precision_recall(real, fake, 3), lambda: kernel_distance(real, fake)):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,9 @@
-"""Forward and backward of the whole 561M model against DiT-XL/2 and the machine's matrix rate.
+"""Forward and backward of the whole 561M model against DiT-XL/2 and the machine's matmul rate.
 
     python -m tests.benchmarks.model [--device cuda --dtype bf16 --batch 64 --compile]
 
-The matrix rate is measured before and after each pass, since a shared machine's speed changes.
-Kept is the memory of activations that a forward pass leaves; peak that with gradients.
+The matmul rate is measured before and after each pass, because a shared machine's speed varies.
+`kept` is the activation memory after a forward pass; `peak` includes gradients.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
         if options.compile:
             compile_blocks(model)
         body = _body(model, x, dtype)
-        # One model at a time, since four would not fit.
+        # One model at a time: four would not fit.
         body()
         passes = [beside_matrix_rate(body, device, dtype) for _ in range(options.rounds)]
         seconds[name] = min(elapsed for elapsed, _ in passes)
@@ -98,7 +98,7 @@ def main() -> None:
         f"{'compiled' if options.compile else 'eager'}; "
         f"matrix products: up to {fastest / 1e9:,.0f} GFLOP/s"
     )
-    columns = ["", "s", "images/s", "speed to DiT", "of matrix rate"]
+    columns = ["", "s", "images/s", "speed vs. DiT", "of matmul rate"]
     columns += ["kept GiB", "to plain", "peak GiB"]
     print_table(title, columns, rows)
 

@@ -1,10 +1,10 @@
-"""What training costs beside a plain loop: a step, the averages, a checkpoint, bytes of states.
+"""Training cost against a plain loop: a step, the EMA, a checkpoint, bytes of state.
 
-    python -m tests.benchmarks.training step          overhead of a step, and of the averages
-    python -m tests.benchmarks.training checkpoint    how long training stands still
-    python -m tests.benchmarks.training states        bytes on a rank by ZeRO stage, beside the plan
+    python -m tests.benchmarks.training step          overhead of a step, and of the EMA
+    python -m tests.benchmarks.training checkpoint    how long training is blocked
+    python -m tests.benchmarks.training states        bytes per rank by ZeRO stage, against the plan
 
-Each table names its baseline, which ran in turns with it in the same process.
+Each table names its baseline, which is interleaved with it in the same process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _device() -> torch.device:
 
 
 def _step(rank: int, world: int, size: str, count: int, rounds: int, precision: str) -> None:
-    """One worker against an ordinary PyTorch loop over the same model and batch."""
+    """One worker against a plain PyTorch loop over the same model and batch."""
     torch.set_num_threads(torch.get_num_threads() if _device().type == "cuda" else 2)
     device, objective = _device(), build_objective(Diffusion())
     batch = _batch(count, device)
@@ -136,7 +136,7 @@ def _step(rank: int, world: int, size: str, count: int, rounds: int, precision: 
     whole = sum(parts.values())
     print_table(
         f"Parts of a step of {size}, ZeRO 2, one worker; best of {rounds}",
-        ["", "s", "to the optimizer step", "to the whole"],
+        ["", "s", "vs. optimizer step", "vs. whole step"],
         [
             [name, f"{s:.4f}", f"{s / parts['optimizer step']:.3f}", f"{s / whole:.3f}"]
             for name, s in parts.items()
@@ -145,7 +145,7 @@ def _step(rank: int, world: int, size: str, count: int, rounds: int, precision: 
 
 
 def _checkpoint(rank: int, world: int, size: str) -> None:
-    """How long `save` keeps training waiting, and how long the rest takes behind its back."""
+    """How long `save` blocks training, and how long the rest takes in the background."""
     train = Train(steps=10**6, batch_size=world, zero_stage=2)
     engine = Engine(_model(size), train, rank, world, torch.device("cpu"))
     writer = CheckpointWriter(engine)
@@ -177,13 +177,13 @@ def _checkpoint(rank: int, world: int, size: str) -> None:
         print_table(
             f"A checkpoint of {size}, {world} ranks, to a local disk; baseline: waiting until it "
             "is committed",
-            ["", "GiB a rank", "training waits, s", "committed after, s", "share"],
+            ["", "GiB per rank", "training waits, s", "committed after, s", "fraction"],
             rows,
         )
 
 
 def _states(rank: int, world: int, size: str) -> None:
-    """Bytes of tensors that last from step to step, against `diffit plan`."""
+    """Bytes of tensors that persist between steps, against `diffit plan`."""
     rows, objective = [], build_objective(Diffusion())
     for stage in range(4):
         gc.collect()
@@ -212,9 +212,9 @@ def _states(rank: int, world: int, size: str) -> None:
         del engine, model
     if rank == 0:
         print_table(
-            f"MiB on a rank between steps, {size}, {world} ranks, fp32, one average; baseline: "
-            "diffit plan without gradients and bucket, which stages 0 to 2 drop",
-            ["ZeRO stage", "held", "planned", "held to planned"],
+            f"MiB per rank between steps, {size}, {world} ranks, fp32, one EMA; baseline: "
+            "diffit plan without gradients and buckets, which stages 0 to 2 free",
+            ["ZeRO stage", "held", "planned", "held vs. planned"],
             rows,
         )
 
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "bf16_autocast"), default="fp32")
     options = parser.parse_args()
     ranks.TIMEOUT_S = 3600
-    # As in training workers; the plain loop has it, too.
+    # As in training workers; applies to the plain loop, too.
     os.environ.update(KEEP_FREED_MEMORY)
     if options.what == "step":
         arguments = (options.size, options.batch, options.rounds, options.precision)

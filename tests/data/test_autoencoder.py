@@ -49,7 +49,7 @@ def test_a_killed_fit_ends_with_the_same_weights(
     resumed = _fit(tmp_path / "killed")
     assert torch.equal(resumed.weight, whole.weight)
     assert torch.equal(resumed.bias, whole.bias)
-    # It did learn, and a state of another identity or a damaged one is not taken up.
+    # It did learn; a damaged state or one with another identity is not loaded.
     assert (whole.weight - 1).abs().max() < 0.5
     (tmp_path / "killed" / "state.safetensors").write_bytes(b"no safetensors at all")
     assert torch.equal(_fit(tmp_path / "killed").weight, whole.weight)
@@ -90,7 +90,7 @@ def test_a_fitted_autoencoder_is_diffusers(project: Path) -> None:
     assert image.size == (16 * 16 * 4, 2 * 16 * 4)
 
 
-def test_a_finished_fit_is_left_alone_and_another_refused(project: Path) -> None:
+def test_a_finished_fit_is_left_unchanged_and_another_refused(project: Path) -> None:
     weights = project / "autoencoders" / "digits" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns
     fit_autoencoder(tiny_recipe(project))
@@ -100,9 +100,9 @@ def test_a_finished_fit_is_left_alone_and_another_refused(project: Path) -> None
     assert weights.stat().st_mtime_ns == before
 
 
-def test_impossible_and_foreign_autoencoders_are_named(project: Path, tmp_path: Path) -> None:
+def test_impossible_and_foreign_autoencoders_are_refused(project: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "images" / "digits")
-    with pytest.raises(UserError, match="3 levels, which divide the image by 4"):
+    with pytest.raises(UserError, match="3 levels, which downsample by 4"):
         fit_autoencoder(tiny_recipe(tmp_path, "autoencoder.downsample=2"))
     assert not (tmp_path / "autoencoders").exists()
     shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")
@@ -119,6 +119,6 @@ def test_impossible_and_foreign_autoencoders_are_named(project: Path, tmp_path: 
         ("autoencoder.latent_channels=5", r"latent_channels is 5, but .* has 4"),
     ],
 )
-def test_autoencoders_that_cannot_serve_are_named(project: Path, override: str, words: str) -> None:
+def test_unusable_autoencoders_are_refused(project: Path, override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_autoencoder(tiny_recipe(project, override), torch.device("cpu"))

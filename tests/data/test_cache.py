@@ -27,7 +27,7 @@ def remote() -> tuple[str, list[ShardEntry]]:
     return url, entries
 
 
-def test_what_was_read_is_read_from_the_disk(
+def test_cached_shards_are_read_from_disk(
     remote: tuple[str, list[ShardEntry]], tmp_path: Path
 ) -> None:
     url, entries = remote
@@ -43,7 +43,7 @@ def test_what_was_read_is_read_from_the_disk(
     assert (cache.hits, cache.misses) == (SHARDS, SHARDS)
 
 
-def test_the_disk_holds_no_more_than_it_may(
+def test_the_cache_respects_its_size_limit(
     remote: tuple[str, list[ShardEntry]], tmp_path: Path
 ) -> None:
     url, entries = remote
@@ -58,7 +58,7 @@ def test_the_disk_holds_no_more_than_it_may(
     assert not (tmp_path / "small").exists()
 
 
-def test_a_damaged_copy_is_fetched_again(
+def test_a_damaged_copy_is_downloaded_again(
     remote: tuple[str, list[ShardEntry]], tmp_path: Path
 ) -> None:
     url, entries = remote

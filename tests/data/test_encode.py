@@ -1,4 +1,4 @@
-"""Images to shards on Ray: totals that add up, the same bytes whoever made them and how often."""
+"""Encoding images to shards on Ray: totals add up; bytes do not depend on workers or reruns."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from diffit_train.data.shards import (
     read_shard,
     write_shard,
 )
-from diffit_train.data.sources import Item, Place
+from diffit_train.data.sources import Item, Location
 from diffit_train.data.verify import verify
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.training.driver import train
@@ -77,7 +77,7 @@ def test_latents_are_those_of_the_autoencoder(encoded: Path) -> None:
             x = to_model_range(center_crop(decode(path.read_bytes()), 16)[None])
             np.testing.assert_allclose(moments, autoencoder.encode_moments(x), atol=2e-3)
             sampled.append(moments[0, :4].astype(np.float64) * manifest.scale)
-    # The statistics are of sampled latents; the means' lie close to them.
+    # The statistics are of sampled latents; those of the means are close.
     assert np.allclose(manifest.mean, np.mean(sampled, axis=(0, 2, 3)), atol=0.3)
     assert all(
         std >= 0.9 * s for std, s in zip(manifest.std, np.std(sampled, (0, 2, 3)), strict=True)
@@ -102,18 +102,18 @@ def test_a_rerun_does_nothing_and_another_recipe_is_refused(encoded: Path) -> No
     recipe = tiny_recipe(encoded)
     times = {p: p.stat().st_mtime_ns for p in (encoded / "latents").rglob("*")}
     assert finished_manifest(recipe) == encode(recipe)
-    with pytest.raises(UserError, match="latents .* are of another recipe"):
+    with pytest.raises(UserError, match="latents .* were encoded with another recipe"):
         encode(tiny_recipe(encoded, "data.flip=true"))
     assert {p: p.stat().st_mtime_ns for p in (encoded / "latents").rglob("*")} == times
 
 
-def test_two_actors_make_the_same_bytes(encoded: Path, tmp_path: Path) -> None:
+def test_two_actors_produce_the_same_bytes(encoded: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(encoded, tmp_path), "scaling.encode_actors=2")
     encode(recipe)
     assert _hashes(recipe) == _hashes(tiny_recipe(encoded))
 
 
-def test_unreadable_images_are_put_aside(project: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_rejected(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path))
     paths = sorted((tmp_path / "images" / "digits").rglob("*.png"))
     paths[3].write_bytes(b"")
@@ -130,7 +130,7 @@ def test_unreadable_images_are_put_aside(project: Path, tmp_path: Path) -> None:
     assert keys == [i for i in range(24) if i not in (3, 20, 21)]
 
 
-def test_too_many_unreadable_images_stop_and_can_be_mended(
+def test_too_many_unreadable_images_fail_and_can_be_fixed(
     project: Path, encoded: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path))
@@ -170,15 +170,15 @@ def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
         pytest.param(
             "autoencoder.source=nobody/no-such-vae",
             "no-such-vae cannot be loaded",
-            marks=pytest.mark.slow,  # the message itself is tested without actors
+            marks=pytest.mark.slow,  # the message is also tested without actors
         ),
         ("autoencoder.latent_channels=5", "latent_channels is 5, but .* has 4"),
     ],
 )
-def test_an_autoencoder_that_cannot_serve_is_named_and_can_be_mended(
+def test_an_unusable_autoencoder_is_refused_and_can_be_fixed(
     project: Path, tmp_path: Path, override: str, words: str
 ) -> None:
-    """Only the actors find it out; the message comes through, and no plan binds the next run."""
+    """Only the actors notice; the message reaches the driver, and no plan is left behind."""
     recipe = tiny_recipe(_copy(project, tmp_path))
     with pytest.raises(UserError, match=words):
         encode(tiny_recipe(tmp_path, override))
@@ -186,7 +186,7 @@ def test_an_autoencoder_that_cannot_serve_is_named_and_can_be_mended(
     make_plan(recipe, latents_url(recipe), find_work(recipe, None))
 
 
-def test_a_plan_binds_from_the_first_finished_shard_on(encoded: Path, tmp_path: Path) -> None:
+def test_a_plan_is_binding_once_a_shard_is_finished(encoded: Path, tmp_path: Path) -> None:
     mine = tiny_recipe(_copy(encoded, tmp_path))
     other, url = tiny_recipe(tmp_path, "data.flip=true"), latents_url(mine)
     work = find_work(mine, None)
@@ -194,7 +194,7 @@ def test_a_plan_binds_from_the_first_finished_shard_on(encoded: Path, tmp_path: 
     assert make_plan(other, url, work).recipe_hash == other.encode_hash()
     (Path(url) / "parts" / "shard-000000.tar.json").write_text("{}")
     assert make_plan(mine, url, work).recipe_hash == mine.encode_hash()
-    with pytest.raises(UserError, match="are of another recipe"):
+    with pytest.raises(UserError, match="were encoded with another recipe"):
         make_plan(other, url, work)
     next((tmp_path / "images").rglob("*.png")).unlink()
     with pytest.raises(UserError, match="have changed since"):
@@ -208,21 +208,21 @@ def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Pa
         encode(recipe)
 
 
-def test_a_node_without_the_source_is_told_from_unreadable_images(tmp_path: Path) -> None:
-    row = {"spec": json.dumps(shard_spec(0, 0, [Item("a/1.png", 0, Place("a/1.png"))]))}
+def test_a_node_without_the_source_is_not_mistaken_for_unreadable_images(tmp_path: Path) -> None:
+    row = {"spec": json.dumps(shard_spec(0, 0, [Item("a/1.png", 0, Location("a/1.png"))]))}
     read = _read_shard_images(row, str(tmp_path / "unmounted"), "folder", 16)
-    assert "unmounted is not there on node" in read["failure"]
+    assert "unmounted does not exist on node" in read["failure"]
     assert json.loads(read["rejected"]) == []
 
 
-def test_a_lost_shard_is_said(encoded: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(encoded: Path, tmp_path: Path) -> None:
     shutil.copytree(encoded / "latents", tmp_path / "latents")
     (tmp_path / "latents" / "digits" / "shard-000002.tar").unlink()
-    with pytest.raises(DiffitError, match=r"lacks shard-000002\.tar"):
+    with pytest.raises(DiffitError, match=r"is missing shard-000002\.tar"):
         finished_manifest(tiny_recipe(tmp_path))
 
 
-def test_a_killed_encoding_goes_on_to_the_same_bytes(encoded: Path, tmp_path: Path) -> None:
+def test_a_killed_encoding_resumes_to_the_same_bytes(encoded: Path, tmp_path: Path) -> None:
     """SIGKILL of the whole command after its first shard."""
     recipe = tiny_recipe(_copy(encoded, tmp_path))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -236,7 +236,7 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(encoded: Path, tmp_path: Pa
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(1)  # workers of the killed cluster end by themselves
+    time.sleep(1)  # workers of the killed cluster exit on their own
     made = len(list(parts.glob("shard*.json")))
     assert made >= 1
     before = {p: p.stat().st_mtime_ns for p in parts.parent.glob("*.tar")}
@@ -248,7 +248,7 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(encoded: Path, tmp_path: Pa
 
 
 def test_a_killed_actor_is_replaced(encoded: Path, tmp_path: Path) -> None:
-    """SIGKILL of the process that encodes, after its first shard; the run itself goes on."""
+    """SIGKILL of the encoding process after its first shard; the run itself continues."""
     recipe = tiny_recipe(_copy(encoded, tmp_path), "data.images_per_shard=1")
     parts, killed = tmp_path / "latents" / "digits" / "parts", []
 
@@ -278,7 +278,7 @@ def test_a_killed_actor_is_replaced(encoded: Path, tmp_path: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    # The command starts a cluster of its own beside the one of these tests.
+    # The command starts its own cluster in addition to that of the tests.
     return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_JOB_ID")}
 
 
@@ -294,8 +294,8 @@ def test_every_kind_of_source_gives_the_same_bytes(
 ) -> None:
     images = encoded / "images" / "digits"
     files = {str(p.relative_to(images)): p.read_bytes() for p in sorted(images.rglob("*.png"))}
-    place = tmp_path / ("x.tar" if kind in ("tar", "ilsvrc") else "x")
-    source = write_as(kind, files, place)
+    target = tmp_path / ("x.tar" if kind in ("tar", "ilsvrc") else "x")
+    source = write_as(kind, files, target)
     shutil.copytree(encoded / "autoencoders", tmp_path / "autoencoders")
     recipe = tiny_recipe(tmp_path, f"data.source={source}")
     encode(recipe)
@@ -308,7 +308,7 @@ def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) 
     before = load_manifest(latents_url(recipe))
     assert encode(recipe, append=True) == before
     source = tmp_path / "images" / "digits"
-    # They sort before, between and behind those that are there.
+    # They sort before, between and after the existing ones.
     for name in ("a/+.png", "b/0015.png", "b/0016.png", "c/999.png", "c/9990.png", "c/9991.png"):
         shutil.copy(source / "a" / "000.png", source / name)
     (source / "c" / "9990.png").write_bytes(b"broken")
@@ -323,25 +323,25 @@ def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) 
     assert np.concatenate([shard.labels for shard in added]).tolist() == [0, 1, 1, 2, 2]
     rejected = (tmp_path / "latents/digits/rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in rejected] == ["c/9990.png"]
-    # Five copies of one image move the mean towards it, by hand:
+    # Five copies of one image move the mean toward it; computed by hand:
     first = read_shard(latents_url(recipe), before.shards[0]).moments[0, 0, :4].astype(float)
     expected = (np.array(before.mean) * 24 + first.mean((1, 2)) * before.scale * 5) / 29
     np.testing.assert_allclose(after.mean, expected, atol=0.15)
     assert verify(latents_url(recipe)).bad == {}
-    # A commit that is killed before its manifest is done again to the same end.
+    # A commit killed before writing the manifest is redone with the same result.
     rejected_lines = (tmp_path / "latents/digits/rejected.jsonl").read_text()
     Path(latents_url(recipe), "manifest.json").write_text(before.model_dump_json())
     assert encode(recipe, append=True) == after
     assert (tmp_path / "latents/digits/rejected.jsonl").read_text() == rejected_lines
     (source / "b" / "001.png").unlink()
-    with pytest.raises(UserError, match=r"1 encoded images are gone .* as b/001\.png"):
+    with pytest.raises(UserError, match=r"1 encoded images were removed .* as b/001\.png"):
         encode(recipe, append=True)
 
 
-def test_bad_shards_are_found_and_made_again(encoded: Path, tmp_path: Path) -> None:
+def test_bad_shards_are_found_and_repaired(encoded: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(encoded, tmp_path))
     shutil.copytree(encoded / "latents", tmp_path / "latents")
-    # The stored recipe says where the images lie.
+    # The stored recipe locates the images.
     url = latents_url(recipe)
     (Path(url) / "recipe.yaml").write_text(dump_recipe(recipe))
     good = verify(url)
@@ -375,7 +375,7 @@ def test_bad_shards_are_found_and_made_again(encoded: Path, tmp_path: Path) -> N
     assert not (Path(url) / "parts").exists()
 
 
-def test_members_that_are_wrong_though_their_hash_is_right(encoded: Path, tmp_path: Path) -> None:
+def test_invalid_members_with_a_valid_hash_are_found(encoded: Path, tmp_path: Path) -> None:
     shutil.copytree(encoded / "latents", tmp_path / "latents")
     url = str(tmp_path / "latents" / "digits")
     manifest = load_manifest(url)
@@ -383,10 +383,10 @@ def test_members_that_are_wrong_though_their_hash_is_right(encoded: Path, tmp_pa
     spoiled = moments.copy()
     spoiled[1, 0, 0, 0, 0] = np.nan
     changes = {
-        0: ("latents are not finite", [0, 1], spoiled, [0, 1]),
-        1: (r"members are \(1, 8, 2, 4\)", [5, 6], moments[..., :2, :], [0, 1]),
+        0: ("latents are NaN or infinite", [0, 1], spoiled, [0, 1]),
+        1: (r"latents have shape \(1, 8, 2, 4\)", [5, 6], moments[..., :2, :], [0, 1]),
         2: ("labels are out of range", [10, 11], moments, [0, 3]),
-        3: ("keys are not ascending", [16, 15], moments, [0, 1]),
+        3: ("keys do not ascend", [16, 15], moments, [0, 1]),
     }
     shards = list(manifest.shards)
     for number, (_, keys, values, labels) in changes.items():
@@ -407,7 +407,7 @@ PIXELS = (
 )
 
 
-def test_pixels_may_be_the_latents(project: Path, tmp_path: Path) -> None:
+def test_pixels_can_be_the_latents(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), *PIXELS)
     manifest = encode(recipe)
     assert (manifest.posterior, manifest.channels, manifest.height) == (False, 3, 16)
@@ -421,13 +421,13 @@ def test_pixels_may_be_the_latents(project: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pixels_may_be_trained_on(project: Path, tmp_path: Path) -> None:
+def test_pixels_can_be_trained_on(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), *PIXELS)
     encode(recipe)
     assert train(recipe, "pixels") == 12
 
 
-def test_a_tiny_autoencoder_serves(project: Path, tmp_path: Path) -> None:
+def test_a_tiny_autoencoder_works(project: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
@@ -455,7 +455,7 @@ def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-def test_a_folder_of_every_odd_image(project: Path, tmp_path: Path) -> None:
+def test_a_folder_with_every_kind_of_odd_image(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), "data.max_rejected_fraction=0.3")
     folder = tmp_path / "images" / "digits" / "b"
     noise = Image.effect_noise((40, 30), 90).convert("RGB")
@@ -478,7 +478,7 @@ def test_a_folder_of_every_odd_image(project: Path, tmp_path: Path) -> None:
         "cut.png": (png[: len(png) // 2], "truncated"),
         "empty.jpg": (b"", "empty file"),
         "text.jpg": (b"no image at all", "not an image"),
-        "strip.png": (_saved(Image.new("L", (60_000, 1)), "PNG"), "too long a strip|bomb"),
+        "strip.png": (_saved(Image.new("L", (60_000, 1)), "PNG"), "too narrow|bomb"),
         "bomb.png": (_saved(Image.new("1", (20_000, 20_000)), "PNG"), "decompression bomb"),
     }
     for name, data in readable.items():
@@ -493,14 +493,14 @@ def test_a_folder_of_every_odd_image(project: Path, tmp_path: Path) -> None:
     assert manifest.totals.written + manifest.totals.rejected == total
     assert reasons.keys() <= broken.keys()
     for name, (_, reason) in broken.items():
-        if name != "strip.png":  # at 16 pixels it is small enough
+        if name != "strip.png":  # small enough at 16 pixels
             assert re.search(reason, reasons[name]), (name, reasons[name])
 
 
 def test_a_full_disk_stops_with_its_reason(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the file system says it, in the process that writes; nothing half-written is left."""
+    """Raised in the writing process as the file system reports it; leaves no partial file."""
     real = storage.sha256_file
 
     def full(path: Path) -> str:

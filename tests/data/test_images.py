@@ -34,7 +34,7 @@ def _bytes(image: Image.Image, kind: str = "PNG") -> bytes:
     return out.getvalue()
 
 
-def test_images_are_sorted_and_labelled_by_folder(tmp_path: Path) -> None:
+def test_images_are_sorted_and_labeled_by_folder(tmp_path: Path) -> None:
     source = tmp_path / "images" / "digits"
     for path in ("b/2.PNG", "b/1.jpg", "a/x.jpeg", "c/deep/y.webp", "c/notes.txt", "stray.png"):
         (source / path).parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def test_images_are_sorted_and_labelled_by_folder(tmp_path: Path) -> None:
     assert list_images(tiny_recipe(tmp_path)).digest() != digest
 
 
-def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
+def test_missing_empty_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.source .*digits does not exist"):
         list_images(tiny_recipe(tmp_path))
     (tmp_path / "images" / "digits" / "a").mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
         list_images(tiny_recipe(tmp_path))
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_are_followed_but_not_in_cycles(tmp_path: Path) -> None:
     """As in a subset of ImageNet made of links to class folders."""
     write_images(tmp_path / "real", count=6)
     source = tmp_path / "images" / "digits"
@@ -73,7 +73,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert found.paths == tuple(f"{name}.png" for name in names)
 
 
-def test_remote_folders_are_listed_alike(tmp_path: Path) -> None:
+def test_remote_folders_give_the_same_listing(tmp_path: Path) -> None:
     source = "memory://listed/images"
     for path in ("b/2.PNG", "b/1.jpg", "a/deep/x.jpeg", "c/y.webp", "c/notes.txt", "stray.png"):
         storage.write_bytes(storage.join(source, path), b"x")
@@ -88,13 +88,13 @@ def test_crops_have_the_resolution_whatever_the_image(width: int, height: int, s
     assert center_crop(Image.new("RGB", (width, height)), size).shape == (size, size, 3)
 
 
-def test_the_crop_is_adms() -> None:
-    """By arrays instead of Pillow where that is exact: halving by boxes, then cropping."""
+def test_the_crop_matches_adm() -> None:
+    """Against NumPy instead of Pillow where that is exact: box halving, then cropping."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (64, 68, 3), dtype=np.uint8)
     halved = pixels.reshape(32, 2, 34, 2, 3).astype(np.float64).mean(axis=(1, 3))
     got = center_crop(Image.fromarray(pixels), 32)
-    # 34 columns cropped to 32 leave out one on each side. Pillow rounds after each direction.
+    # Cropping 34 columns to 32 drops one on each side. Pillow rounds after each direction.
     assert np.abs(got - halved[:, 1:33]).max() <= 1.0
 
 
@@ -132,14 +132,14 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         decode(_bytes(Image.new("RGB", (11, 11))))
 
 
-def test_a_strip_that_enlarging_would_make_huge_is_refused() -> None:
+def test_a_strip_too_narrow_to_resize_is_refused() -> None:
     assert center_crop(Image.new("RGB", (2000, 2)), 64).shape == (64, 64, 3)
-    with pytest.raises(UnreadableImage, match="60000x1 pixels are too long a strip"):
+    with pytest.raises(UnreadableImage, match="60000x1 pixels are too narrow to resize"):
         center_crop(Image.new("RGB", (60_000, 1)), 256)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, PermissionError, IsADirectoryError])
-def test_a_image_that_cannot_be_opened_is_put_aside(error: type[OSError]) -> None:
+def test_an_image_that_cannot_be_opened_is_rejected(error: type[OSError]) -> None:
     def read(path: str) -> bytes:
         raise error(2, "cannot be opened", path)
 
@@ -147,7 +147,7 @@ def test_a_image_that_cannot_be_opened_is_put_aside(error: type[OSError]) -> Non
     assert found.rejected == [(0, f"{error.__name__}: cannot be opened")]
 
 
-def test_a_lost_network_is_no_fault_of_a_image() -> None:
+def test_a_lost_connection_does_not_reject_images() -> None:
     def read(path: str) -> bytes:
         raise ConnectionResetError("reset by peer")
 
@@ -202,7 +202,7 @@ def test_digits_are_written_once_and_completed(
     assert marker.exists()
 
 
-def test_digits_refuse_bad_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_digits_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--size is 20"):
         write_digits(str(tmp_path), 20)
     (tmp_path / "holiday").mkdir()

@@ -1,4 +1,4 @@
-"""The order of samples is a function of recipe and step, and so is all randomness."""
+"""Sample order and all randomness depend only on recipe and step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _batch(order: SampleOrder, step: int) -> list[tuple[int, int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(orders(), st.integers(0, 3))
-def test_an_epoch_uses_each_sample_at_most_once_and_leaves_less_than_a_batch(
+def test_an_epoch_uses_each_sample_at_most_once_and_drops_less_than_a_batch(
     order: SampleOrder, epoch: int
 ) -> None:
     first = epoch * order.steps_per_epoch
@@ -50,7 +50,7 @@ def test_every_lane_gives_the_same_number_of_samples(order: SampleOrder, step: i
 @settings(max_examples=30, deadline=None)
 @given(orders(), st.lists(st.integers(0, 60), min_size=1, max_size=6))
 def test_the_order_depends_on_the_step_alone(order: SampleOrder, steps: list[int]) -> None:
-    """Jumping about, as after a restart, gives what going straight through gives."""
+    """Jumping around, as after a restart, gives the same as going straight through."""
     fresh = [
         SampleOrder(order.counts.tolist(), order.batch_size, order.lanes, order.window, order.seed)
         for _ in steps
@@ -77,7 +77,7 @@ def test_samples_are_shuffled_but_each_lane_reads_few_shards() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(orders(), st.integers(0, 3))
-def test_no_window_touches_more_shards_than_are_kept(order: SampleOrder, epoch: int) -> None:
+def test_no_window_touches_more_shards_than_are_cached(order: SampleOrder, epoch: int) -> None:
     for lane in range(order.lanes):
         first = epoch * order.steps_per_epoch
         steps = range(first, first + order.steps_per_epoch)
@@ -87,12 +87,12 @@ def test_no_window_touches_more_shards_than_are_kept(order: SampleOrder, epoch: 
             assert len(touched) <= order.shards_per_window()
 
 
-def test_a_short_last_shard_does_not_swell_the_cache() -> None:
-    """ImageNet in shards of 512 leaves 143; one left over would once have kept all shards."""
+def test_a_short_last_shard_does_not_enlarge_the_cache() -> None:
+    """ImageNet in shards of 512 leaves 143; a shard of one image used to keep all shards cached."""
     assert SampleOrder([512] * 100 + [1], 64, 64, 1024, 0).shards_per_window() <= 5
 
 
-def test_lanes_are_reduced_where_shards_are_few() -> None:
+def test_few_shards_reduce_the_lanes() -> None:
     assert SampleOrder([50, 50, 50], 64, 64, 8, 0).lanes == 2
     assert SampleOrder([50] * 100, 64, 64, 8, 0).lanes == 64
     assert SampleOrder([99], 64, 64, 8, 0).lanes == 1
@@ -110,7 +110,7 @@ def test_ranks_share_the_lanes_and_concatenate_to_the_global_batch() -> None:
         order.rank_lanes(0, 9)
 
 
-def test_too_few_images_are_named() -> None:
+def test_too_few_images_are_refused() -> None:
     with pytest.raises(UserError, match=r"train\.batch_size is 64, .* 10 images"):
         SampleOrder([10], 64, 1, 8, 0)
 
@@ -134,7 +134,7 @@ def test_draws_depend_on_seed_step_and_lane_alone() -> None:
     assert (first.noise != first.posterior).all()
 
 
-def test_draws_have_the_distributions_that_they_should() -> None:
+def test_draws_have_the_right_distributions() -> None:
     parts = [draw(0, step, 0, 50, (1, 2, 2), 2, _timesteps, 0.1) for step in range(200)]
     t, noise, drop, flip = (
         np.concatenate([getattr(p, name) for p in parts]) for name in ("t", "noise", "drop", "flip")
@@ -180,7 +180,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
 
 
 def _keys(latents: tuple[str, Manifest], world: int, first: int, last: int) -> list[list[int]]:
-    """Keys of the global batches, put together from all ranks."""
+    """Keys of the global batches, gathered from all ranks."""
     url, manifest = latents
     batches: list[list[int]] = [[] for _ in range(first, last)]
     for rank in range(world):

@@ -1,4 +1,4 @@
-"""A real S3 server: what is written and read, wrong keys and buckets, a server that goes away."""
+"""A real S3 server: reading, writing, wrong keys and buckets, outages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = f"s3://{BUCKET}/project"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """The server, with its environment in this process; the bucket is made."""
+    """The server, with its environment set in this process and a bucket created."""
     import s3fs
 
     running = S3Server(tmp_path_factory.mktemp("s3"))
@@ -54,7 +54,7 @@ def _upload(folder: Path, url: str) -> None:
             storage.write_bytes(storage.join(url, str(path.relative_to(folder))), path.read_bytes())
 
 
-def test_files_come_back(server: S3Server) -> None:
+def test_written_files_can_be_read(server: S3Server) -> None:
     url = storage.join(ROOT, "files")
     storage.write_text(storage.join(url, "a/b.txt"), "hello")
     storage.write_bytes(storage.join(url, "c.bin"), b"x" * 6_000_000)
@@ -74,7 +74,7 @@ def test_files_come_back(server: S3Server) -> None:
     assert storage.find_files(url) == []
 
 
-def test_references_lie_and_are_downloaded_there(server: S3Server, tmp_path: Path) -> None:
+def test_references_are_stored_and_downloaded_on_s3(server: S3Server, tmp_path: Path) -> None:
     root = storage.join(ROOT, "measured")
     url = storage.join(root, "adm.npz")
     small = ["data.resolution=32", "evaluate.reference_images=3"]
@@ -114,7 +114,7 @@ def test_a_failed_writer_leaves_nothing(server: S3Server) -> None:
     assert not storage.exists(url)
 
 
-def test_a_missing_bucket_is_named(server: S3Server) -> None:
+def test_a_missing_bucket_is_reported(server: S3Server) -> None:
     with pytest.raises(UserError, match=r"s3://none-such/x: .*bucket.*create the bucket"):
         storage.write_text("s3://none-such/x", "1")
 
@@ -127,7 +127,7 @@ def test_a_missing_bucket_is_named(server: S3Server) -> None:
         ({"AWS_PROFILE": "none-such"}, "none-such.*AWS_PROFILE"),
     ],
 )
-def test_wrong_credentials_are_named(
+def test_wrong_credentials_are_reported(
     server: S3Server, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
 ) -> None:
     import s3fs
@@ -160,10 +160,10 @@ def test_sources_are_read_from_s3(
             _upload(local, url)
     found = list_images(tiny_recipe(tmp_path, f"data.source={url}"))
     with ImageReader(found.url, found.kind) as reader:
-        assert [reader.read(item.place) for item in found.items] == list(files.values())
+        assert [reader.read(item.location) for item in found.items] == list(files.values())
 
 
-def test_a_server_that_goes_away_is_waited_for(
+def test_a_temporary_outage_is_waited_out(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = storage.join(ROOT, "waited.txt")
@@ -184,8 +184,8 @@ def test_a_server_that_goes_away_is_waited_for(
 
 
 @pytest.mark.slow
-def test_encoding_outlives_its_storage(server: S3Server, encoded: Path, tmp_path: Path) -> None:
-    """Source and root on S3; the server is stopped and started amid the run."""
+def test_encoding_survives_an_outage(server: S3Server, encoded: Path, tmp_path: Path) -> None:
+    """Source and root on S3; the server is stopped and restarted during the run."""
     for name in ("images", "autoencoders"):
         _upload(encoded / name, storage.join(ROOT, name))
     recipe = tiny_recipe(tmp_path).model_copy(

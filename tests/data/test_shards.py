@@ -1,4 +1,4 @@
-"""Shards: a standard format, the same bytes for the same content, damage found."""
+"""Shards: a standard format, identical bytes for identical content, damage detected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from diffit_train.errors import DiffitError, UserError
     first=st.integers(0, 10**8),
     seed=st.integers(0, 100),
 )
-def test_what_is_written_is_read(count: int, frames: int, side: int, first: int, seed: int) -> None:
+def test_shards_round_trip(count: int, frames: int, side: int, first: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     keys = sorted(random.choice(1000, size=count, replace=False).tolist())
     keys = [first + key for key in keys]
@@ -63,7 +63,7 @@ def test_any_tar_reader_reads_a_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
+def test_damage_is_found_and_reported(tmp_path: Path, damage: str) -> None:
     entry = write_shard(str(tmp_path), 0, [0], np.zeros((1, 1, 8, 2, 2), np.float16), [1])
     path = tmp_path / entry.name
     data = bytearray(path.read_bytes())
@@ -78,7 +78,7 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
         read_shard(str(tmp_path), entry)
 
 
-def test_unfinished_and_damaged_manifests_are_named(tmp_path: Path) -> None:
+def test_unfinished_and_damaged_manifests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished latents"):
         load_manifest(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"schema_version": 1')

@@ -1,4 +1,4 @@
-"""Five kinds of source: the same images out of each, and what may be wrong in them."""
+"""Five source formats: the same images from each, and the problems they can have."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _tar(members: list[tuple[str, bytes]]) -> bytes:
     return out.getvalue()
 
 
-def write_as(kind: str, files: dict[str, bytes], place: Path) -> str:
-    """The files of an ImageFolder as a source of another kind; its path."""
+def write_as(kind: str, files: dict[str, bytes], target: Path) -> str:
+    """Convert the files of an ImageFolder to another source format; returns its path."""
     classes = sorted({name.split("/")[0] for name in files})
     label = {name: classes.index(name.split("/")[0]) for name in files}
     if kind == "tar":
-        # Not in order: names are sorted, whatever the tar does.
-        place.write_bytes(_tar(list(reversed(files.items()))))
+        # Out of order: names are sorted regardless of the tar's order.
+        target.write_bytes(_tar(list(reversed(files.items()))))
     elif kind == "ilsvrc":
         inner = {}
         for name in classes:
@@ -49,9 +49,9 @@ def write_as(kind: str, files: dict[str, bytes], place: Path) -> str:
                 (n.split("/")[1], data) for n, data in files.items() if n.startswith(f"{name}/")
             ]
             inner[f"{name}.tar"] = _tar(mine)
-        place.write_bytes(_tar(list(inner.items())))
+        target.write_bytes(_tar(list(inner.items())))
     elif kind == "webdataset":
-        place.mkdir()
+        target.mkdir()
         rows = list(files.items())
         for number in range(2):
             members = []
@@ -63,9 +63,9 @@ def write_as(kind: str, files: dict[str, bytes], place: Path) -> str:
                 else:
                     text = json.dumps({"label": label[name]}).encode()
                     members.append((f"{key}.json", text))
-            (place / f"part-{number}.tar").write_bytes(_tar(members))
+            (target / f"part-{number}.tar").write_bytes(_tar(members))
     elif kind == "parquet":
-        place.mkdir()
+        target.mkdir()
         rows = list(files.items())
         for number in range(2):
             some = rows[number * 13 : (number + 1) * 13]
@@ -75,8 +75,8 @@ def write_as(kind: str, files: dict[str, bytes], place: Path) -> str:
                     "label": [label[name] for name, _ in some],
                 }
             )
-            pq.write_table(table, place / f"part-{number}.parquet", row_group_size=4)
-    return str(place)
+            pq.write_table(table, target / f"part-{number}.parquet", row_group_size=4)
+    return str(target)
 
 
 KINDS = ["tar", "ilsvrc", "webdataset", "parquet"]
@@ -105,11 +105,11 @@ def test_every_kind_holds_the_same_images(kind: str, remote: bool, tmp_path: Pat
         assert found.paths == folder.paths
         assert found.classes == folder.classes == ("a", "b", "c")
     with ImageReader(found.url, found.kind) as reader:
-        data = [reader.read(item.place) for item in found.items]
+        data = [reader.read(item.location) for item in found.items]
         assert data == list(files.values())
-        # Also out of order.
-        assert reader.read(found.items[20].place) == data[20]
-        assert reader.read(found.items[1].place) == data[1]
+        # Reading out of order works, too.
+        assert reader.read(found.items[20].location) == data[20]
+        assert reader.read(found.items[1].location) == data[1]
 
 
 def test_class_names_of_a_hub_data_set(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_wrong_members_of_a_tar_carry_their_problem(tmp_path: Path) -> None:
     bad = [("../evil/1.png", b"4"), ("/abs/1.png", b"5"), ("a/1.png", b"6")]
     (tmp_path / "x.tar").write_bytes(_tar(good + odd + bad))
     assert _problems(tmp_path, tmp_path / "x.tar") == {
-        "../evil/1.png": "the name leads out of the archive",
-        "/abs/1.png": "the name leads out of the archive",
+        "../evil/1.png": "the name points outside the archive",
+        "/abs/1.png": "the name points outside the archive",
         "a/1.png (again 1)": "the name occurs twice",
     }
     found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
@@ -175,10 +175,13 @@ def test_wrong_labels_of_parquet_carry_their_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": [b"x"], "label": [0]}, "has columns image, label; needed are `image`"),
-        ({"image": [b"x"], "label": [0]}, "has columns image, label; needed are `image`, a struct"),
-        ({"image": [{"bytes": b"x", "path": ""}]}, "has columns image; needed"),
-        ({"image": [{"bytes": b"x", "path": ""}], "label": ["cat"]}, "not of whole numbers"),
+        ({"image": [b"x"], "label": [0]}, "has columns image, label; it needs `image`"),
+        ({"image": [b"x"], "label": [0]}, "has columns image, label; it needs `image`, a struct"),
+        ({"image": [{"bytes": b"x", "path": ""}]}, "has columns image; it needs"),
+        (
+            {"image": [{"bytes": b"x", "path": ""}], "label": ["cat"]},
+            "does not have an integer type",
+        ),
     ],
 )
 def test_parquet_without_the_columns_is_refused(
@@ -198,15 +201,15 @@ def _gzipped(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("x.tar", lambda data: data[:-3000], "cut off|not a whole"),
-        ("x.tar", lambda data: b"", "not a whole uncompressed tar|holds no images"),
-        ("x.tar", lambda data: b"nothing like a tar" * 99, "not a whole uncompressed tar"),
-        ("x.tar", _gzipped, "not a whole uncompressed tar"),
-        ("x.parquet", lambda data: data, "not a whole parquet file"),
+        ("x.tar", lambda data: data[:-3000], "is truncated|not a complete"),
+        ("x.tar", lambda data: b"", "not a complete uncompressed tar|holds no images"),
+        ("x.tar", lambda data: b"nothing like a tar" * 99, "not a complete uncompressed tar"),
+        ("x.tar", _gzipped, "not a complete uncompressed tar"),
+        ("x.parquet", lambda data: data, "not a complete parquet file"),
         ("x.zip", lambda data: data, "neither a folder nor a .tar"),
     ],
 )
-def test_broken_archives_are_named(
+def test_broken_archives_are_refused(
     tmp_path: Path, name: str, spoil: Callable[[bytes], bytes], message: str
 ) -> None:
     data = _tar([(f"{label}/1.png", b"1" * 2000) for label in "abc"])
@@ -215,7 +218,7 @@ def test_broken_archives_are_named(
         list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/{name}"))
 
 
-def test_a_kind_that_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_a_wrong_format_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "images" / "digits")
     with pytest.raises(UserError, match=r"is a folder, but data\.format is 'tar'"):
         list_images(tiny_recipe(tmp_path, "data.format=tar"))
@@ -224,10 +227,8 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path: Path) -> None:
         list_images(tiny_recipe(tmp_path, "data.format=folder", f"data.source={tmp_path}/x.tar"))
 
 
-def test_a_folder_that_may_not_be_read_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Root may read everything, so the refusal is made by hand."""
+def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root can read everything, so the permission error is simulated."""
     import os
 
     write_images(tmp_path / "images" / "digits")
@@ -239,7 +240,7 @@ def test_a_folder_that_may_not_be_read_stops(
         return real(path)
 
     monkeypatch.setattr("os.scandir", refusing)
-    with pytest.raises(UserError, match=r"digits/b may not be read"):
+    with pytest.raises(UserError, match=r"digits/b is not readable"):
         list_images(tiny_recipe(tmp_path))
 
 
@@ -252,7 +253,7 @@ NAMES = st.text(
 
 @settings(max_examples=25, deadline=None)
 @given(st.dictionaries(st.tuples(st.sampled_from("abc"), NAMES), st.binary(max_size=2000)))
-def test_any_tar_gives_back_its_images(
+def test_tars_round_trip(
     tmp_path_factory: pytest.TempPathFactory, images: dict[tuple[str, str], bytes]
 ) -> None:
     root = tmp_path_factory.mktemp("tar")
@@ -263,4 +264,4 @@ def test_any_tar_gives_back_its_images(
     assert list(found.paths) == sorted(files)
     with ImageReader(found.url, found.kind) as reader:
         for item in found.items:
-            assert reader.read(item.place) == files[item.name]
+            assert reader.read(item.location) == files[item.name]

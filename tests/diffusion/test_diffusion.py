@@ -91,7 +91,7 @@ def test_decoder_likelihood_is_the_mass_of_a_bin() -> None:
 
 def test_loss_of_the_true_noise_is_only_the_variance_term() -> None:
     x0, noise, t = _latents(0), _latents(1), torch.tensor([0, 5, 500, 999])
-    exact = torch.cat([noise, -torch.ones_like(noise)], dim=1)  # lower variance: the posterior's
+    exact = torch.cat([noise, -torch.ones_like(noise)], dim=1)  # lowest variance: the posterior's
     loss = training_loss(ADM, exact, x0, t, noise)
     assert (loss.mse == 0).all()
     # With true mean and variance the KL vanishes; t = 0 has the decoder's likelihood instead.
@@ -121,19 +121,19 @@ def test_respacing_keeps_the_marginals_and_the_ends() -> None:
 
 
 def _adm_even(timesteps: int, steps: int) -> list[int]:
-    """ADM's space_timesteps for one section: a running sum, rounded to even at one half."""
+    """ADM's space_timesteps for one section: a running sum, rounding half to even."""
     stride = 1.0 if steps == 1 else (timesteps - 1) / (steps - 1)
-    place, taken = 0.0, set()
+    position, taken = 0.0, set()
     for _ in range(steps):
-        whole = math.floor(place)
-        rest = place - whole
+        whole = math.floor(position)
+        rest = position - whole
         taken.add(whole + (rest > 0.5 or (rest == 0.5 and whole % 2 == 1)))
-        place += stride
+        position += stride
     return sorted(taken)
 
 
 def _adm_ddim(timesteps: int, steps: int) -> list[int] | None:
-    """ADM's ddimN: the first whole stride that gives that many."""
+    """ADM's ddimN: the first integer stride that gives this many."""
     for stride in range(1, timesteps):
         taken = list(range(0, timesteps, stride))
         if len(taken) == steps:
@@ -141,23 +141,23 @@ def _adm_ddim(timesteps: int, steps: int) -> list[int] | None:
     return None
 
 
-def test_even_spacing_is_that_of_adm_at_every_count() -> None:
+def test_even_spacing_matches_adm_at_every_count() -> None:
     multiples = 0
     for steps in range(1, 1001):
         expected = _adm_even(1000, steps)
         assert evenly_spaced(1000, steps).tolist() == expected, steps
         stride = 999 / (steps - 1) if steps > 1 else 0.0
         multiples += [round(i * stride) for i in range(steps)] != expected
-    # Rounded multiples of the stride would differ from the running sum.
+    # Rounded multiples of the stride differ from the running sum.
     assert multiples == 278
 
 
-def test_ddim_spacing_is_that_of_adm_at_every_count() -> None:
+def test_ddim_spacing_matches_adm_at_every_count() -> None:
     possible = 0
     for steps in range(1, 1001):
         expected = _adm_ddim(1000, steps)
         if expected is None:
-            with pytest.raises(ValueError, match=f"no whole stride takes {steps} of 1000"):
+            with pytest.raises(ValueError, match=f"no integer stride gives {steps} of 1000"):
                 ddim_spaced(1000, steps)
             continue
         possible += 1
@@ -193,7 +193,7 @@ def test_samplers_reach_a_known_distribution(name: str, steps: int, options: dic
     schedule = respace(ADM, evenly_spaced(1000, steps))
     sampler = getattr(samplers, name)
     x = sampler(schedule, _exact_denoiser(0.5, 0.09), fresh(0), fresh, **options).flatten()
-    # Five standard errors of 4,000 samples, and one percent for the discretisation.
+    # Five standard errors of 4,000 samples, and one percent for the discretization.
     assert x.mean().item() == pytest.approx(0.5, abs=5 * 0.3 / math.sqrt(4000) + 0.005)
     assert x.std().item() == pytest.approx(0.3, rel=5 / math.sqrt(8000) + 0.01)
 
@@ -219,11 +219,11 @@ def test_power_cosine_starts_at_one_and_ends_at_the_scale() -> None:
     assert weight(0) == pytest.approx(4.4)
     half = 1 + 3.4 / 2 * (1 - math.cos(math.pi * 0.5**4))
     assert weight(500) == pytest.approx(half)
-    # The release's guidance is idle in the first quarter of sampling.
+    # The release's guidance is off in the first quarter of sampling.
     assert all(weight(t) - 1 < 4e-5 * 3.4 for t in range(750, 1000))
 
 
-def test_guidance_touches_only_its_channels() -> None:
+def test_guidance_changes_only_its_channels() -> None:
     labels = torch.tensor([1, 2])
 
     def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -239,7 +239,7 @@ def test_guidance_touches_only_its_channels() -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_no_guidance_asks_for_no_unconditional_pass() -> None:
+def test_no_guidance_needs_no_unconditional_pass() -> None:
     seen: list[int] = []
 
     def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -251,7 +251,7 @@ def test_no_guidance_asks_for_no_unconditional_pass() -> None:
     assert seen == [1]
 
 
-def test_an_interval_guides_inside_it_only() -> None:
+def test_interval_guidance_is_off_outside_its_interval() -> None:
     section = Guidance(kind="interval", scale=2.0, low=0.2, high=0.6)
     weight = guidance.build_weight(section, 1000)
     assert [weight(t) for t in (199, 200, 600, 601)] == [1.0, 2.0, 2.0, 1.0]
@@ -259,7 +259,7 @@ def test_an_interval_guides_inside_it_only() -> None:
     assert guidance.build_weight(Guidance(kind="constant", scale=9.0), 1000)(500) == 9.0
 
 
-def test_idle_unconditional_passes_are_left_out_and_counted() -> None:
+def test_idle_unconditional_passes_are_skipped_and_counted() -> None:
     weight = guidance.power_cosine(4.4, 4.0)
     evaluated: list[int] = []
 

@@ -1,7 +1,7 @@
-"""Samplers on a mixture of two normal distributions, whose noise and velocity are known exactly.
+"""Samplers on a mixture of two normal distributions, with exact noise and velocity.
 
-In one dimension the probability-flow ODE carries quantiles to quantiles, so the exact end of every
-deterministic sampler is known, too.
+In one dimension the probability-flow ODE maps quantiles to quantiles, so the exact result of every
+deterministic sampler is also known.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WEIGHTS, MEANS, STDS = np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.
 
 
 def _mixture_cdf(x: np.ndarray, signal: float, sigma: float) -> np.ndarray:
-    """Of signal * x_0 + sigma * noise."""
+    """Distribution of signal * x_0 + sigma * noise."""
     scale = np.sqrt((signal * STDS) ** 2 + sigma**2)
     return (WEIGHTS * stats.norm.cdf(np.asarray(x)[..., None], signal * MEANS, scale)).sum(-1)
 
@@ -61,21 +61,21 @@ def _velocity(x: Tensor, t: Tensor) -> Tensor:
 
 
 def _quantiles(x: np.ndarray, signal: float, sigma: float) -> np.ndarray:
-    """Where the probability flow carries x."""
+    """The endpoint of the probability flow from x."""
     levels = _mixture_cdf(x, signal, sigma)
     ends = [optimize.brentq(lambda v, p=p: _mixture_cdf(v, 1.0, 0.0) - p, -6, 6) for p in levels]
     return np.array(ends)
 
 
 def _no_noise(step: int) -> Tensor:
-    raise AssertionError("a deterministic sampler asked for noise")
+    raise AssertionError("a deterministic sampler called noise")
 
 
 START = np.linspace(-1.8, 1.8, 13)
 
 
 def _error(name: str, steps: int) -> float:
-    """Largest distance from the exact end, over starts that lie away from the border of modes."""
+    """Largest error at the end, over starting points away from the boundary between modes."""
     x = torch.from_numpy(START).view(-1, 1, 1, 1)
     if name.startswith("flow"):
         exact = _quantiles(START, 0.0, 1.0)
@@ -119,7 +119,7 @@ def test_stochastic_samplers_reach_the_distribution(name: str) -> None:
         schedule = respace(ADM, evenly_spaced(1000, 250))
         x = samplers.ddim(schedule, _noise_and_variance, fresh(0), fresh, eta=0.5)
     found = stats.kstest(x.flatten().numpy(), lambda v: _mixture_cdf(v, 1.0, 0.0))
-    # 1.95 / sqrt(n) is exceeded once in a thousand; some room for the discretisation.
+    # 1.95 / sqrt(n) is exceeded once in a thousand; some room for the discretization.
     assert found.statistic < 1.95 / math.sqrt(3000) + 0.01
 
 
@@ -133,7 +133,7 @@ def _velocity_of_one_normal(x: Tensor, t: Tensor) -> Tensor:
 
 
 def _moments(steps: int, diffusion: str, last_step: str, size: float) -> tuple[float, float]:
-    """Mean and standard deviation that SiT's algorithm ends with on one normal distribution.
+    """Mean and standard deviation of SiT's algorithm on a single normal distribution.
 
     In SiT's time, 1 at the data, with its D(t): drift u + D * score, noise sqrt(2 D). Everything
     is linear in x, so the moments follow exactly.
@@ -173,10 +173,10 @@ def _sampled(steps: int, size: float, **options: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("diffusion", ["2sigma", "sigma"])
 @pytest.mark.parametrize("last_step", ["mean", "euler"])
-def test_the_flows_sde_takes_the_steps_of_sit(diffusion: str, last_step: str) -> None:
+def test_the_flow_sde_matches_sit(diffusion: str, last_step: str) -> None:
     mean, std = _sampled(8, 0.04, diffusion=diffusion, last_step=last_step)
     exact = _moments(8, diffusion, last_step, 0.04)
-    # Five standard errors. Every other choice of the two options ends further away than that.
+    # Five standard errors; every other combination of the two options is further away.
     tolerance = 5 * exact[1] / math.sqrt(2 * 200_000)
     assert mean == pytest.approx(exact[0], abs=1.5 * tolerance)
     assert std == pytest.approx(exact[1], abs=tolerance)
@@ -187,7 +187,7 @@ def test_the_flows_sde_takes_the_steps_of_sit(diffusion: str, last_step: str) ->
 
 @pytest.mark.parametrize("diffusion", ["2sigma", "sigma"])
 @pytest.mark.parametrize("last_step", ["mean", "euler"])
-def test_the_flows_sde_reaches_the_exact_moments(diffusion: str, last_step: str) -> None:
+def test_the_flow_sde_reaches_the_exact_moments(diffusion: str, last_step: str) -> None:
     options = {"diffusion": diffusion, "last_step": last_step}
     errors = []
     for steps in (25, 50, 100, 200):
@@ -200,7 +200,7 @@ def test_the_flows_sde_reaches_the_exact_moments(diffusion: str, last_step: str)
 
 
 def test_sits_defaults() -> None:
-    """As willisma/SiT train_utils.py has them: sigma (2 sigma here), Mean, 0.04."""
+    """From train_utils.py in willisma/SiT: sigma (2 sigma here), Mean, 0.04."""
     sampler = Sampler(name="sde")
     assert (sampler.diffusion, sampler.last_step, sampler.last_step_size) == (
         "2sigma",
@@ -219,7 +219,7 @@ def test_dpm_solver_agrees_with_diffusers() -> None:
         lower_order_final=False,
     )
     kept = evenly_spaced(1000, 20)
-    # diffusers always ends at timestep 0, whichever are asked for.
+    # diffusers always ends at timestep 0, regardless of the requested ones.
     scheduler.set_timesteps(timesteps=kept[::-1].tolist())
     x = start = torch.from_numpy(START).view(-1, 1, 1, 1)
     for t in scheduler.timesteps:
@@ -229,7 +229,7 @@ def test_dpm_solver_agrees_with_diffusers() -> None:
     torch.testing.assert_close(mine, x.double(), atol=2e-4, rtol=1e-4)
 
 
-def test_the_path_of_the_flow_and_its_loss() -> None:
+def test_flow_path_and_loss() -> None:
     x0, noise = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
     t = torch.tensor([0.0, 0.25])
     x = interpolate(x0, t, noise)
@@ -241,7 +241,7 @@ def test_the_path_of_the_flow_and_its_loss() -> None:
     )
 
 
-def test_the_score_of_the_flow() -> None:
+def test_flow_score() -> None:
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1).requires_grad_()
     t = torch.full((9,), 0.4, dtype=torch.float64)
     weights, means, stds = (torch.from_numpy(v) for v in (WEIGHTS, MEANS, STDS))
@@ -263,7 +263,7 @@ def test_the_score_of_the_flow() -> None:
         ("flow", "sde", 5, 5),
     ],
 )
-def test_calls_of_the_denoiser(objective: str, name: str, steps: int, calls: int) -> None:
+def test_number_of_denoiser_calls(objective: str, name: str, steps: int, calls: int) -> None:
     diffusion = Diffusion(objective=objective)
     visited = visited_timesteps(diffusion, Sampler(name=name, steps=steps))
     assert len(visited) == calls
@@ -280,7 +280,7 @@ def test_ddim_visits_the_timesteps_of_the_wanted_spacing() -> None:
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "flow"])
-def test_an_objective_is_least_for_the_truth(objective: str) -> None:
+def test_the_true_prediction_minimizes_the_objective(objective: str) -> None:
     made = build_objective(Diffusion(objective=objective))
     random = np.random.default_rng(0)
     t = torch.from_numpy(made.draw_timesteps(random, 64))
@@ -291,6 +291,6 @@ def test_an_objective_is_least_for_the_truth(objective: str) -> None:
     truth = noise - x0 if objective == "flow" else torch.cat([noise, -torch.ones_like(noise)], 1)
     assert x.shape == x0.shape
     best = made.loss(truth, x0, t, noise)
-    # The noise that is left in an image costs bits only in the last step of ADM's diffusion.
+    # Noise left in an image costs bits only in the last step of ADM's diffusion.
     assert (best[t >= 1] < 1e-4).all()
     assert (made.loss(truth + 0.5, x0, t, noise) > best + 0.1).all()

@@ -1,9 +1,9 @@
-"""One training five ways: the loss of every step, and how far apart the curves lie.
+"""One training, run five ways: the loss at every step, and the distance between the curves.
 
     python -m tests.faults.curves --plot docs/curves.png
 
-On 2 workers; on 1; on 4; killed at ten random moments; interrupted in the middle and gone on with
-another number of workers and another ZeRO stage. Digits, fp32, 200 steps.
+On 2 workers; on 1; on 4; killed at ten random times; interrupted halfway and resumed with another
+number of workers and another ZeRO stage. Digits, fp32, 200 steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _losses(root: Path, run: str, steps: int) -> np.ndarray:
 
 
 def _train_while_killed(root: Path, steps: int, seed: int) -> list[str]:
-    """Kill a worker or the command, ten times in all; what was killed and when."""
+    """Kill a worker or the command ten times; returns what was killed and when."""
     chance, killed = random.Random(seed), []
     (root / "recipe.yaml").write_text(dump_recipe(_recipe(root, steps, "scaling.workers=2")))
     driver = Driver(root / "recipe.yaml", "killed")
@@ -64,7 +64,7 @@ def _train_while_killed(root: Path, steps: int, seed: int) -> list[str]:
         else:
             driver.process.kill()
             driver.process.wait()
-            time.sleep(5)  # its workers end by themselves when they miss it
+            time.sleep(5)  # its workers exit on their own
             driver.start()
             killed.append("command")
     assert driver.process.wait(timeout=300) == 0, [line.text for line in driver.lines[-5:]]
@@ -73,7 +73,7 @@ def _train_while_killed(root: Path, steps: int, seed: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, help="a root whose demo latents are encoded")
+    parser.add_argument("--root", type=Path, help="a root with encoded demo latents")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path("curves.png"))
@@ -110,8 +110,8 @@ def main() -> None:
             [name, f"{curves[run][-1]:.6f}", f"{away.max():.2e}", f"{(away / base).max():.2e}"]
         )
     print_table(
-        f"Loss of each of {steps} steps, beside that of 2 workers; killed: "
-        f"{killed.count('worker')} times a worker, {killed.count('command')} times the command",
+        f"Loss at each of {steps} steps, against 2 workers; kills: "
+        f"{killed.count('worker')} of a worker, {killed.count('command')} of the command",
         ["", "last loss", "largest difference", "relative"],
         rows,
     )

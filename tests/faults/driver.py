@@ -1,4 +1,4 @@
-"""A cluster of several raylets on this machine, and `diffit train` as a process to disturb."""
+"""A cluster of several raylets on this machine, and `diffit train` as a process to fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -22,17 +21,17 @@ _PROGRESS = re.compile(r"^train +([\d,]+)/")
 
 
 class Nodes:
-    """A head, and nodes of one CPU each that may die and come back.
+    """A head node, and one-CPU nodes that can die and come back.
 
     Args:
-        count: nodes beside the head.
-        head_cpus: CPUs of the head, which no fault touches.
+        count: nodes in addition to the head.
+        head_cpus: CPUs of the head, which is never killed.
     """
 
     def __init__(self, count: int, head_cpus: int = 0) -> None:
         from ray.cluster_utils import Cluster
 
-        # The watcher of preemptions is the job's controller, which takes it from here.
+        # The job's controller, which watches for preemptions, reads it from here.
         os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
         arguments = {"num_cpus": head_cpus, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=arguments)
@@ -40,19 +39,19 @@ class Nodes:
 
     @property
     def address(self) -> str:
-        """As --address takes it."""
+        """The cluster's --address."""
         return str(self.cluster.address)
 
     def add(self) -> Any:
-        """One more node."""
+        """Add a node."""
         return self.cluster.add_node(num_cpus=1)
 
     def kill(self, node: Any) -> None:
-        """End a node's raylet and everything on it, without notice."""
+        """Kill a node's raylet and everything on it, without notice."""
         self.cluster.remove_node(node, allow_graceful=False)
 
     def announce_end(self, node: Any, seconds: float) -> None:
-        """Tell Ray that a node will be preempted."""
+        """Announce a node's preemption to Ray."""
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -74,12 +73,7 @@ class Nodes:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cluster.shutdown()
 
 
@@ -92,7 +86,7 @@ def _name(process: psutil.Process) -> str:
 
 @dataclass
 class Line:
-    """What the command said, and when."""
+    """A line of the command's output, and its time."""
 
     at_s: float
     text: str
@@ -100,7 +94,7 @@ class Line:
 
 @dataclass
 class Begun:
-    """A group of workers that began to train."""
+    """A worker group that started training."""
 
     at_s: float
     step: int
@@ -109,7 +103,7 @@ class Begun:
 
 @dataclass
 class Driver:
-    """`diffit train` in a process of its own."""
+    """`diffit train` in its own process."""
 
     recipe: Path
     run: str
@@ -118,7 +112,7 @@ class Driver:
     lines: list[Line] = field(default_factory=list)
 
     def start(self) -> None:
-        """Begin, or go on."""
+        """Start or resume."""
         command = [sys.executable, "-c", "from diffit_train.cli import main; main()", "train"]
         command += [self.recipe.name, "--root", self.root, "--run", self.run]
         command += ["--address", self.address] if self.address else []
@@ -139,7 +133,7 @@ class Driver:
         return self.process.wait(timeout=timeout_s)
 
     def begun(self, since_s: float) -> Begun | None:
-        """How training went on after a moment."""
+        """The start of the first worker group after a given time; None if there is none yet."""
         for line in list(self.lines):
             match = _BEGUN.match(line.text)
             if match and line.at_s > since_s:
@@ -147,13 +141,13 @@ class Driver:
         return None
 
     def wait_begun(self, since_s: float, timeout_s: float = 400) -> Begun:
-        """The first group of workers that began to train after a moment."""
+        """Wait for the first worker group that starts training after a given time."""
         found = self.wait(lambda: self.begun(since_s), timeout_s)
         assert isinstance(found, Begun)
         return found
 
     def wait(self, what: Callable[[], Any], timeout_s: float = 120) -> Any:
-        """The first true value of `what`, asked again and again while the command runs."""
+        """Poll `what` while the command runs; returns its first true value."""
         deadline = time.monotonic() + timeout_s
         while not (value := what()):
             said = "\n".join(line.text for line in self.lines[-20:])
@@ -163,11 +157,11 @@ class Driver:
         return value
 
     def said(self, text: str, since_s: float = 0.0) -> bool:
-        """Whether a line after a moment holds the text."""
+        """Whether a line after a given time contains the text."""
         return any(text in line.text for line in list(self.lines) if line.at_s > since_s)
 
     def stepped(self, since_s: float) -> int | None:
-        """The newest step that the progress line told after a moment."""
+        """The newest step shown on the progress line after a given time."""
         for line in reversed(list(self.lines)):
             if line.at_s <= since_s:
                 return None

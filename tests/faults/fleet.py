@@ -2,8 +2,8 @@
 
     python -m tests.faults.fleet --root diffit-demo
 
-Its metrics are held against those of the same sweep made in place and undisturbed. The root is that
-of a `make demo`; both sweeps are made in copies of it.
+Its metrics are compared with those of the same sweep run locally without faults. The root is that
+of a `make demo`; both sweeps run in copies of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WAIT_S = 300.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rows of the sweep undisturbed and disturbed, what was killed, and the plot."""
+    """Rows of the sweep without and with faults, what was killed, and the plot."""
 
     alone: list[dict[str, Any]]
     fleet: list[dict[str, Any]]
@@ -51,11 +51,11 @@ def copy_root(root: Path, target: Path) -> Path:
 def disturbed(
     recipe: Callable[[Path], Recipe], root: Path, run: str, texts: Sequence[str], folder: Path
 ) -> Outcome:
-    """Make a sweep twice.
+    """Run a sweep twice.
 
     Args:
-        recipe: of a root.
-        folder: where the copies go.
+        recipe: a recipe with an existing root.
+        folder: folder for the copies.
     """
     alone = run_sweep(recipe(copy_root(root, folder / "alone")), run, [], texts, "swept")
     other = copy_root(root, folder / "fleet")
@@ -78,7 +78,7 @@ def disturbed(
 
 
 def _kill(head: Head, words: str, thread: threading.Thread, root: Path) -> str:
-    """Kill the first process of that description once more chunks have been committed."""
+    """Kill the first matching process once more chunks have been committed."""
     deadline_s, before = time.monotonic() + WAIT_S, _chunks(root)
     while time.monotonic() < deadline_s and thread.is_alive():
         if _chunks(root) > before:
@@ -99,13 +99,13 @@ def _chunks(root: Path) -> int:
 
 
 def main() -> None:
-    """Parse the arguments, sweep, and print both."""
+    """Parse the arguments, run both sweeps, and print both."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--root", type=Path, default=Path("diffit-demo"))
     parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--plot", type=Path, help="where the sweep's plot is copied to")
+    parser.add_argument("--plot", type=Path, help="where to copy the sweep's plot")
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="diffit-fleet-"))
     texts = ["guidance.scale=1.0:4.0:1.0", "sampler.steps=20,50"]
@@ -128,8 +128,8 @@ def main() -> None:
         )
     print_table(
         f"{len(rows)} evaluations of {chosen.samples} images as Ray jobs, killed: "
-        f"{', '.join(outcome.killed)}; beside the same in place, undisturbed",
-        ["scale", "steps", "fd_digits, fleet", "fd_digits, in place", "metrics that differ"],
+        f"{', '.join(outcome.killed)}; against the same run locally without faults",
+        ["scale", "steps", "fd_digits, fleet", "fd_digits, local", "differing metrics"],
         rows,
     )
     if chosen.plot:

@@ -1,10 +1,10 @@
-"""Disturb a training at random for a while, then hold it against one that nobody disturbed.
+"""Inject random faults into a training, then compare it with an uninterrupted one.
 
     python -m tests.faults.soak --minutes 30
 
 An elastic run on a cluster of several raylets loses workers, raylets and the command itself, is
-asked to end and started again. Told at the end: the faults, the steps and seconds that each cost,
-whether anything is damaged, and how far the curve lies from that of the undisturbed run.
+stopped and restarted. Prints the faults, the steps and seconds that each cost, whether anything is
+damaged, and how far the curve is from that of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RUN = "soaked"
 
 @dataclass
 class Fault:
-    """One disturbance and what it cost."""
+    """One fault and what it cost."""
 
     kind: str
     at_step: int
@@ -47,7 +47,7 @@ class Fault:
 
     @property
     def lost(self) -> int:
-        """Steps that had to be done again."""
+        """Steps that had to be repeated."""
         return max(0, self.at_step - self.resumed_at)
 
 
@@ -66,14 +66,14 @@ def _recipe(root: Path, workers: str) -> Recipe:
 
 
 def _reached(root: Path) -> int:
-    """The newest step that MLflow knows of, which is told while training goes on."""
+    """The newest step in MLflow, which training logs as it runs."""
     tracker = Tracker.of(_recipe(root, "1"))
     runs = [r for r in tracker.runs() if r.name == RUN]
     return tracker.last_step(runs[0].run_id, "perf/step_s") if runs else 0
 
 
 def _strike(kind: str, nodes: Nodes, driver: Driver, chance: random.Random) -> None:
-    """Do it, and start again what has to be started by hand."""
+    """Inject the fault, and restart whatever does not restart by itself."""
     if kind == "worker":
         os.kill(chance.choice(nodes.workers()).pid, signal.SIGKILL)
     elif kind == "raylet":
@@ -91,7 +91,7 @@ def _strike(kind: str, nodes: Nodes, driver: Driver, chance: random.Random) -> N
 
 
 def soak(root: Path, minutes: float, seed: int) -> tuple[list[Fault], int]:
-    """Disturb a run for so long; the faults, and the step at which it was ended."""
+    """Inject faults into a run for some time; the faults, and the step at which it was stopped."""
     chance, faults = random.Random(seed), []
     (root / "recipe.yaml").write_text(dump_recipe(_recipe(root, "1..3")))
     deadline = time.monotonic() + 60 * minutes
@@ -102,7 +102,7 @@ def soak(root: Path, minutes: float, seed: int) -> tuple[list[Fault], int]:
         while time.monotonic() < deadline:
             time.sleep(chance.uniform(5.0, 25.0))
             later = driver.begun(begun.at_s)
-            if later is not None:  # the run has grown by itself; that is no fault
+            if later is not None:  # the run has grown on its own, which is not a fault
                 begun = later
                 continue
             kind = chance.choices(list(KINDS), weights=list(KINDS.values()))[0]
@@ -147,7 +147,7 @@ def _tell(faults: list[Fault]) -> None:
 
 
 def _compare(root: Path, last: int) -> dict[str, Any]:
-    """The disturbed run against one of two workers that nobody disturbed."""
+    """Compare the run with an uninterrupted one on two workers."""
     run = str(root / "runs" / RUN)
     bad = [text for step in committed_steps(run) if (text := damage(run, step))]
     recipe = _recipe(root, "2")
@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, help="a root whose demo latents are encoded")
+    parser.add_argument("--root", type=Path, help="a root with encoded demo latents")
     options = parser.parse_args()
     root = (options.root or Path(tempfile.mkdtemp(prefix="diffit-soak-"))).absolute()
     if not (root / "latents").exists():

@@ -1,4 +1,4 @@
-"""Faults on a cluster of several raylets: announced and sudden losses of nodes, SIGTERM."""
+"""Faults on a cluster of several raylets: announced and sudden node losses, SIGTERM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ELASTIC = ("scaling.workers=1..2", "scaling.resize_check_s=3", "scaling.max_fail
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_nodes_come_and_go(encoded: Path, tmp_path: Path) -> None:
+def test_nodes_leave_and_join(encoded: Path, tmp_path: Path) -> None:
     _copy(encoded, tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(tiny_recipe(tmp_path, *LONG, *ELASTIC)))
@@ -42,7 +42,7 @@ def test_nodes_come_and_go(encoded: Path, tmp_path: Path) -> None:
 
 
 def _disturb(recipe: Path) -> None:
-    """In a process of its own, as a second cluster cannot be made where one is connected."""
+    """In its own process: a second cluster cannot be created while connected to one."""
     with Nodes(2) as nodes:
         driver = Driver(recipe, "elastic", nodes.address)
         driver.start()

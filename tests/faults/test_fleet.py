@@ -1,4 +1,4 @@
-"""A fleet of evaluation jobs of which an actor and a whole job die."""
+"""A fleet of evaluation jobs that loses an actor and a whole job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.faults.fleet import disturbed
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_disturbed_fleet_gives_the_same_metrics(trained: Path, tmp_path: Path) -> None:
+def test_a_fleet_with_faults_gives_the_same_metrics(trained: Path, tmp_path: Path) -> None:
     changes = ("evaluate.samples=400", "evaluate.sampler.steps=20")
     texts = ["guidance.scale=1,2,3,4", "seed=0,1"]
     outcome = disturbed(lambda root: tiny_recipe(root, *changes), trained, "tiny", texts, tmp_path)

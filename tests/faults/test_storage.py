@@ -1,4 +1,4 @@
-"""Training on a real S3 server that goes away for a while."""
+"""Training on a real S3 server with a temporary outage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS += ("train.keep_checkpoints=2", "train.lr=1e-4")
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_training_outlives_its_storage(
+def test_training_survives_a_storage_outage(
     encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import s3fs
@@ -52,7 +52,7 @@ def test_training_outlives_its_storage(
         time.sleep(10)
         server.start()
         assert driver.process.wait(timeout=300) == 0, [line.text for line in driver.lines[-5:]]
-        assert driver.begun(begun.at_s) is None  # the workers never died of it
+        assert driver.begun(begun.at_s) is None  # the outage did not kill the workers
         assert committed_steps(run) == [0, 980, 1000]
         assert damage(run, 1000) is None
         mine = storage.read_bytes(storage.join(run, "log.jsonl")).decode().splitlines()

@@ -1,4 +1,4 @@
-"""Every attention kernel against the plain one in float64, with gradients; windows."""
+"""Every attention kernel against the reference in float64, with gradients; windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE, HEADS, SIZE = 4, 3, 8
 def _inputs(batch: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     count = SIDE**2
-    # As TMSA hands them over: slices of one projection.
+    # As TMSA passes them: slices of one projection.
     qkv = torch.randn(batch, count, 3, HEADS, SIZE, generator=generator, dtype=torch.float64)
     table = torch.randn((2 * SIDE - 1) ** 2, HEADS, generator=generator, dtype=torch.float64)
     parts = [*qkv.permute(2, 0, 3, 1, 4), table]
@@ -47,18 +47,18 @@ def _assert_like_reference(name: str, dtype: torch.dtype, tolerance: float, devi
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.1)]
 )
-def test_kernels_give_the_reference_and_its_gradients(
+def test_kernels_match_the_reference_and_its_gradients(
     name: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So small that a stretch is of two images, the last of one; or of one image's two heads.
+    # So small that a chunk is two images (the last one: one), or two heads of one image.
     for weights in (2 * HEADS * SIDE**4, 2 * SIDE**4):
         monkeypatch.setattr(attention_kernels, "CHUNK_WEIGHTS", weights)
         _assert_like_reference(name, dtype, tolerance, "cpu")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_gives_the_reference() -> None:
-    # torch has no backward pass of it on a CPU; the next test holds its gradients.
+def test_flex_matches_the_reference() -> None:
+    # torch has no backward pass for it on a CPU; the next test checks its gradients.
     inputs = [tensor.detach() for tensor in _inputs(5, torch.float32)]
     index = relative_position_index(SIDE)
     out, exact = (KERNELS[name](*inputs, index) for name in ("flex", "reference"))
@@ -79,7 +79,7 @@ def test_kernels_without_position(name: str) -> None:
     torch.testing.assert_close(out, torch.einsum("bhij,bhjk->bhik", expected, v))
 
 
-def test_the_backward_pass_keeps_no_attention_weights() -> None:
+def test_no_attention_weights_are_saved_for_backward() -> None:
     inputs = _inputs(5, torch.float32)
     sizes: list[int] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -93,7 +93,7 @@ def test_the_backward_pass_keeps_no_attention_weights() -> None:
     assert max(sizes) == 5 * HEADS * SIDE**4
 
 
-def test_the_kernel_is_chosen_by_the_device() -> None:
+def test_the_device_determines_the_kernel() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert kernel_name("auto", cpu) == "chunked"
     assert kernel_name("auto", cuda) == "flex"
@@ -115,11 +115,11 @@ def test_tokens_attend_to_their_own_window(name: str) -> None:
         out = whole(x.view(2, side**2, -1), c).view(2, side, side, -1)
     for row in range(0, side, window):
         for column in range(0, side, window):
-            place = (slice(None), slice(row, row + window), slice(column, column + window))
-            expected = single(x[place].reshape(2, window**2, -1), c)
-            torch.testing.assert_close(out[place].reshape(2, window**2, -1), expected)
+            window_index = (slice(None), slice(row, row + window), slice(column, column + window))
+            expected = single(x[window_index].reshape(2, window**2, -1), c)
+            torch.testing.assert_close(out[window_index].reshape(2, window**2, -1), expected)
 
 
-def test_impossible_windows_are_named() -> None:
+def test_impossible_windows_are_refused() -> None:
     with pytest.raises(ValueError, match="window 4 does not divide the side 6"):
         TMSA(12, 3, 6, window=4)

@@ -1,4 +1,4 @@
-"""The latent DiffiT against the equations, computed apart in float64, and the published counts."""
+"""The latent DiffiT against an independent float64 implementation, and published counts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_tmsa_follows_the_equations() -> None:
     np.testing.assert_allclose(module(x, c).detach().numpy(), expected, atol=1e-12)
 
 
-def test_tmsa_gradients_are_those_of_its_function() -> None:
+def test_tmsa_gradients_match_finite_differences() -> None:
     torch.manual_seed(0)
     module = TMSA(hidden_size=8, num_heads=2, side=2).double()
     x, c = torch.randn(1, 4, 8).double(), torch.randn(1, 8).double()
@@ -117,7 +117,7 @@ def test_time_label_and_input_all_matter() -> None:
         assert (model(*changed) - base).abs().max() > 1e-4
 
 
-def test_impossible_sizes_are_named() -> None:
+def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="patch size 3 does not divide latent size 8"):
         _small(patch_size=3)
     with pytest.raises(ValueError, match="3 heads do not divide hidden_size 16"):
@@ -131,7 +131,7 @@ def test_unpatchify_undoes_the_patches_of_a_convolution() -> None:
     assert torch.equal(unpatchify(tokens, 2, 3), x)
 
 
-def test_timestep_features_hold_cosines_first() -> None:
+def test_timestep_features_put_cosines_first() -> None:
     embedder = TimestepEmbedder(8)
     seen: list[torch.Tensor] = []
     embedder.mlp[0].register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
@@ -150,7 +150,7 @@ def test_positions_are_sines_and_cosines_of_column_then_row() -> None:
     np.testing.assert_allclose(table[row * 3 + column], np.concatenate(expected), atol=1e-6)
 
 
-# ---- The whole model, written again from the equations in float64 ----
+# ---- The whole model, reimplemented from the equations in float64 ----
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ def _model(architecture: type[LatentTransformer] = LatentDiffiT) -> LatentTransf
 
 
 def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents whose differences from the nearest bf16 numbers are all that they hold."""
+    """Latents that carry information only in their differences from the nearest bf16 values."""
     generator = torch.Generator().manual_seed(1)
     x = 1.0 + torch.randn(2, 3, 8, 8, generator=generator) * 2.0**-10
     return x, torch.tensor([0, 700]), torch.tensor([1, 5])
@@ -71,7 +71,7 @@ def _check_engine(
     torch.testing.assert_close(seen["tokens"].double(), expected, atol=2e-6, rtol=tolerance)
     engine.backward(out.square().sum())
     assert engine.step(0)
-    # What evaluation has: a model made anew, in fp32.
+    # As in evaluation: a new model, in fp32.
     assert torch.equal(model.pos_embed, architecture(SHAPE).pos_embed)
     assert model.pos_embed.dtype == torch.float32
     engine.destroy()
@@ -86,7 +86,7 @@ def test_training_in_bf16_sees_latents_and_positions_in_fp32(stage: int, precisi
 
 
 @pytest.mark.parametrize("architecture", [DiT, DiTWithTMSA])
-def test_the_other_models_do_so_too(architecture: type[LatentTransformer]) -> None:
+def test_the_other_models_do_the_same(architecture: type[LatentTransformer]) -> None:
     on_ranks(2, _check_engine, 3, "bf16", architecture)
 
 
@@ -107,7 +107,7 @@ def test_a_converted_model_keeps_its_positions(
     assert model(*(part.to("meta") for part in _batch())).shape == (2, 6, 8, 8)
 
 
-def test_blocks_that_are_compiled_get_the_same_tokens() -> None:
+def test_compiled_blocks_get_the_same_tokens() -> None:
     x, t, y = _batch()
     plain, compiled = (_model().bfloat16() for _ in range(2))
     for block in compiled.blocks:

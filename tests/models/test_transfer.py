@@ -1,4 +1,4 @@
-"""Weights for another resolution: what must not change, and what is refused."""
+"""Weight transfer to another resolution: what must not change, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES |= {"depth": 2, "num_heads": 2}
 
 
 def _offsets(side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column offset of each entry of a table, read off the index of pairs."""
+    """Row and column offset of each table entry, from the index of pairs."""
     index = relative_position_index(side)
     rows, columns = torch.zeros((2 * side - 1) ** 2), torch.zeros((2 * side - 1) ** 2)
     for a in range(side**2):
@@ -42,14 +42,14 @@ def test_the_same_side_changes_nothing() -> None:
 
 
 def test_positions_spread_over_the_old_grid() -> None:
-    """Every other position of the finer grid is one of the coarser grid, to the last bit."""
+    """Every other position of the finer grid equals one of the coarser grid, bit for bit."""
     coarse = sincos_position_table(16, 4).view(4, 4, 16)
     fine = sincos_position_table(16, 8, spread=4).view(8, 8, 16)
     assert torch.equal(fine[::2, ::2], coarse)
     assert fine.abs().max() <= 1.0
 
 
-def test_a_model_takes_over_weights_at_twice_the_resolution() -> None:
+def test_weights_transfer_to_twice_the_resolution() -> None:
     small = LatentDiffiT(Shape(latent_size=8, **SIZES))
     large = LatentDiffiT(Shape(latent_size=16, position_side=4, **SIZES))
     weights = {n: p.detach() for n, p in small.named_parameters() if p.requires_grad}
@@ -64,7 +64,9 @@ def test_another_model_is_refused() -> None:
     small = LatentDiffiT(Shape(latent_size=8, **SIZES))
     weights = {n: p.detach() for n, p in small.named_parameters() if p.requires_grad}
     wide = LatentDiffiT(Shape(latent_size=8, **SIZES | {"hidden_size": 32}))
-    with pytest.raises(UserError, match=r"small@1 holds another model.*\(16,\).*only the resol"):
+    with pytest.raises(
+        UserError, match=r"small@1 holds a different model.*\(16,\).*only the resol"
+    ):
         transfer_weights(wide, weights, "small@1")
     deep = LatentDiffiT(Shape(latent_size=8, **SIZES | {"depth": 3}))
     with pytest.raises(UserError, match=r"blocks\.2\..* \(missing there\)"):

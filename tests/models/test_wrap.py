@@ -27,7 +27,7 @@ def _model() -> Backbone:
 def _step(
     model: Backbone, autocast: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-    """Output, gradients, and the most elements that one saved tensor of attention has."""
+    """Output, gradients, and the largest number of elements in a saved attention tensor."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 3, 8, 8, generator=generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -44,7 +44,7 @@ def _compare(change: Callable[[Backbone], object], tolerance: float, **options: 
     scale = expected.abs().max()
     torch.testing.assert_close(out / scale, expected / scale, atol=tolerance, rtol=0)
     for name, gradient in gradients.items():
-        # The keys' share of the time projection has no gradient in theory, only rounding.
+        # The key part of the time projection has no gradient in theory, only rounding noise.
         size = max(gradient.abs().max(), 1e-4 * gradients["final_layer.linear.weight"].abs().max())
         torch.testing.assert_close(found[name] / size, gradient / size, atol=tolerance, rtol=0)
 
@@ -74,7 +74,7 @@ def test_compilation_changes_nothing_beyond_rounding(mode: str) -> None:
 
 
 def _lasting_bytes(mode: str, every_nth: int = 1) -> int:
-    """What a forward pass leaves allocated until its backward pass."""
+    """Memory that stays allocated between forward and backward."""
     model = _model()
     checkpoint_activations(model, mode, every_nth)
     x = torch.randn(16, 3, 8, 8)
@@ -88,7 +88,7 @@ def _lasting_bytes(mode: str, every_nth: int = 1) -> int:
     return total
 
 
-def test_checkpointing_keeps_less() -> None:
+def test_checkpointing_saves_memory() -> None:
     none, selective, blocks = (_lasting_bytes(m) for m in ("none", "selective", "blocks"))
     half = _lasting_bytes("blocks", 2)
     assert selective < 0.8 * none

@@ -1,6 +1,6 @@
 """Run functions on several gloo ranks of this machine.
 
-The ranks of a world size are started once a session and kept, since each imports DeepSpeed.
+The ranks of a world size are started once per session and reused: importing DeepSpeed is slow.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ _worlds: dict[int, _World] = {}
 
 
 def on_ranks(world: int, body: Callable[..., None], *args: Any) -> None:
-    """body(rank, world, *args) on `world` ranks; an exception on any rank is raised here."""
+    """Run body(rank, world, *args) on `world` ranks; re-raises an exception of any rank."""
     if world not in _worlds:
         _worlds[world] = _World(world)
         atexit.register(_worlds[world].end)
     failures = _worlds[world].run(body, args)
     if failures:
-        # The other ranks may hang in a collective, so this world is of no further use.
+        # The other ranks may hang in a collective, so this group cannot be reused.
         _worlds.pop(world).end()
         raise AssertionError("\n".join(failures))

@@ -1,4 +1,4 @@
-"""What ranks agree on once a step, and what bad steps lead to."""
+"""The per-step agreement of ranks, and the handling of bad steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.ranks import on_ranks
 
 
 class Recorded:
-    """Hooks that keep what they are told."""
+    """Hooks that record their calls."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -57,11 +57,11 @@ def _decides(rank: int, world: int) -> None:
     first = plane.decide(2.0 if rank == 0 else 6.0, 1.0)
     assert first == Decision(True, 2.0, False, True, 0)
 
-    # Any rank's bad loss, or a bad norm, refuses the step on all.
+    # A bad loss on any rank, or a bad norm, rejects the step on all ranks.
     for mine, norm in ((math.nan if rank else 1.0, 1.0), (12.0, 1.0), (1.0, 2.5), (1.0, math.inf)):
         assert not plane.decide(mine, norm).accept
 
-    # Rank 0 alone is asked to stop; all stop, and it stays so.
+    # Only rank 0 is asked to stop; all ranks stop, and stay stopped.
     hooks.stopping = rank == 0
     decision = plane.decide(1.0, 1.0)
     assert decision.stop
@@ -70,7 +70,7 @@ def _decides(rank: int, world: int) -> None:
     plane.follow(plane.decide(1.0, 1.0))
     assert plane.stop
 
-    # Validations go out one a step, in order, on all ranks.
+    # One validation starts per step, in order, on all ranks.
     if rank == 0:
         plane.pending_validation.extend([3, 6, 9])
     plane.follow(plane.decide(1.0, 1.0))
@@ -80,7 +80,7 @@ def _decides(rank: int, world: int) -> None:
     dist.barrier()
 
 
-def test_all_ranks_decide_alike() -> None:
+def test_all_ranks_make_the_same_decision() -> None:
     on_ranks(2, _decides)
 
 
@@ -95,10 +95,10 @@ def _preempts(rank: int, world: int) -> None:
     assert (plane.preempted, hooks.asked) == (True, 2)
     plane.saved_for_preemption()
     plane.follow(plane.decide(1.0, 1.0))
-    # Saved once, nobody asks again.
+    # Once saved, it is not polled again.
     assert (plane.preempted, hooks.asked) == (False, 2)
 
-    # Between polls nobody asks at all.
+    # No polling in between.
     control.PREEMPTION_POLL_S = 3600.0
     later = ControlPlane(Train(steps=10, batch_size=4), hooks)
     later._polled_s = control.time.monotonic()
@@ -106,7 +106,7 @@ def _preempts(rank: int, world: int) -> None:
     dist.barrier()
 
 
-def test_a_preemption_is_saved_for_once() -> None:
+def test_a_preemption_triggers_one_checkpoint() -> None:
     on_ranks(2, _preempts)
 
 
@@ -148,5 +148,5 @@ def _guards(rank: int, world: int, folder: Path) -> None:
     dist.barrier()
 
 
-def test_bad_steps_are_reported_rolled_back_and_at_last_given_up(tmp_path: Path) -> None:
+def test_bad_steps_are_reported_and_rolled_back_until_the_limit(tmp_path: Path) -> None:
     on_ranks(2, _guards, tmp_path)

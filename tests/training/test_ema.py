@@ -1,4 +1,4 @@
-"""Averages of the weights against their formulas, and those made of snapshots afterwards."""
+"""EMA against its formulas, and EMAs reconstructed from snapshots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROFILES = {
 
 
 @given(sigma_rel=st.floats(0.01, 0.28))
-def test_a_power_profile_has_the_width_it_is_named_by(sigma_rel: float) -> None:
+def test_a_power_profile_has_its_nominal_width(sigma_rel: float) -> None:
     gamma = power_exponent(sigma_rel)
     t = (np.arange(200_000) + 0.5) / 200_000
     density = (gamma + 1) * t**gamma
@@ -37,13 +37,13 @@ def test_a_power_profile_has_the_width_it_is_named_by(sigma_rel: float) -> None:
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.3, math.nan])
-def test_widths_that_no_profile_has_are_refused(sigma_rel: float) -> None:
-    with pytest.raises(ValueError, match="must lie between"):
+def test_impossible_profile_widths_are_refused(sigma_rel: float) -> None:
+    with pytest.raises(ValueError, match="must be between"):
         power_exponent(sigma_rel)
 
 
 def _averaged(profile: EmaProfile, weights: np.ndarray) -> float:
-    """By the update rule, from an average that begins far off."""
+    """Apply the update rule, starting from an EMA that is far off."""
     average = 1000.0
     for step, value in enumerate(weights):
         decay = ema_decay(profile, step, batch_size=8)
@@ -51,7 +51,7 @@ def _averaged(profile: EmaProfile, weights: np.ndarray) -> float:
     return average
 
 
-def test_updates_add_up_to_the_profile() -> None:
+def test_updates_sum_to_the_profile() -> None:
     weights = np.random.default_rng(0).normal(size=300)
     for sigma_rel in (0.05, 0.2):
         profile = Profile(300, power_exponent(sigma_rel)).weights(1, 300)
@@ -71,9 +71,9 @@ def test_half_life_is_counted_in_images() -> None:
 
 
 @pytest.mark.parametrize("wanted", [0.06, 0.1, 0.14])
-def test_an_average_made_of_snapshots_is_that_of_training(wanted: float) -> None:
+def test_a_reconstructed_ema_matches_training(wanted: float) -> None:
     steps = np.arange(40, 1001, 40)
-    # Weights that drift and jitter, as those of a training do.
+    # Weights that drift and jitter, as in training.
     weights = np.cumsum(np.random.default_rng(1).normal(size=1000)) / 10
     weights += np.random.default_rng(2).normal(size=1000)
     sources = [(int(s), sigma) for s in steps for sigma in (0.05, 0.15)]
@@ -86,7 +86,7 @@ def test_an_average_made_of_snapshots_is_that_of_training(wanted: float) -> None
     assert made == pytest.approx(truth, abs=0.02 * float(np.std(weights)))
 
 
-def test_a_snapshot_with_the_wanted_profile_is_taken_as_it_is() -> None:
+def test_a_snapshot_with_the_wanted_profile_is_reproduced() -> None:
     snapshots = [Profile(s, power_exponent(w)) for s in (50, 100) for w in (0.05, 0.1)]
     solution = reconstruct(snapshots, Profile(100, power_exponent(0.1)))
     np.testing.assert_allclose(solution.coefficients, [0, 0, 0, 1], atol=1e-9)
@@ -97,7 +97,7 @@ def test_a_snapshot_with_the_wanted_profile_is_taken_as_it_is() -> None:
 
 
 def _dense_profile(steps: int, sigma_rel: float, length: int) -> np.ndarray:
-    """What each of `length` training steps counts in an average, one update after another."""
+    """Contribution of each of `length` training steps to an EMA, update by update."""
     t = 1.0 / sigma_rel**2
     # The largest root of sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     gamma = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max()
@@ -112,9 +112,7 @@ def _dense_profile(steps: int, sigma_rel: float, length: int) -> np.ndarray:
 @pytest.mark.parametrize("count", [4, 8, 32])
 @pytest.mark.parametrize("wanted", [0.03, 0.05, 0.07, 0.1, 0.15, 0.25])
 @pytest.mark.parametrize("at", [1.0, 0.7])
-def test_coefficients_are_those_of_least_squares_divided_by_their_sum(
-    count: int, wanted: float, at: float
-) -> None:
+def test_coefficients_are_normalized_least_squares(count: int, wanted: float, at: float) -> None:
     length, last = 640, round(640 * at)
     steps = np.arange(1, count // 2 + 1) * length // (count // 2)
     sources = [(int(s), sigma) for s in steps for sigma in (0.05, 0.1)]
@@ -132,14 +130,14 @@ def test_coefficients_are_those_of_least_squares_divided_by_their_sum(
     assert found.error == pytest.approx(away, rel=1e-6, abs=1e-9)
 
 
-def test_coefficients_near_those_of_the_continuous_limit() -> None:
+def test_coefficients_approach_the_continuous_limit() -> None:
     """EDM2's algorithm 3: inner products of power functions, in closed form."""
     steps = np.array([2500.0, 5000.0, 7500.0, 10_000.0])
     ends = np.concatenate([np.repeat(steps, 2), [10_000.0]])
     gammas = np.array([power_exponent(s) for s in [0.05, 0.1] * 4 + [0.07]])
 
     def product(i: int, j: int) -> float:
-        # The integral of (g + 1) t^g / T^(g + 1) times its like, up to the earlier end.
+        # The integral of the product of two (g + 1) t^g / T^(g + 1), up to the earlier end.
         early = min(ends[i], ends[j])
         power = gammas[i] + gammas[j] + 1.0
         scale = (gammas[i] + 1.0) * (gammas[j] + 1.0) / power
@@ -156,7 +154,7 @@ def test_coefficients_near_those_of_the_continuous_limit() -> None:
 
 
 def _gathered(engine: Engine, kind: str) -> dict[str, torch.Tensor]:
-    """The whole of a kind, from what each rank owns."""
+    """A full state, assembled from what each rank owns."""
     mine = [(s.slice, s.values[kind].clone()) for s in engine.owned()]
     everyone: list[Any] = [None] * engine.world_size
     dist.all_gather_object(everyone, mine)
@@ -193,5 +191,5 @@ def _compare_with_whole(rank: int, world: int, stage: int, precision: str) -> No
     ("stage", "precision"),
     [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
 )
-def test_sharded_averages_are_those_of_gathered_weights(stage: int, precision: str) -> None:
+def test_sharded_ema_equals_ema_of_gathered_weights(stage: int, precision: str) -> None:
     on_ranks(2, _compare_with_whole, stage, precision)

@@ -38,7 +38,7 @@ from diffit_train.training.engine import AcceptStep, Engine, learning_rate
 from tests.training.ranks import on_ranks
 
 BATCH = 4
-# Gradients are so large that a clip at 1, which DeepSpeed would do unasked, is seen.
+# Gradients are large enough to reveal DeepSpeed's default clipping at 1.
 STEEP = 30.0
 EMA = {"ema": {"decay": 0.9}, "power": {"sigma_rel": 0.1}}
 KINDS = (*STATES, *EMA)
@@ -129,7 +129,7 @@ def _resume_and_save(
 
 
 def _plain(train: Train, steps: int) -> tuple[dict[str, torch.Tensor], ...]:
-    """Weights, EMA and first moments of an ordinary loop over the whole batch."""
+    """Weights, EMA and first moments of a plain loop over the whole batch."""
     model = _model()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -192,13 +192,13 @@ def test_training_equals_a_plain_loop(
     contents, largest = _contents(run, 8), max(float(m.abs().max()) for m in moments.values())
     assert saved.keys() == weights.keys()
     for name in weights:
-        # Weights move by up to 1e-2 a step. What shifts all keys of an image alike has no
-        # gradient but rounding, since softmax ignores it, and Adam blows that up.
+        # Weights move by up to 1e-2 per step. Shifting all keys of an image equally has no gradient
+        # but rounding noise, since softmax ignores it; Adam amplifies that noise.
         shifts_keys = "qkv_temb" in name or name.endswith("qkv.bias")
         atol = 5e-2 if shifts_keys else 2e-4
         torch.testing.assert_close(saved[name], weights[name], atol=atol, rtol=1e-3)
         torch.testing.assert_close(saved_ema[name], ema[name], atol=atol, rtol=1e-3)
-        # Moments are linear in the gradients, so a wrong scale or clip is seen here.
+        # Moments are linear in the gradients, so they reveal a wrong scale or clip.
         mine, plain = contents[f"exp_avg/{name}"], moments[name].reshape(-1)
         torch.testing.assert_close(mine, plain, atol=3e-3 * largest, rtol=0.0)
     assert read_state(run, 8).optimizer_steps == 8
@@ -243,7 +243,7 @@ def _copy(trained: str, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("file", ["rank-00001-of-00002.safetensors", "index.json", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_named(
+def test_a_damaged_checkpoint_is_reported(
     trained: str, tmp_path: Path, file: str, damage: str
 ) -> None:
     run = _copy(trained, tmp_path)
@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_named(
         read_weights(str(run), 2, "ema")
 
 
-def test_without_a_marker_there_is_no_checkpoint(trained: str, tmp_path: Path) -> None:
+def test_a_checkpoint_needs_a_commit_marker(trained: str, tmp_path: Path) -> None:
     run = str(_copy(trained, tmp_path))
     storage.remove(storage.join(checkpoint_url(run, 2), "commit.json"))
     assert committed_steps(run) == [0]
@@ -274,7 +274,7 @@ def test_without_a_marker_there_is_no_checkpoint(trained: str, tmp_path: Path) -
         require_step(str(tmp_path / "nothing"), None)
 
 
-def test_another_models_checkpoint_is_named(trained: str) -> None:
+def test_a_checkpoint_of_another_model_is_refused(trained: str) -> None:
     with pytest.raises(DiffitError, match=r"'blocks\.9\.x': it holds a different model"):
         read_slices(trained, 2, [Slice("blocks.9.x", 0, 4)], KINDS)
 
@@ -313,7 +313,7 @@ def _copy_step(folder: Path, step: int) -> None:
     ("step", "expected"),
     [(0, 0.25), (3, 1.0), (50, 0.5), (100, 0.0)],
 )
-def test_learning_rate_rises_then_follows_half_a_cosine(step: int, expected: float) -> None:
+def test_learning_rate_warms_up_then_decays_by_a_cosine(step: int, expected: float) -> None:
     train = _train(lr=1.0, warmup_steps=4)
     assert learning_rate(train, step) == pytest.approx(expected, abs=3e-3)
     constant = _train(lr=1.0, warmup_steps=4, lr_schedule="constant")
@@ -333,7 +333,7 @@ def _refuse_some(rank: int, world: int, run: str, stage: int) -> None:
     assert not _one_step(engine, 2, refuse)
     assert len(seen) == 1
     assert 0.0 < seen[0] == engine.grad_norm() < math.inf
-    # A gradient that is no number reaches the accept step on every rank.
+    # A NaN gradient reaches `accept` on every rank.
     parameter = next(iter(engine.names))
     hook = parameter.register_hook(lambda grad: grad * float("nan") if rank == 0 else grad)
     assert not _one_step(engine, 3)
@@ -347,7 +347,7 @@ def _refuse_some(rank: int, world: int, run: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_refused_step_changes_nothing_but_averages(tmp_path: Path, stage: int) -> None:
+def test_a_rejected_step_changes_only_the_ema(tmp_path: Path, stage: int) -> None:
     run = str(tmp_path)
     on_ranks(2, _refuse_some, run, stage)
     before, after, later = (_contents(run, step) for step in (2, 4, 5))
@@ -368,7 +368,7 @@ def _find_newest(rank: int, world: int, run: str, expected: int | None, words: s
 
 def _storage_is_away(rank: int, world: int, run: str) -> None:
     def away(url: str) -> bytes:
-        raise DiffitError(f"{url} cannot be reached")
+        raise DiffitError(f"could not reach {url}")
 
     before, storage.read_bytes = storage.read_bytes, away
     try:
@@ -383,10 +383,10 @@ def _all_damaged(rank: int, world: int, run: str) -> None:
         newest_whole(run, print)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(trained: str, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) -> None:
     run = _copy(trained, tmp_path)
     on_ranks(2, _find_newest, str(run), 2, "")
-    # What cannot be looked at is not taken for damaged.
+    # An unreachable checkpoint is not considered damaged.
     on_ranks(2, _storage_is_away, str(run))
     assert committed_steps(str(run)) == [0, 2]
     file = Path(checkpoint_url(str(run), 2)) / "rank-00001-of-00002.safetensors"
@@ -413,13 +413,13 @@ def _save_with_failures(rank: int, world: int, run: str) -> None:
         writer.save(run, _state(4, engine, world))
 
 
-def test_training_outlives_a_few_checkpoints_that_fail(tmp_path: Path) -> None:
+def test_training_survives_a_few_failed_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file where a folder is wanted")
     on_ranks(2, _save_with_failures, str(tmp_path))
     assert committed_steps(str(tmp_path)) == [0]
 
 
-def test_retention_keeps_every_kth_for_good(trained: str, tmp_path: Path) -> None:
+def test_retention_keeps_every_kth_permanently(trained: str, tmp_path: Path) -> None:
     run = _copy(trained, tmp_path)
     folder = run / "checkpoints"
     for step in (4, 6, 8, 10):
@@ -429,14 +429,14 @@ def test_retention_keeps_every_kth_for_good(trained: str, tmp_path: Path) -> Non
     assert committed_steps(str(run)) == [0, 4, 8, 10]
 
 
-def test_the_inverse_root_begins_where_it_is_told() -> None:
+def test_inverse_sqrt_decay_starts_at_lr_decay_start() -> None:
     train = _train(lr=1.0, warmup_steps=0, lr_schedule="inverse_sqrt", lr_decay_start=100)
     rates = [learning_rate(train, step) for step in (0, 100, 400, 10_000)]
     assert rates == pytest.approx([1.0, 1.0, 0.5, 0.1])
 
 
 def _train_with_deepspeed_alone(rank: int, world: int, folder: str, stage: int) -> None:
-    """What somebody else's script would leave, and by DeepSpeed's own functions what is in it."""
+    """A checkpoint as another script would write it, and its contents read by DeepSpeed."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

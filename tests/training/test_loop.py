@@ -1,4 +1,4 @@
-"""A rank's loop without Ray: any world size, stops, bad steps, returns to a checkpoint."""
+"""The training loop without Ray: any world size, stops, bad steps, rollbacks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STEPS = ("train.steps=24", "train.checkpoint_every=8", "train.log_every=2")
 
 
 class Hooks:
-    """Hooks that want to stop after so many steps, or announce a preemption."""
+    """Hooks that request a stop after some steps, or announce a preemption."""
 
     def __init__(self, stop_after: int | None, preempt: bool) -> None:
         self.stop_after, self.preempt, self.asked = stop_after, preempt, 0
@@ -98,7 +98,7 @@ def _train(
 
 
 def _run(root: Path, run: str, world: int, expected: int, *changes: str, **rest: Any) -> Path:
-    """Train on some ranks; the run's folder."""
+    """Train on some ranks; returns the run's folder."""
     recipe = tiny_recipe(root, *STEPS, *changes)
     url = root / "runs" / run
     identity = create_identity(recipe, run)
@@ -125,7 +125,7 @@ def _same_weights(a: Path, b: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(encoded: Path) -> Path:
-    """The undisturbed run of two ranks."""
+    """An uninterrupted run of two ranks."""
     return _run(encoded, "whole", 2, 24)
 
 
@@ -135,7 +135,7 @@ def whole(encoded: Path) -> Path:
         (1, ("train.micro_batch_size=3",)),
         pytest.param(1, ("train.zero_stage=0",), marks=pytest.mark.slow),
         (2, ("train.zero_stage=3", "train.micro_batch_size=2")),
-        # Four lanes of two images: one rank has twice as much as the others.
+        # Four lanes of two images: one rank has twice as many as the others.
         pytest.param(3, ("train.micro_batch_size=1",), marks=pytest.mark.slow),
         pytest.param(4, (), marks=pytest.mark.slow),
     ],
@@ -154,15 +154,13 @@ def test_bf16_weights_follow_the_fp32_curve(encoded: Path, whole: Path) -> None:
     run = _run(encoded, "bf16", 2, 24, *changes)
     for mine, theirs in zip(_log(run), _log(whole), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.03)
-    # The masters are fp32: they hold what bf16 cannot.
+    # Master weights are fp32: they hold values that bf16 cannot.
     masters = read_weights(str(run), 24, "raw").values()
     assert any(not torch.equal(value, value.bfloat16().float()) for value in masters)
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
-    encoded: Path, whole: Path
-) -> None:
-    # In the middle of an interval of the log, whose sums must not be lost.
+def test_a_stopped_run_resumes_as_if_uninterrupted(encoded: Path, whole: Path) -> None:
+    # In the middle of a log interval, whose sums must not be lost.
     run = _run(encoded, "stopped", 2, 11, stop_after=11)
     assert committed_steps(str(run)) == [0, 8, 11]
     assert read_state(str(run), 11).interval is not None
@@ -175,13 +173,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
 
 
 @pytest.mark.slow
-def test_a_preemption_is_answered_by_one_checkpoint(encoded: Path, whole: Path) -> None:
+def test_a_preemption_saves_one_checkpoint(encoded: Path, whole: Path) -> None:
     run = _run(encoded, "preempted", 2, 24, stop_after=None, preempt=True)
     assert committed_steps(str(run)) == [0, 1, 8, 16, 24]
     assert _curve(run) == _curve(whole)
 
 
-def test_bad_batches_are_named_and_skipped(encoded: Path) -> None:
+def test_bad_batches_are_reported_and_skipped(encoded: Path) -> None:
     bad = (5, 9)
     run = _run(encoded, "bad", 2, 24, stop_after=None, preempt=False, bad_steps=bad)
     records = [json.loads(line) for line in (run / "bad-steps.jsonl").open()]
@@ -195,14 +193,14 @@ def test_bad_batches_are_named_and_skipped(encoded: Path) -> None:
     assert all(math.isfinite(record["loss"]) for record in _log(run))
 
 
-def test_after_too_many_bad_batches_in_a_row_the_run_goes_back_and_passes_over(
+def test_too_many_consecutive_bad_batches_cause_a_rollback(
     encoded: Path,
 ) -> None:
     bad, limit = (10, 11, 12), "train.max_consecutive_bad_steps=3"
     run = _run(encoded, "back", 2, 24, limit, stop_after=None, preempt=False, bad_steps=bad)
     assert SkippedSteps.read(str(run)).ranges == ((10, 12),)
     assert len((run / "bad-steps.jsonl").read_text().splitlines()) == 3
-    # A run that knew of them from the start comes to the very same weights.
+    # A run that skips them from the start ends with the same weights.
     knowing = encoded / "runs" / "knowing"
     storage.write_json(str(knowing / "passed-over.json"), [[10, 12]])
     assert _run(encoded, "knowing", 2, 24) == knowing
@@ -215,7 +213,7 @@ def _gives_up(rank: int, world: int, recipe: Recipe, run: str, run_id: str) -> N
         _train(rank, world, recipe, run, run_id, 24, bad_steps=(3, 4))
 
 
-def test_a_run_that_may_not_go_back_stops(encoded: Path) -> None:
+def test_a_run_without_rollbacks_left_stops(encoded: Path) -> None:
     recipe = tiny_recipe(
         encoded, *STEPS, "train.max_consecutive_bad_steps=2", "train.max_rollbacks=0"
     )
@@ -237,7 +235,7 @@ def test_steps_beyond_a_limit_are_skipped(encoded: Path, whole: Path) -> None:
     assert read_state(str(run), 24).optimizer_steps == 24 - len(records)
 
 
-def test_a_trace_and_snapshots_are_written_where_asked_for(encoded: Path) -> None:
+def test_trace_and_snapshots_are_written_on_request(encoded: Path) -> None:
     changes = ["train.profile_steps=[3,4]", "train.ema_snapshot_every=6"]
     changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.15}}"]
     run = _run(encoded, "looked-at", 1, 24, *changes)
@@ -256,7 +254,7 @@ def test_a_trace_and_snapshots_are_written_where_asked_for(encoded: Path) -> Non
     assert 0.3 * record["step_s"] < parts <= 1.05 * record["step_s"]
 
 
-def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_path: Path) -> None:
+def test_an_ema_is_reconstructed_from_snapshots(encoded: Path, whole: Path, tmp_path: Path) -> None:
     changes = ["train.ema_snapshot_every=2"]
     changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.2}}"]
     run = _run(encoded, "snapshots", 1, 24, *changes)
@@ -268,12 +266,12 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
     made = load_file(same["file"])
     for name, value in kept.items():
         torch.testing.assert_close(made[name], value, atol=1e-7, rtol=1e-6)
-    # An evaluation has it made, and finds it the next time.
+    # An evaluation reconstructs it once and then reuses it.
     changes += ["evaluate.weights=sigma_rel:0.07", "evaluate.samples=4"]
     (result,) = evaluate_run(tiny_recipe(encoded, *STEPS, *changes), "snapshots", ["24"])
     assert (run / "export" / "ema-0.07-0000000024.safetensors").exists()
     assert result["evaluate"]["weights"] == "sigma_rel:0.07"
-    # In between, at a step that has no snapshot, an average of what lies between.
+    # At a step without a snapshot, the weights are interpolated.
     out = str(tmp_path / "x.safetensors")
     between = reconstruct_run_ema(recipe, "snapshots", 0.1, "21", out)
     assert 0.0 < between["error"] < 0.2
@@ -289,7 +287,7 @@ def test_an_average_is_made_of_a_runs_snapshots(encoded: Path, whole: Path, tmp_
 
 
 def recipe_of(file: str) -> Recipe:
-    """The recipe that a weight file says it is of."""
+    """The recipe recorded in a weight file."""
     return recipe_of_weights(file, None, [], None)
 
 
@@ -309,7 +307,7 @@ def _deepspeed_alone(rank: int, world: int, recipe: Recipe, folder: str) -> None
     engine.save_checkpoint(folder)
 
 
-def test_a_run_goes_on_from_deepspeeds_own_checkpoint(encoded: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_from_deepspeeds_own_checkpoint(encoded: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(encoded, *STEPS)
     on_ranks(2, _deepspeed_alone, recipe, str(tmp_path))
     with pytest.raises(UserError, match=r"made of pickles.*--allow-pickle"):
@@ -344,14 +342,14 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     assert torch.equal(begun["blocks.0.mlp.fc1.weight"], source["blocks.0.mlp.fc1.weight"])
     table = "blocks.0.attn.relative_position_bias_table"
     assert (source[table].shape[0], begun[table].shape[0]) == (9, 49)
-    # The same command goes on, though its source has newer checkpoints.
+    # Rerunning resumes, although the source has newer checkpoints.
     again = starting_from(large, "larger", "whole", "ema")
     assert again.train_hash() == recipe.train_hash()
     assert train_run(large, "larger", source="whole")["step"] == 24
-    # Other commands need not be told where it came from.
+    # Other commands need no --from.
     assert train_run(large, "larger")["step"] == 24
     assert export_checkpoint(large, "larger", "24", "raw", None)["step"] == 24
-    # Nor need the source be there any more, once the run has its own checkpoints.
+    # Once the run has its own checkpoints, the source is no longer needed.
     gone = whole.rename(whole.parent / "gone")
     more = tiny_recipe(encoded, *changes, "train.keep_every=24")
     assert starting_from(more, "larger", "whole", "ema").train_hash() == recipe.train_hash()
@@ -369,5 +367,5 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
             starting_from(large, *wrong)
     wider = tiny_recipe(encoded, *changes, "model.hidden_size=32")
     wider = starting_from(wider, "wider", "whole", "ema")
-    with pytest.raises(UserError, match=r"whole@24 holds another model than the recipe's"):
+    with pytest.raises(UserError, match=r"whole@24 holds a different model than the recipe's"):
         train_run(wider, "wider")

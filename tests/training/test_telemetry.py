@@ -1,4 +1,4 @@
-"""Meters against sums by hand, and counted operations against the formula."""
+"""Meters against hand-computed sums, and counted FLOPs against the formula."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _meter_on_two_ranks(rank: int, world: int) -> None:
     meter.add(torch.tensor([7.0]), torch.tensor([500]))
     assert meter.reduce() == {"loss": 7.0, "loss_q2": 7.0}
     assert meter.reduce() == {}
-    # An interval cut in two by a restart gives what the whole one would have.
+    # An interval split by a restart gives the same result as an uninterrupted one.
     meter.add(losses[mine], t[mine])
     total = meter.total().tolist()
     again = LossMeter(1000, CPU)
@@ -46,7 +46,7 @@ def _meter_on_two_ranks(rank: int, world: int) -> None:
     assert again.reduce() == {"loss": 28 / 6, "loss_q0": 1.5, "loss_q1": 3.0, "loss_q3": 22 / 3}
 
 
-def test_phases_are_timed_apart() -> None:
+def test_phases_are_timed_separately() -> None:
     watch = Stopwatch(CPU)
     for _ in range(2):
         with watch.phase("a"):
@@ -59,7 +59,7 @@ def test_phases_are_timed_apart() -> None:
     assert watch.take() == {}
 
 
-def test_peak_memory_is_that_of_this_process() -> None:
+def test_peak_memory_of_this_process() -> None:
     now = psutil.Process().memory_info().rss
     assert now * 0.99 <= peak_memory_bytes(CPU) < now * 10
 
@@ -68,10 +68,10 @@ def test_losses_are_averaged_over_ranks_and_by_quarter() -> None:
     on_ranks(2, _meter_on_two_ranks)
 
 
-def test_flops_of_the_published_model_are_the_published_ones() -> None:
+def test_flops_of_the_published_model() -> None:
     with torch.device("meta"):
         model = LatentDiffiT(Shape())
-    # 118.5 G multiply-adds forward; two operations each; backward twice the forward.
+    # 118.5 G multiply-adds forward; two FLOPs each; backward is twice forward.
     assert training_flops_per_image(model) / 6 == pytest.approx(118.5e9, rel=5e-3)
 
 
@@ -85,11 +85,11 @@ def test_speed_is_derived_from_the_interval(monkeypatch: pytest.MonkeyPatch) -> 
     assert values == pytest.approx(expected)
 
 
-def test_the_measured_rate_is_a_rate() -> None:
+def test_the_measured_matmul_rate_is_plausible() -> None:
     assert 1e8 < matmul_flops_per_s(CPU, torch.float32, 256) < 1e15
 
 
-def test_a_log_drops_what_lies_behind_the_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_log_drops_records_after_the_checkpoint(tmp_path: Path) -> None:
     log = TrainingLog(str(tmp_path), 0)
     for step in (2, 4, 6):
         log.append({"step": step, "loss": 1.0 / step})

@@ -1,4 +1,4 @@
-"""Training under Ray Train: the same curve for any workers, kills and restarts."""
+"""Training under Ray Train: the same curve for any world size, kills and restarts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_training_moves_the_weights_and_the_ema_trails(trained: Path) -> None:
     assert all(torch.equal(initial_ema[n], start[n]) for n in start)
 
 
-def test_a_finished_run_is_left_alone(trained: Path) -> None:
+def test_a_finished_run_is_left_unchanged(trained: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (trained / "runs").rglob("*")}
     assert finished_step(tiny_recipe(trained), "tiny") == 12
     assert train(tiny_recipe(trained), "tiny") == 12
@@ -89,7 +89,7 @@ def test_bad_input_writes_nothing(trained: Path, tmp_path: Path) -> None:
         train(tiny_recipe(trained, "train.lr=0.5"), "tiny")
     with pytest.raises(UserError, match="training needs 4 CPUs, but the Ray cluster has 2"):
         train(tiny_recipe(trained, "scaling.workers=4"), "other")
-    with pytest.raises(UserError, match="latents .* are of another recipe"):
+    with pytest.raises(UserError, match="latents .* were encoded with another recipe"):
         train(tiny_recipe(trained, "autoencoder.scale=3"), "other")
     assert sorted(trained.rglob("*")) == before
     with pytest.raises(UserError, match="no finished latents .*diffit encode"):
@@ -98,7 +98,7 @@ def test_bad_input_writes_nothing(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_draw_the_same_curve(trained: Path) -> None:
+def test_two_workers_give_the_same_curve(trained: Path) -> None:
     train(tiny_recipe(trained, "scaling.workers=2"), "two-workers")
     for mine, theirs in zip(_log(trained, "two-workers"), _log(trained, "tiny"), strict=True):
         for name in ("loss", "grad_norm", "lr"):
@@ -113,11 +113,11 @@ def undisturbed(encoded: Path, ray_session: None) -> list[tuple[int, float]]:
 
 
 def _start(root: Path) -> subprocess.Popen[bytes]:
-    """`diffit train` with a cluster of its own."""
+    """`diffit train` with its own cluster."""
     (root / "recipe.yaml").write_text(dump_recipe(tiny_recipe(root, *LONGER)))
     command = [sys.executable, "-c", "from diffit_train.cli import main; main()", "train"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    # A root relative to this folder, which the workers do not share.
+    # A root relative to this directory, which is not the workers' directory.
     command += ["recipe.yaml", "--root", ".", "--run", "killed"]
     return subprocess.Popen(command, env=environment, cwd=root)
 
@@ -155,7 +155,7 @@ def test_the_curve_is_unchanged_by_a_killed_worker_and_a_killed_command(
     finally:
         process.kill()
         process.wait()
-    time.sleep(5)  # the workers end by themselves when they miss the command
+    time.sleep(5)  # workers exit on their own once the command is gone
     assert max(committed_steps(str(tmp_path / "runs" / "killed"))) < 600
     assert train(tiny_recipe(tmp_path, *LONGER), "killed") == 600
     assert _losses(tmp_path, "killed") == undisturbed
@@ -164,7 +164,7 @@ def test_the_curve_is_unchanged_by_a_killed_worker_and_a_killed_command(
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_its_own_status_and_can_be_continued(
+def test_ctrl_c_has_its_own_status_and_the_run_can_be_resumed(
     encoded: Path, undisturbed: list[tuple[int, float]], tmp_path: Path
 ) -> None:
     process = _start(_copy(encoded, tmp_path))
@@ -178,10 +178,8 @@ def test_ctrl_c_ends_with_its_own_status_and_can_be_continued(
     assert _losses(tmp_path, "killed") == undisturbed
 
 
-@pytest.mark.slow  # objectives, models and what is put around them are tested one by one
-def test_another_objective_and_model_around_which_much_is_put(
-    encoded: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow  # objectives, models and options are also tested individually
+def test_another_objective_and_model_with_many_options(encoded: Path, tmp_path: Path) -> None:
     """Flow matching, a model without labels, autocast, selective checkpointing; then images."""
     changes = ["diffusion.objective=flow", "model.architecture=dit_tmsa", "model.conditional=false"]
     changes += ["train.precision=bf16_autocast", "train.activation_checkpointing=selective"]
@@ -190,7 +188,7 @@ def test_another_objective_and_model_around_which_much_is_put(
     recipe = tiny_recipe(encoded, *changes)
     assert train(recipe, "flow") == 6
     losses = [loss for _, loss in _losses(encoded, "flow")]
-    # The untrained velocity is zero, so the loss begins near E (noise - x_0)^2 = 2 at the least.
+    # The untrained velocity is zero, so the loss starts near E (noise - x_0)^2, at least 2.
     assert losses[0] > 1.0
     weights = read_weights(str(encoded / "runs" / "flow"), 6, "raw")
     assert not any("y_embedder" in name for name in weights)
@@ -200,14 +198,14 @@ def test_another_objective_and_model_around_which_much_is_put(
     assert len(result["images"]) == 2
 
 
-def test_a_kernel_that_the_workers_lack_is_refused_at_once(encoded: Path) -> None:
+def test_an_unsupported_kernel_is_refused_immediately(encoded: Path) -> None:
     with pytest.raises(UserError, match=r"model\.attention is 'flex', which needs a CUDA device"):
         train(tiny_recipe(encoded, "model.attention=flex"), "flex")
     assert not (encoded / "runs" / "flex").exists()
 
 
-@pytest.mark.slow  # that a hopeless run gives up is tested without Ray
-def test_a_hopeless_run_says_why_and_is_not_started_again(
+@pytest.mark.slow  # also tested without Ray
+def test_a_hopeless_run_reports_why_and_is_not_restarted(
     encoded: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     changes = [

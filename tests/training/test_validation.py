@@ -1,4 +1,4 @@
-"""Checkpoints evaluated by Ray Train's own validation, while training goes on."""
+"""Checkpoints evaluated by Ray Train's own validation during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 
 
-def test_checkpoints_are_evaluated_while_training_goes_on(
+def test_checkpoints_are_evaluated_during_training(
     encoded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("images", "autoencoders", "features", "latents"):
@@ -28,7 +28,7 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
     smaller = tiny_recipe(tmp_path, *validate, "train.steps=16", "evaluate.samples=6")
     results = [finished_result(smaller, "watched", step) for step in (8, 16)]
     assert [r.step for r in results if r] == [8, 16]
-    # They are no part of the curve of whole evaluations, which have more samples.
+    # They are not part of the curve of full evaluations, which have more samples.
     run_id = read_state(str(tmp_path / "runs" / "watched"), 16).mlflow_run_id
     tracker = Tracker.of(recipe)
     curve = tracker.history(run_id, "validation/fd_digits")
