@@ -83,7 +83,9 @@ def test_chunks_come_back(tmp_path: Path) -> None:
 def test_broken_chunks_are_named(tmp_path: Path) -> None:
     part = Range(0, 4)
     _write(tmp_path, part)
-    with pytest.raises(DiffitError, match=r"chunk-0000000-0000004\S* is of another evaluation"):
+    with pytest.raises(
+        DiffitError, match=r"chunk-0000000-0000004\S* belongs to another evaluation"
+    ):
         read_chunk(str(tmp_path), part, "other")
     with pytest.raises(DiffitError, match=r"chunk-0000000-0000009\S* is damaged"):
         read_chunk(str(tmp_path), Range(0, 9), "key")

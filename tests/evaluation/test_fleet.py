@@ -317,23 +317,23 @@ def test_the_key_follows_what_the_reference_is_not_where_it_lies(
 ) -> None:
     root, _ = evaluated
     run_url = str(root / "runs" / "tiny")
-    places = [tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "c.npz"]
-    for place, content in zip(places, (b"one", b"one", b"two"), strict=True):
-        place.write_bytes(content)
+    paths = [tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "c.npz"]
+    for path, content in zip(paths, (b"one", b"one", b"two"), strict=True):
+        path.write_bytes(content)
 
-    def key(place: Path | str) -> str:
-        return evaluation_key(tiny_recipe(root, f"evaluate.reference={place}"), run_url, 12)
+    def key(reference: Path | str) -> str:
+        return evaluation_key(tiny_recipe(root, f"evaluate.reference={reference}"), run_url, 12)
 
-    first, second, third = (key(place) for place in places)
+    first, second, third = (key(path) for path in paths)
     assert first == second != third
     assert key("own") == key("''") == evaluation_key(tiny_recipe(root), run_url, 12) != first
-    places[0].write_bytes(b"two")
-    assert key(places[0]) == third
+    paths[0].write_bytes(b"two")
+    assert key(paths[0]) == third
     with pytest.raises(UserError, match="does not exist"):
         key(tmp_path / "none.npz")
 
 
-def test_a_chunk_of_another_evaluation_is_refused(
+def test_a_chunk_of_another_evaluation_is_rejected(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, (first, last) = evaluated
@@ -341,7 +341,9 @@ def test_a_chunk_of_another_evaluation_is_refused(
     folder = Path(evaluation_url(recipe, "tiny", 12, last.key))
     folder.mkdir(parents=True)
     shutil.copy(Path(first.grid).parent / "chunk-0000004-0000008.safetensors", folder)
-    with pytest.raises(DiffitError, match=r"chunk-0000004-0000008\S* is of another evaluation"):
+    with pytest.raises(
+        DiffitError, match=r"chunk-0000004-0000008\S* belongs to another evaluation"
+    ):
         evaluate(recipe, "tiny", [12])
 
 
@@ -391,10 +393,10 @@ def test_runs_are_compared(
     assert "0.003" in printed
 
 
-def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
+def test_nothing_to_compare_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no .*mlflow\.db; train first"):
         compare_store(str(tmp_path), None, None, None)
-    with pytest.raises(UserError, match=r"--tracking-uri, as http.* or sqlite:////"):
+    with pytest.raises(UserError, match=r"--tracking-uri, for example http.* or sqlite:////"):
         compare_store("s3://bucket/project", None, None, None)
     with pytest.raises(UserError, match=r"--root is 's3:/bucket/project': .* s3://…"):
         compare_store("s3:/bucket/project", None, None, None)

@@ -11,7 +11,7 @@ import torch
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import Autoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.chunks import FEATURES, SEEN
+from diffit_train.evaluation.chunks import FEATURES, PREDICTIONS
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import features_info, fit_features
 from diffit_train.evaluation.generate import Generator, ImageNoise
@@ -77,9 +77,9 @@ def test_weights_of_another_model_are_named(project: Path) -> None:
     recipe = tiny_recipe(project)
     autoencoder, weights = load_autoencoder(recipe, CPU), _weights(recipe)
     missing = {n: w for n, w in weights.items() if n != "x_embedder.proj.bias"}
-    with pytest.raises(DiffitError, match=r"lacks \['x_embedder\.proj\.bias'\]"):
+    with pytest.raises(DiffitError, match=r"missing \['x_embedder\.proj\.bias'\]"):
         Generator(recipe, missing, autoencoder)
-    with pytest.raises(DiffitError, match=r"has \['extra'\] too many"):
+    with pytest.raises(DiffitError, match=r"unexpected \['extra'\]"):
         Generator(recipe, {**weights, "extra": torch.zeros(1)}, autoencoder)
     with pytest.raises(DiffitError, match=r"another model.*final_layer"):
         Generator(recipe, {**weights, "final_layer.linear.bias": torch.zeros(1)}, autoencoder)
@@ -90,8 +90,11 @@ def test_features_are_deterministic_and_guarded(project: Path, tmp_path: Path) -
     network = load_features(recipe, CPU)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     rows = network.extract(pixels)
-    assert {name: values.shape for name, values in rows.items()} == {FEATURES: (4, 5), SEEN: (4,)}
-    assert set(rows[SEEN].tolist()) <= {0, 1, 2}
+    assert {name: values.shape for name, values in rows.items()} == {
+        FEATURES: (4, 5),
+        PREDICTIONS: (4,),
+    }
+    assert set(rows[PREDICTIONS].tolist()) <= {0, 1, 2}
     alone = network.extract(pixels[2:3])
     np.testing.assert_allclose(alone[FEATURES][0], rows[FEATURES][2], atol=1e-5)
     assert 0 <= features_info(recipe).held_out_accuracy <= 1

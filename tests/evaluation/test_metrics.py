@@ -72,11 +72,11 @@ def test_moments_far_from_zero_keep_their_precision() -> None:
 
 def test_impossible_features_are_named() -> None:
     rows = _rows(0, 10, 3)
-    with pytest.raises(ValueError, match=r"the shape \(3,\), not \(images, features\)"):
+    with pytest.raises(ValueError, match=r"have shape \(3,\), not \(images, features\)"):
         FeatureStats.of(rows[0])
     for wrong in (np.nan, np.inf):
         rows[4, 1] = wrong
-        with pytest.raises(ValueError, match="features: some numbers are not finite"):
+        with pytest.raises(ValueError, match="features: some values are not finite"):
             FeatureStats.of(rows)
     with pytest.raises(ValueError, match="1 images are too few"):
         _ = FeatureStats.of(rows[:1]).covariance
@@ -152,9 +152,9 @@ def test_frechet_distance_of_diagonal_covariances() -> None:
 
 def test_impossible_moments_are_named() -> None:
     good, zero = np.eye(2), np.zeros(2)
-    with pytest.raises(ValueError, match="a mean: some numbers are not finite"):
+    with pytest.raises(ValueError, match="a mean: some values are not finite"):
         frechet_distance(np.array([np.nan, 0]), good, zero, good)
-    with pytest.raises(ValueError, match="a covariance: some numbers are not finite"):
+    with pytest.raises(ValueError, match="a covariance: some values are not finite"):
         frechet_distance(zero, good, zero, np.diag([1, np.inf]))
     turned = np.array([[1.0, 2.0], [2.0, 1.0]])  # eigenvalues -1 and 3
     for bad, value in ((-good, "-1; the largest is -1"), (turned, "-1; the largest is 3")):
@@ -228,15 +228,15 @@ def test_inception_score_at_its_ends() -> None:
 
 
 def test_impossible_scores_are_named() -> None:
-    with pytest.raises(ValueError, match="no images were added"):
+    with pytest.raises(ValueError, match="inception score has no images"):
         InceptionScore().value()
     score = InceptionScore(4)
-    with pytest.raises(ValueError, match="logits: some numbers are not finite"):
+    with pytest.raises(ValueError, match="logits: some values are not finite"):
         score.add(np.array([[0.0, np.nan]]))
-    with pytest.raises(ValueError, match=r"the shape \(7,\), not"):
+    with pytest.raises(ValueError, match=r"have shape \(7,\), not"):
         score.add(np.zeros(7))
     score.add(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="logits of 4 classes follow those of 3"):
+    with pytest.raises(ValueError, match="logits have 4 classes, but earlier ones had 3"):
         score.add(np.zeros((1, 4)))
     later = InceptionScore(4, first=6)
     later.add(np.zeros((1, 3)))
@@ -244,7 +244,7 @@ def test_impossible_scores_are_named() -> None:
         (score + later).value()
     with pytest.raises(ValueError, match="split 0 of the inception score has 4 images, not 2"):
         (score + score).value()
-    with pytest.raises(ValueError, match="splits of 4 and of 5 images do not add up"):
+    with pytest.raises(ValueError, match="cannot add scores with splits of 4 and 5"):
         score + InceptionScore(5)
 
 
@@ -282,9 +282,9 @@ def test_kernel_distance_is_unbiased_and_repeatable() -> None:
     assert kernel_distance(real, moved, 20, 50) != kernel_distance(real, moved, 20, 50, seed=1)
     with pytest.raises(ValueError, match="1 fake images are too few for a kernel distance"):
         kernel_distance(real, moved[:1])
-    with pytest.raises(ValueError, match="fake features: some numbers are not finite"):
+    with pytest.raises(ValueError, match="fake features: some values are not finite"):
         kernel_distance(real, moved * np.nan)
-    with pytest.raises(ValueError, match=r"features differ: \(400, 96\) and \(300, 95\)"):
+    with pytest.raises(ValueError, match=r"features differ in shape: \(400, 96\), \(300, 95\)"):
         kernel_distance(real, moved[:, 1:])
 
 
@@ -320,7 +320,7 @@ def test_precision_and_recall_at_their_ends() -> None:
     assert precision_recall(real, real + 100, 3) == (0.0, 0.0)
     with pytest.raises(ValueError, match="3 fake images are too few for 3 neighbors"):
         precision_recall(real, real[:3], 3)
-    with pytest.raises(ValueError, match="real features: some numbers are not finite"):
+    with pytest.raises(ValueError, match="real features: some values are not finite"):
         precision_recall(np.full((5, 4), np.inf), real, 3)
 
 

@@ -132,7 +132,7 @@ def test_a_damaged_reference_is_found(server: Server, tmp_path: Path) -> None:
     file = Path(reference_file(recipe) or "")
     middle = len(CONTENT) // 2
     file.write_bytes(CONTENT[:middle] + b"\xff" + CONTENT[middle + 1 :])
-    with pytest.raises(DiffitError, match=r"is damaged: its sha256 .* delete \S+\.npz\.json"):
+    with pytest.raises(DiffitError, match=r"is damaged: its SHA-256 .* delete \S+\.npz\.json"):
         references.check_reference_file(recipe)
     Path(f"{file}.json").unlink()
     references.check_reference_file(recipe)
@@ -167,13 +167,13 @@ def test_a_file_whose_record_is_missing_is_not_taken(server: Server, tmp_path: P
     assert len(server.asked) == 1
 
 
-def test_what_cannot_be_downloaded_says_what_to_do(server: Server, tmp_path: Path) -> None:
+def test_a_failed_download_says_what_to_do(server: Server, tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         away = f"http://127.0.0.1:{closed.getsockname()[1]}/a/VIRTUAL.npz?sig=secret"
         for url, reason in (
             (server.url.replace("/a/", "/missing/"), "HTTP Error 404: Not Found"),
-            (server.url.replace("reference", "page"), r"19 bytes came, which are no \.npz file"),
+            (server.url.replace("reference", "page"), r"received 19 bytes, not an \.npz file"),
             (away, "Connection refused"),
         ):
             with pytest.raises(UserError, match=reason) as raised:
@@ -181,7 +181,7 @@ def test_what_cannot_be_downloaded_says_what_to_do(server: Server, tmp_path: Pat
             name = url.rsplit("/", 1)[-1].split("?")[0]
             for part in (
                 f"download {name} elsewhere",
-                "evaluate.reference=PATH",
+                "set evaluate.reference to that path",
                 "evaluate.reference=own",
             ):
                 assert part in str(raised.value)
@@ -189,7 +189,7 @@ def test_what_cannot_be_downloaded_says_what_to_do(server: Server, tmp_path: Pat
     assert _names(tmp_path) == []
 
 
-def test_other_features_are_refused_before_anything_is_downloaded(
+def test_other_features_are_rejected_before_anything_is_downloaded(
     server: Server, tmp_path: Path
 ) -> None:
     recipe = load_recipe("demo", [f"evaluate.reference={server.url}"], root=str(tmp_path))

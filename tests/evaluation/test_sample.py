@@ -33,7 +33,7 @@ def test_seeds_are_numbers_and_ranges() -> None:
     for text in ("", "a", "1-", "-1", "1,,2", "0.5"):
         with pytest.raises(UserError, match="--seeds is"):
             parse_seeds(text)
-    with pytest.raises(UserError, match="whose end lies before its start"):
+    with pytest.raises(UserError, match="must not end before it starts"):
         parse_seeds("3-1")
 
 
