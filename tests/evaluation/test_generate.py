@@ -1,4 +1,4 @@
-"""Features, generation and the fleet: what they depend on, and what they do not."""
+"""Feature networks and generation: what their results depend on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_noise_belongs_to_the_image_not_to_its_batch() -> None:
 
 @pytest.mark.parametrize("sampler", ["{name: ddpm, steps: 4}", "{name: ddim, steps: 4, eta: 0.5}"])
 @pytest.mark.parametrize("guidance", ["constant", "power_cosine"])
-def test_a_image_is_the_same_in_any_batch(project: Path, sampler: str, guidance: str) -> None:
+def test_an_image_is_the_same_in_any_batch(project: Path, sampler: str, guidance: str) -> None:
     overrides = [f"evaluate.sampler={sampler}", f"evaluate.guidance.kind={guidance}"]
     recipe = tiny_recipe(project, *overrides)
     generator = Generator(recipe, _weights(recipe), load_autoencoder(recipe, CPU))
@@ -46,7 +46,7 @@ def test_a_image_is_the_same_in_any_batch(project: Path, sampler: str, guidance:
     pixels = generator(keys, labels)
     assert pixels.shape == (3, 16, 16, 3)
     alone = generator(keys[1:2], labels[1:2])
-    # Products of another shape are rounded in another order; a level may differ by that.
+    # Matrix products of another shape round differently, so a pixel may differ by one level.
     assert np.abs(alone[0].astype(int) - pixels[1]).max() <= 1
     assert np.array_equal(pixels, generator(keys, labels))
     assert not np.array_equal(pixels[0], pixels[1])
@@ -62,7 +62,7 @@ def test_pixels_become_levels_by_the_formula(how: str) -> None:
     assert np.array_equal(found, expected.transpose(0, 2, 3, 1))
 
 
-def test_a_generator_takes_its_pixels_from_the_recipe(project: Path) -> None:
+def test_a_generator_uses_the_recipes_pixel_rounding(project: Path) -> None:
     made = {}
     for how in ("round", "truncate"):
         recipe = tiny_recipe(project, f"evaluate.pixels={how}")

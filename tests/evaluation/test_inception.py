@@ -30,11 +30,11 @@ from diffit_train.evaluation.inception import (
 
 CPU = torch.device("cpu")
 
-# ---- The network, described once more ----
+# ---- An independent description of the network ----
 
-# A convolution is `name:outputs:height x width`, with /2 where it halves without a border; others
-# keep the size. Branches are joined in this order, their channels behind each other. `a+b` are two
-# convolutions of the same input, joined. `avg` and `max` keep the size, `max/2` halves.
+# A convolution is `name:outputs:height x width`, with /2 if it halves the size without padding;
+# others keep the size. Branches are concatenated along channels in this order. `a+b` are two
+# convolutions of the same input, concatenated. `avg` and `max` keep the size, `max/2` halves it.
 BRANCH_A = [
     "branch1x1:64:1x1",
     "branch5x5_1:48:1x1 branch5x5_2:64:5x5",
@@ -85,7 +85,7 @@ STEM = (
 
 
 class _Described:
-    """Walks the description: makes weights where there are none, and computes in float64."""
+    """Walks the description: creates missing weights and computes in float64."""
 
     def __init__(self, weights: dict[str, Tensor] | None) -> None:
         self.random = torch.Generator().manual_seed(0)
@@ -160,7 +160,7 @@ class _Described:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
     described = _Described(None)
-    # The smallest image that all blocks take, so that making weights costs little.
+    # The smallest image that all blocks accept, so that creating the weights is cheap.
     described(torch.zeros(1, 3, 75, 75, dtype=torch.float64))
     return described.weights
 
@@ -198,7 +198,7 @@ def test_the_network_agrees_with_its_description(
     weights: dict[str, Tensor], network: Inception
 ) -> None:
     random = np.random.default_rng(0)
-    # Smooth ramps and noise, so that neither flat nor wild images decide alone.
+    # Smooth ramps and noise, to cover both flat and busy images.
     ramp = np.linspace(0, 180, 299)[None, :, None, None] + np.zeros((1, 1, 299, 3))
     noisy = ramp + random.integers(0, 75, size=(1, 299, 299, 3))
     pixels = torch.from_numpy(noisy.astype(np.uint8))
@@ -232,14 +232,14 @@ def test_images_of_any_size_are_resized_first(network: Inception) -> None:
         torch.zeros(8, 8, 3, dtype=torch.uint8),
     ],
 )
-def test_other_input_is_refused(pixels: Tensor) -> None:
+def test_invalid_input_is_rejected(pixels: Tensor) -> None:
     with torch.device("meta"):
         network = Inception()
     with pytest.raises(ValueError, match=r"images must be \(B, H, W, 3\) uint8, not \("):
         network(pixels)
 
 
-def test_convolutions_are_float32_and_the_setting_comes_back(
+def test_convolutions_are_float32_and_the_setting_is_restored(
     network: Inception,
 ) -> None:
     seen = []
@@ -263,7 +263,7 @@ def test_convolutions_are_float32_and_the_setting_comes_back(
 
 
 def _tf1_by_loops(image: np.ndarray, size: int, real: type) -> np.ndarray:
-    """As TensorFlow's kernel: the row above, the row below, then between them."""
+    """Like TensorFlow's kernel: the row above, the row below, then between them."""
     height, width = image.shape
     image = image.astype(real)
     scales = real(height) / real(size), real(width) / real(size)
@@ -307,7 +307,7 @@ def test_resize_is_tensorflows(height: int, width: int, size: int) -> None:
 def test_resize_to_the_same_size_changes_nothing() -> None:
     x = torch.rand(1, 3, 299, 299)
     assert torch.equal(resize_tf1(x), x)
-    # There are no half-pixel centres: the first pixel stays, and a doubled one falls between.
+    # No half-pixel centers: the first pixel stays, and new ones fall between the old ones.
     line = torch.tensor([[[[0.0, 8.0, 16.0]]]])
     assert resize_tf1(line, 6)[0, 0, 0].tolist() == [0, 4, 8, 12, 16, 16]
 
@@ -441,7 +441,7 @@ class _Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Requests that a server of `CONTENT` got, in the place of the published one."""
+    """Requests to a server that replaces the published one and serves `CONTENT`."""
     asked: list[str] = []
     server = HTTPServer(("127.0.0.1", 0), partial(_Server, asked))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -461,7 +461,7 @@ def test_the_published_weights_are_downloaded_once(hits: list[str], cache: Path)
         assert path == cache / "weights.pth"
         assert path.read_bytes() == CONTENT
     assert hits == ["/weights.pth"]
-    # A kept file that is damaged is not taken.
+    # A damaged cached file is not used.
     path.write_bytes(CONTENT[:-1])
     assert weights_file("published").read_bytes() == CONTENT
     assert len(hits) == 2

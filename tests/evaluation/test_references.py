@@ -1,4 +1,4 @@
-"""Reference files of others, and the published self-check in small."""
+"""ADM's and EDM's reference files, and a small version of the published self-check."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_adms_and_edms_files_are_read(tmp_path: Path) -> None:
     assert np.array_equal(read.pool.mean, found["mu"])
     assert read.spatial is not None
     assert np.array_equal(read.spatial.covariance, found["sigma_s"])
-    # The first six images, as the recipe says.
+    # The first six images, as set in the recipe.
     assert np.array_equal(read.features, pixels[:6].reshape(6, -1)[:, :5])
     with opened_npz(recipe, edm) as opened:
         bare = opened.read(recipe, lambda batch: batch)
@@ -116,7 +116,7 @@ def test_a_stored_reference_round_trips(tmp_path: Path) -> None:
         read_reference(str(file), "identity")
 
 
-def test_the_self_check_measures_what_the_folder_holds(
+def test_the_self_check_measures_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -133,11 +133,11 @@ def test_the_self_check_measures_what_the_folder_holds(
     np.savez(tmp_path / "samples.npz", arr_0=fake)
     with torch.no_grad():
         rows = network(torch.from_numpy(fake)).pool.double().numpy()
-    # All eigenvalues of the real covariance are alike, and of the other only six are not 0.
+    # All eigenvalues of the real covariance are equal; only six of the other are not 0.
     spread = np.linalg.svd(rows - rows.mean(0), compute_uv=False) / np.sqrt(len(rows) - 1)
     distance = ((rows.mean(0) - found["mu"]) ** 2).sum() + (spread**2).sum()
     distance += 0.25 * 2048 - 2 * 0.5 * spread.sum()
-    # Precision and recall as ADM's evaluator rounds them, and it says so.
+    # Precision and recall are rounded like ADM's evaluator, and the table says so.
     with torch.no_grad():
         known = network(torch.from_numpy(real)).pool.numpy()
     precision, recall = precision_recall(known, rows.astype(np.float32), 3, rounding="adm")
@@ -176,7 +176,7 @@ def test_the_self_check_measures_what_the_folder_holds(
         conformance.conform(str(tmp_path))
 
 
-def test_published_figures_pass_within_their_tolerance() -> None:
+def test_published_metrics_pass_within_tolerance() -> None:
     published = conformance.PUBLISHED_METRICS
     assert published.passes("fid", 3.95)
     assert not published.passes("fid", 3.97)

@@ -1,4 +1,4 @@
-"""Sweeps: which evaluations they are, and that one name stands for one sweep."""
+"""Sweeps: their evaluations, and one sweep per name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffit_train.evaluation.sweep import (
 from tests.conftest import tiny_recipe
 
 
-def test_values_are_listed_and_ranges_hold_both_ends() -> None:
+def test_lists_of_values_and_ranges_with_both_ends() -> None:
     key, values = parse_values("guidance.scale=1.0:5.0:0.4")
     assert key == "evaluate.guidance.scale"
     assert values == [1.0, 1.4, 1.8, 2.2, 2.6, 3.0, 3.4, 3.8, 4.2, 4.6, 5.0]
@@ -31,7 +31,7 @@ def test_values_are_listed_and_ranges_hold_both_ends() -> None:
 
 
 @given(first=st.integers(-500, 500), count=st.integers(1, 60), step=st.integers(1, 300))
-def test_ranges_are_those_of_decimal_numbers(first: int, count: int, step: int) -> None:
+def test_ranges_have_exact_decimal_steps(first: int, count: int, step: int) -> None:
     start, pace = Decimal(first) / 100, Decimal(step) / 100
     last = start + pace * (count - 1)
     _, values = parse_values(f"guidance.scale={start}:{last}:{pace}")
