@@ -71,7 +71,7 @@ def test_version() -> None:
         (["evaluate", "demo", "--fleet", "--sweep", "seed=1,2"], ["--fleet needs", "http://head"]),
         (["evaluate", "demo", "--watch", "--step", "3"], ["remove --step"]),
         (["evaluate", "demo", "--npz", "--sweep", "seed=1,2"], ["remove --npz or --sweep"]),
-        (["evaluate", "demo", "--conformance", "nowhere"], ["nowhere is no folder"]),
+        (["evaluate", "demo", "--conformance", "nowhere"], ["nowhere is not a folder"]),
         (["references", "demo"], ["there is no feature network"]),
         (["sweep", "show", "none", "--run", "demo"], ["there is no sweep in"]),
     ],

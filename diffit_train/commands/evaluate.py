@@ -90,7 +90,7 @@ def evaluate_all(
 
 
 def _reconstruct(recipe: Recipe, step: int, run: str) -> None:
-    """Make the average that an evaluation wants of the run's snapshots, where it is not there."""
+    """Reconstruct the EMA that an evaluation needs from snapshots, unless it exists."""
     width = recipe.evaluate.reconstructed
     if width is None or storage.exists(reconstructed_url(run_url(recipe, run), width, step)):
         return

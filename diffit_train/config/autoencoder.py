@@ -46,7 +46,7 @@ class Autoencoder(Section):
     )
     scale: Positive | None = Field(
         default=None,
-        description="factor applied to latents before training; null: the autoencoder's own",
+        description="factor that latents are multiplied by; null: the autoencoder's own",
     )
     batch_size: PositiveInt = Field(default=32, description="images per encoding batch")
     precision: Literal["fp32", "bf16", "fp16"] = Field(

@@ -1,4 +1,4 @@
-"""The Ray actors of evaluations: a pool that replaces those that die, and what each does."""
+"""The Ray actors of evaluations, and a pool that replaces actors that die."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ from diffit_train.evaluation.reference_files import (
 from diffit_train.evaluation.references import FoundReference, PartTask, Reference
 from diffit_train.progress import Progress
 
-# A piece of work whose actors died this often kills them itself.
+# A task whose actor died this often is taken to be the cause.
 MAX_TRIES = 3
-
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """A checkpoint, and the evaluation made of it.
+    """A checkpoint and its evaluation.
 
     Attributes:
         source: folder of the run.
-        step: of the checkpoint.
+        step: step of the checkpoint.
         url: folder of the evaluation.
-        key: of the evaluation.
+        key: key of the evaluation.
     """
 
     source: str
@@ -51,14 +50,14 @@ class EvaluationTarget:
 
 @dataclass(frozen=True)
 class ChunkTask:
-    """Images of an evaluation that are made and committed at once."""
+    """Images of an evaluation that are generated and committed together."""
 
     target: EvaluationTarget
     part: Range
 
 
 class EvaluationActor:
-    """A Ray actor that generates and measures; autoencoder and features are loaded once."""
+    """A Ray actor that generates and measures images; loads autoencoder and features once."""
 
     def __init__(self, recipe: dict[str, Any]) -> None:
         self.recipe = Recipe.model_validate(recipe)
@@ -66,7 +65,7 @@ class EvaluationActor:
         self.autoencoder: Any = None
 
     def ready(self) -> None:
-        """Load the feature network; raises here, where the reason can be told."""
+        """Load the feature network; errors raised here keep their reason."""
         import torch
 
         from diffit_train.evaluation.feature_networks import load_features
@@ -76,7 +75,7 @@ class EvaluationActor:
         self.network = load_features(self.recipe, self.device)
 
     def chunk(self, recipe: dict[str, Any], task: ChunkTask) -> int:
-        """Generate, measure and commit images `first` to `stop`; how many they are."""
+        """Generate, measure and commit a range of images; return their number."""
         self._load(recipe, task)
         evaluate, (first, stop) = self.recipe.evaluate, task.part
         size, classes = evaluate.batch_size, self.recipe.data.num_classes
@@ -110,17 +109,17 @@ class EvaluationActor:
         self.loaded = (recipe, task.target.source, task.target.step)
 
     def reference_part(self, task: PartTask, target: str) -> int:
-        """Measure and commit a part of an image source; how many images it has."""
+        """Measure and commit a part of an image source; return its number of images."""
         part = references.measure_part(self.network, task)
         try:
             references.write_part(target, part)
         except FileNotFoundError:
-            # Another evaluation, done with the same, has removed the folder meanwhile.
+            # A concurrent evaluation finished the same reference and removed the folder.
             references.write_part(target, part)
         return len(task.items)
 
     def npz_reference(self, file: str) -> Reference:
-        """The reference that a file of ADM or EDM holds."""
+        """Read the reference from a file in ADM's or EDM's format."""
 
         def extract(pixels: np.ndarray) -> np.ndarray:
             return self.network.extract(pixels)[chunks.FEATURES]
@@ -135,12 +134,12 @@ class EvaluationActor:
 class ActorPool:
     """Ray actors that take tasks as they become idle.
 
-    One that dies is replaced, and its task goes to whichever is idle first: where a node is gone,
-    those that are left do the work, and the new one joins them once there is room for it.
+    An actor that dies is replaced, and its task goes to the next idle one: after the loss of a node
+    the remaining actors do the work, and the replacements join once resources are free.
 
     Args:
-        start: makes an actor; it must have a method `ready`.
-        count: how many.
+        start: creates an actor, which must have a method `ready`.
+        count: number of actors.
     """
 
     def __init__(self, start: Callable[[], Any], count: int) -> None:
@@ -160,14 +159,14 @@ class ActorPool:
     def run(
         self, tasks: Sequence[T], call: Callable[[Any, T], Any], name: Callable[[T], str]
     ) -> Iterator[tuple[T, Any]]:
-        """Do all tasks, in any order; (task, what came of it) as each ends.
+        """Run all tasks, in any order; yield (task, value) as each finishes.
 
         Args:
             call: starts a task on an actor.
-            name: a task's name in errors.
+            name: name of a task in errors.
 
         Raises:
-            DiffitError: a task failed, or its actors died again and again.
+            DiffitError: a task failed, or its actors died repeatedly.
         """
         waiting, tries = deque(range(len(tasks))), Counter[int]()
         running: dict[Any, tuple[Any, int]] = {}
@@ -189,8 +188,8 @@ class ActorPool:
                 except ray.exceptions.RayActorError as error:
                     if tries[number] == MAX_TRIES:
                         raise DiffitError(
-                            f"{name(tasks[number])} failed {MAX_TRIES} times: its actor died; "
-                            "lower evaluate.batch_size if memory ran out"
+                            f"{name(tasks[number])} failed {MAX_TRIES} times because its actor "
+                            "died; lower evaluate.batch_size if it ran out of memory"
                         ) from error
                     waiting.append(number)
                     self._replace(actor)
@@ -206,8 +205,8 @@ class ActorPool:
             self._deaths += 1
             if self._deaths == MAX_TRIES * len(self.actors):
                 raise DiffitError(
-                    "evaluation failed: its actors die before they have begun; see Ray's logs, "
-                    "and whether memory ran out"
+                    "evaluation failed: its actors die before they start; check Ray's logs, and "
+                    "whether they ran out of memory"
                 ) from error
             self._replace(actor)
             return
@@ -219,13 +218,13 @@ class ActorPool:
         self._begin()
 
     def close(self) -> None:
-        """End the actors."""
+        """Stop the actors."""
         for actor in self.actors:
             ray.kill(actor)
 
 
 class EvaluationPool:
-    """The actors of evaluations that differ in checkpoint, sampler, guidance and seed only."""
+    """The actors of evaluations that differ only in checkpoint, sampler, guidance and seed."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -241,16 +240,16 @@ class EvaluationPool:
         self._reference: FoundReference | None = None
 
     def serves(self, recipe: Recipe) -> bool:
-        """Whether these actors, and their reference, are those of another recipe too."""
+        """Whether another recipe can use these actors and their reference."""
         mine, theirs = (_shared_setup(one) for one in (self.recipe, recipe))
         return mine == theirs
 
     def close(self) -> None:
-        """End the actors."""
+        """Stop the actors."""
         self.actors.close()
 
     def generate(self, recipe: Recipe, target: EvaluationTarget) -> None:
-        """Make the chunks that an evaluation of a recipe that this pool serves still lacks."""
+        """Generate the missing chunks of an evaluation of a recipe that this pool serves."""
         evaluate, batches = recipe.evaluate, recipe.scaling.evaluate_batches
         layout = Layout(evaluate.samples, evaluate.batch_size, batches)
         missing = layout.missing(chunks.committed_chunks(target.url))
@@ -271,7 +270,7 @@ class EvaluationPool:
                 shown.update(shown.done + count)
 
     def reference(self) -> FoundReference:
-        """The recipe's reference, made where it is missing."""
+        """The recipe's reference, computed if missing."""
         if self._reference is None:
             file = reference_file(self.recipe)
             self._reference = self._of_file(file) if file else self._of_images()
@@ -302,7 +301,7 @@ class EvaluationPool:
                     references.read_reference_parts(parts, tasks), listing.url
                 )
             except FileNotFoundError:
-                # Another evaluation was at the same, has finished it and cleared up.
+                # A concurrent evaluation finished the same reference and removed its parts.
                 continue
             references.write_reference(url, identity, found)
         storage.remove(parts)
@@ -322,7 +321,7 @@ class EvaluationPool:
 
 
 def _shared_setup(recipe: Recipe) -> dict[str, Any]:
-    """What actors have loaded, and what a reference depends on."""
+    """The keys that determine what actors load and what a reference depends on."""
     plain = recipe.model_dump(mode="json", exclude={"train": True, "tracking": True})
     evaluate = plain.pop("evaluate")
     kept = ("features", "reference", "reference_images")
@@ -330,7 +329,7 @@ def _shared_setup(recipe: Recipe) -> dict[str, Any]:
 
 
 def _get(call: Any) -> Any:
-    """The value of a call; a failure inside it is raised as what it was."""
+    """The value of a call; a DiffitError inside it is raised unchanged."""
     try:
         return ray.get(call)
     except ray.exceptions.RayTaskError as error:

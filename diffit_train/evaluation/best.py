@@ -17,15 +17,15 @@ from diffit_train.tracking import Tracker, first_line, unreachable_errors
 
 
 def best_metric(recipe: Recipe) -> str:
-    """The metric by which checkpoints are ranked; the lowest is the best."""
+    """The metric that ranks checkpoints; lower is better."""
     features = recipe.evaluate.features
     return distance_name("fd", features.name, features.published)
 
 
 def best_result(recipe: Recipe, run: str) -> Result | None:
-    """The run's evaluation of the smallest distance, of those made as the recipe says.
+    """The run's evaluation with the smallest distance among those with the recipe's settings.
 
-    None where there is none.
+    None if there is none.
     """
     folder = storage.join(recipe.storage.root, "evaluations", run)
     identity, metric = evaluated_identity(recipe), best_metric(recipe)
@@ -37,7 +37,7 @@ def best_result(recipe: Recipe, run: str) -> Result | None:
             data = storage.read_bytes(storage.join(folder, name))
             result = Result.model_validate_json(data)
         except ValidationError:
-            continue  # of an earlier version; evaluated again, it is named
+            continue  # written by an earlier version
         if result.evaluate == identity and result.recipe_hash == recipe.train_hash():
             found.append(result)
     return min(found, key=lambda result: result.metrics[metric], default=None)
@@ -46,11 +46,11 @@ def best_result(recipe: Recipe, run: str) -> Result | None:
 def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
     """Tag a run's best checkpoint in MLflow, and register its weights under the alias `best`.
 
-    The best is that of the smallest distance among evaluations made alike, outside of sweeps. Its
-    weights are exported, so they outlast the checkpoint.
+    The best checkpoint has the smallest distance among evaluations with the same settings, outside
+    sweeps. Its weights are exported, so they outlive the checkpoint.
 
     Returns:
-        step, value and file of the best; None where nothing was evaluated.
+        step, value and file of the best; None if nothing was evaluated.
     """
     best = best_result(recipe, run)
     if best is None:
@@ -61,7 +61,7 @@ def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
         tracker = Tracker.of(recipe)
         tracker.tag_best(best.mlflow_run_id, best.step, metric, best.metrics[metric])
     except unreachable_errors() as error:
-        say(f"MLflow was not told of the best checkpoint: {first_line(error)}")
+        say(f"could not tag the best checkpoint in MLflow: {first_line(error)}")
         return found
     if recipe.tracking.register_best:
         found["file"] = _register(recipe, run, best, tracker)
@@ -69,7 +69,7 @@ def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
 
 
 def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker) -> str | None:
-    """Export and register the best weights where they are not yet; their file if they were."""
+    """Export and register the best weights unless they are; their file if newly registered."""
     from diffit_train.runs import import_export
 
     name = f"{recipe.tracking.experiment}-{run}"
@@ -79,7 +79,7 @@ def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker) -> str |
         if tracker.registered_step(name) == best.step:
             return None
         if best.step not in committed_steps(run_url(recipe, run)):
-            say(f"best so far: {shown}; its checkpoint is gone, so its weights are not registered")
+            say(f"best so far: {shown}; not registered: its checkpoint was deleted")
             return None
         width = recipe.evaluate.reconstructed
         if width is None:
@@ -91,5 +91,5 @@ def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker) -> str |
     except unreachable_errors() as error:
         say(f"best so far: {shown}; not registered: {first_line(error)}")
         return None
-    say(f"best so far: {shown}; MLflow's model {name}@best is {storage.display_path(file)}")
+    say(f"best so far: {shown}; registered {storage.display_path(file)} in MLflow as {name}@best")
     return file

@@ -1,8 +1,8 @@
-"""The pieces in which an evaluation is made, kept and read; and samples.npz out of them.
+"""The chunks that an evaluation is generated, stored and read in; and samples.npz from them.
 
-A chunk is a range of whole batches, named by its first image and the one after its last. Its
-images are committed before what was measured of them, so a measured chunk is a whole one. Which
-ranges there are may change from run to run: what is there is kept, the rest is made.
+A chunk is a range of whole batches, named by its first image and the one after its last. Its images
+are committed before their measurements, so a chunk with measurements is complete. The ranges may
+change between runs: existing chunks are kept, the rest is generated.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from safetensors.numpy import save_file
 from diffit_train import storage
 from diffit_train.errors import DiffitError
 
-# What is measured: labels and features always, the others where the feature network gives them.
+# Measured arrays: labels and features always, the others if the feature network provides them.
 LABELS = "labels"
 FEATURES = "features"
 SPATIAL = "spatial"
 LOGITS = "logits"
-SEEN = "seen"
+PREDICTIONS = "seen"
 _CHUNK_NAME = re.compile(r"chunk-(\d{7})-(\d{7})\.safetensors")
 
 
@@ -37,41 +37,41 @@ class Range(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Images."""
+        """Number of images."""
         return self.stop - self.first
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which ranges an evaluation consists of.
+    """The ranges of an evaluation.
 
     Args:
-        samples: images in all.
-        batch_size: images of a batch. Every batch is made whole, so that an image does not
-            depend on how many there are; what is beyond `samples` is dropped.
-        batches: of a chunk.
+        samples: images in total.
+        batch_size: images per batch. Every batch is generated in full, so that an image does not
+            depend on the total; images beyond `samples` are dropped.
+        batches: batches per chunk.
     """
 
     samples: int
     batch_size: int
     batches: int
 
-    def missing(self, there: list[Range]) -> list[Range]:
-        """Ranges that `there` does not cover, cut into chunks.
+    def missing(self, existing: list[Range]) -> list[Range]:
+        """Ranges that `existing` does not cover, cut into chunks.
 
         Raises:
-            DiffitError: two of `there` overlap.
+            DiffitError: two existing ranges overlap.
         """
         found: list[Range] = []
-        place = 0
-        for part in [*sorted(there), Range(self.samples, self.samples)]:
-            if part.first < place:
+        covered = 0
+        for part in [*sorted(existing), Range(self.samples, self.samples)]:
+            if part.first < covered:
                 raise DiffitError(
-                    f"images {part.first} to {place - 1} lie in two chunks; delete "
+                    f"images {part.first} to {covered - 1} are in two chunks; delete "
                     f"{chunk_name(part)}"
                 )
-            found += self._cut(place, part.first)
-            place = part.stop
+            found += self._cut(covered, part.first)
+            covered = part.stop
         return found
 
     def _cut(self, first: int, stop: int) -> Iterator[Range]:
@@ -81,17 +81,17 @@ class Layout:
 
 
 def chunk_name(part: Range) -> str:
-    """File of what was measured."""
+    """File of a chunk's measurements."""
     return f"chunk-{part.first:07d}-{part.stop:07d}.safetensors"
 
 
 def images_name(part: Range) -> str:
-    """File of the images, uint8 (n, R, R, 3)."""
+    """File of a chunk's images, uint8 (n, R, R, 3)."""
     return f"images-{part.first:07d}-{part.stop:07d}.npy"
 
 
 def committed_chunks(url: str) -> list[Range]:
-    """The chunks of an evaluation's folder that are whole, in order."""
+    """The complete chunks in an evaluation's folder, in order."""
     matches = [_CHUNK_NAME.fullmatch(name) for name in storage.list_names(url)]
     return sorted(Range(int(m[1]), int(m[2])) for m in matches if m)
 
@@ -102,9 +102,9 @@ def write_chunk(
     """Commit a chunk.
 
     Args:
-        key: of the evaluation, by which a chunk of another one is told.
+        key: key of the evaluation, stored to detect chunks of another one.
         pixels: (n, R, R, 3) uint8.
-        measured: rows for each image.
+        measured: arrays with one row per image.
     """
     with (
         storage.atomic_file(storage.join(url, images_name(part))) as path,
@@ -117,16 +117,18 @@ def write_chunk(
 
 
 def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
-    """What was measured of a chunk's images.
+    """A chunk's measurements.
 
     Raises:
-        DiffitError: it is damaged, or of another evaluation.
+        DiffitError: they are damaged, or belong to another evaluation.
     """
     name = storage.join(url, chunk_name(part))
     try:
         with storage.local_copy(name) as path, safe_open(str(path), framework="np") as file:
             if file.metadata() != {"key": key}:
-                raise DiffitError(f"{name} is of another evaluation; delete it and evaluate again")
+                raise DiffitError(
+                    f"{name} belongs to another evaluation; delete it and evaluate again"
+                )
             rows = {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118
     except (FileNotFoundError, SafetensorError) as error:
         raise DiffitError(f"{name} is damaged ({error}); delete it and evaluate again") from error
@@ -155,19 +157,19 @@ def read_chunk_images(url: str, part: Range) -> np.ndarray:
         ) from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != part.size:
         raise DiffitError(
-            f"{name} holds {pixels.dtype} of shape {pixels.shape}, not {part.size} images; "
+            f"{name} is {pixels.dtype} of shape {pixels.shape}, not {part.size} images; "
             f"delete it and {chunk_name(part)}, and evaluate again"
         )
     return np.asarray(pixels)
 
 
-def write_samples(url: str, target: str, samples: int, labelled: list[np.ndarray]) -> None:
-    """Write ADM's samples file: `arr_0`, uint8 (N, R, R, 3), and `arr_1`, the labels.
+def write_samples(url: str, target: str, samples: int, labels: list[np.ndarray]) -> None:
+    """Write a samples file in ADM's format: `arr_0`, uint8 (N, R, R, 3), and `arr_1`, the labels.
 
-    One chunk is in memory at a time.
+    Holds one chunk in memory at a time.
 
     Args:
-        labelled: labels of each chunk.
+        labels: labels of each chunk.
     """
     parts = committed_chunks(url)
     shape = (samples, *read_chunk_images(url, parts[0]).shape[1:])
@@ -181,4 +183,4 @@ def write_samples(url: str, target: str, samples: int, labelled: list[np.ndarray
             for part in parts:
                 file.write(read_chunk_images(url, part).tobytes())
         with archive.open("arr_1.npy", "w") as file:
-            np.save(file, np.concatenate(labelled))
+            np.save(file, np.concatenate(labels))

@@ -1,11 +1,11 @@
-"""`diffit evaluate --conformance`: do our metrics agree with those published for a known batch?
+"""`diffit evaluate --conformance`: compare our metrics with those published for a known batch.
 
-The folder holds what ADM's authors published: a reference batch (.npz with `mu` and `sigma`), a
-sample batch (.npz without), and the Inception weights.
+The folder holds the files that ADM's authors published: a reference batch (.npz with `mu` and
+`sigma`), a sample batch (.npz without them), and the Inception weights.
 
-Precision and recall are computed here with the rounding of ADM's evaluator (float16 distances), as
-the published ones were; those of every other evaluation are exact (float64). All other metrics are
-the same in both: sums in float64.
+Here precision and recall use the rounding of ADM's evaluator (float16 distances), like the
+published values; in every other evaluation they are exact (float64). All other metrics are computed
+the same way in both, with sums in float64.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from diffit_train.evaluation.scores import MetricSuite
 from diffit_train.progress import Progress, print_rows, say
 
 EXPECTED_FILE = "expected.json"
-# Metrics that ADM's evaluator computes from distances in float16.
+# Metrics that ADM's evaluator computes from float16 distances.
 _OF_DISTANCES = ("precision", "recall")
 _ADM, _EXACT = "float16 distances, as ADM", "float64"
 _WEIGHTS = (".pth", ".safetensors")
 
 
 class Expected(storage.Record):
-    """expected.json, where the folder holds another batch than the published one.
+    """expected.json, for a folder with a batch other than the published one.
 
     Attributes:
-        metrics: by name.
-        relative: largest relative difference of distances and scores that is let pass; the
-            published metrics are of other arithmetic (TensorFlow, partly half precision).
-        absolute: largest difference of precision and recall.
+        metrics: expected values by name.
+        relative: tolerated relative difference of distances and scores; the published values come
+            from other arithmetic (TensorFlow, partly half precision).
+        absolute: tolerated absolute difference of precision and recall.
     """
 
     metrics: dict[str, float]
@@ -49,7 +49,7 @@ class Expected(storage.Record):
     absolute: float = 5e-3
 
     def passes(self, name: str, found: float) -> bool:
-        """Whether a metric agrees."""
+        """Whether a metric is within tolerance."""
         difference = abs(found - self.metrics[name])
         if name in _OF_DISTANCES:
             return difference <= self.absolute
@@ -69,11 +69,11 @@ PUBLISHED_METRICS = Expected(
 
 
 def conform(folder: str) -> dict[str, Any]:
-    """Measure the folder's sample batch; metrics beside the expected ones.
+    """Measure the folder's sample batch; return its metrics next to the expected ones.
 
     Raises:
-        UserError: the folder lacks something; what and where it is to be had.
-        DiffitError: a metric does not agree.
+        UserError: the folder lacks a file; says which and where to get it.
+        DiffitError: a metric is out of tolerance.
     """
     weights, reference, samples = _find_files(folder)
     expected = _expected(folder)
@@ -99,7 +99,10 @@ def conform(folder: str) -> dict[str, Any]:
     found = _metrics(recipe, reference, samples, shape)
     missing = sorted(set(expected.metrics) - set(found))
     if missing:
-        raise UserError(f"{folder}: there is no metric {', '.join(missing)}; it has {list(found)}")
+        raise UserError(
+            f"{folder}/{EXPECTED_FILE} expects {', '.join(missing)}, but the metrics are "
+            f"{', '.join(found)}"
+        )
     rows = [
         {
             "metric": name,
@@ -113,8 +116,11 @@ def conform(folder: str) -> dict[str, Any]:
     print_rows("conformance", rows)
     failed = [row["metric"] for row in rows if row["verdict"] == "FAIL"]
     if failed:
-        raise DiffitError(f"{', '.join(map(str, failed))} do not agree with what is expected")
-    say(f"all {len(rows)} metrics agree")
+        raise DiffitError(
+            f"{', '.join(map(str, failed))} differ from the expected values by more than the "
+            "tolerance"
+        )
+    say(f"all {len(rows)} metrics agree with the expected values")
     return {"metrics": rows, "all": found}
 
 
@@ -143,14 +149,14 @@ def _metrics(
 
 def _find_files(folder: str) -> tuple[Path, Path, Path]:
     """Weights, reference batch and sample batch."""
-    place = Path(folder)
-    if not place.is_dir():
-        raise UserError(f"--conformance {folder} is no folder of this machine")
-    weights = [path for path in sorted(place.iterdir()) if path.suffix in _WEIGHTS]
+    local = Path(folder)
+    if not local.is_dir():
+        raise UserError(f"--conformance {folder} is not a folder on this machine")
+    weights = [path for path in sorted(local.iterdir()) if path.suffix in _WEIGHTS]
     batches: dict[bool, list[Path]] = {True: [], False: []}
-    for path in sorted(place.glob("*.npz")):
+    for path in sorted(local.glob("*.npz")):
         if not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is no .npz file; fetch it again")
+            raise UserError(f"{path} is not an .npz file; download it again")
         with zipfile.ZipFile(path) as archive:
             batches["mu.npy" in archive.namelist()].append(path)
     for found, what in (
@@ -159,10 +165,10 @@ def _find_files(folder: str) -> tuple[Path, Path, Path]:
         (batches[False], "the sample batch, admnet_guided_upsampled_imagenet256.npz"),
     ):
         if len(found) != 1:
-            seen = ", ".join(path.name for path in found) or "nothing"
+            names = ", ".join(path.name for path in found) or "nothing"
             raise UserError(
                 f"--conformance {folder} must hold one file for {what} (the batches are linked in "
-                f"the README of guided-diffusion's evaluations); found: {seen}"
+                f"the README of guided-diffusion's evaluations); found: {names}"
             )
     return weights[0], batches[True][0], batches[False][0]
 

@@ -1,4 +1,4 @@
-"""A file from the web, as Inception's weights or a published reference."""
+"""Download files from the web, such as Inception's weights or a published reference."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _PIECE_BYTES = 1 << 20
 
 
 def is_web(url: str) -> bool:
-    """Whether a URL is to be downloaded before use."""
+    """Whether a URL must be downloaded before use."""
     return url.startswith(("http://", "https://"))
 
 
 def download(url: str, target: Path, title: str, expected_bytes: int | None = None) -> None:
-    """Write what `url` holds to `target`, showing rate and time left.
+    """Download `url` to `target`, showing rate and time left.
 
-    The caller commits the target: after an error it holds a part.
+    The caller commits the target; after an error it is incomplete.
 
     Args:
-        title: of the progress.
-        expected_bytes: for the progress, where the server does not say.
+        title: title of the progress display.
+        expected_bytes: total for the progress display if the server does not announce it.
 
     Raises:
-        OSError, http.client.HTTPException: it cannot be reached, or the transfer broke off.
+        OSError, http.client.HTTPException: `url` cannot be reached, or the transfer broke off.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "diffit"})
     with (
@@ -40,6 +40,6 @@ def download(url: str, target: Path, title: str, expected_bytes: int | None = No
             while piece := answer.read(_PIECE_BYTES):
                 file.write(piece)
                 progress.update(math.ceil(file.tell() / 1e6))
-        # A connection that is closed early ends the stream without an error.
+        # A connection closed early ends the stream without an error.
         if announced and file.tell() != total:
             raise OSError(f"the transfer broke off after {file.tell():,} of {total:,} bytes")

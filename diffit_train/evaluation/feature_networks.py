@@ -1,4 +1,4 @@
-"""The networks whose features are compared: Inception, or a small classifier of one's own.
+"""The feature networks: Inception, or your own small classifier.
 
 A Frechet distance on the classifier's features is called fd_NAME, never FID.
 """
@@ -18,18 +18,18 @@ from diffit_train.data.fit import fit
 from diffit_train.data.preprocess import to_model_range
 from diffit_train.data.sources import list_images, read_items
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.chunks import FEATURES, LOGITS, SEEN, SPATIAL
+from diffit_train.evaluation.chunks import FEATURES, LOGITS, PREDICTIONS, SPATIAL
 from diffit_train.evaluation.features import FeaturesInfo, features_info, features_url
 from diffit_train.evaluation.inception import Inception, load_inception
 
 WEIGHTS = "model.safetensors"
 CLASSIFIER_STATE = "fit-state.safetensors"
-# Images are shifted by up to this many pixels while fitting, against learning them by heart.
+# Images are shifted randomly by up to this many pixels during fitting, against overfitting.
 SHIFT_PIXELS = 1
 
 
 class Classifier(nn.Module):
-    """Convolutions with SiLU, all but the first halving; then the features, then the classes."""
+    """Strided convolutions (except the first) with SiLU, then linear features and logits."""
 
     def __init__(self, resolution: int, classes: int, channels: list[int], features: int) -> None:
         super().__init__()
@@ -53,10 +53,10 @@ class FeatureNetwork(Protocol):
     """A network on a device."""
 
     def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Images (B, R, R, 3) uint8 to what is measured of each, rows of float32 and int64.
+        """Images (B, R, R, 3) uint8 to named arrays with one row per image.
 
-        `features` (B, D) always. Inception's also: `spatial` (B, 2023) and `logits` (B, 1008). A
-        classifier's: `seen` (B,), the class that it sees.
+        Always `features` (B, D), float32. Inception adds `spatial` (B, 2023) and `logits`
+        (B, 1008), float32; a classifier adds `seen` (B,), its predicted classes, int64.
         """
 
 
@@ -68,7 +68,7 @@ class _ClassifierFeatures:
     def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         x = torch.from_numpy(to_model_range(pixels)).to(self.device)
         features, logits = self.model(x)
-        return {FEATURES: features.cpu().numpy(), SEEN: logits.argmax(1).cpu().numpy()}
+        return {FEATURES: features.cpu().numpy(), PREDICTIONS: logits.argmax(1).cpu().numpy()}
 
 
 class _InceptionFeatures:
@@ -86,10 +86,10 @@ class _InceptionFeatures:
 
 
 def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
-    """The recipe's feature network, its hash verified.
+    """The recipe's feature network, after verifying the hash of its weights.
 
     Raises:
-        UserError: it has not been fitted, or is not the one that its name says.
+        UserError: it has not been fitted, or its weights do not match its name.
         DiffitError: its weights are damaged.
     """
     section = recipe.evaluate.features
@@ -112,7 +112,7 @@ def _load_classifier(recipe: Recipe) -> Classifier:
 
 
 def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
-    """Fit the classifier on the recipe's images, measure it on those held out, and save it."""
+    """Fit the classifier on the recipe's images, measure its held-out accuracy, and save it."""
     section, url = recipe.evaluate.features.fit, features_url(recipe)
     listing = list_images(recipe)
     images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
@@ -120,7 +120,7 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
     order = np.random.Generator(np.random.Philox(section.seed)).permutation(len(labels))
     held_out, used = np.split(order, [max(1, round(section.held_out_fraction * len(labels)))])
     if not len(used):
-        raise UserError(f"{listing.url} holds too few images to fit a classifier: {len(labels)}")
+        raise UserError(f"{listing.url} has too few images to fit a classifier: {len(labels)}")
     torch.manual_seed(section.seed)
     model = Classifier(
         recipe.data.resolution, len(listing.classes), list(section.channels), section.features
@@ -145,8 +145,8 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
         title="features",
     )
     with torch.no_grad():
-        seen = model(x[held_out])[1].argmax(1)
-    accuracy = float((seen == y[held_out]).double().mean())
+        predictions = model(x[held_out])[1].argmax(1)
+    accuracy = float((predictions == y[held_out]).double().mean())
     return _save_classifier(recipe, url, model, identity, list(listing.classes), accuracy)
 
 

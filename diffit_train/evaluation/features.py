@@ -1,6 +1,7 @@
-"""The features that are compared: which network, where it lies, and what tells it from others.
+"""The recipe's feature network: its URL, description and digest.
 
-No torch is needed here; the networks themselves are in `feature_networks`."""
+This does not import torch; the networks themselves are in `feature_networks`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 
-# Of the published weights, pt_inception-2015-12-05-6726825d.pth.
+# Published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
@@ -38,10 +39,10 @@ def features_url(recipe: Recipe) -> str:
 
 
 def features_info(recipe: Recipe) -> FeaturesInfo:
-    """What the recipe's feature network is.
+    """Description of the recipe's fitted feature network.
 
     Raises:
-        UserError: it has not been fitted, or for another resolution or number of classes.
+        UserError: it is not fitted, or for another resolution or number of classes.
         DiffitError: its marker is damaged.
     """
     url = features_url(recipe)
@@ -68,7 +69,7 @@ def features_digest(recipe: Recipe) -> str:
     """SHA-256 of the feature network's weights.
 
     Raises:
-        UserError: it has not been fitted, or its weight file is not there.
+        UserError: it is not fitted, or its weight file does not exist.
     """
     section = recipe.evaluate.features
     if section.kind == "classifier":
@@ -87,10 +88,10 @@ def _file_digest(url: str) -> str:
 
 
 def fit_features(recipe: Recipe) -> FeaturesInfo:
-    """Fit the recipe's feature network; a finished one is left alone, a killed fit goes on.
+    """Fit the recipe's feature network; keep a finished one, resume a killed fit.
 
     Raises:
-        UserError: the folder holds another network, or the images cannot be had.
+        UserError: the folder holds another network, or the images cannot be read.
     """
     url = features_url(recipe)
     identity = storage.digest(
@@ -103,14 +104,14 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
         info = features_info(recipe)
         if info.identity != identity:
             raise UserError(
-                f"{url} holds a feature network of another recipe; set evaluate.features.source "
+                f"{url} holds the feature network of another recipe; set evaluate.features.source "
                 "to another folder, or delete that one"
             )
-        say(f"feature network {storage.display_path(url)} is fitted already")
+        say(f"feature network {storage.display_path(url)} is already fitted")
         return info
     from diffit_train.evaluation.feature_networks import fit_classifier
 
     info = fit_classifier(recipe, identity)
-    share = f"{info.held_out_accuracy:.1%} of held-out images are recognised"
-    say(f"feature network {storage.display_path(url)}: {share}")
+    accuracy = f"held-out accuracy {info.held_out_accuracy:.1%}"
+    say(f"feature network {storage.display_path(url)}: {accuracy}")
     return info

@@ -1,4 +1,4 @@
-"""Images from a model: image i depends on the seed and i alone, not on its batch."""
+"""Generate images from a model: image i depends on (seed, i) only, not on its batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from diffit_train.runs.checkpoints import read_weights, reconstructed_url
 
 
 class ImageNoise:
-    """Standard normal noise (B, C, h, w), each image's from its own generator.
+    """Standard normal noise (B, C, h, w), with one generator per image.
 
     Args:
         keys: (seed, index) of each image, (B,).
@@ -42,13 +42,13 @@ class ImageNoise:
 
 
 class Generator:
-    """A checkpoint's model with the recipe's sampler, guidance and autoencoder.
+    """A model with the recipe's sampler, guidance and autoencoder.
 
     Args:
         weights: every trainable parameter by name.
 
     Raises:
-        DiffitError: the weights are of another model.
+        DiffitError: the weights belong to another model.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Generator:
 
 
 def guidance_saving(recipe: Recipe) -> str:
-    """What leaving out idle unconditional passes saves, for people; empty where nothing."""
+    """A message saying what skipping unconditional passes saves; empty if nothing."""
     guidance, diffusion = recipe.evaluate.guidance, recipe.diffusion
     if not recipe.model.conditional or guidance.kind == "none":
         return ""
@@ -110,13 +110,13 @@ def guidance_saving(recipe: Recipe) -> str:
     if not share:
         return ""
     return (
-        f"unconditional pass left out where the guidance weight is within "
-        f"{guidance.skip_within:g} of 1: {share:.1%} of the model's evaluations saved"
+        f"skipping unconditional passes where the guidance weight is within "
+        f"{guidance.skip_within:g} of 1: saves {share:.1%} of the NFE"
     )
 
 
 def nfe_per_image(recipe: Recipe) -> float:
-    """Passes of the network that an image takes, with those for guidance."""
+    """NFE per image, including those for guidance."""
     guidance, diffusion = recipe.evaluate.guidance, recipe.diffusion
     visited = visited_timesteps(diffusion, recipe.evaluate.sampler)
     if not recipe.model.conditional:
@@ -126,26 +126,26 @@ def nfe_per_image(recipe: Recipe) -> float:
 
 
 def fill_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Fill a model, strictly: what was learned must be there, and nothing else.
+    """Load weights into a model, strictly: every learned tensor, and nothing else.
 
     Raises:
-        DiffitError: the weights are of another model.
+        DiffitError: the weights belong to another model.
     """
     try:
         answer = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise DiffitError(f"the checkpoint is of another model: {reason}") from error
+        raise DiffitError(f"the checkpoint belongs to another model: {reason}") from error
     missing = [name for name in answer.missing_keys if not name.endswith(FIXED)]
     if missing or answer.unexpected_keys:
         raise DiffitError(
-            f"the checkpoint is of another model: it lacks {missing[:3]} and has "
-            f"{answer.unexpected_keys[:3]} too many"
+            f"the checkpoint belongs to another model: missing {missing[:3]}, unexpected "
+            f"{answer.unexpected_keys[:3]}"
         )
 
 
 def class_names(recipe: Recipe) -> list[str]:
-    """Names of the classes from the latents where they are there, else their numbers."""
+    """Class names from the latents if they exist, else class numbers."""
     url = latents_url(recipe)
     if storage.exists(storage.join(url, MANIFEST)):
         names = load_manifest(url).classes
@@ -155,23 +155,23 @@ def class_names(recipe: Recipe) -> list[str]:
 
 
 def run_weights(recipe: Recipe, url: str, step: int) -> dict[str, Tensor]:
-    """Weights of a run's checkpoint, EMA or raw as `evaluate.weights` says.
+    """Weights of a run's checkpoint, as selected by `evaluate.weights`.
 
     Raises:
-        UserError: they are to be of another profile, which has not been made.
+        UserError: they need a reconstructed EMA that does not exist.
     """
     width = recipe.evaluate.reconstructed
     if width is not None:
         file = reconstructed_url(url, width, step)
         if not storage.exists(file):
             raise UserError(
-                f"{file} has not been made; run `diffit ema reconstruct` with --sigma-rel "
-                f"{width:g} --step {step}"
+                f"{file} does not exist; run `diffit ema reconstruct` with --sigma-rel {width:g} "
+                f"--step {step}"
             )
         return file_weights(recipe, file)
     return read_weights(url, step, recipe.evaluate.weights)
 
 
 def file_weights(recipe: Recipe, file: str, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """Weights of an export or a published file."""
+    """Weights from an exported or published file."""
     return check_published(build_model(recipe), read_weights_file(file, allow_pickle), file)

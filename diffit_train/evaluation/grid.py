@@ -1,4 +1,4 @@
-"""An image of samples: a row for each class, its name at the left."""
+"""A PNG grid of samples: one row per class, with its name on the left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ CELL_INCHES = 0.55
 def draw_grid(
     images: dict[int, list[np.ndarray]], classes: list[str], title: str, url: str
 ) -> None:
-    """Write a PNG with a row for each label.
+    """Write a PNG with one row per label.
 
     Args:
-        images: by label, an index into `classes`; each (R, R, 3) uint8.
-        url: where the PNG goes.
+        images: label, an index into `classes`, to images (R, R, 3) uint8.
+        url: file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -30,8 +30,8 @@ def draw_grid(
             cell.set_axis_off()
         for cell, image in zip(row, chosen, strict=False):
             cell.imshow(image, interpolation="nearest")
-        place = row[0].transAxes
-        row[0].text(-0.15, 0.5, classes[label], transform=place, ha="right", va="center")
+        axes_coordinates = row[0].transAxes
+        row[0].text(-0.15, 0.5, classes[label], transform=axes_coordinates, ha="right", va="center")
     figure.suptitle(title, fontsize=9)
     with storage.atomic_file(url) as path, path.open("wb") as file:
         FigureCanvasAgg(figure).print_figure(file, format="png")

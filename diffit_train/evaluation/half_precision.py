@@ -1,11 +1,11 @@
 """Precision and recall with the rounding of ADM's evaluator, to compare with published metrics.
 
-Dhariwal & Nichol 2021, evaluations/evaluator.py: features are cast to float16, and so are squared
-lengths, products and distances after each operation; only where a block of distances holds a
-number that is not finite, the whole block is computed in float32. Radii are float32.
+Dhariwal & Nichol 2021, evaluations/evaluator.py: features are cast to float16, and squared norms,
+products and distances are rounded to float16 after each operation; a block of distances with a
+value that is not finite is computed again in float32. Radii are float32.
 
-TensorFlow leaves it to its kernels in which order and precision they add up inside a sum or a
-matrix product; here, as in matrix products on GPUs, they add in float32 and round once.
+TensorFlow does not specify the order and precision inside a sum or matrix product; here they
+accumulate in float32 and round once, as matrix products on GPUs do.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 Array = np.ndarray
-# ADM's blocks, which decide together whether float16 will do.
+# Rows of ADM's blocks; a whole block falls back to float32.
 BLOCK_ROWS = 10_000
-# Rows of a block that are computed at once.
+# Rows of a block computed at a time.
 _ROWS = 512
 
 
@@ -26,7 +26,9 @@ def precision_recall_half(real: Array, fake: Array, num_neighbors: int) -> tuple
     """Precision and recall as ADM's evaluator rounds them.
 
     Args:
-        real: (n, D), float32 or what rounds to it. fake: (m, D). num_neighbors: k; below n and m.
+        real: (n, D), float32 or rounded to it.
+        fake: (m, D), likewise.
+        num_neighbors: k, less than n and m.
     """
     real, fake = real.astype(np.float32), fake.astype(np.float32)
     real_radii, fake_radii = (_half_radii(points, num_neighbors) for points in (real, fake))
@@ -41,9 +43,9 @@ def precision_recall_half(real: Array, fake: Array, num_neighbors: int) -> tuple
 
 
 def _half_radii(points: Array, num_neighbors: int) -> Array:
-    """Squared distance of each point to its k-th nearest besides itself, float32 (n,).
+    """Squared distance of each point to its k-th nearest neighbor, float32 (n,).
 
-    By place, as ADM: the first is taken for the point itself, whose distance rounding may move.
+    By rank, as in ADM: the nearest is taken to be the point itself, although rounding may move it.
     """
     nearest = np.full((len(points), num_neighbors + 1), np.inf, np.float32)
     for a in _half_blocks(len(points), BLOCK_ROWS):
@@ -56,7 +58,7 @@ def _half_radii(points: Array, num_neighbors: int) -> Array:
 
 
 def _distances(u: Array, v: Array) -> Iterator[tuple[slice, Array]]:
-    """Squared distances (rows, m) of one of ADM's blocks, float32, some rows of u after others."""
+    """Squared distances (rows, m) of one of ADM's blocks, float32, a few rows of u at a time."""
     near = np.empty((len(u), len(v)), np.float16)
     with np.errstate(over="ignore", invalid="ignore"):
         halves = _HalfPoints.of(u, np.float16), _HalfPoints.of(v, np.float16)
@@ -72,7 +74,7 @@ def _distances(u: Array, v: Array) -> Iterator[tuple[slice, Array]]:
 
 
 class _HalfPoints(NamedTuple):
-    """Rows (n, D) rounded to a type, held in float32, and their squared lengths in that type."""
+    """Rows (n, D) rounded to a dtype but stored as float32, and their squared norms."""
 
     rows: Array
     lengths: Array
@@ -88,7 +90,7 @@ class _HalfPoints(NamedTuple):
 
 
 def _squared(u: _HalfPoints, rows: slice, v: _HalfPoints) -> Array:
-    """|u|^2 - 2 u v + |v|^2, not below 0, each operation rounded to the type of the lengths."""
+    """|u|^2 - 2 u v + |v|^2, at least 0, each operation rounded to the dtype of the norms."""
     kind = u.lengths.dtype
     products = (u.rows[rows] @ v.rows.T).astype(kind) * kind.type(2)
     return np.maximum(u.lengths[rows, None] - products + v.lengths, kind.type(0))

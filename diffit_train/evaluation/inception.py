@@ -1,8 +1,8 @@
-"""Inception-2015, whose features FID is measured on, with the published weights' names.
+"""Inception-2015, the feature network of FID, with the parameter names of the published weights.
 
-Szegedy et al. 2016, table 1, as it was converted from TensorFlow's graph for FID: batch norm with
-eps 1e-3, the averages of the Mixed blocks leave the border out, and Mixed_7c takes the largest of
-its window instead of the average. Tensors are (B, channels, height, width).
+Szegedy et al. 2016, table 1, as converted from TensorFlow's graph for FID: batch norm with eps
+1e-3; the average pooling of the Mixed blocks excludes the padding; Mixed_7c uses max pooling
+instead. Tensors are (B, channels, height, width).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHTS_URL = (
 WEIGHTS_BYTES = 95_628_359
 CLASSES = 1008
 SIDE = 299
-# sFID takes these channels of the first branch of Mixed_6d.
+# sFID uses this many channels of the first branch of Mixed_6d.
 SPATIAL_CHANNELS = 7
 BN_EPS = 1e-3
 
@@ -42,7 +42,7 @@ BN_EPS = 1e-3
 
 
 class BatchNorm(nn.Module):
-    """Batch norm by stored statistics, in whatever mode the network is."""
+    """Batch norm with stored statistics, in train and eval mode."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -85,7 +85,7 @@ def _wide_conv(channels_in: int, channels: int) -> Conv:
     return Conv(channels_in, channels, (1, 7), padding=(0, 3))
 
 
-def _high(channels_in: int, channels: int) -> Conv:
+def _tall_conv(channels_in: int, channels: int) -> Conv:
     return Conv(channels_in, channels, (7, 1), padding=(3, 0))
 
 
@@ -94,7 +94,7 @@ def _average(x: Tensor) -> Tensor:
 
 
 class Mixed35(nn.Module):
-    """A block at 35x35: 1x1, 5x5, two 3x3, average."""
+    """A block at 35x35: 1x1, 5x5, two 3x3, average pooling."""
 
     def __init__(self, channels_in: int, pool: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Mixed35(nn.Module):
 
 
 class Reduce17(nn.Module):
-    """From 35x35 to 17x17: 3x3, two 3x3, maximum."""
+    """From 35x35 to 17x17: 3x3, two 3x3, max pooling."""
 
     def __init__(self, channels_in: int) -> None:
         super().__init__()
@@ -130,18 +130,18 @@ class Reduce17(nn.Module):
 
 
 class Mixed17(nn.Module):
-    """A block at 17x17: 1x1, 7x7 and twice 7x7 in parts, average."""
+    """A block at 17x17: 1x1, factorized 7x7, two factorized 7x7, average pooling."""
 
     def __init__(self, c7: int) -> None:
         super().__init__()
         self.branch1x1 = Conv(768, 192, 1)
         self.branch7x7_1 = Conv(768, c7, 1)
         self.branch7x7_2 = _wide_conv(c7, c7)
-        self.branch7x7_3 = _high(c7, 192)
+        self.branch7x7_3 = _tall_conv(c7, 192)
         self.branch7x7dbl_1 = Conv(768, c7, 1)
-        self.branch7x7dbl_2 = _high(c7, c7)
+        self.branch7x7dbl_2 = _tall_conv(c7, c7)
         self.branch7x7dbl_3 = _wide_conv(c7, c7)
-        self.branch7x7dbl_4 = _high(c7, c7)
+        self.branch7x7dbl_4 = _tall_conv(c7, c7)
         self.branch7x7dbl_5 = _wide_conv(c7, 192)
         self.branch_pool = Conv(768, 192, 1)
 
@@ -154,7 +154,7 @@ class Mixed17(nn.Module):
 
 
 class Reduce8(nn.Module):
-    """From 17x17 to 8x8: 3x3, 7x7 in parts and 3x3, maximum."""
+    """From 17x17 to 8x8: 3x3, factorized 7x7 and 3x3, max pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Reduce8(nn.Module):
         self.branch3x3_2 = Conv(192, 320, 3, stride=2)
         self.branch7x7x3_1 = Conv(768, 192, 1)
         self.branch7x7x3_2 = _wide_conv(192, 192)
-        self.branch7x7x3_3 = _high(192, 192)
+        self.branch7x7x3_3 = _tall_conv(192, 192)
         self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,11 +173,11 @@ class Reduce8(nn.Module):
 
 
 class Mixed8(nn.Module):
-    """A block at 8x8: 1x1, 3x3 and 3x3 twice in parts side by side, average or maximum."""
+    """A block at 8x8: 1x1, split 3x3, 3x3 and split 3x3, average or max pooling."""
 
-    def __init__(self, channels_in: int, largest: bool) -> None:
+    def __init__(self, channels_in: int, max_pool: bool) -> None:
         super().__init__()
-        self.largest = largest
+        self.max_pool = max_pool
         self.branch1x1 = Conv(channels_in, 320, 1)
         self.branch3x3_1 = Conv(channels_in, 384, 1)
         self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
@@ -192,7 +192,7 @@ class Mixed8(nn.Module):
         """(B, channels_in, 8, 8) to (B, 2048, 8, 8)."""
         three = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, 1, 1) if self.largest else _average(x)
+        pooled = F.max_pool2d(x, 3, 1, 1) if self.max_pool else _average(x)
         branches = [
             self.branch1x1(x),
             self.branch3x3_2a(three),
@@ -205,7 +205,7 @@ class Mixed8(nn.Module):
 
 
 class InceptionOutput(NamedTuple):
-    """What the metrics of a batch are measured on, float32."""
+    """The features of a batch, float32."""
 
     pool: Tensor  # (B, 2048), pool_3
     spatial: Tensor  # (B, 2023), mixed_6/conv: row, column, channel
@@ -231,8 +231,8 @@ class Inception(nn.Module):
         self.Mixed_6d = Mixed17(160)
         self.Mixed_6e = Mixed17(192)
         self.Mixed_7a = Reduce8()
-        self.Mixed_7b = Mixed8(1280, largest=False)
-        self.Mixed_7c = Mixed8(2048, largest=True)
+        self.Mixed_7b = Mixed8(1280, max_pool=False)
+        self.Mixed_7c = Mixed8(2048, max_pool=True)
         self.fc = nn.Linear(2048, CLASSES)
 
     def forward(self, pixels: Tensor) -> InceptionOutput:
@@ -243,7 +243,7 @@ class Inception(nn.Module):
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(
-                f"images are (B, H, W, 3) uint8, not {tuple(pixels.shape)} {pixels.dtype}"
+                f"images must be (B, H, W, 3) uint8, not {tuple(pixels.shape)} {pixels.dtype}"
             )
         with _no_tf32():
             return self._measured(pixels)
@@ -257,13 +257,13 @@ class Inception(nn.Module):
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(middle))))
         pool = x.mean((2, 3))
         spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        # ADM leaves the bias out of the logits of its Inception score.
+        # ADM's Inception score uses logits without the bias.
         return InceptionOutput(pool, spatial, pool @ self.fc.weight.T)
 
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """Convolutions in float32; cuDNN's default rounds what they multiply to 10 bits."""
+    """Full float32 convolutions; by default cuDNN rounds their inputs to 10 bits (TF32)."""
     now = torch.backends.cudnn
     with now.flags(
         enabled=now.enabled,
@@ -275,10 +275,10 @@ def _no_tf32() -> Iterator[None]:
 
 
 def resize_tf1(x: Tensor, size: int = SIDE) -> Tensor:
-    """TensorFlow 1's bilinear resize, in its float32 operations and their order.
+    """TensorFlow 1's bilinear resize, with the same float32 operations in the same order.
 
-    Corners are not aligned and there are no half-pixel centres: pixel i is read at i * in / out,
-    between the pixel left of it and the next, which is repeated at the right and lower border.
+    No aligned corners, no half-pixel centers: output pixel i is interpolated at i * in / out, and
+    the last input pixel is repeated at the right and bottom border.
 
     Args:
         x: (B, C, H, W) float32.
@@ -289,12 +289,12 @@ def resize_tf1(x: Tensor, size: int = SIDE) -> Tensor:
     for axis in (3, 2):
         length = x.shape[axis]
         at = torch.arange(size, dtype=torch.float32) * torch.tensor(length / size)
-        # By rounding, the last may lie a hair beyond the border.
+        # Rounding may move the last index slightly past the border.
         lower = at.floor().clamp(max=length - 1)
         upper = (lower + 1).clamp(max=length - 1)
-        share = (at - lower).to(x.device).reshape(-1, *[1] * (3 - axis))
+        weight = (at - lower).to(x.device).reshape(-1, *[1] * (3 - axis))
         first = x.index_select(axis, lower.long().to(x.device))
-        x = first + (x.index_select(axis, upper.long().to(x.device)) - first) * share
+        x = first + (x.index_select(axis, upper.long().to(x.device)) - first) * weight
     return x
 
 
@@ -307,20 +307,20 @@ def load_inception(
     """The network on a device, and the SHA-256 of its weight file.
 
     Args:
-        source: as of `weights_file`.
-        any_weights: other weights than the published are taken, too; what is measured with them
-            is no FID.
+        source: see `weights_file`.
+        any_weights: also accept weights other than the published ones; distances measured with
+            them are not the FID.
 
     Raises:
-        UserError: the file is missing, is damaged, or holds other weights.
+        UserError: the file is missing or damaged, or holds other weights.
     """
     path = weights_file(source)
     sha256 = storage.sha256_file(path)
     if sha256 != INCEPTION_SHA256 and not any_weights:
         raise UserError(
-            f"{source} does not hold the published Inception weights: its sha256 is {sha256}, "
-            f"expected {INCEPTION_SHA256}; set evaluate.features.source={PUBLISHED}, or, for "
-            "weights of your own, evaluate.features.name to another name than inception"
+            f"{source} does not hold the published Inception weights: its SHA-256 is {sha256}, "
+            f"expected {INCEPTION_SHA256}; set evaluate.features.source={PUBLISHED}, or, for your "
+            "own weights, set evaluate.features.name to a name other than inception"
         )
     with torch.device("meta"):
         model = Inception()
@@ -329,11 +329,11 @@ def load_inception(
 
 
 def weights_file(source: str) -> Path:
-    """The weight file on this machine; remote ones are downloaded.
+    """Local path of the weight file; a remote file is downloaded.
 
     Args:
-        source: "published", which is kept in the user's cache folder and verified at each use; or
-            a .pth or .safetensors file, local or by URL.
+        source: "published": cached in the user's cache folder and verified at each use; else the
+            path or URL of a .pth or .safetensors file.
 
     Raises:
         UserError: the file is missing, or cannot be downloaded.
@@ -343,9 +343,9 @@ def weights_file(source: str) -> Path:
     if storage.is_local(source):
         path = storage.local_path(source)
         if not path.is_file():
-            raise UserError(f"there is no Inception weight file {source}; {_mend()}")
+            raise UserError(f"there is no Inception weight file {source}; {_source_fix()}")
         return path
-    # A remote file may have changed since, so that each use reads it anew.
+    # A remote file may change, so each use reads it again.
     name = f"inception-{storage.sha256_bytes(source.encode())[:12]}{Path(source).suffix}"
     kept = _cache_file(name)
     _make_folder(kept.parent)
@@ -353,11 +353,11 @@ def weights_file(source: str) -> Path:
         with storage.local_copy(source) as path, storage.atomic_file(str(kept)) as target:
             target.write_bytes(path.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(f"there is no Inception weight file {source}; {_mend()}") from error
+        raise UserError(f"there is no Inception weight file {source}; {_source_fix()}") from error
     return kept
 
 
-def _mend() -> str:
+def _source_fix() -> str:
     return f"set evaluate.features.source to {PUBLISHED} or to /path/to/file"
 
 
@@ -372,8 +372,8 @@ def _make_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"cannot write into the cache folder {folder}: {error.strerror}; set XDG_CACHE_HOME "
-            "to another, or evaluate.features.source=/path/to/file"
+            f"cannot write to the cache folder {folder}: {error.strerror}; set XDG_CACHE_HOME to "
+            "another folder, or set evaluate.features.source=/path/to/file"
         ) from error
 
 
@@ -387,40 +387,42 @@ def _published() -> Path:
             download(WEIGHTS_URL, target, "Inception weights", WEIGHTS_BYTES)
             found = storage.sha256_file(target)
             if found != INCEPTION_SHA256:
-                raise OSError(f"{target.stat().st_size:,} bytes of sha256 {found} came")
+                raise OSError(f"received {target.stat().st_size:,} bytes with SHA-256 {found}")
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"the Inception weights cannot be downloaded ({error}); try again, or download "
-            f"{WEIGHTS_URL} ({WEIGHTS_BYTES:,} bytes, sha256 {INCEPTION_SHA256}) elsewhere and put "
-            f"it at {path}, or set evaluate.features.source=/path/to/file"
+            f"cannot download the Inception weights ({error}); try again, or download "
+            f"{WEIGHTS_URL} ({WEIGHTS_BYTES:,} bytes, SHA-256 {INCEPTION_SHA256}) elsewhere and "
+            f"put it at {path}, or set evaluate.features.source=/path/to/file"
         ) from error
     return path
 
 
 def _read_tensors(path: Path, source: str) -> dict[str, Tensor]:
-    """All tensors of a file; its pickle may build tensors only and runs no code."""
+    """All tensors of a file; a pickle may only build tensors, and runs no code."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files fail in many ways
+    except Exception as error:  # damaged files raise errors of many types
         reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"{source} cannot be read as weights ({reason}); {_mend()}") from error
+        raise UserError(f"cannot read weights from {source} ({reason}); {_source_fix()}") from error
     if not isinstance(tensors, dict):
-        raise UserError(f"{source} holds a {type(tensors).__name__}, not named tensors; {_mend()}")
+        raise UserError(
+            f"{source} holds a {type(tensors).__name__}, not named tensors; {_source_fix()}"
+        )
     return tensors
 
 
 def _check_tensors(tensors: dict[str, Tensor], model: Inception, source: str) -> dict[str, Tensor]:
-    """The tensors of exactly the model's names and shapes, float32."""
+    """The tensors as float32; their names and shapes must be exactly the model's."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    # Counters of training steps; they are in some files and mean nothing here.
+    # Some files hold counters of training steps, which have no effect here.
     found = {n: v for n, v in tensors.items() if not n.endswith(".bn.num_batches_tracked")}
     shapes = {n: tuple(v.shape) if isinstance(v, Tensor) else None for n, v in found.items()}
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
-        "of another shape": [
+        "wrong shape": [
             f"{name} {shapes[name]}, not {shape}"
             for name, shape in expected.items()
             if shapes.get(name, shape) != shape
@@ -428,8 +430,8 @@ def _check_tensors(tensors: dict[str, Tensor], model: Inception, source: str) ->
     }
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{source} holds no Inception weights of FID; {listed}; {_mend()}")
-    return {name: _laid_out(found[name].float()) for name in expected}
+        raise UserError(f"{source} does not hold FID's Inception; {listed}; {_source_fix()}")
+    return {name: _channels_last(found[name].float()) for name in expected}
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -437,7 +439,7 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _laid_out(weight: Tensor) -> Tensor:
-    # Channels last, convolutions took four fifths of the time on two cores.
+def _channels_last(weight: Tensor) -> Tensor:
+    # Convolutions took four fifths of the time in this format, on two cores.
     order = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
     return weight.contiguous(memory_format=order)

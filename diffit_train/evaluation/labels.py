@@ -1,4 +1,4 @@
-"""Which class each generated image of an evaluation is asked for."""
+"""Choose the class of each generated image of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-# Under this spawn key a label's random stream is another one than its image's noise.
+# Spawn key that separates the random stream of labels from that of noise.
 _STREAM = 1
 
 
@@ -16,8 +16,8 @@ def choose_labels(
 ) -> np.ndarray:
     """Labels (n,) int64 of the images `indices`.
 
-    random: uniform and independent, as ADM, DiT and the published DiffiT draw them; the label of
-    image i is a function of (seed, i) alone. balanced: i mod classes.
+    random: uniform and independent, as in ADM, DiT and the published DiffiT; the label of image i
+    depends on (seed, i) only. balanced: i mod classes.
     """
     if how == "balanced":
         return np.array(indices, dtype=np.int64) % classes

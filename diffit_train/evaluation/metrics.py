@@ -1,4 +1,4 @@
-"""Distances between sets of images, on features of shape (n, D); sums in float64."""
+"""Metrics of sets of images, on features of shape (n, D); sums in float64."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from diffit_train.evaluation.half_precision import precision_recall_half
 
 Array = np.ndarray
 Rounding = Literal["exact", "adm"]
-# Rows of features that are held in float64, or whose distances are held, at once.
+# Rows of features converted to float64, or compared in one block of distances, at a time.
 _BLOCK_ROWS = 2048
-# An eigenvalue that is negative by more than this share of the largest is no rounding; statistics
-# that were stored in float32 come near 1e-7.
+# A negative eigenvalue above this fraction of the largest is not rounding; statistics stored in
+# float32 reach about 1e-7.
 _NEGATIVE = 1e-6
-# Relative to the product of the covariances' norms.
+# Tolerated error of the trace, relative to the product of the covariances' norms.
 _TRACE_ERROR = 1e-8
-# Float32 distances are trusted up to this share of the squared lengths; errors seen are 8e-7.
+# Tolerance of float32 distances, relative to the squared norms; observed errors reach 8e-7.
 _SCREEN = 1e-5
-# Neighbours that are measured again in float64 beyond those asked for.
+# Extra nearest neighbors, in addition to k, that are measured again in float64.
 _SPARE = 4
 
 
@@ -30,10 +30,10 @@ _SPARE = 4
 
 @dataclass(frozen=True)
 class FeatureStats:
-    """Sums from which mean and covariance follow; those of two sets can be added.
+    """Sums that give mean and covariance; the sums of two sets can be added.
 
-    The covariance has a relative error of about 1e-15 * (1 + (mean / deviation)^2): below 1e-9 up
-    to a mean of 300 deviations; Inception's features have about one.
+    The covariance has a relative error of about 1e-15 * (1 + (mean / deviation)^2): below 1e-9 for
+    means up to 300 standard deviations; Inception's features have about one.
     """
 
     count: int
@@ -45,10 +45,10 @@ class FeatureStats:
         """The sums over the rows of (n, D); n may be 0.
 
         Raises:
-            ValueError: another shape, or a number that is not finite.
+            ValueError: wrong shape, or a value is not finite.
         """
         if features.ndim != 2:
-            raise ValueError(f"features have the shape {features.shape}, not (images, features)")
+            raise ValueError(f"features have shape {features.shape}, not (images, features)")
         count, width = features.shape
         total, outer = np.zeros(width), np.zeros((width, width))
         for start in range(0, count, _BLOCK_ROWS):
@@ -65,16 +65,16 @@ class FeatureStats:
 
     @property
     def mean(self) -> Array:
-        """(D,); ValueError without any image."""
+        """(D,); ValueError if there are no images."""
         self._require(1)
         return self.total / self.count
 
     @property
     def covariance(self) -> Array:
-        """(D, D), with n - 1 in the denominator; ValueError below two images."""
+        """(D, D), with n - 1 in the denominator; ValueError for fewer than two images."""
         self._require(2)
-        centred = self.outer - np.outer(self.total, self.total) / self.count
-        return centred / (self.count - 1)
+        centered = self.outer - np.outer(self.total, self.total) / self.count
+        return centered / (self.count - 1)
 
     def _require(self, count: int) -> None:
         if self.count < count:
@@ -85,13 +85,14 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
     """Squared Frechet distance of two normal distributions (Heusel et al. 2017, equation 6).
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With C1 = F F^T, the product C1 C2 has the
-    eigenvalues of F^T C2 F, which is symmetric, so nothing complex can arise.
+    eigenvalues of F^T C2 F, which is symmetric, so they are real.
 
     Args:
-        mean1: (D,), as mean2. cov1: (D, D), as cov2; symmetric, singular ones included.
+        mean1, mean2: (D,).
+        cov1, cov2: (D, D), symmetric, may be singular.
 
     Raises:
-        ValueError: shapes differ, a number is not finite, a covariance has a negative eigenvalue
+        ValueError: shapes differ, a value is not finite, a covariance has a negative eigenvalue
             beyond rounding, or the eigenvalues do not add up to tr(C1 C2).
     """
     mean1, cov1, mean2, cov2 = (np.asarray(v, np.float64) for v in (mean1, cov1, mean2, cov2))
@@ -110,8 +111,8 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
 def _trace_of_root(cov1: Array, cov2: Array) -> float:
     """tr((C1 C2)^(1/2))."""
     factor1, factor2 = _factor(cov1), _factor(cov2)
-    # The narrower one leaves out directions in which the product is 0: the root of their rounding
-    # errors would count.
+    # The narrower factor omits directions where the product is 0: the square roots of their
+    # rounding errors would add up.
     if factor1.shape[1] <= factor2.shape[1]:
         inner = factor1.T @ cov2 @ factor1
     else:
@@ -129,9 +130,10 @@ def _trace_of_root(cov1: Array, cov2: Array) -> float:
 
 
 def _factor(cov: Array) -> Array:
-    """F (D, rank) with F F^T = C: by Cholesky with pivots, which finds the rank of singular ones.
+    """F (D, rank) with F F^T = C, by pivoted Cholesky, which finds the rank if C is singular.
 
-    An eigendecomposition, six times slower, is left for what is not positive within rounding.
+    Falls back to an eigendecomposition, six times slower, if C is not positive semidefinite within
+    rounding.
     """
     from scipy.linalg import lapack
 
@@ -157,7 +159,7 @@ def _not_negative(eigenvalues: Array) -> Array:
 
 def _require_finite(name: str, values: Array) -> None:
     if not np.isfinite(values).all():
-        raise ValueError(f"{name}: some numbers are not finite")
+        raise ValueError(f"{name}: some values are not finite")
 
 
 # ---- Inception score ----
@@ -166,12 +168,12 @@ def _require_finite(name: str, values: Array) -> None:
 class InceptionScore:
     """Inception score (Salimans et al. 2016) over splits in image order, as ADM computes it.
 
-    exp(mean over x of KL(p(y|x) || p(y))) of each split, the last of which may be short. Of a split
-    only sums are kept: of p, and of p log p. Scores of parts add up, in any order.
+    exp(mean over x of KL(p(y|x) || p(y))) of each split; the last split may be short. Only the sums
+    of p and of p log p are kept per split. Partial scores can be added in any order.
 
     Args:
-        split: images in a split.
-        first: number of the first image that is added.
+        split: images per split.
+        first: index of the first image to add.
     """
 
     def __init__(self, split: int = 5000, first: int = 0) -> None:
@@ -181,25 +183,25 @@ class InceptionScore:
         self._sums: dict[int, Array] = {}
 
     def add(self, logits: Array) -> None:
-        """Take in the logits (n, K) of the images that follow.
+        """Add the logits (n, K) of the next images.
 
         Raises:
-            ValueError: another shape, or a number that is not finite.
+            ValueError: wrong shape, or a value is not finite.
         """
         if logits.ndim != 2:
-            raise ValueError(f"logits have the shape {logits.shape}, not (images, classes)")
+            raise ValueError(f"logits have shape {logits.shape}, not (images, classes)")
         _require_finite("logits", logits)
         start = 0
         while start < len(logits):
-            number, place = divmod(self.next, self.split)
-            part = logits[start : start + min(self.split - place, _BLOCK_ROWS)]
+            number, offset = divmod(self.next, self.split)
+            part = logits[start : start + min(self.split - offset, _BLOCK_ROWS)]
             self._take(number, len(part), _sums_of_split(part))
             self.next += len(part)
             start += len(part)
 
     def __add__(self, other: InceptionScore) -> InceptionScore:
         if self.split != other.split:
-            raise ValueError(f"splits of {self.split} and of {other.split} images do not add up")
+            raise ValueError(f"cannot add scores with splits of {self.split} and {other.split}")
         result = InceptionScore(self.split, max(self.next, other.next))
         for part in (self, other):
             for number, count in part._counts.items():
@@ -209,7 +211,8 @@ class InceptionScore:
     def _take(self, number: int, count: int, sums: Array) -> None:
         if number in self._sums and len(self._sums[number]) != len(sums):
             raise ValueError(
-                f"logits of {len(sums) - 1} classes follow those of {len(self._sums[number]) - 1}"
+                f"logits have {len(sums) - 1} classes, but earlier ones had "
+                f"{len(self._sums[number]) - 1}"
             )
         self._counts[number] = self._counts.get(number, 0) + count
         self._sums[number] = self._sums[number] + sums if number in self._sums else sums
@@ -221,7 +224,7 @@ class InceptionScore:
             ValueError: there are no images, or some are missing or counted twice.
         """
         if not self.next or not self._counts:
-            raise ValueError("no images were added for the inception score")
+            raise ValueError("the inception score has no images")
         scores = []
         for number in range(-(-self.next // self.split)):
             expected = min(self.split, self.next - number * self.split)
@@ -232,8 +235,8 @@ class InceptionScore:
                 )
             mean = self._sums[number] / count
             marginal, negative_entropy = mean[:-1], mean[-1]
-            seen = marginal[marginal > 0]
-            scores.append(np.exp(negative_entropy - seen @ np.log(seen)))
+            positive = marginal[marginal > 0]
+            scores.append(np.exp(negative_entropy - positive @ np.log(positive)))
         return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -252,16 +255,17 @@ def _sums_of_split(logits: Array) -> Array:
 def kernel_distance(
     real: Array, fake: Array, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel inception distance (Binkowski et al. 2018, section 4): mean and deviation.
+    """Kernel inception distance (Binkowski et al. 2018, section 4): mean and standard deviation.
 
-    The unbiased squared MMD with the kernel (x . y / D + 1)^3, over subsets drawn without
-    replacement. Where there are fewer rows than `size`, the subsets have that many.
+    The unbiased squared MMD with kernel (x . y / D + 1)^3, over subsets drawn without replacement.
+    If there are fewer rows than `size`, the subsets have that many rows.
 
     Args:
-        real: (n, D). fake: (m, D).
+        real: (n, D).
+        fake: (m, D).
 
     Raises:
-        ValueError: fewer than two rows, other shapes, or a number that is not finite.
+        ValueError: fewer than two rows, shapes do not match, or a value is not finite.
     """
     _require_sets(real, fake, 2, "a kernel distance")
     size = min(size, len(real), len(fake))
@@ -281,7 +285,7 @@ def kernel_distance(
 def _require_sets(real: Array, fake: Array, least: int, need: str) -> None:
     for name, rows in (("real", real), ("fake", fake)):
         if rows.ndim != 2 or rows.shape[1] != fake.shape[-1]:
-            raise ValueError(f"real and fake features differ: {real.shape} and {fake.shape}")
+            raise ValueError(f"real and fake features differ in shape: {real.shape}, {fake.shape}")
         if len(rows) < least:
             raise ValueError(f"{len(rows)} {name} images are too few for {need}")
         _require_finite(f"{name} features", rows)
@@ -295,26 +299,28 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
 
-    Precision is the share of fakes inside the real images' manifold, recall the reverse; a
+    Precision is the fraction of fakes inside the manifold of the real images, recall the reverse. A
     manifold is the union of closed balls around each point that reach its k-th nearest neighbor.
 
-    Distances are screened in float32; what that leaves open is decided in float64. Memory grows
-    with n + m, beside one block of distances.
+    Distances are computed in float32, and again in float64 where that is not conclusive. Memory is
+    O(n + m) plus one block of distances.
 
     Args:
-        real: (n, D). fake: (m, D). num_neighbors: k; below n and m.
-        rounding: exact, or adm for that of ADM's evaluator, which computes distances in float16
-            and by which published metrics were made; see `half_precision`.
+        real: (n, D).
+        fake: (m, D).
+        num_neighbors: k, less than n and m.
+        rounding: exact; or adm, like ADM's evaluator and so the published metrics, which use
+            float16 distances; see `half_precision`.
 
     Raises:
-        ValueError: too few rows, other shapes, or a number that is not finite.
+        ValueError: too few rows, shapes do not match, or a value is not finite.
     """
     _require_sets(real, fake, num_neighbors + 1, f"{num_neighbors} neighbors")
     if rounding == "adm":
         return precision_recall_half(real, fake, num_neighbors)
-    centre = real.mean(0, dtype=np.float64)
-    scale = max(float(np.abs(rows - centre).max()) for rows in _blocks(real, fake))
-    points = [_Points(rows, centre, scale or 1.0) for rows in (real, fake)]
+    center = real.mean(0, dtype=np.float64)
+    scale = max(float(np.abs(rows - center).max()) for rows in _blocks(real, fake))
+    points = [_Points(rows, center, scale or 1.0) for rows in (real, fake)]
     return _shares_inside(points[0], points[1], *(_radii(part, num_neighbors) for part in points))
 
 
@@ -325,10 +331,10 @@ def _blocks(*parts: Array) -> Iterator[Array]:
 
 
 class _Points:
-    """Rows (n, D) as given, and shifted and scaled into float32's best range."""
+    """Rows (n, D) as given, and centered and scaled into float32's best range."""
 
-    def __init__(self, rows: Array, centre: Array, scale: float) -> None:
-        self.given, self.centre, self.scale = rows, centre, scale
+    def __init__(self, rows: Array, center: Array, scale: float) -> None:
+        self.given, self.center, self.scale = rows, center, scale
         self.near = np.empty(rows.shape, np.float32)
         for start in range(0, len(rows), _BLOCK_ROWS):
             part = slice(start, start + _BLOCK_ROWS)
@@ -337,18 +343,18 @@ class _Points:
         self.parts = [slice(i, i + _BLOCK_ROWS) for i in range(0, len(rows), _BLOCK_ROWS)]
 
     def exact(self, index: slice | Array) -> Array:
-        """Some rows, shifted and scaled, float64."""
-        return (self.given[index] - self.centre) / self.scale
+        """Some rows, centered and scaled, float64."""
+        return (self.given[index] - self.center) / self.scale
 
     def screened(self, part: slice, other: _Points, part_of_other: slice) -> Array:
-        """Squared distances, float32, about right."""
+        """Approximate squared distances, float32."""
         distances = (-2.0 * self.near[part]) @ other.near[part_of_other].T
         distances += self.squares[part, None]
         distances += other.squares[part_of_other]
         return distances
 
     def distances(self, chosen: Array, others: _Points) -> Iterator[tuple[slice, Array, Array]]:
-        """Part by part of the others: squared distances, float64, and the squared lengths' sums."""
+        """For each block of `others`: its slice, |u|^2 + |v|^2 and squared distances, float64."""
         rows = self.exact(chosen)
         squares = (rows**2).sum(1)[:, None]
         for part in others.parts:
@@ -358,11 +364,11 @@ class _Points:
 
 
 def _radii(points: _Points, num_neighbors: int) -> Array:
-    """Squared distance of each point to its k-th nearest neighbor besides itself, float64 (n,)."""
+    """Squared distance of each point to its k-th nearest neighbor, not itself, float64 (n,)."""
     count = len(points.given)
     nearest = _Nearest(count, min(num_neighbors + 1 + _SPARE, count))
     pairs = [(a, b) for i, a in enumerate(points.parts) for b in points.parts[i:]]
-    # Those on the diagonal first: the sooner the bounds are tight, the less has to be sorted in.
+    # Diagonal blocks first: the sooner the bounds are tight, the fewer candidates to sort.
     for a, b in sorted(pairs, key=lambda pair: pair[0] != pair[1]):
         distances = points.screened(a, points, b)
         nearest.take(a.start, b.start, distances)
@@ -370,7 +376,7 @@ def _radii(points: _Points, num_neighbors: int) -> Array:
             nearest.take(b.start, a.start, distances.T)
     radii = np.empty(count)
     _measure(points, num_neighbors, np.arange(count), nearest.numbers, radii)
-    # Where one that was left out may be as near, all are compared again in float64.
+    # Where a dropped candidate may be as near, compare with all points again in float64.
     bound = radii + _SCREEN * (points.squares + points.squares.max())
     (doubtful,) = np.nonzero((nearest.values.max(1) <= bound) & (radii > 0))
     if nearest.values.shape[1] < count:
@@ -386,7 +392,7 @@ def _radii(points: _Points, num_neighbors: int) -> Array:
 def _measure(
     points: _Points, num_neighbors: int, rows: Array, candidates: Array, radii: Array
 ) -> None:
-    """Set the radii of some rows (r,) by differences to their candidates (r, c), in float64."""
+    """Set the radii of some rows (r,) from differences to their candidates (r, c), in float64."""
     rows_at_once = 64
     for start in range(0, len(rows), rows_at_once):
         chosen, others = (v[start : start + rows_at_once] for v in (rows, candidates))
@@ -398,21 +404,21 @@ def _measure(
 
 
 class _Nearest:
-    """For each of `count` rows the smallest values seen so far, and the columns they were in."""
+    """For each of `count` rows, the smallest values so far and their columns."""
 
     def __init__(self, count: int, width: int, dtype: type = np.float32) -> None:
         self.values: Array = np.full((count, width), np.inf, dtype)
         self.numbers = np.zeros((count, width), np.int64)
 
     def take(self, first_row: int, first_column: int, block: Array) -> None:
-        """Take in the values of a block of rows and columns."""
+        """Merge the values of a block of rows and columns."""
         rows = slice(first_row, first_row + len(block))
         values, numbers = self.values[rows], self.numbers[rows]
         bound = values.max(1)
         if block.flags.c_contiguous:
             found, column = np.divmod(np.flatnonzero(block < bound[:, None]), block.shape[1])
         else:
-            # Read in the order of memory, then sorted by row: few are left.
+            # Read in memory order, then sort the few hits by row.
             column, found = np.divmod(np.flatnonzero(bound > block.T), len(block))
             order = np.argsort(found, kind="stable")
             found, column = found[order], column[order]
@@ -420,13 +426,13 @@ class _Nearest:
             return
         changed, first, hits = np.unique(found, return_index=True, return_counts=True)
         width = values.shape[1]
-        # Side by side: what is known of a changed row, then its hits, then nothing.
+        # Columns: the known values of a changed row, then its hits, then padding.
         wide = np.full((len(changed), width + hits.max()), np.inf, values.dtype)
         names = np.zeros(wide.shape, np.int64)
         wide[:, :width], names[:, :width] = values[changed], numbers[changed]
-        place = np.repeat(np.arange(len(changed)), hits)
+        index = np.repeat(np.arange(len(changed)), hits)
         offset = width + np.arange(len(found)) - np.repeat(first, hits)
-        wide[place, offset], names[place, offset] = block[found, column], first_column + column
+        wide[index, offset], names[index, offset] = block[found, column], first_column + column
         best = np.argpartition(wide, width - 1, axis=1)[:, :width]
         values[changed] = np.take_along_axis(wide, best, 1)
         numbers[changed] = np.take_along_axis(names, best, 1)
@@ -435,8 +441,8 @@ class _Nearest:
 def _shares_inside(
     real: _Points, fake: _Points, real_radii: Array, fake_radii: Array
 ) -> tuple[float, float]:
-    """Share of fakes in some ball around a real point, and the reverse."""
-    # How far each point is inside (negative) or outside of the ball that suits it best.
+    """Fraction of fakes inside the ball of any real point, and the reverse."""
+    # How far each point is inside (negative) or outside the best ball for it.
     of_real = np.full(len(real.given), np.inf)
     of_fake = np.full(len(fake.given), np.inf)
     for a in real.parts:
@@ -450,13 +456,13 @@ def _shares_inside(
 
 
 def _decide(margins: Array, points: _Points, manifold: _Points, radii: Array) -> float:
-    """Share of the points inside; where the float32 margins are too small, found in float64."""
+    """Fraction of the points inside, in float64 where the float32 margins are too small."""
     tolerance = _SCREEN * (points.squares + manifold.squares.max())
     inside = margins < -tolerance
     (close,) = np.nonzero(np.abs(margins) <= tolerance)
     for start in range(0, len(close), _BLOCK_ROWS):
         chosen = close[start : start + _BLOCK_ROWS]
         for part, lengths, distances in points.distances(chosen, manifold):
-            # Closed balls: what lies on the rim within float64's rounding is inside.
+            # The balls are closed: a point on the surface, within rounding, is inside.
             inside[chosen] |= (distances - radii[part] <= 1e-13 * lengths).any(1)
     return float(inside.mean())

@@ -1,7 +1,7 @@
-"""Where a reference file lies, and its digest. Published ones are downloaded once, under the root.
+"""Path and digest of a reference file. Published files are downloaded once, under the root.
 
-ROOT/references/NAME.npz is the file, NAME.npz.json its commit marker with the SHA-256 that came
-first; each later use is checked against it.
+ROOT/references/NAME.npz is the file, NAME.npz.json its commit marker with the SHA-256 at download;
+each later use is verified against it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Downloaded(storage.Record):
 
 
 def reference_file(recipe: Recipe) -> str | None:
-    """The recipe's reference file; None where the reference is computed from data.source.
+    """The recipe's reference file; None if the reference is computed from data.source.
 
-    Of a reference on the web, where it is kept once it has been downloaded.
+    For a web URL, this is the path of the downloaded file, whether or not it exists yet.
     """
     reference = recipe.evaluate.reference
     if reference == OWN:
@@ -45,9 +45,9 @@ def reference_file(recipe: Recipe) -> str | None:
 
 
 def reference_identity(recipe: Recipe) -> str | None:
-    """What the recipe's reference is, wherever it lies: a file's SHA-256, or `own`.
+    """Identity of the recipe's reference, independent of its path: a file's SHA-256, or `own`.
 
-    None where it has not been downloaded yet, so that nothing can have been measured by it.
+    None if it has not been downloaded yet, so nothing can have been measured against it.
 
     Raises:
         UserError: the file does not exist.
@@ -65,7 +65,7 @@ def reference_identity(recipe: Recipe) -> str | None:
 
 @contextmanager
 def opened_reference(recipe: Recipe, file: str) -> Iterator[Path]:
-    """A reference file on this machine; a downloaded one is what it was when it came.
+    """Local path of a reference file; a downloaded file is verified.
 
     Raises:
         DiffitError: a downloaded one is damaged.
@@ -76,18 +76,18 @@ def opened_reference(recipe: Recipe, file: str) -> Iterator[Path]:
             found = storage.sha256_file(path) if path.is_file() else "missing"
             if found != record.sha256:
                 raise DiffitError(
-                    f"{file} is damaged: its sha256 is {found}, but was {record.sha256} when it "
-                    f"was downloaded; delete {_marker(file)}, and the same command downloads it "
+                    f"{file} is damaged: its SHA-256 is {found}, but was {record.sha256} at "
+                    f"download; delete {_marker(file)} and rerun the same command to download it "
                     "again"
                 )
         yield path
 
 
 def fetch_reference(recipe: Recipe) -> None:
-    """Download the recipe's reference file if it is on the web and not there yet.
+    """Download the recipe's reference file if it is a web URL and not downloaded yet.
 
     Raises:
-        UserError: it cannot be downloaded; what to do instead.
+        UserError: it cannot be downloaded; says what to do instead.
     """
     file, url = reference_file(recipe), recipe.evaluate.reference
     if file is None or not is_web(url) or _read_marker(file) is not None:
@@ -96,17 +96,17 @@ def fetch_reference(recipe: Recipe) -> None:
         with storage.atomic_file(file) as path:
             download(url, path, "reference file")
             if not zipfile.is_zipfile(path):
-                raise OSError(f"{path.stat().st_size:,} bytes came, which are no .npz file")
+                raise OSError(f"received {path.stat().st_size:,} bytes, not an .npz file")
             record = Downloaded(
                 url=_redacted_url(url), bytes=path.stat().st_size, sha256=storage.sha256_file(path)
             )
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"evaluate.reference {_redacted_url(url)} cannot be downloaded ({error}); try again, or "
+            f"cannot download evaluate.reference {_redacted_url(url)} ({error}); try again, or "
             f"download {PurePosixPath(urlsplit(url).path).name} elsewhere, put it where every "
-            "worker reads it, and set evaluate.reference=PATH (a path or s3://bucket/key); "
-            f"evaluate.reference={OWN} compares with statistics of data.source instead, which are "
-            "not those of published results"
+            "worker can read it, and set evaluate.reference to that path or s3://bucket/key; or "
+            f"set evaluate.reference={OWN} to compare with statistics of data.source, which is not "
+            "comparable with published results"
         ) from error
     storage.write_text(_marker(file), record.model_dump_json(indent=1) + "\n")
 
@@ -114,7 +114,7 @@ def fetch_reference(recipe: Recipe) -> None:
 def _kept_at(recipe: Recipe) -> str:
     url = recipe.evaluate.reference
     name = PurePosixPath(urlsplit(url).path)
-    # Another URL may end in the same name.
+    # Different URLs may end in the same name.
     kept = f"{name.stem or 'reference'}-{storage.sha256_bytes(url.encode())[:8]}{name.suffix}"
     return storage.join(recipe.storage.root, "references", kept)
 
@@ -136,8 +136,8 @@ def _read_marker(file: str) -> Downloaded | None:
         return None
     except ValidationError as error:
         raise DiffitError(
-            f"{_marker(file)} is damaged; delete it, and the same command downloads the reference "
-            "again"
+            f"{_marker(file)} is damaged; delete it and rerun the same command to download the "
+            "reference again"
         ) from error
 
 

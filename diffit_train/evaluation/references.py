@@ -1,6 +1,6 @@
-"""Statistics of the real images: computed from a source once, or read from ADM's or EDM's files.
+"""Statistics of the real images: computed once from a source, or read from ADM's or EDM's files.
 
-Both are kept under ROOT/references, named by a hash of all that they depend on.
+Both are kept under ROOT/references, named by a hash of everything they depend on.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from diffit_train.evaluation.reference_files import (
 )
 from diffit_train.progress import Progress
 
-# A source is measured in at most so many parts, each of at least so many images: sums of 2048
-# features are 32 MB, whatever the number of images.
+# Maximum number of parts of a source, and minimum number of images per part: the sums of 2048
+# features are 32 MB, however many images there are.
 MOST_PARTS = 64
 SMALLEST_PART = 512
-# Belongs to every identity, so that files of an earlier layout are not met.
+# Part of every identity, so that files of an earlier layout are ignored.
 LAYOUT = 2
-# Images of a pass through the network.
+# Images per batch of the network.
 BATCH = 64
-# What ADM's and EDM's files call mean and covariance; the last two are of the spatial features.
+# Mean and covariance in ADM's and EDM's files; the last two are of the spatial features.
 _ADM_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
@@ -55,10 +55,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images: `pool` and `spatial` over all, `features` (n, D) of some.
+    """Statistics of the real images.
 
-    `count` is how many there are in all, and `features` what precision and recall need; None
-    where a file does not say.
+    `pool` and `spatial` are over all `count` images; `features` (n, D) of some of them are kept for
+    precision and recall. Values that a reference file does not hold are None.
     """
 
     pool: Statistics
@@ -69,7 +69,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferencePart:
-    """Sums over a stretch of the source's images, and the features of those kept."""
+    """Sums over one part of the source's images, and the features of the kept ones."""
 
     pool: FeatureStats
     spatial: FeatureStats | None
@@ -77,9 +77,9 @@ class ReferencePart:
 
 
 class FoundReference(NamedTuple):
-    """A reference and where it is kept.
+    """A reference and its URL.
 
-    `digest` tells what it is: the SHA-256 of a file, else a hash of images and features.
+    `digest` identifies it: the SHA-256 of a file, else a hash of images and features.
     """
 
     url: str
@@ -89,7 +89,7 @@ class FoundReference(NamedTuple):
 
 @dataclass(frozen=True)
 class PartTask:
-    """A stretch of a source that is measured at once; `kept` are places in `items`."""
+    """A part of a source, measured in one task; `kept` are indices into `items`."""
 
     number: int
     url: str
@@ -100,14 +100,14 @@ class PartTask:
 
 
 def reference_url(recipe: Recipe, identity: str) -> str:
-    """Where a reference is kept."""
+    """File of a reference."""
     section = recipe.evaluate.features
     name = f"{recipe.data.name}-{section.name}-{identity[:12]}.safetensors"
     return storage.join(recipe.storage.root, "references", name)
 
 
 def source_identity(recipe: Recipe, listing: ImageList) -> str:
-    """Hash of what a reference of an image source depends on."""
+    """Hash of everything that a reference of an image source depends on."""
     return storage.digest(
         [
             LAYOUT,
@@ -120,7 +120,7 @@ def source_identity(recipe: Recipe, listing: ImageList) -> str:
 
 
 def file_identity(recipe: Recipe, sha256: str) -> str:
-    """Hash of what a reference of a file depends on."""
+    """Hash of everything that a reference read from a file depends on."""
     return storage.digest(
         [LAYOUT, "file", sha256, features_digest(recipe), recipe.evaluate.reference_images]
     )
@@ -130,9 +130,9 @@ def file_identity(recipe: Recipe, sha256: str) -> str:
 
 
 def kept_images(recipe: Recipe, listing: ImageList) -> list[int]:
-    """Places of the images whose features are kept.
+    """Indices of the images whose features are kept.
 
-    The list is sorted by class, so they are spread evenly over the whole of it.
+    They are evenly spaced over the listing, which is sorted by class.
     """
     wanted = min(recipe.evaluate.reference_images, len(listing))
     spread = np.linspace(0, len(listing) - 1, wanted).round().astype(int)
@@ -142,16 +142,16 @@ def kept_images(recipe: Recipe, listing: ImageList) -> list[int]:
 def part_tasks(recipe: Recipe, listing: ImageList) -> Iterator[PartTask]:
     """The parts of a source, in order."""
     size = max(SMALLEST_PART, -(-len(listing) // MOST_PARTS))
-    places = np.array(kept_images(recipe, listing))
+    indices = np.array(kept_images(recipe, listing))
     for number, start in enumerate(range(0, len(listing), size)):
-        kept = places[(places >= start) & (places < start + size)] - start
+        kept = indices[(indices >= start) & (indices < start + size)] - start
         items = listing.items[start : start + size]
         side = recipe.data.resolution
         yield PartTask(number, listing.url, listing.kind, items, kept.tolist(), side)
 
 
 def measure_part(network: FeatureNetwork, task: PartTask) -> ReferencePart | None:
-    """Sums over a stretch of a source; None where not one of its images can be read."""
+    """Sums over one part of a source; None if none of its images can be read."""
     wanted, chosen = set(task.kept), []
     pool: FeatureStats | None = None
     spatial: FeatureStats | None = None
@@ -164,13 +164,13 @@ def measure_part(network: FeatureNetwork, task: PartTask) -> ReferencePart | Non
         pool = added(pool, rows[FEATURES])
         if SPATIAL in rows:
             spatial = added(spatial, rows[SPATIAL])
-        here = [row for row, place in enumerate(images.kept) if start + place in wanted]
+        here = [row for row, index in enumerate(images.kept) if start + index in wanted]
         chosen.append(rows[FEATURES][here])
     return None if pool is None else ReferencePart(pool, spatial, np.concatenate(chosen))
 
 
 def added(sums: FeatureStats | None, rows: np.ndarray) -> FeatureStats:
-    """Sums with further rows (n, D) in them."""
+    """The sums plus those of more rows (n, D)."""
     return FeatureStats.of(rows) if sums is None else sums + FeatureStats.of(rows)
 
 
@@ -180,7 +180,7 @@ def part_name(task: PartTask) -> str:
 
 
 def write_part(target: str, part: ReferencePart | None) -> None:
-    """Commit a part; one without images is an empty file of tensors."""
+    """Commit a part; a part without images is a file without tensors."""
     tensors: dict[str, np.ndarray] = {}
     if part is not None:
         tensors["features"] = np.ascontiguousarray(part.features)
@@ -192,7 +192,7 @@ def write_part(target: str, part: ReferencePart | None) -> None:
 
 
 def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[ReferencePart]:
-    """The parts of all tasks, in order; FileNotFoundError where one is missing."""
+    """The parts of all tasks, in order; FileNotFoundError if one is missing."""
     for task in tasks:
         file = storage.join(url, part_name(task))
         if not storage.exists(file):
@@ -202,7 +202,9 @@ def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[Refere
                 rows = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
                 count = int(tensors.metadata()["count"])
         except SafetensorError as error:
-            raise DiffitError(f"{file} is damaged ({error}); delete it and go on") from error
+            raise DiffitError(
+                f"{file} is damaged ({error}); delete it and rerun the same command"
+            ) from error
         if count:
             sums = {
                 key: FeatureStats(count, rows[f"{key}_total"], rows[f"{key}_outer"])
@@ -213,7 +215,7 @@ def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[Refere
 
 
 def joined(parts: Iterable[ReferencePart], url: str) -> Reference:
-    """The reference of all parts of a source, in order; one part is in memory at a time.
+    """The reference from all parts of a source, in order; holds one part in memory at a time.
 
     Raises:
         UserError: fewer than two images could be read.
@@ -227,7 +229,7 @@ def joined(parts: Iterable[ReferencePart], url: str) -> Reference:
             spatial = part.spatial if spatial is None else spatial + part.spatial
         features.append(part.features)
     if pool is None or pool.count < 2:
-        raise UserError(f"fewer than two images of {url} can be read")
+        raise UserError(f"fewer than two images in {url} can be read")
     return Reference(
         Statistics(pool.mean, pool.covariance),
         None if spatial is None else Statistics(spatial.mean, spatial.covariance),
@@ -236,18 +238,16 @@ def joined(parts: Iterable[ReferencePart], url: str) -> Reference:
     )
 
 
-# ---- From a file of ADM or EDM ----
+# ---- From a file in ADM's or EDM's format ----
 
 
 def check_reference_file(recipe: Recipe) -> None:
-    """Refuse a reference file that could not serve, before anything is generated.
-
-    One on the web is downloaded here, if it has not been.
+    """Check the recipe's reference file before anything is generated; download it if needed.
 
     Raises:
-        DiffitError: what was downloaded is damaged.
-        UserError: it is missing or cannot be downloaded, is no such file, is of other features or
-            another resolution, or holds too few images.
+        DiffitError: the downloaded file is damaged.
+        UserError: it is missing, cannot be downloaded, has another format, is for other features
+            or another resolution, or holds too few images.
     """
     url = reference_file(recipe)
     if url is None:
@@ -268,14 +268,14 @@ def check_reference_file(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class NpzReference:
-    """A file of ADM (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`) or EDM (`mu`, `sigma`), opened."""
+    """An open reference file: ADM's `mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`; EDM's first two."""
 
     archive: zipfile.ZipFile
     statistics: dict[str, np.ndarray]
     images: bool
 
     def read(self, recipe: Recipe, extract: Callable[[np.ndarray], np.ndarray]) -> Reference:
-        """The reference, with the features of the file's first images if it has any.
+        """The reference, with the features of the file's first images if it has images.
 
         Args:
             extract: images (B, R, R, 3) uint8 to features (B, D).
@@ -301,29 +301,30 @@ class NpzReference:
 
 @contextmanager
 def opened_npz(recipe: Recipe, path: Path) -> Iterator[NpzReference]:
-    """A reference file, checked against the recipe: its shapes, numbers and images.
+    """A reference file, its shapes, values and images checked against the recipe.
 
     Raises:
-        UserError: it cannot serve.
+        UserError: it cannot be used.
     """
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"evaluate.reference {path} is no .npz file ({error}); files of ADM and EDM are"
+            f"evaluate.reference {path} is not an .npz file ({error}); use one in ADM's or EDM's "
+            "format"
         ) from error
     with archive:
-        there = {name.removesuffix(".npy") for name in archive.namelist()}
-        if not {"mu", "sigma"} <= there:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        if not {"mu", "sigma"} <= names:
             raise UserError(
-                f"evaluate.reference {path} holds {', '.join(sorted(there)) or 'nothing'}, but "
+                f"evaluate.reference {path} holds {', '.join(sorted(names)) or 'nothing'}, but "
                 "must hold mu and sigma, as ADM's and EDM's files do"
             )
-        found = {key: _member(archive, key, path) for key in _ADM_KEYS if key in there}
+        found = {key: _member(archive, key, path) for key in _ADM_KEYS if key in names}
         _check_statistics(found, path)
-        if "arr_0" in there:
+        if "arr_0" in names:
             _check_images(recipe, archive, path)
-        yield NpzReference(archive, found, "arr_0" in there)
+        yield NpzReference(archive, found, "arr_0" in names)
 
 
 def _member(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
@@ -331,7 +332,7 @@ def _member(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
         with archive.open(f"{key}.npy") as file:
             values = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{key} of evaluate.reference {path} cannot be read: {error}") from error
+        raise UserError(f"cannot read {key} of evaluate.reference {path}: {error}") from error
     return np.asarray(values, dtype=np.float64)
 
 
@@ -342,10 +343,10 @@ def _check_statistics(found: dict[str, np.ndarray], path: Path) -> None:
         for key, shape in ((mean, (dims,)), (covariance, (dims, dims))):
             values = found.get(key)
             if values is None or values.shape != shape:
-                seen = "missing" if values is None else f"of shape {values.shape}"
+                actual = "is missing" if values is None else f"has shape {values.shape}"
                 raise UserError(
-                    f"{key} of evaluate.reference {path} is {seen}, but must be {shape}: the "
-                    "file is of other features"
+                    f"{key} of evaluate.reference {path} {actual}, but must have shape {shape}; "
+                    "the file is for other features than Inception's"
                 )
             if not np.isfinite(values).all():
                 raise UserError(f"{key} of evaluate.reference {path} is not finite")
@@ -357,13 +358,13 @@ def _check_images(recipe: Recipe, archive: zipfile.ZipFile, path: Path) -> None:
         pass
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (side, side, 3):
         raise UserError(
-            f"arr_0 of evaluate.reference {path} holds {dtype} of shape {shape}, but must be "
-            f"uint8 images of data.resolution {side}"
+            f"arr_0 of evaluate.reference {path} is {dtype} of shape {shape}, but must be uint8 "
+            f"images of data.resolution {side}"
         )
     if shape[0] < wanted:
         raise UserError(
             f"evaluate.reference {path} holds {shape[0]:,} images, but "
-            f"evaluate.reference_images is {wanted:,}; set it to {shape[0]} if that is meant"
+            f"evaluate.reference_images is {wanted:,}; set it to at most {shape[0]}"
         )
 
 
@@ -371,10 +372,10 @@ def _check_images(recipe: Recipe, archive: zipfile.ZipFile, path: Path) -> None:
 def opened_array(
     archive: zipfile.ZipFile,
 ) -> Iterator[tuple[Any, tuple[int, ...], np.dtype[Any]]]:
-    """`arr_0` of an .npz file: the stream at its data, its shape and its type.
+    """`arr_0` of an .npz file: a stream of its data, its shape and its dtype.
 
     Raises:
-        UserError: there is none, it is damaged, or in Fortran's order.
+        UserError: it is missing, damaged, or in Fortran order.
     """
     try:
         file = archive.open("arr_0.npy")
@@ -384,33 +385,35 @@ def opened_array(
             read = np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"arr_0 of {archive.filename} cannot be read: {error}") from error
+        raise UserError(f"cannot read arr_0 of {archive.filename}: {error}") from error
     if fortran:
-        raise UserError(f"arr_0 of {archive.filename} is in Fortran's order")
+        raise UserError(f"arr_0 of {archive.filename} is in Fortran order, but must be in C order")
     with file:
         yield file, shape, dtype
 
 
 def batches(file: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """The first images of an .npy stream, batch by batch.
+    """The first images of an .npy stream, in batches.
 
     Args:
-        file: at its data.
-        shape: (wanted, R, R, 3).
+        file: stream, positioned at the data.
+        shape: (number of images, R, R, 3).
     """
     for start in range(0, shape[0], BATCH):
         pixels = np.empty((min(BATCH, shape[0] - start), *shape[1:]), np.uint8)
         try:
             data = file.read(pixels.nbytes)
         except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"the images from {start} on cannot be read: {error}") from error
+            raise UserError(f"cannot read the images from {start} on: {error}") from error
         if len(data) != pixels.nbytes:
-            raise UserError(f"the array ends in image {start + len(data) // pixels[0].nbytes}")
+            raise UserError(
+                f"the array of images is truncated in image {start + len(data) // pixels[0].nbytes}"
+            )
         pixels.reshape(-1)[:] = np.frombuffer(data, np.uint8)
         yield pixels
 
 
-# ---- Kept ----
+# ---- Stored references ----
 
 
 def write_reference(url: str, identity: str, reference: Reference) -> None:
@@ -428,16 +431,16 @@ def write_reference(url: str, identity: str, reference: Reference) -> None:
 
 
 def read_reference(url: str, identity: str) -> Reference:
-    """A reference that was kept.
+    """Read a stored reference.
 
     Raises:
-        DiffitError: it is damaged, or of something else.
+        DiffitError: it is damaged, or has another identity.
     """
     try:
         with storage.local_copy(url) as path, safe_open(str(path), framework="np") as file:
             metadata = file.metadata()
             if metadata["identity"] != identity:
-                raise DiffitError(f"{url} is of other images; delete it and evaluate again")
+                raise DiffitError(f"{url} is for other images; delete it and evaluate again")
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DiffitError(f"{url} is damaged ({error}); delete it and evaluate again") from error

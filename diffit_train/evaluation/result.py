@@ -1,4 +1,4 @@
-"""Results of evaluations and where they lie. Neither torch nor Ray is needed to read them."""
+"""Results of evaluations and their URLs. Reading them needs neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from diffit_train.runs.identity import run_url
 class Result(storage.Record):
     """result.json, the commit marker of an evaluation.
 
-    `metrics` holds, with the published Inception, `fid`, `sfid`, `inception_score` and `kid`, else
-    `fd_NAME` and `kd_NAME`; with either, `precision` and `recall`, where the reference has
-    images (exact distances; only `diffit evaluate --conformance` rounds them as ADM's evaluator
-    does); with a classifier `classifier_accuracy`, the share of images in which it sees the class
-    that was asked for. `reference_digest` tells what they were measured against: the SHA-256 of a
-    reference file, else a hash of images and features; "" where an earlier version did not say.
+    `metrics` has `fid`, `sfid`, `inception_score` and `kid` for the published Inception, else
+    `fd_NAME` and `kd_NAME`. If the reference has images, it also has `precision` and `recall`, from
+    exact distances (only `diffit evaluate --conformance` rounds them like ADM's evaluator). With a
+    classifier it has `classifier_accuracy`, the fraction of images classified as the requested
+    class. `reference_digest` identifies the reference: the SHA-256 of a reference file, else a hash
+    of images and features, or "" in results of earlier versions.
     """
 
     run: str
@@ -41,15 +41,15 @@ class Result(storage.Record):
 
 
 def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
-    """The keys that determine the metrics, the reference by what it is instead of where it lies.
+    """The keys that determine the metrics, with the reference's identity instead of its path.
 
-    That of a reference not yet downloaded is of no evaluation that there is.
+    With a reference that is not downloaded yet, this matches no existing evaluation.
     """
     return {**recipe.evaluate_identity(), "reference": reference_identity(recipe)}
 
 
 def evaluation_key(recipe: Recipe, source: str, step: int) -> str:
-    """A readable name, made unique by a hash of all that determines the metrics."""
+    """A readable name, made unique by a hash of everything that determines the metrics."""
     evaluate = recipe.evaluate
     identity = [
         evaluated_identity(recipe),
@@ -68,7 +68,7 @@ def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
 
 
 def finished_result(recipe: Recipe, run: str, step: int) -> Result | None:
-    """The result of an evaluation; None where it is to be done."""
+    """The result of an evaluation; None if it is not done."""
     key = evaluation_key(recipe, run_url(recipe, run), step)
     url = storage.join(evaluation_url(recipe, run, step, key), "result.json")
     if not storage.exists(url):

@@ -1,7 +1,8 @@
-"""`diffit evaluate` and `diffit references`: Ray actors do the work piece by piece.
+"""`diffit evaluate` and `diffit references`: resumable work on Ray actors.
 
-A chunk of images is committed as it is made, and so is a part of a reference: a rerun makes only
-what is missing, and the result does not depend on the number of actors, nor on which of them died.
+Each chunk of images, and each part of a reference, is committed as soon as it is done. A rerun
+computes only what is missing, and the result does not depend on the number of actors or on their
+failures.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class Request:
     """An evaluation of a checkpoint.
 
     Attributes:
-        sweep: that it belongs to, or "".
-        npz: write samples.npz beside the result.
-        curve: under which its metrics are points of the run's own curves over steps. Those of a
-            sweep are not: there would be many at one step.
+        sweep: name of the sweep that it belongs to, or "".
+        npz: write samples.npz next to the result.
+        curve: prefix of its metrics in the training run's curves over steps. Evaluations of a
+            sweep are not logged there: there would be many at one step.
     """
 
     recipe: Recipe
@@ -59,18 +60,18 @@ class Request:
 
     @property
     def finished(self) -> Result | None:
-        """Its result; None where it is to be done."""
+        """Its result; None if it is not done."""
         return finished_result(self.recipe, self.run, self.step)
 
 
 def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Result]:
     """Evaluate committed checkpoints on the Ray cluster at `address`, one after another.
 
-    Rerunning continues. Actors are kept from one to the next where they can be.
+    A rerun resumes. Consecutive evaluations share actors where possible.
 
     Raises:
         UserError: bad input; nothing was written.
-        DiffitError: a chunk could not be made, or its metrics are not finite.
+        DiffitError: a chunk failed, or its metrics are not finite.
     """
     for request in requests:
         check(request.recipe)
@@ -91,22 +92,22 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what an evaluation would fail on, before anything is started.
+    """Check features and reference file before anything starts.
 
-    The images of a reference are listed later, once: there may be millions.
+    The images of a reference are listed later, only once: there may be millions.
 
     Raises:
-        UserError: features or reference file cannot serve.
+        UserError: the features or the reference file cannot be used.
     """
     features_digest(recipe)
     references.check_reference_file(recipe)
 
 
 def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Reference]:
-    """Compute the recipe's reference, or read it; where it is kept, and what it is.
+    """Compute or read the recipe's reference; return its URL and statistics.
 
     Raises:
-        UserError: the images or the file cannot serve.
+        UserError: the images or the file cannot be used.
     """
     check(recipe)
     with ray_session.connected(address):
@@ -144,8 +145,8 @@ def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
         child = _track(request, state, key, metrics, cost, grid, reference)
     except unreachable_errors() as error:
         raise DiffitError(
-            f"the metrics of step {step:,} are made ({numbers}), but MLflow does not take them: "
-            f"{first_line(error)}; the same command tries again"
+            f"computed the metrics of step {step:,} ({numbers}), but could not log them to MLflow: "
+            f"{first_line(error)}; rerun the same command to retry"
         ) from error
     result = Result(
         run=run,
@@ -168,7 +169,7 @@ def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
 def _measured(
     recipe: Recipe, url: str, key: str, reference: Reference
 ) -> tuple[MetricSuite, list[np.ndarray], dict[int, list[np.ndarray]]]:
-    """MetricSuite, labels and the grid's images by class, reading chunk after chunk."""
+    """MetricSuite, labels per chunk, and the grid's images by class, one chunk at a time."""
     suite, labels = MetricSuite(recipe, reference), []
     shown: dict[int, list[np.ndarray]] = {}
     evaluate = recipe.evaluate
@@ -178,26 +179,26 @@ def _measured(
         suite.add(rows)
         labels.append(rows[LABELS])
         wanted = [
-            (place, shown.setdefault(label, []))
-            for place, label in enumerate(rows[LABELS].tolist())
+            (index, shown.setdefault(label, []))
+            for index, label in enumerate(rows[LABELS].tolist())
             if label in in_grid and len(shown.get(label, ())) < evaluate.grid_columns
         ]
         pixels = chunks.read_chunk_images(url, part) if wanted else None
-        for place, row in wanted:
+        for index, row in wanted:
             if pixels is not None and len(row) < evaluate.grid_columns:
-                row.append(pixels[place])
+                row.append(pixels[index])
     return suite, labels, shown
 
 
 def _grid_labels(recipe: Recipe) -> set[int]:
-    """Labels of the rows of the grid: the first that occur, as few random ones skip classes."""
+    """Labels of the grid's rows: the first that occur, as few random labels skip classes."""
     evaluate, classes = recipe.evaluate, recipe.data.num_classes
     labels = choose_labels(evaluate.labels, evaluate.seed, range(evaluate.samples), classes)
     return set(np.unique(labels)[: evaluate.grid_rows].tolist())
 
 
 def write_npz(recipe: Recipe, url: str, labels: list[np.ndarray] | None = None) -> str:
-    """Write an evaluation's images as ADM's samples.npz, if it is not there; its place."""
+    """Write an evaluation's images as samples.npz in ADM's format, unless it exists; its URL."""
     target = storage.join(url, "samples.npz")
     if not storage.exists(target):
         if labels is None:
@@ -218,9 +219,9 @@ def _track(
     grid: str,
     reference: FoundReference,
 ) -> str:
-    """Log to a child of the training run, and to that run itself for its curve over steps.
+    """Log to a child of the training run, and to that run's own curves over steps.
 
-    A killed evaluation that is run again logs the same values at the same step.
+    A rerun of a killed evaluation logs the same values at the same step.
     """
     recipe, run = request.recipe, request.run
     tracker, source = Tracker.of(recipe), run_url(recipe, run)

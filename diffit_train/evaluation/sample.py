@@ -1,7 +1,7 @@
 """`diffit sample`: images of chosen classes and seeds, from any weights, on this machine.
 
-An image depends on its seed and class alone: not on the others, nor on how many are made at once
-(beyond rounding).
+An image depends only on its seed and class, not on the batch size or the other images (except for
+rounding).
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from diffit_train.evaluation.generate import Generator, class_names, guidance_sa
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.progress import Progress, say
 
-# Without --class: at most so many, evenly spread.
+# Maximum number of classes without --class, evenly spaced.
 DEFAULT_CLASSES = 8
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0-3,8` to [0, 1, 2, 3, 8].
+    """Parse `0-3,8` into [0, 1, 2, 3, 8].
 
     Raises:
-        UserError: not such a list.
+        UserError: the text is not a list of numbers and ranges.
     """
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(f"--seeds is {text!r}, but must be numbers and ranges, as 0-3,8")
+            raise UserError(f"--seeds is {text!r}, but must be numbers and ranges, such as 0-3,8")
         if dash and int(last) < int(first):
-            raise UserError(f"--seeds holds {part.strip()!r}, whose end lies before its start")
+            raise UserError(
+                f"--seeds has {part.strip()!r}, but a range must not end before it starts"
+            )
         seeds += range(int(first), int(last if dash else first) + 1)
     return seeds
 
 
 def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Labels of classes given by name or number; without any, some evenly spread.
+    """Labels of classes given by name or number; evenly spaced ones if none is given.
 
-    A name comes before a number: class `7` of the digits is the class of that name.
+    Names take precedence over numbers: class `7` of the digits is the class named `7`.
 
     Raises:
         UserError: there is no such class.
@@ -64,8 +66,8 @@ def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
             labels.append(int(text))
         else:
             raise UserError(
-                f"--class is {text!r}, but must be a number from 0 to {len(names) - 1} or one of "
-                f"the names: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
+                f"--class is {text!r}, but must be a number from 0 to {len(names) - 1} or a class "
+                f"name: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
             )
     return labels
 
@@ -79,10 +81,10 @@ def sample(
     batch_size: int,
     title: str,
 ) -> dict[str, Any]:
-    """Make an image for each class and seed: single PNG files, a grid, and samples.json.
+    """Generate one image per class and seed: PNG files, a grid, and samples.json.
 
     Args:
-        title: what the weights are, for grid and record.
+        title: description of the weights, for the grid and samples.json.
     """
     names = class_names(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""From what was measured of generated images, chunk by chunk, to the metrics."""
+"""The metrics of an evaluation, from the measurements of its chunks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
-from diffit_train.evaluation.chunks import FEATURES, LABELS, LOGITS, SEEN, SPATIAL
+from diffit_train.evaluation.chunks import FEATURES, LABELS, LOGITS, PREDICTIONS, SPATIAL
 from diffit_train.evaluation.metrics import (
     FeatureStats,
     InceptionScore,
@@ -20,21 +20,20 @@ from diffit_train.evaluation.metrics import (
 from diffit_train.evaluation.references import Reference, Statistics, added
 from diffit_train.metric_names import distance_name
 
-# Fewer rows than dimensions: the covariance is singular, and the distance depends on chance.
+# With too few images the covariance is singular, and the distance depends on chance.
 SINGULAR = (
-    "{count:,} {which} images are fewer than the {dims:,} features, so their covariance is "
-    "singular; compare such a distance only with others of the same number of images"
+    "the number of {which} images, {count:,}, does not exceed the {dims:,} features, so their "
+    "covariance is singular; compare this distance only with others of as many images"
 )
 
 
 class MetricSuite:
-    """All metrics of an evaluation; takes chunks in the order of their images.
+    """All metrics of an evaluation; add chunks in the order of their images.
 
-    Only the features that precision, recall and KID need are held, float32; everything else is
-    sums.
+    Keeps only the float32 features that precision, recall and KID need; everything else is sums.
 
     Args:
-        rounding: of precision and recall.
+        rounding: arithmetic of precision and recall.
     """
 
     def __init__(self, recipe: Recipe, reference: Reference, rounding: Rounding = "exact") -> None:
@@ -46,7 +45,7 @@ class MetricSuite:
         self.agreeing = self.count = 0
 
     def add(self, rows: dict[str, np.ndarray]) -> None:
-        """Take in a chunk.
+        """Add a chunk.
 
         Raises:
             DiffitError: features are not finite.
@@ -64,8 +63,8 @@ class MetricSuite:
             self.spatial = added(self.spatial, rows[SPATIAL])
         if LOGITS in rows:
             self.score.add(rows[LOGITS])
-        if SEEN in rows:
-            self.agreeing += int((rows[LABELS] == rows[SEEN]).sum())
+        if PREDICTIONS in rows:
+            self.agreeing += int((rows[LABELS] == rows[PREDICTIONS]).sum())
 
     def warnings(self) -> Iterator[str]:
         """What a reader of the metrics should know."""
@@ -83,7 +82,7 @@ class MetricSuite:
         try:
             return dict(self._values())
         except ValueError as error:
-            raise DiffitError(f"no metrics: {error}") from error
+            raise DiffitError(f"cannot compute the metrics: {error}") from error
 
     def _values(self) -> Iterator[tuple[str, float]]:
         assert self.moments is not None

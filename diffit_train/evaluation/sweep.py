@@ -1,4 +1,4 @@
-"""Many evaluations of a run at once: every combination of some keys' values and of checkpoints."""
+"""Sweeps: evaluate a run with every combination of some keys' values and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from diffit_train.evaluation.result import Result, finished_result
 
 DEFINITION = "sweep.json"
 CANCELLED = "cancelled"
-# More evaluations than this in one sweep are taken for a slip of the pen.
+# More evaluations than this in one sweep are assumed to be a mistake.
 MOST_MEMBERS = 10_000
 _SECTION = "evaluate."
 _SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What a sweep may not vary: the metrics of its members would not be comparable.
+# Keys that a sweep cannot vary: its metrics would not be comparable.
 _FIXED = ("evaluate.features.", "evaluate.reference", "evaluate.num_neighbors")
 
 
 class Member(storage.Record):
-    """One evaluation of a sweep: a checkpoint, and the values of the keys that vary."""
+    """One evaluation of a sweep: a checkpoint, and values of the varied keys."""
 
     step: int
     changes: dict[str, Any]
@@ -39,7 +39,7 @@ class Member(storage.Record):
 
 
 class Sweep(storage.Record):
-    """sweep.json: what a name stands for."""
+    """sweep.json: the definition of a sweep."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -49,11 +49,11 @@ class Sweep(storage.Record):
     members: list[Member]
 
     def loaded(self) -> Recipe:
-        """Its recipe."""
+        """The recipe of the sweep."""
         return load_stored_recipe(self.recipe, f"the recipe of sweep {self.name!r}")
 
     def url(self) -> str:
-        """Its folder."""
+        """Folder of the sweep."""
         return sweep_url(self.loaded().storage.root, self.run, self.name)
 
 
@@ -62,34 +62,36 @@ def sweep_url(root: str, run: str, name: str) -> str:
     return storage.join(root, "evaluations", run, "sweeps", name)
 
 
-# ---- What is to be done ----
+# ---- Definition ----
 
 
 def parse_values(text: str) -> tuple[str, list[Any]]:
-    """`guidance.scale=1.0:5.0:0.4` or `sampler.steps=50,250` to a key of the recipe and its values.
+    """Parse `guidance.scale=1.0:5.0:0.4` or `sampler.steps=50,250` into a recipe key and values.
 
-    A range holds both its ends, and its steps are those of decimal numbers. Keys are those of the
-    recipe's section `evaluate`, whose name may be left out.
+    A range FIRST:LAST:STEP includes both ends, in exact decimal steps. Keys are those of the
+    recipe's section `evaluate`; the prefix `evaluate.` is optional.
 
     Raises:
-        UserError: not of that form.
+        UserError: the text does not have that form.
     """
     key, equals, values = text.partition("=")
     key = key.strip()
     if not equals or not key or not values.strip():
         raise UserError(
-            f"--sweep is {text!r}, but must be KEY=VALUES, as guidance.scale=1.0:5.0:0.4 or "
+            f"--sweep is {text!r}, but must be KEY=VALUES, such as guidance.scale=1.0:5.0:0.4 or "
             "sampler.steps=50,250"
         )
     if not key.startswith(_SECTION):
         key = _SECTION + key
     if key.startswith(_FIXED):
-        raise UserError(f"--sweep {text}: a sweep cannot vary {key}, by which metrics are made")
+        raise UserError(
+            f"--sweep {text}: a sweep cannot vary {key}: metrics would not be comparable"
+        )
     found: list[Any] = []
     for part in _split_values(values):
         found += _range(part, text) if part.count(":") == 2 else [_plain(part, text)]
     if len({repr(value) for value in found}) < len(found):
-        raise UserError(f"--sweep {text} holds a value twice")
+        raise UserError(f"--sweep {text} has duplicate values; list each value once")
     return key, found
 
 
@@ -102,7 +104,7 @@ def _plain(part: str, text: str) -> Any:
     try:
         return yaml.safe_load(part)
     except yaml.YAMLError as error:
-        raise UserError(f"--sweep {text}: {part!r} is no value") from error
+        raise UserError(f"--sweep {text}: {part!r} is not a valid YAML value") from error
 
 
 def _range(part: str, text: str) -> list[int | float]:
@@ -110,13 +112,17 @@ def _range(part: str, text: str) -> list[int | float]:
         first, last, step = (Decimal(word.strip()) for word in part.split(":"))
     except InvalidOperation as error:
         raise UserError(
-            f"--sweep {text}: {part!r} must be FIRST:LAST:STEP in numbers, as 1.0:5.0:0.4"
+            f"--sweep {text}: {part!r} must be numbers FIRST:LAST:STEP, such as 1.0:5.0:0.4"
         ) from error
     if not all(number.is_finite() for number in (first, last, step)) or step <= 0 or last < first:
-        raise UserError(f"--sweep {text}: {part!r} must rise from FIRST to LAST by a positive STEP")
+        raise UserError(
+            f"--sweep {text}: {part!r} must ascend from FIRST to LAST by a positive STEP"
+        )
     count = int((last - first) / step) + 1
     if count > MOST_MEMBERS:
-        raise UserError(f"--sweep {text}: {part!r} holds {count:,} values")
+        raise UserError(
+            f"--sweep {text}: {part!r} has {count:,} values; the maximum is {MOST_MEMBERS:,}"
+        )
     whole = all(number == number.to_integral_value() for number in (first, step))
     numbers = [first + step * i for i in range(count)]
     return [int(number) if whole else float(number) for number in numbers]
@@ -125,28 +131,32 @@ def _range(part: str, text: str) -> list[int | float]:
 def plan_sweep(
     recipe: Recipe, run: str, steps: Sequence[int], texts: Sequence[str], name: str | None
 ) -> Sweep:
-    """The sweep of all combinations, every one of them checked.
+    """The sweep over all combinations, each of them validated.
 
     Args:
-        name: of the sweep; None for one made of its keys.
+        name: name of the sweep; None to derive it from its keys.
 
     Raises:
-        UserError: a bad key or value, a name that cannot be, or far too many combinations.
+        UserError: an invalid key, value or name, or too many combinations.
     """
     axes = [parse_values(text) for text in texts]
     keys = [key for key, _ in axes]
     for key in keys:
         if keys.count(key) > 1:
-            raise UserError(f"--sweep names {key} twice; give all its values at once")
+            raise UserError(f"--sweep has {key} twice; give all its values in one --sweep")
     name = name or "-by-".join(key.removeprefix(_SECTION) for key in keys)
     if not _SWEEP_NAME.fullmatch(name):
         raise UserError(
-            f"--name is {name!r}, but must be letters, digits, '.', '_' and '-', as first-sweep"
+            f"--name is {name!r}, but must consist of letters, digits, '.', '_' and '-', such as "
+            "first-sweep"
         )
     combinations = list(itertools.product(*(values for _, values in axes)))
     count = len(combinations) * len(steps)
     if count > MOST_MEMBERS:
-        raise UserError(f"the sweep has {count:,} evaluations; at most {MOST_MEMBERS:,} can be")
+        raise UserError(
+            f"the sweep has {count:,} evaluations, but the maximum is {MOST_MEMBERS:,}; use fewer "
+            "values"
+        )
     changes = [dict(zip(keys, values, strict=True)) for values in combinations]
     members = [Member(step=step, changes=change) for step in steps for change in changes]
     for change in changes:
@@ -161,26 +171,26 @@ def plan_sweep(
 
 
 def open_sweep(sweep: Sweep) -> None:
-    """Write what the sweep is, or find it there as it is.
+    """Write the sweep's definition, or check that the existing one is the same.
 
     Raises:
-        UserError: there is another sweep of that name.
+        UserError: a different sweep has that name.
     """
     url = sweep.url()
-    place = storage.join(url, DEFINITION)
-    if storage.exists(place):
-        there = read_sweep(url)
-        if (there.members, there.identity) != (sweep.members, sweep.identity):
+    definition = storage.join(url, DEFINITION)
+    if storage.exists(definition):
+        existing = read_sweep(url)
+        if (existing.members, existing.identity) != (sweep.members, sweep.identity):
             raise UserError(
-                f"there is another sweep {sweep.name!r} in {storage.display_path(url)}, of "
-                f"{len(there.members)} evaluations; give this one another name by --name"
+                f"there is another sweep {sweep.name!r} in {storage.display_path(url)}, with "
+                f"{len(existing.members)} evaluations; choose another name with --name"
             )
     storage.remove(storage.join(url, CANCELLED))
-    storage.write_text(place, sweep.model_dump_json(indent=1) + "\n")
+    storage.write_text(definition, sweep.model_dump_json(indent=1) + "\n")
 
 
 def read_sweep(url: str) -> Sweep:
-    """A sweep by its folder.
+    """Read a sweep's definition from its folder.
 
     Raises:
         UserError: there is none.
@@ -191,30 +201,32 @@ def read_sweep(url: str) -> Sweep:
     except FileNotFoundError as error:
         raise UserError(f"there is no sweep in {storage.display_path(url)}") from error
     except ValidationError as error:
-        raise DiffitError(f"{url}/{DEFINITION} is damaged; delete it and sweep again") from error
+        raise DiffitError(
+            f"{url}/{DEFINITION} is damaged; delete it and start the sweep again"
+        ) from error
 
 
 def cancel_sweep(url: str) -> None:
-    """Let whoever drives the sweep know that it is not wanted any more."""
+    """Mark the sweep as canceled, for the process that drives it."""
     storage.write_text(storage.join(url, CANCELLED), "")
 
 
 def is_cancelled(url: str) -> bool:
-    """Whether it was cancelled since it was last begun."""
+    """Whether the sweep was canceled since it last started."""
     return storage.exists(storage.join(url, CANCELLED))
 
 
-# ---- What came of it ----
+# ---- Results ----
 
 
 def results(sweep: Sweep) -> list[Result | None]:
-    """The result of each member; None where it is to be done."""
+    """The result of each member; None if it is not done."""
     recipe = sweep.loaded()
     return [finished_result(m.recipe(recipe), sweep.run, m.step) for m in sweep.members]
 
 
 def rows(sweep: Sweep, found: Sequence[Result | None]) -> list[dict[str, Any]]:
-    """A row for each finished member: step, the keys that vary, cost, metrics, folder."""
+    """One row per finished member: step, varied keys, NFE, metrics, evaluation key."""
     return [
         {
             "step": member.step,

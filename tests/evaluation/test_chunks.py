@@ -1,4 +1,4 @@
-"""Chunks: whatever ranges are there, the rest is made once; and samples.npz out of them."""
+"""Chunks: existing ranges are kept, the rest is generated once; and samples.npz from them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from diffit_train.evaluation.chunks import (
     earlier=st.integers(1, 5),
     lost=st.sets(st.integers(0, 60)),
 )
-def test_what_is_missing_completes_what_is_there(
+def test_missing_ranges_complete_the_existing_ones(
     samples: int, batch: int, batches: int, earlier: int, lost: set[int]
 ) -> None:
     whole = Layout(samples, batch, earlier).missing([])
@@ -41,7 +41,7 @@ def test_what_is_missing_completes_what_is_there(
     missing = Layout(samples, batch, batches).missing(there)
     made = sorted([*there, *missing])
     assert [i for part in made for i in range(*part)] == list(range(samples))
-    # Every batch is one that the whole evaluation would have: it begins at the same image.
+    # Every batch starts at the same image as in an uninterrupted evaluation.
     assert all(part.first % batch == 0 for part in missing)
     assert all(part.size <= batch * batches for part in missing)
 
@@ -59,11 +59,11 @@ def _write(folder: Path, part: Range, key: str = "key") -> np.ndarray:
     return pixels
 
 
-def test_chunks_come_back(tmp_path: Path) -> None:
+def test_chunks_round_trip(tmp_path: Path) -> None:
     parts = [Range(0, 8), Range(8, 12)]
     pixels = np.concatenate([_write(tmp_path, part) for part in parts])
     (tmp_path / "chunk-0000012-0000016.safetensors.tmp-dead").write_bytes(b"half")
-    # Images whose measurements were not committed are no chunk.
+    # Images without committed measurements are not a chunk.
     np.save(tmp_path / images_name(Range(12, 16)), pixels[:4])
     assert committed_chunks(str(tmp_path)) == parts
     rows = read_chunk(str(tmp_path), parts[1], "key")
@@ -83,7 +83,9 @@ def test_chunks_come_back(tmp_path: Path) -> None:
 def test_broken_chunks_are_named(tmp_path: Path) -> None:
     part = Range(0, 4)
     _write(tmp_path, part)
-    with pytest.raises(DiffitError, match=r"chunk-0000000-0000004\S* is of another evaluation"):
+    with pytest.raises(
+        DiffitError, match=r"chunk-0000000-0000004\S* belongs to another evaluation"
+    ):
         read_chunk(str(tmp_path), part, "other")
     with pytest.raises(DiffitError, match=r"chunk-0000000-0000009\S* is damaged"):
         read_chunk(str(tmp_path), Range(0, 9), "key")

@@ -1,4 +1,4 @@
-"""Features, generation and the fleet: what they depend on, and what they do not."""
+"""Feature networks and generation: what their results depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import Autoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.chunks import FEATURES, SEEN
+from diffit_train.evaluation.chunks import FEATURES, PREDICTIONS
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import features_info, fit_features
 from diffit_train.evaluation.generate import Generator, ImageNoise
@@ -38,7 +38,7 @@ def test_noise_belongs_to_the_image_not_to_its_batch() -> None:
 
 @pytest.mark.parametrize("sampler", ["{name: ddpm, steps: 4}", "{name: ddim, steps: 4, eta: 0.5}"])
 @pytest.mark.parametrize("guidance", ["constant", "power_cosine"])
-def test_a_image_is_the_same_in_any_batch(project: Path, sampler: str, guidance: str) -> None:
+def test_an_image_is_the_same_in_any_batch(project: Path, sampler: str, guidance: str) -> None:
     overrides = [f"evaluate.sampler={sampler}", f"evaluate.guidance.kind={guidance}"]
     recipe = tiny_recipe(project, *overrides)
     generator = Generator(recipe, _weights(recipe), load_autoencoder(recipe, CPU))
@@ -46,7 +46,7 @@ def test_a_image_is_the_same_in_any_batch(project: Path, sampler: str, guidance:
     pixels = generator(keys, labels)
     assert pixels.shape == (3, 16, 16, 3)
     alone = generator(keys[1:2], labels[1:2])
-    # Products of another shape are rounded in another order; a level may differ by that.
+    # Matrix products of another shape round differently, so a pixel may differ by one level.
     assert np.abs(alone[0].astype(int) - pixels[1]).max() <= 1
     assert np.array_equal(pixels, generator(keys, labels))
     assert not np.array_equal(pixels[0], pixels[1])
@@ -62,7 +62,7 @@ def test_pixels_become_levels_by_the_formula(how: str) -> None:
     assert np.array_equal(found, expected.transpose(0, 2, 3, 1))
 
 
-def test_a_generator_takes_its_pixels_from_the_recipe(project: Path) -> None:
+def test_a_generator_uses_the_recipes_pixel_rounding(project: Path) -> None:
     made = {}
     for how in ("round", "truncate"):
         recipe = tiny_recipe(project, f"evaluate.pixels={how}")
@@ -77,9 +77,9 @@ def test_weights_of_another_model_are_named(project: Path) -> None:
     recipe = tiny_recipe(project)
     autoencoder, weights = load_autoencoder(recipe, CPU), _weights(recipe)
     missing = {n: w for n, w in weights.items() if n != "x_embedder.proj.bias"}
-    with pytest.raises(DiffitError, match=r"lacks \['x_embedder\.proj\.bias'\]"):
+    with pytest.raises(DiffitError, match=r"missing \['x_embedder\.proj\.bias'\]"):
         Generator(recipe, missing, autoencoder)
-    with pytest.raises(DiffitError, match=r"has \['extra'\] too many"):
+    with pytest.raises(DiffitError, match=r"unexpected \['extra'\]"):
         Generator(recipe, {**weights, "extra": torch.zeros(1)}, autoencoder)
     with pytest.raises(DiffitError, match=r"another model.*final_layer"):
         Generator(recipe, {**weights, "final_layer.linear.bias": torch.zeros(1)}, autoencoder)
@@ -90,8 +90,11 @@ def test_features_are_deterministic_and_guarded(project: Path, tmp_path: Path) -
     network = load_features(recipe, CPU)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     rows = network.extract(pixels)
-    assert {name: values.shape for name, values in rows.items()} == {FEATURES: (4, 5), SEEN: (4,)}
-    assert set(rows[SEEN].tolist()) <= {0, 1, 2}
+    assert {name: values.shape for name, values in rows.items()} == {
+        FEATURES: (4, 5),
+        PREDICTIONS: (4,),
+    }
+    assert set(rows[PREDICTIONS].tolist()) <= {0, 1, 2}
     alone = network.extract(pixels[2:3])
     np.testing.assert_allclose(alone[FEATURES][0], rows[FEATURES][2], atol=1e-5)
     assert 0 <= features_info(recipe).held_out_accuracy <= 1

@@ -1,4 +1,4 @@
-"""Precision and recall with ADM's rounding, against its algorithm spelled out in numpy."""
+"""Precision and recall with ADM's rounding, against its algorithm written out in numpy."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Array = np.ndarray
 
 
 def _adm_distances(u: Array, v: Array) -> Array:
-    """One block, number by number in the types of ADM's graph."""
+    """One block, value by value in the dtypes of ADM's graph."""
 
     def in_type(u: Array, v: Array) -> Array:
         zero, two = u.dtype.type(0), u.dtype.type(2)
         out = np.empty((len(u), len(v)), u.dtype)
         for i, x in enumerate(u):
             for j, y in enumerate(v):
-                # Sums are rounded once, at their end.
+                # Sums are rounded once, at the end.
                 lengths = [u.dtype.type((z * z).astype(np.float64).sum()) for z in (x, y)]
                 product = u.dtype.type(x.astype(np.float64) @ y.astype(np.float64))
                 out[i, j] = max(lengths[0] - two * product + lengths[1], zero)
@@ -55,7 +55,7 @@ def _adm(real: Array, fake: Array, k: int, block: int) -> tuple[float, float]:
 
 
 def _features(seed: int, count: int, scale: float) -> Array:
-    """Like Inception's: not negative, many near 0."""
+    """Features like Inception's: not negative, many near 0."""
     random = np.random.default_rng(seed)
     return (scale * random.exponential(0.4, (count, 24))).astype(np.float32)
 
@@ -63,11 +63,11 @@ def _features(seed: int, count: int, scale: float) -> Array:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("scale", "block"),
-    # Blocks of several rows; 120: some squared lengths exceed float16's 65,504, so that some
+    # Blocks of several rows; at 120 some squared norms exceed float16's 65,504, so that some
     # blocks are computed in float32 and others are not.
     [(1.0, 100), (1.0, 16), (120.0, 100), (120.0, 9)],
 )
-def test_it_is_adms_algorithm(
+def test_it_matches_adms_algorithm(
     seed: int, scale: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(half_precision, "BLOCK_ROWS", block)
@@ -84,8 +84,8 @@ def test_it_is_adms_algorithm(
     assert precision_recall(real, fake, 3, rounding="adm") == expected
 
 
-def test_its_rounding_shows() -> None:
-    """Near one another and far from 0, points cannot be told apart in float16."""
+def test_its_rounding_is_visible() -> None:
+    """Points close together but far from 0 are indistinguishable in float16."""
     real, fake = (1.5 + 0.02 * _features(seed, 200, 1.0) for seed in (0, 1))
     exact, rounded = (
         precision_recall(real, fake, 3, rounding=rounding) for rounding in ("exact", "adm")

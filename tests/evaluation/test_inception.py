@@ -1,4 +1,4 @@
-"""Inception against a second description of it, and its weight file in all conditions."""
+"""Inception against an independent description, and its weight file in all conditions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from diffit_train.evaluation.inception import (
 
 CPU = torch.device("cpu")
 
-# ---- The network, described once more ----
+# ---- An independent description of the network ----
 
-# A convolution is `name:outputs:height x width`, with /2 where it halves without a border; others
-# keep the size. Branches are joined in this order, their channels behind each other. `a+b` are two
-# convolutions of the same input, joined. `avg` and `max` keep the size, `max/2` halves.
+# A convolution is `name:outputs:height x width`, with /2 if it halves the size without padding;
+# others keep the size. Branches are concatenated along channels in this order. `a+b` are two
+# convolutions of the same input, concatenated. `avg` and `max` keep the size, `max/2` halves it.
 BRANCH_A = [
     "branch1x1:64:1x1",
     "branch5x5_1:48:1x1 branch5x5_2:64:5x5",
@@ -85,7 +85,7 @@ STEM = (
 
 
 class _Described:
-    """Walks the description: makes weights where there are none, and computes in float64."""
+    """Walks the description: creates missing weights and computes in float64."""
 
     def __init__(self, weights: dict[str, Tensor] | None) -> None:
         self.random = torch.Generator().manual_seed(0)
@@ -160,7 +160,7 @@ class _Described:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
     described = _Described(None)
-    # The smallest image that all blocks take, so that making weights costs little.
+    # The smallest image that all blocks accept, so that creating the weights is cheap.
     described(torch.zeros(1, 3, 75, 75, dtype=torch.float64))
     return described.weights
 
@@ -198,7 +198,7 @@ def test_the_network_agrees_with_its_description(
     weights: dict[str, Tensor], network: Inception
 ) -> None:
     random = np.random.default_rng(0)
-    # Smooth ramps and noise, so that neither flat nor wild images decide alone.
+    # Smooth ramps and noise, to cover both flat and busy images.
     ramp = np.linspace(0, 180, 299)[None, :, None, None] + np.zeros((1, 1, 299, 3))
     noisy = ramp + random.integers(0, 75, size=(1, 299, 299, 3))
     pixels = torch.from_numpy(noisy.astype(np.uint8))
@@ -232,14 +232,14 @@ def test_images_of_any_size_are_resized_first(network: Inception) -> None:
         torch.zeros(8, 8, 3, dtype=torch.uint8),
     ],
 )
-def test_other_input_is_refused(pixels: Tensor) -> None:
+def test_invalid_input_is_rejected(pixels: Tensor) -> None:
     with torch.device("meta"):
         network = Inception()
-    with pytest.raises(ValueError, match=r"images are \(B, H, W, 3\) uint8, not \("):
+    with pytest.raises(ValueError, match=r"images must be \(B, H, W, 3\) uint8, not \("):
         network(pixels)
 
 
-def test_convolutions_are_float32_and_the_setting_comes_back(
+def test_convolutions_are_float32_and_the_setting_is_restored(
     network: Inception,
 ) -> None:
     seen = []
@@ -263,7 +263,7 @@ def test_convolutions_are_float32_and_the_setting_comes_back(
 
 
 def _tf1_by_loops(image: np.ndarray, size: int, real: type) -> np.ndarray:
-    """As TensorFlow's kernel: the row above, the row below, then between them."""
+    """Like TensorFlow's kernel: the row above, the row below, then between them."""
     height, width = image.shape
     image = image.astype(real)
     scales = real(height) / real(size), real(width) / real(size)
@@ -307,7 +307,7 @@ def test_resize_is_tensorflows(height: int, width: int, size: int) -> None:
 def test_resize_to_the_same_size_changes_nothing() -> None:
     x = torch.rand(1, 3, 299, 299)
     assert torch.equal(resize_tf1(x), x)
-    # There are no half-pixel centres: the first pixel stays, and a doubled one falls between.
+    # No half-pixel centers: the first pixel stays, and new ones fall between the old ones.
     line = torch.tensor([[[[0.0, 8.0, 16.0]]]])
     assert resize_tf1(line, 6)[0, 0, 0].tolist() == [0, 4, 8, 12, 16, 16]
 
@@ -327,15 +327,17 @@ def test_both_kinds_of_file_are_read(
     for name, value in network.state_dict().items():
         assert torch.equal(state[name], value) and torch.equal(value, weights[name]), name
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"random\.pth cannot be read as weights \(.+\); set eval"):
+    with pytest.raises(
+        UserError, match=r"cannot read weights from \S*random\.pth \(.+\); set eval"
+    ):
         load_inception(str(path), CPU, any_weights=True)
 
 
-def test_other_weights_than_the_published_are_refused(file: Path) -> None:
+def test_unpublished_weights_are_rejected(file: Path) -> None:
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     with pytest.raises(UserError) as raised:
         load_inception(str(file), CPU)
-    for part in (str(file), found, inception.INCEPTION_SHA256, "evaluate.features.name to another"):
+    for part in (str(file), found, inception.INCEPTION_SHA256, "evaluate.features.name to a name"):
         assert part in str(raised.value)
 
 
@@ -352,7 +354,7 @@ def test_wrong_tensors_are_named(weights: dict[str, Tensor], tmp_path: Path) -> 
     for part in (
         "missing: Mixed_7c.branch_pool.bn.bias, fc.bias;",
         "unexpected: AuxLogits.fc.bias;",
-        "of another shape: fc.weight (1000, 2048), not (1008, 2048);",
+        "wrong shape: fc.weight (1000, 2048), not (1008, 2048);",
     ):
         assert part in str(raised.value)
     save_file({"x": torch.zeros(1)}, path)
@@ -368,32 +370,32 @@ class _Code:
         return (open, (self.target, "w"))
 
 
-def test_a_file_with_code_in_it_runs_none(tmp_path: Path) -> None:
+def test_code_in_a_weight_file_is_not_run(tmp_path: Path) -> None:
     path, target = tmp_path / "code.pth", tmp_path / "written"
     torch.save({"fc.weight": _Code(str(target))}, path)
-    with pytest.raises(UserError, match=r"code\.pth cannot be read as weights"):
+    with pytest.raises(UserError, match=r"cannot read weights from \S*code\.pth"):
         load_inception(str(path), CPU, any_weights=True)
     assert not target.exists()
-    # The file is what it is meant to be: a plain load does run it.
+    # Check the file itself: a plain load does run its code.
     torch.load(path, weights_only=False)
     assert target.exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content"),
     [
-        ("cut.safetensors", b"\x10\0\0\0\0\0\0\0{", "cannot be read as weights"),
-        ("empty.pth", b"", "cannot be read as weights"),
-        ("text.pth", b"<html>not found</html>", "cannot be read as weights"),
+        ("cut.safetensors", b"\x10\0\0\0\0\0\0\0{"),
+        ("empty.pth", b""),
+        ("text.pth", b"<html>not found</html>"),
     ],
 )
-def test_damaged_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_damaged_files_are_named(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} {message}"):
+    with pytest.raises(UserError, match=rf"cannot read weights from \S*{name}"):
         load_inception(str(tmp_path / name), CPU, any_weights=True)
 
 
-def test_a_list_of_tensors_is_refused(tmp_path: Path) -> None:
+def test_a_list_of_tensors_is_rejected(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list, not named tensors"):
         load_inception(str(tmp_path / "list.pth"), CPU, any_weights=True)
@@ -405,7 +407,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             load_inception(source, CPU)
 
 
-def test_a_remote_file_is_read_anew_each_time() -> None:
+def test_a_remote_file_is_read_again_each_time() -> None:
     source = "memory://inception/mine.pth"
     for content in (b"first", b"second"):
         with fsspec.open(source, "wb") as remote:
@@ -439,7 +441,7 @@ class _Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Requests that a server of `CONTENT` got, in the place of the published one."""
+    """Requests to a server that replaces the published one and serves `CONTENT`."""
     asked: list[str] = []
     server = HTTPServer(("127.0.0.1", 0), partial(_Server, asked))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -459,18 +461,18 @@ def test_the_published_weights_are_downloaded_once(hits: list[str], cache: Path)
         assert path == cache / "weights.pth"
         assert path.read_bytes() == CONTENT
     assert hits == ["/weights.pth"]
-    # A kept file that is damaged is not taken.
+    # A damaged cached file is not used.
     path.write_bytes(CONTENT[:-1])
     assert weights_file("published").read_bytes() == CONTENT
     assert len(hits) == 2
     assert [p.name for p in cache.iterdir()] == ["weights.pth"]
 
 
-def test_what_came_wrong_is_not_kept(
+def test_a_wrong_download_is_not_kept(
     hits: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inception, "INCEPTION_SHA256", "0" * 64)
-    with pytest.raises(UserError, match=r"\(7,000 bytes of sha256 .* came\); try again, or"):
+    with pytest.raises(UserError, match=r"\(received 7,000 bytes with SHA-256 .*\); try again, or"):
         weights_file("published")
     monkeypatch.setattr(inception, "WEIGHTS_URL", inception.WEIGHTS_URL + ".old")
     with pytest.raises(UserError, match="404"):
@@ -487,7 +489,7 @@ def test_a_failed_download_says_what_to_do(cache: Path, monkeypatch: pytest.Monk
         with pytest.raises(UserError) as raised:
             load_inception("published", CPU)
     for part in (
-        f"download {url} (95,628,359 bytes, sha256 {inception.INCEPTION_SHA256})",
+        f"download {url} (95,628,359 bytes, SHA-256 {inception.INCEPTION_SHA256})",
         f"put it at {cache / 'w.pth'}",
         "evaluate.features.source=/path/to/file",
     ):
@@ -499,7 +501,5 @@ def test_a_cache_folder_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
-    with pytest.raises(
-        UserError, match=r"cannot write into the cache folder .*taken/diffit: Not a"
-    ):
+    with pytest.raises(UserError, match=r"cannot write to the cache folder .*taken/diffit: Not a"):
         weights_file("published")

@@ -1,4 +1,4 @@
-"""Labels of generated images: uniform, each a function of the seed and its index alone."""
+"""Labels of generated images: uniform, each a function of seed and index only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def test_random_labels_are_uniform_and_independent(seed: int) -> None:
     labels = choose_labels("random", seed, range(count), classes)
     assert labels.dtype == np.int64
     assert chisquare(np.bincount(labels, minlength=classes)).pvalue > 0.01
-    # Neighbors are independent, too: every pair of classes follows one another as often.
+    # Consecutive labels are independent: all pairs of classes are equally frequent.
     pairs = np.bincount(labels[:-1] * classes + labels[1:], minlength=classes**2)
     assert chisquare(pairs).pvalue > 0.01
-    # Balanced labels would pass as uniform, but with hardly any spread.
+    # Balanced labels would also pass as uniform, but with hardly any spread.
     spread = chisquare(np.bincount(labels, minlength=classes)).statistic
     assert spread > chi2(classes - 1).ppf(0.01)
 
@@ -33,8 +33,8 @@ def test_a_label_depends_on_seed_and_index_alone() -> None:
     assert not np.array_equal(choose_labels("random", 4, range(50), 1000), whole)
 
 
-def test_labels_and_noise_are_of_different_streams() -> None:
-    """The noise's own generator, asked for a label, gives another one."""
+def test_labels_and_noise_use_different_random_streams() -> None:
+    """A label drawn from the noise's generator is different."""
     noise = ImageNoise([(0, i) for i in range(200)], (1, 1, 1))
     of_noise = [generator.integers(1000) for generator in noise.generators]
     labels = choose_labels("random", 0, range(200), 1000)
@@ -45,7 +45,7 @@ def test_balanced_labels_count_through_the_classes() -> None:
     assert choose_labels("balanced", 5, range(4, 9), 3).tolist() == [1, 2, 0, 1, 2]
 
 
-def test_the_packaged_recipes_say_how() -> None:
+def test_the_packaged_recipes_choose_labels() -> None:
     found = {}
     for name in ("demo", "imagenet256", "imagenet512"):
         evaluate = load_recipe(name).evaluate

@@ -27,7 +27,7 @@ def _rows(seed: int, count: int, width: int) -> np.ndarray:
 
 
 def _real_looking(seed: int, count: int, width: int = 96, shift: float = 0.0) -> np.ndarray:
-    """Like Inception's: not negative, many zeros, a spectrum over eight decades; float32."""
+    """Features like Inception's: not negative, many zeros, a spectrum of eight decades; float32."""
     mixing = np.random.default_rng(99).normal(size=(width, width)) / np.sqrt(width)
     scales = 10.0 ** -np.linspace(0, 4, width)
     latent = np.random.default_rng(seed).normal(size=(count, width)) * scales
@@ -40,7 +40,7 @@ def _blocks(rows: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 60), st.integers(1, 8), st.integers(1, 59))
-def test_moments_of_parts_add_up(count: int, width: int, cut: int) -> None:
+def test_stats_of_parts_add_up(count: int, width: int, cut: int) -> None:
     rows = _rows(0, count, width)
     cut = min(cut, count)
     moments = FeatureStats.of(rows[:cut]) + FeatureStats.of(rows[cut:])
@@ -51,7 +51,7 @@ def test_moments_of_parts_add_up(count: int, width: int, cut: int) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 10**6), max_size=6), st.integers(1, 50))
-def test_any_blocks_have_the_same_moments(cuts: list[int], block_rows: int) -> None:
+def test_any_blocks_give_the_same_stats(cuts: list[int], block_rows: int) -> None:
     rows = _real_looking(0, 120, 12)
     whole = FeatureStats.of(rows)
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def test_any_blocks_have_the_same_moments(cuts: list[int], block_rows: int) -> N
     np.testing.assert_allclose(total.outer, whole.outer, rtol=1e-12)
 
 
-def test_moments_far_from_zero_keep_their_precision() -> None:
+def test_stats_far_from_zero_keep_their_precision() -> None:
     rows = np.random.default_rng(0).normal(size=(5000, 6)) + 300
     expected = np.cov(rows - 300, rowvar=False)
     error = np.abs(FeatureStats.of(rows).covariance - expected).max() / expected.max()
@@ -72,11 +72,11 @@ def test_moments_far_from_zero_keep_their_precision() -> None:
 
 def test_impossible_features_are_named() -> None:
     rows = _rows(0, 10, 3)
-    with pytest.raises(ValueError, match=r"the shape \(3,\), not \(images, features\)"):
+    with pytest.raises(ValueError, match=r"have shape \(3,\), not \(images, features\)"):
         FeatureStats.of(rows[0])
     for wrong in (np.nan, np.inf):
         rows[4, 1] = wrong
-        with pytest.raises(ValueError, match="features: some numbers are not finite"):
+        with pytest.raises(ValueError, match="features: some values are not finite"):
             FeatureStats.of(rows)
     with pytest.raises(ValueError, match="1 images are too few"):
         _ = FeatureStats.of(rows[:1]).covariance
@@ -94,9 +94,9 @@ def _by_sqrtm(a: FeatureStats, b: FeatureStats) -> float:
 
 
 def _by_singular_values(a: np.ndarray, b: np.ndarray) -> float:
-    """Without any covariance: the trace of the root is the nuclear norm of A^T B, of centred rows.
+    """Without any covariance: the trace of the root is the nuclear norm of A^T B, centered rows.
 
-    This is exact also where the covariances are singular, and sqrtm is not.
+    Unlike sqrtm, this is exact even if the covariances are singular.
     """
     mean = a.mean(0) - b.mean(0)
     a, b = ((rows - rows.mean(0)) / np.sqrt(len(rows) - 1) for rows in (a, b))
@@ -108,7 +108,7 @@ def _by_singular_values(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("other_count", [300, 12])
 @pytest.mark.parametrize("make", [_rows, _real_looking])
 def test_frechet_distance_is_exact(count: int, other_count: int, make: Callable) -> None:
-    """Also with fewer rows than columns, where the covariances are singular, one or both."""
+    """Including fewer rows than columns, which makes one or both covariances singular."""
     rows_a = np.asarray(make(1, count, 64), np.float64)
     rows_b = np.asarray(make(2, other_count, 64), np.float64)
     a, b = FeatureStats.of(rows_a), FeatureStats.of(rows_b)
@@ -122,7 +122,7 @@ def test_frechet_distance_is_exact(count: int, other_count: int, make: Callable)
 
 
 def test_frechet_distance_of_a_covariance_rounded_to_float32() -> None:
-    """As some published statistics are: no longer quite positive."""
+    """Like some published statistics, which are slightly indefinite."""
     a, b = FeatureStats.of(_rows(1, 60, 64)), FeatureStats.of(_rows(2, 300, 64))
     rounded = a.covariance.astype(np.float32).astype(np.float64)
     values = np.linalg.eigvalsh(rounded)
@@ -132,8 +132,8 @@ def test_frechet_distance_of_a_covariance_rounded_to_float32() -> None:
     assert mine == pytest.approx(exact, rel=1e-3)
 
 
-def test_frechet_distance_of_what_does_not_vary() -> None:
-    """A collapsed model: all its images have the same features."""
+def test_frechet_distance_of_constant_features() -> None:
+    """All images of a collapsed model have the same features."""
     none, some = np.zeros((5, 5)), FeatureStats.of(_rows(1, 50, 5)).covariance
     mean = np.full(5, 2.0)
     assert frechet_distance(mean, none, mean, none) == 0
@@ -150,11 +150,11 @@ def test_frechet_distance_of_diagonal_covariances() -> None:
     assert frechet_distance(np.zeros(3), np.diag(a), np.zeros(3), np.diag(a)) == pytest.approx(0)
 
 
-def test_impossible_moments_are_named() -> None:
+def test_impossible_stats_are_named() -> None:
     good, zero = np.eye(2), np.zeros(2)
-    with pytest.raises(ValueError, match="a mean: some numbers are not finite"):
+    with pytest.raises(ValueError, match="a mean: some values are not finite"):
         frechet_distance(np.array([np.nan, 0]), good, zero, good)
-    with pytest.raises(ValueError, match="a covariance: some numbers are not finite"):
+    with pytest.raises(ValueError, match="a covariance: some values are not finite"):
         frechet_distance(zero, good, zero, np.diag([1, np.inf]))
     turned = np.array([[1.0, 2.0], [2.0, 1.0]])  # eigenvalues -1 and 3
     for bad, value in ((-good, "-1; the largest is -1"), (turned, "-1; the largest is 3")):
@@ -212,11 +212,11 @@ def test_inception_score_by_its_formula_from_any_blocks(
     assert merged.value() == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-def test_inception_score_at_its_ends() -> None:
+def test_inception_score_at_its_extremes() -> None:
     sure = InceptionScore(split=100)
     sure.add(np.tile(np.eye(10) * 1e5, (10, 1)))
     assert sure.value() == (pytest.approx(10), 0)
-    # Beyond float32's and float64's exponentials: every image is sure of its largest.
+    # Logits beyond the range of exp: every image is certain of its largest.
     wild = _logits(0, 50, 7, 1e6)
     found = InceptionScore(split=50)
     found.add(wild)
@@ -228,15 +228,15 @@ def test_inception_score_at_its_ends() -> None:
 
 
 def test_impossible_scores_are_named() -> None:
-    with pytest.raises(ValueError, match="no images were added"):
+    with pytest.raises(ValueError, match="inception score has no images"):
         InceptionScore().value()
     score = InceptionScore(4)
-    with pytest.raises(ValueError, match="logits: some numbers are not finite"):
+    with pytest.raises(ValueError, match="logits: some values are not finite"):
         score.add(np.array([[0.0, np.nan]]))
-    with pytest.raises(ValueError, match=r"the shape \(7,\), not"):
+    with pytest.raises(ValueError, match=r"have shape \(7,\), not"):
         score.add(np.zeros(7))
     score.add(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="logits of 4 classes follow those of 3"):
+    with pytest.raises(ValueError, match="logits have 4 classes, but earlier ones had 3"):
         score.add(np.zeros((1, 4)))
     later = InceptionScore(4, first=6)
     later.add(np.zeros((1, 3)))
@@ -244,7 +244,7 @@ def test_impossible_scores_are_named() -> None:
         (score + later).value()
     with pytest.raises(ValueError, match="split 0 of the inception score has 4 images, not 2"):
         (score + score).value()
-    with pytest.raises(ValueError, match="splits of 4 and of 5 images do not add up"):
+    with pytest.raises(ValueError, match="cannot add scores with splits of 4 and 5"):
         score + InceptionScore(5)
 
 
@@ -262,9 +262,9 @@ def _kernel_by_loops(x: np.ndarray, y: np.ndarray) -> float:
     return sum(inside) - 2 * np.mean([kernel(a, b) for a in x for b in y])
 
 
-def test_kernel_distance_by_loops() -> None:
+def test_kernel_distance_matches_loops() -> None:
     real, fake = _rows(0, 9, 4) / 5, _rows(1, 9, 4) / 5
-    # Subsets of all rows are the whole set in another order.
+    # A subset of all rows is the whole set in another order.
     mean, deviation = kernel_distance(real, fake, subsets=3)
     assert mean == pytest.approx(_kernel_by_loops(real, fake), rel=1e-10)
     assert deviation == pytest.approx(0, abs=1e-10)
@@ -282,9 +282,9 @@ def test_kernel_distance_is_unbiased_and_repeatable() -> None:
     assert kernel_distance(real, moved, 20, 50) != kernel_distance(real, moved, 20, 50, seed=1)
     with pytest.raises(ValueError, match="1 fake images are too few for a kernel distance"):
         kernel_distance(real, moved[:1])
-    with pytest.raises(ValueError, match="fake features: some numbers are not finite"):
+    with pytest.raises(ValueError, match="fake features: some values are not finite"):
         kernel_distance(real, moved * np.nan)
-    with pytest.raises(ValueError, match=r"features differ: \(400, 96\) and \(300, 95\)"):
+    with pytest.raises(ValueError, match=r"features differ in shape: \(400, 96\), \(300, 95\)"):
         kernel_distance(real, moved[:, 1:])
 
 
@@ -313,14 +313,14 @@ def test_precision_and_recall_agree_with_brute_force(
     assert precision != recall
 
 
-def test_precision_and_recall_at_their_ends() -> None:
+def test_precision_and_recall_at_their_extremes() -> None:
     random = np.random.default_rng(0)
     real = random.normal(size=(50, 4))
     assert precision_recall(real, real, 3) == (1.0, 1.0)
     assert precision_recall(real, real + 100, 3) == (0.0, 0.0)
     with pytest.raises(ValueError, match="3 fake images are too few for 3 neighbors"):
         precision_recall(real, real[:3], 3)
-    with pytest.raises(ValueError, match="real features: some numbers are not finite"):
+    with pytest.raises(ValueError, match="real features: some values are not finite"):
         precision_recall(np.full((5, 4), np.inf), real, 3)
 
 
@@ -338,7 +338,7 @@ def _by_cdist(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float]
 def test_precision_and_recall_agree_with_scipy(
     scale: float, offset: float, block_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On features like Inception's, of any size and far from zero, to the last image."""
+    """On features like Inception's, at any scale and far from zero, exactly."""
     monkeypatch.setattr(metrics, "_BLOCK_ROWS", block_rows)
     real = _real_looking(1, 420).astype(np.float64) * scale + offset
     fake = _real_looking(2, 350, shift=-0.1).astype(np.float64) * scale + offset
@@ -350,7 +350,7 @@ def test_precision_and_recall_agree_with_scipy(
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(2, 9), st.integers(1, 30))
 def test_precision_and_recall_among_ties(seed: int, k: int, levels: int, block_rows: int) -> None:
-    """Whole numbers: many distances are equal, many rows the same, and all sums are exact."""
+    """Integers: many equal distances and rows, and all sums are exact."""
     random = np.random.default_rng(seed)
     real = random.integers(0, levels, size=(30, 3)).astype(np.float64)
     fake = random.integers(0, levels, size=(25, 3)).astype(np.float64)
@@ -360,7 +360,7 @@ def test_precision_and_recall_among_ties(seed: int, k: int, levels: int, block_r
 
 
 def test_float64_decides_what_float32_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two clusters far apart: distances inside one are lost in float32."""
+    """Two clusters far apart: float32 loses the distances within a cluster."""
     random = np.random.default_rng(0)
     centres = np.repeat([[0.0], [1e4]], 60, axis=0)
     real, fake = (random.normal(size=(120, 8)) + centres for _ in range(2))

@@ -1,4 +1,4 @@
-"""Published reference files: downloaded once, verified at each use, told by their digest."""
+"""Published reference files: downloaded once, verified at each use, identified by digest."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONTENT = _npz()
 
 
 class Server(HTTPServer):
-    """Serves CONTENT as any .npz; `cut` is how many bytes come before the connection closes."""
+    """Serves CONTENT as any .npz; closes the connection after `cut` bytes."""
 
     cut: int | None = None
 
@@ -50,7 +50,7 @@ class Server(HTTPServer):
 
     @property
     def url(self) -> str:
-        """Of the file."""
+        """URL of the file."""
         return f"http://127.0.0.1:{self.server_port}/a/reference.npz"
 
 
@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A server, until the block ends."""
+    """A server that runs until the block ends."""
     made = Server()
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -117,9 +117,9 @@ def test_a_reference_is_downloaded_once(
     assert record == {"url": server.url, "bytes": len(CONTENT), "sha256": digest}
     assert re.search(r"reference file  3\d/3\d MB  .* MB/s", capsys.readouterr().err)
 
-    # Named by its path, it is the same reference.
+    # Given by path, it is the same reference.
     assert reference_identity(_recipe(tmp_path, str(file))) == digest
-    # Another URL that ends in the same name is kept apart.
+    # Another URL with the same file name is stored separately.
     other = _recipe(tmp_path, server.url.replace("/a/", "/a/b/"))
     references.check_reference_file(other)
     assert len(server.asked) == 2
@@ -132,7 +132,7 @@ def test_a_damaged_reference_is_found(server: Server, tmp_path: Path) -> None:
     file = Path(reference_file(recipe) or "")
     middle = len(CONTENT) // 2
     file.write_bytes(CONTENT[:middle] + b"\xff" + CONTENT[middle + 1 :])
-    with pytest.raises(DiffitError, match=r"is damaged: its sha256 .* delete \S+\.npz\.json"):
+    with pytest.raises(DiffitError, match=r"is damaged: its SHA-256 .* delete \S+\.npz\.json"):
         references.check_reference_file(recipe)
     Path(f"{file}.json").unlink()
     references.check_reference_file(recipe)
@@ -156,8 +156,8 @@ def test_a_broken_transfer_leaves_nothing(server: Server, tmp_path: Path) -> Non
     assert reference_identity(recipe) is not None
 
 
-def test_a_file_whose_record_is_missing_is_not_taken(server: Server, tmp_path: Path) -> None:
-    """As where the process died between the two."""
+def test_a_file_without_commit_marker_is_not_used(server: Server, tmp_path: Path) -> None:
+    """As if the process had died between writing the file and its marker."""
     recipe = _recipe(tmp_path, server.url)
     file = Path(reference_file(recipe) or "")
     file.parent.mkdir()
@@ -167,13 +167,13 @@ def test_a_file_whose_record_is_missing_is_not_taken(server: Server, tmp_path: P
     assert len(server.asked) == 1
 
 
-def test_what_cannot_be_downloaded_says_what_to_do(server: Server, tmp_path: Path) -> None:
+def test_a_failed_download_says_what_to_do(server: Server, tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         away = f"http://127.0.0.1:{closed.getsockname()[1]}/a/VIRTUAL.npz?sig=secret"
         for url, reason in (
             (server.url.replace("/a/", "/missing/"), "HTTP Error 404: Not Found"),
-            (server.url.replace("reference", "page"), r"19 bytes came, which are no \.npz file"),
+            (server.url.replace("reference", "page"), r"received 19 bytes, not an \.npz file"),
             (away, "Connection refused"),
         ):
             with pytest.raises(UserError, match=reason) as raised:
@@ -181,7 +181,7 @@ def test_what_cannot_be_downloaded_says_what_to_do(server: Server, tmp_path: Pat
             name = url.rsplit("/", 1)[-1].split("?")[0]
             for part in (
                 f"download {name} elsewhere",
-                "evaluate.reference=PATH",
+                "set evaluate.reference to that path",
                 "evaluate.reference=own",
             ):
                 assert part in str(raised.value)
@@ -189,7 +189,7 @@ def test_what_cannot_be_downloaded_says_what_to_do(server: Server, tmp_path: Pat
     assert _names(tmp_path) == []
 
 
-def test_other_features_are_refused_before_anything_is_downloaded(
+def test_other_features_are_rejected_before_anything_is_downloaded(
     server: Server, tmp_path: Path
 ) -> None:
     recipe = load_recipe("demo", [f"evaluate.reference={server.url}"], root=str(tmp_path))
@@ -207,7 +207,7 @@ def test_the_packaged_recipes_name_adms_references() -> None:
     }
 
 
-def test_a_stored_recipe_without_reference_means_its_own() -> None:
+def test_a_stored_recipe_without_reference_uses_data_source() -> None:
     text = dump_recipe(load_recipe("demo"))
     assert "reference: own\n" in text
     stored = load_recipe_text(text.replace("reference: own\n", "reference: ''\n"), "stored")

@@ -1,4 +1,4 @@
-"""Reference files of others, and the published self-check in small."""
+"""ADM's and EDM's reference files, and a small version of the published self-check."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_adms_and_edms_files_are_read(tmp_path: Path) -> None:
     assert np.array_equal(read.pool.mean, found["mu"])
     assert read.spatial is not None
     assert np.array_equal(read.spatial.covariance, found["sigma_s"])
-    # The first six images, as the recipe says.
+    # The first six images, as set in the recipe.
     assert np.array_equal(read.features, pixels[:6].reshape(6, -1)[:, :5])
     with opened_npz(recipe, edm) as opened:
         bare = opened.read(recipe, lambda batch: batch)
@@ -65,25 +65,28 @@ def test_adms_and_edms_files_are_read(tmp_path: Path) -> None:
     assert np.array_equal(bare.pool.covariance, found["sigma"])
 
 
-def test_a_file_that_cannot_serve_is_named(tmp_path: Path) -> None:
+def test_unusable_reference_files_are_reported(tmp_path: Path) -> None:
     found = _statistics()
     file = tmp_path / "reference.npz"
     recipe = _recipe(tmp_path, f"evaluate.reference={file}")
     with pytest.raises(UserError, match="does not exist"):
         references.check_reference_file(recipe)
     file.write_bytes(b"PK no archive")
-    with pytest.raises(UserError, match=r"is no \.npz file"):
+    with pytest.raises(UserError, match=r"is not an \.npz file"):
         references.check_reference_file(recipe)
     for content, words in (
         ({"arr_0": _pixels(6)}, r"holds arr_0, but must hold mu and sigma"),
-        ({**found, "mu": np.zeros(64)}, r"mu of .* is of shape \(64,\), but must be \(2048,\)"),
+        (
+            {**found, "mu": np.zeros(64)},
+            r"mu of .* has shape \(64,\), but must have shape \(2048,\)",
+        ),
         ({k: v for k, v in found.items() if k != "sigma_s"}, "sigma_s of .* is missing"),
         ({**found, "mu": np.full(2048, np.nan)}, "mu of .* is not finite"),
         ({**found, "arr_0": _pixels(5)}, r"holds 5 images, but .*reference_images is 6"),
         ({**found, "arr_0": _pixels(6)[:, :16, :16]}, r"must be uint8 images .* 32"),
-        ({**found, "arr_0": _pixels(6) / 2.0}, "holds float64 of shape"),
-        ({**found, "mu": np.array([None])}, "mu of .* cannot be read"),
-        ({**found, "arr_0": np.asfortranarray(_pixels(6))}, "is in Fortran's order"),
+        ({**found, "arr_0": _pixels(6) / 2.0}, "is float64 of shape"),
+        ({**found, "mu": np.array([None])}, "cannot read mu of"),
+        ({**found, "arr_0": np.asfortranarray(_pixels(6))}, "is in Fortran order"),
     ):
         np.savez(file, **content)
         with pytest.raises(UserError, match=words):
@@ -94,7 +97,7 @@ def test_a_file_that_cannot_serve_is_named(tmp_path: Path) -> None:
         references.check_reference_file(other)
 
 
-def test_a_kept_reference_comes_back(tmp_path: Path) -> None:
+def test_a_stored_reference_round_trips(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     pool = Statistics(random.normal(size=4), random.normal(size=(4, 4)))
     whole = Reference(pool, pool, random.normal(size=(3, 4)).astype(np.float32), 7)
@@ -105,7 +108,7 @@ def test_a_kept_reference_comes_back(tmp_path: Path) -> None:
         assert again.count == reference.count
         assert np.array_equal(again.pool.covariance, pool.covariance)
         assert (again.spatial is None, again.features is None) == (bool(number), bool(number))
-        with pytest.raises(DiffitError, match="is of other images"):
+        with pytest.raises(DiffitError, match="is for other images"):
             read_reference(url, "other")
     file = tmp_path / "0.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
@@ -113,7 +116,7 @@ def test_a_kept_reference_comes_back(tmp_path: Path) -> None:
         read_reference(str(file), "identity")
 
 
-def test_the_self_check_measures_what_the_folder_holds(
+def test_the_self_check_measures_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -125,16 +128,16 @@ def test_the_self_check_measures_what_the_folder_holds(
     with pytest.raises(UserError, match=r"sample batch.*found: nothing"):
         conformance.conform(str(tmp_path))
     np.savez(tmp_path / "samples.npz", images=fake)
-    with pytest.raises(UserError, match=r"arr_0 of \S*samples\.npz cannot be read"):
+    with pytest.raises(UserError, match=r"cannot read arr_0 of \S*samples\.npz"):
         conformance.conform(str(tmp_path))
     np.savez(tmp_path / "samples.npz", arr_0=fake)
     with torch.no_grad():
         rows = network(torch.from_numpy(fake)).pool.double().numpy()
-    # All eigenvalues of the real covariance are alike, and of the other only six are not 0.
+    # All eigenvalues of the real covariance are equal; only six of the other are not 0.
     spread = np.linalg.svd(rows - rows.mean(0), compute_uv=False) / np.sqrt(len(rows) - 1)
     distance = ((rows.mean(0) - found["mu"]) ** 2).sum() + (spread**2).sum()
     distance += 0.25 * 2048 - 2 * 0.5 * spread.sum()
-    # Precision and recall as ADM's evaluator rounds them, and it says so.
+    # Precision and recall are rounded like ADM's evaluator, and the table says so.
     with torch.no_grad():
         known = network(torch.from_numpy(real)).pool.numpy()
     precision, recall = precision_recall(known, rows.astype(np.float32), 3, rounding="adm")
@@ -160,20 +163,20 @@ def test_the_self_check_measures_what_the_folder_holds(
     expected = {"metrics": {"fd_own": float(distance)}, "relative": 1e-6}
     (tmp_path / "expected.json").write_text(json.dumps(expected))
     monkeypatch.setattr(conformance, "_metrics", lambda *_: {"fd_own": float(distance) * 1.001})
-    with pytest.raises(DiffitError, match="fd_own do not agree"):
+    with pytest.raises(DiffitError, match="fd_own differ from the expected"):
         conformance.conform(str(tmp_path))
     (tmp_path / "expected.json").write_text('{"metrics": {"fid": 3.0}}')
-    with pytest.raises(UserError, match=r"no metric fid; it has \['fd_own'\]"):
+    with pytest.raises(UserError, match="expects fid, but the metrics are fd_own"):
         conformance.conform(str(tmp_path))
     (tmp_path / "expected.json").write_text('{"metric": {}}')
     with pytest.raises(UserError, match=r"expected\.json: metrics: Field required"):
         conformance.conform(str(tmp_path))
     (tmp_path / "more.npz").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"more\.npz is no \.npz file"):
+    with pytest.raises(UserError, match=r"more\.npz is not an \.npz file"):
         conformance.conform(str(tmp_path))
 
 
-def test_published_figures_pass_within_their_tolerance() -> None:
+def test_published_metrics_pass_within_tolerance() -> None:
     published = conformance.PUBLISHED_METRICS
     assert published.passes("fid", 3.95)
     assert not published.passes("fid", 3.97)

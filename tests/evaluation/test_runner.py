@@ -1,4 +1,4 @@
-"""Evaluations: any number of actors, interrupted or not, the same metrics; and their comparison."""
+"""Evaluations: the same metrics with any number of actors and interruptions; and comparison."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _images(result: Result) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def evaluated(trained: Path) -> tuple[Path, list[Result]]:
-    """The project with evaluations of its first and last checkpoint."""
+    """The project, with evaluations of its first and last checkpoint."""
     return trained, evaluate(tiny_recipe(trained), "tiny", [0, 12])
 
 
@@ -53,7 +53,7 @@ def _copy(root: Path, target: Path) -> Path:
     return target
 
 
-def test_a_result_has_figures_a_grid_and_an_mlflow_child(
+def test_a_result_has_metrics_a_grid_and_an_mlflow_child(
     evaluated: tuple[Path, list[Result]],
 ) -> None:
     root, results = evaluated
@@ -87,8 +87,8 @@ def test_a_result_has_figures_a_grid_and_an_mlflow_child(
         assert files == ["grid.png"]
 
 
-def test_figures_are_those_of_the_images(evaluated: tuple[Path, list[Result]]) -> None:
-    """Agreement counted again from the chunks' files alone."""
+def test_metrics_match_the_images(evaluated: tuple[Path, list[Result]]) -> None:
+    """Recompute the classifier accuracy from the chunk files alone."""
     from safetensors.numpy import load_file
 
     _, (_, result) = evaluated
@@ -130,7 +130,7 @@ def test_the_grid_shows_the_first_classes_that_occur() -> None:
     shown = runner._grid_labels(recipe)
     labels = choose_labels("random", 0, range(40), 1000).tolist()
     assert sorted(shown) == sorted(set(labels))[:10]
-    # With fewer than ten classes among them, these; and 0 to 9 where the classes are counted up.
+    # With fewer than ten classes among them, exactly those; with balanced labels, 0 to 9.
     assert len(runner._grid_labels(load_recipe("imagenet256", ["evaluate.samples=5"]))) == 5
     assert runner._grid_labels(load_recipe("demo")) == set(range(10))
 
@@ -151,7 +151,7 @@ def test_two_actors_and_an_interruption_give_the_same_metrics(
     (folder / "chunk-0000004-0000008.safetensors").unlink()
     (folder / "chunk-0000008-0000012.safetensors.tmp-killed").write_bytes(b"half")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("chunk-*")}
-    # Cut otherwise: both batches that are missing make one chunk.
+    # With another chunk size, both missing batches form one chunk.
     recipe = tiny_recipe(tmp_path, "scaling.evaluate_batches=2")
     (resumed,) = evaluate(recipe, "tiny", [12])
     assert (folder / "chunk-0000000-0000008.safetensors").exists()
@@ -164,7 +164,7 @@ def test_two_actors_and_an_interruption_give_the_same_metrics(
     assert kept == {p: t for p, t in before.items() if "tmp" not in p.name}
 
 
-def test_a_dead_actors_chunks_are_made_by_another(
+def test_a_dead_actors_chunks_go_to_another_actor(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, (_, result) = evaluated
@@ -182,7 +182,7 @@ def test_a_dead_actors_chunks_are_made_by_another(
     assert again.metrics == result.metrics
 
 
-def test_more_samples_begin_with_the_same_images(
+def test_more_samples_start_with_the_same_images(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, (_, result) = evaluated
@@ -215,7 +215,7 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     assert version.source == Path(found["file"]).as_uri()
     assert version.run_id == best.mlflow_run_id
     assert "blocks.0.attn.qkv.weight" in read_weights_file(found["file"], False)
-    # Nothing has become better since.
+    # Nothing has improved since.
     again = register_best(recipe, "tiny")
     assert again is not None
     assert again["file"] is None
@@ -223,7 +223,7 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     assert len(versions) == 1
 
 
-def test_a_sweep_is_evaluated_in_place_and_goes_on(
+def test_a_sweep_runs_locally_and_resumes(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, _ = evaluated
@@ -233,7 +233,7 @@ def test_a_sweep_is_evaluated_in_place_and_goes_on(
     rows = found["rows"]
     pairs = [(row["guidance.scale"], row["sampler.steps"]) for row in rows]
     assert pairs == [(1, 2), (1, 3), (2, 2), (2, 3)]
-    # At scale 1 the unconditional pass is left out.
+    # At scale 1 the unconditional pass is skipped.
     assert [row["nfe"] for row in rows] == [2, 3, 4, 6]
     with Path(found["csv"]).open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -245,7 +245,7 @@ def test_a_sweep_is_evaluated_in_place_and_goes_on(
     assert Image.open(found["plot"]).size[0] > 900
     children = [r for r in Tracker.of(recipe).runs() if r.tags.get("diffit.sweep") == "first"]
     assert len(children) == 4
-    # A sweep is no part of the run's own curve.
+    # A sweep is not part of the run's own curve.
     parent = read_state(str(tmp_path / "runs" / "tiny"), 12).mlflow_run_id
     curve = Tracker.of(recipe).history(parent, "eval/fd_digits")
     assert [step for step, _ in curve] == [0, 12]
@@ -263,7 +263,7 @@ def test_a_sweep_is_evaluated_in_place_and_goes_on(
     assert (shown["done"], shown["members"]) == (4, 4)
 
 
-def test_a_reference_is_made_in_parts_and_goes_on(
+def test_a_reference_is_computed_in_parts_and_resumes(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffit_train.evaluation import references
@@ -275,7 +275,7 @@ def test_a_reference_is_made_in_parts_and_goes_on(
     assert whole.features is not None
     assert whole.features.shape == (10, 5)
     Path(place).unlink()
-    # As if it had been killed with one part of four done.
+    # As if killed with one of four parts done.
     fleet = EvaluationPool(recipe)
     listing = list_images(recipe)
     tasks = list(references.part_tasks(recipe, listing))
@@ -293,7 +293,7 @@ def test_a_reference_is_made_in_parts_and_goes_on(
     def read(url: str, wanted: list[references.PartTask]) -> list[references.ReferencePart]:
         seen.append(target.stat().st_mtime_ns)
         if len(seen) == 1:
-            # As if another evaluation, done with the same, were clearing up just now.
+            # As if a concurrent evaluation had finished and were deleting the parts.
             (parts / references.part_name(tasks[3])).unlink()
         return list(real(url, wanted))
 
@@ -317,28 +317,28 @@ def test_other_settings_are_another_evaluation(evaluated: tuple[Path, list[Resul
     assert evaluation_key(tiny_recipe(root, "scaling.evaluate_actors=2"), run_url, 12) == plain
 
 
-def test_the_key_follows_what_the_reference_is_not_where_it_lies(
+def test_the_key_depends_on_the_content_of_the_reference_not_its_path(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, _ = evaluated
     run_url = str(root / "runs" / "tiny")
-    places = [tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "c.npz"]
-    for place, content in zip(places, (b"one", b"one", b"two"), strict=True):
-        place.write_bytes(content)
+    paths = [tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "c.npz"]
+    for path, content in zip(paths, (b"one", b"one", b"two"), strict=True):
+        path.write_bytes(content)
 
-    def key(place: Path | str) -> str:
-        return evaluation_key(tiny_recipe(root, f"evaluate.reference={place}"), run_url, 12)
+    def key(reference: Path | str) -> str:
+        return evaluation_key(tiny_recipe(root, f"evaluate.reference={reference}"), run_url, 12)
 
-    first, second, third = (key(place) for place in places)
+    first, second, third = (key(path) for path in paths)
     assert first == second != third
     assert key("own") == key("''") == evaluation_key(tiny_recipe(root), run_url, 12) != first
-    places[0].write_bytes(b"two")
-    assert key(places[0]) == third
+    paths[0].write_bytes(b"two")
+    assert key(paths[0]) == third
     with pytest.raises(UserError, match="does not exist"):
         key(tmp_path / "none.npz")
 
 
-def test_a_chunk_of_another_evaluation_is_refused(
+def test_a_chunk_of_another_evaluation_is_rejected(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, (first, last) = evaluated
@@ -346,7 +346,9 @@ def test_a_chunk_of_another_evaluation_is_refused(
     folder = Path(evaluation_url(recipe, "tiny", 12, last.key))
     folder.mkdir(parents=True)
     shutil.copy(Path(first.grid).parent / "chunk-0000004-0000008.safetensors", folder)
-    with pytest.raises(DiffitError, match=r"chunk-0000004-0000008\S* is of another evaluation"):
+    with pytest.raises(
+        DiffitError, match=r"chunk-0000004-0000008\S* belongs to another evaluation"
+    ):
         evaluate(recipe, "tiny", [12])
 
 
@@ -396,10 +398,10 @@ def test_runs_are_compared(
     assert "0.003" in printed
 
 
-def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
+def test_nothing_to_compare_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no .*mlflow\.db; train first"):
         compare_store(str(tmp_path), None, None, None)
-    with pytest.raises(UserError, match=r"--tracking-uri, as http.* or sqlite:////"):
+    with pytest.raises(UserError, match=r"--tracking-uri, for example http.* or sqlite:////"):
         compare_store("s3://bucket/project", None, None, None)
     with pytest.raises(UserError, match=r"--root is 's3:/bucket/project': .* s3://…"):
         compare_store("s3:/bucket/project", None, None, None)

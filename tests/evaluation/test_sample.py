@@ -33,7 +33,7 @@ def test_seeds_are_numbers_and_ranges() -> None:
     for text in ("", "a", "1-", "-1", "1,,2", "0.5"):
         with pytest.raises(UserError, match="--seeds is"):
             parse_seeds(text)
-    with pytest.raises(UserError, match="whose end lies before its start"):
+    with pytest.raises(UserError, match="must not end before it starts"):
         parse_seeds("3-1")
 
 
@@ -79,7 +79,7 @@ def test_a_run_and_its_export_give_the_same_images_in_any_batch(
     second = _images(tmp_path / "file")
     assert second.keys() == first.keys()
     for name, image in first.items():
-        # Products of another shape are rounded in another order; a level may differ by that.
+        # Matrix products of another shape round differently, so a pixel may differ by one level.
         assert np.abs(second[name] - image).max() <= 1
     assert not np.array_equal(first["class0001-seed000000.png"], first["class0001-seed000001.png"])
 
@@ -90,7 +90,7 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     recipe = tiny_recipe(trained)
     exported = export_checkpoint(recipe, "tiny", "8", "raw", str(tmp_path / "raw.safetensors"))
     file = exported["file"]
-    # The file itself says of which recipe it is.
+    # The file itself names its recipe.
     mine = recipe_of_weights(file, None, ["storage.root=" + str(trained)], None)
     assert mine == recipe
     result = import_file(mine, "imported", file, 8, False)
@@ -113,8 +113,8 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
         train_run(recipe, "imported")
 
 
-def test_an_export_says_its_step_and_its_runs_recipe(trained: Path, tmp_path: Path) -> None:
-    # What the command changes of the recipe is not how the run was trained.
+def test_an_export_records_its_step_and_its_runs_recipe(trained: Path, tmp_path: Path) -> None:
+    # Overrides of the export command are not part of how the run was trained.
     recipe = tiny_recipe(trained, "evaluate.seed=5", "tracking.experiment=other")
     out = str(tmp_path / "w.safetensors")
     file = export_checkpoint(recipe, "tiny", "8", "ema", out)["file"]
@@ -138,7 +138,7 @@ def test_without_mlflow_nothing_is_imported(trained: Path, tmp_path: Path) -> No
     assert not storage.exists("memory://import")
 
 
-def test_files_of_another_model_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_files_of_another_model_are_rejected(trained: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(trained)
     file = str(tmp_path / "other.safetensors")
     save_file({"x": torch.zeros(1)}, file)
@@ -157,7 +157,7 @@ def test_files_of_another_model_are_refused(trained: Path, tmp_path: Path) -> No
         ["evaluate.guidance.channels=all", "evaluate.precision=bf16_autocast"],
     ],
 )
-def test_other_ways_to_sample_change_little_in_kind(
+def test_other_sampling_settings_work(
     trained: Path, tmp_path: Path, changes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tiny_recipe(trained, *changes)
@@ -169,7 +169,7 @@ def test_other_ways_to_sample_change_little_in_kind(
 
 
 def test_the_packaged_recipe_reads_a_release(tmp_path: Path) -> None:
-    """The 256x256 recipe asks for exactly the names and shapes of the release."""
+    """The 256x256 recipe expects exactly the names and shapes of the release."""
     from diffit_train.models.build import build_model
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Sweeps: which evaluations they are, and that one name stands for one sweep."""
+"""Sweeps: their evaluations, and one sweep per name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffit_train.evaluation.sweep import (
 from tests.conftest import tiny_recipe
 
 
-def test_values_are_listed_and_ranges_hold_both_ends() -> None:
+def test_lists_of_values_and_ranges_with_both_ends() -> None:
     key, values = parse_values("guidance.scale=1.0:5.0:0.4")
     assert key == "evaluate.guidance.scale"
     assert values == [1.0, 1.4, 1.8, 2.2, 2.6, 3.0, 3.4, 3.8, 4.2, 4.6, 5.0]
@@ -31,7 +31,7 @@ def test_values_are_listed_and_ranges_hold_both_ends() -> None:
 
 
 @given(first=st.integers(-500, 500), count=st.integers(1, 60), step=st.integers(1, 300))
-def test_ranges_are_those_of_decimal_numbers(first: int, count: int, step: int) -> None:
+def test_ranges_have_exact_decimal_steps(first: int, count: int, step: int) -> None:
     start, pace = Decimal(first) / 100, Decimal(step) / 100
     last = start + pace * (count - 1)
     _, values = parse_values(f"guidance.scale={start}:{last}:{pace}")
@@ -43,12 +43,12 @@ def test_ranges_are_those_of_decimal_numbers(first: int, count: int, step: int) 
     [
         ("guidance.scale", "must be KEY=VALUES"),
         ("=1,2", "must be KEY=VALUES"),
-        ("guidance.scale=5:1:0.5", "must rise"),
-        ("guidance.scale=1:5:0", "must rise"),
-        ("guidance.scale=1:x:2", "must be FIRST:LAST:STEP"),
-        ("guidance.scale=1:nan:2", "must rise"),
+        ("guidance.scale=5:1:0.5", "must ascend"),
+        ("guidance.scale=1:5:0", "must ascend"),
+        ("guidance.scale=1:x:2", "must be numbers FIRST:LAST:STEP"),
+        ("guidance.scale=1:nan:2", "must ascend"),
         ("guidance.scale=0:1e9:1", "1,000,000,001 values"),
-        ("seed=1,2,1", "a value twice"),
+        ("seed=1,2,1", "duplicate values"),
         ("features.name=a,b", "cannot vary evaluate.features.name"),
     ],
 )
@@ -72,13 +72,13 @@ def test_a_sweep_is_every_combination(tmp_path: Path) -> None:
     assert sweep.loaded() == recipe
 
 
-def test_what_a_sweep_cannot_be_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_an_invalid_sweep_is_rejected_before_anything_is_written(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     for texts, name, words in (
         (["guidance.scale=1,-2"], None, r"evaluate\.guidance\.scale"),
         (["guidance.scal=1,2"], None, r"guidance\.scal"),
         (["sampler.name=ddim,euler"], None, "must be one of"),
-        (["seed=1,2", "evaluate.seed=3"], None, "names evaluate.seed twice"),
+        (["seed=1,2", "evaluate.seed=3"], None, "has evaluate.seed twice"),
         (["seed=1,2"], "a/b", "--name is 'a/b'"),
         (["seed=0:9999:1", "sampler.steps=1,2"], None, "20,000 evaluations"),
     ):
@@ -100,7 +100,7 @@ def test_one_name_is_one_sweep(tmp_path: Path) -> None:
         plan_sweep(recipe, "tiny", [4], ["seed=1,3"], "first"),
         plan_sweep(tiny_recipe(tmp_path, "evaluate.samples=9"), "tiny", [4], ["seed=1,2"], "first"),
     ):
-        with pytest.raises(UserError, match=r"another sweep 'first' .* by --name"):
+        with pytest.raises(UserError, match=r"another sweep 'first' .* with --name"):
             open_sweep(changed)
     assert read_sweep(sweep.url()) == sweep
     with pytest.raises(UserError, match="there is no sweep in"):
