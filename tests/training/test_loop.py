@@ -361,7 +361,7 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
         (("new", "nobody", "ema"), r"run 'nobody' does not exist"),
         (("new", "whole", "slow"), r"--from-weights is 'slow', but whole holds master"),
         (("new", "whole@x", "ema"), r"must be RUN or RUN@STEP"),
-        (("whole", "whole", "ema"), r"names run 'whole' itself"),
+        (("whole", "whole", "ema"), r"--from is run 'whole' itself"),
     ):
         with pytest.raises(UserError, match=words):
             starting_from(large, *wrong)
