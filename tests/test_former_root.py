@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffit_train.commands.data import fit_features
 from diffit_train.commands.encode import encode_latents
 from diffit_train.commands.train import train_run
 from diffit_train.commands.verify import check_latents
@@ -24,7 +25,6 @@ from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.shards import finished_manifest
 from diffit_train.data.sources import list_images
 from diffit_train.errors import UserError
-from diffit_train.evaluation.features import fit_features
 from diffit_train.runs.checkpoints import checkpoint_url, read_weights
 from diffit_train.runs.identity import check_recipe, run_url, stored_recipe
 from diffit_train.storage import remove

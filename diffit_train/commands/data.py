@@ -6,7 +6,12 @@ from typing import Annotated
 
 import typer
 
+from diffit_train import storage
 from diffit_train.commands.options import Overrides, RecipeName, Root, read_recipe
+from diffit_train.config import Recipe, renamed
+from diffit_train.errors import UserError
+from diffit_train.evaluation.features import FeaturesInfo, features_info, features_url
+from diffit_train.progress import say
 
 
 def data_digits_command(
@@ -43,6 +48,35 @@ def features_fit_command(name: RecipeName, overrides: Overrides = None, root: Ro
 
     Example: `diffit features fit demo --root my-project`
     """
-    from diffit_train.evaluation.features import fit_features
 
     fit_features(read_recipe(name, overrides, root))
+
+
+def fit_features(recipe: Recipe) -> FeaturesInfo:
+    """Fit the recipe's feature network; keep a finished one, resume a killed fit.
+
+    Raises:
+        UserError: the folder holds another network, or the images cannot be read.
+    """
+    url = features_url(recipe)
+    identity = storage.digest(
+        [
+            renamed.hashed(recipe.image_identity()),
+            recipe.evaluate.features.fit.model_dump(mode="json"),
+        ]
+    )
+    if storage.exists(storage.join(url, "features.json")):
+        info = features_info(recipe)
+        if info.identity != identity:
+            raise UserError(
+                f"{url} holds the feature network of another recipe; set evaluate.features.source "
+                "to another folder, or delete that one"
+            )
+        say(f"feature network {storage.display_path(url)} is already fitted")
+        return info
+    from diffit_train.evaluation.feature_networks import fit_classifier
+
+    info = fit_classifier(recipe, identity)
+    accuracy = f"held-out accuracy {info.held_out_accuracy:.1%}"
+    say(f"feature network {storage.display_path(url)}: {accuracy}")
+    return info

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
+from diffit_train.commands.evaluations import evaluate_all
 from diffit_train.commands.options import (
     Address,
     Json,
@@ -20,13 +21,12 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
-from diffit_train.commands.weights import reconstruct_run_ema
+from diffit_train.commands.sweep import FleetOptions, run_sweep
 from diffit_train.config import Recipe, packaged_recipes
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.best import register_best
-from diffit_train.evaluation.result import evaluation_url, finished_result
+from diffit_train.evaluation.result import finished_result
 from diffit_train.progress import say
-from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
+from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
 from diffit_train.runs.start import starting_from
 
@@ -51,50 +51,6 @@ def evaluate_run(
     recipe = starting_from(recipe, run)
     wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
     return evaluate_all([(recipe, step) for step in wanted], run, address, sweep, npz)
-
-
-def evaluate_all(
-    wanted: Sequence[tuple[Recipe, int]], run: str, address: str | None, sweep: str, npz: bool
-) -> list[dict[str, Any]]:
-    """The results of all (recipe, step), computing those that are missing."""
-    results = [finished_result(recipe, run, step) for recipe, step in wanted]
-    missing = [number for number, result in enumerate(results) if result is None]
-    if missing:
-        from diffit_train.evaluation import runner
-
-        for number in missing:
-            _reconstruct(*wanted[number], run)
-        requests = [
-            runner.Request(wanted[number][0], run, wanted[number][1], sweep, npz)
-            for number in missing
-        ]
-        made = runner.evaluate(requests, address)
-        for number, new in zip(missing, made, strict=True):
-            results[number] = new
-    else:
-        say("already evaluated")
-    found = []
-    for (recipe, step), result in zip(wanted, results, strict=True):
-        if result is None:
-            continue
-        found.append(result)
-        metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-        say(f"step {step:,}: {metrics}  {storage.display_path(result.grid)}")
-        if npz:
-            from diffit_train.evaluation import runner
-
-            runner.write_npz(recipe, evaluation_url(recipe, run, step, result.key))
-    if not sweep:
-        register_best(wanted[0][0], run)
-    return [result.model_dump(mode="json") for result in found]
-
-
-def _reconstruct(recipe: Recipe, step: int, run: str) -> None:
-    """Reconstruct the EMA that an evaluation needs from snapshots, unless it exists."""
-    width = recipe.evaluate.reconstructed
-    if width is None or storage.exists(reconstructed_url(run_url(recipe, run), width, step)):
-        return
-    reconstruct_run_ema(recipe, run, width, str(step), None)
 
 
 def watch_run(
@@ -252,8 +208,6 @@ def evaluate_command(
     if watch:
         print_result(watch_run(recipe, run, address), as_json)
     elif sweep:
-        from diffit_train.commands.sweep import FleetOptions, run_sweep
-
         jobs = FleetOptions(address, at_most, retries, python) if fleet and address else None
         cluster = None if fleet else address
         found = run_sweep(recipe, run, step or [], sweep, sweep_name, cluster, jobs)

@@ -11,7 +11,7 @@ import typer
 
 from diffit_train import ray_jobs as jobs
 from diffit_train import storage
-from diffit_train.commands.evaluate import evaluate_all
+from diffit_train.commands.evaluations import evaluate_all
 from diffit_train.commands.options import Json, ProjectRoot, print_result
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError

@@ -10,10 +10,9 @@ import functools
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe, renamed
+from diffit_train.config import Recipe
 from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.progress import say
 
 # Published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -85,33 +84,3 @@ def _file_digest(url: str) -> str:
         raise UserError(f"evaluate.features.source {url} does not exist")
     with storage.local_copy(url) as path:
         return storage.sha256_file(path)
-
-
-def fit_features(recipe: Recipe) -> FeaturesInfo:
-    """Fit the recipe's feature network; keep a finished one, resume a killed fit.
-
-    Raises:
-        UserError: the folder holds another network, or the images cannot be read.
-    """
-    url = features_url(recipe)
-    identity = storage.digest(
-        [
-            renamed.hashed(recipe.image_identity()),
-            recipe.evaluate.features.fit.model_dump(mode="json"),
-        ]
-    )
-    if storage.exists(storage.join(url, "features.json")):
-        info = features_info(recipe)
-        if info.identity != identity:
-            raise UserError(
-                f"{url} holds the feature network of another recipe; set evaluate.features.source "
-                "to another folder, or delete that one"
-            )
-        say(f"feature network {storage.display_path(url)} is already fitted")
-        return info
-    from diffit_train.evaluation.feature_networks import fit_classifier
-
-    info = fit_classifier(recipe, identity)
-    accuracy = f"held-out accuracy {info.held_out_accuracy:.1%}"
-    say(f"feature network {storage.display_path(url)}: {accuracy}")
-    return info

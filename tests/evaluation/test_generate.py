@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffit_train.commands.data import fit_features
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import Autoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, PREDICTIONS
 from diffit_train.evaluation.feature_networks import load_features
-from diffit_train.evaluation.features import features_info, fit_features
+from diffit_train.evaluation.features import features_info
 from diffit_train.evaluation.generate import Generator, ImageNoise
 from diffit_train.models.build import build_model
 from tests.conftest import tiny_recipe
