@@ -235,9 +235,10 @@ def test_a_sweep_runs_locally_and_resumes(
     # At scale 1 the unconditional pass is skipped.
     assert [row["nfe"] for row in rows] == [2, 3, 4, 6]
     lines = Path(found["csv"]).read_text().splitlines()
-    assert lines[0].startswith("step,guidance.scale,sampler.steps,nfe,fd_digits")
+    assert lines[0].startswith("run,step,key,sweep,samples,evaluate.")
+    assert ",nfe,fd_digits," in lines[0]
     assert len(lines) == 5
-    assert Image.open(found["image"]).size[0] > 900
+    assert Image.open(found["plot"]).size[0] > 900
     children = [r for r in Tracker.of(recipe).runs() if r.tags.get("diffit.sweep") == "first"]
     assert len(children) == 4
     # A sweep is not part of the run's own curve.
