@@ -53,7 +53,7 @@ COMMANDS_HEAD = """
 
 Every command shows its progress on standard error and continues where an earlier call stopped.
 Exit status: 0 done, 1 failed, 2 bad input (one message, nothing written), 130 interrupted. A
-training run that was asked to end by SIGTERM exits with 143.
+training run that SIGTERM told to stop exits with 143.
 
 RECIPE is the name of a packaged recipe, or the path or URL of a YAML file; `KEY=VALUE` arguments
 change its keys, which are listed in [recipes.md](recipes.md).
