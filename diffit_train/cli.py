@@ -18,6 +18,11 @@ from diffit_train.commands.data import (
 )
 from diffit_train.commands.encode import encode_command
 from diffit_train.commands.evaluate import evaluate_command, references_command
+from diffit_train.commands.jobs import (
+    jobs_follow_command,
+    jobs_list_command,
+    jobs_stop_command,
+)
 from diffit_train.commands.plan import plan_command
 from diffit_train.commands.submit import submit_command
 from diffit_train.commands.sweep import sweep_cancel_command, sweep_show_command
@@ -53,12 +58,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_command,
     "export": export_command,
     "submit": submit_command,
+    "jobs list": jobs_list_command,
+    "jobs follow": jobs_follow_command,
+    "jobs stop": jobs_stop_command,
 }
 GROUPS = {
     "data": "Data sets that need no download.",
     "autoencoder": "Fit your own autoencoder.",
     "features": "Fit your own feature network.",
     "verify": "Check written data.",
+    "jobs": "Jobs that `diffit submit` sent to a cluster.",
     "sweep": "Sweeps started by `diffit evaluate --sweep`.",
     "ema": "Exponential moving averages (EMA) of the weights.",
 }

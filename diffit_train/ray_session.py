@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
 from diffit_train.errors import UserError
+from diffit_train.forwarded_env import FILE, SETUP_HOOK
 
 # No usage reports leave the machine; set to 1 to send them.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -54,6 +55,8 @@ def connected(address: str | None = None) -> Iterator[None]:
                 include_dashboard=False if address == NEW_CLUSTER else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                # Workers set the variables that were forwarded with a job.
+                runtime_env={"worker_process_setup_hook": SETUP_HOOK} if FILE.exists() else None,
             )
     except (ConnectionError, ValueError) as error:
         raise UserError(_unreachable(address, error)) from error

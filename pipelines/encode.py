@@ -6,6 +6,8 @@ ray job submit --working-dir . -- python pipelines/encode.py RECIPE [KEY=VALUE .
 import sys
 
 from diffit_train.cli import main
+from diffit_train.forwarded_env import load_forwarded
 
 if __name__ == "__main__":
+    load_forwarded()
     main(["encode", *sys.argv[1:]])

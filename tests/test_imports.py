@@ -22,8 +22,9 @@ ALLOWED = {
     "progress": {"errors"},
     "metric_names": set(),
     "config": {"errors", "storage"},
-    "ray_session": {"errors"},
-    "ray_jobs": BASE,
+    "forwarded_env": {"errors"},
+    "ray_session": {"errors", "forwarded_env"},
+    "ray_jobs": BASE | {"tracking", "forwarded_env"},
     "tracking": BASE,
     "models": BASE,
     "diffusion": BASE,
@@ -42,7 +43,7 @@ ALLOWED = {
 HOMES = {
     "ray": {
         "ray_session.py",
-        "ray_jobs.py",
+        "ray_jobs",
         "data/encode.py",
         "training/driver.py",
         "training/worker.py",

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from ray.job_submission import JobSubmissionClient
 
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.ray_jobs import FleetPlan, Job, JobState, cancel_jobs, job, submit, submit_fleet
+from diffit_train.ray_jobs import follow
+from diffit_train.ray_jobs.client import cancel_jobs
+from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
+from diffit_train.ray_jobs.follow import follow_job, submit
+from diffit_train.ray_jobs.job import Job, job
+from diffit_train.ray_jobs.listing import list_jobs, stop_job
 from tests.conftest import tiny_recipe, write_images
 from tests.head import Head, free_port
 
@@ -32,21 +40,35 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     write_images(tmp_path / "images" / "digits")
     recipe = tiny_recipe(tmp_path)
     fit_autoencoder(recipe)
-    with pytest.raises(UserError, match="job train-tiny-1 rejected its input"):
-        submit(job("train", recipe, "tiny", []), address)
+    train, encode = job("train", recipe, "tiny", []), job("encode", recipe, None, [])
+    with pytest.raises(UserError, match=f"job {train.name}-1 rejected its input"):
+        submit(train, address)
     assert "no finished latents" in capfd.readouterr().err
-    assert submit(job("encode", recipe, None, []), address) == "encode-digits-1"
+    assert submit(encode, address) == f"{encode.name}-1"
     assert "24 images in 5 shards" in capfd.readouterr().err
-    assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-2"
+    assert submit(train, address) == f"{train.name}-2"
     assert "Trained 12 steps" in capfd.readouterr().err
     assert committed_steps(str(tmp_path / "runs" / "tiny"))[-1] == 12
-    assert submit(job("train", recipe, "tiny", []), address) == "train-tiny-3"
+    assert submit(train, address) == f"{train.name}-3"
     assert "already trained" in capfd.readouterr().err
 
-    info = JobSubmissionClient(address).get_job_info("train-tiny-3")
+    info = JobSubmissionClient(address).get_job_info(f"{train.name}-3")
     assert info.metadata["diffit.run"] == "tiny"
+    assert info.metadata["diffit.root"] == str(tmp_path)
     assert info.metadata["diffit.attempt"] == "3"
     assert info.metadata["diffit.recipe_hash"] == recipe.train_hash()
+    rows = {row.name: row for row in list_jobs(address)}
+    assert rows[f"{train.name}-3"].state == "succeeded"
+    assert "at step 12" in rows[f"{train.name}-3"].progress
+    assert rows[f"{encode.name}-1"].stage == "encode"
+
+
+def test_runs_of_one_name_under_two_roots_are_two_jobs(tmp_path: Path) -> None:
+    one, two = (Job("train", tiny_recipe(tmp_path / name), "tiny") for name in "ab")
+    assert one.title == two.title == "train-tiny"
+    assert one.name != two.name
+    remote = tiny_recipe(tmp_path, "storage.root=s3://key:secret@bucket/x", "tracking.uri=http://m")
+    assert "secret" not in str(Job("train", remote, "tiny").metadata())
 
 
 def test_a_running_job_is_followed_not_doubled(address: str, tmp_path: Path) -> None:
@@ -62,6 +84,127 @@ def test_a_running_job_is_followed_not_doubled(address: str, tmp_path: Path) -> 
     )
     with pytest.raises(DiffitError, match="job bad ended as FAILED"):
         submit(waiting, address)
+
+
+def _shell_job(monkeypatch: pytest.MonkeyPatch, folder: Path, run: str, command: str) -> Job:
+    """A job whose entry point is a shell command."""
+    monkeypatch.setattr(Job, "entrypoint", lambda job, python: command.format(python=python))
+    return Job("train", tiny_recipe(folder), run, env=("DIFFIT_TEST_SECRET",))
+
+
+def test_a_stopped_job_may_save_first(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIFFIT_TEST_SECRET", "x")
+    # Saving takes longer than the 3 s after which Ray would kill it.
+    script = tmp_path / "saves.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(5)\n"
+        "    print('saved', flush=True)\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print('working', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    saving = _shell_job(monkeypatch, tmp_path, "saving", f"{{python}} {script}")
+    submission_id = submit(saving, address, follow=False)
+    client = JobSubmissionClient(address)
+    deadline = time.monotonic() + 90
+    while "working" not in client.get_job_logs(submission_id):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    (row,) = [row for row in list_jobs(address) if row.run == "saving"]
+    assert (row.state, row.progress, row.root) == ("running", "working", str(tmp_path))
+    with pytest.raises(UserError, match="no job is named 'train-nothing'; the cluster has: .*sav"):
+        stop_job(address, "train-nothing")
+    assert stop_job(address, "train-saving").status == "STOPPED"
+    assert "saved" in client.get_job_logs(submission_id)
+    assert "saved" in capfd.readouterr().err
+    with pytest.raises(UserError, match="is not running: stopped"):
+        stop_job(address, submission_id)
+
+
+def test_a_failed_job_is_restarted_as_often_as_allowed(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFIT_TEST_SECRET", "x")
+    flag = tmp_path / "flag"
+    command = f"test -e {flag} || (touch {flag}; exit 1)"
+    once = _shell_job(monkeypatch, tmp_path, "once", command)
+    assert submit(once, address, restarts=1) == f"{once.name}-2"
+    never = _shell_job(monkeypatch, tmp_path, "never", "exit 1")
+    with pytest.raises(DiffitError, match=f"job {never.name}-2 ended as FAILED"):
+        submit(never, address, restarts=1)
+    refused = _shell_job(monkeypatch, tmp_path, "refused", "exit 2")
+    with pytest.raises(UserError, match=f"job {refused.name}-1 rejected its input"):
+        submit(refused, address, restarts=1)
+
+
+def test_forwarded_variables_reach_workers_and_are_shown_nowhere(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hush-9f31c2"
+    monkeypatch.delenv("DIFFIT_TEST_SECRET", raising=False)
+    script = tmp_path / "reads.py"
+    script.write_text(
+        "import os, ray\n"
+        "from diffit_train.forwarded_env import load_forwarded\n"
+        "from diffit_train.ray_session import connected\n"
+        "load_forwarded()\n"
+        "with connected():\n"
+        "    ask = ray.remote(lambda: len(os.environ['DIFFIT_TEST_SECRET']))\n"
+        "    print('lengths', len(os.environ['DIFFIT_TEST_SECRET']), ray.get(ask.remote()))\n"
+    )
+    # The script's folder, not the working directory, leads its path.
+    command = f"PYTHONPATH=. {{python}} {script}"
+    reads = _shell_job(monkeypatch, tmp_path, "reads", command)
+    with pytest.raises(UserError, match="--env names DIFFIT_TEST_SECRET, which is not set"):
+        submit(reads, address)
+    monkeypatch.setenv("DIFFIT_TEST_SECRET", secret)
+    submission_id = submit(reads, address)
+    assert f"lengths {len(secret)} {len(secret)}" in capfd.readouterr().err
+    client = JobSubmissionClient(address)
+    assert secret not in client.get_job_logs(submission_id)
+    assert secret not in str(client.get_job_info(submission_id))
+    assert secret not in str(client.list_jobs())
+    for page in (
+        "/api/jobs/",
+        "/api/v0/jobs",
+        "/api/v0/tasks?detail=1",
+        "/api/v0/workers?detail=1",
+    ):
+        with urllib.request.urlopen(address + page, timeout=30) as answer:
+            assert secret not in answer.read().decode()
+
+
+def test_following_survives_a_lost_connection(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server:
+        """Loses the connection after the first line, answers 5xx once, then has it all."""
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("status code 503")
+            yield "one\n"
+            if self.calls == 1:
+                raise aiohttp.ClientConnectionError
+            yield "two\n"
+
+        def get_job_info(self, submission_id: str) -> SimpleNamespace:
+            return SimpleNamespace(status="RUNNING" if self.calls < 3 else "SUCCEEDED")
+
+    monkeypatch.setattr(follow, "RECONNECT_S", 0.0)
+    assert follow_job(Server(), "x").status == "SUCCEEDED"  # type: ignore[arg-type]
+    said = capfd.readouterr().err
+    assert said.count("one\n") == said.count("two\n") == 1
+    assert "lost the connection" in said
 
 
 class _Shell:

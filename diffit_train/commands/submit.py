@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from diffit_train import ray_jobs as jobs
 from diffit_train.commands.options import (
     Json,
     Overrides,
@@ -19,6 +18,8 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
+from diffit_train.ray_jobs.follow import submit
+from diffit_train.ray_jobs.job import job
 from diffit_train.runs.start import starting_from
 
 
@@ -43,6 +44,21 @@ def submit_command(
     python: Annotated[
         str | None, typer.Option(help="Python interpreter on the cluster. Default: its `python`.")
     ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env",
+            metavar="NAME",
+            help="Environment variable to forward, e.g. AWS_SECRET_ACCESS_KEY; may be repeated. "
+            "Default: jobs use what the nodes have.",
+        ),
+    ] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Times to resubmit a failed job while following it, e.g. if its node dies."
+        ),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Submit encode, train or evaluate to a cluster as a Ray job, and follow its log.
@@ -53,6 +69,6 @@ def submit_command(
     """
     recipe = read_recipe(name, overrides, root)
     recipe = starting_from(recipe, run or recipe.name, source, source_weights)
-    job = jobs.job(stage, recipe, run, step or [])
-    submission_id = jobs.submit(job, address, follow=follow, python=python)
-    print_result({"submission_id": submission_id, "name": job.name}, as_json)
+    wanted = job(stage, recipe, run, step or [], env or [])
+    submission_id = submit(wanted, address, follow=follow, python=python, restarts=restarts)
+    print_result({"submission_id": submission_id, "name": wanted.name}, as_json)

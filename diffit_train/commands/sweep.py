@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from diffit_train import ray_jobs as jobs
 from diffit_train import storage
 from diffit_train.commands.evaluations import evaluate_all
 from diffit_train.commands.options import Json, ProjectRoot, print_result
@@ -19,6 +18,9 @@ from diffit_train.evaluation import sweep as stage
 from diffit_train.evaluation.result import finished_result
 from diffit_train.evaluation.sweep import Member, Sweep
 from diffit_train.progress import StatesTable, print_rows, say
+from diffit_train.ray_jobs.client import cancel_jobs
+from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
+from diffit_train.ray_jobs.job import Job
 from diffit_train.runs.checkpoints import read_state
 from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
 from diffit_train.runs.start import starting_from
@@ -102,22 +104,20 @@ def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str
     """Run a sweep's evaluations as Ray jobs; return the reasons of those that failed."""
     members = list(enumerate(plan.members))
     every = {number: member.recipe(recipe) for number, member in members}
-    todo = [
-        jobs.Job("evaluate", every[n], plan.run, (str(m.step),), plan.name, n) for n, m in members
-    ]
+    todo = [Job("evaluate", every[n], plan.run, (str(m.step),), plan.name, n) for n, m in members]
 
-    def is_done(job: jobs.Job) -> bool:
+    def is_done(job: Job) -> bool:
         return finished_result(job.recipe, plan.run, plan.members[job.number].step) is not None
 
     with StatesTable(f"sweep {plan.name}") as table:
 
-        def show(states: list[jobs.JobState]) -> None:
+        def show(states: list[JobState]) -> None:
             table.show([_state_row(plan.members[s.job.number], s) for s in states])
 
-        states = jobs.submit_fleet(
+        states = submit_fleet(
             todo,
             fleet.address,
-            jobs.FleetPlan(
+            FleetPlan(
                 fleet.at_most,
                 fleet.retries,
                 is_done,
@@ -133,7 +133,7 @@ def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str
     ]
 
 
-def _state_row(member: Member, state: jobs.JobState) -> dict[str, str]:
+def _state_row(member: Member, state: JobState) -> dict[str, str]:
     begun, ended = state.begun_s, state.ended_s
     seconds = (ended or time.monotonic()) - begun if begun else 0.0
     changes = {key.removeprefix("evaluate."): str(v) for key, v in member.changes.items()}
@@ -162,16 +162,14 @@ def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
 
 def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
     """Stop the jobs of a sweep; finished evaluations are kept."""
-    from diffit_train import ray_jobs as jobs
 
     plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
     recipe = plan.loaded()
     names = [
-        jobs.Job("evaluate", recipe, run, (), name, number).name
-        for number in range(len(plan.members))
+        Job("evaluate", recipe, run, (), name, number).name for number in range(len(plan.members))
     ]
     stage.cancel_sweep(plan.url())
-    stopped = jobs.cancel_jobs(names, address)
+    stopped = cancel_jobs(names, address)
     say(f"sweep {name!r} canceled; {stopped} jobs stopped")
     return {"name": name, "stopped": stopped}
 

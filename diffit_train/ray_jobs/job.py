@@ -1,0 +1,103 @@
+"""What is submitted to a cluster: one stage of a run under a root.
+
+A job is identified by its name, STAGE-RUN-ROOT, where ROOT is the start of the root's hash: runs of
+the same name under two roots are two jobs. Submitting a job again while it runs follows it;
+submitting it again after it ended starts a new attempt that resumes where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal, cast, get_args
+
+from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.errors import UserError
+from diffit_train.tracking import git_commit, redact
+
+Stage = Literal["encode", "train", "evaluate"]
+# Characters of the root's hash in a job's name.
+ROOT_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job to submit.
+
+    Attributes:
+        sweep: the sweep that an evaluation belongs to.
+        number: the evaluation's number in the sweep.
+        env: names of environment variables of this process that the job gets, too.
+    """
+
+    stage: Stage
+    recipe: Recipe
+    run: str
+    steps: Sequence[str] = ()
+    sweep: str = ""
+    number: int = 0
+    env: Sequence[str] = ()
+
+    @property
+    def title(self) -> str:
+        """STAGE-RUN, and for a member of a sweep its name and number: what people call the job."""
+        name = f"{self.stage}-{self.run}"
+        return f"{name}-{self.sweep}-{self.number:04d}" if self.sweep else name
+
+    @property
+    def name(self) -> str:
+        """The name by which a later submission finds this one: the title within one root."""
+        root = redact(self.recipe.storage.root)
+        return f"{self.title}-{storage.digest(root)[:ROOT_DIGITS]}"
+
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the Ray job."""
+        encode = self.stage == "encode"
+        recipe_hash = self.recipe.encode_hash() if encode else self.recipe.train_hash()
+        return {
+            "diffit.name": self.name,
+            "diffit.title": self.title,
+            "diffit.stage": self.stage,
+            "diffit.run": self.run,
+            "diffit.root": redact(self.recipe.storage.root),
+            "diffit.commit": git_commit() or "",
+            "diffit.recipe_hash": recipe_hash,
+            "diffit.version": version("diffit-train"),
+        }
+
+    def entrypoint(self, python: str) -> str:
+        """The shell command of the job."""
+        words = [python, f"{self.stage}.py", "recipe.yaml"]
+        if self.stage != "encode":
+            words += ["--run", self.run]
+        for step in self.steps:
+            words += ["--step", step]
+        if self.sweep:
+            words += ["--sweep-member", self.sweep]
+        return shlex.join(words)
+
+
+def job(
+    stage: str,
+    recipe: Recipe,
+    run: str | None,
+    steps: Sequence[str],
+    env: Sequence[str] = (),
+) -> Job:
+    """A job for one of the stages; encoding jobs are named after the latents.
+
+    Raises:
+        UserError: unknown stage, or steps for a stage that takes none.
+    """
+    if stage not in get_args(Stage):
+        raise UserError(f"stage is {stage!r}, but must be one of {', '.join(get_args(Stage))}")
+    if steps and stage != "evaluate":
+        raise UserError(f"--step is only for evaluate, not for {stage}")
+    name = recipe.data.name if stage == "encode" else run or recipe.name
+    return Job(cast(Stage, stage), recipe, name, steps, env=env)
+
+
+# ---- Many jobs ----
