@@ -302,5 +302,6 @@ def test_job_name_metadata_and_entrypoint(tmp_path: Path) -> None:
     evaluation = job("evaluate", recipe, "a run", ["0", "newest"])
     expected = "python evaluate.py recipe.yaml --run 'a run' --step 0 --step newest"
     assert evaluation.entrypoint("python") == expected
-    assert evaluation.name == "evaluate-a run"
+    assert evaluation.title == "evaluate-a run"
+    assert evaluation.name.startswith("evaluate-a run-")
     assert job("encode", recipe, None, []).entrypoint("python") == "python encode.py recipe.yaml"
