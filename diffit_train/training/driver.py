@@ -13,7 +13,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 import torch
@@ -43,6 +43,9 @@ from diffit_train.tracking import (
     unreachable_errors,
 )
 from diffit_train.training.worker import POLL_S, TrainingStatus, Validate, _Validation, _worker
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 STOPPED = 143  # 128 + SIGTERM, the shell's status for a process ended by it
 
@@ -180,55 +183,27 @@ def _check_latents(recipe: Recipe) -> Manifest:
 
 
 def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None) -> int:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-    from ray.train.v2.api.validation_config import ValidationConfig
+    """Train by Ray Train to the end or until told to stop; returns the step reached.
 
-    scaling = recipe.scaling
+    Raises:
+        DiffitError: training failed more often than allowed.
+        SystemExit: SIGTERM told it to stop; status 143.
+    """
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     status = TrainingStatus.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     url = run_url(recipe, run)
     scratch = storage.join(url, "ray")
     storage.remove(scratch)
-    resources = {"CPU": float(scaling.cpus_per_worker)}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = float(scaling.gpus_per_worker)
-    environment = {} if scaling.gpus_per_worker else {"env_vars": ray_session.KEEP_FREED_MEMORY}
-    fewest, most = scaling.fewest_workers, scaling.most_workers
-    validation = None
-    if validate is not None and recipe.train.validate_every:
-        # The task only waits for the evaluation's actors, which reserve their own resources.
-        validation = ValidationConfig(
-            _Validation(status, validate), ray_remote_kwargs={"num_cpus": 0, "max_retries": 0}
-        )
-    trainer = TorchTrainer(
-        _worker,
-        validation_config=validation,
-        train_loop_config={
-            "recipe": recipe.model_dump(mode="json"),
-            "run": run,
-            "mlflow_run_id": mlflow_run_id,
-            "status": status,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=most if fewest == most else (fewest, most),
-            elastic_resize_monitor_interval_s=scaling.resize_check_s,
-            use_gpu=scaling.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{uuid.uuid4().hex[:12]}",
-            worker_runtime_env=environment,
-            failure_config=FailureConfig(
-                max_failures=scaling.max_failures,
-                max_preemption_failures=scaling.max_preemptions,
-                controller_failure_limit=scaling.max_failures,
-            ),
-            **_ray_storage(scratch),
-        ),
-    )
-    if fewest != most:
+    worker_config = {
+        "recipe": recipe.model_dump(mode="json"),
+        "run": run,
+        "mlflow_run_id": mlflow_run_id,
+        "status": status,
+    }
+    trainer = _trainer(recipe, worker_config, scratch, validate)
+    if recipe.scaling.fewest_workers != recipe.scaling.most_workers:
         _renew_claim(url, trainer.train_run_context.run_id)
     stop = threading.Event()
     try:
@@ -251,6 +226,55 @@ def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Valid
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
     say(f"Trained {step:,} steps of {recipe.train.batch_size} images")
     return step
+
+
+def _trainer(
+    recipe: Recipe, worker_config: dict[str, Any], scratch: str, validate: Validate | None
+) -> TorchTrainer:
+    """Ray Train's trainer of a recipe.
+
+    Args:
+        worker_config: what each worker gets.
+        scratch: URL for Ray Train's own state.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.validation_config import ValidationConfig
+
+    scaling = recipe.scaling
+    resources = {"CPU": float(scaling.cpus_per_worker)}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = float(scaling.gpus_per_worker)
+    environment = {} if scaling.gpus_per_worker else {"env_vars": ray_session.KEEP_FREED_MEMORY}
+    fewest, most = scaling.fewest_workers, scaling.most_workers
+    validation = None
+    if validate is not None and recipe.train.validate_every:
+        # The task only waits for the evaluation's actors, which reserve their own resources.
+        validation = ValidationConfig(
+            _Validation(worker_config["status"], validate),
+            ray_remote_kwargs={"num_cpus": 0, "max_retries": 0},
+        )
+    return TorchTrainer(
+        _worker,
+        validation_config=validation,
+        train_loop_config=worker_config,
+        scaling_config=ScalingConfig(
+            num_workers=most if fewest == most else (fewest, most),
+            elastic_resize_monitor_interval_s=scaling.resize_check_s,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{uuid.uuid4().hex[:12]}",
+            worker_runtime_env=environment,
+            failure_config=FailureConfig(
+                max_failures=scaling.max_failures,
+                max_preemption_failures=scaling.max_preemptions,
+                controller_failure_limit=scaling.max_failures,
+            ),
+            **_ray_storage(scratch),
+        ),
+    )
 
 
 def _renew_claim(url: str, ray_run_id: str) -> None:
