@@ -38,7 +38,7 @@ def scaled_sample(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
 
 
 @dataclass
-class Autoencoder:
+class LoadedAutoencoder:
     """A frozen autoencoder on a device; `scale` multiplies its latents.
 
     `model` is None for the identity, whose latents are pixels in [-1, 1].
@@ -95,7 +95,7 @@ def autoencoder_url(recipe: Recipe) -> str:
     return storage.resolve(recipe.storage.root, recipe.autoencoder.source)
 
 
-def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
+def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
     """The recipe's autoencoder, frozen.
 
     Raises:
@@ -104,7 +104,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
     url, section = autoencoder_url(recipe), recipe.autoencoder
     dtype = _DTYPES[section.precision]
     if section.kind == "identity":
-        return Autoencoder(None, "identity", section.scale or 1.0, device, torch.float32)
+        return LoadedAutoencoder(None, "identity", section.scale or 1.0, device, torch.float32)
     hub = url == section.source and not _is_path(url)
     model = _load_model(url, section.kind, dtype, hub)
     channels, factor = model.config.latent_channels, _downsampling(model, section.kind)
@@ -118,7 +118,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
             )
     scale = section.scale if section.scale is not None else float(model.config.scaling_factor)
     model = model.to(device).eval().requires_grad_(False)
-    return Autoencoder(model, section.source, scale, device, dtype)
+    return LoadedAutoencoder(model, section.source, scale, device, dtype)
 
 
 def _downsampling(model: Any, kind: str) -> int:

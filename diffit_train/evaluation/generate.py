@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import Autoencoder
+from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.diffusion.guidance import build_weight, guided, saved_share
 from diffit_train.diffusion.objective import build_objective, visited_timesteps
@@ -52,7 +52,7 @@ class Generator:
     """
 
     def __init__(
-        self, recipe: Recipe, weights: dict[str, Tensor], autoencoder: Autoencoder
+        self, recipe: Recipe, weights: dict[str, Tensor], autoencoder: LoadedAutoencoder
     ) -> None:
         self.recipe, self.autoencoder = recipe, autoencoder
         self.device = autoencoder.device

@@ -136,11 +136,11 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
     url = run_url(recipe, run)
     out = out or storage.join(url, "export", f"{kind}-{step:010d}.safetensors")
     weights = read_weights(url, step, kind)
-    write_published(build_model(recipe), weights, out, _metadata(recipe, run, step, kind))
+    write_published(build_model(recipe), weights, out, export_metadata(recipe, run, step, kind))
     return out
 
 
-def _metadata(recipe: Recipe, run: str, step: int, weights: str) -> dict[str, str]:
+def export_metadata(recipe: Recipe, run: str, step: int, weights: str) -> dict[str, str]:
     """Metadata of an exported file: the run's own recipe, with the current URLs."""
     locations = {"storage": recipe.storage, "tracking": recipe.tracking}
     own = stored_recipe(run_url(recipe, run)).model_copy(update=locations)

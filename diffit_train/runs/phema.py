@@ -30,7 +30,7 @@ from diffit_train.runs.checkpoints import (
     reconstructed_url,
 )
 from diffit_train.runs.identity import run_url
-from diffit_train.runs.import_export import _metadata
+from diffit_train.runs.import_export import export_metadata
 
 # sigma_rel of the plain mean over training, gamma = 0.
 WIDEST_PROFILE = 12**-0.5
@@ -175,6 +175,6 @@ def reconstruct_ema(
             progress.update(number)
     weights = {s.name: t.float().view(shapes[s.name]) for s, t in zip(wanted, sums, strict=True)}
     out = out or reconstructed_url(url, sigma_rel, step)
-    metadata = _metadata(recipe, run, step, f"sigma_rel {sigma_rel:g}")
+    metadata = export_metadata(recipe, run, step, f"sigma_rel {sigma_rel:g}")
     write_published(build_model(recipe), weights, out, metadata)
     return Reconstruction(out, step, solution.error, len(sources))

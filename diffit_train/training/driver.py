@@ -42,7 +42,13 @@ from diffit_train.tracking import (
     tracking_uri,
     unreachable_errors,
 )
-from diffit_train.training.worker import POLL_S, TrainingStatus, Validate, _Validation, _worker
+from diffit_train.training.worker import (
+    POLL_S,
+    TrainingStatus,
+    Validate,
+    ValidationTask,
+    train_worker,
+)
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -251,11 +257,11 @@ def _trainer(
     if validate is not None and recipe.train.validate_every:
         # The task only waits for the evaluation's actors, which reserve their own resources.
         validation = ValidationConfig(
-            _Validation(worker_config["status"], validate),
+            ValidationTask(worker_config["status"], validate),
             ray_remote_kwargs={"num_cpus": 0, "max_retries": 0},
         )
     return TorchTrainer(
-        _worker,
+        train_worker,
         validation_config=validation,
         train_loop_config=worker_config,
         scaling_config=ScalingConfig(

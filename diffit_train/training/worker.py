@@ -143,7 +143,7 @@ class RayHooks:
             )
 
 
-def _worker(config: dict[str, Any]) -> None:
+def train_worker(config: dict[str, Any]) -> None:
     """Run by each Ray Train worker."""
     import ray.train
     import ray.train.torch
@@ -166,7 +166,7 @@ def _worker(config: dict[str, Any]) -> None:
     ray.train.report({"step": step})
 
 
-class _Validation:
+class ValidationTask:
     """Run by Ray Train, as a task, for each checkpoint to evaluate."""
 
     def __init__(self, status: Any, validate: Validate) -> None:

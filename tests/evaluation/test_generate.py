@@ -10,7 +10,7 @@ import torch
 
 from diffit_train.commands.data import fit_features
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import Autoencoder, load_autoencoder
+from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, PREDICTIONS
 from diffit_train.evaluation.feature_networks import load_features
@@ -56,7 +56,7 @@ def test_an_image_is_the_same_in_any_batch(project: Path, sampler: str, guidance
 @pytest.mark.parametrize("how", ["round", "truncate"])
 def test_pixels_become_levels_by_the_formula(how: str) -> None:
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
-    found = Autoencoder(None, "identity", 1.0, CPU, torch.float32).decode(x, how)  # type: ignore[arg-type]
+    found = LoadedAutoencoder(None, "identity", 1.0, CPU, torch.float32).decode(x, how)  # type: ignore[arg-type]
     exact = np.clip((x.numpy().astype(np.float32) + 1) * np.float32(127.5), 0, 255)
     expected = np.floor(exact) if how == "truncate" else np.rint(exact)
     assert found.dtype == np.uint8
