@@ -173,6 +173,7 @@ class ValidationTask:
         self.status, self.validate = status, validate
 
     def __call__(self, checkpoint: Any, step: int) -> dict[str, Any]:
+        """Evaluate the checkpoint of a step, and tell the user how it went."""
         try:
             self.status.say.remote(self.validate(step))
         except Exception as error:  # Ray Train only logs it, where nobody looks
