@@ -12,10 +12,6 @@ from urllib.parse import urlsplit
 from diffit_train.errors import UserError
 from diffit_train.forwarded_env import FILE, SETUP_HOOK
 
-# No usage reports leave the machine; set to 1 to send them.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
 # Without it, Ray would join any cluster that happens to run on this machine.
 NEW_CLUSTER = "local"
 CONNECT_TIMEOUT_S = 10.0
@@ -41,6 +37,9 @@ def connected(address: str | None = None) -> Iterator[None]:
     Raises:
         UserError: no cluster is reachable at the address.
     """
+    # No usage reports leave the machine; set to 1 to send them.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():

@@ -23,9 +23,6 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, UserError
 
-# By default webdataset's decoders unpickle and its readers run shell commands.
-os.environ.setdefault("WDS_SECURE", "1")
-
 MANIFEST_SCHEMA = 1
 MANIFEST = "manifest.json"
 # Names and labels of all input images in key order, one JSON pair per line.
@@ -185,6 +182,8 @@ def write_shard(
         moments: (n, F, 2C, h, w); stored as float16.
         labels: (n,).
     """
+    # By default webdataset's decoders unpickle and its readers run shell commands.
+    os.environ.setdefault("WDS_SECURE", "1")
     from webdataset import TarWriter
 
     name = shard_name(number)
