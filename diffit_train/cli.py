@@ -16,6 +16,7 @@ from diffit_train.commands.data import (
     data_digits_command,
     features_fit_command,
 )
+from diffit_train.commands.doctor import doctor_command
 from diffit_train.commands.encode import encode_command
 from diffit_train.commands.evaluate import evaluate_command, references_command
 from diffit_train.commands.jobs import (
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "autoencoder fit": autoencoder_fit_command,
     "features fit": features_fit_command,
     "plan": plan_command,
+    "doctor": doctor_command,
     "encode": encode_command,
     "verify latents": verify_latents_command,
     "train": train_command,

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-# Set on import, since DeepSpeed imports MLflow, too. No usage statistics leave the machine unless the
-# user turns them on.
+# Set on import, since DeepSpeed imports MLflow, too. No usage statistics leave the machine unless
+# the user turns them on.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 # By default MLflow retries for minutes before it reports an unreachable server.

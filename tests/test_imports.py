@@ -35,7 +35,7 @@ ALLOWED = {
     "compare": BASE | {"tracking"},
     "commands": BASE
     | SCIENCE
-    | {"tracking", "runs", "training", "evaluation", "compare", "ray_jobs"},
+    | {"tracking", "runs", "training", "evaluation", "compare", "ray_jobs", "ray_session"},
     "cli": {"errors", "progress", "commands"},
 }
 

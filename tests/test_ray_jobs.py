@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from diffit_train.commands.doctor import Check, _differing, check_cluster
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.ray_jobs import follow
 from diffit_train.ray_jobs.client import cancel_jobs
@@ -177,6 +178,20 @@ def test_forwarded_variables_reach_workers_and_are_shown_nowhere(
     ):
         with urllib.request.urlopen(address + page, timeout=30) as answer:
             assert secret not in answer.read().decode()
+
+
+def test_a_cluster_is_checked_node_by_node(
+    address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checks = check_cluster(tiny_recipe(tmp_path / "root"), address, None)
+    assert {check.check for check in checks} >= {"python", "ray", "torch", "gpus", "disk", "root"}
+    assert not [check for check in checks if check.fix]
+    (tmp_path / "file").write_text("not a folder")
+    refused = check_cluster(tiny_recipe(tmp_path / "file" / "root"), address, None)
+    assert [check.check for check in refused if check.fix] == ["root"]
+    older = [Check("node", "ray", "2.9.0"), Check("node", "torch", "2.13.9")]
+    (found,) = _differing(older)
+    assert (found.check, found.found) == ("ray here and there", "2.9.0")
 
 
 def test_following_survives_a_lost_connection(

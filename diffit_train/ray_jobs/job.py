@@ -11,14 +11,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.tracking import git_commit, redact
 
-Stage = Literal["encode", "train", "evaluate"]
+# What `diffit submit` sends, and the check of a cluster.
+Stage = Literal["encode", "train", "evaluate", "doctor"]
+STAGES = ("encode", "train", "evaluate")
 # Characters of the root's hash in a job's name.
 ROOT_DIGITS = 8
 
@@ -71,7 +73,7 @@ class Job:
     def entrypoint(self, python: str) -> str:
         """The shell command of the job."""
         words = [python, f"{self.stage}.py", "recipe.yaml"]
-        if self.stage != "encode":
+        if self.stage in ("train", "evaluate"):
             words += ["--run", self.run]
         for step in self.steps:
             words += ["--step", step]
@@ -92,8 +94,8 @@ def job(
     Raises:
         UserError: unknown stage, or steps for a stage that takes none.
     """
-    if stage not in get_args(Stage):
-        raise UserError(f"stage is {stage!r}, but must be one of {', '.join(get_args(Stage))}")
+    if stage not in STAGES:
+        raise UserError(f"stage is {stage!r}, but must be one of {', '.join(STAGES)}")
     if steps and stage != "evaluate":
         raise UserError(f"--step is only for evaluate, not for {stage}")
     name = recipe.data.name if stage == "encode" else run or recipe.name
