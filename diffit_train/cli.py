@@ -24,6 +24,7 @@ from diffit_train.commands.jobs import (
     jobs_list_command,
     jobs_stop_command,
 )
+from diffit_train.commands.pipeline import pipeline_command
 from diffit_train.commands.plan import plan_command
 from diffit_train.commands.submit import submit_command
 from diffit_train.commands.sweep import sweep_cancel_command, sweep_show_command
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train_command,
     "references": references_command,
     "evaluate": evaluate_command,
+    "pipeline": pipeline_command,
     "sweep show": sweep_show_command,
     "sweep cancel": sweep_cancel_command,
     "sample": sample_command,

@@ -35,6 +35,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_chain_of_jobs_and_a_second_attempt(
     address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    from diffit_train.commands.data import fit_features
     from diffit_train.data.autoencoder_fit import fit_autoencoder
     from diffit_train.runs.checkpoints import committed_steps
 
@@ -62,6 +63,17 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     assert rows[f"{train.name}-3"].state == "succeeded"
     assert "at step 12" in rows[f"{train.name}-3"].progress
     assert rows[f"{encode.name}-1"].stage == "encode"
+
+    # The whole chain as one job: only what is missing is computed.
+    fit_features(recipe)
+    pipeline = job("pipeline", recipe, "tiny", ["0"])
+    assert submit(pipeline, address) == f"{pipeline.name}-1"
+    said = capfd.readouterr().err
+    assert "stage 1 of 4, encode\nalready encoded" in said
+    assert "already trained" in said
+    assert "step 0: fd_digits" in said
+    (row,) = [row for row in list_jobs(address) if row.stage == "pipeline"]
+    assert row.progress == "all 4 stages are done"
 
 
 def test_runs_of_one_name_under_two_roots_are_two_jobs(tmp_path: Path) -> None:

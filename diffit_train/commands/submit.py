@@ -26,7 +26,9 @@ from diffit_train.runs.start import starting_from
 def submit_command(
     stage: Annotated[
         str,
-        typer.Argument(help="Command to submit: encode, train or evaluate.", show_default=False),
+        typer.Argument(
+            help="Command to submit: encode, train, evaluate or pipeline.", show_default=False
+        ),
     ],
     name: RecipeName,
     address: Annotated[
@@ -61,7 +63,7 @@ def submit_command(
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Submit encode, train or evaluate to a cluster as a Ray job, and follow its log.
+    """Submit encode, train, evaluate or pipeline to a cluster as a Ray job, and follow its log.
 
     Rerun the same command to follow a running job or resume an ended one.
 

@@ -19,8 +19,10 @@ from diffit_train.errors import UserError
 from diffit_train.tracking import git_commit, redact
 
 # What `diffit submit` sends, and the check of a cluster.
-Stage = Literal["encode", "train", "evaluate", "doctor"]
-STAGES = ("encode", "train", "evaluate")
+Stage = Literal["encode", "train", "evaluate", "pipeline", "doctor"]
+STAGES = ("encode", "train", "evaluate", "pipeline")
+# How a pipeline announces its stages in its log.
+STAGE_LINE = "pipeline: "
 # Characters of the root's hash in a job's name.
 ROOT_DIGITS = 8
 
@@ -73,7 +75,7 @@ class Job:
     def entrypoint(self, python: str) -> str:
         """The shell command of the job."""
         words = [python, f"{self.stage}.py", "recipe.yaml"]
-        if self.stage in ("train", "evaluate"):
+        if self.stage in ("train", "evaluate", "pipeline"):
             words += ["--run", self.run]
         for step in self.steps:
             words += ["--step", step]
@@ -96,8 +98,8 @@ def job(
     """
     if stage not in STAGES:
         raise UserError(f"stage is {stage!r}, but must be one of {', '.join(STAGES)}")
-    if steps and stage != "evaluate":
-        raise UserError(f"--step is only for evaluate, not for {stage}")
+    if steps and stage not in ("evaluate", "pipeline"):
+        raise UserError(f"--step is only for evaluate and pipeline, not for {stage}")
     name = recipe.data.name if stage == "encode" else run or recipe.name
     return Job(cast(Stage, stage), recipe, name, steps, env=env)
 

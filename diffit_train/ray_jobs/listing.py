@@ -11,6 +11,7 @@ from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.ray_jobs.client import LIVE, STOP_WAIT_S, connect, job_attempts
 from diffit_train.ray_jobs.follow import follow_job
+from diffit_train.ray_jobs.job import STAGE_LINE
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -23,7 +24,7 @@ class JobRow:
     Attributes:
         name: its submission id, by which it is followed and stopped.
         age: since it was submitted.
-        progress: the last line of its log.
+        progress: the last line of its log, and the stage of a pipeline.
     """
 
     name: str
@@ -61,13 +62,16 @@ def _row(client: JobSubmissionClient, info: JobDetails) -> JobRow:
         state=str(info.status).lower(),
         age=str(timedelta(seconds=round(age_s))),
         root=metadata.get("diffit.root", ""),
-        progress=_last_line(client, str(info.submission_id)),
+        progress=_progress(client.get_job_logs(str(info.submission_id))),
     )
 
 
-def _last_line(client: JobSubmissionClient, submission_id: str) -> str:
-    lines = client.get_job_logs(submission_id).strip().splitlines()
-    return lines[-1].strip() if lines else ""
+def _progress(log: str) -> str:
+    """The last line of a log, after the stage that a pipeline is in."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    stages = [line for line in lines if line.startswith(STAGE_LINE)]
+    last = [line for line in lines[-1:] if line not in stages]
+    return "; ".join([*(line.removeprefix(STAGE_LINE) for line in stages[-1:]), *last])
 
 
 def find_job(client: JobSubmissionClient, name: str) -> JobDetails:

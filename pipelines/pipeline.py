@@ -1,0 +1,13 @@
+"""`diffit pipeline` as the entry point of a Ray job, on the cluster that the job runs on.
+
+ray job submit --working-dir . -- python pipelines/pipeline.py RECIPE [KEY=VALUE ...]
+"""
+
+import sys
+
+from diffit_train.cli import main
+from diffit_train.forwarded_env import load_forwarded
+
+if __name__ == "__main__":
+    load_forwarded()
+    main(["pipeline", *sys.argv[1:]])
