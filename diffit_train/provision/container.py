@@ -24,17 +24,18 @@ RUN apt-get update \\
     && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/diffit
 ENV PATH=/opt/diffit/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY cluster/requirements-$DEVICE.lock /tmp/requirements.lock
+COPY cluster/requirements-build.lock cluster/requirements-$DEVICE.lock /tmp/
+RUN pip install --require-hashes --no-deps --requirement /tmp/requirements-build.lock
 # PyTorch publishes its CPU builds on an index of its own.
 RUN if [ "$DEVICE" = cpu ]; then \\
         export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; \\
     fi \\
-    && pip install --require-hashes --no-deps --requirement /tmp/requirements.lock
+    && pip install --require-hashes --no-deps --no-build-isolation \\
+        --requirement /tmp/requirements-$DEVICE.lock
 COPY pyproject.toml README.md LICENSE /src/
 COPY diffit_train /src/diffit_train
 COPY pipelines /src/pipelines
-RUN pip install hatchling==1.27.0 && pip install --no-deps --no-build-isolation /src \\
-    && pip uninstall --yes hatchling
+RUN pip install --no-deps --no-build-isolation /src
 
 FROM docker.io/library/python:{PYTHON}-slim-bookworm
 # gcc: Triton compiles a launcher for its kernels. wget: health checks of older KubeRay.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from importlib.metadata import version
 from typing import Any
 
 from diffit_train.config import dump_recipe
@@ -31,6 +30,8 @@ from diffit_train.provision.pods import (
 from diffit_train.provision.sizes import GIB, STAGES, NodeSize, Stage, StageSize, largest
 from diffit_train.provision.target import RECIPE_FOLDER, Target, object_name
 
+# Of the lock files, and so of the image.
+RAY_VERSION = "2.60.0"
 # Attempts of a job beyond the first. Each goes on from the newest checkpoint.
 RETRIES = 3
 SUBMITTER_RETRIES = 2
@@ -99,7 +100,7 @@ def cluster_spec(target: Target, size: StageSize, job: str) -> Manifest:
     """Head and one group of workers, which come when work waits for them and go when idle."""
     kind = "gpu" if size.worker.gpus else "cpu"
     return {
-        "rayVersion": version("ray"),
+        "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token"},
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {
@@ -231,12 +232,12 @@ def disruption_budgets(target: Target, job: str, workers: int) -> list[Manifest]
 
     Args:
         job: name of the RayJob or RayCluster.
-        workers: worker nodes of a training, which loses a step's work with any of them; 0 where
-            workers do not depend on each other.
+        workers: worker nodes of a training, where the loss of one stops all. One alone may be
+            drained: it saves a checkpoint first, and comes back elsewhere.
     """
     budgets = [_budget(target, job, "head", 1)]
-    if workers:
-        budgets.append(_budget(target, job, "worker", max(1, workers - 1)))
+    if workers > 1:
+        budgets.append(_budget(target, job, "worker", workers - 1))
     return budgets
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from diffit_train import storage
 from diffit_train.errors import UserError
 from diffit_train.provision.sizes import STAGES, NodeSize, largest
-from diffit_train.provision.target import CACHE_FOLDER, RECIPE_FOLDER, Target
+from diffit_train.provision.target import CACHE_FOLDER, Target
 
 HEAD_TYPE, WORKER_TYPE = "head", "worker"
 IDLE_MINUTES = 10
@@ -36,6 +36,8 @@ HOME = "/home/ubuntu"
 VENV = f"{HOME}/diffit-venv"
 SOURCE = f"{HOME}/diffit-source"
 TOKEN = ".ray/auth_token"
+# What builds packages that come as source only.
+BUILD_LOCK = "cluster/requirements-build.lock"
 
 
 def ray_up(target: Target) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def ray_up(target: Target) -> dict[str, Any]:
         "auth": {"ssh_user": "ubuntu"},
         "head_node_type": HEAD_TYPE,
         "available_node_types": _node_types(target, one.head, one.worker, one.nodes),
-        "file_mounts": _file_mounts(target, lock),
+        "file_mounts": _file_mounts(lock),
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
         "rsync_exclude": ["**/.git/**", "**/.venv/**", "**/__pycache__/**"],
@@ -137,9 +139,10 @@ def _cpu_instance(size: NodeSize) -> str:
     )
 
 
-def _file_mounts(target: Target, lock: str) -> dict[str, str]:
-    """Files of this machine by where they go: lock, package, the cluster's token, the recipe."""
-    mounts = {
+def _file_mounts(lock: str) -> dict[str, str]:
+    """Files of this machine by where they go: locks, package, the cluster's token."""
+    return {
+        f"{HOME}/{BUILD_LOCK}": BUILD_LOCK,
         f"{HOME}/{lock}": lock,
         f"{SOURCE}/diffit_train": "diffit_train",
         f"{SOURCE}/pipelines": "pipelines",
@@ -148,22 +151,20 @@ def _file_mounts(target: Target, lock: str) -> dict[str, str]:
         f"{SOURCE}/LICENSE": "LICENSE",
         f"{HOME}/{TOKEN}": f"~/{TOKEN}",
     }
-    if not target.packaged:
-        mounts[f"{HOME}/diffit-recipe.yaml"] = target.reference
-    return mounts
 
 
 def _setup(lock: str, gpu: bool) -> list[str]:
     index = "" if gpu else "--extra-index-url https://download.pytorch.org/whl/cpu "
+    install = f"{VENV}/bin/python -m pip install --quiet --no-deps"
     return [
         "command -v python3.11 || (sudo apt-get update && sudo apt-get install -y python3.11 "
         "python3.11-venv)",
         f"test -x {VENV}/bin/python || python3.11 -m venv {VENV}",
-        f"{VENV}/bin/python -m pip install --quiet --require-hashes --only-binary :all: "
-        f"--no-binary deepspeed {index}-r {HOME}/{lock}",
-        f"{VENV}/bin/python -m pip install --quiet --no-deps {SOURCE}",
+        f"{install} --require-hashes -r {HOME}/{BUILD_LOCK}",
+        f"{install} --require-hashes --no-build-isolation {index}-r {HOME}/{lock}",
+        f"{install} --no-build-isolation {SOURCE}",
         f"grep -qs {VENV}/bin ~/.bashrc || echo 'export PATH={VENV}/bin:$PATH' >> ~/.bashrc",
-        f"sudo install -d -o ubuntu -g ubuntu {CACHE_FOLDER} {RECIPE_FOLDER}",
+        f"sudo install -d -o ubuntu -g ubuntu {CACHE_FOLDER}",
     ]
 
 

@@ -28,8 +28,8 @@ CHECKED = """\
 **None of these files has been applied to a real cluster.** The manifests are validated against
 schemas: RayJobs and RayClusters against KubeRay's own CRDs, made strict, and its operator's rules;
 core kinds against a strict model of the fields used; every command line against `diffit` itself;
-`ray-up.yaml` by Ray's offline validation. `tests/provision` does it, and refuses each manifest again
-with any one field renamed or mistyped.
+`ray-up.yaml` by Ray's offline validation. `tests/provision` does all this, and sees each manifest
+refused with any one of its fields renamed or mistyped.
 """
 
 

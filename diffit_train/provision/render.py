@@ -47,8 +47,8 @@ def _kuberay(target: Target) -> Files:
             *kuberay.disruption_budgets(target, job, workers),
         ]
     sizes = {stage: target.size(stage) for stage in STAGES}
-    notes = {
-        stage: f"At most {size.nodes} nodes of {kuberay.node_in_words(size.worker)}"
+    notes: dict[str, str] = {
+        stage: f"Worker nodes: at most {size.nodes}, each {kuberay.node_in_words(size.worker)}"
         for stage, size in sizes.items()
     }
     head = _head(target, "kuberay")
