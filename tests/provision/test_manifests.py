@@ -93,7 +93,7 @@ def test_wrong_fields_of_ray_kinds_are_refused_by_the_crds(
 ) -> None:
     """But for keys of maps that KubeRay leaves free, which the models above check."""
     free = ("labels", "requests", "limits", "rayStartParams", "metadata")
-    total = 0
+    total = left = 0
     for manifest in all_manifests:
         if manifest["kind"] not in crds.FILES:
             continue
@@ -108,8 +108,9 @@ def test_wrong_fields_of_ray_kinds_are_refused_by_the_crds(
         ]
         assert not of_fields, of_fields
         total += tried - len(passed)
+        left += len(passed)
     with capsys.disabled():
-        print(f"\n{total:,} mutations of Ray kinds refused by KubeRay's CRDs")
+        print(f"\n{total:,} mutations refused by KubeRay's CRDs, {left:,} left to the models")
     assert total > 3_000
 
 
