@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import diffit_train
+from diffit_train.commands.cluster import cluster_render_command
 from diffit_train.commands.compare import compare_command
 from diffit_train.commands.data import (
     autoencoder_fit_command,
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ema reconstruct": ema_reconstruct_command,
     "import": import_command,
     "export": export_command,
+    "cluster render": cluster_render_command,
     "submit": submit_command,
     "jobs list": jobs_list_command,
     "jobs follow": jobs_follow_command,
@@ -73,6 +75,7 @@ GROUPS = {
     "verify": "Check written data.",
     "jobs": "Jobs that `diffit submit` sent to a cluster.",
     "sweep": "Sweeps started by `diffit evaluate --sweep`.",
+    "cluster": "Files that run a recipe on a cluster.",
     "ema": "Exponential moving averages (EMA) of the weights.",
 }
 

@@ -29,13 +29,25 @@ ALLOWED = {
     "models": BASE,
     "diffusion": BASE,
     "data": BASE | {"models", "diffusion", "ray_session"},
+    "planning": BASE | {"models", "data"},
+    "provision": BASE | {"planning"},
     "runs": BASE | SCIENCE | {"tracking"},
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "evaluation": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "compare": BASE | {"tracking"},
     "commands": BASE
     | SCIENCE
-    | {"tracking", "runs", "training", "evaluation", "compare", "ray_jobs", "ray_session"},
+    | {
+        "tracking",
+        "runs",
+        "training",
+        "evaluation",
+        "compare",
+        "ray_jobs",
+        "ray_session",
+        "planning",
+        "provision",
+    },
     "cli": {"errors", "progress", "commands"},
 }
 

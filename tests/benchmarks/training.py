@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffit_train.commands.plan import state_bytes
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.train import BUCKET_ELEMENTS, EmaProfile, Train
 from diffit_train.diffusion.objective import build_objective
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import use_kernel
+from diffit_train.planning import state_bytes
 from diffit_train.ray_session import KEEP_FREED_MEMORY
 from diffit_train.runs.checkpoints import State
 from diffit_train.training.checkpointer import CheckpointWriter

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffit_train.commands.plan import GPUS, Machine, plan, print_plan, state_bytes
+from diffit_train.commands.plan import print_plan
 from diffit_train.config import load_recipe
 from diffit_train.config.train import Train
 from diffit_train.errors import UserError
@@ -17,6 +17,7 @@ from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.cost import activation_bytes
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import checkpoint_activations, use_kernel
+from diffit_train.planning import GPUS, Machine, plan, state_bytes
 from diffit_train.training.engine import Engine
 from tests.training.ranks import on_ranks
 

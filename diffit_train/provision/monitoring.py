@@ -1,0 +1,130 @@
+"""Prometheus' scrape of a Ray cluster, and a Grafana dashboard of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffit_train.provision.target import Target
+
+# Ray puts `ray_` before every name, and training's gauges are `diffit_train_NAME`.
+PREFIX = "ray_diffit_train_"
+# A `ray up` head lists the addresses of its nodes' metrics here.
+DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"
+KUBERNETES = "__meta_kubernetes_pod_"
+# Title, unit of Grafana, and the gauges with their legends.
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Loss", "short", {"loss": "all"}),
+    ("Loss by quarter of the noise levels", "short", {f"loss_q{q}": f"q{q}" for q in range(4)}),
+    ("Images per second", "short", {"images_per_s": "all ranks"}),
+    ("Model FLOPs utilization", "percentunit", {"mfu": "MFU"}),
+    ("Share of time waiting for data", "percentunit", {"data_wait_fraction": "waiting"}),
+    ("Step time", "s", {"step_s": "step"}),
+    (
+        "Phases of a step",
+        "s",
+        {f"{phase}_s": phase for phase in ("data", "forward", "backward", "optimizer")},
+    ),
+    ("Training held up by checkpoints", "s", {"checkpoint_s": "in each log interval"}),
+    ("Gradient norm", "short", {"grad_norm": "before clipping"}),
+    ("Learning rate", "sci", {"lr": "lr"}),
+    ("Skipped steps", "short", {"skipped_steps": "in each log interval"}),
+    ("Peak memory of rank 0, GiB", "short", {"memory_gib": "peak"}),
+    ("Step", "short", {"step": "step"}),
+)
+
+
+def scrape_config(target: Target) -> dict[str, Any]:
+    """prometheus.yml: the pods of KubeRay clusters, and a `ray up` cluster on its head."""
+    return {
+        "global": {"scrape_interval": "15s"},
+        "scrape_configs": [
+            {
+                "job_name": "diffit-kuberay",
+                "kubernetes_sd_configs": [
+                    {"role": "pod", "namespaces": {"names": [target.namespace]}}
+                ],
+                "relabel_configs": [
+                    _keep("label_app_kubernetes_io_name", "diffit-ray"),
+                    _keep("container_port_name", "metrics"),
+                    _label("label_diffit_job", "job_name"),
+                    _label("label_diffit_role", "role"),
+                    _label("name", "pod"),
+                ],
+            },
+            {"job_name": "diffit-ray-up", "file_sd_configs": [{"files": [DISCOVERY_FILE]}]},
+        ],
+    }
+
+
+def _keep(source: str, value: str) -> dict[str, Any]:
+    return {"source_labels": [KUBERNETES + source], "regex": value, "action": "keep"}
+
+
+def _label(source: str, name: str) -> dict[str, Any]:
+    return {"source_labels": [KUBERNETES + source], "target_label": name}
+
+
+def dashboard() -> dict[str, Any]:
+    """The dashboard, two panels in a row."""
+    return {
+        "title": "diffit_train",
+        "uid": "diffit-train",
+        "schemaVersion": 39,
+        "tags": ["diffit"],
+        "time": {"from": "now-6h", "to": "now"},
+        "refresh": "30s",
+        "templating": {"list": [_datasource(), _runs()]},
+        "panels": [_panel(number, *panel) for number, panel in enumerate(PANELS)],
+    }
+
+
+def _datasource() -> dict[str, Any]:
+    return {
+        "name": "datasource",
+        "label": "Data source",
+        "type": "datasource",
+        "query": "prometheus",
+    }
+
+
+def _runs() -> dict[str, Any]:
+    query = f"label_values({PREFIX}step, run)"
+    return {
+        "name": "run",
+        "label": "Run",
+        "type": "query",
+        "datasource": _source(),
+        "query": {"query": query, "refId": "run"},
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+    }
+
+
+def _source() -> dict[str, str]:
+    return {"type": "prometheus", "uid": "${datasource}"}
+
+
+def _panel(number: int, title: str, unit: str, gauges: dict[str, str]) -> dict[str, Any]:
+    width, height = 12, 8
+    return {
+        "id": number + 1,
+        "title": title,
+        "type": "timeseries",
+        "datasource": _source(),
+        "gridPos": {
+            "x": number % 2 * width,
+            "y": number // 2 * height,
+            "w": width,
+            "h": height,
+        },
+        "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
+        "targets": [
+            {
+                "refId": chr(ord("A") + i),
+                "expr": f'{PREFIX}{gauge}{{run=~"$run"}}',
+                "legendFormat": f"{{{{run}}}} {legend}",
+            }
+            for i, (gauge, legend) in enumerate(gauges.items())
+        ],
+    }
