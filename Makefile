@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo       the whole chain on real digits: encode, train, evaluate, compare"
-	@echo "make test       lint and all tests"
+	@echo "make test       lint and all tests but the slow ones"
 	@echo "make slow       the slow tests: clusters, faults, S3"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -12,11 +14,14 @@ from urllib.parse import urlsplit
 
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import FILE, SETUP_HOOK
+from diffit_train.progress import say
 
 # Without it, Ray would join any cluster that happens to run on this machine.
 NEW_CLUSTER = "local"
 CONNECT_TIMEOUT_S = 10.0
 NODE_TIMEOUT_S = 120.0
+# Between looks at a cluster that is to grow.
+GROWTH_POLL_S = 5.0
 T = TypeVar("T")
 # Environment for processes that compute on a CPU: keep freed memory. By default glibc returns each
 # freed block above 32 MiB to the kernel, which zeroes it again page by page: a fifth of the time in
@@ -104,23 +109,48 @@ def _unreachable(address: str, error: Exception) -> str:
     )
 
 
-def require(cpus: float, gpus: float, purpose: str) -> None:
-    """Refuse work that the connected cluster could never schedule.
+def require(cpus: float, gpus: float, purpose: str, wait_s: float = 0.0) -> None:
+    """Refuse work that the connected cluster cannot schedule, or wait for the cluster to grow.
+
+    Args:
+        wait_s: for how long to wait for an autoscaler, which is told what is needed.
 
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than `purpose` needs.
     """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    missing, started_s = _missing(cpus, gpus), time.monotonic()
+    if missing and wait_s:
+        say(f"waiting up to {wait_s:g} s for nodes: {purpose} needs {missing}")
+        each = {"GPU": 1.0, "CPU": cpus / gpus} if gpus else {"CPU": 1.0}
+        request_resources(bundles=[each] * math.ceil(gpus or cpus))
+    try:
+        while missing and time.monotonic() - started_s < wait_s:
+            time.sleep(GROWTH_POLL_S)
+            missing = _missing(cpus, gpus)
+    finally:
+        if wait_s and ray.is_initialized():
+            request_resources(bundles=[])
+    if missing:
+        raise UserError(
+            f"{purpose} needs {missing}; lower the resources under `scaling`, such as "
+            "scaling.workers=1, pass the --address of a larger cluster, or, if this one can grow, "
+            "set scaling.wait_s"
+        )
+
+
+def _missing(cpus: float, gpus: float) -> str:
+    """What the cluster has too little of, in words; empty if it has enough."""
     import ray
 
     resources = ray.cluster_resources()
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):
         present = resources.get(kind, 0)
         if needed > present:
-            raise UserError(
-                f"{purpose} needs {needed:g} {kind}s, but the Ray cluster has {present:g}; "
-                "lower the resources under `scaling`, such as scaling.workers=1, or pass the "
-                "--address of a larger cluster"
-            )
+            return f"{needed:g} {kind}s, but the Ray cluster has {present:g}"
+    return ""
 
 
 def on_every_node(call: Callable[..., T], *args: Any) -> list[T]:

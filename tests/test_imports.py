@@ -23,7 +23,7 @@ ALLOWED = {
     "metric_names": set(),
     "config": {"errors", "storage"},
     "forwarded_env": {"errors"},
-    "ray_session": {"errors", "forwarded_env"},
+    "ray_session": {"errors", "forwarded_env", "progress"},
     "ray_jobs": BASE | {"tracking", "forwarded_env"},
     "tracking": BASE,
     "models": BASE,

@@ -1,4 +1,4 @@
-"""The private cluster on this machine: who can reach it."""
+"""Ray sessions: who can reach a private cluster, and waiting for a cluster that grows."""
 
 from __future__ import annotations
 
@@ -29,3 +29,45 @@ def test_a_private_cluster_listens_on_loopback_only() -> None:
     listeners = [line.rsplit(" ", 1) for line in json.loads(done.stdout.splitlines()[-1])]
     assert {"gcs_server", "raylet"} <= {name for name, _ in listeners}
     assert {address for _, address in listeners} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+# A head without enough CPUs, and a node that joins later.
+GROWING = """
+import threading, time
+import ray
+from ray.cluster_utils import Cluster
+from diffit_train import ray_session
+from diffit_train.errors import UserError
+
+ray_session.GROWTH_POLL_S = 0.2
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+try:
+    ray_session.require(3, 0, "training")
+except UserError as error:
+    print("refused:", error)
+try:
+    ray_session.require(1, 1, "training", wait_s=1.0)
+except UserError as error:
+    print("gave up:", error)
+waiting = threading.Thread(target=ray_session.require, args=(3, 0, "training", 120.0))
+waiting.start()
+time.sleep(1.0)
+print("waits", waiting.is_alive())
+cluster.add_node(num_cpus=2)
+waiting.join(60.0)
+print("goes on", not waiting.is_alive())
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_work_waits_for_a_cluster_that_grows() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GROWING], capture_output=True, text=True, check=True
+    )
+    assert "refused: training needs 3 CPUs, but the Ray cluster has 1; lower" in done.stdout
+    assert "gave up: training needs 1 GPUs, but the Ray cluster has 0; lower" in done.stdout
+    assert "waits True" in done.stdout
+    assert "goes on True" in done.stdout
+    assert "waiting up to 120 s for nodes: training needs 3 CPUs" in done.stderr

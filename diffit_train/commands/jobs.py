@@ -25,7 +25,7 @@ LOCAL_SERVER = "http://127.0.0.1:8265"
 
 
 def jobs_list_command(address: JobServer = LOCAL_SERVER, as_json: Json = False) -> None:
-    """List our jobs on a cluster: run, stage, state, age and last progress.
+    """List the jobs that `diffit submit` sent: run, stage, state, age and last progress.
 
     Example: `diffit jobs list --address http://head:8265`
     """
@@ -35,11 +35,11 @@ def jobs_list_command(address: JobServer = LOCAL_SERVER, as_json: Json = False) 
     elif rows:
         print_rows(f"jobs at {address}", rows)
     else:
-        say(f"{address} has no jobs of ours; submit one with `diffit submit`")
+        say(f"{address} has no job that `diffit submit` sent")
 
 
 def jobs_follow_command(name: JobName, address: JobServer = LOCAL_SERVER) -> None:
-    """Follow a job's log until it ends; the exit status is the job's.
+    """Follow a job's log until it ends; exit status 0, 1 if it failed, 2 for bad input.
 
     Example: `diffit jobs follow train-imagenet256 --address http://head:8265`
     """
@@ -50,7 +50,7 @@ def jobs_follow_command(name: JobName, address: JobServer = LOCAL_SERVER) -> Non
 def jobs_stop_command(
     name: JobName, address: JobServer = LOCAL_SERVER, as_json: Json = False
 ) -> None:
-    """Let a job save a checkpoint and stop, and wait until it has.
+    """Let a job save its work and stop, and wait until it has.
 
     Example: `diffit jobs stop train-imagenet256 --address http://head:8265`
     """

@@ -56,8 +56,8 @@ AllowPickle = Annotated[
     typer.Option(
         "--allow-pickle",
         metavar="",
-        help="Allow a weight file that is a pickle. Reading a pickle can run any code: use it only "
-        "for files you trust.",
+        help="Allow weights that are pickles: a PyTorch file, read as tensors only, or a folder of "
+        "DeepSpeed's, which can run any code; use it only for files you trust.",
     ),
 ]
 Json = Annotated[

@@ -184,7 +184,8 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    location = error["loc"]
+    # The names of a union's members are pydantic's own.
+    location = [part for part in error["loc"] if "-" not in str(part) and "[" not in str(part)]
     key = ".".join(str(part) for part in location)
     if key in renamed.KEYS:
         return f"key {key!r} was renamed to {renamed.KEYS[key]!r}"
@@ -199,4 +200,6 @@ def _explain(error: dict[str, Any]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if not location:
         return message
+    if isinstance(error["input"], dict):
+        return message if key in message else f"{key}: {message}"
     return f"{key} is {error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -46,6 +46,13 @@ class Scaling(Section):
     resize_check_s: Positive = Field(
         default=60.0, description="seconds between checks whether an elastic run can grow"
     )
+    wait_s: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="seconds to wait for an autoscaling cluster to provide the CPUs and GPUs that "
+        "a command needs; 0: fail at once",
+    )
     shard_cache_gib: float = Field(
         default=0.0,
         ge=0.0,

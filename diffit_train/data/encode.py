@@ -100,7 +100,8 @@ def encode_again(
 def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
     scaling = recipe.scaling
     with ray_session.connected(address):
-        ray_session.require(1, scaling.encode_min_actors * scaling.gpus_per_actor, "encoding")
+        gpus = scaling.encode_min_actors * scaling.gpus_per_actor
+        ray_session.require(1, gpus, "encoding", scaling.wait_s)
         yield
 
 

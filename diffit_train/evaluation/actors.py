@@ -230,7 +230,8 @@ class EvaluationPool:
         self.recipe = recipe
         scaling = recipe.scaling
         count = scaling.evaluate_actors
-        ray_session.require(count, count * scaling.gpus_per_actor, "evaluation")
+        gpus = count * scaling.gpus_per_actor
+        ray_session.require(count, gpus, "evaluation", scaling.wait_s)
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": scaling.gpus_per_actor or None}
         if not scaling.gpus_per_actor:
             options["runtime_env"] = {"env_vars": ray_session.KEEP_FREED_MEMORY}

@@ -21,6 +21,8 @@ MLFLOW_SERVICE, MLFLOW_PORT = "diffit-mlflow", 5000
 IMAGE = "registry.example/diffit:0.1.0"
 # KubeRay appends up to six characters to make a RayCluster's name.
 RAYJOB_NAME_CHARACTERS = 47
+# For how long a job waits for its nodes.
+NODE_WAIT_S = 3600
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class Target:
         if self.recipe.tracking.uri is None:
             words.append(f"tracking.uri=http://{MLFLOW_SERVICE}:{MLFLOW_PORT}")
         scaling = self.recipe.scaling
+        if not scaling.wait_s:
+            # Groups start at zero nodes; the autoscaler needs minutes for a GPU node.
+            words.append(f"scaling.wait_s={NODE_WAIT_S}")
         if stage == "train" and not scaling.shard_cache_gib:
             gib = self.size("train").worker.cache // storage.GIB
             words.append(f"scaling.shard_cache_gib={gib}")

@@ -87,8 +87,8 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
-            f"could not reach a Ray job server at {address}: {str(error).splitlines()[0]}; "
-            "start one with `ray start --head`, or fix --address"
+            f"could not reach a Ray job server at {address}; start one with `ray start --head`, or "
+            "fix --address"
         ) from error
 
 

@@ -88,7 +88,7 @@ def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
                 found[job_name] = info
     if not found:
         known = ", ".join(sorted(a[-1].submission_id for a in job_attempts(client).values()))
-        raise UserError(f"no job is named {name!r}; the cluster has: {known or 'none of ours'}")
+        raise UserError(f"no job is named {name!r}; the cluster has: {known or 'none'}")
     if len(found) > 1:
         choices = ", ".join(sorted(str(info.submission_id) for info in found.values()))
         raise UserError(f"{name!r} names jobs of several roots: {choices}; choose one")

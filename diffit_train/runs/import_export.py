@@ -18,7 +18,7 @@ from diffit_train.runs.checkpoints import (
     save_whole,
 )
 from diffit_train.runs.identity import check_recipe, create_identity, run_url, stored_recipe
-from diffit_train.tracking import Tracker
+from diffit_train.tracking import Tracker, redact
 
 
 def import_weights(
@@ -142,6 +142,11 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
 
 def export_metadata(recipe: Recipe, run: str, step: int, weights: str) -> dict[str, str]:
     """Metadata of an exported file: the run's own recipe, with the current URLs."""
-    locations = {"storage": recipe.storage, "tracking": recipe.tracking}
+    # A file may be passed on: no credentials.
+    root, uri = redact(recipe.storage.root), recipe.tracking.uri
+    locations = {
+        "storage": recipe.storage.model_copy(update={"root": root}),
+        "tracking": recipe.tracking.model_copy(update={"uri": uri and redact(uri)}),
+    }
     own = stored_recipe(run_url(recipe, run)).model_copy(update=locations)
     return {"run": run, "step": str(step), "weights": weights, "recipe": dump_recipe(own)}

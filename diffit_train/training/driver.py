@@ -85,7 +85,7 @@ def train(
     cpus, gpus = scaling.cpus_per_worker, scaling.gpus_per_worker
     with ray_session.connected(address):
         fewest = scaling.fewest_workers
-        ray_session.require(fewest * cpus, fewest * gpus, "training")
+        ray_session.require(fewest * cpus, fewest * gpus, "training", scaling.wait_s)
         identity = check_recipe(recipe, run) or create_identity(recipe, run)
         return _tracked_fit(recipe, identity, manifest, validate)
 
