@@ -1,0 +1,107 @@
+"""Slurm, really: a training is preempted, requeued by its script, and goes on."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from diffit_train.provision.slurm import Site, slurm_script
+from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.training.driver import train
+from tests.conftest import tiny_recipe
+from tests.faults.test_cluster import LONG
+from tests.slurm import Slurm, why_not
+from tests.training.test_train import _copy, _losses, _no_doubled_points
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+    pytest.mark.usefixtures("ray_session"),
+]
+
+# One worker on each node of one CPU.
+SIZE = ("scaling.workers=2", "scaling.max_failures=1")
+JOB_S = 400.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(encoded: Path, ray_session: None) -> list[tuple[int, float]]:
+    """The curve of two workers that nothing disturbs."""
+    train(tiny_recipe(encoded, *LONG, *SIZE), "undisturbed-by-slurm")
+    return _losses(encoded, "undisturbed-by-slurm")
+
+
+@pytest.fixture
+def slurm() -> Iterator[Slurm]:
+    with Slurm(2) as cluster:
+        yield cluster
+
+
+def _submit(slurm: Slurm, root: Path, *options: str, restarts: int = 100) -> str:
+    site = Site(
+        workers_per_node=1,
+        memory_gib=2,
+        shared_folder=str(root / "shared"),
+        stop_s=60,
+        restarts=restarts,
+        time_limit="20:00",
+    )
+    script = root / "train.sh"
+    script.write_text(slurm_script(tiny_recipe(root, *LONG, *SIZE), "train", site, run="killed"))
+    return slurm.submit(script, "--output=job.log", *options)
+
+
+def _wait(slurm: Slurm, job: str, root: Path, what: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + JOB_S
+    while not what():
+        said = _log(root)[-4000:]
+        assert slurm.state(job) not in ENDED, said
+        assert time.monotonic() < deadline_s, said
+        time.sleep(0.2)
+
+
+def _log(root: Path) -> str:
+    log = root / "job.log"
+    return log.read_text() if log.exists() else ""
+
+
+def _steps(root: Path) -> list[int]:
+    return committed_steps(str(root / "runs" / "killed"))
+
+
+def _resumed(root: Path) -> list[int]:
+    """Where each attempt began."""
+    found = re.findall(r"^training from step ([\d,]+) on 2 workers", _log(root), re.MULTILINE)
+    return [int(step.replace(",", "")) for step in found]
+
+
+def _saved(root: Path) -> list[int]:
+    """Where each attempt was stopped."""
+    found = re.findall(r"^stopped at step ([\d,]+), which is saved", _log(root), re.MULTILINE)
+    return [int(step.replace(",", "")) for step in found]
+
+
+def test_a_signal_requeues_the_job(
+    slurm: Slurm, encoded: Path, tmp_path: Path, undisturbed: list[tuple[int, float]]
+) -> None:
+    _copy(encoded, tmp_path)
+    job = _submit(slurm, tmp_path)
+    _wait(slurm, job, tmp_path, lambda: max(_steps(tmp_path), default=0) >= 300)
+    slurm.run("scancel", "--signal=TERM", "--batch", job)
+    _wait(slurm, job, tmp_path, lambda: slurm.state(job) == "COMPLETED")
+    log = _log(tmp_path)
+    print(log)
+    assert "all 2 nodes have joined" in log
+    assert "requeued: it was stopped" in log
+    assert _resumed(tmp_path) == [0, *_saved(tmp_path)]
+    mine = _losses(tmp_path, "killed")
+    assert [step for step, _ in mine] == [step for step, _ in undisturbed]
+    assert [loss for _, loss in mine] == pytest.approx([l for _, l in undisturbed], rel=1e-4)
+    _no_doubled_points(tmp_path, undisturbed)
+    assert not list((tmp_path / "shared").iterdir())
+    assert not list(Path("/tmp").glob(f"ray-{job}-*"))
