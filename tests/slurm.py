@@ -24,7 +24,7 @@ from tests.head import free_port
 READY_S = 30.0
 STOP_S = 10.0
 DAEMONS = ("munged", "slurmctld", "slurmd")
-PATH = f"{Path(sys.executable).parent}:{os.environ["PATH"]}:/usr/sbin"
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
 # A requeued job may start again when the credentials of its last start have expired.
 CREDENTIALS_EXPIRE_S = 5
 

@@ -29,6 +29,7 @@ ALLOWED = {
     "diffusion": BASE,
     "data": BASE | {"models", "diffusion", "ray_session"},
     "runs": BASE | SCIENCE | {"tracking"},
+    "provision": BASE,
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "evaluation": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "compare": BASE | {"tracking"},

@@ -119,7 +119,7 @@ def slurm_script(
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# Ray in a Slurm allocation, and `diffit {stage}` on it. Send it by: sbatch THIS_FILE",
+            f"# Ray in a Slurm allocation, and `diffit {stage}` on it. Send it by sbatch.",
             "# Preempted or at its time limit, it saves, is requeued and resumes.",
             "# Functions are called by traps and on other nodes, where shellcheck does not look.",
             "# shellcheck disable=SC1091,SC2317",
@@ -154,9 +154,7 @@ def _check(site: Site) -> None:
         if value and not _PLAIN.fullmatch(value):
             raise UserError(f"{key} is {value!r}, which has characters that sbatch cannot take")
     if not _TIME.fullmatch(site.time_limit):
-        raise UserError(
-            f"time_limit is {site.time_limit!r}, but must be as 24:00:00 or 2-00:00:00"
-        )
+        raise UserError(f"time_limit is {site.time_limit!r}, but must be as 24:00:00 or 2-00:00:00")
     for key, least in (
         ("workers_per_node", 1),
         ("stop_s", 1),
@@ -340,7 +338,10 @@ on_every_node() {
 attempt=${SLURM_RESTART_COUNT:-0}
 head_node=$SLURMD_NODENAME
 head_address=$(node_address)
-[[ -n $head_address ]] || { say "$head_node has no address on ${interface:-any interface}"; exit 1; }
+if [[ -z $head_address ]]; then
+  say "$head_node has no IPv4 address on ${interface:-any interface}"
+  exit 1
+fi
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first_port=$((10000 + SLURM_JOB_ID % 2000 * 10))
 head_port=$(free_port "$first_port")
@@ -386,7 +387,7 @@ again=
 if ((status != 0 && status != 2)); then
   if [[ -n $stopping ]]; then
     again="it was stopped"
-  elif ! timeout 60 bash -c "$(declare -p nodes); $(declare -f wait_for_nodes); wait_for_nodes 0"; then
+  elif ! attend wait_for_nodes 0; then
     again="a node was lost"
   fi
 fi

@@ -101,7 +101,7 @@ def test_a_signal_requeues_the_job(
     assert _resumed(tmp_path) == [0, *_saved(tmp_path)]
     mine = _losses(tmp_path, "killed")
     assert [step for step, _ in mine] == [step for step, _ in undisturbed]
-    assert [loss for _, loss in mine] == pytest.approx([l for _, l in undisturbed], rel=1e-4)
+    assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in undisturbed], rel=1e-4)
     _no_doubled_points(tmp_path, undisturbed)
     assert not list((tmp_path / "shared").iterdir())
     assert not list(Path("/tmp").glob(f"ray-{job}-*"))
