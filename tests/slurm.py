@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -130,8 +131,7 @@ class Slurm:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=self.environment)
         self.processes.append(process)
 
-    def _wait(self, ready: object, name: str) -> None:
-        assert callable(ready)
+    def _wait(self, ready: Callable[[], bool], name: str) -> None:
         deadline_s = time.monotonic() + READY_S
         while not ready():
             ended = any(process.poll() is not None for process in self.processes)
@@ -144,7 +144,7 @@ class Slurm:
         found = self.run("sinfo", "--noheader", "--Node", "--partition=spot", "--format=%T")
         return found.split() == ["idle"] * len(self.names)
 
-    def run(self, *command: str, check: bool = False, **options: object) -> str:
+    def run(self, *command: str, check: bool = False) -> str:
         """Run one of Slurm's commands; its output."""
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=60
@@ -172,18 +172,26 @@ class Slurm:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word).get("JobState", "")
 
+    def running(self, job: str) -> bool:
+        """Whether a job has not come to its end on every node."""
+        return self.run("squeue", "--noheader", f"--job={job}").strip() != ""
+
+    def processes_of(self, job: str) -> list[psutil.Process]:
+        """All processes of a job on all nodes, the oldest first."""
+        found = [p for p in self._of_jobs() if _environment(p).get("SLURM_JOB_ID") == job]
+        return sorted(found, key=lambda process: process.create_time())
+
+    def _of_jobs(self) -> list[psutil.Process]:
+        """Daemons and jobs know this cluster by their environment, also where they detach."""
+        ours = str(self.configuration)
+        return [p for p in psutil.process_iter() if _environment(p).get("SLURM_CONF") == ours]
+
     def _stop(self) -> None:
         if len(self.processes) > 1:
             self.run("scancel", "--signal=KILL", "--full", "--state=RUNNING")
             self.run("scancel", f"--user={os.environ.get('USER', 'root')}")
-        # A step's keeper detaches from its slurmd; it names the node's spool folder.
         mine = [process.pid for process in self.processes]
-        for process in psutil.process_iter():
-            try:
-                if process.name().startswith("slurmstepd") and self._of_ours(process):
-                    mine += [process.pid, *(c.pid for c in process.children(recursive=True))]
-            except psutil.NoSuchProcess:
-                continue
+        mine += [process.pid for process in self._of_jobs()]
         for pid in mine:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -191,10 +199,7 @@ class Slurm:
                 continue
         for daemon in self.processes:
             daemon.wait(STOP_S)
-        pass  # KEEP
-
-    def _of_ours(self, process: psutil.Process) -> bool:
-        return process.environ().get("SLURM_CONF") == str(self.configuration)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __exit__(
         self,
@@ -203,3 +208,10 @@ class Slurm:
         trace: TracebackType | None,
     ) -> None:
         self._stop()
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return dict(process.environ())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return {}

@@ -240,23 +240,25 @@ free_port() {
 
 node_folder() { echo "$scratch_folder/ray-$SLURM_JOB_ID-$SLURM_NODEID"; }
 
-# Runs on every node.
+# Runs on every node until Ray ends there.
 ray_node() {
-  local folder address options
-  folder=$(node_folder) address=$(node_address)
+  local own address options
+  own=$(node_folder) address=$(node_address)
   if [[ ! -r $RAY_AUTH_TOKEN_PATH ]]; then
     say "$SLURMD_NODENAME cannot read $RAY_AUTH_TOKEN_PATH; shared_folder must be seen by all nodes"
     return 1
   fi
-  rm -rf -- "$folder"
-  mkdir -m 700 -- "$folder"
-  options=(--node-ip-address="$address" --node-name="$SLURMD_NODENAME" --temp-dir="$folder")
+  rm -rf -- "$own"
+  mkdir -m 700 -- "$own"
+  options=(--node-ip-address="$address" --node-name="$SLURMD_NODENAME" --temp-dir="$own")
   options+=(--num-cpus="$ray_cpus" --num-gpus="$ray_gpus" --dashboard-agent-listen-port=0)
-  options+=(--disable-usage-stats --block)
+  # Port 0: any free one. Two Rays on a node would share the default range of worker ports.
+  options+=(--min-worker-port=0 --max-worker-port=0 --disable-usage-stats --block)
   if [[ $SLURMD_NODENAME == "$head_node" ]]; then
-    # Port 0 is no Ray client server: it would listen beyond loopback, and nothing here needs it.
-    exec ray start --head --port="$head_port" --ray-client-server-port=0 \
+    # Ray's client server cannot be switched off or bound to loopback; it, too, asks for the token.
+    ray start --head --port="$head_port" --ray-client-server-port="$client_port" \
       --dashboard-host=127.0.0.1 --dashboard-port="$dashboard_port" "${options[@]}"
+    return
   fi
   until listens "$head_address" "$head_port"; do
     if ((SECONDS > join_s)); then
@@ -265,7 +267,12 @@ ray_node() {
     fi
     sleep 1
   done
-  exec ray start --address="$head_address:$head_port" "${options[@]}"
+  ray start --address="$head_address:$head_port" "${options[@]}"
+}
+
+keep_ray_node() {
+  ray_node || true
+  touch "$folder/$SLURMD_NODENAME.ended"
 }
 
 remove_node_folder() { rm -rf -- "$(node_folder)"; }
@@ -273,18 +280,21 @@ remove_node_folder() { rm -rf -- "$(node_folder)"; }
 # Wait at most this many seconds until all nodes are in the cluster; else name those that are not.
 # It takes the place of its shell.
 wait_for_nodes() {
-  exec python3 - "$1" "$head_address" "$head_port" "${nodes[@]}" <<'END_OF_PYTHON'
+  exec python3 - "$1" "$folder" "$head_address" "$head_port" "${nodes[@]}" <<'END_OF_PYTHON'
 import logging
 import socket
 import sys
 import time
+from pathlib import Path
 
 import ray
 
-limit_s, host, port, *names = sys.argv[1:]
+limit_s, folder, host, port, *names = sys.argv[1:]
 deadline_s = time.monotonic() + float(limit_s)
 missing = names
 while True:
+    if ended := [name for name in names if Path(folder, f"{name}.ended").exists()]:
+        sys.exit(f"Ray has ended on {', '.join(ended)}")
     try:
         if not ray.is_initialized():
             socket.create_connection((host, int(port)), 5).close()
@@ -329,12 +339,11 @@ end_ray() {
   ray_step=
 }
 
-on_every_node() {
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    --cpus-per-task="$SLURM_CPUS_PER_TASK" --export=ALL --overlap --kill-on-bad-exit=0 --wait=0 \
-    "$@"
-}
-
+# An array instead of a function: a signal to a function in the background would miss srun.
+on_every_node=(
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1
+  --cpus-per-task="$SLURM_CPUS_PER_TASK" --export=ALL --overlap --kill-on-bad-exit=0 --wait=0
+)
 attempt=${SLURM_RESTART_COUNT:-0}
 head_node=$SLURMD_NODENAME
 head_address=$(node_address)
@@ -343,13 +352,14 @@ if [[ -z $head_address ]]; then
   exit 1
 fi
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-first_port=$((10000 + SLURM_JOB_ID % 2000 * 10))
+first_port=$((20000 + SLURM_JOB_ID % 1200 * 10))
 head_port=$(free_port "$first_port")
 dashboard_port=$(free_port $((head_port + 1)))
-export head_node head_address head_port dashboard_port
-export -f say node_address listens node_folder ray_node remove_node_folder
+client_port=$(free_port $((dashboard_port + 1)))
+export head_node head_address head_port dashboard_port client_port
+export -f say node_address listens node_folder ray_node keep_ray_node remove_node_folder
 
-folder=$shared_folder/slurm-$SLURM_JOB_ID
+export folder=$shared_folder/slurm-$SLURM_JOB_ID
 mkdir -p -- "$shared_folder"
 rm -rf -- "$folder"
 mkdir -m 700 -- "$folder"
@@ -367,12 +377,12 @@ trap stop TERM
 trap 'end_ray; rm -f -- "$folder/token"' EXIT
 
 say "attempt $((attempt + 1)): Ray on ${nodes[*]}, head $head_address:$head_port"
-on_every_node --output="$folder/ray-%n.log" bash -c ray_node &
+"${on_every_node[@]}" --output="$folder/ray-%n.log" bash -c keep_ray_node &
 ray_step=$!
 status=0
 attend wait_for_nodes "$join_s" || status=$?
 if ((status)) && [[ -z $stopping ]]; then
-  tail -n 5 "$folder"/ray-*.log >&2 || true
+  for log in "$folder"/ray-*.log; do tail -n 5 "$log" >&2 || true; done
   say "Ray did not start; its files are in $scratch_folder/ray-$SLURM_JOB_ID-* of each node"
   exit 1
 fi
@@ -394,7 +404,7 @@ fi
 trap '' TERM
 end_ray
 if [[ $status == 0 || -n $again ]]; then
-  on_every_node bash -c remove_node_folder || true
+  "${on_every_node[@]}" bash -c remove_node_folder || true
 else
   say "Ray's logs are in $scratch_folder/ray-$SLURM_JOB_ID-* of each node"
 fi

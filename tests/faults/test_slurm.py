@@ -86,22 +86,80 @@ def _saved(root: Path) -> list[int]:
     return [int(step.replace(",", "")) for step in found]
 
 
-def test_a_signal_requeues_the_job(
+def test_a_job_is_requeued_and_resumes(
     slurm: Slurm, encoded: Path, tmp_path: Path, undisturbed: list[tuple[int, float]]
 ) -> None:
     _copy(encoded, tmp_path)
     job = _submit(slurm, tmp_path)
-    _wait(slurm, job, tmp_path, lambda: max(_steps(tmp_path), default=0) >= 300)
+    _wait_for_step(slurm, job, tmp_path, 300)
     slurm.run("scancel", "--signal=TERM", "--batch", job)
+
+    _wait_for_step(slurm, job, tmp_path, 800)
+    (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
+    slurm.submit(tmp_path / "urgent.sh", "--partition=urgent", "--nodes=2")
+
+    _wait_for_step(slurm, job, tmp_path, 1300)
+    # Slurm gives the signal STOP_S before the limit, and looks every half minute.
+    elapsed_s = time.time() - (tmp_path / "job.log").stat().st_ctime
+    minutes = int(elapsed_s / 60) + 2
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}", check=True)
+
     _wait(slurm, job, tmp_path, lambda: slurm.state(job) == "COMPLETED")
     log = _log(tmp_path)
     print(log)
-    assert "all 2 nodes have joined" in log
-    assert "requeued: it was stopped" in log
+    assert log.count("all 2 nodes have joined") == 4
+    assert log.count("requeued: it was stopped") == 3
     assert _resumed(tmp_path) == [0, *_saved(tmp_path)]
     mine = _losses(tmp_path, "killed")
     assert [step for step, _ in mine] == [step for step, _ in undisturbed]
-    assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in undisturbed], rel=1e-4)
+    expected = [loss for _, loss in undisturbed]
+    assert [loss for _, loss in mine] == pytest.approx(expected, rel=1e-4)
     _no_doubled_points(tmp_path, undisturbed)
-    assert not list((tmp_path / "shared").iterdir())
+    _nothing_is_left(tmp_path, job)
+
+
+def _wait_for_step(slurm: Slurm, job: str, root: Path, step: int) -> None:
+    attempts = len(_saved(root)) + 1
+    _wait(slurm, job, root, lambda: len(_resumed(root)) == attempts and _steps(root)[-1] >= step)
+
+
+def _nothing_is_left(root: Path, job: str) -> None:
+    assert not list((root / "shared").iterdir())
     assert not list(Path("/tmp").glob(f"ray-{job}-*"))
+
+
+def test_a_lost_node_requeues_the_job(slurm: Slurm, encoded: Path, tmp_path: Path) -> None:
+    _copy(encoded, tmp_path)
+    job = _submit(slurm, tmp_path)
+    _wait_for_step(slurm, job, tmp_path, 300)
+    raylets = [process for process in slurm.processes_of(job) if process.name() == "raylet"]
+    assert len(raylets) == 2
+    raylets[1].kill()
+    _wait(slurm, job, tmp_path, lambda: "requeued: a node was lost" in _log(tmp_path))
+    _wait(slurm, job, tmp_path, lambda: len(_resumed(tmp_path)) == 2)
+    assert _resumed(tmp_path)[1] >= 300
+
+    slurm.run("scancel", job, check=True)
+    _wait_for_end(slurm, job)
+    assert slurm.state(job) == "CANCELLED"
+    assert "requeued: it was stopped" not in _log(tmp_path)
+    assert slurm.processes_of(job) == []
+
+
+def test_restarts_are_limited(slurm: Slurm, encoded: Path, tmp_path: Path) -> None:
+    _copy(encoded, tmp_path)
+    job = _submit(slurm, tmp_path, restarts=0)
+    _wait_for_step(slurm, job, tmp_path, 100)
+    slurm.run("scancel", "--signal=TERM", "--batch", job)
+    _wait_for_end(slurm, job)
+    assert slurm.state(job) == "FAILED"
+    assert "not requeued: it has been 0 times; sbatch again resumes" in _log(tmp_path)
+    assert _steps(tmp_path)[-1] == _saved(tmp_path)[0]
+    _nothing_is_left(tmp_path, job)
+
+
+def _wait_for_end(slurm: Slurm, job: str) -> None:
+    deadline_s = time.monotonic() + JOB_S
+    while slurm.running(job):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
