@@ -244,12 +244,16 @@ node_folder() { echo "$scratch_folder/ray-$SLURM_JOB_ID-$SLURM_NODEID"; }
 ray_node() {
   local own address options
   own=$(node_folder) address=$(node_address)
+  if [[ -z $address ]]; then
+    say "$SLURMD_NODENAME has no IPv4 address on ${interface:-any interface}"
+    return 1
+  fi
   if [[ ! -r $RAY_AUTH_TOKEN_PATH ]]; then
     say "$SLURMD_NODENAME cannot read $RAY_AUTH_TOKEN_PATH; shared_folder must be seen by all nodes"
     return 1
   fi
   rm -rf -- "$own"
-  mkdir -m 700 -- "$own"
+  mkdir -m 700 -- "$own" || return 1
   options=(--node-ip-address="$address" --node-name="$SLURMD_NODENAME" --temp-dir="$own")
   options+=(--num-cpus="$ray_cpus" --num-gpus="$ray_gpus" --dashboard-agent-listen-port=0)
   # Port 0: any free one. Two Rays on a node would share the default range of worker ports.
@@ -313,6 +317,7 @@ END_OF_PYTHON
 
 # Run a command so that SIGTERM is handled while it runs; its status.
 attend() {
+  local status
   "$@" &
   child=$!
   while true; do

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,70 @@ def test_bad_requests_are_refused() -> None:
         slurm_script(_recipe("tracking.uri=https://me:secret@mlflow.example.org"))
     with pytest.raises(UserError, match="the job's name"):
         slurm_script(_recipe(), run="a b")
+
+
+STUBS = {
+    # Ray's step lasts until it is told to end; it knows its processes' environment.
+    "srun": """[[ " $* " == *keep_ray_node* ]] || exit 0
+        echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c <"$RAY_AUTH_TOKEN_PATH")"
+        trap 'echo Ray ended; exit 0' TERM; while sleep 0.05; do :; done""",
+    # Whether the nodes have joined: 0 at first, and later as told.
+    "python3": """[[ -e joined ]] && exit "$LATER"; touch joined; exit "$JOINED" """,
+    "diffit": """echo "diffit $1 $(grep -c . "$2") $3 $4"; echo $$ >pid
+        trap 'echo saved; exit 143' TERM; [[ $ENDS == never ]] && while sleep 0.05; do :; done
+        exit "$ENDS" """,
+    "scontrol": """[[ $1 == requeue ]] && echo "requeue $2" || printf '%s\\n' node1 node2""",
+    "squeue": 'echo "$STATE"',
+    "hostname": "echo 127.0.0.1",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "said", "never"),
+    [
+        ({"ENDS": "0"}, 0, ["diffit train ended with status 0", "Ray ended"], "requeue"),
+        ({"ENDS": "1"}, 1, ["diffit train ended with status 1", "Ray ended"], "requeue"),
+        ({"ENDS": "2", "LATER": "1"}, 2, ["ended with status 2"], "requeue"),
+        ({"ENDS": "1", "LATER": "1"}, 1, ["requeued: a node was lost", "requeue 77"], "ended with"),
+        ({"JOINED": "1"}, 1, ["Ray did not start", "Ray ended"], "requeue"),
+        ({"ENDS": "never"}, 143, ["saved", "Ray ended", "requeue 77"], "not requeued"),
+        ({"ENDS": "never", "STATE": "COMPLETING"}, 143, ["the job is COMPLETING"], "requeue 77"),
+        ({"ENDS": "never", "SLURM_RESTART_COUNT": "7"}, 143, ["it has been 7 times"], "requeue 77"),
+    ],
+)
+def test_what_follows_what(
+    variables: dict[str, str], status: int, said: list[str], never: str, tmp_path: Path
+) -> None:
+    stubs, shared = tmp_path / "bin", tmp_path / "shared"
+    stubs.mkdir()
+    for name, text in STUBS.items():
+        (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (stubs / name).chmod(0o755)
+    site = Site(shared_folder=str(shared), restarts=7)
+    (tmp_path / "script.sh").write_text(slurm_script(_recipe(), site=site))
+    environment = {
+        **{"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"},
+        **{"SLURMD_NODENAME": "node1", "SLURM_JOB_NODELIST": "node[1-2]"},
+        **{"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1"},
+        **{"JOINED": "0", "LATER": "0", "ENDS": "0", "STATE": "RUNNING", **variables},
+    }
+    with (tmp_path / "log").open("wb") as log:
+        job = subprocess.Popen(
+            ["bash", "script.sh"], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
+    if environment["ENDS"] == "never":
+        deadline_s = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        job.terminate()
+    assert job.wait(timeout=60) == status
+    text = (tmp_path / "log").read_text()
+    assert text.startswith("token 600 64") or "\ntoken 600 64\n" in text
+    assert all(line in text for line in said), text
+    assert never not in text
+    if "JOINED" not in variables:
+        assert "diffit train 1" in text
+        assert list(shared.iterdir()) == []
+    token = shared / "slurm-77" / "token"
+    assert not token.exists()
