@@ -274,8 +274,14 @@ ray_node() {
   ray start --address="$head_address:$head_port" "${options[@]}"
 }
 
+# Ray may miss its own deadlines on a busy node: it gets three tries until all nodes have joined.
 keep_ray_node() {
-  ray_node || true
+  local try
+  for try in 1 2 3; do
+    ray_node || true
+    [[ ! -e $folder/joined ]] || break
+    say "Ray has ended on $SLURMD_NODENAME before all nodes had joined, try $try of 3"
+  done
   touch "$folder/$SLURMD_NODENAME.ended"
 }
 
@@ -392,6 +398,7 @@ if ((status)) && [[ -z $stopping ]]; then
   exit 1
 fi
 if [[ -z $stopping ]]; then
+  touch "$folder/joined"
   say "all ${#nodes[@]} nodes have joined"
   attend diffit "$stage" "$folder/recipe.yaml" "${arguments[@]}" \
     --address "$head_address:$head_port" || status=$?
@@ -423,9 +430,10 @@ if [[ $state != RUNNING ]]; then
   say "not requeued: the job is $state"
 elif ((attempt >= restarts)); then
   say "not requeued: it has been $restarts times; sbatch again resumes"
-else
+elif scontrol requeue "$SLURM_JOB_ID"; then
   say "requeued: $again"
-  scontrol requeue "$SLURM_JOB_ID"
+else
+  say "not requeued: Slurm refuses; sbatch again resumes"
 fi
 exit "$status"
 """

@@ -158,6 +158,17 @@ def test_restarts_are_limited(slurm: Slurm, encoded: Path, tmp_path: Path) -> No
     assert _steps(tmp_path)[-1] == _saved(tmp_path)[0]
     _nothing_is_left(tmp_path, job)
 
+    # Sent again it resumes; this time, it is not to be requeued by the word of its owner.
+    job = _submit(slurm, tmp_path)
+    _wait_for_step(slurm, job, tmp_path, _saved(tmp_path)[0] + 100)
+    slurm.run("scontrol", "update", f"JobId={job}", "Requeue=0", check=True)
+    slurm.run("scancel", "--signal=TERM", "--batch", job)
+    _wait_for_end(slurm, job)
+    assert slurm.state(job) == "FAILED"
+    assert "not requeued: Slurm refuses" in _log(tmp_path)
+    assert _resumed(tmp_path) == [0, _saved(tmp_path)[0]]
+    assert _steps(tmp_path)[-1] == _saved(tmp_path)[1]
+
 
 def _wait_for_end(slurm: Slurm, job: str) -> None:
     deadline_s = time.monotonic() + JOB_S
