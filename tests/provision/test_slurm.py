@@ -175,11 +175,12 @@ STUBS = {
     # Ray's step lasts until it is told to end; it knows its processes' environment.
     "srun": """[[ " $* " == *keep_ray_node* ]] || exit 0
         echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c <"$RAY_AUTH_TOKEN_PATH")"
-        trap 'echo Ray ended; exit 0' TERM; while sleep 0.05; do :; done""",
+        trap 'echo Ray ended; exit 0' TERM; touch ray-is-up; while sleep 0.05; do :; done""",
     # Whether the nodes have joined: 0 at first, and later as told.
-    "python3": """[[ -e joined ]] && exit "$LATER"; touch joined; exit "$JOINED" """,
-    "diffit": """echo "diffit $1 $(grep -c . "$2") $3 $4"; echo $$ >pid
-        trap 'echo saved; exit 143' TERM; [[ $ENDS == never ]] && while sleep 0.05; do :; done
+    "python3": """[[ -e joined ]] && exit "$LATER"; touch joined
+        until [[ -e ray-is-up ]]; do sleep 0.05; done; exit "$JOINED" """,
+    "diffit": """trap 'echo saved; exit 143' TERM; echo "diffit $1 $(grep -c . "$2") $3 $4"
+        touch begun; [[ $ENDS == never ]] && while sleep 0.05; do :; done
         exit "$ENDS" """,
     "scontrol": """[[ $1 == requeue ]] && echo "requeue $2" || printf '%s\\n' node1 node2""",
     "squeue": 'echo "$STATE"',
@@ -222,9 +223,8 @@ def test_what_follows_what(
         )
     if environment["ENDS"] == "never":
         deadline_s = time.monotonic() + 60
-        while not (tmp_path / "pid").exists() and time.monotonic() < deadline_s:
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline_s:
             time.sleep(0.05)
-        time.sleep(0.2)
         job.terminate()
     assert job.wait(timeout=60) == status
     text = (tmp_path / "log").read_text()
