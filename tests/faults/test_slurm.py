@@ -26,7 +26,7 @@ pytestmark = [
 # One worker on each node of one CPU; long enough for three interruptions.
 LONGER = (*LONG, "train.steps=3000", "scaling.workers=2", "scaling.max_failures=0")
 STOP_S = 100
-JOB_S = 400.0
+JOB_S = 900.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
