@@ -19,6 +19,7 @@ from tests.training.test_train import _copy, _losses, _no_doubled_points
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
     pytest.mark.usefixtures("ray_session"),
 ]
