@@ -53,6 +53,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=5,batch_sched_delay=0
 JobRequeue=1
+FirstJobId={first_job}
 KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -95,6 +96,8 @@ class Slurm:
             controller=free_port(),
             folder=self.folder,
             expire=CREDENTIALS_EXPIRE_S,
+            # Ports and folders of a job follow from its id, also beside another such cluster.
+            first_job=secrets.randbelow(60000) + 1000,
             nodes="\n".join(lines),
             grace_s=grace_s,
         )

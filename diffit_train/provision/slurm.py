@@ -339,7 +339,7 @@ attend() {
 
 stop() {
   stopping=yes
-  say "SIGTERM: preempted, or the time limit is near"
+  say "SIGTERM: preempted, canceled, or the time limit is near"
   [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
 }
 

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 # One worker on each node of one CPU; long enough for three interruptions.
-LONGER = (*LONG, "train.steps=3000", "scaling.workers=2", "scaling.max_failures=0")
+LONGER = (*LONG, "train.steps=3000", "scaling.workers=2", "scaling.max_failures=5")
 STOP_S = 100
 JOB_S = 900.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -44,18 +44,18 @@ def slurm() -> Iterator[Slurm]:
         yield cluster
 
 
-def _submit(slurm: Slurm, root: Path, *options: str, restarts: int = 100) -> str:
+def _submit(slurm: Slurm, root: Path, *changes: str, restarts: int = 100) -> str:
     site = Site(
         workers_per_node=1,
         memory_gib=2,
         shared_folder=str(root / "shared"),
         stop_s=STOP_S,
         restarts=restarts,
-        time_limit="20:00",
+        time_limit="59:00",
     )
-    script = root / "train.sh"
-    script.write_text(slurm_script(tiny_recipe(root, *LONGER), "train", site, run="killed"))
-    return slurm.submit(script, "--output=job.log", *options)
+    script, recipe = root / "train.sh", tiny_recipe(root, *LONGER, *changes)
+    script.write_text(slurm_script(recipe, "train", site, run="killed"))
+    return slurm.submit(script, "--output=job.log")
 
 
 def _wait(slurm: Slurm, job: str, root: Path, what: Callable[[], object]) -> None:
@@ -96,11 +96,11 @@ def test_a_job_is_requeued_and_resumes(
     _wait_for_step(slurm, job, tmp_path, 300)
     slurm.run("scancel", "--signal=TERM", "--batch", job)
 
-    _wait_for_step(slurm, job, tmp_path, 800)
+    _wait_for_step(slurm, job, tmp_path, 800, attempt=2)
     (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
     slurm.submit(tmp_path / "urgent.sh", "--partition=urgent", "--nodes=2")
 
-    _wait_for_step(slurm, job, tmp_path, 1200)
+    _wait_for_step(slurm, job, tmp_path, 1200, attempt=3)
     # Between one and two minutes left, of which the signal comes STOP_S before the end; Slurm
     # looks every half minute.
     *_, minutes, _ = slurm.run("squeue", "--noheader", "--format=%M", f"--job={job}").split(":")
@@ -120,9 +120,9 @@ def test_a_job_is_requeued_and_resumes(
     _nothing_is_left(tmp_path, job)
 
 
-def _wait_for_step(slurm: Slurm, job: str, root: Path, step: int) -> None:
-    attempts = len(_saved(root)) + 1
-    _wait(slurm, job, root, lambda: len(_resumed(root)) == attempts and _steps(root)[-1] >= step)
+def _wait_for_step(slurm: Slurm, job: str, root: Path, step: int, attempt: int = 1) -> None:
+    """Wait until an attempt has trained to a step."""
+    _wait(slurm, job, root, lambda: len(_resumed(root)) >= attempt and _steps(root)[-1] >= step)
 
 
 def _nothing_is_left(root: Path, job: str) -> None:
@@ -132,7 +132,7 @@ def _nothing_is_left(root: Path, job: str) -> None:
 
 def test_a_lost_node_requeues_the_job(slurm: Slurm, encoded: Path, tmp_path: Path) -> None:
     _copy(encoded, tmp_path)
-    job = _submit(slurm, tmp_path)
+    job = _submit(slurm, tmp_path, "scaling.max_failures=0")
     _wait_for_step(slurm, job, tmp_path, 300)
     raylets = [process for process in slurm.processes_of(job) if process.name() == "raylet"]
     assert len(raylets) == 2
@@ -145,7 +145,8 @@ def test_a_lost_node_requeues_the_job(slurm: Slurm, encoded: Path, tmp_path: Pat
     _wait_for_end(slurm, job)
     assert slurm.state(job) == "CANCELLED"
     assert "requeued: it was stopped" not in _log(tmp_path)
-    assert slurm.processes_of(job) == []
+    # Slurm's process tracking by cgroup would not have to wait for Ray's daemons to end themselves.
+    _wait_until(lambda: not slurm.processes_of(job))
 
 
 def test_restarts_are_limited(slurm: Slurm, encoded: Path, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_restarts_are_limited(slurm: Slurm, encoded: Path, tmp_path: Path) -> No
 
     # Sent again it resumes; this time, it is not to be requeued by the word of its owner.
     job = _submit(slurm, tmp_path)
-    _wait_for_step(slurm, job, tmp_path, _saved(tmp_path)[0] + 100)
+    _wait_for_step(slurm, job, tmp_path, _saved(tmp_path)[0] + 100, attempt=2)
     slurm.run("scontrol", "update", f"JobId={job}", "Requeue=0", check=True)
     slurm.run("scancel", "--signal=TERM", "--batch", job)
     _wait_for_end(slurm, job)
@@ -172,7 +173,11 @@ def test_restarts_are_limited(slurm: Slurm, encoded: Path, tmp_path: Path) -> No
 
 
 def _wait_for_end(slurm: Slurm, job: str) -> None:
-    deadline_s = time.monotonic() + JOB_S
-    while slurm.running(job):
+    _wait_until(lambda: not slurm.running(job))
+
+
+def _wait_until(what: Callable[[], object], within_s: float = 120.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not what():
         assert time.monotonic() < deadline_s
         time.sleep(0.2)
