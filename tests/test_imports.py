@@ -32,7 +32,6 @@ ALLOWED = {
     "planning": BASE | {"models", "data"},
     "provision": BASE | {"planning"},
     "runs": BASE | SCIENCE | {"tracking"},
-    "provision": BASE,
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "evaluation": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "compare": BASE | {"tracking"},

@@ -29,7 +29,9 @@ def cluster_render_command(
     overrides: Overrides = None,
     root: Root = None,
     run: RunName = None,
-    provider: Annotated[str, typer.Option(help=f"One of: {PROVIDER_NAMES}.")] = ALL,
+    provider: Annotated[
+        str, typer.Option(help=f"One of: {PROVIDER_NAMES}; all is KubeRay and `ray up`.")
+    ] = ALL,
     image: Annotated[str, typer.Option(help="Container image with this package.")] = IMAGE,
     gpu: Annotated[str, typer.Option(help="GPU model of the worker nodes.")] = "H100",
     gpus_per_node: Annotated[
@@ -44,6 +46,13 @@ def cluster_render_command(
             "head is lost. Default: none."
         ),
     ] = "",
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For slurm: partition, account, venv, time_limit and others; may be repeated.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the files that run a recipe on a cluster, sized by what `diffit plan` computes.
@@ -60,6 +69,7 @@ def cluster_render_command(
         gpus_per_node=gpus_per_node,
         namespace=namespace,
         redis=redis,
+        site=tuple(site or ()),
     )
     written = write(render(target, provider), out)
     say(f"wrote {len(written)} files to {out}; {out / 'README.md'} says what each one is")

@@ -60,11 +60,11 @@ class Check:
 def check_machine(recipe: Recipe, node: str) -> list[Check]:
     """Check this machine for a recipe: Python, packages, GPUs, disk, root, MLflow."""
     probes: tuple[Callable[[Recipe], tuple[str, str, str]], ...] = (
-        _python,
-        _gpus,
-        _disk,
-        _root,
-        _mlflow,
+        _check_python,
+        _check_gpus,
+        _check_disk,
+        _check_root,
+        _check_mlflow,
     )
     return [
         *(Check(node, *found) for found in _packages()),
@@ -72,7 +72,7 @@ def check_machine(recipe: Recipe, node: str) -> list[Check]:
     ]
 
 
-def _python(recipe: Recipe) -> tuple[str, str, str]:
+def _check_python(recipe: Recipe) -> tuple[str, str, str]:
     fix = "" if sys.version_info >= (3, 11) else "install Python 3.11 or later"
     return "python", platform.python_version(), fix
 
@@ -108,7 +108,7 @@ def _shared_version(name: str) -> tuple[str, str, str]:
         return name, "missing", f"install {name} on the node, or use an image that has it"
 
 
-def _gpus(recipe: Recipe) -> tuple[str, str, str]:
+def _check_gpus(recipe: Recipe) -> tuple[str, str, str]:
     import torch
 
     count = torch.cuda.device_count()
@@ -118,7 +118,7 @@ def _gpus(recipe: Recipe) -> tuple[str, str, str]:
     return "gpus", f"{count} {names}".strip(), fix
 
 
-def _disk(recipe: Recipe) -> tuple[str, str, str]:
+def _check_disk(recipe: Recipe) -> tuple[str, str, str]:
     root = recipe.storage.root
     path = Path(tempfile.gettempdir())
     if storage.is_local(root) and storage.local_path(root).is_dir():
@@ -127,7 +127,7 @@ def _disk(recipe: Recipe) -> tuple[str, str, str]:
     return "disk", f"{free:,.0f} GiB free at {path}", "" if free > 10 else "free some space"
 
 
-def _root(recipe: Recipe) -> tuple[str, str, str]:
+def _check_root(recipe: Recipe) -> tuple[str, str, str]:
     root = recipe.storage.root
     url = storage.join(root, f".doctor-{uuid.uuid4().hex}")
     try:
@@ -139,7 +139,7 @@ def _root(recipe: Recipe) -> tuple[str, str, str]:
     return "root", f"{redact(root)} can be written and read", ""
 
 
-def _mlflow(recipe: Recipe) -> tuple[str, str, str]:
+def _check_mlflow(recipe: Recipe) -> tuple[str, str, str]:
     uri = recipe.tracking.uri
     if uri is None and storage.is_local(recipe.storage.root):
         return "mlflow", "a file under the root", ""

@@ -13,7 +13,7 @@ from diffit_train.provision.pods import (
     RAY,
     REDIS_SECRET,
     S3_SECRET,
-    Manifest,
+    KubeObject,
     container_security,
     from_secret,
     mount,
@@ -27,7 +27,14 @@ from diffit_train.provision.pods import (
     secret_environment,
     volume,
 )
-from diffit_train.provision.sizes import GIB, STAGES, NodeSize, Stage, StageSize, largest
+from diffit_train.provision.sizes import (
+    CLUSTER_STAGES,
+    GIB,
+    ClusterStage,
+    NodeSize,
+    StageSize,
+    largest,
+)
 from diffit_train.provision.target import RECIPE_FOLDER, Target, object_name
 
 # Of the lock files, and so of the image.
@@ -45,12 +52,12 @@ DASHBOARD_PORT, CLIENT_PORT, GCS_PORT, METRICS_PORT = 8265, 10001, 6379, 8080
 LEAVE_S = 30
 
 
-def ray_jobs(target: Target) -> dict[str, Manifest]:
+def ray_jobs(target: Target) -> dict[str, KubeObject]:
     """A RayJob for each stage, by its name."""
-    return {stage: ray_job(target, stage) for stage in STAGES}
+    return {stage: ray_job(target, stage) for stage in CLUSTER_STAGES}
 
 
-def ray_job(target: Target, stage: Stage) -> Manifest:
+def ray_job(target: Target, stage: ClusterStage) -> KubeObject:
     """A RayJob that brings its cluster up, runs a stage and takes the cluster down."""
     size, name = target.size(stage), object_name(target.run_name, stage)
     labels = {**RAY, "diffit/job": name}
@@ -71,15 +78,17 @@ def ray_job(target: Target, stage: Stage) -> Manifest:
     }
 
 
-def entrypoint(target: Target, stage: Stage) -> str:
+def entrypoint(target: Target, stage: ClusterStage) -> str:
     """The shell command of a job: a pipeline is the stages, each passed over where it is done."""
-    stages: tuple[Stage, ...] = ("encode", "train", "evaluate") if stage == "pipeline" else (stage,)
+    stages: tuple[ClusterStage, ...] = (
+        ("encode", "train", "evaluate") if stage == "pipeline" else (stage,)
+    )
     return " && ".join(shlex.join(target.command(each)) for each in stages)
 
 
-def ray_cluster(target: Target) -> Manifest:
+def ray_cluster(target: Target) -> KubeObject:
     """A RayCluster that lasts, for jobs sent by `diffit submit`."""
-    stages = [target.size(stage) for stage in STAGES if stage != "pipeline"]
+    stages = [target.size(stage) for stage in CLUSTER_STAGES if stage != "pipeline"]
     one = largest(stages)
     size = StageSize(one.head, one.worker, sum(stage.nodes for stage in stages), one.grace_s)
     spec = cluster_spec(target, size, SHARED)
@@ -96,7 +105,7 @@ def ray_cluster(target: Target) -> Manifest:
     }
 
 
-def cluster_spec(target: Target, size: StageSize, job: str) -> Manifest:
+def cluster_spec(target: Target, size: StageSize, job: str) -> KubeObject:
     """Head and one group of workers, which come when work waits for them and go when idle."""
     kind = "gpu" if size.worker.gpus else "cpu"
     return {
@@ -136,10 +145,10 @@ def cluster_spec(target: Target, size: StageSize, job: str) -> Manifest:
     }
 
 
-def _pod(target: Target, size: NodeSize, grace_s: int, job: str, role: str) -> Manifest:
+def _pod(target: Target, size: NodeSize, grace_s: int, job: str, role: str) -> KubeObject:
     volumes, mounts = ray_volumes(size)
     hook = stop_driver(grace_s) if role == "head" else drain_worker(grace_s)
-    container: Manifest = {
+    container: KubeObject = {
         "name": f"ray-{role}",
         "image": target.image,
         "resources": resources(size.cpus, size.memory, size.disk, size.gpus),
@@ -149,7 +158,7 @@ def _pod(target: Target, size: NodeSize, grace_s: int, job: str, role: str) -> M
         "volumeMounts": mounts,
         "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", hook]}}},
     }
-    spec: Manifest = {
+    spec: KubeObject = {
         # Needed by autoscaler v2, which replaces a lost pod itself.
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": grace_s + LEAVE_S,
@@ -174,11 +183,11 @@ def _pod(target: Target, size: NodeSize, grace_s: int, job: str, role: str) -> M
     return {"metadata": object_meta(labels), "spec": spec}
 
 
-def _ports(**ports: int) -> list[Manifest]:
+def _ports(**ports: int) -> list[KubeObject]:
     return [{"name": name, "containerPort": number} for name, number in ports.items()]
 
 
-def _submitter(target: Target, labels: dict[str, str]) -> Manifest:
+def _submitter(target: Target, labels: dict[str, str]) -> KubeObject:
     """The pod that sends the job and follows its log."""
     container: dict[str, Any] = {
         "name": "ray-job-submitter",
@@ -208,7 +217,7 @@ def recipe_name(target: Target) -> str:
     return object_name(target.run_name, "recipe")
 
 
-def recipe_map(target: Target) -> Manifest:
+def recipe_map(target: Target) -> KubeObject:
     """The resolved recipe, for pods that do not know it by name."""
     return {
         "apiVersion": "v1",
@@ -218,14 +227,14 @@ def recipe_map(target: Target) -> Manifest:
     }
 
 
-def namespace(target: Target) -> Manifest:
+def namespace(target: Target) -> KubeObject:
     """The namespace, which takes only pods of the strictest standard."""
     enforce = {"pod-security.kubernetes.io/enforce": "restricted"}
     metadata = {"name": target.namespace, "labels": {**PART_OF, **enforce}}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
 
 
-def disruption_budgets(target: Target, job: str, workers: int) -> list[Manifest]:
+def disruption_budgets(target: Target, job: str, workers: int) -> list[KubeObject]:
     """A job's nodes may be drained one at a time, and never its head's, which holds the driver.
 
     `minAvailable` is the only form that Kubernetes can count for pods of a custom resource.
@@ -241,7 +250,7 @@ def disruption_budgets(target: Target, job: str, workers: int) -> list[Manifest]
     return budgets
 
 
-def _budget(target: Target, job: str, role: str, fewest: int) -> Manifest:
+def _budget(target: Target, job: str, role: str, fewest: int) -> KubeObject:
     chosen = {"matchLabels": {"diffit/job": job, "diffit/role": role}}
     return {
         "apiVersion": "policy/v1",

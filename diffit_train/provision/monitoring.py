@@ -44,11 +44,11 @@ def scrape_config(target: Target) -> dict[str, Any]:
                     {"role": "pod", "namespaces": {"names": [target.namespace]}}
                 ],
                 "relabel_configs": [
-                    _keep("label_app_kubernetes_io_name", "diffit-ray"),
-                    _keep("container_port_name", "metrics"),
-                    _label("label_diffit_job", "job_name"),
-                    _label("label_diffit_role", "role"),
-                    _label("name", "pod"),
+                    _keep_label("label_app_kubernetes_io_name", "diffit-ray"),
+                    _keep_label("container_port_name", "metrics"),
+                    _panel_label("label_diffit_job", "job_name"),
+                    _panel_label("label_diffit_role", "role"),
+                    _panel_label("name", "pod"),
                 ],
             },
             {"job_name": "diffit-ray-up", "file_sd_configs": [{"files": [DISCOVERY_FILE]}]},
@@ -56,11 +56,11 @@ def scrape_config(target: Target) -> dict[str, Any]:
     }
 
 
-def _keep(source: str, value: str) -> dict[str, Any]:
+def _keep_label(source: str, value: str) -> dict[str, Any]:
     return {"source_labels": [KUBERNETES + source], "regex": value, "action": "keep"}
 
 
-def _label(source: str, name: str) -> dict[str, Any]:
+def _panel_label(source: str, name: str) -> dict[str, Any]:
     return {"source_labels": [KUBERNETES + source], "target_label": name}
 
 

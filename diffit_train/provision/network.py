@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffit_train.provision.pods import PART_OF, RAY, Manifest, named, rule
+from diffit_train.provision.pods import PART_OF, RAY, KubeObject, named, rule
 from diffit_train.provision.target import MLFLOW_PORT, Target
 
 # What the operator's chart and the Prometheus operator's namespace are called by default.
@@ -20,16 +20,16 @@ METRICS_PORTS = [("TCP", 8080), ("TCP", 44217), ("TCP", 44227)]
 OUTSIDE_PORTS = [("TCP", 443), ("TCP", 6443)]
 
 
-def network_policies(target: Target) -> list[Manifest]:
+def network_policies(target: Target) -> list[KubeObject]:
     """Everything is closed in both directions, but for what is named here."""
-    return [_closed(target), _ray(target), _mlflow(target), _postgres(target)]
+    return [_closed(target), _ray(target), _mlflow_rules(target), _postgres_rules(target)]
 
 
-def _closed(target: Target) -> Manifest:
-    return _policy(target, "diffit-closed", {}, [], [])
+def _closed(target: Target) -> KubeObject:
+    return _network_policy(target, "diffit-closed", {}, [], [])
 
 
-def _ray(target: Target) -> Manifest:
+def _ray(target: Target) -> KubeObject:
     operator = {"podSelector": {"matchLabels": OPERATOR}, "namespaceSelector": {}}
     outward = [
         rule([], [_pods(RAY)], "to"),
@@ -44,31 +44,31 @@ def _ray(target: Target) -> Manifest:
         rule(DASHBOARD_PORTS, [operator], "from"),
         rule(METRICS_PORTS, [_namespace(MONITORING)], "from"),
     ]
-    return _policy(target, "diffit-ray", RAY, inward, outward)
+    return _network_policy(target, "diffit-ray", RAY, inward, outward)
 
 
-def _mlflow(target: Target) -> Manifest:
+def _mlflow_rules(target: Target) -> KubeObject:
     inward = [rule([("TCP", MLFLOW_PORT)], [_pods(RAY)], "from")]
     outward = [
         rule([("TCP", POSTGRES_PORT)], [_pods(POSTGRES)], "to"),
         rule(OUTSIDE_PORTS[:1], [], "to"),
         _dns(),
     ]
-    return _policy(target, "diffit-mlflow", MLFLOW, inward, outward)
+    return _network_policy(target, "diffit-mlflow", MLFLOW, inward, outward)
 
 
-def _postgres(target: Target) -> Manifest:
+def _postgres_rules(target: Target) -> KubeObject:
     inward = [rule([("TCP", POSTGRES_PORT)], [_pods(MLFLOW)], "from")]
-    return _policy(target, "diffit-postgres", POSTGRES, inward, [])
+    return _network_policy(target, "diffit-postgres", POSTGRES, inward, [])
 
 
-def _policy(
+def _network_policy(
     target: Target,
     name: str,
     labels: dict[str, str],
-    inward: list[Manifest],
-    outward: list[Manifest],
-) -> Manifest:
+    inward: list[KubeObject],
+    outward: list[KubeObject],
+) -> KubeObject:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -82,13 +82,13 @@ def _policy(
     }
 
 
-def _dns() -> Manifest:
+def _dns() -> KubeObject:
     return rule([("UDP", 53), ("TCP", 53)], [_namespace(DNS_NAMESPACE)], "to")
 
 
-def _pods(labels: dict[str, str]) -> Manifest:
+def _pods(labels: dict[str, str]) -> KubeObject:
     return {"podSelector": {"matchLabels": labels}}
 
 
-def _namespace(labels: dict[str, str]) -> Manifest:
+def _namespace(labels: dict[str, str]) -> KubeObject:
     return {"namespaceSelector": {"matchLabels": labels}}

@@ -9,7 +9,7 @@ from diffit_train import storage
 from diffit_train.provision.sizes import NodeSize
 from diffit_train.provision.target import CACHE_FOLDER, Target
 
-Manifest = dict[str, Any]
+KubeObject = dict[str, Any]
 
 # User and group of the image; see the Containerfile.
 USER = 1000
@@ -19,12 +19,12 @@ RAY = {**PART_OF, "app.kubernetes.io/name": "diffit-ray"}
 S3_SECRET, MLFLOW_SECRET, REDIS_SECRET = "diffit-s3", "diffit-mlflow-client", "diffit-redis"
 
 
-def named(target: Target, name: str, labels: Mapping[str, str] = PART_OF) -> Manifest:
+def named(target: Target, name: str, labels: Mapping[str, str] = PART_OF) -> KubeObject:
     """Metadata of an object."""
     return {"name": name, "namespace": target.namespace, "labels": dict(labels)}
 
 
-def pod_security(user: int = USER) -> Manifest:
+def pod_security(user: int = USER) -> KubeObject:
     """A pod's security context that passes the `restricted` pod security standard."""
     return {
         "runAsNonRoot": True,
@@ -35,7 +35,7 @@ def pod_security(user: int = USER) -> Manifest:
     }
 
 
-def container_security() -> Manifest:
+def container_security() -> KubeObject:
     """A container's: no privileges, nothing written outside its volumes."""
     return {
         "runAsNonRoot": True,
@@ -45,9 +45,9 @@ def container_security() -> Manifest:
     }
 
 
-def resources(cpus: float, memory: int, disk: int, gpus: int = 0) -> Manifest:
+def resources(cpus: float, memory: int, disk: int, gpus: int = 0) -> KubeObject:
     """Requests equal to limits, so that Ray and Kubernetes count the same; bytes."""
-    amounts: Manifest = {
+    amounts: KubeObject = {
         "cpu": f"{cpus:g}",
         "memory": quantity(memory),
         "ephemeral-storage": quantity(disk),
@@ -65,25 +65,25 @@ def quantity(size: int) -> str:
     return str(size)
 
 
-def volume(name: str, size: int, *, memory: bool = False) -> Manifest:
+def volume(name: str, size: int, *, memory: bool = False) -> KubeObject:
     """An emptyDir of a limited size, on the node's disk or in its memory."""
-    empty: Manifest = {"sizeLimit": quantity(size)}
+    empty: KubeObject = {"sizeLimit": quantity(size)}
     if memory:
         empty["medium"] = "Memory"
     return {"name": name, "emptyDir": empty}
 
 
-def mount(name: str, path: str, *, read_only: bool = False) -> Manifest:
+def mount(name: str, path: str, *, read_only: bool = False) -> KubeObject:
     """A volume in a container."""
     return {"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})}
 
 
-def from_secret(name: str, secret: str, key: str) -> Manifest:
+def from_secret(name: str, secret: str, key: str) -> KubeObject:
     """An environment variable whose value is in a secret."""
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
 
 
-def secret_environment(*secrets: str) -> list[Manifest]:
+def secret_environment(*secrets: str) -> list[KubeObject]:
     """All keys of secrets as environment variables.
 
     A secret that does not exist is passed over: nodes may have a role instead.
@@ -91,12 +91,12 @@ def secret_environment(*secrets: str) -> list[Manifest]:
     return [{"secretRef": {"name": name, "optional": True}} for name in secrets]
 
 
-def environment(values: Mapping[str, str]) -> list[Manifest]:
+def environment(values: Mapping[str, str]) -> list[KubeObject]:
     """Environment variables with their values, which are not secret."""
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
-def ray_volumes(size: NodeSize) -> tuple[list[Manifest], list[Manifest]]:
+def ray_volumes(size: NodeSize) -> tuple[list[KubeObject], list[KubeObject]]:
     """Volumes of a Ray pod and where they are: shared memory, and all that may be written."""
     scratch = size.disk - size.cache
     volumes = [
@@ -112,7 +112,7 @@ def ray_volumes(size: NodeSize) -> tuple[list[Manifest], list[Manifest]]:
     return volumes, mounts
 
 
-def ray_environment(size: NodeSize, grace_s: int) -> list[Manifest]:
+def ray_environment(size: NodeSize, grace_s: int) -> list[KubeObject]:
     """Environment of a Ray container."""
     values = {
         "PYTHONUNBUFFERED": "1",
@@ -135,12 +135,12 @@ def ray_environment(size: NodeSize, grace_s: int) -> list[Manifest]:
     return environment(values)
 
 
-def object_meta(labels: Mapping[str, str]) -> Manifest:
+def object_meta(labels: Mapping[str, str]) -> KubeObject:
     """Metadata of a pod template."""
     return {"labels": dict(labels)}
 
 
-def rule(ports: Sequence[tuple[str, int]], peers: Sequence[Manifest], way: str) -> Manifest:
+def rule(ports: Sequence[tuple[str, int]], peers: Sequence[KubeObject], way: str) -> KubeObject:
     """A rule of a NetworkPolicy.
 
     Args:
@@ -148,7 +148,7 @@ def rule(ports: Sequence[tuple[str, int]], peers: Sequence[Manifest], way: str) 
         peers: empty for everywhere.
         way: `from` or `to`.
     """
-    made: Manifest = {}
+    made: KubeObject = {}
     if peers:
         made[way] = list(peers)
     if ports:

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffit_train import storage
 from diffit_train.errors import UserError
-from diffit_train.provision.sizes import STAGES, NodeSize, largest
+from diffit_train.provision.sizes import CLUSTER_STAGES, NodeSize, largest
 from diffit_train.provision.target import CACHE_FOLDER, Target
 
 HEAD_TYPE, WORKER_TYPE = "head", "worker"
@@ -43,7 +43,7 @@ BUILD_LOCK = "cluster/requirements-build.lock"
 def ray_up(target: Target) -> dict[str, Any]:
     """The cluster file. Paths of this machine are relative to the package's repository."""
     target.require_shared_root("`ray up`")
-    sizes = [target.size(stage) for stage in STAGES]
+    sizes = [target.size(stage) for stage in CLUSTER_STAGES]
     one = largest(sizes)
     lock = f"cluster/requirements-{'gpu' if one.worker.gpus else 'cpu'}.lock"
     return {

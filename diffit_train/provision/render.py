@@ -10,15 +10,17 @@ from typing import Any
 
 import yaml
 
+from diffit_train import storage
 from diffit_train.errors import UserError
 from diffit_train.provision import kuberay
 from diffit_train.provision.container import containerfile
 from diffit_train.provision.monitoring import dashboard, scrape_config
 from diffit_train.provision.network import network_policies
-from diffit_train.provision.pods import Manifest
+from diffit_train.provision.pods import KubeObject
 from diffit_train.provision.ray_up import ray_up
 from diffit_train.provision.readme import readme
-from diffit_train.provision.sizes import STAGES
+from diffit_train.provision.sizes import CLUSTER_STAGES
+from diffit_train.provision.slurm import parse_site, slurm_script
 from diffit_train.provision.target import IMAGE, Target, object_name
 from diffit_train.provision.tracking_server import tracking_server
 
@@ -27,10 +29,10 @@ Files = dict[str, str]
 ALL = "all"
 
 
-def _kuberay(target: Target) -> Files:
+def _kuberay_files(target: Target) -> Files:
     target.require_shared_root("KubeRay")
     recipe = [] if target.packaged else [kuberay.recipe_map(target)]
-    objects: dict[str, list[Manifest]] = {
+    objects: dict[str, list[KubeObject]] = {
         "namespace": [kuberay.namespace(target), *recipe],
         "network": network_policies(target),
         "mlflow": tracking_server(target),
@@ -39,19 +41,19 @@ def _kuberay(target: Target) -> Files:
             *kuberay.disruption_budgets(target, kuberay.SHARED, 0),
         ],
     }
-    for stage in STAGES:
+    for stage in CLUSTER_STAGES:
         job = object_name(target.run_name, stage)
         workers = target.size(stage).nodes if stage in ("train", "pipeline") else 0
         objects[stage] = [
             kuberay.ray_job(target, stage),
             *kuberay.disruption_budgets(target, job, workers),
         ]
-    sizes = {stage: target.size(stage) for stage in STAGES}
+    sizes = {stage: target.size(stage) for stage in CLUSTER_STAGES}
     notes: dict[str, str] = {
         stage: f"Worker nodes: at most {size.nodes}, each {kuberay.node_in_words(size.worker)}"
         for stage, size in sizes.items()
     }
-    head = _head(target, "kuberay")
+    head = _file_head(target, "kuberay")
     return {
         f"kuberay/{name}.yaml": to_yaml(head + _comment(notes.get(name, "")), *documents)
         for name, documents in objects.items()
@@ -59,15 +61,33 @@ def _kuberay(target: Target) -> Files:
 
 
 def _ray_up(target: Target) -> Files:
-    return {"ray-up.yaml": to_yaml(_head(target, "ray-up"), ray_up(target))}
+    return {"ray-up.yaml": to_yaml(_file_head(target, "ray-up"), ray_up(target))}
+
+
+def _slurm(target: Target) -> Files:
+    recipe = target.recipe
+    if recipe.tracking.uri is None and not storage.is_local(recipe.storage.root):
+        raise UserError(
+            "tracking.uri is not set, but Slurm jobs with a remote root need an MLflow server; "
+            "pass tracking.uri=http://host:5000"
+        )
+    site = parse_site(target.site, workers_per_node=target.gpus_per_node)
+    stages = ("encode", "references", "train", "evaluate")
+    return {f"slurm/{s}.sh": slurm_script(recipe, s, site, target.run_name) for s in stages}
 
 
 # A provider writes its own files; those that serve all are added to them.
-PROVIDERS: dict[str, Callable[[Target], Files]] = {"kuberay": _kuberay, "ray-up": _ray_up}
+PROVIDERS: dict[str, Callable[[Target], Files]] = {
+    "kuberay": _kuberay_files,
+    "ray-up": _ray_up,
+    "slurm": _slurm,
+}
+# What `all` stands for; a Slurm site has to be described.
+CLOUD_PROVIDERS = ("kuberay", "ray-up")
 
 
 def _shared(target: Target, provider: str) -> Files:
-    head = _head(target, provider)
+    head = _file_head(target, provider)
     return {
         "Containerfile": containerfile(),
         "monitoring/prometheus.yml": to_yaml(head, scrape_config(target)),
@@ -76,7 +96,7 @@ def _shared(target: Target, provider: str) -> Files:
 
 
 def render(target: Target, provider: str) -> Files:
-    """Text of every file for a provider, or for all of them, by its path.
+    """Text of every file for a provider, or for KubeRay and `ray up`, by its path.
 
     Raises:
         UserError: unknown provider, or a recipe that it cannot run.
@@ -85,7 +105,7 @@ def render(target: Target, provider: str) -> Files:
         known = ", ".join((*PROVIDERS, ALL))
         raise UserError(f"--provider is {provider!r}, but must be one of: {known}")
     files: Files = {}
-    for name in PROVIDERS if provider == ALL else (provider,):
+    for name in CLOUD_PROVIDERS if provider == ALL else (provider,):
         files |= PROVIDERS[name](target)
     files |= _shared(target, provider)
     return {**files, "README.md": readme(target, render_command(target, provider), files)}
@@ -117,10 +137,12 @@ def render_command(target: Target, provider: str) -> str:
     ):
         if value != usual:
             words += [option, value]
+    for text in target.site:
+        words += ["--site", text]
     return shlex.join(words)
 
 
-def _head(target: Target, provider: str) -> str:
+def _file_head(target: Target, provider: str) -> str:
     return _comment(f"Written by: {render_command(target, provider)}")
 
 

@@ -14,8 +14,8 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.planning import Machine, latent_bytes, plan
 
-Stage = Literal["encode", "train", "evaluate", "pipeline"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
+ClusterStage = Literal["encode", "train", "evaluate", "pipeline"]
+CLUSTER_STAGES: tuple[ClusterStage, ...] = get_args(ClusterStage)
 
 GIB = storage.GIB
 # A process that has imported torch and Ray, with its CUDA context.
@@ -82,7 +82,7 @@ def estimate(recipe: Recipe, gpu: str = "H100") -> dict[str, Any]:
 
 
 def stage_size(
-    stage: Stage,
+    stage: ClusterStage,
     recipe: Recipe,
     workers_per_node: int = 8,
     planned: dict[str, Any] | None = None,
@@ -100,7 +100,7 @@ def stage_size(
         return _train(recipe, planned, workers_per_node)
     if stage == "evaluate":
         return _evaluate(recipe, planned, workers_per_node)
-    stages: tuple[Stage, ...] = ("encode", "train", "evaluate")
+    stages: tuple[ClusterStage, ...] = ("encode", "train", "evaluate")
     return largest([stage_size(each, recipe, workers_per_node, planned) for each in stages])
 
 
@@ -138,7 +138,7 @@ def _train(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> St
         cache=cache,
     )
     step_s = planned["time"]["step_s"]
-    return StageSize(_head(recipe), worker, nodes, grace_s(checkpoint, nodes, step_s))
+    return StageSize(_head_size(recipe), worker, nodes, grace_s(checkpoint, nodes, step_s))
 
 
 def grace_s(checkpoint_bytes: int, nodes: int, step_s: float) -> int:
@@ -161,7 +161,7 @@ def _encode(recipe: Recipe, workers_per_node: int) -> StageSize:
         bytes_each=0 if gpus else pixels * AUTOENCODER_BYTES,
         object_store=here * OBJECT_STORE_BYTES,
     )
-    return StageSize(_head(recipe), worker, nodes, grace_s(0, 1, 0.0))
+    return StageSize(_head_size(recipe), worker, nodes, grace_s(0, 1, 0.0))
 
 
 def _evaluate(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> StageSize:
@@ -177,7 +177,7 @@ def _evaluate(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) ->
         bytes_each=weights + (0 if gpus else pixels * AUTOENCODER_BYTES),
         disk=weights,
     )
-    return StageSize(_head(recipe), worker, nodes, grace_s(0, 1, 0.0))
+    return StageSize(_head_size(recipe), worker, nodes, grace_s(0, 1, 0.0))
 
 
 def _actors(actors: int, gpus_each: float, workers_per_node: int) -> tuple[int, int, int]:
@@ -205,7 +205,7 @@ def _node(
     return NodeSize(cpus, gpus, memory, shm, object_store, disk, cache)
 
 
-def _head(recipe: Recipe) -> NodeSize:
+def _head_size(recipe: Recipe) -> NodeSize:
     """The node of the driver, which computes metrics but neither trains nor generates."""
     features = recipe.evaluate.samples * FEATURE_VALUES * 8
     shm = _whole_gib(OBJECT_STORE_BYTES + SHARED_BYTES)

@@ -9,13 +9,13 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import UserError
 
-Stage = Literal["encode", "references", "train", "evaluate"]
+SlurmStage = Literal["encode", "references", "train", "evaluate"]
 
 # Memory of a node where the site names none: for each worker, and for Ray and the driver.
 WORKER_GIB, NODE_GIB = 16, 8
@@ -78,6 +78,29 @@ class Size:
     gpus: int
 
 
+def parse_site(words: Sequence[str], workers_per_node: int = WORKERS_PER_NODE) -> Site:
+    """A site from `KEY=VALUE` words; `modules` takes a list with commas.
+
+    Raises:
+        UserError: an unknown key, or a value that is no number where one is needed.
+    """
+    values: dict[str, Any] = {"workers_per_node": workers_per_node}
+    known = {field.name: str(field.type) for field in fields(Site)}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            raise UserError(
+                f"--site is {word!r}, but must be KEY=VALUE with one of: {', '.join(known)}"
+            )
+        if known[key].startswith("int"):
+            if not text.isdecimal():
+                raise UserError(f"--site {key} is {text!r}, but must be a number")
+            values[key] = int(text)
+        else:
+            values[key] = tuple(text.split(",")) if key == "modules" else text
+    return Site(**values)
+
+
 def slurm_script(
     recipe: Recipe,
     stage: str = "train",
@@ -98,8 +121,8 @@ def slurm_script(
         UserError: an option that `sbatch` could not read, or a recipe with a password in it.
     """
     site = site or Site()
-    if stage not in get_args(Stage):
-        raise UserError(f"stage is {stage!r}, but must be one of {', '.join(get_args(Stage))}")
+    if stage not in get_args(SlurmStage):
+        raise UserError(f"stage is {stage!r}, but must be one of {', '.join(get_args(SlurmStage))}")
     if steps and stage != "evaluate":
         raise UserError(f"steps are for evaluate; {stage} has none")
     _check(site)
@@ -123,7 +146,10 @@ def slurm_script(
             "# Preempted or at its time limit, it saves, is requeued and resumes.",
             "# Functions are called by traps and on other nodes, where shellcheck does not look.",
             "# shellcheck disable=SC1091,SC2317",
-            *(f"#SBATCH --{option}" for option in _options(site, size, f"diffit-{stage}-{name}")),
+            *(
+                f"#SBATCH --{option}"
+                for option in _sbatch_options(site, size, f"diffit-{stage}-{name}")
+            ),
             "",
             *_environment(site),
             "set -euo pipefail",
@@ -176,7 +202,7 @@ def _check(site: Site) -> None:
             raise UserError(f"{key} is {value!r}, but must be an absolute path")
 
 
-def _options(site: Site, size: Size, name: str) -> list[str]:
+def _sbatch_options(site: Site, size: Size, name: str) -> list[str]:
     """Options of sbatch, without their dashes."""
     if not _PLAIN.fullmatch(name):
         raise UserError(f"the job's name {name!r} has characters that sbatch cannot take")

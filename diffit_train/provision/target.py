@@ -12,7 +12,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe, packaged_recipes
 from diffit_train.errors import UserError
 from diffit_train.planning import GPUS
-from diffit_train.provision.sizes import Stage, StageSize, estimate, stage_size
+from diffit_train.provision.sizes import ClusterStage, StageSize, estimate, stage_size
 
 # Where pods find a recipe that is not packaged, and the disk of their node.
 RECIPE_FOLDER = "/etc/diffit"
@@ -39,6 +39,7 @@ class Target:
         gpus_per_node: GPUs of a worker node; without GPUs, training workers of it.
         namespace: of all Kubernetes objects.
         redis: `host:port` that keeps the cluster's state over a loss of the head; empty for none.
+        site: `KEY=VALUE` words about a Slurm site, as `slurm.Site` has them.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class Target:
     gpus_per_node: int = 8
     namespace: str = "diffit"
     redis: str = ""
+    site: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
@@ -72,7 +74,7 @@ class Target:
         """Whether every installation knows the recipe by its name."""
         return self.reference in packaged_recipes()
 
-    def size(self, stage: Stage) -> StageSize:
+    def size(self, stage: ClusterStage) -> StageSize:
         """Nodes of a stage."""
         return stage_size(stage, self.recipe, self.gpus_per_node, self._planned)
 
@@ -80,7 +82,7 @@ class Target:
     def _planned(self) -> dict[str, Any]:
         return estimate(self.recipe, self.gpu)
 
-    def command(self, stage: Stage) -> list[str]:
+    def command(self, stage: ClusterStage) -> list[str]:
         """Words of the command line of a stage other than the pipeline."""
         reference = self.reference if self.packaged else f"{RECIPE_FOLDER}/recipe.yaml"
         words = ["diffit", stage, reference, "--root", self.recipe.storage.root]
@@ -90,7 +92,7 @@ class Target:
             words += ["--step", "newest"]
         return [*words, *self._overrides(stage)]
 
-    def _overrides(self, stage: Stage) -> list[str]:
+    def _overrides(self, stage: ClusterStage) -> list[str]:
         """Those that were given, then what a cluster needs and the recipe leaves open."""
         words = list(self.overrides) if self.packaged else []
         if self.recipe.tracking.uri is None:

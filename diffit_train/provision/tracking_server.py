@@ -6,7 +6,7 @@ from diffit_train import storage
 from diffit_train.provision.network import MLFLOW, POSTGRES, POSTGRES_PORT
 from diffit_train.provision.pods import (
     S3_SECRET,
-    Manifest,
+    KubeObject,
     container_security,
     environment,
     from_secret,
@@ -29,7 +29,7 @@ POSTGRES_DISK = 20 * GIB
 DATA = "/var/lib/postgresql/data"
 
 
-def tracking_server(target: Target) -> list[Manifest]:
+def tracking_server(target: Target) -> list[KubeObject]:
     """All objects of the server and its database."""
     return [
         _claim(target),
@@ -40,7 +40,7 @@ def tracking_server(target: Target) -> list[Manifest]:
     ]
 
 
-def _claim(target: Target) -> Manifest:
+def _claim(target: Target) -> KubeObject:
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -52,7 +52,7 @@ def _claim(target: Target) -> Manifest:
     }
 
 
-def _service(target: Target, name: str, port: int, labels: dict[str, str]) -> Manifest:
+def _service(target: Target, name: str, port: int, labels: dict[str, str]) -> KubeObject:
     """Reachable inside the Kubernetes cluster only."""
     return {
         "apiVersion": "v1",
@@ -66,7 +66,7 @@ def _service(target: Target, name: str, port: int, labels: dict[str, str]) -> Ma
     }
 
 
-def _postgres(target: Target) -> Manifest:
+def _postgres(target: Target) -> KubeObject:
     ready = ["pg_isready", "--username=mlflow", "--dbname=mlflow"]
     container = {
         "name": "postgres",
@@ -95,7 +95,7 @@ def _postgres(target: Target) -> Manifest:
     return _deployment(target, POSTGRES_SERVICE, POSTGRES, container, volumes, POSTGRES_USER)
 
 
-def _mlflow(target: Target) -> Manifest:
+def _mlflow(target: Target) -> KubeObject:
     host = f"{MLFLOW_SERVICE}.{target.namespace}.svc"
     hosts = [MLFLOW_SERVICE, host, f"{host}.cluster.local", "localhost", "127.0.0.1"]
     values = {
@@ -140,10 +140,10 @@ def _deployment(
     target: Target,
     name: str,
     labels: dict[str, str],
-    container: Manifest,
-    volumes: list[Manifest],
+    container: KubeObject,
+    volumes: list[KubeObject],
     user: int | None = None,
-) -> Manifest:
+) -> KubeObject:
     """One pod that is replaced as a whole: two of them must not share its volume."""
     security = pod_security() if user is None else pod_security(user)
     return {

@@ -19,7 +19,7 @@ from diffit_train.errors import UserError
 from diffit_train.tracking import git_commit, redact
 
 # What `diffit submit` sends, and the check of a cluster.
-Stage = Literal["encode", "train", "evaluate", "pipeline", "doctor"]
+JobStage = Literal["encode", "train", "evaluate", "pipeline", "doctor"]
 STAGES = ("encode", "train", "evaluate", "pipeline")
 # How a pipeline announces its stages in its log.
 STAGE_LINE = "pipeline: "
@@ -37,7 +37,7 @@ class Job:
         env: names of environment variables of this process that the job gets, too.
     """
 
-    stage: Stage
+    stage: JobStage
     recipe: Recipe
     run: str
     steps: Sequence[str] = ()
@@ -101,7 +101,7 @@ def job(
     if steps and stage not in ("evaluate", "pipeline"):
         raise UserError(f"--step is only for evaluate and pipeline, not for {stage}")
     name = recipe.data.name if stage == "encode" else run or recipe.name
-    return Job(cast(Stage, stage), recipe, name, steps, env=env)
+    return Job(cast(JobStage, stage), recipe, name, steps, env=env)
 
 
 # ---- Many jobs ----

@@ -62,11 +62,11 @@ def _row(client: JobSubmissionClient, info: JobDetails) -> JobRow:
         state=str(info.status).lower(),
         age=str(timedelta(seconds=round(age_s))),
         root=metadata.get("diffit.root", ""),
-        progress=_progress(client.get_job_logs(str(info.submission_id))),
+        progress=_log_progress(client.get_job_logs(str(info.submission_id))),
     )
 
 
-def _progress(log: str) -> str:
+def _log_progress(log: str) -> str:
     """The last line of a log, after the stage that a pipeline is in."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     stages = [line for line in lines if line.startswith(STAGE_LINE)]

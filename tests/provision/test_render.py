@@ -51,7 +51,7 @@ def test_cluster_holds_what_the_command_renders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_provider_writes_its_own_files_and_the_shared_ones(provider: str) -> None:
-    files = render(target(), provider)
+    files = render(target("imagenet256", "tracking.uri=http://mlflow:5000"), provider)
     assert {"Containerfile", "README.md", "monitoring/prometheus.yml"} <= set(files)
     others = {p for p in PROVIDERS if p != provider}
     assert not [name for name in files if name.startswith(tuple(others))]
@@ -178,3 +178,17 @@ def test_ray_knows_the_drain_command() -> None:
     words = drain_worker(9).partition(";")[0].replace("'the pod ends'", "ends").split()
     context = cli.commands[words[1]].make_context(words[1], words[2:])
     assert context.params["deadline_remaining_seconds"] == 9
+
+
+def test_slurm_scripts_are_rendered_for_a_site() -> None:
+    site = ("partition=gpu", "venv=/shared/venv", "modules=cuda,nccl", "stop_s=600")
+    files = render(target("imagenet256", "tracking.uri=http://mlflow:5000", site=site), "slurm")
+    script = files["slurm/train.sh"]
+    assert "#SBATCH --partition=gpu\n" in script
+    assert "--signal=B:TERM@600" in script
+    assert "/shared/venv" in script
+    with pytest.raises(UserError, match=r"tracking\.uri is not set"):
+        render(target(site=site), "slurm")
+    for wrong, words in (("colour=red", "must be KEY=VALUE with one of"), ("stop_s=x", "a number")):
+        with pytest.raises(UserError, match=words):
+            render(target("imagenet256", "tracking.uri=http://m", site=(wrong,)), "slurm")

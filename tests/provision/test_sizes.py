@@ -8,9 +8,9 @@ import pytest
 
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.provision.sizes import (
+    CLUSTER_STAGES,
     MARGIN_S,
     PROCESS_BYTES,
-    STAGES,
     estimate,
     grace_s,
     stage_size,
@@ -63,7 +63,9 @@ def test_the_time_to_end_fits_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("name", ["demo", "imagenet256", "imagenet512"])
 def test_parts_fit_into_each_other(name: str) -> None:
-    sizes: dict[str, Any] = {stage: stage_size(stage, recipe(name=name)) for stage in STAGES}
+    sizes: dict[str, Any] = {
+        stage: stage_size(stage, recipe(name=name)) for stage in CLUSTER_STAGES
+    }
     for size in sizes.values():
         for node in (size.head, size.worker):
             assert node.object_store < node.shm < node.memory
