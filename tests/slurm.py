@@ -96,7 +96,7 @@ class Slurm:
             controller=free_port(),
             folder=self.folder,
             expire=CREDENTIALS_EXPIRE_S,
-            # Ports and folders of a job follow from its id, also beside another such cluster.
+            # Ports and folders of a job follow from its id, also next to another such cluster.
             first_job=secrets.randbelow(60000) + 1000,
             nodes="\n".join(lines),
             grace_s=grace_s,

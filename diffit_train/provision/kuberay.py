@@ -79,7 +79,7 @@ def ray_job(target: Target, stage: ClusterStage) -> KubeObject:
 
 
 def entrypoint(target: Target, stage: ClusterStage) -> str:
-    """The shell command of a job: a pipeline is the stages, each passed over where it is done."""
+    """The shell command of a job: a pipeline is all stages, each skipped if done."""
     stages: tuple[ClusterStage, ...] = (
         ("encode", "train", "evaluate") if stage == "pipeline" else (stage,)
     )
@@ -209,7 +209,7 @@ def _submitter(target: Target, labels: dict[str, str]) -> KubeObject:
     }
 
 
-# ---- What stands beside them ----
+# ---- Supporting objects ----
 
 
 def recipe_name(target: Target) -> str:

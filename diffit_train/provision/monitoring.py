@@ -65,7 +65,7 @@ def _panel_label(source: str, name: str) -> dict[str, Any]:
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard, two panels in a row."""
+    """The dashboard, two panels a row."""
     return {
         "title": "diffit_train",
         "uid": "diffit-train",

@@ -86,7 +86,7 @@ def from_secret(name: str, secret: str, key: str) -> KubeObject:
 def secret_environment(*secrets: str) -> list[KubeObject]:
     """All keys of secrets as environment variables.
 
-    A secret that does not exist is passed over: nodes may have a role instead.
+    A missing secret is ignored: nodes may have a role instead.
     """
     return [{"secretRef": {"name": name, "optional": True}} for name in secrets]
 

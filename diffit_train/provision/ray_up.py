@@ -30,7 +30,7 @@ CPU_INSTANCES = {
     "m7i.16xlarge": (64, 256),
     "m7i.48xlarge": (192, 768),
 }
-# Room for the system and the environment, beside what a stage needs.
+# Room for the system and the environment, in addition to what a stage needs.
 SYSTEM_GIB = 60
 HOME = "/home/ubuntu"
 VENV = f"{HOME}/diffit-venv"

@@ -1,4 +1,4 @@
-"""The page beside rendered files: what each one is, how it was checked, how to apply it."""
+"""The README of rendered files: what each one is, how it was checked, how to apply it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEANINGS = {
     "kuberay/encode.yaml": "RayJob: images to latents",
     "kuberay/train.yaml": "RayJob: training",
     "kuberay/evaluate.yaml": "RayJob: evaluation of the newest checkpoint",
-    "kuberay/pipeline.yaml": "RayJob: these three in a row, each passed over where it is done",
+    "kuberay/pipeline.yaml": "RayJob: these three one after another, each skipped if done",
     "kuberay/cluster.yaml": "RayCluster for many jobs, sent by `diffit submit`",
     "slurm/encode.sh": "Slurm: images to latents",
     "slurm/references.sh": "Slurm: statistics of the real images",

@@ -1,4 +1,4 @@
-"""Every file for a cluster, by provider: structures built next door, dumped as YAML and JSON."""
+"""Every file for a cluster, by provider, dumped as YAML, JSON and shell."""
 
 from __future__ import annotations
 

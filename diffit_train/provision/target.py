@@ -32,7 +32,7 @@ class Target:
     Attributes:
         recipe: resolved.
         reference: how the recipe was named: packaged, or a path or URL.
-        overrides: `KEY=VALUE` words given beside it.
+        overrides: `KEY=VALUE` words given with it.
         run: name of the run.
         image: container image with the package.
         gpu: kind of GPU, where the recipe takes any.
