@@ -181,6 +181,11 @@ def _check(site: Site) -> None:
             raise UserError(f"{key} is {value!r}, which has characters that sbatch cannot take")
     if not _TIME.fullmatch(site.time_limit):
         raise UserError(f"time_limit is {site.time_limit!r}, but must be as 24:00:00 or 2-00:00:00")
+    if 2 * site.stop_s > _seconds(site.time_limit):
+        raise UserError(
+            f"stop_s is {site.stop_s}, but must be at most half of time_limit ({site.time_limit}), "
+            "or an attempt is told to end before it has got anywhere"
+        )
     for key, least in (
         ("workers_per_node", 1),
         ("stop_s", 1),
@@ -200,6 +205,14 @@ def _check(site: Site) -> None:
         value = getattr(site, key)
         if value and not value.startswith("/"):
             raise UserError(f"{key} is {value!r}, but must be an absolute path")
+
+
+def _seconds(time_limit: str) -> int:
+    """A time limit as sbatch reads it: minutes[:seconds], or [days-]hours[:minutes[:seconds]]."""
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
 def _sbatch_options(site: Site, size: Size, name: str) -> list[str]:

@@ -26,7 +26,7 @@ pytestmark = [
 
 # One worker on each node of one CPU; long enough for three interruptions.
 LONGER = (*LONG, "train.steps=3000", "scaling.workers=2", "scaling.max_failures=5")
-STOP_S = 100
+STOP_S = 119
 JOB_S = 900.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
@@ -100,11 +100,12 @@ def test_a_job_is_requeued_and_resumes(
     (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
     slurm.submit(tmp_path / "urgent.sh", "--partition=urgent", "--nodes=2")
 
-    _wait_for_step(slurm, job, tmp_path, 1200, attempt=3)
-    # Between one and two minutes left, of which the signal comes STOP_S before the end; Slurm
-    # looks every half minute.
+    _wait(slurm, job, tmp_path, lambda: len(_resumed(tmp_path)) == 3)
+    # Less than STOP_S are left; Slurm looks every half minute.
     *_, minutes, _ = slurm.run("squeue", "--noheader", "--format=%M", f"--job={job}").split(":")
-    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(minutes) + 2}", check=True)
+    _limit(slurm, job, int(minutes) + 2)
+    _wait(slurm, job, tmp_path, lambda: _log(tmp_path).count("requeued: it was stopped") == 3)
+    _limit(slurm, job, 59)
 
     _wait(slurm, job, tmp_path, lambda: slurm.state(job) == "COMPLETED")
     log = _log(tmp_path)
@@ -118,6 +119,10 @@ def test_a_job_is_requeued_and_resumes(
     assert [loss for _, loss in mine] == pytest.approx(expected, rel=1e-4)
     _no_doubled_points(tmp_path, undisturbed)
     _nothing_is_left(tmp_path, job)
+
+
+def _limit(slurm: Slurm, job: str, minutes: int) -> None:
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}", check=True)
 
 
 def _wait_for_step(slurm: Slurm, job: str, root: Path, step: int, attempt: int = 1) -> None:

@@ -148,6 +148,10 @@ def test_the_recipe_arrives_as_it_is() -> None:
         ({"partition": "gpu\n#SBATCH --uid=0"}, "partition is .* characters that sbatch"),
         ({"account": "two words"}, "account is 'two words'"),
         ({"time_limit": "a day"}, "time_limit is 'a day', but must be as 24:00:00"),
+        ({"time_limit": "9"}, r"stop_s is 300, but must be at most half of time_limit \(9\)"),
+        ({"time_limit": "9:59"}, "stop_s is 300"),
+        ({"time_limit": "00:09:59"}, "stop_s is 300"),
+        ({"time_limit": "0-01:30", "stop_s": 2701}, "stop_s is 2701"),
         ({"workers_per_node": 0}, "workers_per_node is 0, but must be at least 1"),
         ({"restarts": -1}, "restarts is -1, but must be at least 0"),
         ({"scratch_folder": "/scratch/" + "x" * 90}, "at most 20 characters"),
@@ -158,6 +162,11 @@ def test_the_recipe_arrives_as_it_is() -> None:
 def test_bad_options_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         slurm_script(_recipe(), site=replace(Site(), **change))
+
+
+@pytest.mark.parametrize("time_limit", ["10", "10:00", "0:10:00", "1-0", "0-00:10:00", "0-1:30"])
+def test_time_limits_are_read_as_sbatch_reads_them(time_limit: str) -> None:
+    assert _options(slurm_script(_recipe(), site=Site(time_limit=time_limit)))["time"] == time_limit
 
 
 def test_bad_requests_are_refused() -> None:
