@@ -109,7 +109,7 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
         import_file(recipe, "imported", file, 8, False)
     with pytest.raises(UserError, match=r"holds no master, only ema: its weights were imported"):
         export_checkpoint(recipe, "imported", "8", "raw", None)
-    with pytest.raises(UserError, match=r"imported and have no optimizer state"):
+    with pytest.raises(UserError, match=r"imported without optimizer state"):
         train_run(recipe, "imported")
 
 
@@ -133,7 +133,7 @@ def test_without_mlflow_nothing_is_imported(trained: Path, tmp_path: Path) -> No
     out = str(tmp_path / "w.safetensors")
     file = export_checkpoint(recipe, "tiny", "8", "ema", out)["file"]
     remote = recipe_of_weights(file, None, (), "memory://import")
-    with pytest.raises(UserError, match=r"give a server, as tracking\.uri="):
+    with pytest.raises(UserError, match=r"set a server, such as tracking\.uri="):
         import_file(remote, "x", file, None, False)
     assert not storage.exists("memory://import")
 
