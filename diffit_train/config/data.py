@@ -34,8 +34,8 @@ class Data(Section):
     )
     lanes: PositiveInt = Field(
         default=64,
-        description="parallel streams of samples, independent of the number of workers; any number "
-        "of workers up to this works",
+        description="parallel streams of samples, independent of the number of workers: any number "
+        "of workers up to this works, if there are as many shards",
     )
     shuffle_window: PositiveInt = Field(
         default=1024, description="consecutive samples of a lane that are shuffled together"
