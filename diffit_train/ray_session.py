@@ -121,7 +121,7 @@ def require(cpus: float, gpus: float, purpose: str, wait_s: float = 0.0) -> None
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    missing, started_s = _missing(cpus, gpus), time.monotonic()
+    missing, started_s = missing_resources(cpus, gpus), time.monotonic()
     if missing and wait_s:
         say(f"waiting up to {wait_s:g} s for nodes: {purpose} needs {missing}")
         each = {"GPU": 1.0, "CPU": cpus / gpus} if gpus else {"CPU": 1.0}
@@ -129,7 +129,7 @@ def require(cpus: float, gpus: float, purpose: str, wait_s: float = 0.0) -> None
     try:
         while missing and time.monotonic() - started_s < wait_s:
             time.sleep(GROWTH_POLL_S)
-            missing = _missing(cpus, gpus)
+            missing = missing_resources(cpus, gpus)
     finally:
         if wait_s and ray.is_initialized():
             request_resources(bundles=[])
@@ -141,8 +141,8 @@ def require(cpus: float, gpus: float, purpose: str, wait_s: float = 0.0) -> None
         )
 
 
-def _missing(cpus: float, gpus: float) -> str:
-    """What the cluster has too little of, in words; empty if it has enough."""
+def missing_resources(cpus: float, gpus: float) -> str:
+    """What the connected cluster has too little of, in words; empty if it has enough."""
     import ray
 
     resources = ray.cluster_resources()
@@ -151,6 +151,17 @@ def _missing(cpus: float, gpus: float) -> str:
         if needed > present:
             return f"{needed:g} {kind}s, but the Ray cluster has {present:g}"
     return ""
+
+
+def gpus_of_this_node() -> float | None:
+    """GPUs that Ray schedules on this node; None without a Ray session."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    return float(node["Resources"].get("GPU", 0))
 
 
 def on_every_node(call: Callable[..., T], *args: Any) -> list[T]:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, get_args
 
 import aiohttp
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from diffit_train.commands.doctor import Check, _differing, check_cluster
+import diffit_train
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.machine_checks import differing_versions
+from diffit_train.preflight import Check
 from diffit_train.ray_jobs import follow
-from diffit_train.ray_jobs.client import cancel_jobs
+from diffit_train.ray_jobs.client import cancel_jobs, send_job
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
 from diffit_train.ray_jobs.follow import follow_job, submit
-from diffit_train.ray_jobs.job import Job, job
+from diffit_train.ray_jobs.job import Job, RuntimeEnv, job
 from diffit_train.ray_jobs.listing import list_jobs, stop_job
+from diffit_train.ray_jobs.probe import check_cluster, on_checked_cluster
 from tests.conftest import tiny_recipe, write_images
 from tests.head import Head, free_port
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -192,18 +199,102 @@ def test_forwarded_variables_reach_workers_and_are_shown_nowhere(
             assert secret not in answer.read().decode()
 
 
-def test_a_cluster_is_checked_node_by_node(
+def test_a_cluster_is_checked_before_a_job_is_sent(
     address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    checks = check_cluster(tiny_recipe(tmp_path / "root"), address, None)
+    client = JobSubmissionClient(address)
+    good = job("train", tiny_recipe(tmp_path / "root"), "checked", [])
+    checks, chosen = check_cluster(good.recipe, ("train",), address)
     assert {check.check for check in checks} >= {"python", "ray", "torch", "gpus", "disk", "root"}
+    assert chosen == "none"
     assert not [check for check in checks if check.fix]
+    assert not [row for row in list_jobs(address) if row.stage == "doctor"]
+
     (tmp_path / "file").write_text("not a folder")
-    refused = check_cluster(tiny_recipe(tmp_path / "file" / "root"), address, None)
-    assert [check.check for check in refused if check.fix] == ["root"]
+    changes = ("scaling.workers=3", "scaling.gpus_per_worker=1")
+    bad = job("train", tiny_recipe(tmp_path / "file" / "root", *changes), "unfit", [])
+    with pytest.raises(UserError, match="not ready for train-unfit: 2 problems"):
+        on_checked_cluster(bad, address, None, "auto")
+    said = capfd.readouterr().err
+    assert "make it writable" in said
+    assert "cluster: train needs 3 CPUs, but the Ray cluster has 2: lower" in said
+    assert not [info for info in client.list_jobs() if "unfit" in (info.submission_id or "")]
+    # What is not checked is sent as it is.
+    assert on_checked_cluster(bad, address, None, "auto", check=False) == bad
+
+
+def test_versions_that_differ_are_named() -> None:
     older = [Check("node", "ray", "2.9.0"), Check("node", "torch", "2.13.9")]
-    (found,) = _differing(older)
+    (found,) = differing_versions(older)
     assert (found.check, found.found) == ("ray here and there", "2.9.0")
+
+
+def test_the_runtime_environment_is_chosen_by_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[RuntimeEnv] = []
+
+    def report(
+        recipe: object, stages: object, address: str, python: object, env: RuntimeEnv, names: object
+    ) -> list[Check]:
+        asked.append(env)
+        missing = [Check("n", "deepspeed", "missing", "pip install", package=True)]
+        return missing if env == "none" else [Check("n", "deepspeed", "0.19.8")]
+
+    monkeypatch.setattr("diffit_train.ray_jobs.probe._report", report)
+    recipe, address = tiny_recipe(tmp_path), "http://head:8265"
+    checks, chosen = check_cluster(recipe, ("train",), address)
+    assert (chosen, asked, checks[0].fix) == ("pip", ["none", "pip"], "")
+    assert "lacks packages (deepspeed missing)" in capfd.readouterr().err
+    assert check_cluster(recipe, ("train",), address, None, "none")[0][0].fix
+    with pytest.raises(UserError, match="--runtime-env is 'conda', but must be one of: auto, none"):
+        check_cluster(recipe, ("train",), address, None, "conda")
+    with pytest.raises(UserError, match="omit --python '/opt/python'"):
+        check_cluster(recipe, ("train",), address, "/opt/python", "uv")
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "gpu")])
+def test_what_is_sent_with_a_job(tmp_path: Path, gpus: int, device: str) -> None:
+    recipe = tiny_recipe(tmp_path, f"scaling.gpus_per_worker={gpus}")
+    sent: dict[str, list[str]] = {}
+    requests: dict[str, dict[str, Any]] = {}
+
+    class Client:
+        """Keeps what it is asked to submit."""
+
+        def submit_job(self, **request: Any) -> None:
+            folder = Path(request["runtime_env"]["working_dir"])
+            kind = request["metadata"]["kind"]
+            sent[kind] = sorted(path.name for path in folder.iterdir())
+            requests[kind] = request
+            if kind == "pip":
+                (lock,) = folder.glob("*.lock")
+                shipped = REPOSITORY / "cluster" / f"requirements-{device}.lock"
+                assert lock.read_bytes() == shipped.read_bytes()
+            if kind == "image":
+                wanted = (folder / "requirements.txt").read_text()
+                assert wanted.startswith(f"diffit-train=={diffit_train.__version__}\n")
+
+    class Named(Job):
+        """Says its runtime environment in its metadata."""
+
+        def metadata(self) -> dict[str, str]:
+            return {"kind": self.runtime_env}
+
+    for kind in get_args(RuntimeEnv):
+        wanted = Named("train", recipe, "r", runtime_env=kind)
+        send_job(Client(), wanted, "http://127.0.0.1:8265", None, 1)  # type: ignore[arg-type]
+    assert sent["none"] == ["diffit_train", "recipe.yaml", "requirements.txt", "train.py"]
+    assert sent["image"] == ["recipe.yaml", "requirements.txt", "train.py"]
+    (lock,) = set(sent["pip"]) - set(sent["none"])
+    assert sent["uv"] == sent["pip"]
+    pip = requests["pip"]["runtime_env"]["pip"]
+    assert pip["packages"] == [f"-r ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{lock}"]
+    assert "--require-hashes" in pip["pip_install_options"]
+    assert "--require-hashes" in requests["uv"]["runtime_env"]["uv"]["uv_pip_install_options"]
+    # The environment has a Python of its own, even on a cluster on this machine.
+    assert requests["pip"]["entrypoint"].startswith("python train.py")
+    assert requests["none"]["entrypoint"].startswith(sys.executable)
 
 
 def test_following_survives_a_lost_connection(

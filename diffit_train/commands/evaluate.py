@@ -12,11 +12,14 @@ from diffit_train import storage
 from diffit_train.commands.evaluations import evaluate_all
 from diffit_train.commands.options import (
     Address,
+    CheckCluster,
+    ClusterPython,
     Json,
     Overrides,
     RecipeName,
     Root,
     RunName,
+    RuntimeEnvOption,
     Steps,
     print_result,
     read_recipe,
@@ -150,10 +153,9 @@ def evaluate_command(
         int, typer.Option(min=1, help="Maximum number of concurrent fleet jobs.")
     ] = 4,
     retries: Annotated[int, typer.Option(min=0, help="Retries of a failed fleet job.")] = 2,
-    python: Annotated[
-        str | None,
-        typer.Option(help="Python interpreter on the cluster. Default: its `python`."),
-    ] = None,
+    python: ClusterPython = None,
+    runtime_env: RuntimeEnvOption = "auto",
+    check: CheckCluster = True,
     watch: Annotated[
         bool,
         typer.Option(
@@ -208,7 +210,9 @@ def evaluate_command(
     if watch:
         print_result(watch_run(recipe, run, address), as_json)
     elif sweep:
-        jobs = FleetOptions(address, at_most, retries, python) if fleet and address else None
+        jobs = None
+        if fleet and address:
+            jobs = FleetOptions(address, at_most, retries, python, runtime_env, check)
         cluster = None if fleet else address
         found = run_sweep(recipe, run, step or [], sweep, sweep_name, cluster, jobs)
         print_result(found, as_json)

@@ -50,6 +50,27 @@ Source = Annotated[
 SourceWeights = Annotated[
     str, typer.Option("--from-weights", help="Weights for --from: raw, or the name of an EMA.")
 ]
+ClusterPython = Annotated[
+    str | None,
+    typer.Option("--python", help="Python interpreter on the cluster. Default: its `python`."),
+]
+RuntimeEnvOption = Annotated[
+    str,
+    typer.Option(
+        "--runtime-env",
+        metavar="auto|none|image|pip|uv",
+        help="Where a job's packages come from. none: the cluster's Python, and this package's "
+        "source is sent; image: the cluster has this package, too, and nothing is sent; pip, uv: "
+        "Ray installs the lock file on each node. auto: none if the cluster has all packages, "
+        "else pip.",
+    ),
+]
+CheckCluster = Annotated[
+    bool,
+    typer.Option(
+        "--check/--no-check", metavar="", help="Check every node by a short job before submitting."
+    ),
+]
 # Flags take no value, so help shows none.
 AllowPickle = Annotated[
     bool,

@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 from diffit_train.commands.options import (
+    CheckCluster,
+    ClusterPython,
     Json,
     Overrides,
     RecipeName,
     Root,
     RunName,
+    RuntimeEnvOption,
     Source,
     SourceWeights,
     Steps,
@@ -20,6 +23,7 @@ from diffit_train.commands.options import (
 )
 from diffit_train.ray_jobs.follow import submit
 from diffit_train.ray_jobs.job import job
+from diffit_train.ray_jobs.probe import on_checked_cluster
 from diffit_train.runs.start import starting_from
 
 
@@ -43,9 +47,9 @@ def submit_command(
     follow: Annotated[
         bool, typer.Option(metavar="", help="Follow the job's log until it ends.")
     ] = True,
-    python: Annotated[
-        str | None, typer.Option(help="Python interpreter on the cluster. Default: its `python`.")
-    ] = None,
+    python: ClusterPython = None,
+    runtime_env: RuntimeEnvOption = "auto",
+    check: CheckCluster = True,
     env: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,6 +69,9 @@ def submit_command(
 ) -> None:
     """Submit encode, train, evaluate or pipeline to a cluster as a Ray job, and follow its log.
 
+    Before that, a short job checks every node, as `diffit doctor` does; if anything needs fixing,
+    nothing is submitted.
+
     Rerun the same command to follow a running job or resume an ended one.
 
     Example: `diffit submit train imagenet256 --address http://head:8265 --root s3://bucket/project`
@@ -72,5 +79,6 @@ def submit_command(
     recipe = read_recipe(name, overrides, root)
     recipe = starting_from(recipe, run or recipe.name, source, source_weights)
     wanted = job(stage, recipe, run, step or [], env or [])
+    wanted = on_checked_cluster(wanted, address, python, runtime_env, check=check)
     submission_id = submit(wanted, address, follow=follow, python=python, restarts=restarts)
     print_result({"submission_id": submission_id, "name": wanted.name}, as_json)

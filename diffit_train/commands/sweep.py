@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +21,7 @@ from diffit_train.progress import StatesTable, print_rows, say
 from diffit_train.ray_jobs.client import cancel_jobs
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
 from diffit_train.ray_jobs.job import Job
+from diffit_train.ray_jobs.probe import on_checked_cluster
 from diffit_train.runs.checkpoints import read_state
 from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
 from diffit_train.runs.start import starting_from
@@ -35,6 +36,8 @@ class FleetOptions:
     at_most: int = 4
     retries: int = 2
     python: str | None = None
+    runtime_env: str = "auto"
+    check: bool = True
 
 
 def run_sweep(
@@ -109,6 +112,12 @@ def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str
     def is_done(job: Job) -> bool:
         return finished_result(job.recipe, plan.run, plan.members[job.number].step) is not None
 
+    waiting = [job for job in todo if not is_done(job)]
+    if waiting:
+        checked = on_checked_cluster(
+            waiting[0], fleet.address, fleet.python, fleet.runtime_env, check=fleet.check
+        )
+        todo = [replace(job, runtime_env=checked.runtime_env) for job in todo]
     with StatesTable(f"sweep {plan.name}") as table:
 
         def show(states: list[JobState]) -> None:

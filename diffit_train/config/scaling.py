@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from diffit_train.config.base import Positive, PositiveInt, Section
+
+ClusterStage = Literal["encode", "train", "evaluate"]
 
 
 class Scaling(Section):
@@ -72,6 +74,23 @@ class Scaling(Section):
     def most_workers(self) -> int:
         """Maximum number of training workers."""
         return self.workers if isinstance(self.workers, int) else int(self.workers.split("..")[1])
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether any stage uses GPUs."""
+        return self.gpus_per_worker > 0 or self.gpus_per_actor > 0
+
+    def needs(self, stage: ClusterStage) -> tuple[float, float]:
+        """CPUs and GPUs that a cluster must have before a stage begins."""
+        workers, actors = self.fewest_workers, self.evaluate_actors
+        return {
+            "encode": (1.0, self.encode_min_actors * self.gpus_per_actor),
+            "train": (
+                float(workers * self.cpus_per_worker),
+                float(workers * self.gpus_per_worker),
+            ),
+            "evaluate": (float(actors), actors * self.gpus_per_actor),
+        }[stage]
 
     @model_validator(mode="after")
     def _range_ascends(self) -> Self:

@@ -33,6 +33,7 @@ RUN if [ "$DEVICE" = cpu ]; then \\
     && pip install --require-hashes --no-deps --no-build-isolation \\
         --requirement /tmp/requirements-$DEVICE.lock
 COPY pyproject.toml README.md LICENSE /src/
+COPY cluster/requirements-*.lock /src/cluster/
 COPY diffit_train /src/diffit_train
 COPY pipelines /src/pipelines
 RUN pip install --no-deps --no-build-isolation /src

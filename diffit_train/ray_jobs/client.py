@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -17,7 +18,8 @@ import diffit_train
 from diffit_train.config import dump_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import write_forwarded
-from diffit_train.ray_jobs.job import Job
+from diffit_train.preflight import write_requirements
+from diffit_train.ray_jobs.job import Job, RuntimeEnv
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -28,6 +30,9 @@ READY_S = 60.0
 # For how long a job that is asked to stop may save its work before Ray kills it; Ray's own default
 # is 3 s.
 STOP_WAIT_S = 900
+PACKAGE_FOLDER = Path(diffit_train.__file__).parent
+# Where PyTorch publishes its CPU builds; those that the lock file for CPU nodes names.
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 
 
@@ -103,8 +108,8 @@ def send_job(
     """
     submission_id = f"{job.name}-{attempt}"
     folder = Path(tempfile.mkdtemp(prefix="diffit-submit-"))
-    request = {
-        "entrypoint": job.entrypoint(python or _python(address)),
+    request: dict[str, Any] = {
+        "entrypoint": job.entrypoint(python or _python(address, job.runtime_env)),
         "submission_id": submission_id,
         "metadata": {**job.metadata(), "diffit.attempt": str(attempt)},
         "runtime_env": {
@@ -118,6 +123,7 @@ def send_job(
     }
     try:
         _stage_files(job, folder)
+        request["runtime_env"] |= _locked_packages(job, folder)
         _send_when_ready(client, request)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
@@ -148,16 +154,46 @@ def _send_when_ready(client: JobSubmissionClient, request: dict[str, Any]) -> No
 
 def _stage_files(job: Job, folder: Path) -> None:
     """Fill the job's working directory: its entry point, the recipe, and this package."""
-    package = Path(diffit_train.__file__).parent
-    pipelines = package / "pipelines"
-    if not pipelines.is_dir():
-        pipelines = package.parent / "pipelines"
-    shutil.copy(pipelines / f"{job.stage}.py", folder)
-    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(_shipped("pipelines") / f"{job.stage}.py", folder)
+    image = job.runtime_env == "image"
+    # The check of a cluster brings its own code, to say clearly that the image has none.
+    if not image or job.stage == "doctor":
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PACKAGE_FOLDER, folder / PACKAGE_FOLDER.name, ignore=ignored)
+    write_requirements(folder, installed=image)
     (folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
     write_forwarded(folder, job.env)
 
 
-def _python(address: str) -> str:
+def _shipped(name: str) -> Path:
+    """A folder of the repository that a wheel carries inside the package."""
+    inside = PACKAGE_FOLDER / name
+    return inside if inside.is_dir() else PACKAGE_FOLDER.parent / name
+
+
+def _locked_packages(job: Job, folder: Path) -> dict[str, Any]:
+    """The part of Ray's runtime environment that installs the lock file's packages, if any.
+
+    The file's name has its hash, by which Ray tells whether a node has the environment already.
+    """
+    if job.runtime_env not in ("pip", "uv"):
+        return {}
+    device = "gpu" if job.recipe.scaling.uses_gpus else "cpu"
+    lock = (_shipped("cluster") / f"requirements-{device}.lock").read_bytes()
+    name = f"requirements-{device}-{hashlib.sha256(lock).hexdigest()[:12]}.lock"
+    (folder / name).write_bytes(lock)
+    options = ["--require-hashes", "--no-deps"]
+    if device == "cpu":
+        options += ["--extra-index-url", CPU_INDEX]
+    packages = [f"-r ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{name}"]
+    if job.runtime_env == "uv":
+        # By default uv takes a package from the first index that has it.
+        options += ["--index-strategy", "unsafe-best-match"]
+        return {"uv": {"packages": packages, "uv_pip_install_options": options}}
+    return {"pip": {"packages": packages, "pip_install_options": options}}
+
+
+def _python(address: str, runtime_env: RuntimeEnv) -> str:
+    """The interpreter of a job: this one if the cluster is this machine, unless it gets its own."""
     local = urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
-    return sys.executable if local else "python"
+    return sys.executable if local and runtime_env in ("none", "image") else "python"

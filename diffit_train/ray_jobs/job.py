@@ -15,12 +15,17 @@ from typing import Literal, cast
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.config.scaling import ClusterStage
 from diffit_train.errors import UserError
 from diffit_train.tracking import git_commit, redact
 
 # What `diffit submit` sends, and the check of a cluster.
 JobStage = Literal["encode", "train", "evaluate", "pipeline", "doctor"]
-STAGES = ("encode", "train", "evaluate", "pipeline")
+CLUSTER_STAGES: tuple[ClusterStage, ...] = ("encode", "train", "evaluate")
+STAGES = (*CLUSTER_STAGES, "pipeline")
+# How a job gets its Python packages: `none`: from the cluster's Python, and this package's source
+# travels with the job; `image`: that, too, is installed there; `pip`, `uv`: from the lock file.
+RuntimeEnv = Literal["none", "image", "pip", "uv"]
 # How a pipeline announces its stages in its log.
 STAGE_LINE = "pipeline: "
 # Characters of the root's hash in a job's name.
@@ -35,6 +40,8 @@ class Job:
         sweep: the sweep that an evaluation belongs to.
         number: the evaluation's number in the sweep.
         env: names of environment variables of this process that the job gets, too.
+        runtime_env: where its packages come from.
+        checked: the stages that a `doctor` job checks the cluster's size for.
     """
 
     stage: JobStage
@@ -44,6 +51,8 @@ class Job:
     sweep: str = ""
     number: int = 0
     env: Sequence[str] = ()
+    runtime_env: RuntimeEnv = "none"
+    checked: Sequence[ClusterStage] = ()
 
     @property
     def title(self) -> str:
@@ -81,6 +90,8 @@ class Job:
             words += ["--step", step]
         if self.sweep:
             words += ["--sweep-member", self.sweep]
+        if self.stage == "doctor":
+            words += ["--report-for", ",".join(self.checked)]
         return shlex.join(words)
 
 

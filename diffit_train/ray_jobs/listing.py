@@ -48,6 +48,7 @@ def list_jobs(address: str) -> list[JobRow]:
     """
     client = connect(address)
     newest = [attempts[-1] for attempts in job_attempts(client).values()]
+    newest = [info for info in newest if info.metadata.get("diffit.stage") != "doctor"]
     newest.sort(key=lambda info: -(info.start_time or 0))
     return [_row(client, info) for info in newest]
 

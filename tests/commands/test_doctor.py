@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 
 from diffit_train.cli import app, exit_status
-from diffit_train.commands.doctor import check_machine
+from diffit_train.machine_checks import check_machine, check_size
+from diffit_train.preflight import PACKAGE, Check
 from tests.conftest import tiny_recipe
 from tests.head import free_port
 
@@ -32,10 +38,57 @@ def test_what_is_wrong_is_named_with_its_fix(
     assert "fix tracking.uri" in checks["mlflow"].fix
     assert "secret" not in str(checks)
     assert "wants 1 GPU" in checks["gpus"].fix
-    monkeypatch.setattr("diffit_train.commands.doctor.requires", lambda name: ["numpy>99", "nope"])
+    monkeypatch.setattr("diffit_train.preflight.requires", lambda name: ["numpy>99", "nope"])
     checks = {c.check: c for c in check_machine(tiny_recipe(tmp_path), "here")}
     assert checks["numpy"].fix == "pip install 'numpy>99'"
     assert checks["nope"].found == "missing"
     words = ["doctor", "demo", "--root", str(tmp_path / "file")]
     assert exit_status(lambda: app(words, standalone_mode=False)) == 1
     assert "failed: " in capfd.readouterr().err
+
+
+def test_gpus_are_compared_with_what_ray_schedules_and_what_training_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SimpleNamespace(name="T4", total_memory=2**20)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: small)
+
+    def gpus(*changes: str) -> Check:
+        checks = check_machine(tiny_recipe(tmp_path, *changes), "here")
+        return next(check for check in checks if check.check == "gpus")
+
+    assert "training needs about" in gpus("scaling.gpus_per_worker=1").fix
+    # A head without GPUs is fine, a node whose GPUs torch does not see is not.
+    monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: 2.0)
+    assert "Ray schedules 2 GPU" in gpus("scaling.gpus_per_worker=1").fix
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: 0.0)
+    assert not gpus("scaling.gpus_per_worker=1").fix
+
+
+def test_the_first_check_of_a_job_needs_only_what_ray_brings() -> None:
+    code = (
+        "import sys, diffit_train.preflight, diffit_train.forwarded_env\n"
+        "diffit_train.preflight.check_packages('here')\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours = {"diffit_train", "packaging"}
+    third_party = set(out.stdout.split()) - sys.stdlib_module_names - ours
+    assert not third_party & {name.replace("-", "_") for name in _requirement_names()}
+
+
+def _requirement_names() -> list[str]:
+    return [Requirement(text).name for text in requires(PACKAGE) or ()]
+
+
+def test_a_cluster_that_may_grow_is_large_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = "3 GPUs, but the Ray cluster has 0"
+    monkeypatch.setattr("diffit_train.ray_session.missing_resources", lambda cpus, gpus: missing)
+    fixed = check_size(tiny_recipe(tmp_path), "train")
+    assert "scaling.wait_s" in fixed.fix
+    growing = check_size(tiny_recipe(tmp_path, "scaling.wait_s=60"), "train")
+    assert (growing.found, growing.fix) == (f"needs {missing}; waits up to 60 s for more", "")
