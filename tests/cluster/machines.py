@@ -244,7 +244,7 @@ class Network:
 
 def remove_leftovers() -> None:
     """Remove the namespaces of processes that were killed before they could."""
-    for namespace in _namespaces():
+    for namespace in namespaces():
         found = re.fullmatch(rf"({PREFIX}-(\d+))-.+", namespace)
         if found and not Path(f"/proc/{found[2]}").exists():
             _remove_namespaces(found[1])
@@ -252,12 +252,13 @@ def remove_leftovers() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _namespaces() -> list[str]:
+def namespaces() -> list[str]:
+    """Names of all network namespaces."""
     return [line.split()[0] for line in _ip("netns", "list").splitlines() if line]
 
 
 def _remove_namespaces(prefix: str) -> None:
-    for namespace in _namespaces():
+    for namespace in namespaces():
         if namespace.startswith(f"{prefix}-"):
             _ip("netns", "delete", namespace)
 

@@ -175,6 +175,7 @@ class Cluster:
 
     def start_node(self, name: str) -> Machine:
         """A node of one CPU that joins."""
+        self.network.reserve(name)
         node = self.network.add(name)
         command = [*RAY_START, f"--address={HEAD}:{RAY_PORT}", "--num-cpus=1"]
         node.start(command, self.logs / f"{name}.log", self.node_environment)
