@@ -236,7 +236,7 @@ class Story:
         job.wait(lambda: (job.stepped(first.at_s) or 0) >= STEPS // 3)
         cut_s = time.monotonic()
         self.cluster.network.cut(nodes[1])
-        print(f"... node2's link is gone", flush=True)
+        print("... node2's link is gone", flush=True)
         alone = job.wait_begun(cut_s)
         reached = job.shown_until(alone.at_s)
         self._account("node2 lost: its link is gone", alone, cut_s, reached)
