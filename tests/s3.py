@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on 127.0.0.1, every component bound there."""
+"""A real S3 server for tests: SeaweedFS, every component bound to one address."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 KEY, SECRET, BUCKET = "diffit-key", "diffit-secret", "bucket"
@@ -34,17 +35,22 @@ STOP_S = 3.0
 
 
 class S3Server:
-    """`weed server` with its S3 gateway; can be stopped and restarted with its data."""
+    """`weed server` with its S3 gateway; can be stopped and restarted with its data.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        address: where it listens.
+        enter: words before its command, such as those that enter another network namespace.
+    """
+
+    def __init__(self, folder: Path, address: str = "127.0.0.1", enter: Sequence[str] = ()) -> None:
+        self.folder, self.address, self.enter = folder, address, enter
         self.ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
         """URL of the gateway."""
-        return f"http://127.0.0.1:{self.ports['s3']}"
+        return f"http://{self.address}:{self.ports['s3']}"
 
     def environment(self) -> dict[str, str]:
         """Environment variables for any S3 client."""
@@ -59,8 +65,9 @@ class S3Server:
         """Start, and wait until it responds."""
         data, log = self.folder / "data", self.folder / "log"
         data.mkdir(parents=True, exist_ok=True)
-        command = [str(Path(sys.executable).parent / "weed"), "server", f"-dir={data}"]
-        command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-volume.max=20"]
+        command = [*self.enter, str(Path(sys.executable).parent / "weed"), "server"]
+        command += [f"-dir={data}", f"-ip={self.address}", f"-ip.bind={self.address}"]
+        command += ["-s3", "-volume.max=20"]
         command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false"]
         command += [f"-master.port={self.ports['master']}", f"-volume.port={self.ports['volume']}"]
         command += [f"-filer.port={self.ports['filer']}", f"-s3.port={self.ports['s3']}"]

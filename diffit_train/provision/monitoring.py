@@ -33,25 +33,30 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
-def scrape_config(target: Target) -> dict[str, Any]:
-    """prometheus.yml: the pods of KubeRay clusters, and a `ray up` cluster on its head."""
+def scrape_config(target: Target, kubernetes: bool, ray_up: bool) -> dict[str, Any]:
+    """prometheus.yml.
+
+    Args:
+        kubernetes: for the pods of KubeRay clusters. Some builds of Prometheus, such as Debian's,
+            have no Kubernetes discovery and refuse a file that names it.
+        ray_up: for a `ray up` cluster, on its head.
+    """
+    jobs = [_kubernetes_job(target)] if kubernetes else []
+    if ray_up:
+        jobs.append({"job_name": "diffit-ray-up", "file_sd_configs": [{"files": [DISCOVERY_FILE]}]})
+    return {"global": {"scrape_interval": "15s"}, "scrape_configs": jobs}
+
+
+def _kubernetes_job(target: Target) -> dict[str, Any]:
     return {
-        "global": {"scrape_interval": "15s"},
-        "scrape_configs": [
-            {
-                "job_name": "diffit-kuberay",
-                "kubernetes_sd_configs": [
-                    {"role": "pod", "namespaces": {"names": [target.namespace]}}
-                ],
-                "relabel_configs": [
-                    _keep_label("label_app_kubernetes_io_name", "diffit-ray"),
-                    _keep_label("container_port_name", "metrics"),
-                    _panel_label("label_diffit_job", "job_name"),
-                    _panel_label("label_diffit_role", "role"),
-                    _panel_label("name", "pod"),
-                ],
-            },
-            {"job_name": "diffit-ray-up", "file_sd_configs": [{"files": [DISCOVERY_FILE]}]},
+        "job_name": "diffit-kuberay",
+        "kubernetes_sd_configs": [{"role": "pod", "namespaces": {"names": [target.namespace]}}],
+        "relabel_configs": [
+            _keep_label("label_app_kubernetes_io_name", "diffit-ray"),
+            _keep_label("container_port_name", "metrics"),
+            _panel_label("label_diffit_job", "job_name"),
+            _panel_label("label_diffit_role", "role"),
+            _panel_label("name", "pod"),
         ],
     }
 

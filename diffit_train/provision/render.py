@@ -88,9 +88,12 @@ CLOUD_PROVIDERS = ("kuberay", "ray-up")
 
 def _shared(target: Target, provider: str) -> Files:
     head = _file_head(target, provider)
+    scrape = scrape_config(
+        target, kubernetes=provider in ("kuberay", ALL), ray_up=provider != "kuberay"
+    )
     return {
         "Containerfile": containerfile(),
-        "monitoring/prometheus.yml": to_yaml(head, scrape_config(target)),
+        "monitoring/prometheus.yml": to_yaml(head, scrape),
         "monitoring/grafana-dashboard.json": json.dumps(dashboard(), indent=2) + "\n",
     }
 

@@ -98,9 +98,11 @@ def _postgres(target: Target) -> KubeObject:
 def _mlflow(target: Target) -> KubeObject:
     host = f"{MLFLOW_SERVICE}.{target.namespace}.svc"
     hosts = [MLFLOW_SERVICE, host, f"{host}.cluster.local", "localhost", "127.0.0.1"]
+    # The driver that the image has; SQLAlchemy's default changes between its versions.
+    store = f"postgresql+psycopg2://mlflow@{POSTGRES_SERVICE}:{POSTGRES_PORT}/mlflow"
     values = {
         # libpq takes the password from PGPASSWORD, so no URI holds it.
-        "MLFLOW_BACKEND_STORE_URI": f"postgresql://mlflow@{POSTGRES_SERVICE}:{POSTGRES_PORT}/mlflow",
+        "MLFLOW_BACKEND_STORE_URI": store,
         "MLFLOW_ARTIFACTS_DESTINATION": storage.join(target.recipe.storage.root, "mlflow"),
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
             name for host in hosts for name in (host, f"{host}:{MLFLOW_PORT}")

@@ -44,6 +44,7 @@ from diffit_train.tracking import (
 )
 from diffit_train.training.worker import (
     POLL_S,
+    NodeNetwork,
     TrainingStatus,
     Validate,
     ValidationTask,
@@ -262,6 +263,7 @@ def _trainer(
         )
     return TorchTrainer(
         train_worker,
+        torch_config=NodeNetwork(),
         validation_config=validation,
         train_loop_config=worker_config,
         scaling_config=ScalingConfig(

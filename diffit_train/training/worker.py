@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 from ray.exceptions import RayActorError
+from ray.train.torch import TorchConfig
 
 from diffit_train.config import Recipe
 from diffit_train.tracking import first_line
@@ -68,6 +71,37 @@ class TrainingStatus:
     def is_stopping(self) -> bool:
         """Whether the workers should save and exit."""
         return self.stopping
+
+
+def choose_interface() -> None:
+    """Let gloo use the interface of this node's address in Ray, unless the user has named one.
+
+    By default gloo takes the address of the host's name, which on Debian is a loopback address,
+    where no other node can reach it.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return
+
+
+class NodeNetwork(TorchConfig):  # type: ignore[misc]
+    """Process groups on the network of Ray's nodes."""
+
+    @property
+    def backend_cls(self) -> Any:
+        """As Ray Train's own, but each worker chooses its interface first."""
+        return NodeNetworkBackend
+
+
+class NodeNetworkBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray Train's backend for torch on the network of Ray's nodes."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Called by Ray Train before it initializes the process group."""
+        worker_group.execute(choose_interface)
+        super().on_start(worker_group, backend_config)
 
 
 class RayHooks:

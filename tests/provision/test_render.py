@@ -192,3 +192,33 @@ def test_slurm_scripts_are_rendered_for_a_site() -> None:
     for wrong, words in (("colour=red", "must be KEY=VALUE with one of"), ("stop_s=x", "a number")):
         with pytest.raises(UserError, match=words):
             render(target("imagenet256", "tracking.uri=http://m", site=(wrong,)), "slurm")
+
+
+def test_the_mlflow_server_names_the_driver_of_the_image() -> None:
+    from sqlalchemy.engine import make_url
+
+    text = render(target(), "kuberay")["kuberay/mlflow.yaml"]
+    url = re.search(r"value: (postgresql\S+)", text)
+    assert url is not None
+    assert make_url(url[1]).get_driver_name() == "psycopg2"
+    lock = (CLUSTER / "requirements-cpu.lock").read_text()
+    assert "psycopg2-binary==" in lock
+
+
+def test_prometheus_gets_the_discovery_of_its_provider_only() -> None:
+    jobs = {
+        provider: [
+            job["job_name"]
+            for job in yaml.safe_load(
+                render(target("imagenet256", "tracking.uri=http://mlflow:5000"), provider)[
+                    "monitoring/prometheus.yml"
+                ]
+            )["scrape_configs"]
+        ]
+        for provider in ("kuberay", "ray-up", "all")
+    }
+    assert jobs == {
+        "kuberay": ["diffit-kuberay"],
+        "ray-up": ["diffit-ray-up"],
+        "all": ["diffit-kuberay", "diffit-ray-up"],
+    }
