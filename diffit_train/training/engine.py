@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffit_train.config.train import BUCKET_ELEMENTS, Train
@@ -162,11 +163,29 @@ class Engine:
             out.append(OwnedSlice(piece.slice, self._adam_values(piece) | averages))
         return out
 
-    def replicated(self) -> list[OwnedSlice]:
-        """State that every rank holds in full: weights and moments at stage 0."""
-        if self.train.zero_stage:
-            return []
-        return [OwnedSlice(piece.slice, self._adam_values(piece)) for piece in self._held_pieces()]
+    @torch.no_grad()
+    def publish_owned(self) -> None:
+        """Make the weights that the model computes with from all ranks' masters (collective).
+
+        At stage 0, where every rank holds everything, the moments are shared, too.
+        """
+        stage = self.train.zero_stage
+        if stage == 0:
+            self._broadcast_shares()
+        elif stage == 3:
+            for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := self.optimizer.persistent_parameters:
+                persistent[0].all_gather(persistent)
+        else:
+            self.optimizer.update_lp_params()
+
+    def _broadcast_shares(self) -> None:
+        """Each rank's share of every replicated tensor, to all ranks."""
+        for rank in range(self.world_size):
+            for piece in self._shares_of_replicas(rank):
+                for values in self._adam_values(piece).values():
+                    dist.broadcast(values, src=rank)
 
     def _adam_values(self, piece: _Piece) -> dict[StateName, Tensor]:
         state = self._adam(piece.flat)
@@ -195,7 +214,7 @@ class Engine:
     def _own_pieces(self) -> Iterator[_Piece]:
         stage = self.train.zero_stage
         if stage == 0:
-            yield from self._shares_of_replicas()
+            yield from self._shares_of_replicas(self.rank)
         elif stage == 3:
             yield from self._partitions_of_parameters()
         else:
@@ -234,10 +253,10 @@ class Engine:
         for flat, name in self._replicas:
             yield _Piece(Slice(name, 0, flat.numel()), flat, 0)
 
-    def _shares_of_replicas(self) -> Iterator[_Piece]:
-        """Stage 0: all parameters concatenated and split into one part per rank."""
+    def _shares_of_replicas(self, rank: int) -> Iterator[_Piece]:
+        """A rank's part at stage 0: all parameters concatenated and split into one per rank."""
         total = sum(p.numel() for p in self.names)
-        first, last = (total * r // self.world_size for r in (self.rank, self.rank + 1))
+        first, last = (total * r // self.world_size for r in (rank, rank + 1))
         offset = 0
         for flat, name in self._replicas:
             start, end = max(first, offset), min(last, offset + flat.numel())

@@ -30,9 +30,7 @@ from diffit_train.training.checkpointer import (
     CheckpointWriter,
     UnrecoverableError,
     agreed_steps,
-    load_checkpoint,
-    load_master_weights,
-    newest_whole,
+    load_newest,
 )
 from diffit_train.training.control import ControlPlane, Decision, TrainerHooks
 from diffit_train.training.engine import Engine
@@ -114,14 +112,11 @@ class Trainer:
     def _start_engine(self) -> None:
         """Build model and engine, and load the newest intact checkpoint if there is one."""
         train = self.recipe.train
-        newest = newest_whole(self.url, self.hooks.say)
         torch.manual_seed(train.seed)
         model = build_model(self.recipe)
         speed = self._speed_meter(model)
-        if newest is not None:
-            load_master_weights(model, self.url, newest)
-        elif train.start is not None:
-            model.load_state_dict(self._starting_weights(model), strict=False)
+        if train.start is not None and not agreed_steps(self.url):
+            self._load_start(model)
         model.to(self.device)
         use_kernel(model, self.recipe.model.attention, self.device)
         checkpoint_activations(
@@ -133,7 +128,7 @@ class Trainer:
         self.micro_batches = math.ceil(share / (train.micro_batch_size or share))
         self.engine = Engine(model, train, self.rank, self.world, self.device, self.micro_batches)
         self.writer = CheckpointWriter(self.engine, self.hooks.say)
-        state = None if newest is None else load_checkpoint(self.engine, self.url, newest)
+        state = load_newest(self.engine, self.url, self.hooks.say)
         self.step = 0 if state is None else state.step
         self.recorder = Recorder(
             self.recipe,
@@ -161,11 +156,14 @@ class Trainer:
         peak = matmul_flops_per_s(self.device, dtype, peak_size) * self.world
         return SpeedMeter(train.batch_size, training_flops_per_image(model), peak)
 
-    def _starting_weights(self, model: Backbone) -> dict[str, Tensor]:
+    def _load_start(self, model: Backbone) -> None:
+        """Load the weights to start from on rank 0; DeepSpeed hands them to the other ranks."""
         start = self.recipe.train.start
         assert start is not None
-        weights = read_weights(run_url(self.recipe, start.run), start.step, start.weights)
-        return transfer_weights(model, weights, f"{start.run}@{start.step}")
+        if self.rank == 0:
+            weights = read_weights(run_url(self.recipe, start.run), start.step, start.weights)
+            taken = transfer_weights(model, weights, f"{start.run}@{start.step}")
+            model.load_state_dict(taken, strict=False)
 
     # ---- Running ----
 

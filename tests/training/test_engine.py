@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from diffit_train.runs.checkpoints import (
     State,
     checkpoint_url,
     committed_steps,
+    damage,
     read_index,
     read_slices,
     read_state,
@@ -31,8 +33,7 @@ from diffit_train.training.checkpointer import (
     FAILED_SAVES,
     CheckpointWriter,
     load_checkpoint,
-    load_master_weights,
-    newest_whole,
+    load_newest,
 )
 from diffit_train.training.engine import AcceptStep, Engine, learning_rate
 from tests.training.ranks import on_ranks
@@ -116,13 +117,21 @@ def _train_and_save(rank: int, world: int, run: str, train: Train, steps: int) -
     _save(engine, run, steps)
 
 
+def _assert_computes_with(engine: Engine, weights: dict[str, torch.Tensor]) -> None:
+    """The engine's model has these weights, not only its masters."""
+    plain = _model()
+    plain.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        output = engine.forward(*_batch(0))
+        torch.testing.assert_close(output, plain(*_batch(0)))
+
+
 def _resume_and_save(
     rank: int, world: int, run: str, step: int, train: Train, steps: int, into: str
 ) -> None:
-    model = _model()
-    load_master_weights(model, run, step)
-    engine = _engine(model, train, rank, world)
+    engine = _engine(_model(), train, rank, world)
     assert load_checkpoint(engine, run, step).step == step
+    _assert_computes_with(engine, read_weights(run, step, "raw"))
     _save(engine, into, step)
     _steps(engine, step, steps)
     _save(engine, into, steps)
@@ -241,24 +250,30 @@ def _copy(trained: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("file", ["rank-00001-of-00002.safetensors", "index.json", "state.json"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize(
+    "file", ["ema/rank-00001-of-00002.safetensors", "index.json", "state.json"]
+)
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_reported(
-    trained: str, tmp_path: Path, file: str, damage: str
+    trained: str, tmp_path: Path, file: str, how: str
 ) -> None:
-    run = _copy(trained, tmp_path)
-    path = Path(checkpoint_url(str(run), 2)) / file
+    run = str(_copy(trained, tmp_path))
+    assert damage(run, 2) is None
+    path = Path(checkpoint_url(run, 2)) / file
     data = bytearray(path.read_bytes())
-    if damage == "remove":
+    if how == "remove":
         path.unlink()
-    elif damage == "truncate":
+    elif how == "truncate":
         path.write_bytes(data[:-1])
     else:
         data[-2] ^= 1
         path.write_bytes(data)
     with pytest.raises(DiffitError, match=rf"step-0000000002 is damaged: {file}"):
-        read_state(str(run), 2)
-        read_weights(str(run), 2, "ema")
+        read_state(run, 2)
+        read_weights(run, 2, "ema")
+    assert re.search(rf"step-0000000002 is damaged: {file}", damage(run, 2) or "")
+    if file.startswith("ema/"):  # the other kinds are in other files
+        assert read_weights(run, 2, "raw")
 
 
 def test_a_checkpoint_needs_a_commit_marker(trained: str, tmp_path: Path) -> None:
@@ -361,26 +376,27 @@ def test_a_rejected_step_changes_only_the_ema(tmp_path: Path, stage: int) -> Non
 
 def _find_newest(rank: int, world: int, run: str, expected: int | None, words: str) -> None:
     lines: list[str] = []
-    assert newest_whole(run, lines.append) == expected
+    state = load_newest(_engine(_model(), _train(), rank, world), run, lines.append)
+    assert (state.step if state else None) == expected
     assert bool(lines) == (rank == 0 and bool(words))
     assert all(words in line for line in lines)
 
 
 def _storage_is_away(rank: int, world: int, run: str) -> None:
-    def away(url: str) -> bytes:
+    def away(url: str, start: int, stop: int) -> bytes:
         raise DiffitError(f"could not reach {url}")
 
-    before, storage.read_bytes = storage.read_bytes, away
+    before, storage.read_range = storage.read_range, away
     try:
         with pytest.raises(DiffitError, match="could not reach"):
-            newest_whole(run, print)
+            load_newest(_engine(_model(), _train(), rank, world), run, print)
     finally:
-        storage.read_bytes = before
+        storage.read_range = before
 
 
 def _all_damaged(rank: int, world: int, run: str) -> None:
     with pytest.raises(DiffitError, match=r"is damaged.*no earlier checkpoint"):
-        newest_whole(run, print)
+        load_newest(_engine(_model(), _train(), rank, world), run, print)
 
 
 def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) -> None:
@@ -389,11 +405,12 @@ def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) ->
     # An unreachable checkpoint is not considered damaged.
     on_ranks(2, _storage_is_away, str(run))
     assert committed_steps(str(run)) == [0, 2]
-    file = Path(checkpoint_url(str(run), 2)) / "rank-00001-of-00002.safetensors"
+    name = "rank-00001-of-00002.safetensors"
+    file = Path(checkpoint_url(str(run), 2)) / "exp_avg" / name
     file.write_bytes(file.read_bytes()[:-3])
-    on_ranks(2, _find_newest, str(run), 0, "rank-00001-of-00002.safetensors differs")
+    on_ranks(2, _find_newest, str(run), 0, f"exp_avg/{name} has")
     assert committed_steps(str(run)) == [0]
-    (Path(checkpoint_url(str(run), 0)) / "rank-00000-of-00002.safetensors").unlink()
+    (Path(checkpoint_url(str(run), 0)) / "master" / name).unlink()
     on_ranks(2, _all_damaged, str(run))
     on_ranks(2, _find_newest, str(tmp_path / "nothing"), None, "")
 
