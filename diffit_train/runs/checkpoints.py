@@ -444,16 +444,20 @@ def save_whole(
     commit_checkpoint(url, state, shapes, [part], tuple(values))
 
 
-def remove_old(run_url: str, keep: int, every: int | None = None) -> None:
+def remove_old(
+    run_url: str, keep: int, every: int | None = None, spared: Iterable[int] = ()
+) -> None:
     """Remove all committed checkpoints except step 0, the newest `keep`, and permanent ones.
 
     The commit marker is removed first, so a half-removed checkpoint never looks complete.
 
     Args:
         every: checkpoints at multiples of this many steps are kept permanently.
+        spared: steps that are still needed, for example because their evaluation is pending.
     """
+    needed = set(spared)
     for step in [s for s in committed_steps(run_url) if s > 0][:-keep]:
-        if every is not None and step % every == 0:
+        if step in needed or (every is not None and step % every == 0):
             continue
         url = checkpoint_url(run_url, step)
         storage.remove(storage.join(url, "commit.json"))

@@ -35,7 +35,7 @@ from diffit_train.training.checkpointer import (
     load_checkpoint,
     load_newest,
 )
-from diffit_train.training.engine import AcceptStep, Engine, learning_rate
+from diffit_train.training.engine import AcceptStep, Engine, accept_finite, learning_rate
 from tests.training.ranks import on_ranks
 
 BATCH = 4
@@ -87,7 +87,7 @@ def _engine(model: LatentDiffiT, train: Train, rank: int, world: int) -> Engine:
     return Engine(model, train, rank, world, CPU, micro_batches)
 
 
-def _one_step(engine: Engine, step: int, accept: AcceptStep = math.isfinite) -> bool:
+def _one_step(engine: Engine, step: int, accept: AcceptStep = accept_finite) -> bool:
     mine = slice(engine.rank * BATCH // engine.world_size, None)
     count = BATCH // engine.world_size // engine.micro_batches
     x, t, y = (part[mine] for part in _batch(step))
@@ -185,6 +185,8 @@ def _assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         (2, 1, {}),
         pytest.param(2, 1, {"grad_clip": 0.5}, marks=pytest.mark.slow),
         (2, 2, {"micro_batch_size": 1}),
+        (2, 2, {"overlap_comm": True}),
+        pytest.param(2, 2, {"bucket_elements": 500, "precision": "fp32"}, marks=pytest.mark.slow),
         (2, 3, {"micro_batch_size": 1}),
         (2, 3, {"grad_clip": 0.5}),
         pytest.param(2, 2, {"offload": "optimizer"}, marks=pytest.mark.slow),
@@ -335,22 +337,26 @@ def test_learning_rate_warms_up_then_decays_by_a_cosine(step: int, expected: flo
     assert learning_rate(constant, max(step, 4)) == 1.0
 
 
-def _refuse_some(rank: int, world: int, run: str, stage: int) -> None:
-    engine = _engine(_model(), _train(zero_stage=stage), rank, world)
+def _refuse_some(rank: int, world: int, run: str, train: Train) -> None:
+    engine = _engine(_model(), train, rank, world)
     seen: list[float] = []
 
-    def refuse(norm: float) -> bool:
-        seen.append(norm)
-        return False
+    def refuse(norm: torch.Tensor) -> tuple[bool, float]:
+        _, value = accept_finite(norm)
+        seen.append(value)
+        return False, value
 
     _steps(engine, 0, 2)
     _save(engine, run, 2)
     assert not _one_step(engine, 2, refuse)
     assert len(seen) == 1
     assert 0.0 < seen[0] == engine.grad_norm() < math.inf
-    # A NaN gradient reaches `accept` on every rank.
+    # A NaN gradient reaches `accept` on every rank, at every stage and in every precision.
     parameter = next(iter(engine.names))
     hook = parameter.register_hook(lambda grad: grad * float("nan") if rank == 0 else grad)
+    assert not _one_step(engine, 3, refuse)
+    assert len(seen) == 2
+    assert not math.isfinite(seen[1])
     assert not _one_step(engine, 3)
     assert not math.isfinite(engine.grad_norm())
     hook.remove()
@@ -361,10 +367,17 @@ def _refuse_some(rank: int, world: int, run: str, stage: int) -> None:
     _save(engine, run, 5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_rejected_step_changes_only_the_ema(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *[(stage, "fp32") for stage in range(4)],
+        *[(stage, "bf16") for stage in (1, 2, 3)],
+        *[(stage, "bf16_autocast") for stage in range(4)],
+    ],
+)
+def test_a_rejected_step_changes_only_the_ema(tmp_path: Path, stage: int, precision: str) -> None:
     run = str(tmp_path)
-    on_ranks(2, _refuse_some, run, stage)
+    on_ranks(2, _refuse_some, run, _train(zero_stage=stage, precision=precision))
     before, after, later = (_contents(run, step) for step in (2, 4, 5))
     for name, values in before.items():
         moved = name.split("/")[0] in EMA
@@ -442,6 +455,8 @@ def test_retention_keeps_every_kth_permanently(trained: str, tmp_path: Path) -> 
     for step in (4, 6, 8, 10):
         (folder / "step-0000000002").rename(folder / f"step-{step:010d}")
         _copy_step(folder, step)
+    remove_old(str(run), keep=1, every=4, spared={6})
+    assert committed_steps(str(run)) == [0, 4, 6, 8, 10]
     remove_old(str(run), keep=2, every=4)
     assert committed_steps(str(run)) == [0, 4, 8, 10]
 

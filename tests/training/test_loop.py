@@ -62,6 +62,9 @@ class Hooks:
     def preempted(self) -> bool:
         return self.preempt
 
+    def validating(self) -> set[int]:
+        return set()
+
 
 def _train(
     rank: int,
