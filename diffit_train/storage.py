@@ -213,6 +213,12 @@ def read_bytes(url: str) -> bytes:
     return bytes(retried(url, lambda: fs.cat_file(path)))
 
 
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file, fewer where it ends before."""
+    fs, path = filesystem(url)
+    return bytes(retried(url, lambda: fs.cat_file(path, start=start, end=stop)))
+
+
 @contextmanager
 def open_file(url: str) -> Iterator[IO[bytes]]:
     """Open a local or remote file for reading."""

@@ -20,12 +20,15 @@ EXECUTION_KEYS = (
     "compile",
     "activation_checkpointing",
     "checkpoint_every_nth_block",
+    "overlap_comm",
+    "bucket_elements",
     "profile_steps",
 )
 
 # Keys of `train` that set what is kept of a run and when it gives up.
 KEEPING_KEYS = (
     "checkpoint_every",
+    "checkpoint_every_s",
     "keep_checkpoints",
     "keep_every",
     "log_every",
@@ -150,10 +153,24 @@ class Train(Section):
     checkpoint_every_nth_block: PositiveInt = Field(
         default=1, description="apply activation_checkpointing to every n-th block"
     )
+    overlap_comm: bool | None = Field(
+        default=None,
+        description="reduce gradients while the backward pass runs; null: at ZeRO stage 3 only",
+    )
+    bucket_elements: PositiveInt | None = Field(
+        default=None,
+        description="gradient elements collected before they are reduced; null: 50,000,000, or "
+        "with overlap_comm at most a tenth of the model",
+    )
     seed: int = Field(
         default=0, ge=0, description="seed of the initial weights, sample order and noise"
     )
     checkpoint_every: PositiveInt = Field(default=10_000, description="steps between checkpoints")
+    checkpoint_every_s: Positive | None = Field(
+        default=None,
+        description="write a checkpoint, too, when the last one is this many seconds old; "
+        "null: by steps only",
+    )
     keep_checkpoints: PositiveInt = Field(
         default=3, description="number of newest checkpoints kept, in addition to that of step 0"
     )

@@ -1,13 +1,17 @@
 """The sharded checkpoint format: reading, writing, retention.
 
     runs/RUN/checkpoints/step-0000001000/
-        rank-00000-of-00002.safetensors   1-D float32 pieces named KIND/PARAMETER
-        index.json                        files with size and sha256, pieces of every parameter
-        state.json                        step, images seen, recipe hash, MLflow run
-        commit.json                       sha256 of the two above; written last
+        KIND/rank-00000-of-00002.safetensors   1-D float32 pieces named by parameter
+        index.json     files with size and hashes, and where the pieces of every parameter lie
+        state.json     step, images seen, recipe hash, MLflow run
+        commit.json    sha256 of the two above; written last
 
 KIND is a state name. A piece is a slice of a flattened parameter, so a checkpoint can be read at
-any world size. Training writes it, evaluation reads it; neither imports the other. No pickle.
+any world size. Only the blocks of 16 MiB that hold what is wanted are read, and each is verified.
+Training writes it, evaluation reads it; neither imports the other. No pickle.
+
+Schema 1, which is still read, has one file per rank with all kinds, tensors named KIND/PARAMETER,
+and one hash per file, so that whoever wants a part of a file reads all of it.
 """
 
 from __future__ import annotations
@@ -16,23 +20,22 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.runs.blocks import DamagedFile, FileEntry, Range, hash_blocks, read_ranges, verify
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 # What a piece holds: one of STATES, or the name of an EMA.
 StateName = str
 STATES: tuple[StateName, ...] = ("master", "exp_avg", "exp_avg_sq")
@@ -44,21 +47,21 @@ class DamagedCheckpoint(DiffitError):
 
     def __init__(self, url: str, what: str) -> None:
         super().__init__(f"checkpoint {url} is damaged: {what}")
-
-
-class FileEntry(storage.Record):
-    """Size and hash of one checkpoint file."""
-
-    bytes: int
-    sha256: str
+        self.what = what
 
 
 class Piece(storage.Record):
-    """`length` elements of a flattened parameter from `offset`, and the file that holds them."""
+    """`length` elements of a flattened parameter from `offset`, and the file that holds them.
+
+    Attributes:
+        file: name of the file in the folder of each kind.
+        start: byte of the file at which they begin; None in schema 1.
+    """
 
     file: str
     offset: int
     length: int
+    start: int | None = None
 
 
 class Parameter(storage.Record):
@@ -75,6 +78,10 @@ class Index(storage.Record):
     kinds: tuple[StateName, ...]
     files: dict[str, FileEntry]
     parameters: dict[str, Parameter]
+
+    def file(self, kind: StateName, piece: Piece) -> str:
+        """The file that holds a kind of a piece."""
+        return piece.file if self.schema_version == 1 else f"{kind}/{piece.file}"
 
 
 class State(storage.Record):
@@ -175,28 +182,27 @@ def read_index(run_url: str, step: int) -> Index:
     """index.json of a committed checkpoint, its hash verified."""
     url = checkpoint_url(run_url, step)
     index = _read_model(Index, url, "index.json", _commit(url).index_sha256)
-    if index.schema_version != CHECKPOINT_SCHEMA:
+    if not 1 <= index.schema_version <= CHECKPOINT_SCHEMA:
         raise DiffitError(
-            f"{url} has schema {index.schema_version}; this version reads {CHECKPOINT_SCHEMA}"
+            f"{url} has schema {index.schema_version}, but this version reads up to "
+            f"{CHECKPOINT_SCHEMA}; install the version that wrote it"
         )
     return index
 
 
-def damage(run_url: str, step: int, share: tuple[int, int] = (0, 1)) -> str | None:
+def damage(run_url: str, step: int) -> str | None:
     """What is damaged in a committed checkpoint, or None; reads every byte.
-
-    Args:
-        share: (i, n): check only the i-th of n parts of the files.
 
     Raises:
         DiffitError: it could not be checked, for example because storage is unreachable.
     """
     try:
-        index, url = read_index(run_url, step), checkpoint_url(run_url, step)
         read_state(run_url, step)
-        for file in sorted(index.files)[share[0] :: share[1]]:
-            with _verified(url, file, index.files[file]):
-                pass
+        index, url = read_index(run_url, step), checkpoint_url(run_url, step)
+        try:
+            verify(url, index.files)
+        except DamagedFile as error:
+            raise DamagedCheckpoint(url, str(error)) from error
     except DamagedCheckpoint as error:
         return str(error)
     return None
@@ -208,7 +214,7 @@ def checkpoint_digest(run_url: str, step: int) -> str:
 
 
 def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
-    """Every trainable parameter in full, by name, in fp32.
+    """Every trainable parameter in full, by name, in fp32; reads no other kind's bytes.
 
     Args:
         kind: `raw` for the master weights, or the name of an EMA.
@@ -249,14 +255,13 @@ def fill_slices(
 ) -> None:
     """Read slices into existing 1-D tensors of any device and precision.
 
-    Only the files that hold part of them are read; each is verified first.
+    Only what holds part of them is read, and verified while it is read; after an error, the
+    tensors hold anything.
 
     Raises:
         UserError: the checkpoint lacks one of the states, for example because it was imported.
         DiffitError: a file is missing or damaged, or a parameter is not in the checkpoint.
     """
-    import torch
-
     index = read_index(run_url, step)
     url = checkpoint_url(run_url, step)
     absent = [kind for kind in kinds if kind not in index.kinds]
@@ -265,23 +270,24 @@ def fill_slices(
             f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
             + ("" if "master" in index.kinds else ": its weights were imported")
         )
-    by_file: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
-    for number, (part, _) in enumerate(wanted):
+    start_of = _StartOfPieces(url, index)
+    ranges: dict[str, list[Range]] = defaultdict(list)
+    for part, targets in wanted:
         if part.name not in index.parameters:
             raise DiffitError(f"{url} has no parameter {part.name!r}: it holds a different model")
         for piece in index.parameters[part.name].pieces:
-            if _overlap(part, piece)[1] > 0:
-                by_file[piece.file].append((number, piece))
-    for file, needs in by_file.items():
-        with _verified(url, file, index.files[file]) as tensors, torch.no_grad():
-            for number, piece in needs:
-                part, targets = wanted[number]
-                start, length = _overlap(part, piece)
-                for kind in kinds:
-                    source: Any = tensors.get_slice(f"{kind}/{part.name}")
-                    first = start - piece.offset
-                    target = targets[kind][start - part.offset :][:length]
-                    target.copy_(source[first : first + length])
+            start, length = _overlap(part, piece)
+            if length <= 0:
+                continue
+            for kind in kinds:
+                first = start_of(kind, part.name, piece) + 4 * (start - piece.offset)
+                target = targets[kind][start - part.offset :][:length]
+                taken = Range(first, first + 4 * length, _copier(target))
+                ranges[index.file(kind, piece)].append(taken)
+    try:
+        read_ranges(url, index.files, ranges)
+    except DamagedFile as error:
+        raise DamagedCheckpoint(url, str(error)) from error
 
 
 def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:
@@ -289,20 +295,49 @@ def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:
     return start, min(part.offset + part.length, piece.offset + piece.length) - start
 
 
-@contextmanager
-def _verified(url: str, file: str, entry: FileEntry) -> Iterator[Any]:
-    """The file's tensors, after checking its size and hash."""
-    name = storage.join(url, file)
-    try:
-        with storage.local_copy(name) as path:
-            if path.stat().st_size != entry.bytes or storage.sha256_file(path) != entry.sha256:
-                raise DamagedCheckpoint(url, f"{file} differs from its recorded size or sha256")
-            with safe_open(str(path), framework="pt") as tensors:
-                yield tensors
-    except FileNotFoundError as error:
-        raise DamagedCheckpoint(url, f"{file} is missing") from error
-    except SafetensorError as error:
-        raise DamagedCheckpoint(url, f"{file}: {error}") from error
+def _copier(target: Tensor) -> Callable[[int, bytes], None]:
+    """Copies float32 bytes from an offset, in bytes, into a 1-D tensor."""
+    import torch
+
+    def copy(offset: int, data: bytes) -> None:
+        values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        with torch.no_grad():  # this mode belongs to the thread
+            target[offset // 4 :][: len(values)].copy_(values)
+
+    return copy
+
+
+class _StartOfPieces:
+    """Where the bytes of a piece begin in its file; in schema 1, the file's header says it."""
+
+    def __init__(self, url: str, index: Index) -> None:
+        self.url, self.index = url, index
+        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
+
+    def __call__(self, kind: StateName, name: str, piece: Piece) -> int:
+        """The piece's first byte."""
+        if piece.start is not None:
+            return piece.start
+        file = self.index.file(kind, piece)
+        if file not in self._headers:
+            self._headers[file] = self._header(file)
+        data_start, header = self._headers[file]
+        try:
+            return data_start + int(header[f"{kind}/{name}"]["data_offsets"][0])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise DamagedCheckpoint(self.url, f"{file} holds no {kind}/{name}") from error
+
+    def _header(self, file: str) -> tuple[int, dict[str, Any]]:
+        """Where a safetensors file's data starts, and its header."""
+        url, most = storage.join(self.url, file), self.index.files[file].bytes
+        try:
+            size = int.from_bytes(storage.read_range(url, 0, 8), "little")
+            header = json.loads(storage.read_range(url, 8, 8 + min(size, most)))
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(self.url, f"{file} is missing") from error
+        except ValueError as error:
+            raise DamagedCheckpoint(self.url, f"{file} differs from its recorded sha256") from error
+        return 8 + size, dict(header)
 
 
 def _commit(url: str) -> Commit:
@@ -331,8 +366,23 @@ def _read_model(model: type[M], url: str, file: str, sha256: str) -> M:
 SNAPSHOTS = "ema-snapshots"
 
 
-def write_pieces(path: Path, slices: Iterable[OwnedSlice], kinds: Sequence[StateName]) -> None:
-    """Write slices as a safetensors file of 1-D tensors named KIND/PARAMETER.
+def piece_file(rank: int, world: int) -> str:
+    """Name of a rank's file in the folder of each kind."""
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def place_pieces(slices: Iterable[OwnedSlice], file: str) -> dict[str, Piece]:
+    """Where a rank's slices lie in its files, one for each parameter that it holds a part of."""
+    slices = list(slices)
+    start, out = len(_header(slices)), {}
+    for part in (s.slice for s in slices):
+        out[part.name] = Piece(file=file, offset=part.offset, length=part.length, start=start)
+        start += 4 * part.length
+    return out
+
+
+def write_pieces(path: Path, slices: Iterable[OwnedSlice], kind: StateName) -> None:
+    """Write a kind of a rank's slices as a safetensors file of 1-D tensors.
 
     The library's own writer needs every tensor in memory separately, a second copy of the state;
     this one moves one slice at a time through host memory.
@@ -340,26 +390,36 @@ def write_pieces(path: Path, slices: Iterable[OwnedSlice], kinds: Sequence[State
     import torch
 
     slices = list(slices)
+    with path.open("wb") as file:
+        file.write(_header(slices))
+        for part in slices:
+            values = part.values[kind].detach().to("cpu", torch.float32)
+            values.contiguous().numpy().tofile(file)
+
+
+def _header(slices: Sequence[OwnedSlice]) -> bytes:
+    """The safetensors header of a file of 1-D float32 tensors."""
     header: dict[str, Any] = {}
     offset = 0
-    for kind in kinds:
-        for part in slices:
-            size = 4 * part.slice.length
-            header[f"{kind}/{part.slice.name}"] = {
-                "dtype": "F32",
-                "shape": [part.slice.length],
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
+    for part in (s.slice for s in slices):
+        size = 4 * part.length
+        header[part.name] = {
+            "dtype": "F32",
+            "shape": [part.length],
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for kind in kinds:
-            for part in slices:
-                values = part.values[kind].detach().to("cpu", torch.float32)
-                values.contiguous().numpy().tofile(file)
+    return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank wrote of a checkpoint: its files by name, and where its pieces lie in them."""
+
+    files: dict[str, FileEntry]
+    pieces: dict[str, Piece]
 
 
 def save_whole(
@@ -369,29 +429,35 @@ def save_whole(
     state: State,
 ) -> None:
     """Write a checkpoint from full tensors, by state name and parameter, in a single process."""
-    url, name = checkpoint_url(run_url, state.step), "rank-00000-of-00001.safetensors"
+    url, name = checkpoint_url(run_url, state.step), piece_file(0, 1)
     slices = [
         OwnedSlice(Slice(key, 0, shape.numel()), {k: v[key].reshape(-1) for k, v in values.items()})
         for key, shape in shapes.items()
     ]
-    with storage.atomic_file(storage.join(url, name)) as path:
-        write_pieces(path, slices, tuple(values))
-        entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
-    pieces = [(key, 0, shape.numel()) for key, shape in shapes.items()]
-    part: dict[str, Any] = {"name": name, "entry": entry.model_dump(), "pieces": pieces}
+    files = {}
+    for kind in values:
+        file = f"{kind}/{name}"
+        with storage.atomic_file(storage.join(url, file)) as path:
+            write_pieces(path, slices, kind)
+            files[file] = hash_blocks(path)
+    part = Part(files, place_pieces(slices, name))
     commit_checkpoint(url, state, shapes, [part], tuple(values))
 
 
-def remove_old(run_url: str, keep: int, every: int | None = None) -> None:
+def remove_old(
+    run_url: str, keep: int, every: int | None = None, spared: Iterable[int] = ()
+) -> None:
     """Remove all committed checkpoints except step 0, the newest `keep`, and permanent ones.
 
     The commit marker is removed first, so a half-removed checkpoint never looks complete.
 
     Args:
         every: checkpoints at multiples of this many steps are kept permanently.
+        spared: steps that are still needed, for example because their evaluation is pending.
     """
+    needed = set(spared)
     for step in [s for s in committed_steps(run_url) if s > 0][:-keep]:
-        if every is not None and step % every == 0:
+        if step in needed or (every is not None and step % every == 0):
             continue
         url = checkpoint_url(run_url, step)
         storage.remove(storage.join(url, "commit.json"))
@@ -402,19 +468,18 @@ def commit_checkpoint(
     url: str,
     state: State,
     shapes: dict[str, torch.Size],
-    parts: list[dict[str, Any]],
+    parts: Sequence[Part],
     kinds: tuple[StateName, ...],
 ) -> None:
     """Write the index, the state and, last, the commit marker for the files the ranks wrote."""
     by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
     for part in parts:
-        file = str(part["name"])
-        for name, offset, length in part["pieces"]:
-            by_name[name].append(Piece(file=file, offset=offset, length=length))
+        for name, piece in part.pieces.items():
+            by_name[name].append(piece)
     index = Index(
         schema_version=CHECKPOINT_SCHEMA,
         kinds=kinds,
-        files={str(p["name"]): FileEntry.model_validate(p["entry"]) for p in parts},
+        files={name: entry for part in parts for name, entry in part.files.items()},
         parameters={
             name: Parameter(
                 shape=tuple(shapes[name]),

@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
+from diffit_train.runs.blocks import hash_blocks
 from diffit_train.runs.checkpoints import (
     STATES,
-    FileEntry,
-    OwnedSlice,
-    Slice,
+    DamagedCheckpoint,
+    Part,
+    Piece,
     State,
     StateName,
     checkpoint_url,
     commit_checkpoint,
     committed_steps,
-    damage,
     fill_slices,
+    piece_file,
+    place_pieces,
     read_state,
     write_pieces,
 )
@@ -51,8 +52,7 @@ class _Saving:
     url: str
     state: State
     kinds: tuple[StateName, ...]
-    pieces: list[tuple[str, int, int]]
-    name: str
+    pieces: dict[str, Piece]
     before_commit: Callable[[], None]
     after_commit: Callable[[], None]
 
@@ -99,21 +99,23 @@ class CheckpointWriter:
         self.wait()
         if len(self.failures) >= FAILED_SAVES:
             raise UnrecoverableError(self.failures[-1])
-        name = f"rank-{self.rank:05d}-of-{self.world:05d}.safetensors"
         kinds = tuple(kinds or (*STATES, *self.engine.train.ema))
         owned = self.engine.owned()
-        url = checkpoint_url(run_url, state.step)
-        pieces = [(s.slice.name, s.slice.offset, s.slice.length) for s in owned]
-        saving = _Saving(url, state, kinds, pieces, name, before_commit, after_commit)
+        url, name = checkpoint_url(run_url, state.step), piece_file(self.rank, self.world)
+        pieces = place_pieces(owned, name)
+        saving = _Saving(url, state, kinds, pieces, before_commit, after_commit)
         stack, error = contextlib.ExitStack(), None
+        paths: dict[str, Path] = {}
         try:
-            path = stack.enter_context(storage.atomic_file(storage.join(url, name)))
-            write_pieces(path, owned, kinds)
+            for kind in kinds:
+                file = f"{kind}/{name}"
+                atomic = storage.atomic_file(storage.join(url, file))
+                paths[file] = stack.enter_context(atomic)
+                write_pieces(paths[file], owned, kind)
         except Exception as problem:
             error = problem
-            path = None
         self._thread = threading.Thread(
-            target=self._finish, args=(saving, stack, path, error), name="checkpoint", daemon=True
+            target=self._finish, args=(saving, stack, paths, error), name="checkpoint", daemon=True
         )
         self._thread.start()
         self.blocked_s += time.monotonic() - started_s
@@ -146,22 +148,22 @@ class CheckpointWriter:
         self,
         saving: _Saving,
         stack: contextlib.ExitStack,
-        path: Path | None,
+        paths: dict[str, Path],
         error: Exception | None,
     ) -> None:
         """Hash, upload, agree, commit; runs in a thread on every rank."""
-        mine: dict[str, Any] = {"name": saving.name, "pieces": saving.pieces}
+        mine: Part | str
         try:
             with stack:
-                if error is not None or path is None:
-                    raise error or OSError("no file")
-                entry = FileEntry(bytes=path.stat().st_size, sha256=storage.sha256_file(path))
-                mine["entry"] = entry.model_dump()
+                if error is not None:
+                    raise error
+                files = {file: hash_blocks(path) for file, path in paths.items()}
+                mine = Part(files, saving.pieces)
         except Exception as problem:
-            mine = {"error": f"rank {self.rank}: {problem}"}
-        everyone: list[dict[str, Any]] = [{} for _ in range(self.world)]
+            mine = f"rank {self.rank}: {problem}"
+        everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, mine, group=self.group)
-        failed = [str(part["error"]) for part in everyone if "error" in part]
+        failed = [part for part in everyone if isinstance(part, str)]
         if not failed and self.rank == 0:
             try:
                 saving.before_commit()
@@ -184,31 +186,31 @@ class CheckpointWriter:
 
 
 def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
-    """Load this rank's master weights, moments and EMA, from any world size and ZeRO stage.
+    """Load master weights, moments and EMA, from any world size and ZeRO stage (collective).
 
-    The checkpoint's weights must be loaded into the model before the engine is created.
+    Each rank reads what it owns, so all together read every byte once; the weights that the model
+    computes with are made from the master weights.
+
+    Raises:
+        DamagedCheckpoint: on all ranks; the engine then holds anything.
+        DiffitError: it could not be read, for example because storage is unreachable.
     """
-    state = read_state(run_url, step)
-    owned = engine.owned()
-    _fill(owned, run_url, step, (*STATES, *engine.train.ema))
-    _fill(engine.replicated(), run_url, step, STATES)
+    problem: str | None = None
+    state = None
+    try:
+        state = read_state(run_url, step)
+        kinds = (*STATES, *engine.train.ema)
+        fill_slices(run_url, step, [(s.slice, s.values) for s in engine.owned()], kinds)
+    except DamagedCheckpoint as error:
+        problem = error.what
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [text for text in problems if text is not None]
+    if found or state is None:
+        raise DamagedCheckpoint(checkpoint_url(run_url, step), found[0])
+    engine.publish_owned()
     engine.set_optimizer_steps(state.optimizer_steps)
     return state
-
-
-def load_master_weights(model: nn.Module, run_url: str, step: int) -> None:
-    """Load a checkpoint's master weights into a model in place, without a second copy."""
-    wanted = [
-        (Slice(name, 0, p.numel()), {"master": p.detach().view(-1)})
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    ]
-    fill_slices(run_url, step, wanted, ("master",))
-
-
-def _fill(slices: list[OwnedSlice], run_url: str, step: int, kinds: tuple[StateName, ...]) -> None:
-    if slices:
-        fill_slices(run_url, step, [(s.slice, s.values) for s in slices], kinds)
 
 
 def agreed_steps(run_url: str, group: dist.ProcessGroup | None = None) -> list[int]:
@@ -218,30 +220,27 @@ def agreed_steps(run_url: str, group: dist.ProcessGroup | None = None) -> list[i
     return list(steps[0])
 
 
-def newest_whole(run_url: str, say: Callable[[str], None]) -> int | None:
-    """Step of the newest committed checkpoint that is intact; None without checkpoints.
+def load_newest(engine: Engine, run_url: str, say: Callable[[str], None]) -> State | None:
+    """Load the newest committed checkpoint that is intact (collective); None without checkpoints.
 
-    A collective: the ranks divide the reading among themselves. A damaged checkpoint is reported
-    and loses its commit marker, so that training writes it again at that step.
+    A damaged checkpoint is reported and loses its commit marker, so that training writes it again
+    at that step.
 
     Raises:
         DiffitError: all checkpoints are damaged.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     steps = agreed_steps(run_url)
-    for step in reversed(steps):
-        found: list[str | None] = [None] * world
-        dist.all_gather_object(found, damage(run_url, step, (rank, world)))
-        problems = [text for text in found if text is not None]
-        if not problems:
-            return step
-        earlier = [s for s in steps if s < step]
-        if not earlier:
-            raise DiffitError(
-                f"{problems[0]}; there is no earlier checkpoint; choose another --run"
-            )
-        if rank == 0:
-            say(f"Resuming from step {earlier[-1]:,}: {problems[0]}")
-            storage.remove(storage.join(checkpoint_url(run_url, step), "commit.json"))
-        dist.barrier()
+    while steps:
+        step = steps.pop()
+        try:
+            return load_checkpoint(engine, run_url, step)
+        except DamagedCheckpoint as error:
+            if not steps:
+                raise DiffitError(
+                    f"{error}; there is no earlier checkpoint; choose another --run"
+                ) from error
+            if dist.get_rank() == 0:
+                say(f"Resuming from step {steps[-1]:,}: {error}")
+                storage.remove(storage.join(checkpoint_url(run_url, step), "commit.json"))
+            dist.barrier()
     return None

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from diffit_train.config.train import Train
+from diffit_train.training.engine import positive_norm
 
 # Seconds between checks for an announced preemption.
 PREEMPTION_POLL_S = 1.0
@@ -35,6 +37,9 @@ class TrainerHooks(Protocol):
     def validate(self, step: int) -> None:
         """Evaluate a committed checkpoint while training runs; called on all ranks together."""
 
+    def validating(self) -> set[int]:
+        """Steps whose evaluation was started and has not ended; called on rank 0, in a thread."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -43,28 +48,33 @@ class Decision:
     Attributes:
         accept: whether the optimizer may take the step.
         loss: mean over the global batch.
+        grad_norm: global, before clipping.
         stop: save and exit.
         check_preemption: ask whether a node is about to be preempted.
         validate: step of a checkpoint to evaluate; 0 for none.
+        save: write a checkpoint, as none was for `checkpoint_every_s`.
     """
 
     accept: bool
     loss: float
+    grad_norm: float
     stop: bool
     check_preemption: bool
     validate: int
+    save: bool = False
 
 
 class ControlPlane:
     """Agrees on stop, preemption, validation and step acceptance with one small reduction a step.
 
-    Uses its own gloo group, separate from the GPUs' collectives. torch.distributed must be
-    initialized; all ranks must make the same calls in the same order.
+    torch.distributed must be initialized; all ranks must make the same calls in the same order.
+    Rare calls use a gloo group of their own, separate from the GPUs' collectives.
 
     Attributes:
         pending_validation: on rank 0, steps of committed checkpoints that await evaluation.
         stop: whether training was asked to save and exit.
         preempted: whether a preemption was announced and no checkpoint has been saved since.
+        save_due: whether a checkpoint is due by time.
     """
 
     def __init__(self, train: Train, hooks: TrainerHooks) -> None:
@@ -72,29 +82,52 @@ class ControlPlane:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.group = dist.new_group(backend="gloo")
         self.pending_validation: deque[int] = deque()
-        self.stop = self.preempted = False
+        self.stop = self.preempted = self.save_due = False
         self._saved_for_preemption = False
         self._polled_s = 0.0
+        self._starting = 0
+        self._save_due_s = math.inf
+        self.saved()
 
-    def decide(self, loss_sum: float, grad_norm: float) -> Decision:
+    def saved(self) -> None:
+        """Note that a checkpoint begins: the next one by time is due `checkpoint_every_s` later."""
+        if self.train.checkpoint_every_s is not None:
+            self._save_due_s = time.monotonic() + self.train.checkpoint_every_s
+
+    def awaiting_validation(self) -> set[int]:
+        """On rank 0, steps of the checkpoints whose evaluation has not ended."""
+        return {*self.pending_validation, self._starting, *self.hooks.validating()}
+
+    def decide(self, loss_sum: Tensor, grad_norm: Tensor) -> Decision:
         """Agree on a step after its backward pass and before the optimizer takes it.
 
+        The loss, the gradient norm and rank 0's flags are reduced on the device, and read from it
+        once.
+
         Args:
-            loss_sum: loss summed over this rank's samples.
-            grad_norm: global, before clipping; the same on every rank.
+            loss_sum: loss summed over this rank's samples, float64.
+            grad_norm: global, before clipping; the same on every rank; negative if not finite.
         """
-        mine = torch.zeros(4, dtype=torch.float64)
-        mine[0] = loss_sum / self.train.batch_size
+        flags = torch.zeros(4, dtype=torch.float64)
         if self.rank == 0:
-            mine[1] = self.hooks.stop_wanted()
+            flags[0] = self.hooks.stop_wanted()
             now_s = time.monotonic()
             if now_s - self._polled_s > PREEMPTION_POLL_S:
                 self._polled_s = now_s
-                mine[2] = 1.0
-            mine[3] = self.pending_validation.popleft() if self.pending_validation else 0.0
-        dist.all_reduce(mine, group=self.group)
-        loss, stop, poll, validate = mine.tolist()
-        return Decision(self._accepts(loss, grad_norm), loss, stop > 0, poll > 0, int(validate))
+                flags[1] = 1.0
+            self._starting = self.pending_validation[0] if self.pending_validation else 0
+            if self._starting:
+                flags[2] = self.pending_validation.popleft()
+            flags[3] = now_s >= self._save_due_s
+        if loss_sum.is_cuda:  # from pinned memory, the copy does not wait for the device
+            flags = flags.pin_memory().to(loss_sum.device, non_blocking=True)
+        shared = torch.cat([(loss_sum / self.train.batch_size).view(1), flags])
+        dist.all_reduce(shared)
+        read = torch.cat([shared, grad_norm.double().view(1)]).to("cpu", copy=True)
+        loss, stop, poll, validate, save, norm = read.tolist()
+        norm = positive_norm(norm)
+        accept = self._accepts(loss, norm)
+        return Decision(accept, loss, norm, stop > 0, poll > 0, int(validate), save > 0)
 
     def _accepts(self, loss: float, grad_norm: float) -> bool:
         train = self.train
@@ -110,6 +143,7 @@ class ControlPlane:
         if decision.validate:
             self.hooks.validate(decision.validate)
         self.stop = self.stop or decision.stop
+        self.save_due = decision.save
         if decision.check_preemption and not self._saved_for_preemption:
             self.preempted = self.hooks.preempted()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffit_train.config.train import BUCKET_ELEMENTS, Train
@@ -17,8 +18,20 @@ from diffit_train.errors import DiffitError
 from diffit_train.runs.checkpoints import OwnedSlice, Slice, StateName
 from diffit_train.training.ema import ShardedEMA
 
-# From a step's gradient norm, whether to take the step; all ranks must return the same.
-AcceptStep = Callable[[float], bool]
+# From a step's gradient norm on the device, negative or not finite where a gradient is not finite:
+# whether to take the step, and the norm, read from the device; all ranks must return the same.
+AcceptStep = Callable[[Tensor], tuple[bool, float]]
+
+
+def positive_norm(norm: float) -> float:
+    """A gradient norm, which DeepSpeed reports as -1 if it is not finite."""
+    return norm if norm >= 0.0 else math.inf
+
+
+def accept_finite(norm: Tensor) -> tuple[bool, float]:
+    """Take every step with finite gradients."""
+    value = positive_norm(float(norm))
+    return math.isfinite(value), value
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -79,10 +92,12 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self.base_optimizer,
-            config=_deepspeed_config(train, micro_batches, device),
+            config=_deepspeed_config(
+                train, sum(p.numel() for p in self.names), micro_batches, device
+            ),
         )
         self._norm = float("nan")
-        self._accept: AcceptStep = math.isfinite
+        self._accept: AcceptStep = accept_finite
         self._install_accept()
         # At stage 0 the parameters are their own master weights and hold Adam's state.
         replicas = list(self.names) if train.zero_stage == 0 else []
@@ -113,12 +128,12 @@ class Engine:
         if not last:
             self.engine.step()
 
-    def step(self, step: int, accept: AcceptStep = math.isfinite) -> bool:
+    def step(self, step: int, accept: AcceptStep = accept_finite) -> bool:
         """Optimizer step at this step's learning rate; returns whether it was taken.
 
         Args:
-            accept: called once with the gradient norm before clipping; if it returns False,
-                weights and moments do not change.
+            accept: called once with the gradient norm before clipping; if it does not take the
+                step, weights and moments do not change.
         """
         for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
@@ -162,11 +177,29 @@ class Engine:
             out.append(OwnedSlice(piece.slice, self._adam_values(piece) | averages))
         return out
 
-    def replicated(self) -> list[OwnedSlice]:
-        """State that every rank holds in full: weights and moments at stage 0."""
-        if self.train.zero_stage:
-            return []
-        return [OwnedSlice(piece.slice, self._adam_values(piece)) for piece in self._held_pieces()]
+    @torch.no_grad()
+    def publish_owned(self) -> None:
+        """Make the weights that the model computes with from all ranks' masters (collective).
+
+        At stage 0, where every rank holds everything, the moments are shared, too.
+        """
+        stage = self.train.zero_stage
+        if stage == 0:
+            self._broadcast_shares()
+        elif stage == 3:
+            for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := self.optimizer.persistent_parameters:
+                persistent[0].all_gather(persistent)
+        else:
+            self.optimizer.update_lp_params()
+
+    def _broadcast_shares(self) -> None:
+        """Each rank's share of every replicated tensor, to all ranks."""
+        for rank in range(self.world_size):
+            for piece in self._shares_of_replicas(rank):
+                for values in self._adam_values(piece).values():
+                    dist.broadcast(values, src=rank)
 
     def _adam_values(self, piece: _Piece) -> dict[StateName, Tensor]:
         state = self._adam(piece.flat)
@@ -195,7 +228,7 @@ class Engine:
     def _own_pieces(self) -> Iterator[_Piece]:
         stage = self.train.zero_stage
         if stage == 0:
-            yield from self._shares_of_replicas()
+            yield from self._shares_of_replicas(self.rank)
         elif stage == 3:
             yield from self._partitions_of_parameters()
         else:
@@ -234,10 +267,10 @@ class Engine:
         for flat, name in self._replicas:
             yield _Piece(Slice(name, 0, flat.numel()), flat, 0)
 
-    def _shares_of_replicas(self) -> Iterator[_Piece]:
-        """Stage 0: all parameters concatenated and split into one part per rank."""
+    def _shares_of_replicas(self, rank: int) -> Iterator[_Piece]:
+        """A rank's part at stage 0: all parameters concatenated and split into one per rank."""
         total = sum(p.numel() for p in self.names)
-        first, last = (total * r // self.world_size for r in (self.rank, self.rank + 1))
+        first, last = (total * r // self.world_size for r in (rank, rank + 1))
         offset = 0
         for flat, name in self._replicas:
             start, end = max(first, offset), min(last, offset + flat.numel())
@@ -258,20 +291,25 @@ class Engine:
             self.optimizer.scaled_global_norm = lambda *args, **kwargs: self._checked(
                 norm(*args, **kwargs)
             )
+            # In bf16, DeepSpeed looks for non-finite gradients and skips the step before it
+            # computes the norm, so that `accept` would never see it. The norm shows them, too.
+            self.optimizer.check_overflow = lambda *args, **kwargs: None
         elif stage == 3:
             groups = self.optimizer._get_norm_groups
             self.optimizer._get_norm_groups = lambda: [self._checked(_total_norm(groups()))]
 
     def _checked(self, norm: Tensor) -> Tensor:
-        # DeepSpeed reports a non-finite norm as -1.
-        self._norm = float(norm) if float(norm) >= 0.0 else float("inf")
-        return norm if self._accept(self._norm) else torch.full_like(norm, float("inf"))
+        """The norm if the step is accepted, else infinity; on the host, where DeepSpeed checks it.
+
+        `accept` has read the norm from the device, which need not be done again.
+        """
+        accepted, self._norm = self._accept(norm)
+        return torch.tensor(self._norm if accepted else math.inf)
 
     def _replicated_step(self) -> bool:
         """Stage 0, where DeepSpeed neither checks nor returns the norm."""
         gradients = [p.grad for p in self.names if p.grad is not None]
-        self._norm = float(torch.nn.utils.get_total_norm(gradients))
-        good = self._accept(self._norm)
+        good, self._norm = self._accept(torch.nn.utils.get_total_norm(gradients))
         if not good:
             for parameter in self.names:
                 parameter.grad = None
@@ -284,17 +322,30 @@ class Engine:
 
 
 def _total_norm(norms: list[Any]) -> Tensor:
+    """The norm of all groups together; not finite or negative if one of them is."""
     values = torch.stack([torch.as_tensor(n, dtype=torch.float32) for n in norms])
-    bad = bool((~torch.isfinite(values) | (values < 0)).any())
-    return torch.tensor(float("inf")) if bad else torch.linalg.vector_norm(values)
+    bad = (~torch.isfinite(values) | (values < 0)).any()
+    return torch.where(bad, float("inf"), torch.linalg.vector_norm(values))
 
 
-def _deepspeed_config(train: Train, micro_batches: int, device: torch.device) -> dict[str, Any]:
+def bucket_elements(train: Train, elements: int) -> int:
+    """Gradient elements that are reduced together, for a model of `elements` parameters."""
+    if train.bucket_elements is not None:
+        return train.bucket_elements
+    # A single bucket would be reduced only after the backward pass.
+    return min(BUCKET_ELEMENTS, -(-elements // 10)) if train.overlap_comm else BUCKET_ELEMENTS
+
+
+def _deepspeed_config(
+    train: Train, elements: int, micro_batches: int, device: torch.device
+) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": bucket_elements(train, elements),
         "allgather_bucket_size": BUCKET_ELEMENTS,
     }
+    if train.overlap_comm is not None:
+        zero["overlap_comm"] = train.overlap_comm
     pin = device.type == "cuda"
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
@@ -310,6 +361,8 @@ def _deepspeed_config(train: Train, micro_batches: int, device: torch.device) ->
         # DeepSpeed clips at 1 by default; at stage 0 we clip, after checking the norm.
         "gradient_clipping": (train.grad_clip or 0.0) if train.zero_stage else 0.0,
         "steps_per_print": 10**9,
+        # It would wait for the device twice a step; training has meters of its own.
+        "timers": {"throughput": {"enabled": False}},
     }
     if train.precision == "bf16":
         config["bf16"] = {"enabled": True}

@@ -37,9 +37,9 @@ class TrainingLog:
         """Add a record; it is durable after the next checkpoint."""
         self.records.append(record)
 
-    def text(self) -> str:
-        """All records so far, one JSON object per line."""
-        return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records)
+    def text(self, count: int | None = None) -> str:
+        """The first `count` records, or all, one JSON object per line."""
+        return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records[:count])
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,7 @@ from diffit_train.training.checkpointer import (
     CheckpointWriter,
     UnrecoverableError,
     agreed_steps,
-    load_checkpoint,
-    load_master_weights,
-    newest_whole,
+    load_newest,
 )
 from diffit_train.training.control import ControlPlane, Decision, TrainerHooks
 from diffit_train.training.engine import Engine
@@ -114,14 +112,11 @@ class Trainer:
     def _start_engine(self) -> None:
         """Build model and engine, and load the newest intact checkpoint if there is one."""
         train = self.recipe.train
-        newest = newest_whole(self.url, self.hooks.say)
         torch.manual_seed(train.seed)
         model = build_model(self.recipe)
         speed = self._speed_meter(model)
-        if newest is not None:
-            load_master_weights(model, self.url, newest)
-        elif train.start is not None:
-            model.load_state_dict(self._starting_weights(model), strict=False)
+        if train.start is not None and not agreed_steps(self.url):
+            self._load_start(model)
         model.to(self.device)
         use_kernel(model, self.recipe.model.attention, self.device)
         checkpoint_activations(
@@ -133,7 +128,7 @@ class Trainer:
         self.micro_batches = math.ceil(share / (train.micro_batch_size or share))
         self.engine = Engine(model, train, self.rank, self.world, self.device, self.micro_batches)
         self.writer = CheckpointWriter(self.engine, self.hooks.say)
-        state = None if newest is None else load_checkpoint(self.engine, self.url, newest)
+        state = load_newest(self.engine, self.url, self.hooks.say)
         self.step = 0 if state is None else state.step
         self.recorder = Recorder(
             self.recipe,
@@ -161,11 +156,14 @@ class Trainer:
         peak = matmul_flops_per_s(self.device, dtype, peak_size) * self.world
         return SpeedMeter(train.batch_size, training_flops_per_image(model), peak)
 
-    def _starting_weights(self, model: Backbone) -> dict[str, Tensor]:
+    def _load_start(self, model: Backbone) -> None:
+        """Load the weights to start from on rank 0; DeepSpeed hands them to the other ranks."""
         start = self.recipe.train.start
         assert start is not None
-        weights = read_weights(run_url(self.recipe, start.run), start.step, start.weights)
-        return transfer_weights(model, weights, f"{start.run}@{start.step}")
+        if self.rank == 0:
+            weights = read_weights(run_url(self.recipe, start.run), start.step, start.weights)
+            taken = transfer_weights(model, weights, f"{start.run}@{start.step}")
+            model.load_state_dict(taken, strict=False)
 
     # ---- Running ----
 
@@ -217,25 +215,25 @@ class Trainer:
             self.engine.update_ema(self.step)
             return
         losses, noise_levels = self._backward(batch)
-        loss_sum = float(losses.double().sum())
+        loss_sum = losses.double().sum()
         decision: Decision | None = None
 
-        def accept(grad_norm: float) -> bool:
+        def accept(grad_norm: Tensor) -> tuple[bool, float]:
             nonlocal decision
             decision = self.control.decide(loss_sum, grad_norm)
-            return decision.accept
+            return decision.accept, decision.grad_norm
 
         with self.recorder.watch.phase("optimizer"):
             taken = self.engine.step(self.step, accept)
             self.engine.update_ema(self.step)
-        # In bf16, DeepSpeed may skip a step with overflowing gradients before computing the norm.
-        decision = decision or self.control.decide(loss_sum, math.inf)
+        if decision is None:
+            raise RuntimeError(f"DeepSpeed took step {self.step} without computing its norm")
         self.control.follow(decision)
         if taken:
             self.guard.good_step()
-            self.recorder.add(losses, noise_levels, self.engine.grad_norm())
+            self.recorder.add(losses, noise_levels, decision.grad_norm)
         else:
-            self.guard.bad_step(batch.source, decision.loss, self.engine.grad_norm())
+            self.guard.bad_step(batch.source, decision.loss, decision.grad_norm)
 
     def _backward(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Accumulate gradients of this rank's samples; their losses and noise levels, (n,)."""
@@ -266,7 +264,8 @@ class Trainer:
             names = tuple(train.power_profiles())
             self.writer.save(storage.join(self.url, SNAPSHOTS), self._state(), names)
         preempted = control.preempted
-        if self.step % train.checkpoint_every == 0 or last or control.stop or preempted:
+        due = self.step % train.checkpoint_every == 0 or control.save_due
+        if due or last or control.stop or preempted:
             self._save()
         if preempted:
             self.writer.wait()
@@ -276,21 +275,24 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the log, then the checkpoint that covers it, then apply retention."""
-        train, text, started_s = self.recipe.train, self.recorder.log.text(), time.monotonic()
-        step = self.step
+        train, log, started_s = self.recipe.train, self.recorder.log, time.monotonic()
+        step, records = self.step, len(self.recorder.log.records)
 
-        def write_log() -> None:
-            if text:
-                storage.write_text(self.recorder.log.url, text)
+        def write_log() -> None:  # in the checkpoint's thread: training may have added records
+            if records:
+                storage.write_text(log.url, log.text(records))
 
         def retain() -> None:
             if train.validate_every and step % train.validate_every == 0:
                 self.control.pending_validation.append(step)
             try:
-                remove_old(self.url, train.keep_checkpoints, train.keep_every)
+                waiting = self.control.awaiting_validation()
+                remove_old(self.url, train.keep_checkpoints, train.keep_every, waiting)
             except (OSError, DiffitError) as error:
                 self.hooks.say(f"Could not remove old checkpoints: {error}")
 
+        self.control.save_due = False
+        self.control.saved()
         self.writer.save(self.url, self._state(), before_commit=write_log, after_commit=retain)
         # Waiting for a checkpoint does not count toward step time.
         self.recorder.speed.pause(time.monotonic() - started_s)

@@ -36,6 +36,8 @@ class TrainingStatus:
         self.groups = 0
         self.stopping = False
         self.failure = ""
+        self.validating: set[int] = set()
+        self.validated: set[int] = set()
 
     def put(self, record: dict[str, Any]) -> None:
         """Replace the record."""
@@ -68,9 +70,17 @@ class TrainingStatus:
         """Ask the workers to save and exit."""
         self.stopping = True
 
-    def is_stopping(self) -> bool:
-        """Whether the workers should save and exit."""
-        return self.stopping
+    def begin_validation(self, step: int) -> None:
+        """Note that the evaluation of a checkpoint was handed to Ray Train."""
+        self.validating.add(step)
+
+    def end_validation(self, step: int) -> None:
+        """Note that it has ended, well or not."""
+        self.validated.add(step)
+
+    def poll(self) -> tuple[bool, set[int], set[int]]:
+        """Whether the workers should save and exit; evaluations handed to Ray, and ended ones."""
+        return self.stopping, self.validating, self.validated
 
 
 def choose_interface() -> None:
@@ -113,16 +123,20 @@ class RayHooks:
         self.status, self.rank, self.world, self.run = status, rank, world, run
         self.begun = False
         self.stopping = threading.Event()
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
         self.gauges: dict[str, Gauge] = {}
         if rank == 0:
-            threading.Thread(target=self._watch, name="stop-wanted", daemon=True).start()
+            threading.Thread(target=self._watch, name="status", daemon=True).start()
 
     def _watch(self) -> None:
         # In a thread, so that no training step waits for the actor to answer.
         pause = threading.Event()
         with contextlib.suppress(RayActorError):  # the driver is gone; Ray ends this process
             while not pause.wait(POLL_S):
-                if ray.get(self.status.is_stopping.remote()):
+                stopping, begun, self._ended = ray.get(self.status.poll.remote())
+                self._begun = self._begun | begun
+                if stopping:
                     self.stopping.set()
                     return
 
@@ -168,6 +182,8 @@ class RayHooks:
         if self.rank:
             ray.train.report(metrics)
             return
+        self._begun = self._begun | {step}
+        self.status.begin_validation.remote(step)
         with tempfile.TemporaryDirectory(prefix="diffit-validate-") as folder:
             Path(folder, "step.json").write_text(json.dumps(metrics))
             ray.train.report(
@@ -175,6 +191,10 @@ class RayHooks:
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 validation=ValidationTaskConfig(fn_kwargs=metrics),
             )
+
+    def validating(self) -> set[int]:
+        """Evaluations that have not ended, also those that an earlier worker group started."""
+        return self._begun - self._ended
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -213,4 +233,6 @@ class ValidationTask:
         except Exception as error:  # Ray Train only logs it, where nobody looks
             self.status.say.remote(f"Could not evaluate step {step:,}: {first_line(error)}")
             raise
+        finally:
+            self.status.end_validation.remote(step)
         return {"step": step}

@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from diffit_train.config.train import Train
 from diffit_train.data.loader import Batch
+from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.training import control
 from diffit_train.training.checkpointer import UnrecoverableError
 from diffit_train.training.control import ControlPlane, Decision
+from diffit_train.training.engine import Engine
 from diffit_train.training.guard import BadStepGuard, RollbackRequested
 from diffit_train.training.log import SkippedSteps
+from diffit_train.training.telemetry import LossMeter
+from tests.training.device_reads import DeviceReads
 from tests.training.ranks import on_ranks
 
 
@@ -46,6 +51,13 @@ class Recorded:
     def validate(self, step: int) -> None:
         self.validated.append(step)
 
+    def validating(self) -> set[int]:
+        return {step for step in self.validated if step > 3}
+
+
+def _decide(plane: ControlPlane, loss_sum: float, grad_norm: float) -> Decision:
+    return plane.decide(torch.tensor(loss_sum, dtype=torch.float64), torch.tensor(grad_norm))
+
 
 def _decides(rank: int, world: int) -> None:
     control.PREEMPTION_POLL_S = 0.0
@@ -54,27 +66,32 @@ def _decides(rank: int, world: int) -> None:
     plane = ControlPlane(train, hooks)
 
     # The loss is the mean over the global batch: (2 + 6) / 4.
-    first = plane.decide(2.0 if rank == 0 else 6.0, 1.0)
-    assert first == Decision(True, 2.0, False, True, 0)
+    first = _decide(plane, 2.0 if rank == 0 else 6.0, 1.0)
+    assert first == Decision(True, 2.0, 1.0, False, True, 0)
 
     # A bad loss on any rank, or a bad norm, rejects the step on all ranks.
     for mine, norm in ((math.nan if rank else 1.0, 1.0), (12.0, 1.0), (1.0, 2.5), (1.0, math.inf)):
-        assert not plane.decide(mine, norm).accept
+        assert not _decide(plane, mine, norm).accept
+
+    # DeepSpeed's -1 is a norm that is not finite.
+    assert _decide(plane, 1.0, -1.0).grad_norm == math.inf
 
     # Only rank 0 is asked to stop; all ranks stop, and stay stopped.
     hooks.stopping = rank == 0
-    decision = plane.decide(1.0, 1.0)
+    decision = _decide(plane, 1.0, 1.0)
     assert decision.stop
     plane.follow(decision)
     hooks.stopping = False
-    plane.follow(plane.decide(1.0, 1.0))
+    plane.follow(_decide(plane, 1.0, 1.0))
     assert plane.stop
 
     # One validation starts per step, in order, on all ranks.
     if rank == 0:
         plane.pending_validation.extend([3, 6, 9])
-    plane.follow(plane.decide(1.0, 1.0))
+    plane.follow(_decide(plane, 1.0, 1.0))
     assert hooks.validated == [3]
+    if rank == 0:  # 3 has only just begun
+        assert plane.awaiting_validation() == {3, 6, 9}
     plane.validate_pending()
     assert hooks.validated == [3, 6, 9]
     dist.barrier()
@@ -88,13 +105,13 @@ def _preempts(rank: int, world: int) -> None:
     control.PREEMPTION_POLL_S = 0.0
     hooks = Recorded()
     plane = ControlPlane(Train(steps=10, batch_size=4), hooks)
-    plane.follow(plane.decide(1.0, 1.0))
+    plane.follow(_decide(plane, 1.0, 1.0))
     assert (plane.preempted, hooks.asked) == (False, 1)
     hooks.preempting = True
-    plane.follow(plane.decide(1.0, 1.0))
+    plane.follow(_decide(plane, 1.0, 1.0))
     assert (plane.preempted, hooks.asked) == (True, 2)
     plane.saved_for_preemption()
-    plane.follow(plane.decide(1.0, 1.0))
+    plane.follow(_decide(plane, 1.0, 1.0))
     # Once saved, it is not polled again.
     assert (plane.preempted, hooks.asked) == (False, 2)
 
@@ -102,7 +119,7 @@ def _preempts(rank: int, world: int) -> None:
     control.PREEMPTION_POLL_S = 3600.0
     later = ControlPlane(Train(steps=10, batch_size=4), hooks)
     later._polled_s = control.time.monotonic()
-    assert not later.decide(1.0, 1.0).check_preemption
+    assert not _decide(later, 1.0, 1.0).check_preemption
     dist.barrier()
 
 
@@ -150,3 +167,45 @@ def _guards(rank: int, world: int, folder: Path) -> None:
 
 def test_bad_steps_are_reported_and_rolled_back_until_the_limit(tmp_path: Path) -> None:
     on_ranks(2, _guards, tmp_path)
+
+
+def _counts_reads(rank: int, world: int, stage: int, clip: float | None, precision: str) -> None:
+    """A step as the loop takes it."""
+    torch.manual_seed(0)
+    shape = Shape(latent_size=4, latent_channels=2, out_channels=4, num_classes=3,
+                  hidden_size=8, depth=2, num_heads=2)  # fmt: skip
+    train = Train(steps=9, batch_size=4, zero_stage=stage, grad_clip=clip, precision=precision)
+    engine = Engine(LatentDiffiT(shape), train, rank, world, torch.device("cpu"), 2)
+    plane, meter = ControlPlane(train, Recorded()), LossMeter(1000, torch.device("cpu"))
+    x, t, y = torch.randn(1, 2, 4, 4), torch.tensor([7]), torch.tensor([1])
+
+    def step(number: int) -> bool:
+        losses = []
+        for last in (False, True):
+            loss = (engine.forward(x, t, y) ** 2).mean(dim=(1, 2, 3))
+            engine.backward(loss.sum() / 4, last)
+            losses.append(loss.detach())
+
+        def accept(norm: torch.Tensor) -> tuple[bool, float]:
+            decision = plane.decide(torch.cat(losses).double().sum(), norm)
+            return decision.accept, decision.grad_norm
+
+        taken = engine.step(number, accept)
+        engine.update_ema(number)
+        meter.add(torch.cat(losses), t.repeat(2))
+        return taken
+
+    assert step(0)
+    with DeviceReads() as reads:
+        assert step(1)
+    assert len(reads.where) == 1, "\n\n".join(reads.where)
+    engine.destroy()
+    dist.barrier()
+
+
+@pytest.mark.parametrize(
+    ("stage", "clip", "precision"),
+    [(0, None, "fp32"), (1, None, "bf16_autocast"), (2, 0.5, "bf16"), (3, 0.5, "bf16")],
+)  # fmt: skip
+def test_a_step_reads_the_device_once(stage: int, clip: float | None, precision: str) -> None:
+    on_ranks(2, _counts_reads, stage, clip, precision)

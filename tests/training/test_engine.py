@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from diffit_train.runs.checkpoints import (
     State,
     checkpoint_url,
     committed_steps,
+    damage,
     read_index,
     read_slices,
     read_state,
@@ -31,10 +33,9 @@ from diffit_train.training.checkpointer import (
     FAILED_SAVES,
     CheckpointWriter,
     load_checkpoint,
-    load_master_weights,
-    newest_whole,
+    load_newest,
 )
-from diffit_train.training.engine import AcceptStep, Engine, learning_rate
+from diffit_train.training.engine import AcceptStep, Engine, accept_finite, learning_rate
 from tests.training.ranks import on_ranks
 
 BATCH = 4
@@ -86,7 +87,7 @@ def _engine(model: LatentDiffiT, train: Train, rank: int, world: int) -> Engine:
     return Engine(model, train, rank, world, CPU, micro_batches)
 
 
-def _one_step(engine: Engine, step: int, accept: AcceptStep = math.isfinite) -> bool:
+def _one_step(engine: Engine, step: int, accept: AcceptStep = accept_finite) -> bool:
     mine = slice(engine.rank * BATCH // engine.world_size, None)
     count = BATCH // engine.world_size // engine.micro_batches
     x, t, y = (part[mine] for part in _batch(step))
@@ -116,13 +117,21 @@ def _train_and_save(rank: int, world: int, run: str, train: Train, steps: int) -
     _save(engine, run, steps)
 
 
+def _assert_computes_with(engine: Engine, weights: dict[str, torch.Tensor]) -> None:
+    """The engine's model has these weights, not only its masters."""
+    plain = _model()
+    plain.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        output = engine.forward(*_batch(0))
+        torch.testing.assert_close(output, plain(*_batch(0)))
+
+
 def _resume_and_save(
     rank: int, world: int, run: str, step: int, train: Train, steps: int, into: str
 ) -> None:
-    model = _model()
-    load_master_weights(model, run, step)
-    engine = _engine(model, train, rank, world)
+    engine = _engine(_model(), train, rank, world)
     assert load_checkpoint(engine, run, step).step == step
+    _assert_computes_with(engine, read_weights(run, step, "raw"))
     _save(engine, into, step)
     _steps(engine, step, steps)
     _save(engine, into, steps)
@@ -176,6 +185,8 @@ def _assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         (2, 1, {}),
         pytest.param(2, 1, {"grad_clip": 0.5}, marks=pytest.mark.slow),
         (2, 2, {"micro_batch_size": 1}),
+        (2, 2, {"overlap_comm": True}),
+        pytest.param(2, 2, {"bucket_elements": 500, "precision": "fp32"}, marks=pytest.mark.slow),
         (2, 3, {"micro_batch_size": 1}),
         (2, 3, {"grad_clip": 0.5}),
         pytest.param(2, 2, {"offload": "optimizer"}, marks=pytest.mark.slow),
@@ -241,24 +252,30 @@ def _copy(trained: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("file", ["rank-00001-of-00002.safetensors", "index.json", "state.json"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize(
+    "file", ["ema/rank-00001-of-00002.safetensors", "index.json", "state.json"]
+)
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_reported(
-    trained: str, tmp_path: Path, file: str, damage: str
+    trained: str, tmp_path: Path, file: str, how: str
 ) -> None:
-    run = _copy(trained, tmp_path)
-    path = Path(checkpoint_url(str(run), 2)) / file
+    run = str(_copy(trained, tmp_path))
+    assert damage(run, 2) is None
+    path = Path(checkpoint_url(run, 2)) / file
     data = bytearray(path.read_bytes())
-    if damage == "remove":
+    if how == "remove":
         path.unlink()
-    elif damage == "truncate":
+    elif how == "truncate":
         path.write_bytes(data[:-1])
     else:
         data[-2] ^= 1
         path.write_bytes(data)
     with pytest.raises(DiffitError, match=rf"step-0000000002 is damaged: {file}"):
-        read_state(str(run), 2)
-        read_weights(str(run), 2, "ema")
+        read_state(run, 2)
+        read_weights(run, 2, "ema")
+    assert re.search(rf"step-0000000002 is damaged: {file}", damage(run, 2) or "")
+    if file.startswith("ema/"):  # the other kinds are in other files
+        assert read_weights(run, 2, "raw")
 
 
 def test_a_checkpoint_needs_a_commit_marker(trained: str, tmp_path: Path) -> None:
@@ -320,22 +337,26 @@ def test_learning_rate_warms_up_then_decays_by_a_cosine(step: int, expected: flo
     assert learning_rate(constant, max(step, 4)) == 1.0
 
 
-def _refuse_some(rank: int, world: int, run: str, stage: int) -> None:
-    engine = _engine(_model(), _train(zero_stage=stage), rank, world)
+def _refuse_some(rank: int, world: int, run: str, train: Train) -> None:
+    engine = _engine(_model(), train, rank, world)
     seen: list[float] = []
 
-    def refuse(norm: float) -> bool:
-        seen.append(norm)
-        return False
+    def refuse(norm: torch.Tensor) -> tuple[bool, float]:
+        _, value = accept_finite(norm)
+        seen.append(value)
+        return False, value
 
     _steps(engine, 0, 2)
     _save(engine, run, 2)
     assert not _one_step(engine, 2, refuse)
     assert len(seen) == 1
     assert 0.0 < seen[0] == engine.grad_norm() < math.inf
-    # A NaN gradient reaches `accept` on every rank.
+    # A NaN gradient reaches `accept` on every rank, at every stage and in every precision.
     parameter = next(iter(engine.names))
     hook = parameter.register_hook(lambda grad: grad * float("nan") if rank == 0 else grad)
+    assert not _one_step(engine, 3, refuse)
+    assert len(seen) == 2
+    assert not math.isfinite(seen[1])
     assert not _one_step(engine, 3)
     assert not math.isfinite(engine.grad_norm())
     hook.remove()
@@ -346,10 +367,17 @@ def _refuse_some(rank: int, world: int, run: str, stage: int) -> None:
     _save(engine, run, 5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_rejected_step_changes_only_the_ema(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *[(stage, "fp32") for stage in range(4)],
+        *[(stage, "bf16") for stage in (1, 2, 3)],
+        *[(stage, "bf16_autocast") for stage in range(4)],
+    ],
+)
+def test_a_rejected_step_changes_only_the_ema(tmp_path: Path, stage: int, precision: str) -> None:
     run = str(tmp_path)
-    on_ranks(2, _refuse_some, run, stage)
+    on_ranks(2, _refuse_some, run, _train(zero_stage=stage, precision=precision))
     before, after, later = (_contents(run, step) for step in (2, 4, 5))
     for name, values in before.items():
         moved = name.split("/")[0] in EMA
@@ -361,26 +389,27 @@ def test_a_rejected_step_changes_only_the_ema(tmp_path: Path, stage: int) -> Non
 
 def _find_newest(rank: int, world: int, run: str, expected: int | None, words: str) -> None:
     lines: list[str] = []
-    assert newest_whole(run, lines.append) == expected
+    state = load_newest(_engine(_model(), _train(), rank, world), run, lines.append)
+    assert (state.step if state else None) == expected
     assert bool(lines) == (rank == 0 and bool(words))
     assert all(words in line for line in lines)
 
 
 def _storage_is_away(rank: int, world: int, run: str) -> None:
-    def away(url: str) -> bytes:
+    def away(url: str, start: int, stop: int) -> bytes:
         raise DiffitError(f"could not reach {url}")
 
-    before, storage.read_bytes = storage.read_bytes, away
+    before, storage.read_range = storage.read_range, away
     try:
         with pytest.raises(DiffitError, match="could not reach"):
-            newest_whole(run, print)
+            load_newest(_engine(_model(), _train(), rank, world), run, print)
     finally:
-        storage.read_bytes = before
+        storage.read_range = before
 
 
 def _all_damaged(rank: int, world: int, run: str) -> None:
     with pytest.raises(DiffitError, match=r"is damaged.*no earlier checkpoint"):
-        newest_whole(run, print)
+        load_newest(_engine(_model(), _train(), rank, world), run, print)
 
 
 def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) -> None:
@@ -389,11 +418,12 @@ def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) ->
     # An unreachable checkpoint is not considered damaged.
     on_ranks(2, _storage_is_away, str(run))
     assert committed_steps(str(run)) == [0, 2]
-    file = Path(checkpoint_url(str(run), 2)) / "rank-00001-of-00002.safetensors"
+    name = "rank-00001-of-00002.safetensors"
+    file = Path(checkpoint_url(str(run), 2)) / "exp_avg" / name
     file.write_bytes(file.read_bytes()[:-3])
-    on_ranks(2, _find_newest, str(run), 0, "rank-00001-of-00002.safetensors differs")
+    on_ranks(2, _find_newest, str(run), 0, f"exp_avg/{name} has")
     assert committed_steps(str(run)) == [0]
-    (Path(checkpoint_url(str(run), 0)) / "rank-00000-of-00002.safetensors").unlink()
+    (Path(checkpoint_url(str(run), 0)) / "master" / name).unlink()
     on_ranks(2, _all_damaged, str(run))
     on_ranks(2, _find_newest, str(tmp_path / "nothing"), None, "")
 
@@ -425,6 +455,8 @@ def test_retention_keeps_every_kth_permanently(trained: str, tmp_path: Path) -> 
     for step in (4, 6, 8, 10):
         (folder / "step-0000000002").rename(folder / f"step-{step:010d}")
         _copy_step(folder, step)
+    remove_old(str(run), keep=1, every=4, spared={6})
+    assert committed_steps(str(run)) == [0, 4, 6, 8, 10]
     remove_old(str(run), keep=2, every=4)
     assert committed_steps(str(run)) == [0, 4, 8, 10]
 

@@ -62,6 +62,9 @@ class Hooks:
     def preempted(self) -> bool:
         return self.preempt
 
+    def validating(self) -> set[int]:
+        return set()
+
 
 def _train(
     rank: int,
@@ -336,7 +339,7 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     assert (start.run, start.step, recipe.model.position_side) == ("whole", 16, 2)
     identity = create_identity(recipe, "larger")
     run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "larger", {}, {})
-    on_ranks(1, _train, recipe, "larger", run_id, 24)
+    on_ranks(2, _train, recipe, "larger", run_id, 24)
     source, first = read_weights(str(whole), 16, "ema"), encoded / "runs" / "larger"
     begun = read_weights(str(first), 0, "raw")
     assert torch.equal(begun["blocks.0.mlp.fc1.weight"], source["blocks.0.mlp.fc1.weight"])

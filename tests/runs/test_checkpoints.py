@@ -1,0 +1,162 @@
+"""The checkpoint format: what a reader of one kind reads, and checkpoints of schema 1."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffit_train import storage
+from diffit_train.errors import DiffitError
+from diffit_train.runs import blocks
+from diffit_train.runs.checkpoints import (
+    STATES,
+    Slice,
+    State,
+    checkpoint_url,
+    damage,
+    read_slices,
+    read_weights,
+    save_whole,
+)
+
+KINDS = (*STATES, "ema")
+SHAPES = {"a": torch.Size((7, 11)), "b": torch.Size((300,)), "c": torch.Size(())}
+STATE = State(
+    step=3, images_seen=12, optimizer_steps=3, recipe_hash="hash", mlflow_run_id="run",
+    world_size=2, zero_stage=2,
+)  # fmt: skip
+BLOCK = 64
+
+
+def _values() -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        kind: {n: torch.randn(shape, generator=generator) for n, shape in SHAPES.items()}
+        for kind in KINDS
+    }
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A checkpoint of step 3 in small blocks."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
+    save_whole(_values(), SHAPES, str(tmp_path), STATE)
+    return str(tmp_path)
+
+
+def _schema_1(run: Path) -> None:
+    """The same checkpoint as schema 1 stored it, in two ranks' files of the library's writer."""
+    folder = Path(checkpoint_url(str(run), 3))
+    folder.mkdir(parents=True)
+    files, parameters = {}, {}
+    for rank in range(2):
+        name, tensors = f"rank-{rank:05d}-of-00002.safetensors", {}
+        for kind, values in _values().items():
+            for parameter, value in values.items():
+                flat = value.reshape(-1)
+                half = math.ceil(len(flat) / 2)
+                part = flat[rank * half : (rank + 1) * half]
+                if len(part):
+                    tensors[f"{kind}/{parameter}"] = part.clone()
+                    entry = parameters.setdefault(
+                        parameter, {"shape": list(value.shape), "pieces": []}
+                    )
+                    piece = {"file": name, "offset": rank * half, "length": len(part)}
+                    if kind == "master":
+                        entry["pieces"].append(piece)
+        save_file(tensors, folder / name)
+        size, sha256 = (folder / name).stat().st_size, storage.sha256_file(folder / name)
+        files[name] = {"bytes": size, "sha256": sha256}
+    index = {
+        "schema_version": 1,
+        "kinds": list(KINDS),
+        "files": files,
+        "parameters": parameters,
+    }
+    texts = {"index": json.dumps(index), "state": STATE.model_dump_json()}
+    for key, text in texts.items():
+        (folder / f"{key}.json").write_text(text)
+    commit = {f"{key}_sha256": storage.sha256_bytes(t.encode()) for key, t in texts.items()}
+    (folder / "commit.json").write_text(json.dumps(commit))
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes read of each checkpoint file, by name."""
+    counts: dict[str, int] = {}
+    real = storage.read_range
+
+    def counted(url: str, start: int, stop: int) -> bytes:
+        name = url.split("/step-0000000003/")[1]
+        counts[name] = counts.get(name, 0) + stop - start
+        return real(url, start, stop)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    return counts
+
+
+def test_a_reader_of_one_kind_reads_its_bytes_once(saved: str, read: dict[str, int]) -> None:
+    weights = read_weights(saved, 3, "ema")
+    assert all(torch.equal(weights[name], value) for name, value in _values()["ema"].items())
+    file = Path(checkpoint_url(saved, 3), "ema", "rank-00000-of-00001.safetensors")
+    assert read.keys() == {"ema/rank-00000-of-00001.safetensors"}
+    # What no parameter lies in, such as the header, need not be read.
+    data = 4 * sum(shape.numel() for shape in SHAPES.values())
+    assert data <= sum(read.values()) < data + 2 * BLOCK < file.stat().st_size + 2 * BLOCK
+    # Other tools can read the file, too.
+    assert torch.equal(load_file(file)["a"], weights["a"].reshape(-1))
+
+
+def test_a_part_is_read_and_verified_by_blocks(saved: str, read: dict[str, int]) -> None:
+    (found,) = read_slices(saved, 3, [Slice("b", 100, 50)], ("master",))["master"]
+    assert torch.equal(found, _values()["master"]["b"][100:150])
+    assert sum(read.values()) <= 200 + 2 * BLOCK
+    file = Path(checkpoint_url(saved, 3), "master", "rank-00000-of-00001.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-8] ^= 1  # in the last blocks, which a part of `a` does not touch
+    file.write_bytes(data)
+    (again,) = read_slices(saved, 3, [Slice("a", 0, 5)], ("master",))["master"]
+    assert torch.equal(again, _values()["master"]["a"].reshape(-1)[:5])
+    with pytest.raises(DiffitError, match=r"is damaged: master/rank-0.* its recorded sha256"):
+        read_weights(saved, 3, "raw")
+    assert "master/rank-00000-of-00001.safetensors differs" in (damage(saved, 3) or "")
+
+
+def test_schema_1_is_read(tmp_path: Path, read: dict[str, int]) -> None:
+    _schema_1(tmp_path)
+    run = str(tmp_path)
+    for kind, values in _values().items():
+        weights = read_weights(run, 3, "raw" if kind == "master" else kind)
+        assert all(torch.equal(weights[name], value) for name, value in values.items())
+    assert damage(run, 3) is None
+    part = read_slices(run, 3, [Slice("b", 140, 20)], KINDS)
+    assert all(torch.equal(part[kind][0], _values()[kind]["b"][140:160]) for kind in KINDS)
+
+    # One hash covers a file, so all of it is read, to verify what is wanted of it.
+    files = sorted(Path(checkpoint_url(run, 3)).glob("*.safetensors"))
+    read.clear()
+    read_weights(run, 3, "ema")
+    assert sum(read.values()) >= sum(file.stat().st_size for file in files)
+
+    whole = files[1].read_bytes()
+    for broken in (whole[:-1], b"\xff" * len(whole), whole[:-1] + b"x", b""):
+        files[1].write_bytes(broken)
+        with pytest.raises(DiffitError, match=r"is damaged: rank-00001"):
+            read_weights(run, 3, "ema")
+        assert "rank-00001" in (damage(run, 3) or "")
+
+
+def test_a_later_schema_is_refused(saved: str) -> None:
+    folder = Path(checkpoint_url(saved, 3))
+    index = json.loads((folder / "index.json").read_text()) | {"schema_version": 9}
+    (folder / "index.json").write_text(json.dumps(index))
+    commit = json.loads((folder / "commit.json").read_text())
+    commit["index_sha256"] = storage.sha256_file(folder / "index.json")
+    (folder / "commit.json").write_text(json.dumps(commit))
+    with pytest.raises(DiffitError, match=r"schema 9, but this version reads up to 2; install"):
+        read_weights(saved, 3, "ema")
