@@ -28,13 +28,16 @@ class Protocol(NamedTuple):
     A Frechet distance falls as the number of `samples` grows, and depends on features and
     reference. References are identified by digest, so one file at two paths is the same reference
     and two files at one path are not; evaluations of earlier versions have no digest and use the
-    path. Precision and recall also depend on the number of neighbors and of real images.
+    path. Precision and recall also depend on the number of neighbors and of real images. The
+    `precision` of the model's arithmetic changes a distance by more than rounding: after hundreds
+    of sampling steps images differ.
     """
 
     samples: int | None = None
     features: str = ""
     reference: str = ""
     num_neighbors: str = ""
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,7 @@ def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
         features=name if name == INCEPTION or not source else f"{name} of {source}",
         reference=reference,
         num_neighbors=" of ".join(text for text in nearest if text),
+        precision=plain(settings.get("precision")),
     )
 
 

@@ -183,8 +183,11 @@ class Evaluate(Section):
         description="raw; the name of an EMA in train.ema; or, for example, sigma_rel:0.07 for an "
         "EMA reconstructed from the run's snapshots (EDM2)",
     )
-    precision: Literal["fp32", "bf16_autocast"] = Field(
-        default="fp32", description="bf16_autocast: fp32 weights, bf16 matrix products"
+    precision: Literal["fp32", "tf32", "bf16_autocast"] = Field(
+        default="fp32",
+        description="of the model, whose weights are fp32; fp32: full float32; tf32: float32 whose "
+        "matrix products and convolutions run on a GPU's tensor cores; bf16_autocast: bf16 matrix "
+        "products. Features are always measured in full float32",
     )
     compile: bool = Field(
         default=False, description="compile the transformer blocks with torch.compile"
