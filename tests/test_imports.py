@@ -59,7 +59,7 @@ HOMES = {
         "data/encode.py",
         "training/driver.py",
         "training/worker.py",
-        "evaluation/actors.py",
+        "evaluation/pool.py",
     },
     "deepspeed": {"training/engine.py"},
     "mlflow": {"tracking.py"},

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from diffit_train.config.evaluate import INCEPTION, OWN
+from diffit_train.config.evaluate import FREE_KEYS, INCEPTION, OWN
 from diffit_train.errors import UserError
 from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.storage import ROOT_PREFIX
@@ -18,7 +18,7 @@ from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker
 # Recipe keys of a run's location and resources; they do not change its results.
 LOCATION_KEYS = ("storage.", "tracking.", "scaling.", "name")
 # Keys of `evaluate` that do not change any metric.
-_WITHOUT_EFFECT = ("batch_size", "compile", "grid_columns", "grid_rows", "features.fit.")
+_WITHOUT_EFFECT = ("batch_size", *FREE_KEYS, "grid_columns", "grid_rows", "features.fit.")
 MAX_NAMED = 20
 
 

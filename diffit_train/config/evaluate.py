@@ -28,6 +28,9 @@ SAMPLER_OPTIONS = {
 INCEPTION = "inception"
 PUBLISHED = "published"
 
+# Keys that change neither the images nor the metrics.
+FREE_KEYS = ("compile", "keep_images")
+
 # Reference statistics computed from data.source.
 OWN = "own"
 
@@ -219,6 +222,11 @@ class Evaluate(Section):
     )
     reference_images: PositiveInt = Field(
         default=10_000, description="maximum number of real images used for precision and recall"
+    )
+    keep_images: Literal["grid", "all"] = Field(
+        default="grid",
+        description="images that are kept as files; grid: those of grid.png, as 50,000 of 256x256 "
+        "are 9.8 GB. `diffit evaluate --npz` keeps all in samples.npz",
     )
     grid_columns: PositiveInt = Field(default=10, description="images per class in grid.png")
     grid_rows: PositiveInt = Field(default=10, description="classes in grid.png")

@@ -59,7 +59,7 @@ class Generator:
     def __init__(
         self, recipe: Recipe, weights: dict[str, Tensor], autoencoder: LoadedAutoencoder
     ) -> None:
-        self.recipe, self.autoencoder = recipe, autoencoder
+        self.autoencoder = autoencoder
         self.device = autoencoder.device
         model = build_model(recipe)
         fill_model(model, weights)
@@ -68,6 +68,11 @@ class Generator:
         if recipe.evaluate.compile:
             compile_blocks(model)
         self.objective = build_objective(recipe.diffusion)
+        self.use(recipe)
+
+    def use(self, recipe: Recipe) -> None:
+        """Take sampler, guidance and precision from a recipe of the same model."""
+        self.recipe = recipe
         self.weight = build_weight(recipe.evaluate.guidance, recipe.diffusion.timesteps)
 
     @torch.no_grad()

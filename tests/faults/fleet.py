@@ -69,7 +69,7 @@ def disturbed(
         thread = threading.Thread(target=drive)
         thread.start()
         killed = [
-            _kill(head, "ray::EvaluationActor.chunk", thread, other),
+            _kill(head, "ray::EvaluationActor", thread, other),
             _kill(head, "evaluate.py", thread, other),
         ]
         thread.join()
