@@ -31,6 +31,7 @@ ALLOWED = {
     "data": BASE | {"models", "diffusion", "ray_session"},
     "planning": BASE | {"models", "data"},
     "provision": BASE | {"planning"},
+    "leftovers": {"errors", "storage"},
     "runs": BASE | SCIENCE | {"tracking"},
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "evaluation": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
@@ -47,6 +48,7 @@ ALLOWED = {
         "ray_session",
         "planning",
         "provision",
+        "leftovers",
     },
     "cli": {"errors", "progress", "commands"},
 }

@@ -24,6 +24,7 @@ class Result(storage.Record):
     classifier it has `classifier_accuracy`, the fraction of images classified as the requested
     class. `idle_share` is the fraction of the time in which actors existed but did not work, since
     the images of the evaluation before were complete; null if no actor was needed.
+    `keep_images` is evaluate.keep_images; "" in results of earlier versions, which kept all.
     `reference_digest` identifies the reference: the SHA-256 of a reference file, else a hash of
     images and features, or "" in results of earlier versions.
     """
@@ -36,6 +37,7 @@ class Result(storage.Record):
     grid: str
     seconds: float
     idle_share: float | None = None
+    keep_images: str = ""
     nfe: float
     evaluate: dict[str, Any]
     reference_digest: str = ""

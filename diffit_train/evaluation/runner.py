@@ -261,6 +261,7 @@ def _finish(
         grid=grid,
         seconds=time.monotonic() - one.started_s,
         idle_share=usage.idle_share,
+        keep_images=recipe.evaluate.keep_images,
         nfe=cost,
         evaluate=evaluated_identity(recipe),
         reference_digest=reference.digest,
