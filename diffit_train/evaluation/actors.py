@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from diffit_train.evaluation.chunks import LABELS, Range
 from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.reference_files import opened_reference
 from diffit_train.evaluation.references import PartTask, Reference
+
+if TYPE_CHECKING:
+    from diffit_train.evaluation.feature_networks import FeatureNetwork
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,18 @@ class ChunkTask:
     kept: tuple[int, ...] | None = None
 
 
+class _OneAtATime:
+    """A feature network for several threads, as its TF32 setting applies to the whole process."""
+
+    def __init__(self, network: FeatureNetwork, lock: threading.RLock) -> None:
+        self.network, self.lock = network, lock
+
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """As the network's own."""
+        with self.lock:
+            return self.network.extract(pixels)
+
+
 class EvaluationActor:
     """Generates and measures images; loads autoencoder, features and weights once.
 
@@ -60,7 +75,7 @@ class EvaluationActor:
         self.loaded: tuple[Any, ...] | None = None
         self.autoencoder: Any = None
         self.generator: Any = None
-        self.computing = threading.Lock()
+        self.computing = threading.RLock()
 
     def ready(self) -> float:
         """Load the feature network; errors raised here keep their reason.
@@ -74,7 +89,7 @@ class EvaluationActor:
 
         gpu = self.recipe.scaling.gpus_per_actor > 0
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.network = load_features(self.recipe, self.device)
+        self.network = _OneAtATime(load_features(self.recipe, self.device), self.computing)
         return time.monotonic() - self.born_s
 
     def chunk(self, recipe: dict[str, Any], task: ChunkTask) -> float:

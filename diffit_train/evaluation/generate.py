@@ -66,7 +66,8 @@ class Generator:
         self.model = model.to(self.device).eval().requires_grad_(False)
         use_kernel(model, recipe.model.attention, self.device)
         if recipe.evaluate.compile:
-            compile_blocks(model)
+            # Two batch sizes occur: with and without unconditional passes.
+            compile_blocks(model, dynamic=False)
         self.objective = build_objective(recipe.diffusion)
         self.use(recipe)
 

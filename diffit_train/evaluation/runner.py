@@ -129,6 +129,9 @@ def _sharing_actors(requests: Sequence[Request]) -> Iterator[list[Request]]:
 
 def _evaluate_together(requests: Sequence[Request]) -> list[Result]:
     """Evaluate with one set of actors, which is gone before the last metrics are computed."""
+    for saving in dict.fromkeys(guidance_saving(request.recipe) for request in requests):
+        if saving:
+            say(saving)
     with ThreadPoolExecutor(SUMMING_THREADS) as summing, ThreadPoolExecutor(1) as finishing:
         started = [_Started.of(request, summing) for request in requests]
         pool = EvaluationPool(requests[0].recipe)
@@ -143,10 +146,12 @@ def _evaluate_together(requests: Sequence[Request]) -> list[Result]:
                     waiting.result()
                 finished.append(finishing.submit(_finish, one, reference, statistics, usage))
 
-            _generate(pool, started, finish)
+            usage = _generate(pool, started, finish)
         finally:
             pool.close()
-        return [future.result() for future in finished]
+        results = [future.result() for future in finished]
+        # In this thread, so that Ctrl-C need not wait for it.
+        return [*results, _finish(started[-1], reference, statistics, usage)]
 
 
 @dataclass
@@ -168,8 +173,6 @@ class _Started:
         key = evaluation_key(recipe, source, step)
         url = evaluation_url(recipe, run, step, key)
         storage.remove_temporary(url)
-        if saving := guidance_saving(recipe):
-            say(saving)
         keep_all = request.npz or recipe.evaluate.keep_images == "all"
         there = _usable_chunks(url, keep_all)
         evaluate, batches = recipe.evaluate, recipe.scaling.evaluate_batches
@@ -199,10 +202,15 @@ def _usable_chunks(url: str, keep_all: bool) -> list[Range]:
 
 def _generate(
     pool: EvaluationPool, started: Sequence[_Started], finish: Callable[[_Started, Usage], None]
-) -> None:
-    """Generate all missing chunks; call `finish` for each evaluation once it has its images.
+) -> Usage:
+    """Generate all missing chunks, and stop the actors.
 
-    They are finished in order, as their chunks are generated.
+    Args:
+        finish: called, in order, for each evaluation but the last once it has its images, with the
+            use of actors since the one before.
+
+    Returns:
+        Use of actors for the last evaluation.
     """
     committed = pool.generate([one.generation for one in started])
     before = pool.usage()
@@ -214,11 +222,12 @@ def _generate(
                 of, part = next(committed)
                 started[of].scorer.add([part])
                 shown.update(one.scorer.taken)
-        if number == len(started) - 1:
-            pool.close()
         now = pool.usage()
-        finish(one, now.since(before))
-        before = now
+        if number < len(started) - 1:
+            finish(one, now.since(before))
+            before = now
+    pool.close()
+    return now.since(before)
 
 
 def _raise_failures(futures: Sequence[Future[Any]]) -> None:

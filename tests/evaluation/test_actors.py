@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import numpy as np
 import pytest
 
 from diffit_train.evaluation import node_weights
-from diffit_train.evaluation.actors import ChunkTask, EvaluationActor, EvaluationTarget
+from diffit_train.evaluation.actors import (
+    ChunkTask,
+    EvaluationActor,
+    EvaluationTarget,
+    _OneAtATime,
+)
 from diffit_train.evaluation.chunks import Range, committed_chunks, read_chunk_images
 from tests.conftest import tiny_recipe
 
@@ -96,3 +102,25 @@ def test_a_chunk_is_committed_while_the_next_is_generated(
     assert [len(committed_chunks(str(tmp_path / name))) for name in ("first", "second")] == [1, 1]
     # Both may ask for the weights before the first call has loaded them.
     assert 1 <= len(fetched) <= 2
+
+
+def test_features_are_measured_by_one_thread_at_a_time() -> None:
+    """TF32 is a setting of the process: threads that overlap would restore each other's."""
+    inside, most = 0, 0
+
+    class Network:
+        def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.02)
+            inside -= 1
+            return {"features": pixels}
+
+    network = _OneAtATime(Network(), threading.RLock())
+    threads = [threading.Thread(target=network.extract, args=(np.zeros(1),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert most == 1
