@@ -42,14 +42,15 @@ def evaluate_run(
     sweep: str = "",
     npz: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate checkpoints of a run; one result per step in `steps`, a number or `newest`.
+    """Evaluate checkpoints of a run; one result per checkpoint that `steps` name.
 
     Args:
+        steps: numbers, or `newest`, which is the default.
         sweep: name of the sweep that the evaluations belong to.
         npz: write the images in ADM's format as samples.npz next to each result.
     """
     recipe = starting_from(recipe, run)
-    wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
+    wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
     return evaluate_all([(recipe, step) for step in wanted], run, address, sweep, npz)
 
 

@@ -65,8 +65,8 @@ def run_sweep(
         DiffitError: some evaluations failed, or the sweep was canceled; the others are kept.
     """
     recipe = starting_from(recipe, run)
-    wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
-    plan = stage.plan_sweep(recipe, run, wanted, texts, name)
+    wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
+    plan = stage.plan_sweep(recipe, run, list(wanted), texts, name)
     stage.open_sweep(plan)
     folder = storage.display_path(plan.url())
     say(f"sweep {plan.name!r}: {len(plan.members)} evaluations in {folder}")

@@ -17,7 +17,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, PREDICTIONS
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import features_info
-from diffit_train.evaluation.generate import Generator, ImageNoise
+from diffit_train.evaluation.generate import Generator, ImageNoise, guidance_saving
 from diffit_train.models.build import build_model
 from tests.conftest import tiny_recipe
 
@@ -195,3 +195,36 @@ def test_transfers_are_counted() -> None:
         torch.zeros(2).to("meta")
         torch.zeros(2, device="meta").add_(1)
     assert transfers.found == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
+
+
+def test_a_compiled_generator_compiles_once_for_each_batch_size(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle unconditional passes are skipped, so that batches are single or double."""
+    plain, dynamic = torch.nn.Module.compile, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        dynamic.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda block, **options: plain(block, backend=backend, **options),
+    )
+    recipe = tiny_recipe(
+        project,
+        "evaluate.sampler={name: ddim, steps: 6}",
+        "evaluate.guidance={kind: power_cosine, scale: 4, skip_within: 0.01}",
+        "evaluate.compile=true",
+    )
+    assert "skipping unconditional passes" in guidance_saving(recipe)
+    generator = Generator(recipe, _weights(recipe), load_autoencoder(recipe, CPU))
+    sizes = set()
+    generator.model.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+    keys = [(0, i) for i in range(3)]
+    made = [generator(keys, [0, 1, 2]) for _ in range(2)]
+    assert sizes == {3, 6}
+    # A kernel for sizes that are not known at compilation would be slower.
+    assert dynamic == [False, False]
+    assert np.array_equal(*made)
