@@ -207,14 +207,16 @@ def _generate(
 
     Args:
         finish: called, in order, for each evaluation but the last once it has its images, with the
-            use of actors since the one before.
+            use of actors since the one before; for the first, since they were started.
 
     Returns:
         Use of actors for the last evaluation.
     """
     committed = pool.generate([one.generation for one in started])
-    before = pool.usage()
+    before = Usage(0.0, 0.0)
     for number, one in enumerate(started):
+        if number:
+            one.started_s = time.monotonic()
         samples = one.generation.recipe.evaluate.samples
         title = f"evaluate step {one.request.step:,}"
         with Progress(title, samples, "images", one.scorer.taken) as shown:
