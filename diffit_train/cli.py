@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import diffit_train
+from diffit_train.commands.clean import clean_command
 from diffit_train.commands.cluster import cluster_render_command
 from diffit_train.commands.compare import compare_command
 from diffit_train.commands.data import (
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ema reconstruct": ema_reconstruct_command,
     "import": import_command,
     "export": export_command,
+    "clean": clean_command,
     "cluster render": cluster_render_command,
     "submit": submit_command,
     "jobs list": jobs_list_command,

@@ -133,7 +133,7 @@ def plan(
     bf16 = train.precision == "bf16"
     share = math.ceil(train.batch_size / world)
     batch = min(share, train.micro_batch_size or share)
-    dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
+    dtype = torch.bfloat16 if "bf16" in train.precision else torch.float32
     activations = activation_bytes(
         shape,
         recipe.model.architecture,

@@ -18,8 +18,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -207,6 +208,42 @@ def find_files(url: str) -> list[str]:
     return sorted(name for name in below if name and not name.endswith("/"))
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """Size of a file, and the time of its last write in seconds since the epoch."""
+
+    bytes: int
+    written_s: float
+
+
+def walk(url: str) -> dict[str, StoredFile]:
+    """All files below a folder, by relative path; empty if it does not exist.
+
+    A file itself is at path "".
+    """
+    fs, path = filesystem(url)
+    base = path.rstrip("/")
+    if not exists(url):
+        return {}
+    found = retried(url, lambda: fs.find(base, detail=True))
+    files = {str(name)[len(base) + 1 :]: info for name, info in found.items()}
+    # Some servers also list folders, as empty objects.
+    return {
+        name: StoredFile(int(info["size"]), _written_s(info))
+        for name, info in files.items()
+        if not name.endswith("/")
+    }
+
+
+def _written_s(info: Mapping[str, Any]) -> float:
+    """Time of the last write: a number locally, else a date under a name of the file system's."""
+    for key in ("mtime", "LastModified", "modified", "created"):
+        if key in info:
+            value = info[key]
+            return float(value.timestamp() if hasattr(value, "timestamp") else value)
+    raise DiffitError(f"{info.get('name')} has no time of its last write")
+
+
 def read_bytes(url: str) -> bytes:
     """The whole file; FileNotFoundError if it does not exist."""
     fs, path = filesystem(url)
@@ -332,6 +369,14 @@ def remove(url: str) -> None:
     fs, path = filesystem(url)
     if exists(url):
         retried(url, lambda: fs.rm(path, recursive=True))
+
+
+def remove_files(urls: Sequence[str]) -> None:
+    """Remove files of one file system, in few requests."""
+    if urls:
+        fs, _ = filesystem(urls[0])
+        paths = [filesystem(url)[1] for url in urls]
+        retried(urls[0], lambda: fs.rm(paths))
 
 
 def remove_temporary(url: str) -> None:

@@ -40,6 +40,7 @@ TINY = [
     "evaluate.samples=12",
     "evaluate.batch_size=4",
     "evaluate.sampler.steps=3",
+    "evaluate.keep_images=all",
     "evaluate.features.fit.steps=10",
     "evaluate.features.fit.batch_size=4",
     "evaluate.features.fit.channels=[4,8]",

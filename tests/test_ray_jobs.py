@@ -423,3 +423,10 @@ def test_job_name_metadata_and_entrypoint(tmp_path: Path) -> None:
     assert evaluation.title == "evaluate-a run"
     assert evaluation.name.startswith("evaluate-a run-")
     assert job("encode", recipe, None, []).entrypoint("python") == "python encode.py recipe.yaml"
+    axes = ["guidance.scale=1:2:1", "sampler.steps=2,3"]
+    pool = Job("evaluate", recipe, "r", ["12"], "first", axes=axes)
+    assert pool.title == "evaluate-r-first"
+    assert pool.entrypoint("python") == (
+        "python evaluate.py recipe.yaml --run r --step 12 --sweep guidance.scale=1:2:1 "
+        "--sweep sampler.steps=2,3 --name first"
+    )

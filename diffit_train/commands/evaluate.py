@@ -45,14 +45,15 @@ def evaluate_run(
     sweep: str = "",
     npz: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate checkpoints of a run; one result per step in `steps`, a number or `newest`.
+    """Evaluate checkpoints of a run; one result per checkpoint that `steps` name.
 
     Args:
+        steps: numbers, or `newest`, which is the default.
         sweep: name of the sweep that the evaluations belong to.
         npz: write the images in ADM's format as samples.npz next to each result.
     """
     recipe = starting_from(recipe, run)
-    wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
+    wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
     return evaluate_all([(recipe, step) for step in wanted], run, address, sweep, npz)
 
 
@@ -129,8 +130,8 @@ def evaluate_command(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Ray cluster, e.g. 10.0.0.1:6379 or auto; with --fleet, its job server, e.g. "
-            "http://head:8265. Default: this machine."
+            help="Ray cluster, e.g. 10.0.0.1:6379 or auto; with --fleet or --pool, its job server, "
+            "e.g. http://head:8265. Default: this machine."
         ),
     ] = None,
     sweep: Annotated[
@@ -149,10 +150,21 @@ def evaluate_command(
         bool,
         typer.Option("--fleet", metavar="", help="Submit each evaluation as a separate Ray job."),
     ] = False,
+    pool: Annotated[
+        bool,
+        typer.Option(
+            "--pool",
+            metavar="",
+            help="Submit the sweep as one Ray job: its actors load weights, features and reference "
+            "once, and take the chunks of all evaluations from one queue.",
+        ),
+    ] = False,
     at_most: Annotated[
         int, typer.Option(min=1, help="Maximum number of concurrent fleet jobs.")
     ] = 4,
-    retries: Annotated[int, typer.Option(min=0, help="Retries of a failed fleet job.")] = 2,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Retries of a failed job of --fleet or --pool.")
+    ] = 2,
     python: ClusterPython = None,
     runtime_env: RuntimeEnvOption = "auto",
     check: CheckCluster = True,
@@ -196,11 +208,17 @@ def evaluate_command(
         return
     if name is None:
         raise UserError("evaluate needs a RECIPE, for example `diffit evaluate demo`")
-    if watch and (sweep or step or fleet):
-        raise UserError("--watch evaluates every checkpoint; remove --step, --sweep and --fleet")
-    if fleet and (not sweep or address is None):
+    by_jobs = fleet or pool
+    if watch and (sweep or step or by_jobs):
         raise UserError(
-            "--fleet needs --sweep and the address of a job server, for example --address "
+            "--watch evaluates every checkpoint; remove --step, --sweep, --fleet and --pool"
+        )
+    if fleet and pool:
+        raise UserError("--fleet is a job for each evaluation, --pool one for all; remove one")
+    if by_jobs and (not sweep or address is None):
+        option = "--fleet" if fleet else "--pool"
+        raise UserError(
+            f"{option} needs --sweep and the address of a job server, for example --address "
             "http://head:8265"
         )
     if sweep and npz:
@@ -211,9 +229,9 @@ def evaluate_command(
         print_result(watch_run(recipe, run, address), as_json)
     elif sweep:
         jobs = None
-        if fleet and address:
-            jobs = FleetOptions(address, at_most, retries, python, runtime_env, check)
-        cluster = None if fleet else address
+        if by_jobs and address:
+            jobs = FleetOptions(address, pool, at_most, retries, python, runtime_env, check)
+        cluster = None if by_jobs else address
         found = run_sweep(recipe, run, step or [], sweep, sweep_name, cluster, jobs)
         print_result(found, as_json)
     else:

@@ -20,6 +20,7 @@ from diffit_train.evaluation.sweep import Member, Sweep
 from diffit_train.progress import StatesTable, print_rows, say
 from diffit_train.ray_jobs.client import cancel_jobs
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
+from diffit_train.ray_jobs.follow import submit
 from diffit_train.ray_jobs.job import Job
 from diffit_train.ray_jobs.probe import on_checked_cluster
 from diffit_train.runs.checkpoints import read_state
@@ -30,9 +31,16 @@ from diffit_train.tracking import tracking_uri
 
 @dataclass(frozen=True)
 class FleetOptions:
-    """How the jobs of a sweep run, on the job server at `address`."""
+    """How the jobs of a sweep run, on the job server at `address`.
+
+    Attributes:
+        pool: one job with one set of actors for all evaluations, instead of a job for each.
+        at_most: maximum number of jobs at once.
+        retries: attempts of a job after the first.
+    """
 
     address: str
+    pool: bool = False
     at_most: int = 4
     retries: int = 2
     python: str | None = None
@@ -53,15 +61,15 @@ def run_sweep(
 
     Args:
         texts: one KEY=VALUES per varied key.
-        fleet: submit each evaluation as a separate Ray job; None runs them from here one by one,
+        fleet: submit the evaluations as Ray jobs; None runs them from here, with one set of actors
             on the Ray cluster at `address`.
 
     Raises:
         DiffitError: some evaluations failed, or the sweep was canceled; the others are kept.
     """
     recipe = starting_from(recipe, run)
-    wanted = [find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,)]
-    plan = stage.plan_sweep(recipe, run, wanted, texts, name)
+    wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
+    plan = stage.plan_sweep(recipe, run, list(wanted), texts, name)
     stage.open_sweep(plan)
     folder = storage.display_path(plan.url())
     say(f"sweep {plan.name!r}: {len(plan.members)} evaluations in {folder}")
@@ -69,6 +77,8 @@ def run_sweep(
     if fleet is None:
         pairs = [(member.recipe(recipe), member.step) for member in plan.members]
         evaluate_all(pairs, run, address, plan.name, npz=False)
+    elif fleet.pool:
+        _sweep_by_one_job(plan, recipe, texts, fleet)
     else:
         failed = _sweep_by_jobs(plan, recipe, fleet)
     found = stage.results(plan)
@@ -101,6 +111,18 @@ def _write_outputs(plan: Sweep) -> dict[str, str]:
         csv=files["csv"],
     )
     return files
+
+
+def _sweep_by_one_job(
+    plan: Sweep, recipe: Recipe, texts: Sequence[str], fleet: FleetOptions
+) -> None:
+    """Run a sweep as one Ray job, and follow it; weights and reference are loaded once."""
+    if None not in stage.results(plan):
+        say("already evaluated")
+        return
+    steps = [str(step) for step in dict.fromkeys(member.step for member in plan.members)]
+    job = Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts)
+    submit(job, fleet.address, follow=True, python=fleet.python, restarts=fleet.retries)
 
 
 def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str]:
@@ -174,9 +196,9 @@ def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
 
     plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
     recipe = plan.loaded()
-    names = [
-        Job("evaluate", recipe, run, (), name, number).name for number in range(len(plan.members))
-    ]
+    jobs = [Job("evaluate", recipe, run, (), name, number) for number in range(len(plan.members))]
+    pool = Job("evaluate", recipe, run, (), name, axes=("all",))
+    names = [job.name for job in (*jobs, pool)]
     stage.cancel_sweep(plan.url())
     stopped = cancel_jobs(names, address)
     say(f"sweep {name!r} canceled; {stopped} jobs stopped")

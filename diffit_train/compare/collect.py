@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from diffit_train.config.evaluate import INCEPTION, OWN
+from diffit_train.config.evaluate import FREE_KEYS, INCEPTION, OWN
 from diffit_train.errors import UserError
 from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.storage import ROOT_PREFIX
@@ -18,7 +18,7 @@ from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker
 # Recipe keys of a run's location and resources; they do not change its results.
 LOCATION_KEYS = ("storage.", "tracking.", "scaling.", "name")
 # Keys of `evaluate` that do not change any metric.
-_WITHOUT_EFFECT = ("batch_size", "compile", "grid_columns", "grid_rows", "features.fit.")
+_WITHOUT_EFFECT = ("batch_size", *FREE_KEYS, "grid_columns", "grid_rows", "features.fit.")
 MAX_NAMED = 20
 
 
@@ -28,13 +28,16 @@ class Protocol(NamedTuple):
     A Frechet distance falls as the number of `samples` grows, and depends on features and
     reference. References are identified by digest, so one file at two paths is the same reference
     and two files at one path are not; evaluations of earlier versions have no digest and use the
-    path. Precision and recall also depend on the number of neighbors and of real images.
+    path. Precision and recall also depend on the number of neighbors and of real images. The
+    `precision` of the model's arithmetic changes a distance by more than rounding: after hundreds
+    of sampling steps images differ.
     """
 
     samples: int | None = None
     features: str = ""
     reference: str = ""
     num_neighbors: str = ""
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,7 @@ def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
         features=name if name == INCEPTION or not source else f"{name} of {source}",
         reference=reference,
         num_neighbors=" of ".join(text for text in nearest if text),
+        precision=plain(settings.get("precision")),
     )
 
 

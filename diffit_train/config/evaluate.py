@@ -28,6 +28,9 @@ SAMPLER_OPTIONS = {
 INCEPTION = "inception"
 PUBLISHED = "published"
 
+# Keys that change neither the images nor the metrics.
+FREE_KEYS = ("compile", "keep_images")
+
 # Reference statistics computed from data.source.
 OWN = "own"
 
@@ -183,8 +186,11 @@ class Evaluate(Section):
         description="raw; the name of an EMA in train.ema; or, for example, sigma_rel:0.07 for an "
         "EMA reconstructed from the run's snapshots (EDM2)",
     )
-    precision: Literal["fp32", "bf16_autocast"] = Field(
-        default="fp32", description="bf16_autocast: fp32 weights, bf16 matrix products"
+    precision: Literal["fp32", "tf32", "bf16_autocast"] = Field(
+        default="fp32",
+        description="of the model, whose weights are fp32; fp32: full float32; tf32: float32 whose "
+        "matrix products and convolutions run on a GPU's tensor cores; bf16_autocast: bf16 matrix "
+        "products. Features are always measured in full float32",
     )
     compile: bool = Field(
         default=False, description="compile the transformer blocks with torch.compile"
@@ -216,6 +222,11 @@ class Evaluate(Section):
     )
     reference_images: PositiveInt = Field(
         default=10_000, description="maximum number of real images used for precision and recall"
+    )
+    keep_images: Literal["grid", "all"] = Field(
+        default="grid",
+        description="images that are kept as files; grid: those of grid.png, as 50,000 of 256x256 "
+        "are 9.8 GB. `diffit evaluate --npz` keeps all in samples.npz",
     )
     grid_columns: PositiveInt = Field(default=10, description="images per class in grid.png")
     grid_rows: PositiveInt = Field(default=10, description="classes in grid.png")

@@ -16,7 +16,7 @@ from diffit_train.config.autoencoder import Autoencoder
 from diffit_train.config.base import Name, Section
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, ddim_stride
-from diffit_train.config.evaluate import SAMPLERS, Evaluate
+from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, Evaluate
 from diffit_train.config.model import Model
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
@@ -188,7 +188,8 @@ class Recipe(Section):
 
     def evaluate_identity(self) -> dict[str, Any]:
         """The keys that determine the metrics of a given checkpoint."""
-        return self.evaluate.model_dump(mode="json", exclude={"features": {"fit"}, "compile": True})
+        free: dict[str, Any] = {"features": {"fit"}, **dict.fromkeys(FREE_KEYS, True)}
+        return self.evaluate.model_dump(mode="json", exclude=free)
 
     def encode_hash(self) -> str:
         """SHA-256 of `encode_identity`."""

@@ -137,10 +137,11 @@ class Train(Section):
         description="maximum number of images per worker and forward pass; gradients accumulate "
         "over several. null: a worker's whole share of the batch",
     )
-    precision: Literal["fp32", "bf16", "bf16_autocast"] = Field(
+    precision: Literal["fp32", "tf32", "bf16", "bf16_autocast"] = Field(
         default="fp32",
-        description="bf16: bf16 weights with fp32 master weights; bf16_autocast: fp32 weights, "
-        "bf16 matrix products",
+        description="fp32: full float32; tf32: float32 whose matrix products and convolutions run "
+        "on a GPU's tensor cores; bf16: bf16 weights with fp32 master weights; bf16_autocast: fp32 "
+        "weights, bf16 matrix products",
     )
     compile: bool = Field(
         default=False, description="compile the transformer blocks with torch.compile"

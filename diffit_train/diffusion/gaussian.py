@@ -8,36 +8,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffit_train.diffusion.schedule import Schedule
 
 
-def _at(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
-    """table[t] in the dtype of `like`, shaped to multiply it."""
-    values = torch.from_numpy(table).to(device=like.device, dtype=like.dtype)[t]
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
 def add_noise(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, equation 4)."""
-    alpha_bar = schedule.alpha_bar
-    return _at(np.sqrt(alpha_bar), t, x0) * x0 + _at(np.sqrt(1.0 - alpha_bar), t, x0) * noise
+    return schedule.at("signal", t, x0) * x0 + schedule.at("sigma", t, x0) * noise
 
 
 def predict_x0(schedule: Schedule, xt: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_0 from x_t and the noise: the inverse of `add_noise`."""
-    alpha_bar = schedule.alpha_bar
-    scaled = _at(np.sqrt(1.0 / alpha_bar - 1.0), t, xt) * noise
-    return _at(np.sqrt(1.0 / alpha_bar), t, xt) * xt - scaled
+    return schedule.at("inverse_signal", t, xt) * xt - schedule.at("noise_ratio", t, xt) * noise
 
 
 def posterior_mean(schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equation 7)."""
-    weighted = _at(schedule.posterior_mean_x0, t, x0) * x0
-    return weighted + _at(schedule.posterior_mean_xt, t, xt) * xt
+    weighted = schedule.at("posterior_mean_x0", t, x0) * x0
+    return weighted + schedule.at("posterior_mean_xt", t, xt) * xt
 
 
 def learned_log_variance(schedule: Schedule, values: Tensor, t: Tensor) -> Tensor:
@@ -45,8 +35,8 @@ def learned_log_variance(schedule: Schedule, values: Tensor, t: Tensor) -> Tenso
 
     Nichol and Dhariwal 2021, equation 15.
     """
-    low = _at(schedule.posterior_log_variance, t, values)
-    high = _at(np.log(schedule.betas), t, values)
+    low = schedule.at("posterior_log_variance", t, values)
+    high = schedule.at("log_beta", t, values)
     fraction = (values + 1.0) / 2.0
     return fraction * high + (1.0 - fraction) * low
 
@@ -85,7 +75,7 @@ def variational_bound(
     true_mean = posterior_mean(schedule, x0, xt, t)
     mean = posterior_mean(schedule, predict_x0(schedule, xt, t, noise), xt, t)
     log_variance = learned_log_variance(schedule, values, t)
-    true_log_variance = _at(schedule.posterior_log_variance, t, x0)
+    true_log_variance = schedule.at("posterior_log_variance", t, x0)
     kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
     nll = -discretized_log_likelihood(x0, mean, 0.5 * log_variance)
     first = (t == 0).view(-1, *[1] * (x0.dim() - 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffit_train.config.evaluate import Guidance
 
 Weight = Callable[[float], float]
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]
 
 
 def constant(scale: float) -> Weight:
@@ -67,23 +67,31 @@ def guided(
     """A denoiser (x, t) with classifier-free guidance.
 
     Only the first `channels` output channels are guided, u + w(t) (c - u); the other channels,
-    including the variance, are the conditional ones. All images share one t.
+    including the variance, are the conditional ones. All images share one t, a number on the host:
+    to read it from a GPU would make the host wait at every step.
 
     Args:
-        model: (x, t, labels) to (B, O, h, w).
+        model: (x, t, labels) to (B, O, h, w); t (B,) is on the device of x.
         labels: (B,), the classes to generate.
         skip_within: skip the unconditional pass if |w(t) - 1| is at most this.
     """
     null = torch.full_like(labels, null_label)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        w = weight(float(t[0]))
+    def denoise(x: Tensor, t: float) -> Tensor:
+        w = weight(t)
         if abs(w - 1.0) <= skip_within:
-            return model(x, t, labels)
-        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null]))
+            return model(x, repeated(t, x), labels)
+        wide = torch.cat([x, x])
+        both = model(wide, repeated(t, wide), torch.cat([labels, null]))
         conditional, unconditional = both.chunk(2)
         difference = conditional[:, :channels] - unconditional[:, :channels]
         noise = unconditional[:, :channels] + w * difference
         return torch.cat([noise, conditional[:, channels:]], dim=1)
 
     return denoise
+
+
+def repeated(t: float, x: Tensor) -> Tensor:
+    """A timestep for each image of x, (B,), filled on the device; int64 if t is an integer."""
+    dtype = torch.long if isinstance(t, int) else torch.promote_types(x.dtype, torch.float32)
+    return torch.full((len(x),), t, dtype=dtype, device=x.device)

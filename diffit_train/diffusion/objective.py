@@ -9,7 +9,7 @@ Shapes: x (B, C, h, w); t (B,); model output (B, O, h, w).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -51,7 +51,7 @@ class Objective(Protocol):
     def sample(
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
-        """x_0 from standard normal x; `denoise` takes the model's timesteps."""
+        """x_0 from standard normal x; `denoise` takes the model's timestep."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class EpsilonObjective:
     """ADM: noise prediction with learned-range variance."""
 
     schedule: Schedule
+    _schedules: dict[tuple[str, int], Schedule] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def timesteps(self) -> int:
@@ -81,15 +84,22 @@ class EpsilonObjective:
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
         """Run the recipe's sampler on the respaced schedule."""
-        space = ddim_spaced if sampler.spacing == "ddim" else evenly_spaced
-        respaced = respace(self.schedule, space(self.timesteps, sampler.steps))
         run: dict[str, samplers.DiffusionSampler] = {
             "ddpm": samplers.ddpm,
             "ddim": functools.partial(samplers.ddim, eta=sampler.eta),
             "dpmpp_2m": samplers.dpmpp_2m,
             "heun": samplers.heun,
         }
-        return run[sampler.name](respaced, denoise, x, noise)
+        return run[sampler.name](self._respaced(sampler), denoise, x, noise)
+
+    def _respaced(self, sampler: Sampler) -> Schedule:
+        """The sampler's schedule; kept, as its tables are copied to the device once."""
+        how = (sampler.spacing, sampler.steps)
+        if how not in self._schedules:
+            space = ddim_spaced if sampler.spacing == "ddim" else evenly_spaced
+            kept = space(self.timesteps, sampler.steps)
+            self._schedules[how] = respace(self.schedule, kept)
+        return self._schedules[how]
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class FlowObjective:
     ) -> Tensor:
         """Run the recipe's sampler."""
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
+        def velocity(x: Tensor, t: float) -> Tensor:
             return denoise(x, t * self.timesteps)
 
         run: dict[str, samplers.FlowSampler] = {
@@ -144,8 +154,8 @@ def visited_timesteps(diffusion: Diffusion, sampler: Sampler) -> list[float]:
     """The timesteps at which a sampler calls its denoiser, in order; used to count the NFE."""
     visited: list[float] = []
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        visited.append(float(t[0]))
+    def denoise(x: Tensor, t: float) -> Tensor:
+        visited.append(float(t))
         channels = 2 if diffusion.objective == "epsilon" else 1
         return torch.zeros(1, channels, 1, 1)
 

@@ -4,14 +4,17 @@ For ADM's diffusion
 
     sampler(schedule, denoise, x, noise) -> x_0
 
-where `schedule` is the respaced diffusion and `denoise(x, t)` takes the original timesteps t (B,)
-and returns (B, 2C, h, w), predicted noise first. For the flow
+where `schedule` is the respaced diffusion and `denoise(x, t)` takes the original timestep t, an
+integer, and returns (B, 2C, h, w), predicted noise first. For the flow
 
     sampler(steps, velocity, x, noise) -> x_0
 
-where `velocity(x, t)` takes t (B,) in [0, 1] and returns (B, C, h, w). In both cases x
-(B, C, h, w) is standard normal, and `noise(i)` returns fresh standard normal noise for step i, so
-that a caller can seed every image separately.
+where `velocity(x, t)` takes t in [0, 1] and returns (B, C, h, w). In both cases x (B, C, h, w) is
+standard normal, and `noise(i)` returns fresh standard normal noise for step i, so that a caller can
+seed every image separately.
+
+No sampler reads from the device of x or waits for it: times and coefficients are on the host, and
+tables are copied once.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from diffit_train.diffusion.flow import score
 from diffit_train.diffusion.gaussian import learned_log_variance, posterior_mean, predict_x0
-from diffit_train.diffusion.guidance import Denoiser
+from diffit_train.diffusion.guidance import Denoiser, repeated
 from diffit_train.diffusion.schedule import Schedule
 
 Noise = Callable[[int], Tensor]
@@ -42,10 +45,8 @@ def _predict(
     schedule: Schedule, denoise: Denoiser, x: Tensor, i: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Step index (B,), predicted noise and variance values at step i."""
-    index = torch.full((len(x),), i, dtype=torch.long, device=x.device)
-    timestep = torch.full_like(index, int(schedule.timesteps[i]))
-    noise, values = denoise(x, timestep).chunk(2, dim=1)
-    return index, noise, values
+    noise, values = denoise(x, int(schedule.timesteps[i])).chunk(2, dim=1)
+    return repeated(i, x), noise, values
 
 
 def ddpm(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
@@ -124,25 +125,21 @@ def heun(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tens
 # ---- The flow ----
 
 
-def _times(x: Tensor, t: float) -> Tensor:
-    return torch.full((len(x),), t, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.device)
-
-
 def flow_euler(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
     """Euler's method on the flow's ODE from t = 1 to 0. Deterministic."""
-    times = np.linspace(1.0, 0.0, steps + 1)
+    times = np.linspace(1.0, 0.0, steps + 1).tolist()
     for now, then in itertools.pairwise(times):
-        x = x + float(then - now) * velocity(x, _times(x, now))
+        x = x + (then - now) * velocity(x, now)
     return x
 
 
 def flow_heun(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
     """Heun's method on the flow's ODE from t = 1 to 0. Deterministic; NFE = 2 * steps."""
-    times = np.linspace(1.0, 0.0, steps + 1)
+    times = np.linspace(1.0, 0.0, steps + 1).tolist()
     for now, then in itertools.pairwise(times):
-        width = float(then - now)
-        slope = velocity(x, _times(x, now))
-        slope_ahead = velocity(x + width * slope, _times(x, then))
+        width = then - now
+        slope = velocity(x, now)
+        slope_ahead = velocity(x + width * slope, then)
         x = x + width * 0.5 * (slope + slope_ahead)
     return x
 
@@ -169,15 +166,14 @@ def flow_sde(
         last_step_size: 0.04 in SiT.
     """
 
-    def drift(x: Tensor, time: float) -> Tensor:
-        t = _times(x, time)
+    def drift(x: Tensor, t: float) -> Tensor:
         slope = velocity(x, t)
-        return slope - 0.5 * diffusion * time * score(slope, x, t)
+        return slope - 0.5 * diffusion * t * score(slope, x, repeated(t, x))
 
-    times = np.linspace(1.0, last_step_size, steps)
-    for i, (now, then) in enumerate(itertools.pairwise(times.tolist())):
+    times = np.linspace(1.0, last_step_size, steps).tolist()
+    for i, (now, then) in enumerate(itertools.pairwise(times)):
         width = now - then
         x = x - width * drift(x, now) + math.sqrt(diffusion * now * width) * noise(i)
-    now = float(times[-1])
-    slope = drift(x, now) if last_step == "mean" else velocity(x, _times(x, now))
+    now = times[-1]
+    slope = drift(x, now) if last_step == "mean" else velocity(x, now)
     return x - now * slope

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from diffit_train.config.diffusion import ddim_stride
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Tables of a discrete diffusion; step i is the original timestep `timesteps[i]`.
 
@@ -19,6 +21,9 @@ class Schedule:
 
     timesteps: np.ndarray
     betas: np.ndarray
+    _copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if len(self.timesteps) != len(self.betas):
@@ -29,6 +34,20 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.betas)
 
+    def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+        """Entries t (B,) of a table, shaped to multiply `like` (B, …), in its dtype.
+
+        Each table is copied to a device once: a copy from the host's memory waits for the device.
+
+        Args:
+            table: name of one of the properties.
+        """
+        key = (table, like.device, like.dtype)
+        if key not in self._copies:
+            values = torch.from_numpy(getattr(self, table))
+            self._copies[key] = values.to(device=like.device, dtype=like.dtype)
+        return self._copies[key][t].view(-1, *[1] * (like.dim() - 1))
+
     @property
     def alpha_bar(self) -> np.ndarray:
         """Fraction of the signal's variance left after each step."""
@@ -38,6 +57,31 @@ class Schedule:
     def alpha_bar_previous(self) -> np.ndarray:
         """alpha_bar one step earlier, 1 before the first."""
         return np.append(1.0, self.alpha_bar[:-1])
+
+    @property
+    def signal(self) -> np.ndarray:
+        """Weight of x_0 in x_t."""
+        return np.sqrt(self.alpha_bar)
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """Weight of the noise in x_t."""
+        return np.sqrt(1.0 - self.alpha_bar)
+
+    @property
+    def inverse_signal(self) -> np.ndarray:
+        """Weight of x_t in x_0."""
+        return np.sqrt(1.0 / self.alpha_bar)
+
+    @property
+    def noise_ratio(self) -> np.ndarray:
+        """Weight of the noise, subtracted, in x_0."""
+        return np.sqrt(1.0 / self.alpha_bar - 1.0)
+
+    @property
+    def log_beta(self) -> np.ndarray:
+        """Log of the betas, the upper bound of the learned log-variance."""
+        return np.log(self.betas)
 
     @property
     def posterior_variance(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,20 +28,27 @@ def best_result(recipe: Recipe, run: str) -> Result | None:
 
     None if there is none.
     """
-    folder = storage.join(recipe.storage.root, "evaluations", run)
     identity, metric = evaluated_identity(recipe), best_metric(recipe)
-    found = []
-    for name in storage.find_files(folder):
-        if name.rsplit("/", 1)[-1] != "result.json":
-            continue
-        try:
-            data = storage.read_bytes(storage.join(folder, name))
-            result = Result.model_validate_json(data)
-        except ValidationError:
-            continue  # written by an earlier version
-        if result.evaluate == identity and result.recipe_hash == recipe.train_hash():
-            found.append(result)
+    found = [
+        result
+        for result in _results(recipe, run)
+        if result.evaluate == identity and result.recipe_hash == recipe.train_hash()
+    ]
     return min(found, key=lambda result: result.metrics[metric], default=None)
+
+
+def _results(recipe: Recipe, run: str) -> Iterator[Result]:
+    """The results of a run's evaluations; lists none of their thousands of chunks."""
+    run_folder = storage.join(recipe.storage.root, "evaluations", run)
+    for step in storage.list_names(run_folder):
+        if not step.startswith("step-"):
+            continue  # the folder of the sweeps
+        for key in storage.list_names(storage.join(run_folder, step)):
+            try:
+                data = storage.read_bytes(storage.join(run_folder, step, key, "result.json"))
+                yield Result.model_validate_json(data)
+            except (FileNotFoundError, ValidationError):
+                continue  # unfinished, or written by an earlier version
 
 
 def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:

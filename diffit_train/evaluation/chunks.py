@@ -3,13 +3,17 @@
 A chunk is a range of whole batches, named by its first image and the one after its last. Its images
 are committed before their measurements, so a chunk with measurements is complete. The ranges may
 change between runs: existing chunks are kept, the rest is generated.
+
+    chunk-FIRST-STOP.safetensors   measurements, one row per image
+    images-FIRST-STOP.npy          all images, if they are kept
+    grid-FIRST-STOP.npy            else those of the grid, if the chunk has any
 """
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffit_train import storage
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, UserError
 
 # Measured arrays: labels and features always, the others if the feature network provides them.
 LABELS = "labels"
@@ -90,14 +94,31 @@ def images_name(part: Range) -> str:
     return f"images-{part.first:07d}-{part.stop:07d}.npy"
 
 
-def committed_chunks(url: str) -> list[Range]:
-    """The complete chunks in an evaluation's folder, in order."""
-    matches = [_CHUNK_NAME.fullmatch(name) for name in storage.list_names(url)]
-    return sorted(Range(int(m[1]), int(m[2])) for m in matches if m)
+def grid_name(part: Range) -> str:
+    """File of a chunk's images in the grid, uint8 (m, R, R, 3), where the others are not kept."""
+    return f"grid-{part.first:07d}-{part.stop:07d}.npy"
+
+
+def committed_chunks(url: str, with_images: bool = False) -> list[Range]:
+    """The complete chunks in an evaluation's folder, in order.
+
+    Args:
+        with_images: only those that keep all their images.
+    """
+    names = storage.list_names(url)
+    matches = [_CHUNK_NAME.fullmatch(name) for name in names]
+    parts = sorted(Range(int(m[1]), int(m[2])) for m in matches if m)
+    kept = set(names) if with_images else set()
+    return [part for part in parts if not with_images or images_name(part) in kept]
 
 
 def write_chunk(
-    url: str, part: Range, key: str, pixels: np.ndarray, measured: dict[str, np.ndarray]
+    url: str,
+    part: Range,
+    key: str,
+    pixels: np.ndarray,
+    measured: dict[str, np.ndarray],
+    kept: Sequence[int] | None = None,
 ) -> None:
     """Commit a chunk.
 
@@ -105,15 +126,20 @@ def write_chunk(
         key: key of the evaluation, stored to detect chunks of another one.
         pixels: (n, R, R, 3) uint8.
         measured: arrays with one row per image.
+        kept: rows of `pixels` to keep; None for all.
     """
-    with (
-        storage.atomic_file(storage.join(url, images_name(part))) as path,
-        path.open("wb") as file,
-    ):
-        np.save(file, np.ascontiguousarray(pixels))
+    if kept is None:
+        _write_images(storage.join(url, images_name(part)), pixels)
+    elif len(kept):
+        _write_images(storage.join(url, grid_name(part)), pixels[list(kept)])
     with storage.atomic_file(storage.join(url, chunk_name(part))) as path:
         rows = {name: np.ascontiguousarray(values) for name, values in measured.items()}
         save_file(rows, str(path), metadata={"key": key})
+
+
+def _write_images(url: str, pixels: np.ndarray) -> None:
+    with storage.atomic_file(url) as path, path.open("wb") as file:
+        np.save(file, np.ascontiguousarray(pixels))
 
 
 def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
@@ -147,7 +173,35 @@ def read_chunk_images(url: str, part: Range) -> np.ndarray:
     Raises:
         DiffitError: they are damaged.
     """
-    name = storage.join(url, images_name(part))
+    return _read_images(url, images_name(part), part, part.size)
+
+
+def read_grid_images(url: str, part: Range, rows: Sequence[int]) -> np.ndarray:
+    """A chunk's images in the grid, (m, R, R, 3) uint8.
+
+    Args:
+        rows: their rows in the chunk.
+
+    Raises:
+        DiffitError: they are damaged.
+    """
+    if storage.exists(storage.join(url, grid_name(part))):
+        return _read_images(url, grid_name(part), part, len(rows))
+    return np.asarray(read_chunk_images(url, part)[list(rows)])
+
+
+def keep_only(url: str, part: Range, rows: Sequence[int]) -> None:
+    """Remove a chunk's images, except for those in some rows."""
+    images = storage.join(url, images_name(part))
+    if not storage.exists(images):
+        return
+    if len(rows):
+        _write_images(storage.join(url, grid_name(part)), read_chunk_images(url, part)[list(rows)])
+    storage.remove(images)
+
+
+def _read_images(url: str, file: str, part: Range, count: int) -> np.ndarray:
+    name = storage.join(url, file)
     try:
         with storage.local_copy(name) as path:
             pixels = np.load(path, allow_pickle=False)
@@ -155,9 +209,9 @@ def read_chunk_images(url: str, part: Range) -> np.ndarray:
         raise DiffitError(
             f"{name} is damaged ({error}); delete it and {chunk_name(part)}, and evaluate again"
         ) from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != part.size:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != count:
         raise DiffitError(
-            f"{name} is {pixels.dtype} of shape {pixels.shape}, not {part.size} images; "
+            f"{name} is {pixels.dtype} of shape {pixels.shape}, not {count} images; "
             f"delete it and {chunk_name(part)}, and evaluate again"
         )
     return np.asarray(pixels)
@@ -170,8 +224,17 @@ def write_samples(url: str, target: str, samples: int, labels: list[np.ndarray])
 
     Args:
         labels: labels of each chunk.
+
+    Raises:
+        UserError: images were not kept.
     """
     parts = committed_chunks(url)
+    if parts != committed_chunks(url, with_images=True):
+        raise UserError(
+            f"samples.npz needs all images, but {url} keeps only those of the grid "
+            "(evaluate.keep_images=grid); delete that folder and rerun with --npz: the same images "
+            "are generated again"
+        )
     shape = (samples, *read_chunk_images(url, parts[0]).shape[1:])
     with (
         storage.atomic_file(target) as path,

@@ -135,7 +135,7 @@ def _metrics(
     network = load_features(recipe, device)
     with references.opened_npz(recipe, reference) as opened:
         known = opened.read(recipe, lambda pixels: network.extract(pixels)[FEATURES])
-    suite = MetricSuite(recipe, known, rounding="adm")
+    suite = MetricSuite(recipe, rounding="adm")
     with (
         zipfile.ZipFile(samples) as archive,
         references.opened_array(archive) as (file, _, _),
@@ -144,7 +144,7 @@ def _metrics(
         for pixels in references.batches(file, shape):
             suite.add(network.extract(pixels))
             progress.update(progress.done + len(pixels))
-    return suite.values()
+    return suite.values(known)
 
 
 def _find_files(folder: str) -> tuple[Path, Path, Path]:

@@ -16,6 +16,7 @@ from diffit_train.diffusion.guidance import build_weight, guided, saved_share
 from diffit_train.diffusion.objective import build_objective, visited_timesteps
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
+from diffit_train.models.precision import arithmetic
 from diffit_train.models.published import FIXED, check_published, read_weights_file
 from diffit_train.models.wrap import compile_blocks, use_kernel
 from diffit_train.runs.checkpoints import read_weights, reconstructed_url
@@ -38,7 +39,11 @@ class ImageNoise:
     def __call__(self, device: torch.device) -> Tensor:
         """The next noise of every image."""
         rows = [g.standard_normal(self.shape, dtype=np.float32) for g in self.generators]
-        return torch.from_numpy(np.stack(rows)).to(device)
+        drawn = torch.from_numpy(np.stack(rows))
+        if device.type == "cuda":
+            # From pageable memory the copy would wait for the step before.
+            drawn = drawn.pin_memory()
+        return drawn.to(device, non_blocking=True)
 
 
 class Generator:
@@ -54,15 +59,21 @@ class Generator:
     def __init__(
         self, recipe: Recipe, weights: dict[str, Tensor], autoencoder: LoadedAutoencoder
     ) -> None:
-        self.recipe, self.autoencoder = recipe, autoencoder
+        self.autoencoder = autoencoder
         self.device = autoencoder.device
         model = build_model(recipe)
         fill_model(model, weights)
         self.model = model.to(self.device).eval().requires_grad_(False)
         use_kernel(model, recipe.model.attention, self.device)
         if recipe.evaluate.compile:
-            compile_blocks(model)
+            # Two batch sizes occur: with and without unconditional passes.
+            compile_blocks(model, dynamic=False)
         self.objective = build_objective(recipe.diffusion)
+        self.use(recipe)
+
+    def use(self, recipe: Recipe) -> None:
+        """Take sampler, guidance and precision from a recipe of the same model."""
+        self.recipe = recipe
         self.weight = build_weight(recipe.evaluate.guidance, recipe.diffusion.timesteps)
 
     @torch.no_grad()
@@ -94,8 +105,7 @@ class Generator:
         return self.autoencoder.decode(latents, self.recipe.evaluate.pixels)
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        autocast = self.recipe.evaluate.precision == "bf16_autocast"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+        with arithmetic(self.recipe.evaluate.precision, self.device):
             return self.model(x, t, y).float()
 
 

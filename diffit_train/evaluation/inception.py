@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +23,7 @@ from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import UserError
 from diffit_train.evaluation.download import download
 from diffit_train.evaluation.features import INCEPTION_SHA256
+from diffit_train.models.precision import tf32
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -245,7 +244,8 @@ class Inception(nn.Module):
             raise ValueError(
                 f"images must be (B, H, W, 3) uint8, not {tuple(pixels.shape)} {pixels.dtype}"
             )
-        with _no_tf32():
+        # As the published FIDs: neither TF32, which cuDNN's convolutions use by default, nor bf16.
+        with tf32(False), torch.autocast(pixels.device.type, enabled=False):
             return self._measured(pixels)
 
     def _measured(self, pixels: Tensor) -> InceptionOutput:
@@ -259,19 +259,6 @@ class Inception(nn.Module):
         spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         # ADM's Inception score uses logits without the bias.
         return InceptionOutput(pool, spatial, pool @ self.fc.weight.T)
-
-
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Full float32 convolutions; by default cuDNN rounds their inputs to 10 bits (TF32)."""
-    now = torch.backends.cudnn
-    with now.flags(
-        enabled=now.enabled,
-        benchmark=now.benchmark,
-        deterministic=now.deterministic,
-        allow_tf32=False,
-    ):
-        yield
 
 
 def resize_tf1(x: Tensor, size: int = SIDE) -> Tensor:

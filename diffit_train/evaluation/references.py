@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import OWN
+from diffit_train.data.encode_plan import read_inputs
+from diffit_train.data.shards import MANIFEST, Manifest, latents_url, load_manifest
 from diffit_train.data.sources import ImageList, Item, SourceKind, read_items
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
@@ -31,7 +34,7 @@ from diffit_train.evaluation.reference_files import (
     opened_reference,
     reference_file,
 )
-from diffit_train.progress import Progress
+from diffit_train.progress import Progress, say
 
 # Maximum number of parts of a source, and minimum number of images per part: the sums of 2048
 # features are 32 MB, however many images there are.
@@ -77,14 +80,30 @@ class ReferencePart:
 
 
 class FoundReference(NamedTuple):
-    """A reference and its URL.
+    """A stored reference.
 
-    `digest` identifies it: the SHA-256 of a file, else a hash of images and features.
+    `identity` is stored in it. `digest` identifies it to the user: the SHA-256 of a file, else a
+    hash of images and features.
     """
 
     url: str
+    identity: str
     digest: str
-    statistics: Reference
+
+    def read(self) -> Reference:
+        """Its statistics; errors as `read_reference`."""
+        return read_reference(self.url, self.identity)
+
+
+class KnownListing(storage.Record):
+    """references/listings/INPUT.json: the digest of the source that latents were encoded from.
+
+    With it, nobody has to list a million images to name their reference.
+    """
+
+    input_sha256: str
+    source: str
+    listing_sha256: str
 
 
 @dataclass(frozen=True)
@@ -106,17 +125,82 @@ def reference_url(recipe: Recipe, identity: str) -> str:
     return storage.join(recipe.storage.root, "references", name)
 
 
-def source_identity(recipe: Recipe, listing: ImageList) -> str:
-    """Hash of everything that a reference of an image source depends on."""
+def source_identity(recipe: Recipe, listing_sha256: str) -> str:
+    """Hash of everything that a reference of an image source depends on.
+
+    Args:
+        listing_sha256: digest of the listing of its images.
+    """
     return storage.digest(
         [
             LAYOUT,
-            listing.digest(),
+            listing_sha256,
             features_digest(recipe),
             recipe.data.resolution,
             recipe.evaluate.reference_images,
         ]
     )
+
+
+def encoded_identity(recipe: Recipe) -> str | None:
+    """The `source_identity` of the images that the recipe's latents were encoded from.
+
+    None if they are not encoded, or were never listed for a reference.
+    """
+    manifest = _manifest(recipe)
+    if manifest is None:
+        return None
+    try:
+        data = storage.read_bytes(_listing_url(recipe, manifest))
+        known = KnownListing.model_validate_json(data)
+    except (FileNotFoundError, ValidationError):
+        return None  # listed, and written, again
+    if (known.input_sha256, known.source) != (manifest.input_sha256, recipe.data.source):
+        return None
+    return source_identity(recipe, known.listing_sha256)
+
+
+def remember_listing(recipe: Recipe, listing: ImageList) -> None:
+    """Store the listing's digest for `encoded_identity`, if it lists what was encoded."""
+    manifest = _manifest(recipe)
+    if manifest is None:
+        return
+    if not _lists_what_was_encoded(recipe, manifest, listing):
+        say(
+            f"the images of {listing.url} have changed since they were encoded; the reference is "
+            "of the images as they are now"
+        )
+        return
+    known = KnownListing(
+        input_sha256=manifest.input_sha256,
+        source=recipe.data.source,
+        listing_sha256=listing.digest(),
+    )
+    storage.write_text(_listing_url(recipe, manifest), known.model_dump_json(indent=1) + "\n")
+
+
+def _lists_what_was_encoded(recipe: Recipe, manifest: Manifest, listing: ImageList) -> bool:
+    pairs = [(item.name, item.label) for item in listing.items]
+    if storage.digest(pairs) == manifest.input_sha256:
+        return True
+    # Images that were appended come last there.
+    return len(pairs) == manifest.totals.input and (
+        sorted(read_inputs(latents_url(recipe))[: len(pairs)]) == sorted(pairs)
+    )
+
+
+def _manifest(recipe: Recipe) -> Manifest | None:
+    """The manifest of the recipe's latents; None without latents of this recipe."""
+    url = latents_url(recipe)
+    if not storage.exists(storage.join(url, MANIFEST)):
+        return None
+    manifest = load_manifest(url)
+    return manifest if manifest.recipe_hash == recipe.encode_hash() else None
+
+
+def _listing_url(recipe: Recipe, manifest: Manifest) -> str:
+    name = storage.digest([manifest.input_sha256, recipe.data.source])[:12]
+    return storage.join(recipe.storage.root, "references", "listings", f"{name}.json")
 
 
 def file_identity(recipe: Recipe, sha256: str) -> str:

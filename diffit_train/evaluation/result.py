@@ -22,8 +22,11 @@ class Result(storage.Record):
     `fd_NAME` and `kd_NAME`. If the reference has images, it also has `precision` and `recall`, from
     exact distances (only `diffit evaluate --conformance` rounds them like ADM's evaluator). With a
     classifier it has `classifier_accuracy`, the fraction of images classified as the requested
-    class. `reference_digest` identifies the reference: the SHA-256 of a reference file, else a hash
-    of images and features, or "" in results of earlier versions.
+    class. `idle_share` is the fraction of the time in which actors existed but did not work, since
+    the images of the evaluation before were complete; null if no actor was needed.
+    `keep_images` is evaluate.keep_images; "" in results of earlier versions, which kept all.
+    `reference_digest` identifies the reference: the SHA-256 of a reference file, else a hash of
+    images and features, or "" in results of earlier versions.
     """
 
     run: str
@@ -33,6 +36,8 @@ class Result(storage.Record):
     metrics: dict[str, float]
     grid: str
     seconds: float
+    idle_share: float | None = None
+    keep_images: str = ""
     nfe: float
     evaluate: dict[str, Any]
     reference_digest: str = ""

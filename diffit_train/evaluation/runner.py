@@ -8,22 +8,21 @@ failures.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
+from typing import Any, Literal, Self
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
-from diffit_train.evaluation.actors import EvaluationPool, EvaluationTarget
-from diffit_train.evaluation.chunks import LABELS
+from diffit_train.evaluation.actors import EvaluationTarget
+from diffit_train.evaluation.chunks import LABELS, Layout, Range
 from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.generate import class_names, guidance_saving, nfe_per_image
 from diffit_train.evaluation.grid import draw_grid
-from diffit_train.evaluation.labels import choose_labels
+from diffit_train.evaluation.pool import EvaluationPool, Generation, Usage
 from diffit_train.evaluation.references import FoundReference, Reference
 from diffit_train.evaluation.result import (
     Result,
@@ -32,12 +31,17 @@ from diffit_train.evaluation.result import (
     evaluation_url,
     finished_result,
 )
-from diffit_train.evaluation.scores import MetricSuite
+from diffit_train.evaluation.scoring import Scorer, grid_rows, read_grid
 from diffit_train.metric_names import EVALUATION, NFE
-from diffit_train.progress import say
+from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url
 from diffit_train.tracking import TAG_REFERENCE, Tracker, first_line, unreachable_errors
+
+# Threads that sum finished chunks while actors generate others.
+SUMMING_THREADS = 2
+# Evaluations whose images are there, but not their metrics: each holds its features in memory.
+MOST_UNFINISHED = 3
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,10 @@ class Request:
 
 
 def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Result]:
-    """Evaluate committed checkpoints on the Ray cluster at `address`, one after another.
+    """Evaluate committed checkpoints on the Ray cluster at `address`; one result per request.
 
-    A rerun resumes. Consecutive evaluations share actors where possible.
+    A rerun resumes. Evaluations that can share actors do, in one queue of chunks. Metrics are
+    computed here, while the actors generate the next evaluation's images or after they are gone.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -77,17 +82,8 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
         check(request.recipe)
     results: list[Result] = []
     with ray_session.connected(address):
-        pool: EvaluationPool | None = None
-        try:
-            for request in requests:
-                if pool is None or not pool.serves(request.recipe):
-                    if pool is not None:
-                        pool.close()
-                    pool = EvaluationPool(request.recipe)
-                results.append(_evaluate_one(request, pool))
-        finally:
-            if pool is not None:
-                pool.close()
+        for together in _sharing_actors(requests):
+            results += _evaluate_together(together)
     return results
 
 
@@ -114,35 +110,154 @@ def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Ref
         pool = EvaluationPool(recipe)
         try:
             found = pool.reference()
-            return found.url, found.statistics
         finally:
             pool.close()
+    return found.url, found.read()
 
 
-def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
-    recipe, run, step = request.recipe, request.run, request.step
-    source = run_url(recipe, run)
-    state = read_state(source, step)
-    key = evaluation_key(recipe, source, step)
-    url = evaluation_url(recipe, run, step, key)
-    storage.remove_temporary(url)
-    if saving := guidance_saving(recipe):
-        say(saving)
-    started_s = time.monotonic()
-    reference = pool.reference()
-    pool.generate(recipe, EvaluationTarget(source, step, url, key))
-    suite, labels, shown = _measured(recipe, url, key, reference.statistics)
-    metrics = suite.values()
-    for warning in suite.warnings():
+def _sharing_actors(requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """Successive requests whose recipes one pool serves."""
+    together: list[Request] = []
+    for request in requests:
+        if together and not EvaluationPool(together[0].recipe).serves(request.recipe):
+            yield together
+            together = []
+        together.append(request)
+    if together:
+        yield together
+
+
+def _evaluate_together(requests: Sequence[Request]) -> list[Result]:
+    """Evaluate with one set of actors, which is gone before the last metrics are computed."""
+    for saving in dict.fromkeys(guidance_saving(request.recipe) for request in requests):
+        if saving:
+            say(saving)
+    with ThreadPoolExecutor(SUMMING_THREADS) as summing, ThreadPoolExecutor(1) as finishing:
+        started = [_Started.of(request, summing) for request in requests]
+        pool = EvaluationPool(requests[0].recipe)
+        finished: list[Future[Result]] = []
+        try:
+            reference = pool.reference()
+            statistics = finishing.submit(reference.read)
+
+            def finish(one: _Started, usage: Usage) -> None:
+                _raise_failures([statistics, *finished])
+                for waiting in finished[:-MOST_UNFINISHED]:
+                    waiting.result()
+                finished.append(finishing.submit(_finish, one, reference, statistics, usage))
+
+            usage = _generate(pool, started, finish)
+        finally:
+            pool.close()
+        results = [future.result() for future in finished]
+        # In this thread, so that Ctrl-C need not wait for it.
+        return [*results, _finish(started[-1], reference, statistics, usage)]
+
+
+@dataclass
+class _Started:
+    """An evaluation whose images are being generated."""
+
+    request: Request
+    state: State
+    generation: Generation
+    scorer: Scorer
+    started_s: float
+
+    @classmethod
+    def of(cls, request: Request, summing: Executor) -> Self:
+        """Find what there is, and what is missing, before any actor exists."""
+        recipe, run, step = request.recipe, request.run, request.step
+        source = run_url(recipe, run)
+        state = read_state(source, step)
+        key = evaluation_key(recipe, source, step)
+        url = evaluation_url(recipe, run, step, key)
+        storage.remove_temporary(url)
+        keep_all = request.npz or recipe.evaluate.keep_images == "all"
+        there = _usable_chunks(url, keep_all)
+        evaluate, batches = recipe.evaluate, recipe.scaling.evaluate_batches
+        missing = Layout(evaluate.samples, evaluate.batch_size, batches).missing(there)
+        scorer = Scorer(recipe, url, key, summing)
+        scorer.add(there)
+        target = EvaluationTarget(source, step, url, key)
+        generation = Generation(recipe, target, missing, keep_all)
+        return cls(request, state, generation, scorer, time.monotonic())
+
+
+def _usable_chunks(url: str, keep_all: bool) -> list[Range]:
+    """The complete chunks; those without images are removed if all images are wanted."""
+    there = chunks.committed_chunks(url)
+    if not keep_all:
+        return there
+    whole = chunks.committed_chunks(url, with_images=True)
+    if len(whole) < len(there):
+        say(
+            f"chunks of {storage.display_path(url)} that kept only the grid's images: "
+            f"{len(there) - len(whole)}; generating them again"
+        )
+    for part in set(there) - set(whole):
+        storage.remove(storage.join(url, chunks.chunk_name(part)))
+    return whole
+
+
+def _generate(
+    pool: EvaluationPool, started: Sequence[_Started], finish: Callable[[_Started, Usage], None]
+) -> Usage:
+    """Generate all missing chunks, and stop the actors.
+
+    Args:
+        finish: called, in order, for each evaluation but the last once it has its images, with the
+            use of actors since the one before; for the first, since they were started.
+
+    Returns:
+        Use of actors for the last evaluation.
+    """
+    committed = pool.generate([one.generation for one in started])
+    before = Usage(0.0, 0.0)
+    for number, one in enumerate(started):
+        if number:
+            one.started_s = time.monotonic()
+        samples = one.generation.recipe.evaluate.samples
+        title = f"evaluate step {one.request.step:,}"
+        with Progress(title, samples, "images", one.scorer.taken) as shown:
+            while not one.scorer.complete:
+                of, part = next(committed)
+                started[of].scorer.add([part])
+                shown.update(one.scorer.taken)
+        now = pool.usage()
+        if number < len(started) - 1:
+            finish(one, now.since(before))
+            before = now
+    pool.close()
+    return now.since(before)
+
+
+def _raise_failures(futures: Sequence[Future[Any]]) -> None:
+    """Raise what has gone wrong in the background so far."""
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+def _finish(
+    one: _Started, reference: FoundReference, statistics: Future[Reference], usage: Usage
+) -> Result:
+    """Compute the metrics of generated images, log them, and commit the result."""
+    request, state, (recipe, target, _, _) = one.request, one.state, one.generation
+    run, step, url = request.run, request.step, target.url
+    suite = one.scorer.finish()
+    metrics = suite.values(statistics.result())
+    for warning in suite.warnings(statistics.result()):
         say(f"note: {warning}")
     grid = storage.join(url, "grid.png")
     numbers = "   ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-    draw_grid(shown, class_names(recipe), f"{run}, step {step:,}\n{numbers}", grid)
+    title = f"{run}, step {step:,}\n{numbers}"
+    draw_grid(read_grid(recipe, url), class_names(recipe), title, grid)
     if request.npz:
-        write_npz(recipe, url, labels)
+        write_npz(recipe, url)
     cost = nfe_per_image(recipe)
     try:
-        child = _track(request, state, key, metrics, cost, grid, reference)
+        child = _track(request, state, target.key, metrics, cost, grid, reference)
     except unreachable_errors() as error:
         raise DiffitError(
             f"computed the metrics of step {step:,} ({numbers}), but could not log them to MLflow: "
@@ -151,11 +266,13 @@ def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
     result = Result(
         run=run,
         step=step,
-        key=key,
+        key=target.key,
         samples=recipe.evaluate.samples,
         metrics=metrics,
         grid=grid,
-        seconds=time.monotonic() - started_s,
+        seconds=time.monotonic() - one.started_s,
+        idle_share=usage.idle_share,
+        keep_images=recipe.evaluate.keep_images,
         nfe=cost,
         evaluate=evaluated_identity(recipe),
         reference_digest=reference.digest,
@@ -163,49 +280,29 @@ def _evaluate_one(request: Request, pool: EvaluationPool) -> Result:
         mlflow_run_id=child,
     )
     storage.write_text(storage.join(url, "result.json"), result.model_dump_json(indent=1) + "\n")
+    if usage.idle_share is not None:
+        say(
+            f"step {step:,}: the actors existed for {usage.existed_s:,.0f} s, and did not generate "
+            f"in {usage.idle_share:.1%} of it"
+        )
     return result
 
 
-def _measured(
-    recipe: Recipe, url: str, key: str, reference: Reference
-) -> tuple[MetricSuite, list[np.ndarray], dict[int, list[np.ndarray]]]:
-    """MetricSuite, labels per chunk, and the grid's images by class, one chunk at a time."""
-    suite, labels = MetricSuite(recipe, reference), []
-    shown: dict[int, list[np.ndarray]] = {}
-    evaluate = recipe.evaluate
-    in_grid = _grid_labels(recipe)
-    for part in chunks.committed_chunks(url):
-        rows = chunks.read_chunk(url, part, key)
-        suite.add(rows)
-        labels.append(rows[LABELS])
-        wanted = [
-            (index, shown.setdefault(label, []))
-            for index, label in enumerate(rows[LABELS].tolist())
-            if label in in_grid and len(shown.get(label, ())) < evaluate.grid_columns
-        ]
-        pixels = chunks.read_chunk_images(url, part) if wanted else None
-        for index, row in wanted:
-            if pixels is not None and len(row) < evaluate.grid_columns:
-                row.append(pixels[index])
-    return suite, labels, shown
+def write_npz(recipe: Recipe, url: str) -> str:
+    """Write an evaluation's images as samples.npz in ADM's format, unless it exists; its URL.
 
-
-def _grid_labels(recipe: Recipe) -> set[int]:
-    """Labels of the grid's rows: the first that occur, as few random labels skip classes."""
-    evaluate, classes = recipe.evaluate, recipe.data.num_classes
-    labels = choose_labels(evaluate.labels, evaluate.seed, range(evaluate.samples), classes)
-    return set(np.unique(labels)[: evaluate.grid_rows].tolist())
-
-
-def write_npz(recipe: Recipe, url: str, labels: list[np.ndarray] | None = None) -> str:
-    """Write an evaluation's images as samples.npz in ADM's format, unless it exists; its URL."""
+    Raises:
+        UserError: its images were not kept.
+    """
     target = storage.join(url, "samples.npz")
     if not storage.exists(target):
-        if labels is None:
-            key = url.rstrip("/").rsplit("/", 1)[-1]
-            parts = chunks.committed_chunks(url)
-            labels = [chunks.read_chunk(url, part, key)[LABELS] for part in parts]
+        key = url.rstrip("/").rsplit("/", 1)[-1]
+        parts = chunks.committed_chunks(url)
+        labels = [chunks.read_chunk(url, part, key)[LABELS] for part in parts]
         chunks.write_samples(url, target, recipe.evaluate.samples, labels)
+        if recipe.evaluate.keep_images == "grid":
+            for part in parts:
+                chunks.keep_only(url, part, grid_rows(recipe, part))
         say(f"images: {storage.display_path(target)}")
     return target
 

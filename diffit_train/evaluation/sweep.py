@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe, load_recipe_text, load_stored_recipe
+from diffit_train.config.evaluate import FREE_KEYS
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import Result, finished_result
 
@@ -87,6 +88,8 @@ def parse_values(text: str) -> tuple[str, list[Any]]:
         raise UserError(
             f"--sweep {text}: a sweep cannot vary {key}: metrics would not be comparable"
         )
+    if key.removeprefix(_SECTION) in FREE_KEYS:
+        raise UserError(f"--sweep {text}: {key} changes no metric; set it as KEY=VALUE instead")
     found: list[Any] = []
     for part in _split_values(values):
         found += _range(part, text) if part.count(":") == 2 else [_plain(part, text)]

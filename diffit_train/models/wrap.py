@@ -73,7 +73,12 @@ def _checkpointed(forward: Any, options: dict[str, Any], x: Tensor, c: Tensor) -
     return checkpoint(forward, x, c, **options)
 
 
-def compile_blocks(model: Backbone) -> None:
-    """Compile each block; identical blocks share one compilation."""
+def compile_blocks(model: Backbone, dynamic: bool | None = None) -> None:
+    """Compile each block; identical blocks share one compilation.
+
+    Args:
+        dynamic: False compiles for each batch size; None makes one compilation for all sizes once
+            a second one occurs.
+    """
     for block in model.blocks:
-        block.compile()
+        block.compile(dynamic=dynamic)

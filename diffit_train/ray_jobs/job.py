@@ -37,8 +37,9 @@ class Job:
     """A job to submit.
 
     Attributes:
-        sweep: the sweep that an evaluation belongs to.
+        sweep: the sweep that an evaluation belongs to, or that the job runs as a whole.
         number: the evaluation's number in the sweep.
+        axes: KEY=VALUES of each varied key, for a job that runs a whole sweep.
         env: names of environment variables of this process that the job gets, too.
         runtime_env: where its packages come from.
         checked: the stages that a `doctor` job checks the cluster's size for.
@@ -50,14 +51,17 @@ class Job:
     steps: Sequence[str] = ()
     sweep: str = ""
     number: int = 0
+    axes: Sequence[str] = ()
     env: Sequence[str] = ()
     runtime_env: RuntimeEnv = "none"
     checked: Sequence[ClusterStage] = ()
 
     @property
     def title(self) -> str:
-        """STAGE-RUN, and for a member of a sweep its name and number: what people call the job."""
+        """STAGE-RUN, and in a sweep its name and the member's number: what people call the job."""
         name = f"{self.stage}-{self.run}"
+        if self.axes:
+            return f"{name}-{self.sweep}"
         return f"{name}-{self.sweep}-{self.number:04d}" if self.sweep else name
 
     @property
@@ -88,8 +92,10 @@ class Job:
             words += ["--run", self.run]
         for step in self.steps:
             words += ["--step", step]
+        for axis in self.axes:
+            words += ["--sweep", axis]
         if self.sweep:
-            words += ["--sweep-member", self.sweep]
+            words += ["--name" if self.axes else "--sweep-member", self.sweep]
         if self.stage == "doctor":
             words += ["--report-for", ",".join(self.checked)]
         return shlex.join(words)

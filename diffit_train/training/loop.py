@@ -152,7 +152,7 @@ class Trainer:
     def _speed_meter(self, model: Backbone) -> SpeedMeter:
         train = self.recipe.train
         peak_size = 512 if self.device.type == "cpu" else 8192
-        dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
+        dtype = torch.bfloat16 if "bf16" in train.precision else torch.float32
         peak = matmul_flops_per_s(self.device, dtype, peak_size) * self.world
         return SpeedMeter(train.batch_size, training_flops_per_image(model), peak)
 

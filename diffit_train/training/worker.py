@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig
 
 from diffit_train.config import Recipe
+from diffit_train.models.precision import tf32
 from diffit_train.tracking import first_line
 
 POLL_S = 0.5
@@ -212,7 +213,8 @@ def train_worker(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(recipe.scaling.cpus_per_worker)
     try:
-        step = train_until_done(recipe, run, config["mlflow_run_id"], device, hooks)
+        with tf32(recipe.train.precision == "tf32"):
+            step = train_until_done(recipe, run, config["mlflow_run_id"], device, hooks)
     except UnrecoverableError as error:  # raised on all ranks
         if hooks.rank == 0:
             ray.get(hooks.status.fail.remote(str(error)))

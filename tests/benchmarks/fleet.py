@@ -1,11 +1,12 @@
-"""Fleet overhead over a bare sampling loop, its scaling, and the cost of idle passes.
+"""Fleet overhead over a bare sampling loop, its scaling and idle time, and the cost of idle passes.
 
     python -m tests.benchmarks.fleet overhead --root diffit-demo
     python -m tests.benchmarks.fleet actors --root diffit-demo
+    python -m tests.benchmarks.fleet idle --root diffit-demo --samples 20000 --fleet 4
     python -m tests.benchmarks.fleet simulate
     python -m tests.benchmarks.fleet guidance
 
-The first two need the root of a `make demo`.
+The first three need the root of a `make demo`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import ray
@@ -25,18 +29,30 @@ import torch
 from diffit_train import ray_session
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
-from diffit_train.evaluation.actors import ActorPool, EvaluationPool, EvaluationTarget
+from diffit_train.evaluation import chunks, references, runner
+from diffit_train.evaluation import pool as pools
+from diffit_train.evaluation.actors import ChunkTask, EvaluationActor, EvaluationTarget
+from diffit_train.evaluation.chunks import FEATURES, LOGITS, PREDICTIONS, SPATIAL, Layout
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.generate import Generator, nfe_per_image, run_weights
+from diffit_train.evaluation.pool import ActorPool, EvaluationPool, Generation
+from diffit_train.evaluation.references import FoundReference, Reference, Statistics
+from diffit_train.evaluation.scores import MetricSuite
 from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.runs.identity import run_url
 from tests.benchmarks.common import print_table
+from tests.faults.fleet import copy_root
 
 # The sleeping model: seconds per chunk, and chunks per actor.
 SLEEP_S = 2.0
 CHUNKS = 8
 # Number of processes that host the sleeping actors.
 PROCESSES = 4
+# Seconds per image of the simulated network.
+IMAGE_S = 0.02
+# Width of Inception's features, spatial features and logits, and number of reference images.
+WIDTHS = {FEATURES: 2048, SPATIAL: 2023, LOGITS: 1008}
+REAL_IMAGES = 10_000
 CPU = torch.device("cpu")
 
 
@@ -80,10 +96,18 @@ class _Started:
         folder = tempfile.mkdtemp(prefix="diffit-bench-")
         started_s = time.perf_counter()
         source = run_url(self.recipe, "demo")
-        self.fleet.generate(self.recipe, EvaluationTarget(source, self.step, folder, "key"))
+        target = EvaluationTarget(source, self.step, folder, "key")
+        for _ in self.fleet.generate([_all_chunks(self.recipe, target)]):
+            pass
         taken_s = time.perf_counter() - started_s
         shutil.rmtree(folder)
         return taken_s
+
+
+def _all_chunks(recipe: Recipe, target: EvaluationTarget) -> Generation:
+    evaluate, batches = recipe.evaluate, recipe.scaling.evaluate_batches
+    missing = Layout(evaluate.samples, evaluate.batch_size, batches).missing([])
+    return Generation(recipe, target, missing, keep_all=True)
 
 
 def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
@@ -134,8 +158,9 @@ def actors(root: Path, samples: int, rounds: int) -> None:
 class _Sleepers:
     """A process hosting many actors that sleep instead of sampling."""
 
-    def ready(self) -> None:
-        """Return immediately."""
+    def ready(self) -> float:
+        """An actor of no age."""
+        return 0.0
 
     def work(self, seconds: float) -> int:
         time.sleep(seconds)
@@ -173,6 +198,91 @@ def simulate(counts: list[int]) -> None:
     )
 
 
+class _Simulated(EvaluationActor):
+    """An actor with a network that sleeps, and random features of Inception's size."""
+
+    def _load(self, recipe: Recipe, task: ChunkTask, weights: Any) -> None:
+        side = recipe.data.resolution
+        random = np.random.default_rng(task.part.first)
+
+        def generate(keys: list[tuple[int, int]], labels: list[int]) -> np.ndarray:
+            time.sleep(IMAGE_S * len(keys))
+            return np.zeros((len(keys), side, side, 3), np.uint8)
+
+        def extract(pixels: np.ndarray) -> dict[str, np.ndarray]:
+            rows = {
+                name: random.standard_normal((len(pixels), width), np.float32)
+                for name, width in WIDTHS.items()
+            }
+            return {**rows, PREDICTIONS: np.zeros(len(pixels), np.int64)}
+
+        self.generator, self.network.extract = generate, extract  # type: ignore[method-assign]
+        self.loaded = ("simulated",)
+
+
+@contextmanager
+def _simulated(folder: Path) -> Iterator[FoundReference]:
+    """Evaluations with simulated actors, and a reference of Inception's size for them."""
+    random, url = np.random.default_rng(0), str(folder / "reference.safetensors")
+    width, spatial = WIDTHS[FEATURES], WIDTHS[SPATIAL]
+    reference = Reference(
+        Statistics(np.zeros(width), np.eye(width)),
+        Statistics(np.zeros(spatial), np.eye(spatial)),
+        random.standard_normal((REAL_IMAGES, width), np.float32),
+        REAL_IMAGES,
+    )
+    references.write_reference(url, "simulated", reference)
+    found = FoundReference(url, "simulated", "simulated")
+    with (
+        patch.object(pools, "EvaluationActor", _Simulated),
+        patch.object(EvaluationPool, "reference", lambda _: found),
+    ):
+        yield found
+
+
+def _in_sequence(recipe: Recipe, step: int, folder: Path, found: FoundReference) -> float:
+    """Idle share of actors that wait until all chunks are summed, one by one, and measured."""
+    with patch.object(pools, "SLOTS", 1):
+        fleet = EvaluationPool(recipe)
+        target = EvaluationTarget(run_url(recipe, "demo"), step, str(folder / "chunks"), "key")
+        for _ in fleet.generate([_all_chunks(recipe, target)]):
+            pass
+        suite = MetricSuite(recipe)
+        for part in chunks.committed_chunks(target.url):
+            suite.add(chunks.read_chunk(target.url, part, target.key))
+        suite.values(found.read())
+        share = fleet.usage().idle_share
+        fleet.close()
+    assert share is not None
+    return share
+
+
+def idle(root: Path, samples: int, fleet: int) -> None:
+    """Time in which actors exist and do not generate, with a network that sleeps."""
+    folder = Path(tempfile.mkdtemp(prefix="diffit-bench-"))
+    changes = [f"scaling.evaluate_actors={fleet}", f"evaluate.samples={samples}"]
+    copy = str(copy_root(root, folder))
+    recipe = load_recipe("demo", [*changes, "evaluate.batch_size=64"], root=copy)
+    step = committed_steps(run_url(recipe, "demo"))[-1]
+    ray.init("local", num_cpus=fleet, include_dashboard=False, log_to_driver=False)
+    with _simulated(folder) as found:
+        before = _in_sequence(recipe, step, folder, found)
+        (result,) = runner.evaluate([runner.Request(recipe, "demo", step)])
+    ray.shutdown()
+    shutil.rmtree(folder)
+    assert result.idle_share is not None
+    print_table(
+        f"{samples:,} images on {fleet} actors on {os.cpu_count()} CPUs, with a network that "
+        f"sleeps {IMAGE_S * 1000:g} ms an image, and features of Inception's size; baseline: "
+        "chunks summed one by one after generation, actors kept until all metrics are computed",
+        ["", "actors exist and do not generate", "vs. baseline"],
+        [
+            ["in sequence", f"{before:.1%}", "1.000"],
+            ["diffit evaluate", f"{result.idle_share:.1%}", f"{result.idle_share / before:.3f}"],
+        ],
+    )
+
+
 def guidance() -> None:
     """NFE per image, with and without skipping idle unconditional passes."""
     rows = []
@@ -205,10 +315,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("overhead", "actors", "simulate", "guidance"))
+    parser.add_argument("what", choices=("overhead", "actors", "idle", "simulate", "guidance"))
     parser.add_argument("--root", type=Path, default=Path("diffit-demo"))
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fleet", type=int, default=4, help="actors with a simulated network")
     parser.add_argument("--batches", type=int, default=1, help="batches per chunk")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64, 512])
     chosen = parser.parse_args()
@@ -216,6 +327,8 @@ def main() -> None:
         overhead(chosen.root, chosen.samples, chosen.rounds, chosen.batches)
     elif chosen.what == "actors":
         actors(chosen.root, chosen.samples, chosen.rounds)
+    elif chosen.what == "idle":
+        idle(chosen.root, chosen.samples, chosen.fleet)
     elif chosen.what == "simulate":
         simulate(chosen.counts)
     else:

@@ -25,6 +25,7 @@ from diffit_train.compare.collect import Evaluation, Protocol, RunRow, collect
 from diffit_train.compare.comparison import Comparison, compare_store
 from diffit_train.compare.plots import Panel, draw_panels, panels
 from diffit_train.compare.ranking import (
+    best_by_protocol,
     best_indices,
     best_of,
     fronts,
@@ -335,6 +336,23 @@ def test_different_features_or_references_are_different_protocols(
     (note,) = [n for n in _compared(rows).notes() if "measured in 4 ways" in n]
     assert "features digits of root:features/digits, reference root:images at 32" in note
     assert "features inception, reference root:images at 64" in note
+
+
+def test_different_precisions_are_ranked_apart(tmp_path: Path, store: Store) -> None:
+    shutil.copy(store.folder / "mlflow.db", tmp_path)
+    copy = Store(tmp_path)
+    run = copy.run("precise", {})
+    copy.evaluation(run, 1, {"fid": 5.0}, {"precision": "fp32"})
+    copy.evaluation(run, 2, {"fid": 4.0}, {"precision": "fp32"})
+    copy.evaluation(run, 3, {"fid": 3.0}, {"precision": "bf16_autocast"})
+    (row,) = rows = collect(copy.tracker, None, ["precise"])
+    best = best_by_protocol(row, "fid")
+    assert sorted((p.precision, e.step) for p, e in best.items()) == [
+        ("bf16_autocast", 3),
+        ("fp32", 2),
+    ]
+    (note,) = [n for n in _compared(rows).notes() if "measured in 2 ways" in n]
+    assert "precision fp32; precision bf16_autocast. They are not comparable" in note
 
 
 def test_references_are_identified_by_digest(tmp_path: Path) -> None:

@@ -171,8 +171,8 @@ def test_ddim_spacing_matches_adm_at_every_count() -> None:
 def _exact_denoiser(mean: float, variance: float) -> guidance.Denoiser:
     """The best prediction of the noise where the data is one normal distribution."""
 
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        alpha_bar = ADM.alpha_bar[int(t[0])]
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        alpha_bar = ADM.alpha_bar[int(t)]
         total = alpha_bar * variance + 1 - alpha_bar
         noise = math.sqrt(1 - alpha_bar) * (x - math.sqrt(alpha_bar) * mean) / total
         return torch.cat([noise, torch.zeros_like(noise)], dim=1)
@@ -208,7 +208,7 @@ def test_ddim_agrees_with_diffusers() -> None:
     start = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     x = start
     for t in scheduler.timesteps:
-        x = scheduler.step(denoise(x, t[None]).chunk(2, dim=1)[0], t, x).prev_sample
+        x = scheduler.step(denoise(x, int(t)).chunk(2, dim=1)[0], t, x).prev_sample
     mine = samplers.ddim(respace(ADM, kept), denoise, start, lambda i: torch.empty(0))
     torch.testing.assert_close(mine, x, atol=1e-4, rtol=1e-4)
 
@@ -231,7 +231,7 @@ def test_guidance_changes_only_its_channels() -> None:
         return value + t.view(-1, 1, 1, 1)
 
     x, t = torch.zeros(2, 4, 2, 2, dtype=torch.float64), torch.tensor([7, 7])
-    out = guidance.guided(model, labels, 10, guidance.constant(3.0), channels=3)(x, t)
+    out = guidance.guided(model, labels, 10, guidance.constant(3.0), channels=3)(x, 7)
     conditional = model(x, t, labels)
     unconditional = model(x, t, torch.tensor([10, 10]))
     expected = conditional.clone()
@@ -247,7 +247,7 @@ def test_no_guidance_needs_no_unconditional_pass() -> None:
         return torch.zeros(len(x), 2, 1, 1)
 
     denoise = guidance.guided(model, torch.tensor([0]), 1, guidance.constant(1.0), channels=1)
-    denoise(torch.zeros(1, 1, 1, 1), torch.tensor([3]))
+    denoise(torch.zeros(1, 1, 1, 1), 3)
     assert seen == [1]
 
 
@@ -271,11 +271,11 @@ def test_idle_unconditional_passes_are_skipped_and_counted() -> None:
     denoise = guidance.guided(model, torch.tensor([3]), 9, weight, 1, skip_within=1e-4)
     full = guidance.guided(model, torch.tensor([3]), 9, weight, 1)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    outputs = [denoise(x, torch.tensor([t])) for t in visited]
+    outputs = [denoise(x, t) for t in visited]
     spent = sum(evaluated)
     saved = guidance.saved_share(weight, visited, 1e-4)
     assert spent == round((1 - saved) * 2 * len(visited))
     assert 0.1 < saved < 0.15
     for t, out in zip(visited, outputs, strict=True):
         # Labels 3 and 9 differ by 6.
-        assert (out - full(x, torch.tensor([t]))).abs().max() <= 6 * 1e-4
+        assert (out - full(x, t)).abs().max() <= 6 * 1e-4

@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffit_train.commands.data import fit_features
 from diffit_train.config import Recipe
+from diffit_train.config.evaluate import SAMPLERS
 from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, PREDICTIONS
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import features_info
-from diffit_train.evaluation.generate import Generator, ImageNoise
+from diffit_train.evaluation.generate import Generator, ImageNoise, guidance_saving
 from diffit_train.models.build import build_model
 from tests.conftest import tiny_recipe
 
@@ -74,6 +76,23 @@ def test_a_generator_uses_the_recipes_pixel_rounding(project: Path) -> None:
     assert 0.4 < above.mean() < 0.6
 
 
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True)])
+def test_the_model_runs_in_the_recipes_precision(
+    project: Path, precision: str, allowed: bool
+) -> None:
+    recipe = tiny_recipe(project, f"evaluate.precision={precision}")
+    generator = Generator(recipe, _weights(recipe), load_autoencoder(recipe, CPU))
+    seen = set()
+    generator.model.register_forward_pre_hook(
+        lambda *_: seen.add(
+            (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        )
+    )
+    generator([(0, 0)], [0])
+    assert seen == {(allowed, allowed)}
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_weights_of_another_model_are_named(project: Path) -> None:
     recipe = tiny_recipe(project)
     autoencoder, weights = load_autoencoder(recipe, CPU), _weights(recipe)
@@ -105,3 +124,107 @@ def test_features_are_deterministic_and_guarded(project: Path, tmp_path: Path) -
         load_features(tiny_recipe(tmp_path), CPU)
     with pytest.raises(UserError, match=r"data\.resolution is 32, .* is for 16"):
         load_features(tiny_recipe(project, "data.resolution=32"), CPU)
+
+
+class _Transfers(TorchDispatchMode):
+    """Counts what makes the host wait for a device; the meta device stands for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = op(*args, **(kwargs or {}))
+        tensors = [v for v in (*args, out) if isinstance(v, torch.Tensor) and v.dim()]
+        reads = op is torch.ops.aten._local_scalar_dense.default
+        copies = op in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if reads or (copies and len({v.device for v in tensors}) > 1):
+            self.found.append(str(op))
+        return out
+
+
+class _OnMeta:
+    """An autoencoder on the meta device that leaves latents as they are."""
+
+    device = torch.device("meta")
+
+    def decode(self, latents: torch.Tensor, how: str) -> torch.Tensor:
+        return latents
+
+
+def _transfers(generator: Generator) -> list[str]:
+    with _Transfers() as transfers:
+        assert generator([(0, 0), (0, 1)], [1, 2]).device.type == "meta"
+    return transfers.found
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [
+        *[("epsilon", name) for name in SAMPLERS["epsilon"]],
+        *[("flow", name) for name in SAMPLERS["flow"]],
+    ],
+)
+def test_sampling_neither_reads_from_the_device_nor_copies_to_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, objective: str, name: str
+) -> None:
+    options = ", eta: 0.5" if name == "ddim" else ""
+    counts = {}
+    for steps in (4, 8):
+        recipe = tiny_recipe(
+            project,
+            f"diffusion.objective={objective}",
+            f"evaluate.sampler={{name: {name}, steps: {steps}{options}}}",
+            "evaluate.guidance={kind: power_cosine, scale: 4}",
+            "model.attention=sdpa",
+        )
+        generator = Generator(recipe, _weights(recipe), _OnMeta())  # type: ignore[arg-type]
+        # Noise comes from the host, by asynchronous copies on a GPU.
+        fresh = torch.empty(2, 4, 4, 4, device="meta")
+        monkeypatch.setattr(ImageNoise, "__call__", lambda _, device, fresh=fresh: fresh)
+        first, counts[steps] = _transfers(generator), _transfers(generator)
+        assert len(first) < 12
+    # The labels and the null label's, once a batch, whatever the number of steps.
+    assert counts[4] == counts[8]
+    assert len(counts[4]) <= 2
+
+
+def test_transfers_are_counted() -> None:
+    with _Transfers() as transfers:
+        float(torch.zeros(1)[0])
+        torch.zeros(2).to("meta")
+        torch.zeros(2, device="meta").add_(1)
+    assert transfers.found == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
+
+
+def test_a_compiled_generator_compiles_once_for_each_batch_size(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle unconditional passes are skipped, so that batches are single or double."""
+    plain, dynamic = torch.nn.Module.compile, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        dynamic.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda block, **options: plain(block, backend=backend, **options),
+    )
+    recipe = tiny_recipe(
+        project,
+        "evaluate.sampler={name: ddim, steps: 6}",
+        "evaluate.guidance={kind: power_cosine, scale: 4, skip_within: 0.01}",
+        "evaluate.compile=true",
+    )
+    assert "skipping unconditional passes" in guidance_saving(recipe)
+    generator = Generator(recipe, _weights(recipe), load_autoencoder(recipe, CPU))
+    sizes = set()
+    generator.model.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+    keys = [(0, i) for i in range(3)]
+    made = [generator(keys, [0, 1, 2]) for _ in range(2)]
+    assert sizes == {3, 6}
+    # A kernel for sizes that are not known at compilation would be slower.
+    assert dynamic == [False, False]
+    assert np.array_equal(*made)

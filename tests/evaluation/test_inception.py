@@ -27,6 +27,7 @@ from diffit_train.evaluation.inception import (
     resize_tf1,
     weights_file,
 )
+from diffit_train.models.precision import arithmetic
 
 CPU = torch.device("cpu")
 
@@ -247,16 +248,22 @@ def test_convolutions_are_float32_and_the_setting_is_restored(
 
     def stop(*_: Any) -> None:
         seen.append(torch.backends.cudnn.allow_tf32)
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        seen.append(torch.is_autocast_enabled("cpu"))
         raise RuntimeError("seen")
 
     handle = layer.register_forward_pre_hook(stop)
-    before = torch.backends.cudnn.allow_tf32
-    with pytest.raises(RuntimeError, match="seen"):
-        network(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    for precision in ("fp32", "tf32", "bf16_autocast"):
+        with (
+            arithmetic(precision, torch.device("cpu")),
+            pytest.raises(RuntimeError, match="seen"),
+        ):
+            network(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
     handle.remove()
-    assert before
-    assert seen == [False]
-    assert torch.backends.cudnn.allow_tf32
+    assert seen == [False] * 9
+    assert before == (True, False)
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
 
 
 # ---- Resize ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import runner
-from diffit_train.evaluation.actors import EvaluationPool, EvaluationTarget
+from diffit_train.evaluation.actors import EvaluationTarget
 from diffit_train.evaluation.best import register_best
-from diffit_train.evaluation.chunks import committed_chunks, read_chunk_images
+from diffit_train.evaluation.chunks import Range, committed_chunks, read_chunk_images
 from diffit_train.evaluation.labels import choose_labels
+from diffit_train.evaluation.pool import EvaluationPool, Generation
 from diffit_train.evaluation.result import Result, evaluation_key, evaluation_url, finished_result
 from diffit_train.evaluation.runner import Request, make_reference
+from diffit_train.evaluation.scoring import grid_images
 from diffit_train.runs.checkpoints import checkpoint_digest, read_state
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
@@ -127,12 +130,12 @@ def test_random_labels_do_not_depend_on_chunks_and_actors(
 
 def test_the_grid_shows_the_first_classes_that_occur() -> None:
     recipe = load_recipe("imagenet256", ["evaluate.samples=40"])
-    shown = runner._grid_labels(recipe)
+    shown = grid_images(recipe)
     labels = choose_labels("random", 0, range(40), 1000).tolist()
     assert sorted(shown) == sorted(set(labels))[:10]
     # With fewer than ten classes among them, exactly those; with balanced labels, 0 to 9.
-    assert len(runner._grid_labels(load_recipe("imagenet256", ["evaluate.samples=5"]))) == 5
-    assert runner._grid_labels(load_recipe("demo")) == set(range(10))
+    assert len(grid_images(load_recipe("imagenet256", ["evaluate.samples=5"]))) == 5
+    assert grid_images(load_recipe("demo"))[9] == list(range(9, 100, 10))
 
 
 def test_two_actors_and_an_interruption_give_the_same_metrics(
@@ -175,7 +178,9 @@ def test_a_dead_actors_chunks_go_to_another_actor(
     fleet = EvaluationPool(recipe)
     (first,) = fleet.actors.actors
     ray.kill(first)
-    fleet.generate(recipe, EvaluationTarget(run_url, 12, url, key))
+    missing = [Range(0, 4), Range(4, 8), Range(8, 12)]
+    wanted = [Generation(recipe, EvaluationTarget(run_url, 12, url, key), missing, True)]
+    assert sorted(part for _, part in fleet.generate(wanted)) == missing
     assert first not in fleet.actors.actors
     fleet.close()
     (again,) = evaluate(recipe, "tiny", [12])
@@ -192,6 +197,88 @@ def test_more_samples_start_with_the_same_images(
     with np.load(Path(more["grid"]).parent / "samples.npz") as file:
         assert np.array_equal(file["arr_0"], _images(Result.model_validate(more)))
         assert file["arr_1"].tolist() == [i % 3 for i in range(15)]
+
+
+def test_only_the_grids_images_stay_unless_all_are_wanted(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path
+) -> None:
+    root, (_, result) = evaluated
+    all_kept = tiny_recipe(_copy(root, tmp_path), "evaluate.grid_columns=1")
+    recipe = tiny_recipe(tmp_path, "evaluate.grid_columns=1", "evaluate.keep_images=grid")
+    source = str(tmp_path / "runs" / "tiny")
+    assert evaluation_key(recipe, source, 12) == evaluation_key(all_kept, source, 12)
+    (made,) = evaluate_run(recipe, "tiny", ["12"])
+    folder = Path(made["grid"]).parent
+    # Of the first image of each class; the other chunks have none.
+    assert [path.name for path in folder.glob("*.npy")] == ["grid-0000000-0000004.npy"]
+    assert np.array_equal(np.load(next(folder.glob("*.npy"))), _images(result)[:3])
+    assert made["metrics"] == result.metrics
+    with pytest.raises(UserError, match=r"delete that folder and rerun with --npz"):
+        evaluate_run(recipe, "tiny", ["12"], npz=True)
+
+    # Interrupted, and continued with other wishes: what was not kept is generated again.
+    (folder / "result.json").unlink()
+    (folder / "chunk-0000000-0000004.safetensors").unlink()
+    wide = tiny_recipe(
+        tmp_path,
+        "evaluate.grid_columns=1",
+        "evaluate.keep_images=grid",
+        "scaling.evaluate_batches=2",
+    )
+    (again,) = evaluate_run(wide, "tiny", ["12"], npz=True)
+    assert again["metrics"] == result.metrics
+    with np.load(folder / "samples.npz") as file:
+        assert np.array_equal(file["arr_0"], _images(result))
+    assert not list(folder.glob("images-*"))
+    evaluate_run(wide, "tiny", ["12"], npz=True)
+
+
+def test_the_actors_time_without_work_is_recorded(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path
+) -> None:
+    root, results = evaluated
+    for result in results:
+        assert result.idle_share is not None
+        assert 0 < result.idle_share < 1
+    # Images that are there need no actor: more than this machine could start are asked for.
+    recipe = tiny_recipe(_copy(root, tmp_path), "scaling.evaluate_actors=99")
+    for name in ("evaluations", "references"):
+        shutil.copytree(root / name, tmp_path / name)
+    folder = Path(evaluation_url(recipe, "tiny", 12, results[1].key))
+    (folder / "result.json").unlink()
+    (again,) = evaluate(recipe, "tiny", [12])
+    assert again.idle_share is None
+    assert again.metrics == results[1].metrics
+
+
+def test_encoded_images_are_listed_once_for_a_reference(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from diffit_train.evaluation import pool, references
+
+    for name in ("images", "features", "latents"):
+        shutil.copytree(trained / name, tmp_path / name)
+    recipe = tiny_recipe(tmp_path)
+    listing = list_images(recipe)
+    identity = references.source_identity(recipe, listing.digest())
+    assert references.encoded_identity(recipe) is None
+    references.remember_listing(recipe, listing)
+    assert references.encoded_identity(recipe) == identity
+    stored = references.Reference(references.Statistics(np.ones(5), np.eye(5)), None, None, 24)
+    references.write_reference(references.reference_url(recipe, identity), identity, stored)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "list_images", Mock(side_effect=AssertionError("listed")))
+        found = EvaluationPool(recipe).reference()
+    assert (found.identity, found.digest) == (identity, identity)
+    assert np.array_equal(found.read().pool.mean, np.ones(5))
+    # Another recipe's latents say nothing about its images.
+    assert references.encoded_identity(tiny_recipe(tmp_path, "data.flip=true")) is None
+    shutil.rmtree(tmp_path / "references")
+    next((tmp_path / "images" / "digits").rglob("*.png")).unlink()
+    assert "changed since" not in capsys.readouterr().err
+    references.remember_listing(recipe, list_images(recipe))
+    assert "have changed since they were encoded" in capsys.readouterr().err
+    assert references.encoded_identity(recipe) is None
 
 
 def test_the_best_checkpoint_is_tagged_and_registered(
@@ -286,7 +373,7 @@ def test_a_reference_is_computed_in_parts_and_resumes(
     call = fleet.actors.run(
         [tasks[1]], lambda a, t: a.reference_part.remote(t, str(target)), references.part_name
     )
-    assert [count for _, count in call] == [7]
+    assert [count for _, (count, _) in call] == [7]
     before = target.stat().st_mtime_ns
     seen, real = [], references.read_reference_parts
 
@@ -298,7 +385,7 @@ def test_a_reference_is_computed_in_parts_and_resumes(
         return list(real(url, wanted))
 
     monkeypatch.setattr(references, "read_reference_parts", read)
-    again = fleet.reference().statistics
+    again = fleet.reference().read()
     fleet.close()
     assert seen == [before, before]
     assert not parts.exists()
@@ -345,7 +432,8 @@ def test_a_chunk_of_another_evaluation_is_rejected(
     recipe = tiny_recipe(_copy(root, tmp_path))
     folder = Path(evaluation_url(recipe, "tiny", 12, last.key))
     folder.mkdir(parents=True)
-    shutil.copy(Path(first.grid).parent / "chunk-0000004-0000008.safetensors", folder)
+    for name in ("chunk-0000004-0000008.safetensors", "images-0000004-0000008.npy"):
+        shutil.copy(Path(first.grid).parent / name, folder)
     with pytest.raises(
         DiffitError, match=r"chunk-0000004-0000008\S* belongs to another evaluation"
     ):

@@ -50,6 +50,7 @@ def test_ranges_have_exact_decimal_steps(first: int, count: int, step: int) -> N
         ("guidance.scale=0:1e9:1", "1,000,000,001 values"),
         ("seed=1,2,1", "duplicate values"),
         ("features.name=a,b", "cannot vary evaluate.features.name"),
+        ("keep_images=grid,all", "evaluate.keep_images changes no metric"),
     ],
 )
 def test_bad_values_are_named(text: str, words: str) -> None:

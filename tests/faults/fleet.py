@@ -48,6 +48,27 @@ def copy_root(root: Path, target: Path) -> Path:
     return target
 
 
+def pooled(
+    recipe: Callable[[Path], Recipe], root: Path, run: str, texts: Sequence[str], folder: Path
+) -> Outcome:
+    """Run a sweep here and as one job, one of whose actors is killed; arguments as `disturbed`."""
+    alone = run_sweep(recipe(copy_root(root, folder / "alone")), run, [], texts, "swept")
+    other = copy_root(root, folder / "pool")
+    found: list[dict[str, Any]] = []
+    with Head(folder / "head.log") as head:
+        options = FleetOptions(head.address, pool=True)
+
+        def drive() -> None:
+            found.append(run_sweep(recipe(other), run, [], texts, "swept", fleet=options))
+
+        thread = threading.Thread(target=drive)
+        thread.start()
+        killed = [_kill(head, "ray::EvaluationActor", thread, other)]
+        thread.join()
+    (pool,) = found
+    return Outcome(alone["rows"], pool["rows"], killed, Path(pool["plot"]))
+
+
 def disturbed(
     recipe: Callable[[Path], Recipe], root: Path, run: str, texts: Sequence[str], folder: Path
 ) -> Outcome:
@@ -69,7 +90,7 @@ def disturbed(
         thread = threading.Thread(target=drive)
         thread.start()
         killed = [
-            _kill(head, "ray::EvaluationActor.chunk", thread, other),
+            _kill(head, "ray::EvaluationActor", thread, other),
             _kill(head, "evaluate.py", thread, other),
         ]
         thread.join()

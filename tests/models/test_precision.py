@@ -13,6 +13,7 @@ from diffit_train.config.train import Train
 from diffit_train.models.dit import DiT, DiTWithTMSA
 from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
 from diffit_train.models.layers import PatchEmbed, sincos_position_table
+from diffit_train.models.precision import arithmetic
 from diffit_train.training.engine import Engine
 from tests.training.ranks import on_ranks
 
@@ -105,6 +106,32 @@ def test_a_converted_model_keeps_its_positions(
     model.to("meta")
     assert model.pos_embed.is_meta
     assert model(*(part.to("meta") for part in _batch())).shape == (2, 6, 8, 8)
+
+
+def _allowed() -> tuple[bool, bool, bool]:
+    """TF32 in matrix products and in convolutions, and autocast."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    return products.allow_tf32, convolutions.allow_tf32, torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("fp32", (False, False, False)),
+        ("tf32", (True, True, False)),
+        ("bf16_autocast", (False, False, True)),
+    ],
+)
+def test_arithmetic_holds_in_the_block_only(
+    precision: str, expected: tuple[bool, bool, bool]
+) -> None:
+    # PyTorch's defaults: on a GPU, an "fp32" convolution is TF32.
+    assert _allowed() == (False, True, False)
+    with arithmetic(precision, torch.device("cpu")):
+        assert _allowed() == expected
+    with pytest.raises(ValueError, match="inside"), arithmetic(precision, torch.device("cpu")):
+        raise ValueError("inside")
+    assert _allowed() == (False, True, False)
 
 
 def test_compiled_blocks_get_the_same_tokens() -> None:
