@@ -20,6 +20,7 @@ EXECUTION_KEYS = (
     "compile",
     "activation_checkpointing",
     "checkpoint_every_nth_block",
+    "deterministic",
     "profile_steps",
 )
 
@@ -149,6 +150,11 @@ class Train(Section):
     )
     checkpoint_every_nth_block: PositiveInt = Field(
         default=1, description="apply activation_checkpointing to every n-th block"
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="use only operations that give the same bits each time on the same devices; "
+        "slower, and refuses the attention kernel flex",
     )
     seed: int = Field(
         default=0, ge=0, description="seed of the initial weights, sample order and noise"
