@@ -29,7 +29,7 @@ ALLOWED = {
     "models": BASE,
     "diffusion": BASE,
     "data": BASE | {"models", "diffusion", "ray_session"},
-    "planning": BASE | {"models", "data"},
+    "planning": BASE | SCIENCE,
     "provision": BASE | {"planning"},
     "runs": BASE | SCIENCE | {"tracking"},
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
