@@ -28,6 +28,7 @@ from tests.gpu.kit import LIMIT_S, Machine, Report, print_report
 # Parts in the order in which they run, with what they measure.
 PARTS = {
     "correctness": "kernels, precisions, compilation, samplers, Inception, engine",
+    "speed": "a block and a step at 256 and 1,024 tokens, by attention kernel, beside DiT's",
 }
 
 

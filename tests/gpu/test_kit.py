@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffit_train.models.latent import Shape
-from tests.gpu import correctness
+from tests.gpu import correctness, speed
 from tests.gpu.kit import GIB, Machine, Report, largest_batch, largest_error, render
 
 TINY = Machine(torch.device("cpu"), True, 24 * GIB)
@@ -79,6 +79,21 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     correctness.kernels(report)
     assert len(report.failures) == 4
     assert all("sdpa" in line for line in report.failures)
+
+
+def test_blocks_are_timed_by_kernel_with_and_without_the_gradient_of_the_bias() -> None:
+    report = Report("speed", TINY)
+    speed.blocks(report, 256)
+    assert not report.failures
+    (rows,) = report.tables.values()
+    assert [row["what"] for row in rows] == [
+        "DiffiT, sdpa",
+        "DiffiT, chunked",
+        "DiT, sdpa",
+        "DiffiT, sdpa, bias frozen",
+        "DiffiT, chunked, bias frozen",
+    ]
+    assert all(row["ms"] > 0 and row["peak_gib"] > 0 for row in rows)
 
 
 def test_a_failure_is_reported_and_the_next_body_runs(tmp_path: Path) -> None:
