@@ -2,7 +2,8 @@
 
 Parameters and multiply-adds are counted on the model itself, on the meta device. Memory is the sum
 of the states that DeepSpeed ZeRO keeps at each stage and the activations that autograd saves. Not
-counted: the framework's own memory, NCCL buffers, fragmentation.
+counted: the framework's own memory, NCCL buffers, fragmentation. Times are ranges, from data sheets
+and from the allowances named below.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.train import BUCKET_ELEMENTS
+from diffit_train.config.presets import PRESETS
+from diffit_train.config.train import BUCKET_ELEMENTS, Train
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 
@@ -21,23 +23,56 @@ from diffit_train.errors import UserError
 FP32, BF16 = 4, 2
 
 
+# A low and a high estimate, best first.
+Range = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's memory and its dense bf16 TFLOP/s (vendor data sheets)."""
+    """What vendors' data sheets say of a GPU.
+
+    Attributes:
+        tflops_bf16: dense matrix products in bf16.
+        tflops_fp32: fp32 without tensor cores; TF32 is half the rate of bf16.
+        memory_gb_per_s: bandwidth of its memory.
+        link_gb_per_s: NVLink or, where there is none, PCIe 4.0 x16; one direction.
+    """
 
     memory_gib: float
     tflops_bf16: float
+    tflops_fp32: float
+    memory_gb_per_s: float
+    link_gb_per_s: float
 
 
 GPUS = {
-    "A10G": Gpu(24, 70),
-    "L40S": Gpu(48, 362),
-    "A100-40": Gpu(40, 312),
-    "A100-80": Gpu(80, 312),
-    "H100": Gpu(80, 989),
-    "H200": Gpu(141, 989),
-    "B200": Gpu(180, 2250),
+    "A10G": Gpu(24, 70, 31.2, 600, 32),
+    "L40S": Gpu(48, 362, 91.6, 864, 32),
+    "A100-40": Gpu(40, 312, 19.5, 1555, 300),
+    "A100-80": Gpu(80, 312, 19.5, 2039, 300),
+    "H100": Gpu(80, 989, 67, 3350, 450),
+    "H200": Gpu(141, 989, 67, 4800, 450),
+    "B200": Gpu(180, 2250, 80, 8000, 900),
 }
+
+# One 400 Gb/s adapter for each GPU, as in NVIDIA's DGX H100.
+NODE_LINK_GB_PER_S = 50.0
+GPUS_PER_NODE = 8
+
+# Allowances, not measurements, best first. `python -m tests.gpu` measures some of them.
+MATRIX_EFFICIENCY: Range = (0.75, 0.5)  # share of the peak that matrix products reach
+CONVOLUTION_EFFICIENCY: Range = (0.5, 0.25)  # likewise, those of an autoencoder
+BANDWIDTH_EFFICIENCY: Range = (0.9, 0.6)  # share of a memory's or a link's bandwidth
+LAUNCH_S: Range = (5e-6, 12e-6)  # host time per kernel
+HOP_S: Range = (5e-6, 20e-6)  # latency of a collective's step from rank to rank
+COMPILED_LAUNCHES = 0.4  # kernels of compiled blocks, relative to eager ones
+
+# Of the autoencoder of Stable Diffusion, per pixel of an image: counted by torch's FlopCounterMode
+# on diffusers' AutoencoderKL at 256x256. At 512x512 its attention makes it 2% more.
+ENCODE_MULTIPLY_ADDS = 136_361_082_880 // 256**2
+DECODE_MULTIPLY_ADDS = 311_093_641_216 // 256**2
+# Of Inception at 299x299, likewise.
+INCEPTION_MULTIPLY_ADDS = 5_713_232_480
 
 
 @dataclass(frozen=True)
@@ -88,21 +123,40 @@ class Machine:
     """The GPUs that the estimate assumes.
 
     Attributes:
-        mfu: model FLOPs utilization assumed.
+        mfu: model FLOPs utilization assumed while a GPU computes; None to estimate it.
         price_per_hour: price of one GPU-hour; None if unknown.
+        link_gb_per_s: between the GPUs of a node, one direction; None for the GPU's data sheet.
+        node_link_gb_per_s: between nodes, per GPU, one direction.
+        gpus_per_node: GPUs that share the faster links.
     """
 
     gpu: str
-    mfu: float
+    mfu: float | None = None
     price_per_hour: float | None = None
+    link_gb_per_s: float | None = None
+    node_link_gb_per_s: float = NODE_LINK_GB_PER_S
+    gpus_per_node: int = GPUS_PER_NODE
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
             raise UserError(f"--gpu is {self.gpu!r}, but must be one of: {', '.join(GPUS)}")
-        if not 0.0 < self.mfu <= 1.0:
+        if self.mfu is not None and not 0.0 < self.mfu <= 1.0:
             raise UserError(f"--mfu is {self.mfu}, but must be greater than 0 and at most 1")
         if self.price_per_hour is not None and not self.price_per_hour >= 0.0:
             raise UserError(f"--price is {self.price_per_hour}, but must be at least 0")
+        for name, value in (
+            ("--link", self.link_gb_per_s),
+            ("--node-link", self.node_link_gb_per_s),
+            ("--gpus-per-node", self.gpus_per_node),
+        ):
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}, but must be greater than 0")
+
+    def seconds_per_byte(self, world: int, best: bool) -> float:
+        """Time for a rank to send a byte over the slowest link of a ring through all ranks."""
+        within = self.link_gb_per_s or GPUS[self.gpu].link_gb_per_s
+        rate = within if world <= self.gpus_per_node else min(within, self.node_link_gb_per_s)
+        return 1.0 / (rate * 1e9 * BANDWIDTH_EFFICIENCY[0 if best else 1])
 
 
 def plan(
@@ -119,7 +173,12 @@ def plan(
 
     from diffit_train.models.backbone import trainable_parameters
     from diffit_train.models.build import ARCHITECTURES, model_shape
-    from diffit_train.models.cost import activation_bytes, multiply_adds, parameters_by_part
+    from diffit_train.models.cost import (
+        activation_bytes,
+        kernel_launches,
+        multiply_adds,
+        parameters_by_part,
+    )
 
     shape, train, world = model_shape(recipe), recipe.train, recipe.scaling.most_workers
     emas = len(train.ema) if emas is None else emas
@@ -160,8 +219,21 @@ def plan(
         }
     checkpoint = parameters * FP32 * (3 + emas)
     latents = (_measured_latents(recipe) if measured else None) or _expected_latents(recipe)
+    launches, moved = kernel_launches(shape, recipe.model.architecture, batch, dtype)
+    work = StepWork(
+        parameters=parameters,
+        forward=forward,
+        of_image=of_image,
+        share=share,
+        micro_batches=math.ceil(share / batch),
+        launches=launches,
+        moved=moved + _bias_bytes(recipe, shape.side, batch, dtype.itemsize),
+        states=state_bytes(parameters, train.zero_stage, world, emas, bf16),
+    )
+    time = _time(recipe, machine, work, latents["images"])
     return {
         "recipe": recipe.name,
+        "zero_stage": train.zero_stage,
         "model": {"architecture": recipe.model.architecture, **asdict(shape)},
         "parameters": {"total": parameters, **parameters_by_part(model)},
         "multiply_adds": {
@@ -183,8 +255,56 @@ def plan(
             "export": parameters * FP32,
             **latents,
         },
-        "time": _time(recipe, machine, 3 * forward, latents["images"]),
+        "time": time,
+        "stages": _stages(recipe, machine, forward, time, latents["images"]),
     }
+
+
+def compare(
+    recipe: Recipe, preset: str, machine: Machine, emas: int | None = None
+) -> dict[str, Any]:
+    """The plan of the same recipe with another model: `model.preset`.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"--compare is {preset!r}, but must be one of: {', '.join(PRESETS)}")
+    model = recipe.model.model_copy(update={**PRESETS[preset], "preset": preset})
+    return plan(recipe.model_copy(update={"model": model}), machine, emas)
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one rank does in a step.
+
+    Attributes:
+        forward, of_image: multiply-adds of an image, in a forward pass and in training.
+        share: images of a step; in `micro_batches` passes of forward and backward.
+        launches, moved: kernels, and bytes besides matrix products, of one such pass.
+        states: what the optimizer reads and writes.
+    """
+
+    parameters: int
+    forward: int
+    of_image: int
+    share: int
+    micro_batches: int
+    launches: int
+    moved: int
+    states: States
+
+
+def _bias_bytes(recipe: Recipe, side: int, batch: int, size: int) -> int:
+    """Bytes that sdpa moves for a dense position bias in training.
+
+    Its mask, forward and backward, and the mask's gradient: torch writes it for each image
+    (`_efficient_attention_backward`) and then sums it over the batch.
+    """
+    if recipe.model.architecture == "dit" or recipe.model.attention not in ("auto", "sdpa"):
+        return 0
+    mask = recipe.model.num_heads * side**4 * size
+    return recipe.model.depth * mask * (2 + 2 * batch)
 
 
 def _offloaded(states: States, stage: int, offload: str) -> int:
@@ -221,22 +341,164 @@ def latent_bytes(recipe: Recipe) -> int:
     return 2 * frames * 2 * recipe.autoencoder.latent_channels * recipe.latent_size**2
 
 
-def _time(recipe: Recipe, machine: Machine, of_image: int, images: int | None) -> dict[str, Any]:
-    """Speed and cost. MFU counts forward and backward once, so recomputation does not count."""
+def _communicated(work: StepWork, train: Train, world: int, best: bool) -> float:
+    """Bytes that a rank sends in a step; ring collectives (W - 1) / W of their size each.
+
+    Stages 1 and 2 reduce-scatter gradients or, as DeepSpeed's buckets for several ranks do,
+    all-reduce them; both gather the new weights. Stage 3 gathers weights for the forward and for
+    the backward pass of each micro-batch. Stages 2 and 3 reduce after every micro-batch.
+    """
+    size = BF16 if train.precision == "bf16" else FP32
+    ring = (world - 1) / world * work.parameters * size
+    if train.zero_stage == 0:
+        return 2 * ring
+    if train.zero_stage == 3:
+        return 3 * ring * work.micro_batches
+    reductions = work.micro_batches if train.zero_stage == 2 else 1
+    return ring * (reductions * (1 if best else 2) + 1)
+
+
+def step_seconds(recipe: Recipe, machine: Machine, work: StepWork, best: bool) -> dict[str, float]:
+    """Seconds of the parts of a step, and of the whole, at one end of the range.
+
+    At best the host runs ahead of the GPU and gradients are exchanged during the backward pass; at
+    worst communication follows computation.
+    """
+    train, world, gpu = recipe.train, recipe.scaling.most_workers, GPUS[machine.gpu]
+    end = 0 if best else 1
+    peak = 1e12 * (gpu.tflops_fp32 if train.precision == "fp32" else gpu.tflops_bf16)
+    bandwidth = 1e9 * gpu.memory_gb_per_s * BANDWIDTH_EFFICIENCY[end]
+    again = work.of_image / (3 * work.forward)  # recomputation does not count toward MFU
+    if machine.mfu is not None:
+        compute = again * 6 * work.forward * work.share / (peak * machine.mfu)
+        memory = 0.0
+    else:
+        compute = 2 * work.of_image * work.share / (peak * MATRIX_EFFICIENCY[end])
+        # What compilation fuses moves once; at best all of it but reading and writing.
+        fused = 0.5 if train.compile and best else 1.0
+        memory = again * fused * work.moved * work.micro_batches / bandwidth
+    states = work.states
+    optimizer = (2 * (states.master + states.moments + states.ema) + states.gradients) / bandwidth
+    kernels = again * work.launches * work.micro_batches
+    launch = LAUNCH_S[end] * kernels * (COMPILED_LAUNCHES if train.compile else 1.0)
+    sent = _communicated(work, train, world, best)
+    buckets = math.ceil(work.parameters / BUCKET_ELEMENTS)
+    hops = 2 * math.ceil(math.log2(world)) * buckets * HOP_S[end] if world > 1 else 0.0
+    exchange = sent * machine.seconds_per_byte(world, best) + hops
+    passes = max(compute + memory, launch)
+    exposed = max(0.0, exchange - passes * 2 / 3) if best else exchange
+    return {
+        "compute": compute,
+        "memory": memory,
+        "launch": launch,
+        "optimizer": optimizer,
+        "exchange": exchange,
+        "total": passes + optimizer + exposed,
+    }
+
+
+def _time(recipe: Recipe, machine: Machine, work: StepWork, images: int | None) -> dict[str, Any]:
+    """Speed and cost of training, as ranges [best, worst]."""
     train, world = recipe.train, recipe.scaling.most_workers
-    rate = GPUS[machine.gpu].tflops_bf16 * 1e12 * machine.mfu / (2 * of_image)
-    seconds = train.steps * train.batch_size / (rate * world)
-    gpu_hours = seconds * world / 3600
+    parts = [step_seconds(recipe, machine, work, best) for best in (True, False)]
+    steps = [part["total"] for part in parts]
+    rates = [train.batch_size / s for s in steps]
+    peak = GPUS[machine.gpu].tflops_bf16 * 1e12 * world
+    hours = [train.steps * s / 3600 for s in steps]
+    busy = max(
+        1, math.ceil(max(p["launch"] / (p["compute"] + p["memory"]) for p in parts) * work.share)
+    )
     return {
         "gpu": machine.gpu,
-        "mfu": machine.mfu,
-        "images_per_s_per_gpu": rate,
-        "images_per_s": rate * world,
-        "step_s": train.batch_size / (rate * world),
+        "assumed_mfu": machine.mfu,
+        "step_s": steps,
+        "step_parts_s": {name: [part[name] for part in parts] for name in parts[0]},
+        "images_per_s": rates,
+        "images_per_s_per_gpu": [rate / world for rate in rates],
+        "mfu": [6 * work.forward * rate / peak for rate in rates],
+        "images_per_gpu": work.share,
+        "images_to_keep_a_gpu_busy": busy,
         "steps": train.steps,
         "epochs": train.steps * train.batch_size / images if images else None,
-        "hours": seconds / 3600,
-        "gpu_hours": gpu_hours,
         "price_per_gpu_hour": machine.price_per_hour,
-        "cost": None if machine.price_per_hour is None else gpu_hours * machine.price_per_hour,
+        **_costs(hours, world, machine),
     }
+
+
+def _costs(hours: list[float], gpus: float, machine: Machine) -> dict[str, Any]:
+    spent = [gpus * h for h in hours]
+    price = machine.price_per_hour
+    cost = None if price is None else [price * h for h in spent]
+    return {"gpus": gpus, "hours": hours, "gpu_hours": spent, "cost": cost}
+
+
+def _autoencoder_work(recipe: Recipe, per_pixel: int) -> int | None:
+    """Multiply-adds for one image; None for an autoencoder of unknown size."""
+    section = recipe.autoencoder
+    if section.kind == "identity":
+        return 0
+    if (section.kind, section.latent_channels, section.downsample) != ("kl", 4, 8):
+        return None
+    return per_pixel * recipe.data.resolution**2
+
+
+def _nfe(recipe: Recipe) -> float:
+    """Network evaluations for one image, with those that guidance leaves out."""
+    from diffit_train.diffusion.guidance import build_weight, saved_share
+    from diffit_train.diffusion.objective import visited_timesteps
+
+    guidance = recipe.evaluate.guidance
+    visited = visited_timesteps(recipe.diffusion, recipe.evaluate.sampler)
+    if not recipe.model.conditional:
+        return float(len(visited))
+    weight = build_weight(guidance, recipe.diffusion.timesteps)
+    return 2.0 * len(visited) * (1.0 - saved_share(weight, visited, guidance.skip_within))
+
+
+def _stages(
+    recipe: Recipe, machine: Machine, forward: int, time: dict[str, Any], images: int | None
+) -> list[dict[str, Any]]:
+    """Hours, GPU-hours and cost of each stage of the project; None where the size is unknown."""
+    gpu, scaling, train = GPUS[machine.gpu], recipe.scaling, recipe.train
+    bf16 = 1e12 * gpu.tflops_bf16
+    tf32, fp32 = bf16 / 2, 1e12 * gpu.tflops_fp32
+    # An fp32 convolution runs in TF32 by default, an fp32 matrix product and Inception do not.
+    convolutions = tf32 if recipe.autoencoder.precision == "fp32" else bf16
+    precision = recipe.evaluate.precision
+    products = {"fp32": fp32, "tf32": tf32}.get(precision, bf16)
+    encode = _autoencoder_work(recipe, ENCODE_MULTIPLY_ADDS)
+    decode = _autoencoder_work(recipe, DECODE_MULTIPLY_ADDS)
+    share = scaling.gpus_per_actor or 1.0
+
+    def stage(name: str, actors: int, count: int | None, seconds: list[float] | None) -> Any:
+        gpus = actors * share
+        if seconds is None or count is None:
+            return {"stage": name, "gpus": gpus, "hours": None, "gpu_hours": None, "cost": None}
+        hours = [count * s / (gpus * 3600) for s in seconds]
+        return {"stage": name, **_costs(hours, gpus, machine)}
+
+    frames = 2 if recipe.data.flip else 1
+    encode_s = (
+        None
+        if encode is None
+        else [2 * frames * encode / (convolutions * e) for e in CONVOLUTION_EFFICIENCY]
+    )
+    evaluate_s = None
+    if decode is not None:
+        inception = INCEPTION_MULTIPLY_ADDS if recipe.evaluate.features.kind == "inception" else 0
+        model = 2 * forward * _nfe(recipe) / products
+        rest = 2 * (decode / convolutions + inception / fp32)
+        evaluate_s = [
+            model / e + rest / c
+            for e, c in zip(MATRIX_EFFICIENCY, CONVOLUTION_EFFICIENCY, strict=True)
+        ]
+    actors = scaling.evaluate_actors
+    rows = [stage("encode", scaling.encode_actors, images, encode_s)]
+    rows.append(
+        {"stage": "train", **{key: time[key] for key in ("gpus", "hours", "gpu_hours", "cost")}}
+    )
+    if train.validate_every:
+        count = train.steps // train.validate_every * train.validate_samples
+        rows.append(stage("evaluate while training", actors, count, evaluate_s))
+    rows.append(stage("evaluate", actors, recipe.evaluate.samples, evaluate_s))
+    return rows

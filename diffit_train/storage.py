@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
-import tenacity
 from pydantic import BaseModel, ConfigDict
 
 from diffit_train.errors import DiffitError, UserError
@@ -132,6 +131,8 @@ def retried(url: str, call: Callable[[], T]) -> T:
     """
     if is_local(url):
         return call()
+    import tenacity
+
     seconds = float(os.environ.get("DIFFIT_STORAGE_RETRY_S", "120"))
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),

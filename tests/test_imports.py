@@ -31,7 +31,7 @@ ALLOWED = {
     "models": BASE,
     "diffusion": BASE,
     "data": BASE | {"models", "diffusion", "ray_session"},
-    "planning": BASE | {"models", "data"},
+    "planning": BASE | SCIENCE,
     "provision": BASE | {"planning"},
     "leftovers": {"errors", "storage"},
     "runs": BASE | SCIENCE | {"tracking"},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from diffit_train import storage
+from diffit_train import planning, storage
 from diffit_train.commands.options import (
     Json,
     Overrides,
@@ -15,7 +17,30 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
-from diffit_train.planning import Machine, plan
+from diffit_train.planning import GPUS_PER_NODE, NODE_LINK_GB_PER_S, Machine, plan
+
+
+def quantity(value: float, digits: int = 1) -> str:
+    """A count with the prefix that leaves at least one digit before the point: 118.5 G."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:,.{digits}f} {prefix}"
+    return f"{value:,.0f}"
+
+
+def significant(value: float) -> str:
+    """A number with at least two significant digits."""
+    if value >= 10 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.{max(1, 1 - math.floor(math.log10(value)))}f}"
+
+
+def between(values: Sequence[float] | None) -> str:
+    """A range, best first."""
+    if values is None:
+        return "-"
+    low, high = (significant(value) for value in sorted(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def print_plan(result: dict[str, Any]) -> None:
@@ -42,10 +67,10 @@ def print_plan(result: dict[str, Any]) -> None:
     counts = table(f"{result['recipe']}: {sizes}", "", "")
     for name, value in parameters.items():
         counts.add_row("parameters" if name == "total" else f"  {name}", f"{value:,}")
-    counts.add_row("multiply-adds per image, forward pass", f"{work['forward'] / 1e9:,.1f} G")
+    counts.add_row("multiply-adds per image, forward pass", quantity(work["forward"]))
     plain = work["forward_without_attention_products"]
-    counts.add_row("  without attention products", f"{plain / 1e9:,.1f} G")
-    counts.add_row("multiply-adds per training step", f"{work['training_step'] / 1e12:,.1f} T")
+    counts.add_row("  without attention products", quantity(plain))
+    counts.add_row("multiply-adds per training step", quantity(work["training_step"]))
     console.print(counts)
 
     title = (
@@ -60,22 +85,83 @@ def print_plan(result: dict[str, Any]) -> None:
         rows.add_row(stage, *shown, "yes" if values["fits"] else "no")
     console.print(rows)
 
-    rest = table(f"{time['gpu']} at {time['mfu']:.0%} MFU (bf16)", "", "")
-    rest.add_row("images/s", f"{time['images_per_s']:,.0f}")
-    rest.add_row("  per GPU", f"{time['images_per_s_per_gpu']:,.0f}")
-    rest.add_row("seconds per step", f"{time['step_s']:.3f}")
-    epochs = "" if time["epochs"] is None else f" ({time['epochs']:,.0f} epochs)"
-    rest.add_row(f"hours for {time['steps']:,} steps{epochs}", f"{time['hours']:,.1f}")
-    rest.add_row("GPU-hours", f"{time['gpu_hours']:,.0f}")
-    if time["cost"] is not None:
-        price = time["price_per_gpu_hour"]
-        rest.add_row(f"cost at {price:g} per GPU-hour", f"{time['cost']:,.0f}")
+    assumed = f", {time['assumed_mfu']:.0%} MFU while computing" if time["assumed_mfu"] else ""
+    rest = table(f"Training on {time['gpus']} {time['gpu']}{assumed}; estimated ranges", "", "")
+    rest.add_row("images/s", between(time["images_per_s"]))
+    rest.add_row("  per GPU", between(time["images_per_s_per_gpu"]))
+    rest.add_row("seconds per step", between(time["step_s"]))
+    for part, title in STEP_PARTS.items():
+        rest.add_row(f"  {title}", between(time["step_parts_s"][part]))
+    rest.add_row("MFU, %", between([100 * value for value in time["mfu"]]))
     rest.add_row("checkpoint, GiB", f"{disk['checkpoint'] / storage.GIB:,.2f}")
     if disk["latents"] is not None:
         rest.add_row(
             f"latents of {disk['images']:,} images, GiB", f"{disk['latents'] / storage.GIB:,.1f}"
         )
     console.print(rest)
+    if time["images_per_gpu"] < time["images_to_keep_a_gpu_busy"]:
+        console.print(
+            f"Warning: {time['images_per_gpu']} images per GPU and step leave it idle while the "
+            f"host launches kernels; about {time['images_to_keep_a_gpu_busy']} keep it busy. Use "
+            "fewer workers, a larger train.batch_size, or train.compile=true.",
+            soft_wrap=True,
+        )
+
+    epochs = "" if time["epochs"] is None else f", {time['epochs']:,.0f} epochs"
+    title = f"The whole project; training takes {time['steps']:,} steps{epochs}"
+    price = time["price_per_gpu_hour"]
+    columns = ["stage", "GPUs", "hours", "GPU-hours"]
+    columns += [] if price is None else [f"cost at {price:g} per GPU-hour"]
+    stages = table(title, *columns)
+    for row in result["stages"]:
+        cells = [row["stage"], f"{row['gpus']:g}", between(row["hours"]), between(row["gpu_hours"])]
+        stages.add_row(*cells, *([] if price is None else [between(row["cost"])]))
+    console.print(stages)
+    unknown = [row["stage"] for row in result["stages"] if row["hours"] is None]
+    if unknown:
+        console.print(
+            f"Not estimated: {', '.join(unknown)} (the size of the autoencoder, or the number of "
+            "images, is not known).",
+            soft_wrap=True,
+        )
+
+
+# The parts of a step, as they are shown.
+STEP_PARTS = {
+    "compute": "matrix products",
+    "memory": "memory traffic of the rest",
+    "launch": "launching kernels, on the host",
+    "optimizer": "optimizer and EMAs",
+    "exchange": "communication",
+}
+
+
+def print_comparison(mine: dict[str, Any], other: dict[str, Any], preset: str) -> None:
+    """Print two plans side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, stage = Console(width=110), str(mine["zero_stage"])
+    console.print(f"{mine['recipe']} and the same recipe with model.preset={preset}")
+    shown = Table("", mine["recipe"], preset)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    cells = []
+    for each in (mine, other):
+        memory, time = each["memory"]["zero_stage"][stage], each["time"]
+        cells.append(
+            {
+                "parameters": f"{each['parameters']['total']:,}",
+                "multiply-adds per image": quantity(each["multiply_adds"]["forward"]),
+                f"GiB per GPU, ZeRO {stage}": f"{memory['total'] / storage.GIB:,.2f}",
+                "seconds per step": between(time["step_s"]),
+                "images/s": between(time["images_per_s"]),
+                "GPU-hours of training": between(time["gpu_hours"]),
+            }
+        )
+    for title, value in cells[0].items():
+        shown.add_row(title, value, cells[1][title])
+    console.print(shown)
 
 
 def plan_command(
@@ -83,20 +169,38 @@ def plan_command(
     overrides: Overrides = None,
     root: Root = None,
     gpu: Annotated[str, typer.Option(help="GPU type assumed in the estimate.")] = "H100",
-    mfu: Annotated[float, typer.Option(help="Model FLOPs utilization assumed.")] = 0.4,
+    mfu: Annotated[
+        float | None,
+        typer.Option(help="MFU assumed while a GPU computes. Default: estimated, as a range."),
+    ] = None,
     price: Annotated[float | None, typer.Option(help="Price per GPU-hour.")] = None,
     emas: Annotated[
         int | None, typer.Option(min=0, help="Number of EMAs. Default: the recipe's.")
+    ] = None,
+    link: Annotated[
+        float | None,
+        typer.Option(help="GB/s between the GPUs of a node, one way. Default: the GPU's."),
+    ] = None,
+    node_link: Annotated[
+        float, typer.Option(help="GB/s between nodes for each GPU, one way.")
+    ] = NODE_LINK_GB_PER_S,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = GPUS_PER_NODE,
+    compare: Annotated[
+        str | None, typer.Option(help="A model preset to compare with, such as dit_xl.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate what a run needs: compute, memory per GPU, storage, hours and cost.
 
-    Example: `diffit plan imagenet256 --gpu H100 --mfu 0.4 --price 2.5 scaling.workers=16`
+    Example: `diffit plan imagenet256 --gpu H100 --price 2.5 --compare dit_xl scaling.workers=16`
     """
     recipe = read_recipe(name, overrides, root)
-    result = plan(recipe, Machine(gpu, mfu, price), emas)
+    machine = Machine(gpu, mfu, price, link, node_link, gpus_per_node)
+    result = plan(recipe, machine, emas)
+    other = None if compare is None else planning.compare(recipe, compare, machine, emas)
     if as_json:
-        print_result(result, as_json)
-    else:
-        print_plan(result)
+        print_result(result if other is None else {**result, "compared": other}, as_json)
+        return
+    print_plan(result)
+    if other is not None and compare is not None:
+        print_comparison(result, other, compare)

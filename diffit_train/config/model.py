@@ -44,7 +44,7 @@ class Model(Section):
         default=0.02, description="standard deviation of the initial label embeddings"
     )
     attention: Literal["auto", "reference", "sdpa", "chunked", "flex"] = Field(
-        default="auto", description="attention kernel; auto: flex on CUDA, chunked elsewhere"
+        default="auto", description="attention kernel; auto: sdpa on CUDA, chunked elsewhere"
     )
 
     @model_validator(mode="before")

@@ -71,6 +71,11 @@ class Recipe(Section):
         ):
             if every:
                 _divides("train.checkpoint_every", train.checkpoint_every, name, every)
+        if train.deterministic and self.model.attention == "flex":
+            raise ValueError(
+                "train.deterministic is true, but model.attention 'flex' sums the gradient of the "
+                "position bias by atomic additions; set model.attention=sdpa"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(
                 f"train.warmup_steps is {train.warmup_steps}, but must be less than train.steps "

@@ -22,6 +22,7 @@ EXECUTION_KEYS = (
     "checkpoint_every_nth_block",
     "overlap_comm",
     "bucket_elements",
+    "deterministic",
     "profile_steps",
 )
 
@@ -162,6 +163,11 @@ class Train(Section):
         default=None,
         description="gradient elements collected before they are reduced; null: 50,000,000, or "
         "with overlap_comm at most a tenth of the model",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="use only operations that give the same bits each time on the same devices; "
+        "slower, and refuses the attention kernel flex",
     )
     seed: int = Field(
         default=0, ge=0, description="seed of the initial weights, sample order and noise"

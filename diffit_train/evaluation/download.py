@@ -6,8 +6,6 @@ import math
 import urllib.request
 from pathlib import Path
 
-from diffit_train.progress import Progress
-
 TIMEOUT_S = 60.0
 _PIECE_BYTES = 1 << 20
 
@@ -29,6 +27,8 @@ def download(url: str, target: Path, title: str, expected_bytes: int | None = No
     Raises:
         OSError, http.client.HTTPException: `url` cannot be reached, or the transfer broke off.
     """
+    from diffit_train.progress import Progress
+
     request = urllib.request.Request(url, headers={"User-Agent": "diffit"})
     with (
         urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -158,17 +159,23 @@ def _flops(q: Any, *args: Any, **kwargs: Any) -> int:
 def flex_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """FlexAttention: looks up the bias inside the kernel, so no (N, N) tensor is materialized.
+    """FlexAttention: finds the bias inside the kernel, so no (N, N) tensor is materialized.
+
+    A pair's table row is computed from the two positions; `index`, 8 N^2 bytes that every block of
+    the kernel would read, is not used. The table's gradient is summed by atomic additions: it is
+    not deterministic, and slow where many pairs share a row.
 
     Compiled on CUDA; elsewhere evaluated eagerly by torch, for tests only.
     """
     run = _compiled_flex() if q.is_cuda else _eager_flex()
     if table is None or index is None:
         return run(q, k, v)
-    rows, bias = index, table
+    side, bias = math.isqrt(q.shape[2]), table
+    width = 2 * side - 1
 
     def add_bias(score: Tensor, b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + bias[rows[i, j], head]
+        row = (i // side - j // side + side - 1) * width + i % side - j % side + side - 1
+        return score + bias[row, head]
 
     return run(q, k, v, score_mod=add_bias)
 
@@ -192,17 +199,40 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+# `auto` on CUDA. FlexAttention has not been measured on a GPU yet; with a learned bias it pays for
+# atomics in the bias's gradient and for heads of 72 padded to 128. `python -m tests.gpu speed`
+# compares the two: change this where it shows that another one is faster.
+AUTO_ON_CUDA = "sdpa"
+
+
 def kernel_name(wanted: str, device: torch.device) -> str:
-    """The kernel to use: `wanted`, or for `auto` flex on CUDA and chunked elsewhere.
+    """The kernel to use: `wanted`, or for `auto` `AUTO_ON_CUDA` on CUDA and chunked elsewhere.
 
     Raises:
         UserError: flex was requested on a device where it would be evaluated eagerly.
     """
     if wanted == "auto":
-        return "flex" if device.type == "cuda" else "chunked"
+        return AUTO_ON_CUDA if device.type == "cuda" else "chunked"
     if wanted == "flex" and device.type != "cuda":
         raise UserError(
             f"model.attention is 'flex', which needs a CUDA device, but this runs on "
             f"{device.type}; set model.attention=auto"
         )
     return wanted
+
+
+def compute_deterministically(kernel: str) -> None:
+    """Make torch refuse or replace nondeterministic operations, for the rest of this process.
+
+    Call before the process first uses cuBLAS, which reads its workspace setting only once.
+
+    Raises:
+        UserError: the kernel sums gradients by atomic additions.
+    """
+    if kernel == "flex":
+        raise UserError(
+            "train.deterministic is true, but model.attention 'flex' sums the gradient of the "
+            "position bias by atomic additions; set model.attention=sdpa"
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -80,6 +80,46 @@ def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
     return total
 
 
+class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations that start a kernel, and bytes that all but matrix products move."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        views = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
+        if not views and function not in KEPT_OPERATIONS:
+            outputs = result if isinstance(result, tuple | list) else (result,)
+            tensors = [t for t in (*args, *outputs) if isinstance(t, Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        self.count += not views
+        return result
+
+
+def kernel_launches(
+    shape: Shape, architecture: str, batch: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Kernels of a forward and backward pass in eager mode, and bytes that they move.
+
+    Without the operands of matrix products and of attention, which is one kernel here.
+    """
+    totals = []
+    for depth in (1, 2):
+        with torch.device("meta"):
+            model = ARCHITECTURES[architecture](replace(shape, depth=depth)).to(dtype)
+            x = torch.empty(batch, *model.input_shape)
+            t = torch.zeros(batch, dtype=torch.long)
+        use_kernel(model, "chunked", torch.device("meta"))
+        with _Launches() as launched:
+            model(x, t, t).sum().backward()
+        totals.append((launched.count, launched.bytes))
+    (count, moved), (count2, moved2) = totals
+    more = shape.depth - 1
+    return count + more * (count2 - count), moved + more * (moved2 - moved)
+
+
 def activation_bytes(
     shape: Shape, architecture: str, batch: int, mode: str, every_nth: int, dtype: torch.dtype
 ) -> int:

@@ -137,7 +137,7 @@ def _train(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> St
         disk=2 * checkpoint // nodes,
         cache=cache,
     )
-    step_s = planned["time"]["step_s"]
+    step_s = max(planned["time"]["step_s"])
     return StageSize(_head_size(recipe), worker, nodes, grace_s(checkpoint, nodes, step_s))
 
 

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
 from diffit_train.models.published import write_published
-from diffit_train.progress import Progress
 from diffit_train.runs.checkpoints import (
     SNAPSHOTS,
     Slice,
@@ -53,6 +51,8 @@ def power_exponent(sigma_rel: float) -> float:
 
     if not 0.0 < sigma_rel < WIDEST_PROFILE:
         raise ValueError(f"sigma_rel is {sigma_rel}, but must be between 0 and 0.2886")
+    from scipy.optimize import brentq  # here, because training without such an EMA needs no scipy
+
     return float(brentq(excess, 0.0, 2.0 / sigma_rel, xtol=1e-14, rtol=1e-15))
 
 
@@ -146,6 +146,8 @@ def reconstruct_ema(
             f"--sigma-rel is {sigma_rel}, but must be above 0 and below {WIDEST_PROFILE:.4f}, "
             "the width of the plain mean"
         )
+    from diffit_train.progress import Progress
+
     url = run_url(recipe, run)
     snapshots, profiles = storage.join(url, SNAPSHOTS), recipe.train.power_profiles()
     steps = committed_steps(snapshots)

@@ -138,6 +138,7 @@ def _tracked_fit(
     for name, value in (
         ("mlflow.source.git.commit", git_commit()),
         ("diffit.submission_id", os.environ.get("DIFFIT_SUBMISSION_ID")),
+        ("diffit.deterministic", "true" if recipe.train.deterministic else None),
         ("diffit.started_from", start and f"{start.run}@{start.step} {start.weights}"),
     ):
         if value:

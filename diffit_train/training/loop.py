@@ -18,6 +18,7 @@ from diffit_train.data.loader import LatentLoader, SampleOrder
 from diffit_train.data.shards import latents_url, load_manifest, read_shard
 from diffit_train.diffusion.objective import build_objective
 from diffit_train.errors import DiffitError
+from diffit_train.models.attention_kernels import compute_deterministically, kernel_name
 from diffit_train.models.backbone import Backbone
 from diffit_train.models.build import build_model
 from diffit_train.models.cost import training_flops_per_image
@@ -77,6 +78,8 @@ class Trainer:
         device: torch.device,
         hooks: TrainerHooks,
     ) -> None:
+        if recipe.train.deterministic:
+            compute_deterministically(kernel_name(recipe.model.attention, device))
         self.recipe, self.device, self.hooks = recipe, device, hooks
         self.mlflow_run_id = mlflow_run_id
         self.url = run_url(recipe, run)

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 
 def synchronize(device: torch.device) -> None:
@@ -94,6 +92,9 @@ def beside_matrix_rate(
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table to standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(width=120)
     console.print(title)
     table = Table(*columns)

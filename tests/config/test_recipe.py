@@ -316,3 +316,10 @@ def test_how_a_step_is_computed_does_not_change_the_run() -> None:
 def test_objectives_samplers_and_guidance_must_agree(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe("demo", overrides)
+
+
+def test_deterministic_training_refuses_atomics_and_keeps_the_hash() -> None:
+    with pytest.raises(UserError, match=r"train\.deterministic is true.*model\.attention=sdpa"):
+        load_recipe("demo", ["train.deterministic=true", "model.attention=flex"])
+    deterministic = load_recipe("demo", ["train.deterministic=true"])
+    assert deterministic.train_hash() == load_recipe("demo").train_hash()

@@ -11,6 +11,7 @@ from diffit_train.models.attention import TMSA, relative_position_index
 from diffit_train.models.attention_kernels import (
     KERNELS,
     Kernel,
+    compute_deterministically,
     kernel_name,
     reference_attention,
 )
@@ -93,10 +94,24 @@ def test_no_attention_weights_are_saved_for_backward() -> None:
     assert max(sizes) == 5 * HEADS * SIDE**4
 
 
+def test_deterministic_mode_refuses_atomics_and_is_on_afterwards() -> None:
+    with pytest.raises(UserError, match=r"train\.deterministic.*'flex'.*model\.attention=sdpa"):
+        compute_deterministically("flex")
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        compute_deterministically("sdpa")
+        assert torch.are_deterministic_algorithms_enabled()
+        grads = [_results(KERNELS["sdpa"], _inputs(5, torch.float32))[-1] for _ in range(2)]
+        assert torch.equal(*grads)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_the_device_determines_the_kernel() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert kernel_name("auto", cpu) == "chunked"
-    assert kernel_name("auto", cuda) == "flex"
+    assert kernel_name("auto", cuda) == "sdpa"
+    assert kernel_name("flex", cuda) == "flex"
     assert kernel_name("reference", cuda) == "reference"
     with pytest.raises(UserError, match=r"flex.*needs a CUDA device.*model\.attention=auto"):
         kernel_name("flex", cpu)
