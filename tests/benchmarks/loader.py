@@ -47,6 +47,7 @@ def write_latents(url: str, images: int) -> Manifest:
         frames=1,
         images_per_shard=PER_SHARD,
         segments=[images],
+        orders=["sha256"],
         classes=["0"],
         input_sha256="",
         shards=shards,

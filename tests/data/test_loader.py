@@ -169,6 +169,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
         frames=1,
         images_per_shard=10,
         segments=[40],
+        orders=["sha256"],
         classes=["a", "b", "c"],
         input_sha256="i",
         shards=shards,
