@@ -470,9 +470,13 @@ def test_invalid_members_with_a_valid_hash_are_found(encoded: Path, tmp_path: Pa
         1: (r"latents have shape \(1, 8, 2, 4\)", [5, 6], moments[..., :2, :], [0, 1]),
         2: ("labels are out of range", [10, 11], moments, [0, 3]),
         3: ("keys are not those that were encoded", [16, 24], moments, [0, 1]),
-        4: ("another shard or twice", [20, 20], moments, [0, 1]),
     }
     shards = list(manifest.shards)
+    again = read_shard(url, shards[0]).keys[:2].tolist()
+    shards[4] = write_shard(url, 4, again, moments, [0, 1])
+    twice = manifest.model_copy(update={"shards": shards})
+    (Path(url) / "manifest.json").write_text(twice.model_dump_json())
+    assert "an image that is in another shard" in verify(url).bad["shard-000004.tar"]
     for number, (_, keys, values, labels) in changes.items():
         shards[number] = write_shard(url, number, keys, values, labels)
     (Path(url) / "manifest.json").write_text(
