@@ -30,6 +30,7 @@ from diffit_train.data.encode_plan import (
     commit_manifest,
     count_images,
     find_work,
+    in_order_of_plan,
     make_plan,
     read_encoded_parts,
     spec_items,
@@ -73,6 +74,7 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
         return done
     _require_autoencoder(recipe)
     url = latents_url(recipe)
+    work = in_order_of_plan(url, work)
     with _cluster(recipe, address):
         parts = _encode_parts(recipe, url, work)
     return commit_manifest(recipe, url, work, parts)
@@ -300,7 +302,7 @@ class _Encoder:
         moments = self._moments(pixels)
         entry = None
         if kept:
-            keys = [spec["first"] + position for position in kept]
+            keys = [spec["keys"][position] for position in kept]
             labels = [items[position].label for position in kept]
             entry = write_shard(self.url, number, keys, moments, labels)
         total, squares = self._statistics(number, moments)

@@ -16,6 +16,7 @@ import numpy as np
 
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe
+from diffit_train.data.encode_order import SORTED, encode_order, order_digest
 from diffit_train.data.shards import (
     INPUTS,
     MANIFEST,
@@ -40,11 +41,16 @@ RETRY = "retry-rejected"
 
 
 class Plan(storage.Record):
-    """parts/plan.json: recipe and input of the encoding; `appended_to` images came before it."""
+    """parts/plan.json: recipe, input and order of the encoding.
+
+    `appended_to` images came before it. `order` is as in the manifest's `orders`; a plan of the
+    version before 0.1.0 has none, and its images are encoded in the order of their listing.
+    """
 
     recipe_hash: str
     input_sha256: str
     appended_to: int
+    order: str = SORTED
 
 
 class Rejected(storage.Record):
@@ -78,26 +84,35 @@ class EncodeJob:
         listing: the images to encode.
         before: names and labels of the images encoded earlier, whose keys come first.
         base: the manifest to append to.
+        shuffled: whether the images are permuted.
     """
 
     listing: ImageList
     before: list[tuple[str, int]] = field(default_factory=list, repr=False)
     base: Manifest | None = None
+    shuffled: bool = True
 
     @property
     def inputs(self) -> list[tuple[str, int]]:
         """Names and labels in key order."""
         return self.before + [(item.name, item.label) for item in self.listing.items]
 
-    def shard_ranges(self, images_per_shard: int) -> list[tuple[int, int, int]]:
-        """Number, first key and end key of each shard to encode."""
-        segments = self.base.segments if self.base else []
-        ranges = shard_ranges([*segments, len(self.listing)], images_per_shard)
-        return [r for r in ranges if r[1] >= len(self.before)]
+    def positions(self, images_per_shard: int) -> np.ndarray:
+        """Positions in the listing, (n,), in the order of the shards."""
+        if not self.shuffled:
+            return np.arange(len(self.listing))
+        items, first = self.listing.items, len(self.before)
+        return encode_order(items, self.listing.kind, images_per_shard, first)
+
+    def order(self, images_per_shard: int) -> str:
+        """Entry in the manifest's `orders`."""
+        if not self.shuffled:
+            return SORTED
+        return order_digest(self.positions(images_per_shard) + len(self.before))
 
 
 def shard_ranges(segments: Sequence[int], images_per_shard: int) -> list[tuple[int, int, int]]:
-    """Number, first key and end key of every shard; shards never span two segments."""
+    """Number, and range in the order of encoding, of every shard; none spans two segments."""
     ranges: list[tuple[int, int, int]] = []
     first = 0
     for size in segments:
@@ -141,7 +156,7 @@ def make_plan(recipe: Recipe, url: str, work: EncodeJob) -> Plan:
     """The plan, checked against that of an encoding in progress; `write_plan` stores it.
 
     A stored plan without a finished shard is ignored, so that a recipe that failed immediately
-    can be fixed.
+    can be fixed. Where its order is `SORTED`, so must be that of `work`; see `in_order_of_plan`.
 
     Raises:
         UserError: other images or another recipe are being encoded there.
@@ -150,6 +165,7 @@ def make_plan(recipe: Recipe, url: str, work: EncodeJob) -> Plan:
         recipe_hash=recipe.encode_hash(),
         input_sha256=storage.digest(work.inputs),
         appended_to=len(work.before),
+        order=work.order(recipe.data.images_per_shard),
     )
     found = read_plan(url)
     if found is None or found.input_sha256 == REPAIR:
@@ -161,6 +177,15 @@ def make_plan(recipe: Recipe, url: str, work: EncodeJob) -> Plan:
             f"choose another data.name, or delete {storage.join(url, 'parts')}"
         )
     return plan
+
+
+def in_order_of_plan(url: str, work: EncodeJob) -> EncodeJob:
+    """The job in the order in which an encoding in progress has begun."""
+    found = read_plan(url)
+    if found is None or found.input_sha256 == REPAIR or found.order != SORTED:
+        return work
+    say("Continuing in sorted order, as an earlier version began; only new latents are shuffled")
+    return replace(work, shuffled=False)
 
 
 def read_plan(url: str) -> Plan | None:
@@ -200,9 +225,9 @@ def _is_whole(url: str, entry: ShardEntry) -> bool:
     return storage.exists(shard) and storage.size_bytes(shard) == entry.bytes
 
 
-def shard_spec(number: int, first: int, items: Sequence[Item]) -> dict[str, Any]:
+def shard_spec(number: int, keys: Sequence[int], items: Sequence[Item]) -> dict[str, Any]:
     """Description of a shard, as sent to a task."""
-    return {"number": number, "first": first, "items": [list(item) for item in items]}
+    return {"number": number, "keys": list(keys), "items": [list(item) for item in items]}
 
 
 def spec_items(spec: dict[str, Any]) -> list[Item]:
@@ -215,10 +240,46 @@ def spec_items(spec: dict[str, Any]) -> list[Item]:
 
 def work_specs(recipe: Recipe, work: EncodeJob) -> list[dict[str, Any]]:
     """Descriptions of all shards of the job."""
-    skip, items = len(work.before), work.listing.items
+    skip, items, size = len(work.before), work.listing.items, recipe.data.images_per_shard
+    positions = work.positions(size)
+    segments = work.base.segments if work.base else []
+    specs = []
+    for number, first, end in shard_ranges([*segments, len(items)], size):
+        if first >= skip:
+            here = positions[first - skip : end - skip].tolist()
+            specs.append(shard_spec(number, [skip + p for p in here], [items[p] for p in here]))
+    return specs
+
+
+def repair_specs(
+    manifest: Manifest, listing: ImageList, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Descriptions of these shards of finished latents.
+
+    Args:
+        listing: all encoded images, in key order.
+
+    Raises:
+        UserError: the order of encoding cannot be found again.
+    """
+    keys, first, size = [], 0, manifest.images_per_shard
+    for count, order in zip(manifest.segments, manifest.orders, strict=True):
+        items = listing.items[first : first + count]
+        positions = np.arange(count)
+        if order != SORTED:
+            positions = encode_order(items, listing.kind, size, first)
+            if order_digest(positions + first) != order:
+                raise UserError(
+                    f"the row groups of {listing.url} are not those that were encoded, so the "
+                    "images of a shard cannot be found again; restore the files, or re-encode "
+                    "under another data.name"
+                )
+        keys += (positions + first).tolist()
+        first += count
     return [
-        shard_spec(number, first, items[first - skip : end - skip])
-        for number, first, end in work.shard_ranges(recipe.data.images_per_shard)
+        shard_spec(number, keys[start:end], [listing.items[key] for key in keys[start:end]])
+        for number, start, end in shard_ranges(manifest.segments, size)
+        if shard_name(number) in names
     ]
 
 
@@ -257,7 +318,9 @@ def commit_manifest(
     base, listing = work.base, work.listing
     ordered = [parts[number] for number in sorted(parts)]
     new = [part.entry for part in ordered if part.entry is not None]
-    rejected = [item for part in ordered for item in part.rejected]
+    rejected = sorted(
+        (item for part in ordered for item in part.rejected), key=lambda item: item.path
+    )
     if not new:
         raise UserError(f"no image in {listing.url} can be read: {rejected[0].reason}")
     if sum(shard.count for shard in new) + len(rejected) != len(listing):
@@ -297,6 +360,7 @@ def commit_manifest(
         posterior=members != recipe.autoencoder.latent_channels,
         images_per_shard=recipe.data.images_per_shard,
         segments=[*(base.segments if base else []), len(listing)],
+        orders=[*(base.orders if base else []), work.order(recipe.data.images_per_shard)],
         classes=list(listing.classes),
         input_sha256=storage.digest(inputs),
         shards=shards,

@@ -2,18 +2,20 @@
 
 Each epoch, the shards are permuted and concatenated; the sequence of samples is split into lanes
 of equal length; within a lane, samples are shuffled window by window. A global batch takes the
-same number of samples from every lane, and a rank serves a contiguous range of lanes.
+same number of samples from every lane, and a rank serves a contiguous range of lanes. Lanes do not
+turn over their windows at the same step, so that shards are needed one by one.
 """
 
 from __future__ import annotations
 
+import heapq
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -24,10 +26,22 @@ T = TypeVar("T")
 
 # Distinct random streams for the different uses of one seed.
 _SHARDS, _WINDOW, _DRAW = 0, 1, 2
+# Threads of a rank that read shards.
+READERS = 16
+# The golden ratio's fraction, times 2^64: its multiples spread evenly over any range of lanes.
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _generator(*seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(seed))))
+
+
+class Window(NamedTuple):
+    """Samples of a lane that are shuffled together: its steps, and the shards they lie in."""
+
+    first_step: int
+    last_step: int
+    shards: tuple[int, ...]
 
 
 class SampleOrder:
@@ -39,17 +53,25 @@ class SampleOrder:
         lanes: maximum number of lanes; reduced to its largest divisor not above the shard count.
         window: samples of a lane that are shuffled together.
         seed: the run's seed.
+        staggered: whether lanes turn over their windows at different steps; not so for latents
+            that the version before 0.1.0 encoded, whose runs keep their order.
 
     Raises:
         UserError: there are fewer samples than a batch needs.
     """
 
     def __init__(
-        self, counts: Sequence[int], batch_size: int, lanes: int, window: int, seed: int
+        self,
+        counts: Sequence[int],
+        batch_size: int,
+        lanes: int,
+        window: int,
+        seed: int,
+        staggered: bool = True,
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.samples, self.batch_size = int(self.counts.sum()), batch_size
-        self.window, self.seed = window, seed
+        self.window, self.seed, self.staggered = window, seed, staggered
         self.lanes = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(counts))
         self.steps_per_epoch = self.samples // batch_size
         if not self.steps_per_epoch:
@@ -58,13 +80,15 @@ class SampleOrder:
                 "lower it"
             )
         self.per_lane = batch_size // self.lanes
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # By lane: epoch, number and permutation of the window read last.
+        self._last: dict[int, tuple[int, int, np.ndarray]] = {}
 
     def lane_samples(self, step: int, lane: int) -> list[tuple[int, int]]:
         """(shard, offset in the shard) of each sample of a lane in a step's batch."""
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
         shards, starts = self._permuted(epoch)
-        length = self.steps_per_epoch * self.per_lane
+        length = self._lane_length()
         first = epoch_step * self.per_lane
         indices = [
             lane * length + self._shuffled(epoch, lane, index, length)
@@ -80,6 +104,38 @@ class SampleOrder:
         """Most shards a window can touch: the smallest ones, plus a partial one at each end."""
         whole = np.searchsorted(np.cumsum(np.sort(self.counts)), self.window, side="right")
         return int(whole) + 2
+
+    def windows(self, lane: int, step: int) -> Iterator[Window]:
+        """The windows of a lane from the one that holds its first sample of a step; endless."""
+        epoch, epoch_step = divmod(step, self.steps_per_epoch)
+        length, shift = self._lane_length(), self._shift(lane)
+        number = (epoch_step * self.per_lane + shift) // self.window
+        while True:
+            start = max(0, number * self.window - shift)
+            stop = min(length, (number + 1) * self.window - shift)
+            if start >= length:
+                epoch, number = epoch + 1, 0
+                continue
+            shards, starts = self._permuted(epoch)
+            first, last = np.searchsorted(
+                starts, [lane * length + start, lane * length + stop - 1], side="right"
+            )
+            begin = epoch * self.steps_per_epoch
+            yield Window(
+                first_step=begin + start // self.per_lane,
+                last_step=begin + (stop - 1) // self.per_lane,
+                shards=tuple(shards[first - 1 : last].tolist()),
+            )
+            number += 1
+
+    def _lane_length(self) -> int:
+        return self.steps_per_epoch * self.per_lane
+
+    def _shift(self, lane: int) -> int:
+        """How much shorter than the others a lane's first window is."""
+        if not self.staggered or self._lane_length() <= self.window:
+            return 0
+        return (lane * _GOLDEN % 2**64) * self.window >> 64
 
     def rank_lanes(self, rank: int, world: int) -> range:
         """The contiguous lanes of a rank; some ranks have one more if they do not divide evenly.
@@ -100,23 +156,24 @@ class SampleOrder:
 
     def _permuted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and the index of each one's first sample."""
-        if self._epoch is None or self._epoch[0] != epoch:
+        if epoch not in self._epochs:
             shards = _generator(self.seed, _SHARDS, epoch).permutation(len(self.counts))
             ends = np.cumsum(self.counts[shards])
-            self._epoch = (epoch, shards, ends - self.counts[shards])
-            self._windows: dict[tuple[int, int], np.ndarray] = {}
-        return self._epoch[1], self._epoch[2]
+            # The loader looks ahead into the next epoch.
+            self._epochs = {e: v for e, v in self._epochs.items() if abs(e - epoch) <= 1}
+            self._epochs[epoch] = (shards, ends - self.counts[shards])
+        return self._epochs[epoch]
 
     def _shuffled(self, epoch: int, lane: int, index: int, length: int) -> int:
         """The index in the lane before shuffling of the sample that is at `index` after it."""
-        number, offset = divmod(index, self.window)
-        start = number * self.window
-        if (lane, number) not in self._windows:
-            self._windows.pop((lane, number - 2), None)
-            size = min(self.window, length - start)
+        shift = self._shift(lane)
+        number = (index + shift) // self.window
+        start = max(0, number * self.window - shift)
+        if lane not in self._last or self._last[lane][:2] != (epoch, number):
+            size = min(length, (number + 1) * self.window - shift) - start
             random = _generator(self.seed, _WINDOW, epoch, lane, number)
-            self._windows[lane, number] = random.permutation(size)
-        return start + int(self._windows[lane, number][offset])
+            self._last[lane] = (epoch, number, random.permutation(size))
+        return start + int(self._last[lane][2][index - start])
 
 
 @dataclass(frozen=True)
@@ -164,14 +221,19 @@ class Batch:
 
 
 class LatentLoader(Generic[T]):
-    """Iterates over a rank's batches from a given step; a thread reads and prepares them ahead.
+    """Iterates over a rank's batches from a given step; a thread prepares them ahead.
+
+    The order is known, so other threads read shards before the windows that need them begin, as
+    many as memory for `SampleOrder.shards_per_window` shards a lane allows.
 
     Args:
         url: folder of the latents.
         lanes: the rank's lanes, from `SampleOrder.rank_lanes`.
         prepare: called by the thread on each batch; iteration yields its results.
         read: reads a shard.
-        prefetch: number of batches to read ahead.
+        prefetch: number of batches to prepare ahead.
+        readers: number of threads that read shards.
+        look_ahead: whether shards are read before they are needed.
 
     Attributes:
         wait_s: total time the consumer has waited.
@@ -187,6 +249,8 @@ class LatentLoader(Generic[T]):
         prepare: Callable[[Batch], T],
         read: Callable[[str, ShardEntry], Shard] = read_shard,
         prefetch: int = 4,
+        readers: int = READERS,
+        look_ahead: bool = True,
     ) -> None:
         self.url, self.manifest, self.order = url, manifest, order
         self.prepare, self.read = prepare, read
@@ -194,7 +258,14 @@ class LatentLoader(Generic[T]):
         self.step = start_step
         self.wait_s = 0.0
         self._capacity = len(self.lanes) * order.shards_per_window()
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._look_ahead = look_ahead
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="shards")
+        self._shards: dict[int, Future[Shard]] = {}
+        # Windows of the lanes in the order of their first step, and the last step of each shard.
+        self._coming: Iterator[Window] = iter(())
+        self._next: Window | None = None
+        self._needed_until: dict[int, int] = {}
+        self._position = -1
         self._queue: queue.Queue[T | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="latents", daemon=True)
@@ -205,6 +276,7 @@ class LatentLoader(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
 
     def __iter__(self) -> Iterator[T]:
@@ -235,8 +307,9 @@ class LatentLoader(Generic[T]):
 
     def batch(self, step: int) -> Batch:
         """This rank's share of a step's batch."""
+        self._fetch(step)
         picked = [p for lane in self.lanes for p in self.order.lane_samples(step, lane)]
-        samples = [(self._shard(number), offset) for number, offset in picked]
+        samples = [(self._shards[number].result(), offset) for number, offset in picked]
         return Batch(
             step=step,
             lanes=self.lanes,
@@ -246,13 +319,26 @@ class LatentLoader(Generic[T]):
             labels=np.array([shard.labels[offset] for shard, offset in samples]),
         )
 
-    def _shard(self, number: int) -> Shard:
-        """A shard, from the in-memory LRU cache or read again."""
-        if number in self._shards:
-            self._shards.move_to_end(number)
-            return self._shards[number]
-        shard = self.read(self.url, self.manifest.shards[number])
-        self._shards[number] = shard
-        while len(self._shards) > self._capacity:
-            self._shards.popitem(last=False)
-        return shard
+    def _fetch(self, step: int) -> None:
+        """Start reading the shards of the windows of a step, and of later ones as memory allows."""
+        if step != self._position + 1 or self._next is None:
+            self._coming = heapq.merge(*(self.order.windows(n, step) for n in self.lanes))
+            self._next = next(self._coming)
+            self._needed_until = dict.fromkeys(self._shards, -1)
+        self._position = step
+        for number in [n for n, last in self._needed_until.items() if last < step]:
+            del self._needed_until[number]
+            self._shards.pop(number)
+        while self._next.first_step <= step or (self._look_ahead and self._has_room(self._next)):
+            for number in self._next.shards:
+                if number not in self._shards:
+                    entry = self.manifest.shards[number]
+                    self._shards[number] = self._pool.submit(self.read, self.url, entry)
+                last = self._needed_until.get(number, -1)
+                self._needed_until[number] = max(last, self._next.last_step)
+            self._next = next(self._coming)
+
+    def _has_room(self, window: Window) -> bool:
+        new = sum(number not in self._shards for number in window.shards)
+        within_next_epoch = window.first_step < self._position + self.order.steps_per_epoch
+        return within_next_epoch and len(self._shards) + new <= self._capacity

@@ -3,8 +3,9 @@
 Each image has two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
 log-variance, unscaled, with the flipped image second if F = 2; and KEY.cls, the label in ASCII.
 Without a posterior the latent is (F, C, h, w). KEY is the nine-digit index of the image in the
-sorted input; images appended later continue the numbering. The same content gives the same bytes:
-order, times, owners and modes are fixed.
+sorted input; images appended later continue the numbering. Images lie in the order of a seeded
+permutation of the input (`encode_order`). The same content gives the same bytes: order, times,
+owners and modes are fixed.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Manifest(storage.Record):
     """Contents and provenance of the shards.
 
     `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of
-    input images of the first encoding and of each append.
+    input images of the first encoding and of each append; `orders` has for each the SHA-256 of its
+    keys in the order of the shards, empty where they ascend, as in the version before 0.1.0.
     """
 
     schema_version: int
@@ -67,6 +69,7 @@ class Manifest(storage.Record):
     posterior: bool = True
     images_per_shard: int
     segments: list[int]
+    orders: list[str]
     classes: list[str]
     input_sha256: str
     shards: list[ShardEntry]
@@ -77,10 +80,19 @@ class Manifest(storage.Record):
     @model_validator(mode="before")
     @classmethod
     def _former_names(cls, values: Any) -> Any:
-        former = "pictures_per_shard"
-        if isinstance(values, dict) and former in values:
-            return {("images_per_shard" if k == former else k): v for k, v in values.items()}
+        if not isinstance(values, dict):
+            return values
+        former = {"pictures_per_shard": "images_per_shard"}
+        values = {former.get(name, name): value for name, value in values.items()}
+        segments = values.get("segments")
+        if isinstance(segments, list):
+            values.setdefault("orders", [""] * len(segments))
         return values
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the first encoding was in shuffled order."""
+        return bool(self.orders[0])
 
     @property
     def member_shape(self) -> tuple[int, int, int, int]:
@@ -178,7 +190,7 @@ def write_shard(
 
     Args:
         url: folder of the latents.
-        keys: input indices of the images, ascending.
+        keys: input indices of the images.
         moments: (n, F, 2C, h, w); stored as float16.
         labels: (n,).
     """

@@ -15,7 +15,12 @@ import numpy as np
 
 from diffit_train import storage
 from diffit_train.config import Recipe, load_stored_recipe
-from diffit_train.data.encode_plan import REPAIR, read_inputs, read_plan, shard_ranges, shard_spec
+from diffit_train.data.encode_plan import (
+    REPAIR,
+    read_inputs,
+    read_plan,
+    repair_specs,
+)
 from diffit_train.data.shards import (
     MANIFEST,
     Manifest,
@@ -23,7 +28,6 @@ from diffit_train.data.shards import (
     ShardEntry,
     load_manifest,
     read_shard,
-    shard_name,
 )
 from diffit_train.data.sources import ImageList, list_images
 from diffit_train.errors import DiffitError, UserError
@@ -74,12 +78,16 @@ def verify(url: str) -> Report:
     report = Report(url, len(manifest.shards))
     total = sum(entry.count for entry in manifest.shards)
     read = 0
+    seen = np.zeros(sum(manifest.segments), dtype=bool)
     with ThreadPoolExecutor(THREADS) as pool, Progress("verify", total, "images") as progress:
         results = pool.map(lambda entry: _read_good(url, manifest, entry), manifest.shards)
         for entry, result in zip(manifest.shards, results, strict=True):
             if isinstance(result, str):
                 report.bad[entry.name] = result
+            elif seen[result.keys].any():
+                report.bad[entry.name] = "it holds an image that is in another shard"
             else:
+                seen[result.keys] = True
                 _add(report, manifest, result)
             read += entry.count
             progress.update(read)
@@ -104,9 +112,18 @@ def _read_good(url: str, manifest: Manifest, entry: ShardEntry) -> Shard | str:
         return "latents are NaN or infinite"
     if not ((shard.labels >= 0) & (shard.labels < len(manifest.classes))).all():
         return "labels are out of range"
-    if not (np.diff(shard.keys) > 0).all() or shard.keys[0] != entry.first_index:
-        return "keys do not ascend from the recorded first key"
+    if shard.keys[0] != entry.first_index or not _keys_fit(manifest, shard.keys):
+        return "keys are not those that were encoded into it"
     return shard
+
+
+def _keys_fit(manifest: Manifest, keys: np.ndarray) -> bool:
+    """Whether keys are all of one segment, and ascend if it is not shuffled."""
+    ends = np.cumsum(manifest.segments)
+    segments = np.unique(np.searchsorted(ends, keys, side="right"))
+    if len(segments) != 1 or segments[0] == len(ends):
+        return False
+    return bool(manifest.orders[segments[0]]) or bool((np.diff(keys) > 0).all())
 
 
 def _add(report: Report, manifest: Manifest, shard: Shard) -> None:
@@ -157,12 +174,7 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
             f"encoding to {url} is in progress; finish it first with `diffit encode --append`"
         )
     by_key = _items_by_key(recipe, url)
-    ranges = shard_ranges(manifest.segments, manifest.images_per_shard)
-    specs = [
-        shard_spec(number, first, by_key.items[first:end])
-        for number, first, end in ranges
-        if shard_name(number) in names
-    ]
+    specs = repair_specs(manifest, by_key, names)
     repaired = {}
     for part in encode_again(recipe, url, by_key, specs, address):
         if part.entry is None or part.autoencoder_sha256 != manifest.autoencoder_sha256:

@@ -95,6 +95,7 @@ class Trainer:
             recipe.data.lanes,
             recipe.data.shuffle_window,
             recipe.train.seed,
+            self.manifest.shuffled,
         )
         self.profiler = StepProfiler(recipe.train.profile_steps, self.url, hooks.say)
         self._start_engine()

@@ -1,9 +1,12 @@
 """Images per second from latent shards: our loader, webdataset, tarfile; local and from S3.
 
-    python -m tests.benchmarks.loader [--images 16384]
+    python -m tests.benchmarks.loader [--images 16384] [--paced-steps 600]
 
 Members are those of ImageNet at 256x256: (1, 8, 32, 32) float16. The loader verifies each shard's
 hash, shuffles, and assembles batches; the other two only iterate. S3 is a SeaweedFS server.
+
+Then one rank of eight at a fixed pace: batches of 256 over ImageNet's 2,503 shards, where reading a
+shard only sleeps. Reading ahead and staggered windows against one shard after another.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ import numpy as np
 
 from diffit_train import storage
 from diffit_train.data.loader import LatentLoader, SampleOrder
-from diffit_train.data.shards import Manifest, Totals, write_shard
+from diffit_train.data.shards import Manifest, Shard, ShardEntry, Totals, write_shard
 from tests.benchmarks.common import print_table
 from tests.s3 import BUCKET, S3Server
 
 BATCH, LANES, PER_SHARD = 256, 64, 512
+SHARD_S, STEPS_PER_S = 0.25, 16
 
 
 def write_latents(url: str, images: int) -> Manifest:
@@ -35,6 +39,11 @@ def write_latents(url: str, images: int) -> Manifest:
         moments = random.standard_normal((PER_SHARD, 1, 8, 32, 32)).astype(np.float16)
         keys = range(number * PER_SHARD, (number + 1) * PER_SHARD)
         shards.append(write_shard(url, number, keys, moments, [0] * PER_SHARD))
+    return empty_manifest(images, shards)
+
+
+def empty_manifest(images: int, shards: list[ShardEntry]) -> Manifest:
+    """A manifest of these shards."""
     return Manifest(
         schema_version=1,
         recipe_hash="",
@@ -47,6 +56,7 @@ def write_latents(url: str, images: int) -> Manifest:
         frames=1,
         images_per_shard=PER_SHARD,
         segments=[images],
+        orders=["sha256"],
         classes=["0"],
         input_sha256="",
         shards=shards,
@@ -113,11 +123,63 @@ def with_tarfile(url: str, manifest: Manifest) -> float:
     return count / (time.perf_counter() - start)
 
 
+def data_wait(lanes: int, staggered: bool, readers: int, look_ahead: bool, steps: int) -> list[str]:
+    """Share of time one of 8 ranks waits at a fixed pace, and seconds to its first batch."""
+    entry = ShardEntry(name="shard-000000.tar", count=PER_SHARD, bytes=0, sha256="", first_index=0)
+    shards = [entry] * 2502 + [entry.model_copy(update={"count": 143})]
+    shape = (PER_SHARD, 2, 8, 32, 32)
+    shard = Shard(np.arange(PER_SHARD), np.zeros(shape, np.float16), np.zeros(PER_SHARD, np.int64))
+
+    def read(url: str, entry: ShardEntry) -> Shard:
+        time.sleep(SHARD_S)
+        return shard
+
+    manifest = empty_manifest(sum(s.count for s in shards), shards)
+    order = SampleOrder([s.count for s in shards], BATCH, lanes, 1024, 0, staggered)
+    start = order.steps_per_epoch - steps // 2  # amid an epoch, and over its end
+    loader = LatentLoader(
+        "",
+        manifest,
+        order,
+        order.rank_lanes(3, 8),
+        start,
+        lambda batch: batch,
+        read,
+        readers=readers,
+        look_ahead=look_ahead,
+    )
+    begun_s = time.perf_counter()
+    with loader:
+        for number, _ in enumerate(loader):
+            now_s = time.perf_counter()
+            if number == 0:
+                first_s, waited_s, due_s = now_s - begun_s, loader.wait_s, now_s
+            if number == steps:
+                break
+            due_s = max(due_s, now_s) + 1 / STEPS_PER_S
+            time.sleep(max(0.0, due_s - time.perf_counter()))
+        share = (loader.wait_s - waited_s) / (time.perf_counter() - begun_s - first_s)
+    return [f"{share:.2%}", f"{first_s:.2f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--paced-steps", type=int, default=600)
     options = parser.parse_args()
+    ways_to_wait = {
+        "64 lanes, windows together, one reader": (64, False, 1, False),
+        "256 lanes, windows together, one reader": (256, False, 1, False),
+        "256 lanes, staggered, one reader": (256, True, 1, False),
+        "256 lanes, staggered, 16 readers ahead": (256, True, 16, True),
+        "64 lanes, windows together, 16 readers ahead": (64, False, 16, True),
+    }
+    waits = [[n, *data_wait(*way, options.paced_steps)] for n, way in ways_to_wait.items()]
+    title = f"one of 8 ranks, 32 images a step, {STEPS_PER_S} steps/s, {SHARD_S} s a shard"
+    print_table(title, ["", "data wait", "first batch s"], waits)
+    if not options.images:
+        return
     ways = {"diffit": with_loader, "webdataset": with_webdataset, "tarfile": with_tarfile}
     with tempfile.TemporaryDirectory() as name:
         server = S3Server(Path(name) / "s3")

@@ -55,8 +55,8 @@ def test_hashes_are_over_the_names_of_then() -> None:
 @pytest.mark.parametrize(
     ("name", "sha256"),
     [
-        ("imagenet256", "98039edfd1432393fbdb36732258e1fadc6c389902b40b4b52052cccde8031b6"),
-        ("imagenet512", "4fe485c6af333a64f75564b783a5294a4c164f09ca35aa881ed556cb3a21d4b3"),
+        ("imagenet256", "5a64d30a985d351dc543b1cd892c1c4d1dad6bc867f8566c1665d6c264e3dbfa"),
+        ("imagenet512", "ffebde71732fe312190d1e1da27b581dbce97eb6363940d296ce31ecb8d86077"),
         ("demo", "24854fffb34366ba50929776c698e3c46a6e7eb91739505505b3455fc1cd97c7"),
     ],
 )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,14 @@ from diffit_train.commands.verify import check_latents
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
 from diffit_train.data.encode import _read_shard_images, encode
-from diffit_train.data.encode_plan import find_work, make_plan, shard_spec, write_plan
+from diffit_train.data.encode_order import encode_order, order_digest
+from diffit_train.data.encode_plan import (
+    EncodedPart,
+    find_work,
+    make_plan,
+    shard_spec,
+    write_plan,
+)
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
 from diffit_train.data.shards import (
     finished_manifest,
@@ -35,7 +43,7 @@ from diffit_train.data.shards import (
     read_shard,
     write_shard,
 )
-from diffit_train.data.sources import Item, Location
+from diffit_train.data.sources import Item, Location, list_images, read_items
 from diffit_train.data.verify import verify
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.training.driver import train
@@ -62,7 +70,12 @@ def test_latents_are_those_of_the_autoencoder(encoded: Path) -> None:
     manifest = load_manifest(url)
     assert manifest.totals.model_dump() == {"input": 24, "written": 24, "rejected": 0}
     assert [s.count for s in manifest.shards] == [5, 5, 5, 5, 4]
-    assert [s.first_index for s in manifest.shards] == [0, 5, 10, 15, 20]
+    keys = [read_shard(url, s).keys.tolist() for s in manifest.shards]
+    order = encode_order(list_images(recipe).items, "folder", 5, 0).tolist()
+    assert [key for some in keys for key in some] == order != sorted(order)
+    assert sorted(order) == list(range(24))
+    assert [s.first_index for s in manifest.shards] == [some[0] for some in keys]
+    assert manifest.orders == [order_digest(np.array(order))]
     assert manifest.classes == ["a", "b", "c"]
     assert (manifest.frames, manifest.channels, manifest.height, manifest.width) == (1, 4, 4, 4)
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
@@ -90,7 +103,7 @@ def test_flips_follow_the_image(project: Path, tmp_path: Path) -> None:
     manifest = encode(recipe)
     assert manifest.frames == 2
     shard = read_shard(f"{tmp_path}/latents/digits", manifest.shards[0])
-    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[0]
+    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[shard.keys[0]]
     x = to_model_range(center_crop(decode(path.read_bytes()), 16)[None])
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     for frame, pixels in enumerate((x, x[..., ::-1].copy())):
@@ -127,7 +140,7 @@ def test_unreadable_images_are_rejected(project: Path, tmp_path: Path) -> None:
     assert [r["path"] for r in rows] == [str(paths[i].relative_to(source)) for i in (3, 20, 21)]
     assert rows[0]["reason"] == "empty file"
     keys = [k for s in manifest.shards for k in read_shard(f"{tmp_path}/latents/digits", s).keys]
-    assert keys == [i for i in range(24) if i not in (3, 20, 21)]
+    assert sorted(keys) == [i for i in range(24) if i not in (3, 20, 21)]
 
 
 def test_too_many_unreadable_images_fail_and_can_be_fixed(
@@ -209,7 +222,7 @@ def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Pa
 
 
 def test_a_node_without_the_source_is_not_mistaken_for_unreadable_images(tmp_path: Path) -> None:
-    row = {"spec": json.dumps(shard_spec(0, 0, [Item("a/1.png", 0, Location("a/1.png"))]))}
+    row = {"spec": json.dumps(shard_spec(0, [0], [Item("a/1.png", 0, Location("a/1.png"))]))}
     read = _read_shard_images(row, str(tmp_path / "unmounted"), "folder", 16)
     assert "unmounted does not exist on node" in read["failure"]
     assert json.loads(read["rejected"]) == []
@@ -309,23 +322,26 @@ def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) 
     assert encode(recipe, append=True) == before
     source = tmp_path / "images" / "digits"
     # They sort before, between and after the existing ones.
-    for name in ("a/+.png", "b/0015.png", "b/0016.png", "c/999.png", "c/9990.png", "c/9991.png"):
-        shutil.copy(source / "a" / "000.png", source / name)
+    for name in ("a/+", "b/0015", "b/0016", "b/0017", "c/999", "c/9990", "c/9991"):
+        shutil.copy(source / "a" / "000.png", source / f"{name}.png")
     (source / "c" / "9990.png").write_bytes(b"broken")
     assert encode(recipe) == before
     after = encode(recipe, append=True)
     assert after.shards[: len(before.shards)] == before.shards
-    assert after.segments == [24, 6]
-    assert after.totals.model_dump() == {"input": 30, "written": 29, "rejected": 1}
+    assert after.segments == [24, 7]
+    assert after.totals.model_dump() == {"input": 31, "written": 30, "rejected": 1}
     added = [read_shard(latents_url(recipe), entry) for entry in after.shards[5:]]
     assert [shard.name for shard in after.shards[5:]] == ["shard-000005.tar", "shard-000006.tar"]
-    assert np.concatenate([shard.keys for shard in added]).tolist() == [24, 25, 26, 27, 29]
-    assert np.concatenate([shard.labels for shard in added]).tolist() == [0, 1, 1, 2, 2]
+    pairs = [(k, y) for s in added for k, y in zip(s.keys, s.labels, strict=True)]
+    assert sorted(pairs) == [(24, 0), (25, 1), (26, 1), (27, 1), (28, 2), (30, 2)]
+    assert pairs != sorted(pairs)
+    assert after.orders[0] == before.orders[0] != after.orders[1]
     rejected = (tmp_path / "latents/digits/rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in rejected] == ["c/9990.png"]
-    # Five copies of one image move the mean toward it; computed by hand:
-    first = read_shard(latents_url(recipe), before.shards[0]).moments[0, 0, :4].astype(float)
-    expected = (np.array(before.mean) * 24 + first.mean((1, 2)) * before.scale * 5) / 29
+    # Six copies of one image move the mean toward it; computed by hand:
+    shards = [read_shard(latents_url(recipe), entry) for entry in before.shards]
+    (first,) = (s.moments[s.keys == 0][0, 0, :4].astype(float) for s in shards if 0 in s.keys)
+    expected = (np.array(before.mean) * 24 + first.mean((1, 2)) * before.scale * 6) / 30
     np.testing.assert_allclose(after.mean, expected, atol=0.15)
     assert verify(latents_url(recipe)).bad == {}
     # A commit killed before writing the manifest is redone with the same result.
@@ -375,6 +391,73 @@ def test_bad_shards_are_found_and_repaired(encoded: Path, tmp_path: Path) -> Non
     assert not (Path(url) / "parts").exists()
 
 
+def test_latents_of_an_earlier_version_keep_their_order(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half encoded in sorted order, they are finished, verified, repaired and appended to in it."""
+    recipe = tiny_recipe(_copy(project, tmp_path))
+    url = latents_url(recipe)
+    encode(recipe)
+    work = replace(find_work(recipe, None), shuffled=False)
+    storage.remove(storage.join(url, "manifest.json"))
+    write_plan(url, make_plan(recipe, url, work))
+    plan = Path(url, "parts", "plan.json")
+    stored = json.loads(plan.read_text())
+    assert stored.pop("order") == ""
+    plan.write_text(json.dumps(stored))
+    pixels = read_items(work.listing.url, "folder", work.listing.items[:5], 16).pixels
+    moments = load_autoencoder(recipe, torch.device("cpu")).encode_moments(to_model_range(pixels))
+    entry = write_shard(
+        url, 0, range(5), moments[:, None], [i.label for i in work.listing.items[:5]]
+    )
+    part = EncodedPart(
+        number=0,
+        entry=entry,
+        rejected=[],
+        autoencoder_sha256=load_autoencoder(recipe, torch.device("cpu")).weight_hash(),
+        scale=1.0,
+        shape=(1, 8, 4, 4),
+        total=[0.0] * 4,
+        squares=[1e3] * 4,
+    )
+    Path(url, "parts", "shard-000000.tar.json").write_text(part.model_dump_json())
+    manifest = encode(recipe)
+    assert "Continuing in sorted order" in capsys.readouterr().err
+    assert manifest.shards[0] == entry
+    assert manifest.orders == [""]
+    assert not manifest.shuffled
+    keys = [k for e in manifest.shards for k in read_shard(url, e).keys.tolist()]
+    assert keys == list(range(24))
+    former = json.loads(Path(url, "manifest.json").read_text())
+    del former["orders"]
+    Path(url, "manifest.json").write_text(json.dumps(former))
+    assert load_manifest(url) == manifest
+    assert verify(url).bad == {}
+    Path(url, "shard-000002.tar").unlink()
+    check_latents(url, None, True)
+    assert load_manifest(url).shards == manifest.shards
+    source = tmp_path / "images" / "digits"
+    for name in ("a/+.png", "b/0015.png", "c/999.png"):
+        shutil.copy(source / "a" / "000.png", source / name)
+    appended = encode(recipe, append=True)
+    assert appended.orders[0] == "" != appended.orders[1]
+    assert not appended.shuffled
+
+
+def test_parquet_is_shuffled_by_row_groups_and_within_blocks_of_them() -> None:
+    items = [Item(str(i), 0, Location(f"{i // 500}", i % 100, i // 100 % 5)) for i in range(2000)]
+    order = encode_order(items, "parquet", 25, 0)
+    assert sorted(order) == list(range(2000))
+    blocks = [{k // 100 for k in order[start : start + 200]} for start in range(0, 2000, 200)]
+    assert {len(groups) for groups in blocks} == {2}
+    assert len(set().union(*blocks)) == 20
+    assert max(len({k // 100 for k in order[s : s + 25]}) for s in range(0, 2000, 25)) == 2
+    small = encode_order(items[:150], "parquet", 25, 0)
+    assert (small == encode_order(items[:150], "folder", 25, 0)).all()
+    with_others = encode_order(items, "parquet", 25, 7)
+    assert (with_others != order).any()
+
+
 def test_invalid_members_with_a_valid_hash_are_found(encoded: Path, tmp_path: Path) -> None:
     shutil.copytree(encoded / "latents", tmp_path / "latents")
     url = str(tmp_path / "latents" / "digits")
@@ -386,9 +469,14 @@ def test_invalid_members_with_a_valid_hash_are_found(encoded: Path, tmp_path: Pa
         0: ("latents are NaN or infinite", [0, 1], spoiled, [0, 1]),
         1: (r"latents have shape \(1, 8, 2, 4\)", [5, 6], moments[..., :2, :], [0, 1]),
         2: ("labels are out of range", [10, 11], moments, [0, 3]),
-        3: ("keys do not ascend", [16, 15], moments, [0, 1]),
+        3: ("keys are not those that were encoded", [16, 24], moments, [0, 1]),
     }
     shards = list(manifest.shards)
+    again = read_shard(url, shards[0]).keys[:2].tolist()
+    shards[4] = write_shard(url, 4, again, moments, [0, 1])
+    twice = manifest.model_copy(update={"shards": shards})
+    (Path(url) / "manifest.json").write_text(twice.model_dump_json())
+    assert "an image that is in another shard" in verify(url).bad["shard-000004.tar"]
     for number, (_, keys, values, labels) in changes.items():
         shards[number] = write_shard(url, number, keys, values, labels)
     (Path(url) / "manifest.json").write_text(
@@ -415,7 +503,7 @@ def test_pixels_can_be_the_latents(project: Path, tmp_path: Path) -> None:
     assert shard.moments.shape == (5, 1, 3, 16, 16)
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     sampled = scaled_sample(torch.from_numpy(shard.moments[:, 0]), torch.randn(5, 3, 16, 16), 1.0)
-    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[2]
+    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[shard.keys[2]]
     pixels = center_crop(decode(path.read_bytes()), 16)
     assert np.array_equal(autoencoder.decode(sampled)[2], pixels)
 
@@ -443,7 +531,7 @@ def test_a_tiny_autoencoder_works(project: Path, tmp_path: Path) -> None:
     manifest = encode(recipe)
     assert (manifest.posterior, manifest.channels, manifest.scale) == (False, 4, 1.0)
     shard = read_shard(latents_url(recipe), manifest.shards[0])
-    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[0]
+    path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[shard.keys[0]]
     x = torch.from_numpy(to_model_range(center_crop(decode(path.read_bytes()), 16)[None]))
     expected = made.encode(x).latents[0].detach().numpy()
     np.testing.assert_allclose(shard.moments[0, 0], expected, atol=2e-3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
-from diffit_train.data.shards import Manifest, Totals, write_shard
+from diffit_train.data.shards import Manifest, Shard, ShardEntry, Totals, read_shard, write_shard
 from diffit_train.errors import DiffitError, UserError
+
+FORMER = [
+    [(3, 1), (3, 3), (3, 2), (3, 5)],
+    [(2, 5), (2, 1), (2, 4), (2, 3)],
+    [(3, 9), (5, 2), (5, 5), (5, 3)],
+    [(2, 9), (1, 2), (1, 0), (2, 8)],
+]
 
 
 @st.composite
@@ -78,6 +88,7 @@ def test_samples_are_shuffled_but_each_lane_reads_few_shards() -> None:
 @settings(max_examples=60, deadline=None)
 @given(orders(), st.integers(0, 3))
 def test_no_window_touches_more_shards_than_are_cached(order: SampleOrder, epoch: int) -> None:
+    order.staggered = False
     for lane in range(order.lanes):
         first = epoch * order.steps_per_epoch
         steps = range(first, first + order.steps_per_epoch)
@@ -85,6 +96,65 @@ def test_no_window_touches_more_shards_than_are_cached(order: SampleOrder, epoch
         for start in range(0, len(row), order.window):
             touched = {shard for shard, _ in row[start : start + order.window]}
             assert len(touched) <= order.shards_per_window()
+
+
+@settings(max_examples=60, deadline=None)
+@given(orders(), st.booleans(), st.integers(0, 40))
+def test_windows_tell_which_shards_a_step_needs(
+    order: SampleOrder, staggered: bool, first: int
+) -> None:
+    order.staggered = staggered
+    for lane in range(order.lanes):
+        windows, current = order.windows(lane, first), []
+        for step in range(first, first + 3 * order.steps_per_epoch):
+            current = [w for w in current if w.last_step >= step]
+            while not current or current[-1].last_step <= step:
+                current.append(next(windows))
+            needed = {shard for w in current if w.first_step <= step for shard in w.shards}
+            assert {shard for shard, _ in order.lane_samples(step, lane)} <= needed
+            assert all(len(w.shards) <= order.shards_per_window() for w in current)
+
+
+def test_lanes_turn_over_their_windows_at_different_steps() -> None:
+    def most_at_once(staggered: bool) -> int:
+        order = SampleOrder([512] * 2502, 256, 256, 1024, 0, staggered)
+        for rank in (0, 5):
+            windows = [order.windows(lane, 0) for lane in order.rank_lanes(rank, 8)]
+            starts = [w.first_step for row in windows for w in itertools.islice(row, 4)]
+        return max(starts.count(step) for step in set(starts) - {0})
+
+    assert most_at_once(False) == 32
+    assert most_at_once(True) <= 2
+
+
+def test_the_order_of_earlier_latents_is_unchanged() -> None:
+    """The first samples of lanes 0 and 3 as the version before 0.1.0 gave them."""
+    order = SampleOrder([10] * 7, 16, 4, 8, 0, staggered=False)
+    assert [order.lane_samples(step, lane) for step in (0, 3) for lane in (0, 3)] == FORMER
+
+
+def test_shards_are_read_ahead_within_memory_and_at_once_after_a_restart(
+    latents: tuple[str, Manifest],
+) -> None:
+    url, manifest = latents
+    order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
+    lock, now, most = threading.Lock(), 0, 0
+
+    def read(url: str, entry: ShardEntry) -> Shard:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.1)
+        with lock:
+            now -= 1
+        return read_shard(url, entry)
+
+    loader = LatentLoader(url, manifest, order, order.rank_lanes(0, 1), 2, _as_it_is, read)
+    loader._fetch(2)
+    assert 3 <= len(loader._shards) <= 4 * order.shards_per_window()
+    loader._pool.shutdown()
+    assert most >= 3
 
 
 def test_a_short_last_shard_does_not_enlarge_the_cache() -> None:
@@ -169,6 +239,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
         frames=1,
         images_per_shard=10,
         segments=[40],
+        orders=["sha256"],
         classes=["a", "b", "c"],
         input_sha256="i",
         shards=shards,
