@@ -203,16 +203,16 @@ def _sampler(report: Report, objective: str, name: str) -> None:
     report.check("samplers against float64", f"{objective}, {name}, {steps} steps", error, 1e-3)
 
 
-def _gaussian_prediction(diffusion: Diffusion, x: Tensor, t: Tensor) -> Tensor:
+def _gaussian_prediction(diffusion: Diffusion, x: Tensor, t: float) -> Tensor:
     """What an ideal model predicts where the data are normal with mean 0.5 and deviation 0.7."""
     mean, variance = 0.5, 0.49
     if diffusion.objective == "flow":
-        time = (t.to(x.dtype) / diffusion.timesteps).view(-1, 1, 1, 1)
+        time = t / diffusion.timesteps
         spread = (1 - time) ** 2 * variance + time**2
         noise = time / spread * (x - (1 - time) * mean)
         return noise - (mean + (1 - time) * variance / spread * (x - (1 - time) * mean))
     schedule = linear_schedule(diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
-    kept = torch.from_numpy(schedule.alpha_bar).to(x.device, x.dtype)[t].view(-1, 1, 1, 1)
+    kept = torch.tensor(schedule.alpha_bar[int(t)], device=x.device, dtype=x.dtype)
     spread = kept * variance + 1 - kept
     noise = (1 - kept).sqrt() / spread * (x - kept.sqrt() * mean)
     return torch.cat([noise, torch.zeros_like(noise)], dim=1)
