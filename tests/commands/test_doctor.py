@@ -30,6 +30,8 @@ def test_a_sound_machine_passes_and_nothing_is_left(
 def test_what_is_wrong_is_named_with_its_fix(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A Ray session that an earlier test left in this process schedules no GPU.
+    monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: None)
     (tmp_path / "file").write_text("not a folder")
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
     changes = (f"tracking.uri={uri}", "scaling.gpus_per_worker=1")
@@ -53,6 +55,7 @@ def test_gpus_are_compared_with_what_ray_schedules_and_what_training_needs(
     small = SimpleNamespace(name="T4", total_memory=2**20)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: small)
+    monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: None)
 
     def gpus(*changes: str) -> Check:
         checks = check_machine(tiny_recipe(tmp_path, *changes), "here")
