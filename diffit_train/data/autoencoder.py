@@ -6,10 +6,11 @@ Shapes: B images, R x R pixels, C latent channels, h x w latent pixels.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from diffit_train.errors import UserError
 
 # diffusers' bounds on the posterior's log-variance.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+# Images are encoded and decoded in slices whose activations take at most about this much memory. A
+# constant, so that results do not depend on how much a device has left.
+SLICE_BYTES = 8 * storage.GIB
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,12 +62,15 @@ class LoadedAutoencoder:
         """
         if self.model is None:
             return pixels
-        x = torch.from_numpy(pixels).to(self.device, self.dtype)
+        slices = self._slices(torch.from_numpy(pixels), *pixels.shape[-2:])
+        return torch.cat([self._encode(x.to(self.device, self.dtype)) for x in slices]).numpy()
+
+    def _encode(self, x: Tensor) -> Tensor:
         encoded = self.model.encode(x)
         latents = getattr(encoded, "latents", None)
         if latents is None:
             latents = encoded.latent_dist.parameters
-        return latents.float().cpu().numpy()
+        return cast(Tensor, latents).float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, pixels: Literal["round", "truncate"] = "round") -> np.ndarray:
@@ -73,12 +80,27 @@ class LoadedAutoencoder:
             pixels: round to the nearest level, or truncate to the next lower one.
         """
         x = latents / self.scale
-        if self.model is not None:
-            x = self.model.decode(x.to(self.device, self.dtype)).sample
-        levels = (x.float() + 1.0) * 127.5
-        if pixels == "round":
-            levels = levels.round()
-        return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        if self.model is None:
+            return _levels(x, pixels).numpy()
+        height, width = (side * downsampling(self.model) for side in latents.shape[-2:])
+        decoded = [
+            _levels(self.model.decode(part.to(self.device, self.dtype)).sample, pixels)
+            for part in self._slices(x, height, width)
+        ]
+        return torch.cat(decoded).numpy()
+
+    def _slices(self, x: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+        """Equal parts of a batch, each small enough for `SLICE_BYTES`.
+
+        Args:
+            height, width: of the images, in pixels.
+        """
+        widths = _widths(self.model)
+        # Measured on the autoencoder of Stable Diffusion: a decoder holds 3 times the channels of
+        # the stage before the last, at full resolution (768 values a pixel), an encoder fewer.
+        values = 3 * max(widths[:2]) * height * width
+        most = max(1, SLICE_BYTES // (values * self.dtype.itemsize))
+        return x.tensor_split(max(1, math.ceil(len(x) / most)))
 
     def weight_hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the weights, sorted by name."""
@@ -88,6 +110,14 @@ class LoadedAutoencoder:
             out.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             out.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return out.hexdigest()
+
+
+def _levels(x: Tensor, pixels: Literal["round", "truncate"]) -> Tensor:
+    """Images (B, 3, R, R) in [-1, 1] to (B, R, R, 3) uint8 on the host."""
+    levels = (x.float() + 1.0) * 127.5
+    if pixels == "round":
+        levels = levels.round()
+    return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def autoencoder_url(recipe: Recipe) -> str:
@@ -107,7 +137,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
         return LoadedAutoencoder(None, "identity", section.scale or 1.0, device, torch.float32)
     hub = url == section.source and not _is_path(url)
     model = _load_model(url, section.kind, dtype, hub)
-    channels, factor = model.config.latent_channels, _downsampling(model, section.kind)
+    channels, factor = model.config.latent_channels, downsampling(model)
     for key, mine, theirs in (
         ("latent_channels", section.latent_channels, channels),
         ("downsample", section.downsample, factor),
@@ -121,11 +151,15 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
     return LoadedAutoencoder(model, section.source, scale, device, dtype)
 
 
-def _downsampling(model: Any, kind: str) -> int:
-    """Downsampling factor in each direction."""
-    if kind == "tiny":
-        return 2 ** (len(model.config.encoder_block_out_channels) - 1)
-    return 2 ** (len(model.config.block_out_channels) - 1)
+def downsampling(model: Any) -> int:
+    """Downsampling factor of an autoencoder in each direction."""
+    return 2 ** (len(_widths(model)) - 1)
+
+
+def _widths(model: Any) -> tuple[int, ...]:
+    """Channels of an AutoencoderKL's or AutoencoderTiny's stages, from full resolution on."""
+    config = dict(model.config)
+    return tuple(config.get("encoder_block_out_channels") or config["block_out_channels"])
 
 
 def _is_path(source: str) -> bool:

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import nn
 
-from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
+from diffit_train.data import autoencoder
+from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder, scaled_sample
 from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.fit import fit
 from diffit_train.errors import UserError
+from tests.benchmarks.common import peak_bytes
 from tests.conftest import tiny_recipe, write_images
+from tests.gpu.autoencoder import stable_diffusion_autoencoder
+from tests.gpu.kit import Machine
 
 
 class _Killed(Exception):
@@ -122,3 +127,54 @@ def test_impossible_and_foreign_autoencoders_are_refused(project: Path, tmp_path
 def test_unusable_autoencoders_are_refused(project: Path, override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_autoencoder(tiny_recipe(project, override), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_slices_of_a_batch_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    if kind == "kl":
+        model = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+        )
+    else:
+        model = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        )
+    model.eval().requires_grad_(False)
+    loaded = LoadedAutoencoder(model, kind, 0.5, torch.device("cpu"), torch.float32)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (5, 3, 16, 16)).astype(np.float32)
+    whole = loaded.encode_moments(pixels)
+    latents = torch.randn(5, 4, 8, 8)
+    images = loaded.decode(latents)
+    seen: list[int] = []
+    for name in ("encode", "decode"):
+        body = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda x, body=body: (seen.append(len(x)), body(x))[1])
+    # An image takes three times the channels of a pixel, of 4 bytes.
+    widest = {"kl": 16, "tiny": 8}[kind]
+    monkeypatch.setattr(autoencoder, "SLICE_BYTES", 2 * 3 * widest * 16 * 16 * 4)
+    np.testing.assert_allclose(loaded.encode_moments(pixels), whole, atol=1e-6)
+    assert np.abs(loaded.decode(latents).astype(int) - images).max() <= 1
+    assert seen == [2, 2, 1, 2, 2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resolution", [64, 128])
+def test_slices_are_as_large_as_estimated(resolution: int) -> None:
+    machine = Machine(torch.device("cpu"), False, 0)
+    loaded = LoadedAutoencoder(
+        stable_diffusion_autoencoder(machine), "sd", 1.0, machine.device, torch.float32
+    )
+    latents = torch.randn(2, 4, resolution // 8, resolution // 8)
+    pixels = np.zeros((2, 3, resolution, resolution), np.float32)
+    estimate = 2 * 768 * 4 * resolution**2
+    decoded = peak_bytes(lambda: loaded.decode(latents), machine.device)
+    encoded = peak_bytes(lambda: loaded.encode_moments(pixels), machine.device)
+    assert 0.95 * estimate < decoded < 1.25 * estimate
+    assert 0.7 * estimate < encoded < decoded
