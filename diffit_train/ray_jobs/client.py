@@ -79,8 +79,9 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    # Ray logs every upload.
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    # Ray logs every upload; the module sets a level of its own.
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if urlsplit(address).scheme not in ("http", "https"):
         raise UserError(f"--address is {address!r}, but must look like http://head:8265")
     try:
