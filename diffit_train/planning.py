@@ -16,6 +16,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.presets import PRESETS
 from diffit_train.config.train import BUCKET_ELEMENTS, Train
+from diffit_train.data.loader import READERS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 
@@ -248,6 +249,7 @@ def plan(
             "emas": emas,
             "precision": train.precision,
             "activation_checkpointing": train.activation_checkpointing,
+            "latents_on_host": loader_bytes(recipe, latents["images"]),
             "zero_stage": stages,
         },
         "storage": {
@@ -339,6 +341,21 @@ def latent_bytes(recipe: Recipe) -> int:
     """Bytes of one image's latents: mean and log-variance in float16, for each flip."""
     frames = 2 if recipe.data.flip else 1
     return 2 * frames * 2 * recipe.autoencoder.latent_channels * recipe.latent_size**2
+
+
+def loader_bytes(recipe: Recipe, images: int | None) -> int:
+    """Host memory of the latents that a rank holds: the shards of its lanes' windows.
+
+    With those that its threads are reading, once as a file and once as values.
+
+    Args:
+        images: images of the latents; None if unknown.
+    """
+    data, world = recipe.data, recipe.scaling.most_workers
+    shards = math.ceil(data.lanes / world) * (data.shuffle_window // data.images_per_shard + 2)
+    if images is not None:
+        shards = min(shards, math.ceil(images / data.images_per_shard))
+    return (shards + 2 * min(READERS, shards)) * data.images_per_shard * latent_bytes(recipe)
 
 
 def _communicated(work: StepWork, train: Train, world: int, best: bool) -> float:

@@ -105,6 +105,13 @@ class Manifest(storage.Record):
         """SHA-256 that identifies the data set."""
         return storage.digest([[s.sha256 for s in self.shards], self.classes, self.scale])
 
+    @property
+    def samples_digest(self) -> str:
+        """SHA-256 of what decides which sample comes when; a repaired shard does not change it."""
+        counts = [shard.count for shard in self.shards]
+        encoded = [self.input_sha256, self.autoencoder_sha256, self.scale, self.frames]
+        return storage.digest([self.segments, self.orders, counts, *encoded])
+
 
 def latents_url(recipe: Recipe) -> str:
     """Folder of the recipe's latents."""

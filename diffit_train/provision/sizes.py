@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.planning import Machine, latent_bytes, plan
+from diffit_train.planning import Machine, plan
 
 ClusterStage = Literal["encode", "train", "evaluate", "pipeline"]
 CLUSTER_STAGES: tuple[ClusterStage, ...] = get_args(ClusterStage)
@@ -124,7 +124,6 @@ def _train(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> St
     here = min(workers_per_node, world)
     nodes = math.ceil(world / here)
     memory = planned["memory"]["zero_stage"][str(recipe.train.zero_stage)]
-    window = recipe.data.lanes * recipe.data.shuffle_window * latent_bytes(recipe) // world
     host = memory["of_them_on_host"] if scaling.gpus_per_worker else memory["total"]
     checkpoint = planned["storage"]["checkpoint"]
     cache = min(CACHE_BYTES, planned["storage"]["latents"] or UNKNOWN_CACHE_BYTES)
@@ -132,7 +131,7 @@ def _train(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> St
         workers=here,
         cpus=here * scaling.cpus_per_worker + 1,
         gpus=here * scaling.gpus_per_worker,
-        bytes_each=host + window,
+        bytes_each=host + planned["memory"]["latents_on_host"],
         # The part of a checkpoint being uploaded, and that of the next one.
         disk=2 * checkpoint // nodes,
         cache=cache,

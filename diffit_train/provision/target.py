@@ -101,7 +101,7 @@ class Target:
         if not scaling.wait_s:
             # Groups start at zero nodes; the autoscaler needs minutes for a GPU node.
             words.append(f"scaling.wait_s={NODE_WAIT_S}")
-        if stage == "train" and not scaling.shard_cache_gib:
+        if stage == "train" and scaling.shard_cache_gib is None:
             gib = self.size("train").worker.cache // storage.GIB
             words.append(f"scaling.shard_cache_gib={gib}")
         if stage == "train" and not scaling.shard_cache_folder:
