@@ -240,7 +240,8 @@ def read_shard_bytes(url: str, entry: ShardEntry) -> bytes:
     """Read a shard's tar and verify its size and hash; errors as `read_shard`."""
     name = storage.join(url, entry.name)
     try:
-        data = storage.read_bytes(name)
+        # One byte more than there should be, to notice more.
+        data = storage.read_sized(name, entry.bytes + 1)
     except FileNotFoundError as error:
         raise DiffitError(f"shard {name} is missing; {_FIX}") from error
     if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:
