@@ -479,8 +479,7 @@ def _stages(
     gpu, scaling, train = GPUS[machine.gpu], recipe.scaling, recipe.train
     bf16 = 1e12 * gpu.tflops_bf16
     tf32, fp32 = bf16 / 2, 1e12 * gpu.tflops_fp32
-    # An fp32 convolution runs in TF32 by default, an fp32 matrix product and Inception do not.
-    convolutions = tf32 if recipe.autoencoder.precision == "fp32" else bf16
+    convolutions = {"fp32": fp32, "tf32": tf32}.get(recipe.autoencoder.precision, bf16)
     precision = recipe.evaluate.precision
     products = {"fp32": fp32, "tf32": tf32}.get(precision, bf16)
     encode = _autoencoder_work(recipe, ENCODE_MULTIPLY_ADDS)
