@@ -56,6 +56,8 @@ GPUS = {
     "B200": Gpu(180, 2250, 80, 8000, 900),
 }
 
+# Activations of the autoencoder in fp32, per pixel: 64 images at 512x512 hold 48 GiB.
+DECODE_BYTES = 48 * storage.GIB // (64 * 512**2)
 # One 400 Gb/s adapter for each GPU, as in NVIDIA's DGX H100.
 NODE_LINK_GB_PER_S = 50.0
 GPUS_PER_NODE = 8
@@ -356,6 +358,14 @@ def loader_bytes(recipe: Recipe, images: int | None) -> int:
     if images is not None:
         shards = min(shards, math.ceil(images / data.images_per_shard))
     return (shards + 2 * min(READERS, shards)) * data.images_per_shard * latent_bytes(recipe)
+
+
+def autoencoder_bytes(recipe: Recipe, batch: int) -> int:
+    """Activations of an autoencoder on a CPU, which works on slices of a batch."""
+    from diffit_train.data.autoencoder_memory import CPU_BUDGET
+
+    image = DECODE_BYTES * recipe.data.resolution**2
+    return max(image, min(batch * image, CPU_BUDGET))
 
 
 def _communicated(work: StepWork, train: Train, world: int, best: bool) -> float:

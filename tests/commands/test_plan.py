@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffit_train.commands.plan import between, print_plan, quantity
 from diffit_train.config import load_recipe
 from diffit_train.config.train import Train
+from diffit_train.data.autoencoder_memory import CPU_BUDGET
 from diffit_train.data.loader import READERS, SampleOrder
 from diffit_train.errors import UserError
 from diffit_train.models.backbone import trainable_parameters
@@ -25,6 +26,7 @@ from diffit_train.planning import (
     ENCODE_MULTIPLY_ADDS,
     GPUS,
     Machine,
+    autoencoder_bytes,
     compare,
     latent_bytes,
     loader_bytes,
@@ -201,6 +203,14 @@ def test_activations_match_those_of_a_forward_pass(dtype: torch.dtype) -> None:
         one = activation_bytes(shape, "diffit", 8, "none", 1, dtype) // 6 if covered else 0
         planned = activation_bytes(shape, "diffit", 8, mode, every_nth, dtype) - one
         assert planned == pytest.approx(lasting, rel=0.12), mode
+
+
+def test_a_batch_of_the_autoencoder_needs_no_more_than_its_slices() -> None:
+    recipe = load_recipe("imagenet512")
+    image = 768 * 4 * 512**2
+    assert autoencoder_bytes(recipe, 1) == image
+    assert autoencoder_bytes(recipe, 64) == CPU_BUDGET
+    assert autoencoder_bytes(load_recipe("demo"), 4) == 4 * 768 * 4 * 16**2
 
 
 def test_latents_on_the_host_are_what_the_loader_may_hold() -> None:
