@@ -107,3 +107,10 @@ def print_result(value: Any, as_json: bool) -> None:
 def read_recipe(name: str, overrides: list[str] | None, root: str | None) -> Recipe:
     """The recipe of a command line."""
     return load_recipe(name, overrides or (), root)
+
+
+def read_known_recipe(name: str, overrides: list[str] | None, root: str | None) -> Recipe:
+    """The recipe of a command line; a copy of the latents' autoencoder counts as that one."""
+    from diffit_train.data.known_autoencoder import recognized
+
+    return recognized(read_recipe(name, overrides, root))

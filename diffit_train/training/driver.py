@@ -30,9 +30,11 @@ from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import checkpoint_digest, committed_steps, read_index, read_state
 from diffit_train.runs.identity import (
     RunIdentity,
+    check_latents,
     check_recipe,
     create_identity,
     finished_step,
+    record_latents,
     run_url,
 )
 from diffit_train.tracking import (
@@ -78,6 +80,8 @@ def train(
         return done
     _check_resumable(run_url(recipe, run))
     manifest = _check_latents(recipe)
+    if known := check_recipe(recipe, run):
+        check_latents(run_url(recipe, run), known, manifest)
     if not committed_steps(run_url(recipe, run)):
         _check_start(recipe)
     tracking_uri(recipe)
@@ -87,7 +91,8 @@ def train(
     with ray_session.connected(address):
         fewest = scaling.fewest_workers
         ray_session.require(fewest * cpus, fewest * gpus, "training", scaling.wait_s)
-        identity = check_recipe(recipe, run) or create_identity(recipe, run)
+        identity = known or create_identity(recipe, run, manifest.samples_digest)
+        identity = record_latents(run_url(recipe, run), identity, manifest)
         return _tracked_fit(recipe, identity, manifest, validate)
 
 
