@@ -121,7 +121,13 @@ def _sweep_by_one_job(
         say("already evaluated")
         return
     steps = [str(step) for step in dict.fromkeys(member.step for member in plan.members)]
-    job = Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts)
+    job = on_checked_cluster(
+        Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts),
+        fleet.address,
+        fleet.python,
+        fleet.runtime_env,
+        check=fleet.check,
+    )
     submit(job, fleet.address, follow=True, python=fleet.python, restarts=fleet.retries)
 
 

@@ -86,11 +86,8 @@ def train(
         _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
-    scaling = recipe.scaling
-    cpus, gpus = scaling.cpus_per_worker, scaling.gpus_per_worker
     with ray_session.connected(address):
-        fewest = scaling.fewest_workers
-        ray_session.require(fewest * cpus, fewest * gpus, "training", scaling.wait_s)
+        ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
         identity = known or create_identity(recipe, run, manifest.samples_digest)
         identity = record_latents(run_url(recipe, run), identity, manifest)
         return _tracked_fit(recipe, identity, manifest, validate)
