@@ -23,6 +23,7 @@ from diffit_train.training.telemetry import (
     SpeedMeter,
     Stopwatch,
     peak_memory_bytes,
+    slowest_rank,
 )
 
 
@@ -117,8 +118,12 @@ class Recorder:
         values = self.losses.reduce()
         waited_before_s = self.speed.waited_before_s
         values |= self.speed.measure(steps, waited_s)
-        values |= {f"{name}_s": s / steps for name, s in self.watch.take().items()}
-        values |= {"data_s": (waited_s - waited_before_s) / steps, "checkpoint_s": checkpoint_s}
+        phases = {name: seconds / steps for name, seconds in self.watch.take().items()}
+        phases["data"] = (waited_s - waited_before_s) / steps
+        self.hooks.report_phases(phases)
+        values["slowest_rank"], slowest = slowest_rank(phases, self.device)
+        values |= {f"{name}_s": seconds for name, seconds in slowest.items()}
+        values["checkpoint_s"] = checkpoint_s
         self.speed.restart(waited_s)
         if self._outbox is None:
             return
