@@ -19,6 +19,7 @@ from diffit_train.training.control import TrainerHooks
 from diffit_train.training.engine import learning_rate
 from diffit_train.training.log import TrainingLog, as_metrics, mark_unsent
 from diffit_train.training.telemetry import (
+    PHASES,
     LossMeter,
     SpeedMeter,
     Stopwatch,
@@ -118,11 +119,11 @@ class Recorder:
         values = self.losses.reduce()
         waited_before_s = self.speed.waited_before_s
         values |= self.speed.measure(steps, waited_s)
-        phases = {name: seconds / steps for name, seconds in self.watch.take().items()}
-        phases["data"] = (waited_s - waited_before_s) / steps
+        seconds = self.watch.take() | {"data": waited_s - waited_before_s}
+        phases = {name: seconds.get(name, 0.0) / steps for name in PHASES}
         self.hooks.report_phases(phases)
         values["slowest_rank"], slowest = slowest_rank(phases, self.device)
-        values |= {f"{name}_s": seconds for name, seconds in slowest.items()}
+        values |= {f"{name}_s": value for name, value in slowest.items()}
         values["checkpoint_s"] = checkpoint_s
         self.speed.restart(waited_s)
         if self._outbox is None:

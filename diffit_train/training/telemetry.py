@@ -152,7 +152,7 @@ def slowest_rank(
         device: of the process group's tensors.
     """
     table = torch.zeros(dist.get_world_size(), len(PHASES), dtype=torch.float64)
-    table[dist.get_rank()] = torch.tensor([seconds.get(name, 0.0) for name in PHASES])
+    table[dist.get_rank()] = torch.tensor([seconds[name] for name in PHASES], dtype=table.dtype)
     table = table.to(device)
     dist.all_reduce(table)
     table = table.cpu()

@@ -50,7 +50,7 @@ def _meter_on_two_ranks(rank: int, world: int) -> None:
 
 def _slow_on_one_rank(rank: int, world: int) -> None:
     # Rank 1 computes longer, and rank 0 waits for it in its backward pass.
-    mine = {"data": 0.1, "forward": 0.2 + rank, "backward": 2.0 - rank}
+    mine = {"data": 0.1, "forward": 0.2 + rank, "backward": 2.0 - rank, "optimizer": 0.0}
     slowest, seconds = slowest_rank(mine, CPU)
     assert slowest == 1
     assert seconds == {"data": 0.1, "forward": 1.2, "backward": 1.0, "optimizer": 0.0}
