@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
+from diffit_train.provision.slurm import METRICS_FILES, shared_folder
 from diffit_train.provision.target import Target
 
 # Ray puts `ray_` before every name, and training's gauges are `diffit_train_NAME`.
@@ -36,17 +37,20 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
-def scrape_config(target: Target, kubernetes: bool, ray_up: bool) -> dict[str, Any]:
+def scrape_config(target: Target, providers: Collection[str]) -> dict[str, Any]:
     """prometheus.yml.
 
     Args:
-        kubernetes: for the pods of KubeRay clusters. Some builds of Prometheus, such as Debian's,
-            have no Kubernetes discovery and refuse a file that names it.
-        ray_up: for a `ray up` cluster, on its head.
+        providers: whose nodes to find. Some builds of Prometheus, such as Debian's, have no
+            Kubernetes discovery and refuse a file that names it.
     """
-    jobs = [_kubernetes_job(target)] if kubernetes else []
-    if ray_up:
-        jobs.append({"job_name": "diffit-ray-up", "file_sd_configs": [{"files": [DISCOVERY_FILE]}]})
+    files = {"ray-up": DISCOVERY_FILE, "slurm": f"{shared_folder(target.site)}/{METRICS_FILES}"}
+    jobs = [_kubernetes_job(target)] if "kuberay" in providers else []
+    jobs += [
+        {"job_name": f"diffit-{provider}", "file_sd_configs": [{"files": [found]}]}
+        for provider, found in files.items()
+        if provider in providers
+    ]
     return {"global": {"scrape_interval": "15s"}, "scrape_configs": jobs}
 
 

@@ -42,6 +42,9 @@ HOSTILE = replace(
 )
 
 
+URI = "http://mlflow:5000"
+
+
 def _recipe(*overrides: str) -> Recipe:
     return load_recipe("imagenet256", list(overrides), "s3://bucket/project")
 
@@ -105,7 +108,12 @@ def _run(script: str, tail: str, folder: Path) -> str:
     head = "\n".join(line for line in head.splitlines() if not line.startswith(". "))
     text = f'module() {{ echo "$@"; }}\n{head}\n{tail}'
     done = subprocess.run(
-        ["bash", "-c", text], check=True, capture_output=True, text=True, cwd=folder
+        ["bash", "-c", text],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "MLFLOW_TRACKING_URI": URI},
     )
     return done.stdout
 
@@ -121,7 +129,7 @@ def test_values_are_quoted(tmp_path: Path) -> None:
         "/shared/it's $(touch hacked)",
         "/scratch/`touch x`",
         "ib0",
-        *("--run", "a-run", "--step", "newest", "--step", "$(touch x)"),
+        *("--run", "a-run", "--step", "newest", "--step", "$(touch x)", f"tracking.uri={URI}"),
     ]
     assert ". '/opt/$(touch hacked)/my venv/bin/activate'" in script
     assert list(tmp_path.iterdir()) == []
@@ -180,6 +188,29 @@ def test_bad_requests_are_refused() -> None:
         slurm_script(_recipe(), run="a b")
 
 
+def test_memory_is_the_sites_or_what_was_planned_or_all() -> None:
+    def memory(site: Site, planned: int) -> str:
+        return _options(slurm_script(_recipe(), site=site, memory=planned))["mem"]
+
+    assert memory(Site(), 5 * 2**30 - 1) == "5G"
+    assert memory(Site(memory_gib=7), 2**30) == "7G"
+    assert memory(Site(memory_gib=0), 2**30) == memory(Site(), 0) == "0"
+
+
+def test_a_remote_root_needs_an_mlflow_server(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", slurm_script(_recipe())],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={name: os.environ[name] for name in ("PATH", "HOME")},
+    )
+    assert done.returncode != 0
+    assert "MLFLOW_TRACKING_URI: export it before sbatch: the MLflow server" in done.stderr
+    for recipe in (_recipe(f"tracking.uri={URI}"), load_recipe("demo", [], str(tmp_path))):
+        assert "MLFLOW_TRACKING_URI" not in slurm_script(recipe)
+
+
 STUBS = {
     # Ray's step lasts until it is told to end; it knows its processes' environment.
     "srun": """[[ " $* " == *keep_ray_node* ]] || exit 0
@@ -225,6 +256,7 @@ def test_what_follows_what(
         **{"SLURMD_NODENAME": "node1", "SLURM_JOB_NODELIST": "node[1-2]"},
         **{"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1"},
         **{"JOINED": "0", "LATER": "0", "ENDS": "0", "STATE": "RUNNING", **variables},
+        "MLFLOW_TRACKING_URI": URI,
     }
     with (tmp_path / "log").open("wb") as log:
         job = subprocess.Popen(
@@ -242,6 +274,6 @@ def test_what_follows_what(
     assert never not in text
     if "JOINED" not in variables:
         assert "diffit train 1" in text
-        assert list(shared.iterdir()) == []
+        assert [path for path in shared.rglob("*") if path.is_file()] == []
     token = shared / "slurm-77" / "token"
     assert not token.exists()
