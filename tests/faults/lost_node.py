@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -77,7 +78,9 @@ def _cost(driver: Driver, what: str, before: Begun, since_s: float) -> tuple[Beg
     seconds = time.monotonic() - since_s
     # Shown every 5 s, also while there are no workers.
     reached = max(driver.steps_shown(before.at_s, begun.at_s))
-    return begun, Cost(what, reached, begun.step, begun.workers, seconds)
+    cost = Cost(what, reached, begun.step, begun.workers, seconds)
+    print(cost, file=sys.stderr, flush=True)
+    return begun, cost
 
 
 def fixed_size(nodes: Nodes, recipe: Path) -> list[Cost]:

@@ -42,6 +42,7 @@ def test_nodes_leave_and_join(encoded: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("ray_session")
 def test_what_a_lost_node_costs(
     encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
