@@ -106,7 +106,8 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         limit_s = float("inf") if elastic else max(LOST_NODE_WAIT_S, scaling.wait_s)
         cpus, gpus = scaling.needs("train")
         missing = missing_resources(cpus, gpus)
-        what = f"training needs {missing}" if missing else "others use the resources of the workers"
+        full = "the cluster has the CPUs and GPUs that training needs, but they are in use"
+        what = f"training needs {missing}" if missing else full
         if waited_s > limit_s:
             raise DiffitError(
                 f"{what}; waited {waited_s:.0f} s for another node; rerun the command to resume, "
