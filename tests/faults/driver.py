@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -44,7 +45,10 @@ class Nodes:
         return str(self.cluster.address)
 
     def add(self) -> Any:
-        """Add a node."""
+        """Add a node; on a busy machine it may not be up within Ray's 30 s, so try again."""
+        for _ in range(4):
+            with contextlib.suppress(Exception):
+                return self.cluster.add_node(num_cpus=1)
         return self.cluster.add_node(num_cpus=1)
 
     def kill(self, node: Any) -> None:

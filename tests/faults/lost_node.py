@@ -26,7 +26,7 @@ from tests.faults.driver import Begun, Driver, Nodes
 from tests.faults.soak import prepare_root
 
 # Ray Train's attempts to place workers are shorter here, so that a wait is longer than several.
-PLACEMENT_S = 5.0
+PLACEMENT_S = 8.0
 WITHOUT_NODE_S = 40.0
 EVERY = 200
 STEPS = ("train.steps=1000000", "train.lr_schedule=constant", "train.lr=1e-4")
