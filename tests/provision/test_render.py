@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from diffit_train.cli import app
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
-from diffit_train.metric_names import TRAINING
+from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE, TRAINING
 from diffit_train.provision.hooks import drain_worker, stop_driver
 from diffit_train.provision.kuberay import RAY_VERSION
 from diffit_train.provision.monitoring import PREFIX, dashboard
@@ -148,8 +148,9 @@ def test_ray_up_is_closed_but_for_ssh() -> None:
 
 def test_the_dashboard_shows_gauges_that_training_reports() -> None:
     shown = set(re.findall(rf"{PREFIX}(\w+)", json.dumps(dashboard())))
-    assert shown <= {"step", *TRAINING}
+    assert shown <= {"step", *TRAINING, CHECKPOINT_AGE, RANK_PHASE}
     assert {"loss", "images_per_s", "data_wait_fraction", "mfu", "step_s"} <= shown
+    assert {CHECKPOINT_AGE, RANK_PHASE} <= shown
 
 
 # ---- Hooks ----
