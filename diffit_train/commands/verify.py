@@ -9,7 +9,7 @@ import typer
 from diffit_train import storage
 from diffit_train.commands.options import Address, Json, print_result
 from diffit_train.errors import DiffitError
-from diffit_train.progress import say
+from diffit_train.progress import counted, say
 
 
 def verify_latents_command(
@@ -68,7 +68,7 @@ def check_latents(
         )
     spread = "  ".join(f"{m:.3f}±{s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True))
     say(
-        f"{storage.display_path(url)}: {report.images:,} images in {report.shards} shards, all "
+        f"{storage.display_path(url)}: {counted(report.images, 'image')} in {counted(report.shards, 'shard')}, all "
         f"good; latents per channel (mean±std) {spread}, range {report.lowest:.2f} to "
         f"{report.highest:.2f}"
     )
