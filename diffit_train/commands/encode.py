@@ -34,8 +34,9 @@ def encode_latents(
     else:
         say("already encoded")
     say(
-        f"latents {storage.display_path(latents_url(recipe))}: {counted(manifest.totals.written, 'image')} "
-        f"in {counted(len(manifest.shards), 'shard')}, {manifest.totals.rejected:,} rejected"
+        f"latents {storage.display_path(latents_url(recipe))}: "
+        f"{counted(manifest.totals.written, 'image')} in {counted(len(manifest.shards), 'shard')}, "
+        f"{manifest.totals.rejected:,} rejected"
     )
     return {
         "latents": latents_url(recipe),

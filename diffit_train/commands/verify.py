@@ -68,8 +68,8 @@ def check_latents(
         )
     spread = "  ".join(f"{m:.3f}±{s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True))
     say(
-        f"{storage.display_path(url)}: {counted(report.images, 'image')} in {counted(report.shards, 'shard')}, all "
-        f"good; latents per channel (mean±std) {spread}, range {report.lowest:.2f} to "
+        f"{storage.display_path(url)}: {counted(report.images, 'image')} in "
+        f"{counted(report.shards, 'shard')}, all good; latents per channel (mean±std) {spread}, range {report.lowest:.2f} to "
         f"{report.highest:.2f}"
     )
     if image is not None:

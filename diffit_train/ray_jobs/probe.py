@@ -52,8 +52,8 @@ def on_checked_cluster(
         say(f"  {problem}")
     if problems:
         raise UserError(
-            f"{address} is not ready for {job.title}: {counted(len(problems), 'problem')}, see above; "
-            "nothing was submitted; --no-check submits it regardless"
+            f"{address} is not ready for {job.title}: {counted(len(problems), 'problem')}, see "
+            "above; nothing was submitted; --no-check submits it regardless"
         )
     return replace(job, runtime_env=chosen)
 

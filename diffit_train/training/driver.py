@@ -349,8 +349,7 @@ def _progress(
     workers = recipe.scaling.workers  # a number or a range
     say(
         f"Starting {workers} training worker{'' if workers == 1 else 's'} at step {start:,} of "
-        f"{steps:,}, "
-        f"attention kernel {_kernel(recipe)}"
+        f"{steps:,}, attention kernel {_kernel(recipe)}"
     )
     seen = 0
 
