@@ -69,8 +69,8 @@ def check_latents(
     spread = "  ".join(f"{m:.3f}±{s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True))
     say(
         f"{storage.display_path(url)}: {counted(report.images, 'image')} in "
-        f"{counted(report.shards, 'shard')}, all good; latents per channel (mean±std) {spread}, range {report.lowest:.2f} to "
-        f"{report.highest:.2f}"
+        f"{counted(report.shards, 'shard')}, all good; latents per channel (mean±std) {spread}, "
+        f"range {report.lowest:.2f} to {report.highest:.2f}"
     )
     if image is not None:
         found["reconstruction_mse"] = stage.draw_reconstructions(url, image)
