@@ -101,10 +101,8 @@ def encode_again(
 
 @contextmanager
 def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
-    scaling = recipe.scaling
     with ray_session.connected(address):
-        gpus = scaling.encode_min_actors * scaling.gpus_per_actor
-        ray_session.require(1, gpus, "encoding", scaling.wait_s)
+        ray_session.require(*recipe.scaling.needs("encode"), "encoding", recipe.scaling.wait_s)
         yield
 
 

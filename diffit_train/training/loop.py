@@ -205,6 +205,8 @@ class Trainer:
                 self._save_where_due(last)
                 if last or self.control.stop:
                     break
+                if self.control.resizing:
+                    self._await_resize()
         self._finish()
         return self.step
 
@@ -262,7 +264,7 @@ class Trainer:
             names = tuple(train.power_profiles())
             self.writer.save(storage.join(self.url, SNAPSHOTS), self._state(), names)
         preempted = control.preempted
-        due = self.step % train.checkpoint_every == 0 or control.save_due
+        due = self.step % train.checkpoint_every == 0 or control.save_due or control.resizing
         if due or last or control.stop or preempted:
             self._save()
         if preempted:
@@ -270,6 +272,14 @@ class Trainer:
             if not self.writer.failures:
                 control.saved_for_preemption()
                 self.hooks.say(f"Node preemption announced; checkpoint saved at step {self.step:,}")
+
+    def _await_resize(self) -> None:
+        """Wait until the checkpoint just begun is committed, and then to be replaced."""
+        started_s = time.monotonic()
+        self.writer.wait()
+        self.hooks.await_resize(saved=not self.writer.failures)
+        self.control.resizing = False
+        self.recorder.speed.pause(time.monotonic() - started_s)
 
     def _save(self) -> None:
         """Write the log, then the checkpoint that covers it, then apply retention."""
@@ -281,6 +291,7 @@ class Trainer:
                 storage.write_text(log.url, log.text(records))
 
         def retain() -> None:
+            self.hooks.saved(step)
             if train.validate_every and step % train.validate_every == 0:
                 self.control.pending_validation.append(step)
             try:
