@@ -61,6 +61,7 @@ class LoadedAutoencoder:
     Attributes:
         tf32: whether a GPU may round the inputs of fp32 convolutions and products to TF32.
         budget: bytes of activations at once; None for `budget_bytes` of the device.
+        search: whether cuDNN searches for the fastest algorithms of decoding.
     """
 
     model: Any
@@ -70,6 +71,7 @@ class LoadedAutoencoder:
     dtype: torch.dtype
     tf32: bool = False
     budget: int | None = None
+    search: bool = True
 
     @torch.no_grad()
     def encode_moments(self, pixels: np.ndarray) -> np.ndarray:
@@ -80,7 +82,7 @@ class LoadedAutoencoder:
         if self.model is None:
             return pixels
         size = self._slice_size("encode", len(pixels), pixels.shape[-1] ** 2)
-        # cuDNN does not search: what it finds is not the same each time, but shards must be.
+        # Here cuDNN does not search: what it finds is not the same each time, but shards must be.
         with tf32(self.tf32):
             return np.concatenate([self._moments(part) for part in _slices(pixels, size)])
 
@@ -103,7 +105,7 @@ class LoadedAutoencoder:
         if self.model is not None:
             side *= _downsampling(self.model)
         size = self._slice_size("decode", len(latents), side**2)
-        with tf32(self.tf32), searched_convolutions():
+        with tf32(self.tf32), searched_convolutions(self.search):
             images = [self._decoded(part, pixels) for part in _slices(latents, size)]
         return np.concatenate(images)
 
