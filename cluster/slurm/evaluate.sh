@@ -215,11 +215,12 @@ data:
 autoencoder:
   kind: kl
   source: stabilityai/sd-vae-ft-ema
+  known_as: ''
   latent_channels: 4
   downsample: 8
   scale: 0.18215
   batch_size: 32
-  precision: fp32
+  precision: tf32
   fit:
     steps: 250
     batch_size: 64
@@ -352,7 +353,7 @@ scaling:
   max_preemptions: -1
   resize_check_s: 60.0
   wait_s: 0.0
-  shard_cache_gib: 0.0
+  shard_cache_gib: null
   shard_cache_folder: ''
 storage:
   root: s3://bucket/project

@@ -11,13 +11,13 @@ import typer
 
 from diffit_train import storage
 from diffit_train.commands.evaluations import evaluate_all
-from diffit_train.commands.options import Json, ProjectRoot, print_result
+from diffit_train.commands.options import Json, ProjectRoot, checked_name, print_result
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import sweep as stage
 from diffit_train.evaluation.result import finished_result
 from diffit_train.evaluation.sweep import Member, Sweep
-from diffit_train.progress import StatesTable, print_rows, say
+from diffit_train.progress import StatesTable, counted, print_rows, say
 from diffit_train.ray_jobs.client import cancel_jobs
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
 from diffit_train.ray_jobs.follow import submit
@@ -72,7 +72,7 @@ def run_sweep(
     plan = stage.plan_sweep(recipe, run, list(wanted), texts, name)
     stage.open_sweep(plan)
     folder = storage.display_path(plan.url())
-    say(f"sweep {plan.name!r}: {len(plan.members)} evaluations in {folder}")
+    say(f"sweep {plan.name!r}: {counted(len(plan.members), 'evaluation')} in {folder}")
     failed: list[str] = []
     if fleet is None:
         pairs = [(member.recipe(recipe), member.step) for member in plan.members]
@@ -121,7 +121,13 @@ def _sweep_by_one_job(
         say("already evaluated")
         return
     steps = [str(step) for step in dict.fromkeys(member.step for member in plan.members)]
-    job = Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts)
+    job = on_checked_cluster(
+        Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts),
+        fleet.address,
+        fleet.python,
+        fleet.runtime_env,
+        check=fleet.check,
+    )
     submit(job, fleet.address, follow=True, python=fleet.python, restarts=fleet.retries)
 
 
@@ -201,13 +207,19 @@ def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
     names = [job.name for job in (*jobs, pool)]
     stage.cancel_sweep(plan.url())
     stopped = cancel_jobs(names, address)
-    say(f"sweep {name!r} canceled; {stopped} jobs stopped")
+    say(f"sweep {name!r} canceled; {counted(stopped, 'job')} stopped")
     return {"name": name, "stopped": stopped}
 
 
+SweepName = Annotated[
+    str, typer.Argument(metavar="NAME", callback=checked_name, help="Name of the sweep.")
+]
+SweepRun = Annotated[str, typer.Option("--run", callback=checked_name, help="Name of the run.")]
+
+
 def sweep_show_command(
-    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")],
-    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    sweep: SweepName,
+    run: SweepRun,
     root: ProjectRoot = ".",
     as_json: Json = False,
 ) -> None:
@@ -219,8 +231,8 @@ def sweep_show_command(
 
 
 def sweep_cancel_command(
-    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")],
-    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    sweep: SweepName,
+    run: SweepRun,
     address: Annotated[str, typer.Option(help="Ray job server, e.g. http://head:8265.")],
     root: ProjectRoot = ".",
     as_json: Json = False,

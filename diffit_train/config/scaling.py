@@ -58,11 +58,12 @@ class Scaling(Section):
         description="seconds to wait for an autoscaling cluster to provide the CPUs and GPUs that "
         "a command needs; 0: fail at once. Training that has lost a node waits at least 300",
     )
-    shard_cache_gib: float = Field(
-        default=0.0,
+    shard_cache_gib: float | None = Field(
+        default=None,
         ge=0.0,
         allow_inf_nan=False,
-        description="disk space per node for caching remote latent shards, in GiB; 0: no cache",
+        description="disk space per node for caching remote latent shards, in GiB; null: as much "
+        "as they need, while a fifth of the disk stays free; 0: no cache",
     )
     shard_cache_folder: str = Field(
         default="", description="folder of the shard cache; empty: the node's temporary folder"

@@ -102,7 +102,7 @@ class Target:
             # Groups start at zero nodes; the autoscaler needs minutes for a GPU node.
             words.append(f"scaling.wait_s={NODE_WAIT_S}")
         trains = stage in ("train", "pipeline")
-        if trains and not scaling.shard_cache_gib:
+        if trains and scaling.shard_cache_gib is None:
             gib = self.size(stage).worker.cache // storage.GIB
             words.append(f"scaling.shard_cache_gib={gib}")
         if trains and not scaling.shard_cache_folder:

@@ -30,9 +30,11 @@ from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import checkpoint_digest, committed_steps, read_index, read_state
 from diffit_train.runs.identity import (
     RunIdentity,
+    check_latents,
     check_recipe,
     create_identity,
     finished_step,
+    record_latents,
     run_url,
 )
 from diffit_train.tracking import (
@@ -79,16 +81,16 @@ def train(
         return done
     _check_resumable(run_url(recipe, run))
     manifest = _check_latents(recipe)
+    if known := check_recipe(recipe, run):
+        check_latents(run_url(recipe, run), known, manifest)
     if not committed_steps(run_url(recipe, run)):
         _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
-    scaling = recipe.scaling
-    cpus, gpus = scaling.cpus_per_worker, scaling.gpus_per_worker
     with ray_session.connected(address):
-        fewest = scaling.fewest_workers
-        ray_session.require(fewest * cpus, fewest * gpus, "training", scaling.wait_s)
-        identity = check_recipe(recipe, run) or create_identity(recipe, run)
+        ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
+        identity = known or create_identity(recipe, run, manifest.samples_digest)
+        identity = record_latents(run_url(recipe, run), identity, manifest)
         return _tracked_fit(recipe, identity, manifest, validate)
 
 
@@ -344,9 +346,10 @@ def _progress(
     """Show the status actor's record and lines while the block runs; forward a stop request."""
     ended = threading.Event()
     steps, start = recipe.train.steps, max(committed, default=0)
+    workers = recipe.scaling.workers  # a number or a range
     say(
-        f"Starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}, "
-        f"attention kernel {_kernel(recipe)}"
+        f"Starting {workers} training worker{'' if workers == 1 else 's'} at step {start:,} of "
+        f"{steps:,}, attention kernel {_kernel(recipe)}"
     )
     seen = 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.cache import ShardCache
+from diffit_train.data.cache import shard_cache
 from diffit_train.data.loader import LatentLoader, SampleOrder
 from diffit_train.data.shards import latents_url, load_manifest, read_shard
 from diffit_train.diffusion.objective import build_objective
@@ -181,7 +181,7 @@ class Trainer:
         train, recorder = self.recipe.train, self.recorder
         if self.step >= train.steps:
             return self.step
-        cache = self._shard_cache()
+        cache = shard_cache(self.recipe.scaling, self.latents_url, self.manifest, self.hooks.say)
         with LatentLoader(
             self.latents_url,
             self.manifest,
@@ -209,12 +209,6 @@ class Trainer:
                     self._await_resize()
         self._finish()
         return self.step
-
-    def _shard_cache(self) -> ShardCache | None:
-        scaling = self.recipe.scaling
-        if not scaling.shard_cache_gib or storage.is_local(self.latents_url):
-            return None
-        return ShardCache(scaling.shard_cache_folder, int(scaling.shard_cache_gib * storage.GIB))
 
     def _train_step(self, batch: TrainingBatch) -> None:
         if self.step in self.guard.skipped:

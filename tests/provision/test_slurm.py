@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,8 @@ STUBS = {
     # Ray's step lasts until it is told to end; it knows its processes' environment.
     "srun": """[[ " $* " == *keep_ray_node* ]] || exit 0
         echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c <"$RAY_AUTH_TOKEN_PATH")"
+        mkdir -p "$scratch_folder/ray-77-0"
+        echo '[]' >"$scratch_folder/ray-77-0/prom_metrics_service_discovery.json"
         trap 'echo Ray ended; exit 0' TERM; touch ray-is-up; while sleep 0.05; do :; done""",
     # Whether the nodes have joined: 0 at first, and later as told.
     "python3": """[[ -e joined ]] && exit "$LATER"; touch joined
@@ -226,6 +230,13 @@ STUBS = {
     "squeue": 'echo "$STATE"',
     "hostname": "echo 127.0.0.1",
 }
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.mark.parametrize(
@@ -242,18 +253,23 @@ STUBS = {
     ],
 )
 def test_what_follows_what(
-    variables: dict[str, str], status: int, said: list[str], never: str, tmp_path: Path
+    variables: dict[str, str],
+    status: int,
+    said: list[str],
+    never: str,
+    tmp_path: Path,
+    short_folder: Path,
 ) -> None:
     stubs, shared = tmp_path / "bin", tmp_path / "shared"
     stubs.mkdir()
     for name, text in STUBS.items():
         (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
         (stubs / name).chmod(0o755)
-    site = Site(shared_folder=str(shared), restarts=7)
+    site = Site(shared_folder=str(shared), scratch_folder=str(short_folder), restarts=7)
     (tmp_path / "script.sh").write_text(slurm_script(_recipe(), site=site))
     environment = {
         **{"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"},
-        **{"SLURMD_NODENAME": "node1", "SLURM_JOB_NODELIST": "node[1-2]"},
+        **{"SLURMD_NODENAME": "node1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODEID": "0"},
         **{"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1"},
         **{"JOINED": "0", "LATER": "0", "ENDS": "0", "STATE": "RUNNING", **variables},
         "MLFLOW_TRACKING_URI": URI,
@@ -264,8 +280,12 @@ def test_what_follows_what(
         )
     if environment["ENDS"] == "never":
         deadline_s = time.monotonic() + 60
+        metrics = shared / "metrics" / "77.json"
         while not (tmp_path / "begun").exists() and time.monotonic() < deadline_s:
             time.sleep(0.05)
+        while not metrics.exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert metrics.read_text() == "[]\n"
         job.terminate()
     assert job.wait(timeout=60) == status
     text = (tmp_path / "log").read_text()
