@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from contextlib import nullcontext
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffit_train.data import autoencoder as data
 from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.models.precision import searched_convolutions
 from tests.benchmarks.common import interleaved_seconds, peak_bytes
