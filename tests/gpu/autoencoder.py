@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from contextlib import nullcontext
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffit_train.data import autoencoder as data
 from diffit_train.data.autoencoder import LoadedAutoencoder
+from diffit_train.models.precision import searched_convolutions
 from tests.benchmarks.common import interleaved_seconds, peak_bytes
 from tests.gpu.kit import GIB, Machine, Report, norm_error
 
@@ -80,7 +78,16 @@ def loaded(plain: Any, way: Arithmetic, device: torch.device) -> LoadedAutoencod
     if way.channels_last:
         model = model.to(memory_format=torch.channels_last)
     # A budget that never divides a batch: memory is measured by image.
-    return LoadedAutoencoder(model, "random", SCALE, device, way.dtype, way.tf32, budget=2**62)
+    return LoadedAutoencoder(
+        model,
+        "random",
+        SCALE,
+        device,
+        way.dtype,
+        tf32=way.tf32,
+        budget=2**62,
+        search=way.tuned,
+    )
 
 
 def _measure(
@@ -109,16 +116,10 @@ def _measure(
             else autoencoder.decode(on_device)
         ]
 
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = way.tuned
-    try:
-        # Decoding always lets cuDNN search otherwise.
-        with patch.object(data, "searched_convolutions", nullcontext):
-            rounds = 3 if machine.cuda else 1
-            (seconds,) = interleaved_seconds({name: body}, machine.device, rounds).values()
-            peak = peak_bytes(body, machine.device)
-    finally:
-        torch.backends.cudnn.benchmark = before
+    with searched_convolutions(way.tuned):
+        rounds = 3 if machine.cuda else 1
+        (seconds,) = interleaved_seconds({name: body}, machine.device, rounds).values()
+        peak = peak_bytes(body, machine.device)
     values = torch.from_numpy(found[0]).float()
     true = exact.setdefault(direction, values)
     report.add(
