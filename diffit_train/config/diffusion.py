@@ -27,6 +27,11 @@ class Diffusion(Section):
         default=0.02, description="epsilon: last beta of the linear noise schedule"
     )
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the model predicts a variance for each channel, too."""
+        return self.objective == "epsilon"
+
 
 def ddim_stride(timesteps: int, steps: int) -> int | None:
     """The stride that visits exactly `steps` of `timesteps` timesteps from 0; None if none does.

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from diffit_train.config import Recipe
 from diffit_train.models.backbone import Backbone
 from diffit_train.models.dit import DiT, DiTWithTMSA
-from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
+from diffit_train.models.latent import LatentDiffiT, Shape
 
-ARCHITECTURES: dict[str, type[LatentTransformer]] = {
+LATENT: dict[str, Callable[[Shape], Backbone]] = {
     "diffit": LatentDiffiT,
     "dit": DiT,
     "dit_tmsa": DiTWithTMSA,
 }
 
 
-def model_shape(recipe: Recipe) -> Shape:
-    """The recipe's model sizes."""
+def latent_shape(recipe: Recipe) -> Shape:
+    """Sizes of the recipe's latent transformer."""
     model, channels = recipe.model, recipe.autoencoder.latent_channels
     return Shape(
         latent_size=recipe.latent_size,
         latent_channels=channels,
-        out_channels=2 * channels if recipe.diffusion.objective == "epsilon" else channels,
+        out_channels=2 * channels if recipe.diffusion.learned_variance else channels,
         num_classes=recipe.data.num_classes if model.conditional else None,
         patch_size=model.patch_size,
         hidden_size=model.hidden_size,
@@ -34,4 +36,4 @@ def model_shape(recipe: Recipe) -> Shape:
 
 def build_model(recipe: Recipe) -> Backbone:
     """The recipe's model, initialized from torch's current random state."""
-    return ARCHITECTURES[recipe.model.architecture](model_shape(recipe))
+    return LATENT[recipe.model.architecture](latent_shape(recipe))

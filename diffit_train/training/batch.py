@@ -54,7 +54,6 @@ class BatchBuilder:
         manifest, train = self.manifest, self.recipe.train
         count = len(batch.labels) // len(batch.lanes)
         shape = (manifest.channels, manifest.height, manifest.width)
-        timesteps = self.objective.draw_timesteps
         lanes = [
             draw(
                 train.seed,
@@ -63,7 +62,7 @@ class BatchBuilder:
                 count,
                 shape,
                 manifest.frames,
-                timesteps,
+                self.objective.draw,
                 train.label_dropout,
             )
             for lane in batch.lanes

@@ -78,7 +78,7 @@ def _loss(objective_name: str, architecture: str) -> dict[str, Any]:
     manifest = Manifest.model_construct(channels=4, height=4, width=4, frames=1, scale=0.5)
     batch = BatchBuilder(recipe, manifest, objective, CPU)(source)
     x0, t, noise, y = batch.tensors()
-    output = model(objective.noisy(x0, t, noise), t, y)
+    output = model(*objective.precondition(objective.noisy(x0, t, noise), t), y)
     losses = objective.loss(output, x0, t, noise)
     losses.mean().backward()
     norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
