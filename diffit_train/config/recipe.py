@@ -16,7 +16,7 @@ from diffit_train.config.autoencoder import Autoencoder
 from diffit_train.config.base import Name, Section
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, ddim_stride
-from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, Evaluate
+from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, EdmSampling, Evaluate
 from diffit_train.config.model import Model
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
@@ -124,7 +124,18 @@ class Recipe(Section):
                 f"diffusion.beta_start is {diffusion.beta_start}, but must be less than "
                 f"diffusion.beta_end ({diffusion.beta_end})"
             )
-        if evaluate.sampler.steps > diffusion.timesteps:
+        if diffusion.objective != "edm" and evaluate.sampler.edm != EdmSampling():
+            changed = evaluate.sampler.edm.model_dump(exclude_defaults=True)
+            raise ValueError(
+                f"evaluate.sampler.edm has {', '.join(changed)}, but diffusion.objective is "
+                f"{diffusion.objective!r}; only objective 'edm' has these options"
+            )
+        if diffusion.objective == "edm" and evaluate.sampler.steps < 2:
+            raise ValueError(
+                f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at least 2 when "
+                "diffusion.objective is 'edm'"
+            )
+        if diffusion.objective != "edm" and evaluate.sampler.steps > diffusion.timesteps:
             raise ValueError(
                 f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at most "
                 f"diffusion.timesteps ({diffusion.timesteps})"
@@ -187,14 +198,19 @@ class Recipe(Section):
             **self.encode_identity(),
             "order": self.data.model_dump(mode="json", include={"name", "lanes", "shuffle_window"}),
             "model": self.model.model_dump(mode="json", exclude={"preset", "attention"}),
-            "diffusion": self.diffusion.model_dump(mode="json"),
+            "diffusion": self.diffusion.model_dump(mode="json", exclude=self._unused_edm()),
             "train": self.train.model_dump(mode="json", exclude=free),
         }
 
     def evaluate_identity(self) -> dict[str, Any]:
         """The keys that determine the metrics of a given checkpoint."""
         free: dict[str, Any] = {"features": {"fit"}, **dict.fromkeys(FREE_KEYS, True)}
+        free["sampler"] = self._unused_edm()
         return self.evaluate.model_dump(mode="json", exclude=free)
+
+    def _unused_edm(self) -> set[str]:
+        """`edm` where another objective does not use it, which then belongs to no hash."""
+        return set() if self.diffusion.objective == "edm" else {"edm"}
 
     def encode_hash(self) -> str:
         """SHA-256 of `encode_identity`."""

@@ -1,7 +1,7 @@
 """Training objectives, and how to sample from models trained with them.
 
-Each objective has its own noise levels t: for ADM's diffusion integers in [0, T), for the flow real
-numbers in [0, T) with flow time t / T. What is common to all is `level(t)` in [0, 1].
+Each objective has its own noise levels t: for ADM's diffusion integers in [0, T); for the flow real
+numbers in [0, T), with flow time t / T; for EDM sigma. Common to all is `level(t)` in [0, 1].
 
 Shapes: x (B, C, h, w); t (B,); model output (B, O, h, w).
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.evaluate import Sampler
 from diffit_train.diffusion import flow, gaussian, samplers
+from diffit_train.diffusion.edm import build_edm
 from diffit_train.diffusion.guidance import Denoiser
 from diffit_train.diffusion.schedule import (
     Schedule,
@@ -164,6 +165,8 @@ class FlowObjective:
 
 def build_objective(diffusion: Diffusion) -> Objective:
     """The recipe's objective."""
+    if diffusion.objective == "edm":
+        return build_edm(diffusion.edm)
     if diffusion.objective == "flow":
         return FlowObjective(diffusion.timesteps)
     return EpsilonObjective(

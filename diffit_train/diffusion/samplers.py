@@ -8,6 +8,7 @@ i, so that a caller can seed every image separately. Levels and denoisers belong
     ADM's diffusion  `Schedule`, the respaced diffusion; `denoise(x, t)` takes the original timestep
                      t, an integer, and returns (B, 2C, h, w), predicted noise first
     the flow         times from 1 to 0; `denoise(x, t)` returns the velocity (B, C, h, w)
+    EDM              sigmas from the highest to 0; `denoise(x, sigma)` returns x_0 (B, C, h, w)
 
 No sampler reads from the device of x or waits for it: times and coefficients are on the host, and
 tables are copied once.
@@ -168,3 +169,41 @@ def flow_sde(
     now = noisy[-1]
     slope = drift(x, now) if last_step == "mean" else velocity(x, now)
     return x - now * slope
+
+
+# ---- EDM ----
+
+
+def edm_heun(
+    sigmas: Sequence[float],
+    denoise: Denoiser,
+    x: Tensor,
+    noise: Noise,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """Heun's method on dx / dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, algorithm 2).
+
+    Two evaluations per step, but one in the last step. Deterministic without churn.
+
+    Args:
+        churn: S_churn; each step first raises sigma by at most churn / steps of itself.
+        churn_range: S_min and S_max, the sigmas at which it does so.
+        churn_noise: S_noise, standard deviation of the noise that this adds.
+    """
+    steps = len(sigmas) - 1
+    most = min(churn / steps, math.sqrt(2.0) - 1.0)
+    x = sigmas[0] * x
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        if most > 0.0 and churn_range[0] <= now <= churn_range[1]:
+            raised = now * (1.0 + most)
+            added = math.sqrt(raised**2 - now**2) * churn_noise
+            x, now = x + added * noise(i).to(x.dtype), raised
+        slope = (x - denoise(x, now)) / now
+        ahead = x + (then - now) * slope
+        if then > 0.0:
+            slope_ahead = (ahead - denoise(ahead, then)) / then
+            ahead = x + (then - now) * 0.5 * (slope + slope_ahead)
+        x = ahead
+    return x
