@@ -17,7 +17,7 @@ from diffit_train.config.base import Name, Section
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, ddim_stride
 from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, EdmSampling, Evaluate
-from diffit_train.config.model import Model
+from diffit_train.config.model import LATENT_KEYS, Model
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
 from diffit_train.config.tracking import Tracking
@@ -49,9 +49,31 @@ class Recipe(Section):
         _divides(
             "autoencoder.downsample", autoencoder.downsample, "data.resolution", data.resolution
         )
+        if model.on_pixels:
+            self._check_stages()
+            return self
         _divides("model.patch_size", model.patch_size, "the latent size", self.latent_size)
         _divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
         return self
+
+    def _check_stages(self) -> None:
+        """Sizes of a model on pixels."""
+        image, resolution = self.model.image, self.data.resolution
+        if self.autoencoder.kind != "identity":
+            raise ValueError(
+                f"model.architecture is {self.model.architecture!r}, which works on pixels, but "
+                f"autoencoder.kind is {self.autoencoder.kind!r}; set autoencoder.kind=identity"
+            )
+        stages = len(image.channels)
+        if resolution % 2 ** (stages - 1):
+            raise ValueError(
+                f"data.resolution is {resolution}, but the {stages} stages of "
+                f"model.image.channels need a multiple of {2 ** (stages - 1)}"
+            )
+        for stage in range(stages):
+            side = resolution >> stage
+            name = f"the resolution {side} of stage {stage + 1}"
+            _divides("model.image.window", image.window, name, resolution >> stage)
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:
@@ -75,6 +97,12 @@ class Recipe(Section):
             raise ValueError(
                 "train.deterministic is true, but model.attention 'flex' sums the gradient of the "
                 "position bias by atomic additions; set model.attention=sdpa"
+            )
+        if train.augment and not self.model.on_pixels:
+            raise ValueError(
+                f"train.augment is {train.augment}, but model.architecture "
+                f"{self.model.architecture!r} works on latents, which cannot be augmented; set it "
+                "to 0"
             )
         if train.warmup_steps >= train.steps:
             raise ValueError(
@@ -192,12 +220,14 @@ class Recipe(Section):
         free = {*KEEPING_KEYS, *EXECUTION_KEYS}
         if self.train.lr_schedule != "cosine":
             free.add("steps")
+        if not self.train.augment:
+            free.add("augment")
         if self.train.lr_schedule != "inverse_sqrt":
             free.add("lr_decay_start")
         return {
             **self.encode_identity(),
             "order": self.data.model_dump(mode="json", include={"name", "lanes", "shuffle_window"}),
-            "model": self.model.model_dump(mode="json", exclude={"preset", "attention"}),
+            "model": self.model.model_dump(mode="json", exclude=self._unused_model_keys()),
             "diffusion": self.diffusion.model_dump(mode="json", exclude=self._unused_edm()),
             "train": self.train.model_dump(mode="json", exclude=free),
         }
@@ -207,6 +237,11 @@ class Recipe(Section):
         free: dict[str, Any] = {"features": {"fit"}, **dict.fromkeys(FREE_KEYS, True)}
         free["sampler"] = self._unused_edm()
         return self.evaluate.model_dump(mode="json", exclude=free)
+
+    def _unused_model_keys(self) -> set[str]:
+        """Keys of `model` that belong to no hash."""
+        other = {*LATENT_KEYS} if self.model.on_pixels else {"image"}
+        return {"preset", "attention", *other}
 
     def _unused_edm(self) -> set[str]:
         """`edm` where another objective does not use it, which then belongs to no hash."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffit_train.config import Recipe
+from diffit_train.config.train import AUGMENT_LABELS
 from diffit_train.models.backbone import Backbone
 from diffit_train.models.dit import DiT, DiTWithTMSA
+from diffit_train.models.image import ImageDiffiT, ImageShape
 from diffit_train.models.latent import LatentDiffiT, Shape
 
 LATENT: dict[str, Callable[[Shape], Backbone]] = {
@@ -34,6 +36,22 @@ def latent_shape(recipe: Recipe) -> Shape:
     )
 
 
+def image_shape(recipe: Recipe) -> ImageShape:
+    """Sizes of the recipe's network on pixels."""
+    model, channels = recipe.model, recipe.autoencoder.latent_channels
+    return ImageShape(
+        resolution=recipe.data.resolution,
+        image_channels=channels,
+        out_channels=2 * channels if recipe.diffusion.learned_variance else channels,
+        num_classes=recipe.data.num_classes if model.conditional else None,
+        augment_labels=AUGMENT_LABELS if recipe.train.augment else 0,
+        mlp_ratio=model.mlp_ratio,
+        **model.image.model_dump(),
+    )
+
+
 def build_model(recipe: Recipe) -> Backbone:
     """The recipe's model, initialized from torch's current random state."""
+    if recipe.model.on_pixels:
+        return ImageDiffiT(image_shape(recipe))
     return LATENT[recipe.model.architecture](latent_shape(recipe))
