@@ -348,8 +348,10 @@ def _expected_latents(recipe: Recipe) -> dict[str, Any]:
 
 
 def latent_bytes(recipe: Recipe) -> int:
-    """Bytes of one image's latents: mean and log-variance in float16, for each flip."""
+    """Bytes of one image's latents: mean and log-variance in float16, or pixels; for each flip."""
     frames = 2 if recipe.data.flip else 1
+    if recipe.autoencoder.kind == "identity":
+        return frames * recipe.autoencoder.latent_channels * recipe.latent_size**2
     return 2 * frames * 2 * recipe.autoencoder.latent_channels * recipe.latent_size**2
 
 
