@@ -70,6 +70,15 @@ def _parts(encoder: str, decoder: str) -> tuple[str, ...]:
     return (f"model.image.encoder={encoder}", f"model.image.decoder={decoder}")
 
 
+def _unet(architecture: str, variant: str, attention: str) -> tuple[str, ...]:
+    """EDM's U-Nets with VP or VE."""
+    return (
+        f"model.architecture={architecture}",
+        f"model.unet.attention={attention}",
+        f"diffusion.edm.variant={variant}",
+    )
+
+
 ABLATIONS = {
     ablation.name: ablation
     for ablation in (
@@ -93,6 +102,17 @@ ABLATIONS = {
                 Row("C", "multi-resolution, multi-resolution", _parts(_MULTI, _MULTI), 3.71),
                 Row("D", "DiffiT, multi-resolution", _parts("diffit", _MULTI), 2.27),
                 Row("E", "DiffiT, DiffiT", (), 1.95),
+            ),
+        ),
+        Ablation(
+            "table5",
+            "TMSA instead of self-attention in U-Nets",
+            "cifar10",
+            (
+                Row("ve", "VE, self-attention", _unet("ncsnpp", "ve", "plain"), 3.77),
+                Row("ve-tmsa", "VE, TMSA", _unet("ncsnpp", "ve", "tmsa"), 3.49),
+                Row("vp", "VP, self-attention", _unet("ddpmpp", "vp", "plain"), 3.01),
+                Row("vp-tmsa", "VP, TMSA", _unet("ddpmpp", "vp", "tmsa"), 2.76),
             ),
         ),
         Ablation(
@@ -194,6 +214,8 @@ _IMAGE_SCALES: dict[Scale, tuple[str, ...]] = {
     ),
     "full": (),
 }
+_UNET_CHANNELS: dict[Scale, int] = {"tiny": 16, "small": 32, "full": 128}
+_UNET_BLOCKS: dict[Scale, int] = {"tiny": 1, "small": 2, "full": 4}
 # For the figures on ImageNet: the digits of the demo, which need no download.
 _LATENT_SCALES: dict[Scale, tuple[str, ...]] = {
     "tiny": ("train.steps=200", "evaluate.samples=200"),
@@ -231,6 +253,11 @@ def row_recipe(
     scaled = (_IMAGE_SCALES if on_pixels else _LATENT_SCALES)[scale]
     common = [*scaled, f"train.seed={seed}", *overrides]
     changes = list(row.overrides)
+    if any("unet" in change for change in changes):
+        changes += ["model.image={}", f"model.unet.channels={_UNET_CHANNELS[scale]}"]
+        changes += [f"model.unet.blocks={_UNET_BLOCKS[scale]}"]
+        if scale == "full":
+            changes.append("model.unet.dropout=0.13")
     if row.width != 1.0 or row.time != 1.0:
         image = load_recipe(name, common, root).model.image
         first, *rest = image.channels

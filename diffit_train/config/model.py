@@ -10,7 +10,8 @@ from diffit_train.config.base import Positive, PositiveInt, Section
 from diffit_train.config.presets import PRESETS
 
 # Architectures on pixels, and on latents.
-IMAGE_ARCHITECTURES = ("image_diffit",)
+UNET_ARCHITECTURES = ("ddpmpp", "ncsnpp")
+IMAGE_ARCHITECTURES = ("image_diffit", *UNET_ARCHITECTURES)
 LATENT_ARCHITECTURES = ("diffit", "dit", "dit_tmsa")
 
 # Keys of `model` that only latent architectures have.
@@ -93,16 +94,43 @@ class ImageModel(Section):
         return self
 
 
+class UNetModel(Section):
+    """DDPM++ and NCSN++, in the shape that EDM trained on CIFAR-10."""
+
+    channels: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
+        default=128, description="base of the channels of all stages"
+    )
+    multipliers: tuple[PositiveInt, ...] = Field(
+        default=(2, 2, 2),
+        description="channels of each stage, in multiples of `channels`; each stage but the first "
+        "halves the resolution",
+    )
+    blocks: PositiveInt = Field(
+        default=4, description="residual blocks of each stage; one more in the decoder"
+    )
+    attention_resolutions: tuple[PositiveInt, ...] = Field(
+        default=(16,),
+        description="sides of the images at which there is attention; always at the coarsest",
+    )
+    attention: Literal["plain", "tmsa"] = Field(
+        default="plain", description="plain: self-attention; tmsa: TMSA instead"
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="probability of dropping an activation in training"
+    )
+
+
 class Model(Section):
     """The network. Other keys override what `preset` sets."""
 
     preset: str | None = Field(
         default=None, description=f"named size: {', '.join(PRESETS)}; null: the keys below"
     )
-    architecture: Literal["diffit", "dit", "dit_tmsa", "image_diffit"] = Field(
+    architecture: Literal["diffit", "dit", "dit_tmsa", "image_diffit", "ddpmpp", "ncsnpp"] = Field(
         default="diffit",
         description="diffit: DiffiT; dit: DiT with adaLN-Zero; dit_tmsa: DiT with TMSA instead of "
-        "adaLN-Zero; image_diffit: the U-shaped DiffiT on pixels, with the keys of model.image",
+        "adaLN-Zero; image_diffit: the U-shaped DiffiT on pixels, with the keys of model.image; "
+        "ddpmpp, ncsnpp: convolutional U-Nets on pixels, with the keys of model.unet",
     )
     patch_size: PositiveInt = Field(
         default=2, description="side of a patch, in latent pixels; a patch is one token"
@@ -131,6 +159,7 @@ class Model(Section):
     )
 
     image: ImageModel = ImageModel()
+    unet: UNetModel = UNetModel()
 
     @model_validator(mode="after")
     def _keys_belong(self) -> Self:
@@ -141,20 +170,38 @@ class Model(Section):
                 if value != default:
                     raise ValueError(
                         f"model.{key} is {value!r}, but model.architecture is "
-                        f"{self.architecture!r}; set the keys of model.image instead"
+                        f"{self.architecture!r}; set the keys of model.image or model.unet instead"
                     )
-        elif self.image != ImageModel():
-            changed = self.image.model_dump(exclude_defaults=True)
-            raise ValueError(
-                f"model.image has {', '.join(changed)}, but model.architecture is "
-                f"{self.architecture!r}; only {', '.join(IMAGE_ARCHITECTURES)} has these parts"
-            )
+        for key, section, owners in (
+            ("image", self.image, ("image_diffit",)),
+            ("unet", self.unet, UNET_ARCHITECTURES),
+        ):
+            changed = section.model_dump(exclude_defaults=True)
+            if changed and self.architecture not in owners:
+                raise ValueError(
+                    f"model.{key} has {', '.join(changed)}, but model.architecture is "
+                    f"{self.architecture!r}; only {', '.join(owners)} has these parts"
+                )
         return self
 
     @property
     def on_pixels(self) -> bool:
         """Whether the network works on pixels instead of latents."""
         return self.architecture in IMAGE_ARCHITECTURES
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an activation."""
+        if not self.on_pixels:
+            return 0.0
+        return self.image.dropout if self.architecture == "image_diffit" else self.unet.dropout
+
+    def unused_keys(self) -> set[str]:
+        """Keys that this architecture does not have."""
+        if not self.on_pixels:
+            return {"image", "unet"}
+        other = "unet" if self.architecture == "image_diffit" else "image"
+        return {*LATENT_KEYS, other}
 
     @model_validator(mode="before")
     @classmethod

@@ -17,7 +17,7 @@ from diffit_train.config.base import Name, Section
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, ddim_stride
 from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, EdmSampling, Evaluate
-from diffit_train.config.model import LATENT_KEYS, Model
+from diffit_train.config.model import Model
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
 from diffit_train.config.tracking import Tracking
@@ -64,13 +64,22 @@ class Recipe(Section):
                 f"model.architecture is {self.model.architecture!r}, which works on pixels, but "
                 f"autoencoder.kind is {self.autoencoder.kind!r}; set autoencoder.kind=identity"
             )
-        stages = len(image.channels)
+        unet = self.model.architecture != "image_diffit"
+        key, sizes = "unet.multipliers" if unet else "image.channels", image.channels
+        stages = len(self.model.unet.multipliers if unet else sizes)
         if resolution % 2 ** (stages - 1):
             raise ValueError(
-                f"data.resolution is {resolution}, but the {stages} stages of "
-                f"model.image.channels need a multiple of {2 ** (stages - 1)}"
+                f"data.resolution is {resolution}, but the {stages} stages of model.{key} need a "
+                f"multiple of {2 ** (stages - 1)}"
             )
-        for stage in range(stages):
+        sides = [resolution >> stage for stage in range(stages)]
+        for side in self.model.unet.attention_resolutions if unet else ():
+            if side not in sides:
+                raise ValueError(
+                    f"model.unet.attention_resolutions has {side}, but the stages have "
+                    f"{', '.join(map(str, sides))}"
+                )
+        for stage in () if unet else range(stages):
             side = resolution >> stage
             name = f"the resolution {side} of stage {stage + 1}"
             _divides("model.image.window", image.window, name, resolution >> stage)
@@ -240,8 +249,7 @@ class Recipe(Section):
 
     def _unused_model_keys(self) -> set[str]:
         """Keys of `model` that belong to no hash."""
-        other = {*LATENT_KEYS} if self.model.on_pixels else {"image"}
-        return {"preset", "attention", *other}
+        return {"preset", "attention", *self.model.unused_keys()}
 
     def _unused_edm(self) -> set[str]:
         """`edm` where another objective does not use it, which then belongs to no hash."""

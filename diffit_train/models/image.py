@@ -106,9 +106,7 @@ class FourierEmbedder(TimestepEmbedder):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size)
-        # Not saved in checkpoints, so the same in every model.
-        random = np.random.default_rng(0).standard_normal(self.features // 2)
-        values = torch.tensor(2.0 * np.pi * FOURIER_SCALE * random, dtype=torch.float32)
+        values = fourier_frequencies(self.features // 2)
         self.register_buffer("frequencies", values, persistent=False)
 
     def angles(self, t: Tensor) -> Tensor:
@@ -420,6 +418,12 @@ class ImageDiffiT(Backbone):
         for block in self.blocks[stage.first : stage.first + stage.count]:
             x = block(x, c) if seeds is None else block(x, c, seeds)
         return x
+
+
+def fourier_frequencies(count: int) -> Tensor:
+    """Random angular frequencies (count,); not in checkpoints, so the same in every model."""
+    random = np.random.default_rng(0).standard_normal(count)
+    return torch.tensor(2.0 * np.pi * FOURIER_SCALE * random, dtype=torch.float32)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -93,7 +93,7 @@ class BatchBuilder:
             ]
             what = joined_augmentation(drawn)
             x0, extras["augment"] = augment(x0, what), torch.from_numpy(what.labels)
-        if self.recipe.model.image.dropout:
+        if self.recipe.model.dropout:
             seeds = [
                 _stream(train.seed, _DROPOUT, batch.step, lane).integers(2**31, size=count)
                 for lane in batch.lanes

@@ -305,7 +305,10 @@ def test_costs_are_counted() -> None:
         ("data.resolution=30", r"data\.resolution is 30, but the 3 stages .* multiple of 4"),
         ("model.image.blocks=[1,2]", r"blocks has 2 stages, but model\.image\.channels has 3"),
         ("model.image.head_size=48", r"head_size is 48, but must divide .* \(128\)"),
-        ("model.hidden_size=64", r"model\.hidden_size is 64, .* set the keys of model\.image"),
+        (
+            "model.hidden_size=64",
+            r"model\.hidden_size is 64, .* set the keys of model\.image or model\.unet",
+        ),
         ("model.image.encoder=vit", r"must be 'setr_mla' when model\.image\.encoder is 'vit'"),
         ("autoencoder={kind: kl, source: a/b}", r"works on pixels, but autoencoder\.kind is 'kl'"),
         (

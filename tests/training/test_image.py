@@ -118,8 +118,10 @@ def whole(recipe: Recipe) -> Path:
 
 
 def test_the_loss_falls(whole: Path) -> None:
-    losses = [loss for _, loss, *_ in _curve(whole)]
-    assert losses[-1] < 0.7 * losses[0]
+    records = [json.loads(line) for line in (whole / "log.jsonl").open()]
+    assert records[-1]["loss"] < 0.95 * records[0]["loss"]
+    # The highest noise levels, whose outlines of a few colors are learned first.
+    assert records[-1]["loss_q3"] < 0.75 * records[0]["loss_q3"]
 
 
 def test_an_interrupted_run_is_the_same(recipe: Recipe, whole: Path) -> None:
