@@ -285,6 +285,7 @@ class UNet(Backbone):
                 x = image = (x + next(joins)(image)) * SKIP_SCALE
             skips.append(x)
         for block in self.blocks[self._encoder_blocks :]:
+            assert isinstance(block, UNetBlock)
             if block.norm0.num_channels != x.shape[1]:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, c, *rest)
