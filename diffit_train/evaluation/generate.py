@@ -12,7 +12,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
-from diffit_train.diffusion.guidance import build_weight, guided, saved_share
+from diffit_train.diffusion.guidance import Weight, build_weight, guided, saved_share
 from diffit_train.diffusion.objective import build_objective, visited_levels
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
@@ -75,7 +75,7 @@ class Generator:
         """Take sampler, guidance and precision from a recipe of the same model."""
         self.recipe = recipe
         weight, level = build_weight(recipe.evaluate.guidance), self.objective.level
-        self.weight = lambda t: weight(level(t))
+        self.weight: Weight = lambda t: weight(level(t))
 
     @torch.no_grad()
     def __call__(self, keys: Sequence[tuple[int, int]], labels: Sequence[int]) -> np.ndarray:
