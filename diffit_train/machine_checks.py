@@ -128,9 +128,13 @@ def _check_mlflow(recipe: Recipe) -> tuple[str, str, str]:
 def check_every_node(recipe: Recipe, stages: Sequence[ClusterStage]) -> list[Check]:
     """As `check_machine` on each node of the Ray cluster that this process can reach.
 
-    Also checks that the cluster is large enough for the stages.
+    Also checks that the cluster is large enough for the stages. Where a node lacks packages, the
+    nodes' packages are all that is checked: the rest could not be imported there.
     """
     with ray_session.connected():
+        packages = ray_session.on_every_node(check_packages)
+        if any(check.fix for report in packages for check in report):
+            return [check for report in packages for check in report]
         reports = ray_session.on_every_node(check_machine, recipe)
         size = [check_size(recipe, stage) for stage in stages]
     return [check for report in reports for check in report] + size

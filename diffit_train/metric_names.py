@@ -21,7 +21,7 @@ _ORDER = (*_DISTANCES, *_SCORES)
 
 _PERFORMANCE = (
     *("images_per_s", "step_s", "data_wait_fraction", "mfu", "memory_gib"),
-    *("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s"),
+    *("data_s", "forward_s", "backward_s", "optimizer_s", "slowest_rank", "checkpoint_s"),
 )
 # Fields of a training log record to names in MLflow.
 TRAINING = {
@@ -29,6 +29,11 @@ TRAINING = {
     **{f"loss_q{quarter}": f"train/loss_q{quarter}" for quarter in range(4)},
     **{name: f"perf/{name}" for name in _PERFORMANCE},
 }
+
+# Gauges of Ray's metrics page that are in no log record: seconds of training since the last
+# checkpoint, and seconds of a step by rank and phase.
+CHECKPOINT_AGE = "checkpoint_age_s"
+RANK_PHASE = "rank_phase_s"
 
 
 def distance_name(kind: Literal["fd", "sfd", "kd"], features: str, published: bool) -> str:

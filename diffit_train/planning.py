@@ -16,6 +16,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.presets import PRESETS
 from diffit_train.config.train import BUCKET_ELEMENTS, Train
+from diffit_train.data.loader import READERS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 
@@ -58,6 +59,8 @@ GPUS = {
     "B200": Gpu(180, 2250, 80, 8000, 900),
 }
 
+# Activations of the autoencoder in fp32, per pixel: 64 images at 512x512 hold 48 GiB.
+DECODE_BYTES = 48 * storage.GIB // (64 * 512**2)
 # One 400 Gb/s adapter for each GPU, as in NVIDIA's DGX H100.
 NODE_LINK_GB_PER_S = 50.0
 GPUS_PER_NODE = 8
@@ -254,6 +257,7 @@ def plan(
             "emas": emas,
             "precision": train.precision,
             "activation_checkpointing": train.activation_checkpointing,
+            "latents_on_host": loader_bytes(recipe, latents["images"]),
             "zero_stage": stages,
         },
         "storage": {
@@ -353,6 +357,29 @@ def latent_bytes(recipe: Recipe) -> int:
     if recipe.autoencoder.kind == "identity":
         return frames * recipe.autoencoder.latent_channels * recipe.latent_size**2
     return 2 * frames * 2 * recipe.autoencoder.latent_channels * recipe.latent_size**2
+
+
+def loader_bytes(recipe: Recipe, images: int | None) -> int:
+    """Host memory of the latents that a rank holds: the shards of its lanes' windows.
+
+    With those that its threads are reading, once as a file and once as values.
+
+    Args:
+        images: images of the latents; None if unknown.
+    """
+    data, world = recipe.data, recipe.scaling.most_workers
+    shards = math.ceil(data.lanes / world) * (data.shuffle_window // data.images_per_shard + 2)
+    if images is not None:
+        shards = min(shards, math.ceil(images / data.images_per_shard))
+    return (shards + 2 * min(READERS, shards)) * data.images_per_shard * latent_bytes(recipe)
+
+
+def autoencoder_bytes(recipe: Recipe, batch: int) -> int:
+    """Activations of an autoencoder on a CPU, which works on slices of a batch."""
+    from diffit_train.data.autoencoder_memory import CPU_BUDGET
+
+    image = DECODE_BYTES * recipe.data.resolution**2
+    return max(image, min(batch * image, CPU_BUDGET))
 
 
 def _communicated(work: StepWork, train: Train, world: int, best: bool) -> float:
@@ -476,8 +503,7 @@ def _stages(
     gpu, scaling, train = GPUS[machine.gpu], recipe.scaling, recipe.train
     bf16 = 1e12 * gpu.tflops_bf16
     tf32, fp32 = bf16 / 2, 1e12 * gpu.tflops_fp32
-    # An fp32 convolution runs in TF32 by default, an fp32 matrix product and Inception do not.
-    convolutions = tf32 if recipe.autoencoder.precision == "fp32" else bf16
+    convolutions = {"fp32": fp32, "tf32": tf32}.get(recipe.autoencoder.precision, bf16)
     precision = recipe.evaluate.precision
     products = {"fp32": fp32, "tf32": tf32}.get(precision, bf16)
     encode = _autoencoder_work(recipe, ENCODE_MULTIPLY_ADDS)

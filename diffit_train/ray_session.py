@@ -118,27 +118,36 @@ def require(cpus: float, gpus: float, purpose: str, wait_s: float = 0.0) -> None
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than `purpose` needs.
     """
-    import ray
-    from ray.autoscaler.sdk import request_resources
-
-    missing, started_s = missing_resources(cpus, gpus), time.monotonic()
+    missing = missing_resources(cpus, gpus)
     if missing and wait_s:
-        say(f"waiting up to {wait_s:g} s for nodes: {purpose} needs {missing}")
-        each = {"GPU": 1.0, "CPU": cpus / gpus} if gpus else {"CPU": 1.0}
-        request_resources(bundles=[each] * math.ceil(gpus or cpus))
-    try:
-        while missing and time.monotonic() - started_s < wait_s:
-            time.sleep(GROWTH_POLL_S)
-            missing = missing_resources(cpus, gpus)
-    finally:
-        if wait_s and ray.is_initialized():
-            request_resources(bundles=[])
+        missing = _wait_for_growth(cpus, gpus, purpose, missing, wait_s)
     if missing:
         raise UserError(
             f"{purpose} needs {missing}; lower the resources under `scaling`, such as "
             "scaling.workers=1, pass the --address of a larger cluster, or, if this one can grow, "
             "set scaling.wait_s"
         )
+
+
+def _wait_for_growth(cpus: float, gpus: float, purpose: str, missing: str, wait_s: float) -> str:
+    """Ask the autoscaler for resources and wait; what is still missing, in words."""
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    say(f"waiting up to {wait_s:g} s for nodes: {purpose} needs {missing}")
+    started_s = time.monotonic()
+    each = {"GPU": 1.0, "CPU": cpus / gpus} if gpus else {"CPU": 1.0}
+    request_resources(bundles=[each] * math.ceil(gpus or cpus))
+    try:
+        while missing and time.monotonic() - started_s < wait_s:
+            time.sleep(GROWTH_POLL_S)
+            missing = missing_resources(cpus, gpus)
+    finally:
+        if ray.is_initialized():
+            request_resources(bundles=[])
+    if not missing:
+        say(f"the cluster has grown: {purpose} goes on after {time.monotonic() - started_s:.0f} s")
+    return missing
 
 
 def missing_resources(cpus: float, gpus: float) -> str:

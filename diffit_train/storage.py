@@ -257,11 +257,28 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     return bytes(retried(url, lambda: fs.cat_file(path, start=start, end=stop)))
 
 
+def read_sized(url: str, size: int) -> bytes:
+    """A file of known size, at most `size` bytes of it: remotely one request, not two."""
+    if not size:
+        return b""
+    try:
+        return read_range(url, 0, size)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return b""  # an empty object has no range
+
+
 @contextmanager
-def open_file(url: str) -> Iterator[IO[bytes]]:
-    """Open a local or remote file for reading."""
+def open_file(url: str, read_ahead: bool = True) -> Iterator[IO[bytes]]:
+    """Open a local or remote file for reading.
+
+    Args:
+        read_ahead: whether a remote file is fetched ahead in large pieces, for sequential reading.
+    """
     fs, path = filesystem(url)
-    with retried(url, lambda: fs.open(path, "rb")) as file:
+    options = {} if read_ahead or is_local(url) else {"cache_type": "none"}
+    with retried(url, lambda: fs.open(path, "rb", **options)) as file:
         yield file
 
 

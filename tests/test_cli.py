@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from diffit_train import __version__
@@ -62,6 +64,7 @@ def test_version() -> None:
         (["sample", "demo", "evaluate.sampler.steps=2000"], ["steps is 2000", "(1000)"]),
         (["import", "none.safetensors"], ["weight file", "none.safetensors does not exist"]),
         (["export", "demo"], ["run 'demo' does not exist"]),
+        (["train", "demo", "--from", "../evil@3"], ["--from is '../evil', but must consist"]),
         (["train", "dmo"], ["did you mean 'demo'"]),
         (["autoencoder", "fit", "demo"], ["does not exist"]),
         (["features", "fit", "demo"], ["does not exist"]),
@@ -93,6 +96,35 @@ def test_bad_input_is_one_clear_message(
     assert "Traceback" not in said
     for word in words:
         assert word in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def _options_of_runs() -> list[str]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    found = []
+    for name, command in group.commands.items():
+        parts = command.commands if isinstance(command, TyperGroup) else {"": command}
+        for part, leaf in parts.items():
+            if any("--run" in parameter.opts for parameter in leaf.params):
+                found.append(f"{name} {part}".strip())
+    return found
+
+
+@pytest.mark.parametrize("name", ["../../evil", "", "a/b", ".hidden", "x" * 81, "a\nb"])
+@pytest.mark.parametrize("words", _options_of_runs())
+def test_a_run_cannot_be_outside_its_root(
+    words: str, name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    required = {"submit": ["train", "demo", "--address", "http://127.0.0.1:1"]}
+    required |= {"import": ["weights.safetensors"], "cluster render": ["demo"]}
+    required |= {"ema reconstruct": ["demo", "--sigma-rel", "0.1"], "sweep show": ["a"]}
+    required |= {"sweep cancel": ["a", "--address", "http://127.0.0.1:1"]}
+    if words == "cluster render":
+        required[words] += ["--out", str(tmp_path / "out")]
+    given = [*words.split(), *required.get(words, ["demo"]), "--run", name]
+    assert exit_status(lambda: app([*given, "--root", str(tmp_path / "root")])) == 2
+    assert f"--run is {name!r}, but must consist of at most 80" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -64,6 +64,7 @@ HOMES = {
         "ray_jobs",
         "data/encode.py",
         "training/driver.py",
+        "training/supervisor.py",
         "training/worker.py",
         "evaluation/pool.py",
     },

@@ -20,7 +20,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.machine_checks import differing_versions
 from diffit_train.preflight import Check
 from diffit_train.ray_jobs import follow
-from diffit_train.ray_jobs.client import cancel_jobs, send_job
+from diffit_train.ray_jobs.client import CPU_INDEX, cancel_jobs, locked_packages, send_job
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
 from diffit_train.ray_jobs.follow import follow_job, submit
 from diffit_train.ray_jobs.job import Job, RuntimeEnv, job
@@ -290,7 +290,8 @@ def test_what_is_sent_with_a_job(tmp_path: Path, gpus: int, device: str) -> None
     assert sent["uv"] == sent["pip"]
     pip = requests["pip"]["runtime_env"]["pip"]
     assert pip["packages"] == [f"-r ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{lock}"]
-    assert "--require-hashes" in pip["pip_install_options"]
+    index = ["--extra-index-url", CPU_INDEX] if device == "cpu" else []
+    assert pip["pip_install_options"] == ["--require-hashes", "--no-deps", *index]
     assert "--require-hashes" in requests["uv"]["runtime_env"]["uv"]["uv_pip_install_options"]
     # The environment has a Python of its own, even on a cluster on this machine.
     assert requests["pip"]["entrypoint"].startswith("python train.py")
@@ -413,6 +414,22 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         submit(job("train", recipe, None, []), f"http://127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match=r"must look like http://head:8265"):
         submit(job("train", recipe, None, []), "head:8265")
+
+
+@pytest.mark.parametrize(
+    ("index", "options"),
+    [("https://mirror/cpu", ["--extra-index-url", "https://mirror/cpu"]), ("", [])],
+)
+def test_nodes_may_install_from_a_mirror(
+    index: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", index)
+    wanted = Job("train", tiny_recipe(tmp_path), "r", runtime_env="pip")
+    given = locked_packages(wanted, tmp_path)["pip"]["pip_install_options"]
+    assert given == ["--require-hashes", "--no-deps", *options]
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://user:word@mirror/cpu")
+    with pytest.raises(UserError, match=r"PIP_EXTRA_INDEX_URL holds a password.*pip\.conf"):
+        locked_packages(wanted, tmp_path)
 
 
 def test_job_name_metadata_and_entrypoint(tmp_path: Path) -> None:

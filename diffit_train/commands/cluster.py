@@ -29,9 +29,7 @@ def cluster_render_command(
     overrides: Overrides = None,
     root: Root = None,
     run: RunName = None,
-    provider: Annotated[
-        str, typer.Option(help=f"One of: {PROVIDER_NAMES}; all is KubeRay and `ray up`.")
-    ] = ALL,
+    provider: Annotated[str, typer.Option(help=f"One of: {PROVIDER_NAMES}.")] = ALL,
     image: Annotated[str, typer.Option(help="Container image with this package.")] = IMAGE,
     gpu: Annotated[str, typer.Option(help="GPU model of the worker nodes.")] = "H100",
     gpus_per_node: Annotated[

@@ -58,9 +58,11 @@ def doctor_command(
     else:
         checks, _ = check_cluster(recipe, CLUSTER_STAGES, address, python, runtime_env)
     _show(checks, as_json)
-    broken = [check.problem() for check in checks if check.fix]
-    if broken:
-        raise DiffitError("; ".join(broken))
+    problems = [check.problem() for check in checks if check.fix]
+    for problem in problems:
+        say(f"  {problem}")
+    if problems:
+        raise DiffitError(f"{where} is not ready for {recipe.name}: {len(problems)} problems")
     say("all checks passed")
 
 

@@ -14,7 +14,7 @@ from diffit_train.commands.options import (
     RecipeName,
     Root,
     print_result,
-    read_recipe,
+    read_known_recipe,
 )
 from diffit_train.config import Recipe
 from diffit_train.progress import say
@@ -59,4 +59,4 @@ def encode_command(
 
     Example: `diffit encode imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
     """
-    print_result(encode_latents(read_recipe(name, overrides, root), address, append), as_json)
+    print_result(encode_latents(read_known_recipe(name, overrides, root), address, append), as_json)

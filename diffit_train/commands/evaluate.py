@@ -22,7 +22,7 @@ from diffit_train.commands.options import (
     RuntimeEnvOption,
     Steps,
     print_result,
-    read_recipe,
+    read_known_recipe,
 )
 from diffit_train.commands.sweep import FleetOptions, run_sweep
 from diffit_train.config import Recipe, packaged_recipes
@@ -223,7 +223,7 @@ def evaluate_command(
         )
     if sweep and npz:
         raise UserError("--npz is for single evaluations; remove --npz or --sweep")
-    recipe = read_recipe(name, overrides, root)
+    recipe = read_known_recipe(name, overrides, root)
     run = run or recipe.name
     if watch:
         print_result(watch_run(recipe, run, address), as_json)
@@ -252,4 +252,4 @@ def references_command(
 
     Example: `diffit references imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
     """
-    print_result(compute_references(read_recipe(name, overrides, root), address), as_json)
+    print_result(compute_references(read_known_recipe(name, overrides, root), address), as_json)

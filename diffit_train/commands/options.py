@@ -9,6 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
+from diffit_train.config.base import require_name
+
+
+def checked_name(given: typer.CallbackParam, value: str | None) -> str | None:
+    """Callback of an option or argument that names a folder."""
+    if value is None:
+        return None
+    return require_name(given.opts[0] if given.opts[0].startswith("-") else "NAME", value)
+
 
 RecipeName = Annotated[
     str,
@@ -37,7 +46,10 @@ Address = Annotated[
     typer.Option(help="Ray cluster, e.g. 10.0.0.1:6379 or auto. Default: this machine."),
 ]
 RunName = Annotated[
-    str | None, typer.Option("--run", help="Name of the run. Default: the recipe's name.")
+    str | None,
+    typer.Option(
+        "--run", callback=checked_name, help="Name of the run. Default: the recipe's name."
+    ),
 ]
 Steps = Annotated[
     list[str] | None,
@@ -95,3 +107,10 @@ def print_result(value: Any, as_json: bool) -> None:
 def read_recipe(name: str, overrides: list[str] | None, root: str | None) -> Recipe:
     """The recipe of a command line."""
     return load_recipe(name, overrides or (), root)
+
+
+def read_known_recipe(name: str, overrides: list[str] | None, root: str | None) -> Recipe:
+    """The recipe of a command line; a copy of the latents' autoencoder counts as that one."""
+    from diffit_train.data.known_autoencoder import recognized
+
+    return recognized(read_recipe(name, overrides, root))

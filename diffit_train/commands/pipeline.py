@@ -18,7 +18,7 @@ from diffit_train.commands.options import (
     SourceWeights,
     Steps,
     print_result,
-    read_recipe,
+    read_known_recipe,
 )
 from diffit_train.commands.train import train_run
 from diffit_train.config import Recipe
@@ -65,6 +65,6 @@ def pipeline_command(
 
     Example: `diffit pipeline imagenet256 --root s3://bucket/project --address auto`
     """
-    recipe = read_recipe(name, overrides, root)
+    recipe = read_known_recipe(name, overrides, root)
     recipe = starting_from(recipe, run or recipe.name, source, source_weights)
     print_result(run_pipeline(recipe, run or recipe.name, step or [], address), as_json)

@@ -91,6 +91,8 @@ def print_plan(result: dict[str, Any]) -> None:
         rest.add_row(f"  {title}", between(time["step_parts_s"][part]))
     rest.add_row("MFU, %", between([100 * value for value in time["mfu"]]))
     rest.add_row("checkpoint, GiB", f"{disk['checkpoint'] / storage.GIB:,.2f}")
+    held = memory["latents_on_host"] / storage.GIB
+    rest.add_row("latents in the host memory of a worker, GiB", f"{held:,.2f}")
     if disk["latents"] is not None:
         rest.add_row(
             f"latents of {disk['images']:,} images, GiB", f"{disk['latents'] / storage.GIB:,.1f}"

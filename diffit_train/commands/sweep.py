@@ -11,7 +11,7 @@ import typer
 
 from diffit_train import storage
 from diffit_train.commands.evaluations import evaluate_all
-from diffit_train.commands.options import Json, ProjectRoot, print_result
+from diffit_train.commands.options import Json, ProjectRoot, checked_name, print_result
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import sweep as stage
@@ -121,7 +121,13 @@ def _sweep_by_one_job(
         say("already evaluated")
         return
     steps = [str(step) for step in dict.fromkeys(member.step for member in plan.members)]
-    job = Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts)
+    job = on_checked_cluster(
+        Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts),
+        fleet.address,
+        fleet.python,
+        fleet.runtime_env,
+        check=fleet.check,
+    )
     submit(job, fleet.address, follow=True, python=fleet.python, restarts=fleet.retries)
 
 
@@ -205,9 +211,15 @@ def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
     return {"name": name, "stopped": stopped}
 
 
+SweepName = Annotated[
+    str, typer.Argument(metavar="NAME", callback=checked_name, help="Name of the sweep.")
+]
+SweepRun = Annotated[str, typer.Option("--run", callback=checked_name, help="Name of the run.")]
+
+
 def sweep_show_command(
-    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")],
-    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    sweep: SweepName,
+    run: SweepRun,
     root: ProjectRoot = ".",
     as_json: Json = False,
 ) -> None:
@@ -219,8 +231,8 @@ def sweep_show_command(
 
 
 def sweep_cancel_command(
-    sweep: Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")],
-    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    sweep: SweepName,
+    run: SweepRun,
     address: Annotated[str, typer.Option(help="Ray job server, e.g. http://head:8265.")],
     root: ProjectRoot = ".",
     as_json: Json = False,

@@ -17,7 +17,7 @@ from diffit_train.commands.options import (
     Source,
     SourceWeights,
     print_result,
-    read_recipe,
+    read_known_recipe,
 )
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import OWN
@@ -100,6 +100,6 @@ def train_command(
 
     Example: `diffit train imagenet512 --root s3://bucket/project --from imagenet256@400000`
     """
-    recipe = read_recipe(name, overrides, root)
+    recipe = read_known_recipe(name, overrides, root)
     result = train_run(recipe, run or recipe.name, address, source, source_weights)
     print_result(result, as_json)

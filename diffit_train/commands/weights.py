@@ -17,7 +17,7 @@ from diffit_train.commands.options import (
     Root,
     RunName,
     print_result,
-    read_recipe,
+    read_known_recipe,
 )
 from diffit_train.config import Recipe, load_recipe, load_stored_recipe
 from diffit_train.errors import UserError
@@ -187,7 +187,7 @@ def sample_command(
 
     Example: `diffit sample demo --root my-project --class 3 --class 7 --seeds 0-9 --out threes`
     """
-    recipe = read_recipe(name, overrides, root)
+    recipe = read_known_recipe(name, overrides, root)
     source = WeightSource(run or recipe.name, step, weights, allow_pickle)
     print_result(sample_images(recipe, source, classes or [], seeds, out, batch_size), as_json)
 
@@ -239,7 +239,7 @@ def export_command(
 
     Example: `diffit export demo --root my-project --step newest`
     """
-    recipe = read_recipe(name, overrides, root)
+    recipe = read_known_recipe(name, overrides, root)
     result = export_checkpoint(recipe, run or recipe.name, step, weights, out)
     print_result(result, as_json)
 
@@ -267,6 +267,6 @@ def ema_reconstruct_command(
 
     Example: `diffit ema reconstruct demo --root my-project --run first --sigma-rel 0.07`
     """
-    recipe = read_recipe(name, overrides, root)
+    recipe = read_known_recipe(name, overrides, root)
     result = reconstruct_run_ema(recipe, run or recipe.name, sigma_rel, step, out)
     print_result(result, as_json)

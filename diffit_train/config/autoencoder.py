@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,11 @@ class Autoencoder(Section):
         default="",
         description="Hugging Face Hub id, or folder in diffusers format (`root:` means under ROOT)",
     )
+    known_as: str = Field(
+        default="",
+        description="source by which latents and runs know the weights, where `source` is a copy "
+        "of them, such as a mirror on S3; empty: `source`",
+    )
     latent_channels: PositiveInt = Field(default=4, description="channels of a latent")
     downsample: PositiveInt = Field(
         default=8, description="image side divided by latent side, in pixels"
@@ -49,7 +54,26 @@ class Autoencoder(Section):
         description="factor that latents are multiplied by; null: the autoencoder's own",
     )
     batch_size: PositiveInt = Field(default=32, description="images per encoding batch")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="floating-point type of the autoencoder"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="floating-point type of the autoencoder; tf32: fp32, but a GPU rounds the "
+        "factors of products to TF32",
     )
     fit: AutoencoderFit = AutoencoderFit()
+
+    @property
+    def name(self) -> str:
+        """The source by which the weights are known."""
+        return self.known_as or self.source
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that determine the latents.
+
+        An fp32 autoencoder ran in TF32 on a GPU before there was a key for it: the hash is the
+        same for both.
+        """
+        keys = self.model_dump(mode="json", exclude={"fit", "known_as"})
+        keys["source"] = self.name
+        if self.precision == "tf32":
+            keys["precision"] = "fp32"
+        return keys

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+from diffit_train.errors import UserError
+
+# Names become folders of a root.
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+LONGEST_NAME = 80
+Name = Annotated[str, Field(pattern=f"^{_NAME}$", max_length=LONGEST_NAME)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def require_name(what: str, value: str) -> str:
+    """The name, if it can be that of a folder.
+
+    Args:
+        what: the option or argument that gave it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if len(value) > LONGEST_NAME or not re.fullmatch(_NAME, value):
+        raise UserError(
+            f"{what} is {value!r}, but must consist of at most {LONGEST_NAME} letters, digits, "
+            "'.', '_' and '-', beginning with a letter or digit"
+        )
+    return value
 
 
 class Section(BaseModel):

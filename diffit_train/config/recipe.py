@@ -221,8 +221,7 @@ class Recipe(Section):
             mode="json",
             include={"source", "resolution", "num_classes", "flip", "images_per_shard"},
         )
-        autoencoder = self.autoencoder.model_dump(mode="json", exclude={"fit"})
-        return {"data": data, "autoencoder": autoencoder}
+        return {"data": data, "autoencoder": self.autoencoder.identity()}
 
     def train_identity(self) -> dict[str, Any]:
         """The keys that determine the weights at a given step."""

@@ -40,7 +40,10 @@ class Scaling(Section):
         description="GPUs per encoding or evaluation actor, may be a fraction; 0: use the CPU",
     )
     max_failures: int = Field(
-        default=3, ge=-1, description="restarts after failures of training workers; -1: unlimited"
+        default=3,
+        ge=-1,
+        description="restarts after failures of training workers without a new checkpoint in "
+        "between; -1: unlimited",
     )
     max_preemptions: int = Field(
         default=-1, ge=-1, description="restarts after announced preemptions; -1: unlimited"
@@ -53,13 +56,14 @@ class Scaling(Section):
         ge=0.0,
         allow_inf_nan=False,
         description="seconds to wait for an autoscaling cluster to provide the CPUs and GPUs that "
-        "a command needs; 0: fail at once",
+        "a command needs; 0: fail at once. Training that has lost a node waits at least 300",
     )
-    shard_cache_gib: float = Field(
-        default=0.0,
+    shard_cache_gib: float | None = Field(
+        default=None,
         ge=0.0,
         allow_inf_nan=False,
-        description="disk space per node for caching remote latent shards, in GiB; 0: no cache",
+        description="disk space per node for caching remote latent shards, in GiB; null: as much "
+        "as they need, while a fifth of the disk stays free; 0: no cache",
     )
     shard_cache_folder: str = Field(
         default="", description="folder of the shard cache; empty: the node's temporary folder"

@@ -9,7 +9,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,25 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.data.autoencoder_memory import (
+    Part,
+    activation_values,
+    budget_bytes,
+    slice_size,
+)
+from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
+from diffit_train.models.precision import searched_convolutions, tf32
 
+T = TypeVar("T", np.ndarray, Tensor)
 # diffusers' bounds on the posterior's log-variance.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def scaled_sample(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
@@ -41,7 +55,12 @@ def scaled_sample(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
 class LoadedAutoencoder:
     """A frozen autoencoder on a device; `scale` multiplies its latents.
 
-    `model` is None for the identity, whose latents are pixels in [-1, 1].
+    `model` is None for the identity, whose latents are pixels in [-1, 1]. It works on slices of a
+    batch whose activations fit a budget; see `autoencoder_memory`.
+
+    Attributes:
+        tf32: whether a GPU may round the inputs of fp32 convolutions and products to TF32.
+        budget: bytes of activations at once; None for `budget_bytes` of the device.
     """
 
     model: Any
@@ -49,6 +68,8 @@ class LoadedAutoencoder:
     scale: float
     device: torch.device
     dtype: torch.dtype
+    tf32: bool = False
+    budget: int | None = None
 
     @torch.no_grad()
     def encode_moments(self, pixels: np.ndarray) -> np.ndarray:
@@ -58,6 +79,12 @@ class LoadedAutoencoder:
         """
         if self.model is None:
             return pixels
+        size = self._slice_size("encode", len(pixels), pixels.shape[-1] ** 2)
+        # cuDNN does not search: what it finds is not the same each time, but shards must be.
+        with tf32(self.tf32):
+            return np.concatenate([self._moments(part) for part in _slices(pixels, size)])
+
+    def _moments(self, pixels: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(pixels).to(self.device, self.dtype)
         encoded = self.model.encode(x)
         latents = getattr(encoded, "latents", None)
@@ -72,6 +99,15 @@ class LoadedAutoencoder:
         Args:
             pixels: round to the nearest level, or truncate to the next lower one.
         """
+        side = latents.shape[-1]
+        if self.model is not None:
+            side *= _downsampling(self.model)
+        size = self._slice_size("decode", len(latents), side**2)
+        with tf32(self.tf32), searched_convolutions():
+            images = [self._decoded(part, pixels) for part in _slices(latents, size)]
+        return np.concatenate(images)
+
+    def _decoded(self, latents: Tensor, pixels: Literal["round", "truncate"]) -> np.ndarray:
         x = latents / self.scale
         if self.model is not None:
             x = self.model.decode(x.to(self.device, self.dtype)).sample
@@ -79,6 +115,14 @@ class LoadedAutoencoder:
         if pixels == "round":
             levels = levels.round()
         return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _slice_size(self, part: Part, images: int, pixels: int) -> int:
+        """Images at once, of `pixels` pixels each."""
+        if self.model is None:
+            return max(1, images)
+        values = activation_values(self.model.config, _kind(self.model), part)
+        budget = budget_bytes(self.device) if self.budget is None else self.budget
+        return slice_size(images, values * pixels * self.dtype.itemsize, budget)
 
     def weight_hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the weights, sorted by name."""
@@ -107,7 +151,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
         return LoadedAutoencoder(None, "identity", section.scale or 1.0, device, torch.float32)
     hub = url == section.source and not _is_path(url)
     model = _load_model(url, section.kind, dtype, hub)
-    channels, factor = model.config.latent_channels, _downsampling(model, section.kind)
+    channels, factor = model.config.latent_channels, _downsampling(model)
     for key, mine, theirs in (
         ("latent_channels", section.latent_channels, channels),
         ("downsample", section.downsample, factor),
@@ -118,12 +162,37 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
             )
     scale = section.scale if section.scale is not None else float(model.config.scaling_factor)
     model = model.to(device).eval().requires_grad_(False)
-    return LoadedAutoencoder(model, section.source, scale, device, dtype)
+    rounded = section.precision == "tf32"
+    loaded = LoadedAutoencoder(model, section.name, scale, device, dtype, rounded)
+    if section.known_as:
+        _require_known_weights(recipe, loaded)
+    return loaded
 
 
-def _downsampling(model: Any, kind: str) -> int:
+def _require_known_weights(recipe: Recipe, loaded: LoadedAutoencoder) -> None:
+    """Refuse weights under a name that are not those that the latents were encoded with."""
+    url = latents_url(recipe)
+    if not storage.exists(storage.join(url, MANIFEST)):
+        return
+    if loaded.weight_hash() != load_manifest(url).autoencoder_sha256:
+        raise UserError(
+            f"autoencoder.known_as is {loaded.id}, but the weights at {autoencoder_url(recipe)} "
+            f"are not those that {url} was encoded with; set autoencoder.source to a copy of them"
+        )
+
+
+def _slices(rows: T, size: int) -> list[T]:
+    """Slices of an array or a tensor along its first dimension; at least one."""
+    return [rows[start : start + size] for start in range(0, max(1, len(rows)), size)]
+
+
+def _kind(model: Any) -> str:
+    return "kl" if hasattr(model.config, "block_out_channels") else "tiny"
+
+
+def _downsampling(model: Any) -> int:
     """Downsampling factor in each direction."""
-    if kind == "tiny":
+    if _kind(model) == "tiny":
         return 2 ** (len(model.config.encoder_block_out_channels) - 1)
     return 2 ** (len(model.config.block_out_channels) - 1)
 

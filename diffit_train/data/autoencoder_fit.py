@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe, renamed
-from diffit_train.data.sources import list_images, read_items
+from diffit_train.data.reading import read_items
+from diffit_train.data.sources import list_images
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 

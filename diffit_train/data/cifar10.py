@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import tarfile
+import threading
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -26,6 +27,10 @@ def is_archive(url: str) -> bool:
     if storage.is_folder(url):
         return bool({BATCHES[0], "data_batch_1"} & set(storage.list_names(url)))
     return url.endswith((".tar.gz", ".tgz"))
+
+
+# So that threads do not all read the archive at once.
+_reading = threading.Lock()
 
 
 # One archive of 180 MB; the images of a shard lie all over it.
@@ -82,8 +87,14 @@ def list_records(url: str) -> tuple[list[str], list[tuple[str, int, int]]]:
     return classes, rows
 
 
-def read_image(url: str, file: str, row: int) -> bytes:
-    """An image in the PPM format, which decoders know."""
-    planes = np.frombuffer(_files(url)[file], np.uint8, RECORD - 1, row * RECORD + 1)
+def read_image(url: str, location: tuple[str, int, int]) -> bytes:
+    """An image in the PPM format, which decoders know.
+
+    Args:
+        location: file and row; the rest is not used.
+    """
+    file, row, _ = location
+    with _reading:
+        planes = np.frombuffer(_files(url)[file], np.uint8, RECORD - 1, row * RECORD + 1)
     pixels = planes.reshape(3, SIDE, SIDE).transpose(1, 2, 0)
     return f"P6 {SIDE} {SIDE} 255\n".encode() + pixels.tobytes()

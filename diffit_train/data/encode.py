@@ -38,6 +38,7 @@ from diffit_train.data.encode_plan import (
     write_plan,
 )
 from diffit_train.data.preprocess import Images, to_model_range
+from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
     Manifest,
     as_float,
@@ -46,12 +47,12 @@ from diffit_train.data.shards import (
     shard_name,
     write_shard,
 )
-from diffit_train.data.sources import ImageList, SourceKind, read_items
+from diffit_train.data.sources import ImageList, SourceKind
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
-# Shards of images queued per actor; Ray Data counts each row twice in the pipeline.
-QUEUED_SHARDS = 6
+# Shards of images being read for each actor. On a GPU it encodes faster than one core decodes.
+READ_SHARDS, GPU_READ_SHARDS = 1, 3
 MIN_QUEUED_BYTES = 256 * 2**20
 
 
@@ -101,10 +102,8 @@ def encode_again(
 
 @contextmanager
 def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
-    scaling = recipe.scaling
     with ray_session.connected(address):
-        gpus = scaling.encode_min_actors * scaling.gpus_per_actor
-        ray_session.require(1, gpus, "encoding", scaling.wait_s)
+        ray_session.require(*recipe.scaling.needs("encode"), "encoding", recipe.scaling.wait_s)
         yield
 
 
@@ -154,9 +153,11 @@ def _encode_missing(
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # Backpressure: readers pause while this many bytes of images wait for actors, so that memory
-    # does not grow with the input. Per actor: the shard it encodes, the next, and one being read.
+    # does not grow with the input. Per actor: the shard it encodes, the next, and those being read;
+    # Ray Data counts each row twice in the pipeline.
     shard_bytes = data.images_per_shard * data.resolution**2 * 3
-    waiting = int(QUEUED_SHARDS * scaling.encode_actors * shard_bytes)
+    reading = GPU_READ_SHARDS if scaling.gpus_per_actor else READ_SHARDS
+    waiting = 2 * (2 + reading) * scaling.encode_actors * shard_bytes
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=max(waiting, MIN_QUEUED_BYTES)
     )

@@ -350,7 +350,7 @@ def commit_manifest(
     manifest = Manifest(
         schema_version=MANIFEST_SCHEMA,
         recipe_hash=recipe.encode_hash(),
-        autoencoder=recipe.autoencoder.source,
+        autoencoder=recipe.autoencoder.name,
         autoencoder_sha256=ordered[0].autoencoder_sha256,
         scale=ordered[0].scale,
         channels=recipe.autoencoder.latent_channels,

@@ -5,15 +5,20 @@ Shapes: H x W pixels, 3 channels, uint8; R the target resolution.
 
 from __future__ import annotations
 
+import functools
 import io
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 Array = np.ndarray
+_FILTERS = threading.Lock()
 MAX_RESIZED_PIXELS = 64 * 1024 * 1024
 
 
@@ -30,14 +35,15 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise UnreadableImage("empty file")
     try:
-        with warnings.catch_warnings():
+        # The filters of warnings are those of the process. Opening does not decode yet.
+        with _FILTERS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data))
-            if image.mode.startswith("I"):
-                # 16-bit grayscale: Pillow would clip to 8 bits instead of scaling.
-                levels = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255)
-                image = Image.fromarray(levels.astype(np.uint8))
-            return image.convert("RGB")
+        if image.mode.startswith("I"):
+            # 16-bit grayscale: Pillow would clip to 8 bits instead of scaling.
+            levels = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255)
+            image = Image.fromarray(levels.astype(np.uint8))
+        return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
@@ -80,24 +86,40 @@ class Images:
 
 
 def read_images(
-    reads: Iterable[Callable[[], bytes]], resolution: int, problems: Sequence[str] = ()
+    reads: Sequence[Callable[[], bytes]],
+    resolution: int,
+    problems: Sequence[str] = (),
+    pool: Executor | None = None,
+    ahead: int = 1,
+    decoders: int = 1,
 ) -> Images:
     """Read, decode and crop; unreadable images are rejected with a reason.
 
     Args:
         reads: for each image, a function that returns its bytes.
         problems: known problem of each image, or ""; an image with a problem is not read.
+        pool: threads that read; None: the caller's.
+        ahead: number of images that they may be ahead.
+        decoders: number of threads that decode at the same time.
 
     Raises:
         OSError: reading failed for a reason unrelated to the image, such as a lost connection.
     """
-    kept, pixels, rejected = [], [], []
-    for position, read in enumerate(reads):
-        if position < len(problems) and problems[position]:
-            rejected.append((position, problems[position]))
-            continue
+    gate = threading.Semaphore(decoders)
+
+    def pixels_of(read: Callable[[], bytes]) -> Array:
+        data = read()
+        with gate:
+            return center_crop(decode(data), resolution)
+
+    kept, pixels = [], []
+    rejected = [(position, problem) for position, problem in enumerate(problems) if problem]
+    known = {position for position, _ in rejected}
+    wanted = [position for position in range(len(reads)) if position not in known]
+    jobs = [functools.partial(pixels_of, reads[position]) for position in wanted]
+    for position, result in zip(wanted, _in_order(jobs, pool, ahead), strict=True):
         try:
-            pixels.append(center_crop(decode(read()), resolution))
+            pixels.append(result())
             kept.append(position)
         except UnreadableImage as error:
             rejected.append((position, str(error)))
@@ -105,4 +127,25 @@ def read_images(
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
             rejected.append((position, f"{type(error).__name__}: {error.strerror or error}"))
     shape = (0, resolution, resolution, 3)
-    return Images(kept, np.stack(pixels) if pixels else np.zeros(shape, np.uint8), rejected)
+    stacked = np.stack(pixels) if pixels else np.zeros(shape, np.uint8)
+    return Images(kept, stacked, sorted(rejected))
+
+
+def _in_order(
+    jobs: Sequence[Callable[[], Array]], pool: Executor | None, ahead: int
+) -> Iterator[Callable[[], Array]]:
+    """For each job a function that returns its result; a pool works on the next `ahead` ones."""
+    if pool is None:
+        yield from jobs
+        return
+    waiting: deque[Future[Array]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result
+        while waiting:
+            yield waiting.popleft().result
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -105,6 +105,13 @@ class Manifest(storage.Record):
         """SHA-256 that identifies the data set."""
         return storage.digest([[s.sha256 for s in self.shards], self.classes, self.scale])
 
+    @property
+    def samples_digest(self) -> str:
+        """SHA-256 of what decides which sample comes when; a repaired shard does not change it."""
+        counts = [shard.count for shard in self.shards]
+        encoded = [self.input_sha256, self.autoencoder_sha256, self.scale, self.frames]
+        return storage.digest([self.segments, self.orders, counts, *encoded])
+
 
 def latents_url(recipe: Recipe) -> str:
     """Folder of the recipe's latents."""
@@ -240,7 +247,8 @@ def read_shard_bytes(url: str, entry: ShardEntry) -> bytes:
     """Read a shard's tar and verify its size and hash; errors as `read_shard`."""
     name = storage.join(url, entry.name)
     try:
-        data = storage.read_bytes(name)
+        # One byte more than there should be, to notice more.
+        data = storage.read_sized(name, entry.bytes + 1)
     except FileNotFoundError as error:
         raise DiffitError(f"shard {name} is missing; {_FIX}") from error
     if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:

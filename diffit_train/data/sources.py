@@ -1,4 +1,4 @@
-"""Image sources, local or remote: listing images and reading their bytes.
+"""Image sources, local or remote: listing their images. `reading` gets the bytes.
 
     folder       one subfolder per class
     tar          an uncompressed tar of such a folder
@@ -16,23 +16,26 @@ duplicate name) keeps its index and carries the problem.
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data import cifar10, preprocess
+from diffit_train.data import cifar10
 from diffit_train.errors import UserError
 
+T = TypeVar("T")
+# Files of a source that are listed at once; each holds what its file system reads ahead.
+LISTERS = 8
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 SourceKind = Literal["folder", "tar", "ilsvrc", "webdataset", "parquet", "cifar10"]
 # Name of the only class, where the images of several folders are one class.
@@ -43,7 +46,8 @@ class Location(NamedTuple):
     """Location of an image's bytes.
 
     `file` is a path relative to the source's URL, empty if the source is that file. In a tar,
-    `start` and `size` are bytes; in parquet, the row and the row group; -1 for a whole file.
+    `start` and `size` are bytes; in parquet, the row and the row group; -1 for a whole file, whose
+    size is given where the listing says it, as on S3.
     """
 
     file: str
@@ -180,11 +184,12 @@ def _kind_of_tar(url: str) -> SourceKind:
 def _list_folder(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
     if storage.is_local(url):
         base = str(storage.local_path(url).absolute())
-        found: Iterable[str] = (path[len(base) + 1 :] for path in _local_files(base))
+        sizes = {path[len(base) + 1 :]: -1 for path in _local_files(base)}
     else:
-        found = storage.find_files(url)
-    paths = sorted(p for p in found if ("/" in p or num_classes == 1) and _is_image(p))
-    return _by_folder(((path, Location(path), "") for path in paths), num_classes)
+        sizes = {path: file.bytes for path, file in storage.walk(url).items()}
+    paths = sorted(p for p in sizes if ("/" in p or num_classes == 1) and _is_image(p))
+    rows = ((path, Location(path, size=sizes[path]), "") for path in paths)
+    return _by_folder(rows, num_classes)
 
 
 def _local_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -337,6 +342,12 @@ class FileWindow(io.RawIOBase):
         return data
 
 
+def _each(files: Sequence[str], listed: Callable[[str], T]) -> Iterator[T]:
+    """The listings of several files, in order; some are read at the same time."""
+    with ThreadPoolExecutor(LISTERS, thread_name_prefix="list") as pool:
+        yield from pool.map(listed, files)
+
+
 # ---- WebDataset ----
 
 
@@ -346,8 +357,8 @@ def _list_webdataset(url: str, num_classes: int) -> tuple[list[str], list[Item]]
         files = [name for name in storage.list_names(url) if name.endswith(".tar")]
     items: list[Item] = []
     seen: set[str] = set()
-    for file in files:
-        for item in _webdataset_items(url, file, num_classes):
+    for found in _each(files, lambda file: list(_webdataset_items(url, file, num_classes))):
+        for item in found:
             twice = item.name in seen and not item.problem
             items.append(item._replace(problem="the key occurs twice") if twice else item)
             seen.add(item.name)
@@ -421,15 +432,18 @@ def _list_parquet(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
         files = [name for name in storage.list_names(url) if name.endswith(".parquet")]
     items: list[Item] = []
     classes: list[str] | None = None
-    for file in files:
-        name = storage.join(url, file) if file else url
-        with _parquet(name) as table:
-            found = _class_names(table.schema_arrow.metadata or {})
-            if found is not None:
-                classes = found
+
+    def listed(file: str) -> tuple[list[str] | None, list[Item]]:
+        rows: list[Item] = []
+        with open_parquet(storage.join(url, file) if file else url) as table:
             for group in range(table.num_row_groups):
                 columns = table.read_row_group(group, columns=["image.path", "label"])
-                items += _parquet_items(columns, file, group, num_classes)
+                rows += _parquet_items(columns, file, group, num_classes)
+            return _class_names(table.schema_arrow.metadata or {}), rows
+
+    for found, rows in _each(files, listed):
+        classes = found or classes
+        items += rows
     return classes or [str(number) for number in range(num_classes)], items
 
 
@@ -446,7 +460,7 @@ def _parquet_items(columns: Any, file: str, group: int, num_classes: int) -> Ite
 
 
 @contextmanager
-def _parquet(url: str) -> Iterator[Any]:
+def open_parquet(url: str) -> Iterator[Any]:
     """Open a parquet file and check that it has the required columns.
 
     Raises:
@@ -455,9 +469,10 @@ def _parquet(url: str) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with storage.open_file(url) as file:
+    # Its parts are far apart; reading ahead would fetch most of the file.
+    with storage.open_file(url, read_ahead=False) as file:
         try:
-            table = pq.ParquetFile(file)
+            table = pq.ParquetFile(file, pre_buffer=True)
         except pa.ArrowInvalid as error:
             raise UserError(f"{url} is not a complete parquet file: {error}") from error
         schema = table.schema_arrow
@@ -505,76 +520,3 @@ _LISTERS: dict[SourceKind, Callable[[str, int], tuple[list[str], list[Item]]]] =
     "parquet": _list_parquet,
     "cifar10": _list_cifar10,
 }
-
-
-# ---- Reading ----
-
-
-class ImageReader(AbstractContextManager["ImageReader"]):
-    """Reads image bytes by location; keeps a file open while consecutive reads are from it."""
-
-    def __init__(self, url: str, kind: SourceKind) -> None:
-        self.url, self.kind = url, kind
-        self._open: AbstractContextManager[Any] | None = None
-        self._file: tuple[str, Any] | None = None
-        self._group: tuple[str, int, list[bytes]] | None = None
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open.__exit__(None, None, None)
-        self._open = self._file = None
-
-    def _opened(self, name: str, opener: Callable[[str], AbstractContextManager[Any]]) -> Any:
-        if self._file is None or self._file[0] != name:
-            self._close()
-            self._open = opener(storage.join(self.url, name) if name else self.url)
-            self._file = (name, self._open.__enter__())
-        return self._file[1]
-
-    def read(self, location: Location) -> bytes:
-        """The bytes of an image.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        return storage.retried(self.url, lambda: self._read(location))
-
-    def _read(self, location: Location) -> bytes:
-        if self.kind == "folder":
-            return storage.read_bytes(storage.join(self.url, location.file))
-        try:
-            if self.kind == "parquet":
-                return self._row(location)
-            file = self._opened(location.file, storage.open_file)
-            file.seek(location.start)
-            return bytes(file.read(location.size))
-        except OSError:
-            self._close()  # a retry reopens the file
-            raise
-
-    def _row(self, location: Location) -> bytes:
-        key = (location.file, location.size)
-        if self._group is None or self._group[:2] != key:
-            table = self._opened(location.file, _parquet)
-            column = table.read_row_group(location.size, columns=["image.bytes"])["image"]
-            values = column.combine_chunks().field("bytes").to_pylist()
-            self._group = (*key, values)
-        return self._group[2][location.start] or b""
-
-
-def read_items(
-    url: str, kind: SourceKind, items: Sequence[Item], resolution: int
-) -> preprocess.Images:
-    """Read, decode and crop images of a source; see `preprocess.read_images`."""
-    if kind == "cifar10":
-        records = [
-            functools.partial(cifar10.read_image, url, item.location.file, item.location.start)
-            for item in items
-        ]
-        return preprocess.read_images(records, resolution, [item.problem for item in items])
-    with ImageReader(url, kind) as reader:
-        reads = [functools.partial(reader.read, item.location) for item in items]
-        return preprocess.read_images(reads, resolution, [item.problem for item in items])

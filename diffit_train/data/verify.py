@@ -232,7 +232,7 @@ def draw_reconstructions(url: str, image: str) -> float:
 
     from diffit_train.data.autoencoder import load_autoencoder
     from diffit_train.data.preprocess import to_model_range
-    from diffit_train.data.sources import read_items
+    from diffit_train.data.reading import read_items
 
     manifest, recipe = load_manifest(url), recipe_of(url)
     by_key = _items_by_key(recipe, url)

@@ -19,6 +19,9 @@ from diffit_train.evaluation.references import PartTask, Reference
 if TYPE_CHECKING:
     from diffit_train.evaluation.feature_networks import FeatureNetwork
 
+# Threads of an actor that decode a reference's images: a GPU measures more than one core decodes.
+GPU_DECODERS = 4
+
 
 @dataclass(frozen=True)
 class EvaluationTarget:
@@ -154,7 +157,8 @@ class EvaluationActor:
     def reference_part(self, task: PartTask, target: str) -> tuple[int, float]:
         """Measure and commit a part of a source; return its number of images, and seconds."""
         started_s = time.monotonic()
-        part = references.measure_part(self.network, task)
+        decoders = GPU_DECODERS if self.device.type == "cuda" else 1
+        part = references.measure_part(self.network, task, decoders)
         try:
             references.write_part(target, part)
         except FileNotFoundError:

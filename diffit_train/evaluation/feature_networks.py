@@ -16,7 +16,8 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.fit import fit
 from diffit_train.data.preprocess import to_model_range
-from diffit_train.data.sources import list_images, read_items
+from diffit_train.data.reading import read_items
+from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, LOGITS, PREDICTIONS, SPATIAL
 from diffit_train.evaluation.features import FeaturesInfo, features_info, features_url

@@ -207,9 +207,7 @@ class EvaluationPool:
         """
         if self._actors is None:
             scaling = self.recipe.scaling
-            count = scaling.evaluate_actors
-            gpus = count * scaling.gpus_per_actor
-            ray_session.require(count, gpus, "evaluation", scaling.wait_s)
+            ray_session.require(*scaling.needs("evaluate"), "evaluation", scaling.wait_s)
             options: dict[str, Any] = {
                 "num_cpus": 1,
                 "num_gpus": scaling.gpus_per_actor or None,
@@ -219,6 +217,7 @@ class EvaluationPool:
                 options["runtime_env"] = {"env_vars": ray_session.KEEP_FREED_MEMORY}
             remote = ray.remote(**options)(EvaluationActor)
             plain = self.recipe.model_dump(mode="json")
+            count = scaling.evaluate_actors
             self._actors = ActorPool(lambda: remote.remote(plain), count, SLOTS)
         return self._actors
 

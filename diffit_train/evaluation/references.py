@@ -22,8 +22,9 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import OWN
 from diffit_train.data.encode_plan import read_inputs
+from diffit_train.data.reading import read_batches
 from diffit_train.data.shards import MANIFEST, Manifest, latents_url, load_manifest
-from diffit_train.data.sources import ImageList, Item, SourceKind, read_items
+from diffit_train.data.sources import ImageList, Item, SourceKind
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
 from diffit_train.evaluation.feature_networks import FeatureNetwork
@@ -234,14 +235,19 @@ def part_tasks(recipe: Recipe, listing: ImageList) -> Iterator[PartTask]:
         yield PartTask(number, listing.url, listing.kind, items, kept.tolist(), side)
 
 
-def measure_part(network: FeatureNetwork, task: PartTask) -> ReferencePart | None:
-    """Sums over one part of a source; None if none of its images can be read."""
+def measure_part(
+    network: FeatureNetwork, task: PartTask, decoders: int = 1
+) -> ReferencePart | None:
+    """Sums over one part of a source; None if none of its images can be read.
+
+    Args:
+        decoders: threads that decode images while the network computes.
+    """
     wanted, chosen = set(task.kept), []
     pool: FeatureStats | None = None
     spatial: FeatureStats | None = None
-    for start in range(0, len(task.items), BATCH):
-        items = task.items[start : start + BATCH]
-        images = read_items(task.url, task.kind, items, task.resolution)
+    source = (task.url, task.kind, task.items, task.resolution)
+    for start, images in read_batches(*source, BATCH, decoders):
         if not images.kept:
             continue
         rows = network.extract(images.pixels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe, load_recipe_text, load_stored_recipe
+from diffit_train.config.base import require_name
 from diffit_train.config.evaluate import FREE_KEYS
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import Result, finished_result
@@ -22,7 +22,6 @@ CANCELLED = "cancelled"
 # More evaluations than this in one sweep are assumed to be a mistake.
 MOST_MEMBERS = 10_000
 _SECTION = "evaluate."
-_SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Keys that a sweep cannot vary: its metrics would not be comparable.
 _FIXED = ("evaluate.features.", "evaluate.reference", "evaluate.num_neighbors")
 
@@ -148,11 +147,7 @@ def plan_sweep(
         if keys.count(key) > 1:
             raise UserError(f"--sweep has {key} twice; give all its values in one --sweep")
     name = name or "-by-".join(key.removeprefix(_SECTION) for key in keys)
-    if not _SWEEP_NAME.fullmatch(name):
-        raise UserError(
-            f"--name is {name!r}, but must consist of letters, digits, '.', '_' and '-', such as "
-            "first-sweep"
-        )
+    require_name("--name", name)
     combinations = list(itertools.product(*(values for _, values in axes)))
     count = len(combinations) * len(steps)
     if count > MOST_MEMBERS:

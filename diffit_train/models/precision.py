@@ -26,6 +26,19 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 @contextmanager
+def searched_convolutions() -> Iterator[None]:
+    """Let cuDNN time its algorithms for each new shape, and keep the fastest.
+
+    Which one it is may change from process to process, and with it the last bits of results.
+    """
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """The arithmetic of `evaluate.precision` or `train.precision` inside the block.
 

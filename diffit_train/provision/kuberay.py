@@ -66,7 +66,7 @@ def ray_job(target: Target, stage: ClusterStage) -> KubeObject:
         "kind": "RayJob",
         "metadata": named(target, name, labels),
         "spec": {
-            "entrypoint": entrypoint(target, stage),
+            "entrypoint": shlex.join(target.command(stage)),
             "submissionMode": "K8sJobMode",
             "backoffLimit": RETRIES,
             "shutdownAfterJobFinishes": True,
@@ -76,14 +76,6 @@ def ray_job(target: Target, stage: ClusterStage) -> KubeObject:
             "rayClusterSpec": cluster_spec(target, size, name),
         },
     }
-
-
-def entrypoint(target: Target, stage: ClusterStage) -> str:
-    """The shell command of a job: a pipeline is all stages, each skipped if done."""
-    stages: tuple[ClusterStage, ...] = (
-        ("encode", "train", "evaluate") if stage == "pipeline" else (stage,)
-    )
-    return " && ".join(shlex.join(target.command(each)) for each in stages)
 
 
 def ray_cluster(target: Target) -> KubeObject:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
+from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
+from diffit_train.provision.slurm import METRICS_FILES, shared_folder
 from diffit_train.provision.target import Target
 
 # Ray puts `ray_` before every name, and training's gauges are `diffit_train_NAME`.
@@ -20,11 +23,12 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Share of time waiting for data", "percentunit", {"data_wait_fraction": "waiting"}),
     ("Step time", "s", {"step_s": "step"}),
     (
-        "Phases of a step",
+        "Phases of a step of the slowest rank",
         "s",
         {f"{phase}_s": phase for phase in ("data", "forward", "backward", "optimizer")},
     ),
     ("Training held up by checkpoints", "s", {"checkpoint_s": "in each log interval"}),
+    ("Training since the last checkpoint", "s", {CHECKPOINT_AGE: "would be lost"}),
     ("Gradient norm", "short", {"grad_norm": "before clipping"}),
     ("Learning rate", "sci", {"lr": "lr"}),
     ("Skipped steps", "short", {"skipped_steps": "in each log interval"}),
@@ -33,17 +37,20 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
-def scrape_config(target: Target, kubernetes: bool, ray_up: bool) -> dict[str, Any]:
+def scrape_config(target: Target, providers: Collection[str]) -> dict[str, Any]:
     """prometheus.yml.
 
     Args:
-        kubernetes: for the pods of KubeRay clusters. Some builds of Prometheus, such as Debian's,
-            have no Kubernetes discovery and refuse a file that names it.
-        ray_up: for a `ray up` cluster, on its head.
+        providers: whose nodes to find. Some builds of Prometheus, such as Debian's, have no
+            Kubernetes discovery and refuse a file that names it.
     """
-    jobs = [_kubernetes_job(target)] if kubernetes else []
-    if ray_up:
-        jobs.append({"job_name": "diffit-ray-up", "file_sd_configs": [{"files": [DISCOVERY_FILE]}]})
+    files = {"ray-up": DISCOVERY_FILE, "slurm": f"{shared_folder(target.site)}/{METRICS_FILES}"}
+    jobs = [_kubernetes_job(target)] if "kuberay" in providers else []
+    jobs += [
+        {"job_name": f"diffit-{provider}", "file_sd_configs": [{"files": [found]}]}
+        for provider, found in files.items()
+        if provider in providers
+    ]
     return {"global": {"scrape_interval": "15s"}, "scrape_configs": jobs}
 
 
@@ -79,8 +86,16 @@ def dashboard() -> dict[str, Any]:
         "time": {"from": "now-6h", "to": "now"},
         "refresh": "30s",
         "templating": {"list": [_datasource(), _runs()]},
-        "panels": [_panel(number, *panel) for number, panel in enumerate(PANELS)],
+        "panels": [_panel(number, *panel) for number, panel in enumerate((*PANELS, *_by_rank()))],
     }
+
+
+def _by_rank() -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Panels with a line for each rank. In the other phases, fast ranks wait for slow ones."""
+    for title, phases in (("Step time", ".*"), ("Data and forward time", "data|forward")):
+        labels = f'run=~"$run", phase=~"{phases}"'
+        query = f"sum by (run, rank) ({PREFIX}{RANK_PHASE}{{{labels}}})"
+        yield f"{title} by rank", "s", {query: "rank {{rank}}"}
 
 
 def _datasource() -> dict[str, Any]:
@@ -110,7 +125,8 @@ def _source() -> dict[str, str]:
     return {"type": "prometheus", "uid": "${datasource}"}
 
 
-def _panel(number: int, title: str, unit: str, gauges: dict[str, str]) -> dict[str, Any]:
+def _panel(number: int, title: str, unit: str, lines: dict[str, str]) -> dict[str, Any]:
+    """A panel of lines: legends by gauge or, where it has more labels, by query."""
     width, height = 12, 8
     return {
         "id": number + 1,
@@ -127,9 +143,9 @@ def _panel(number: int, title: str, unit: str, gauges: dict[str, str]) -> dict[s
         "targets": [
             {
                 "refId": chr(ord("A") + i),
-                "expr": f'{PREFIX}{gauge}{{run=~"$run"}}',
+                "expr": line if PREFIX in line else f'{PREFIX}{line}{{run=~"$run"}}',
                 "legendFormat": f"{{{{run}}}} {legend}",
             }
-            for i, (gauge, legend) in enumerate(gauges.items())
+            for i, (line, legend) in enumerate(lines.items())
         ],
     }

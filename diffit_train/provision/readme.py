@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from diffit_train.provision.kuberay import SHARED
 from diffit_train.provision.pods import MLFLOW_SECRET, REDIS_SECRET, S3_SECRET
+from diffit_train.provision.slurm import METRICS_FILES, shared_folder, tracking
 from diffit_train.provision.target import Target
 from diffit_train.provision.tracking_server import POSTGRES_SECRET
 
@@ -17,7 +18,7 @@ MEANINGS = {
     "kuberay/encode.yaml": "RayJob: images to latents",
     "kuberay/train.yaml": "RayJob: training",
     "kuberay/evaluate.yaml": "RayJob: evaluation of the newest checkpoint",
-    "kuberay/pipeline.yaml": "RayJob: these three one after another, each skipped if done",
+    "kuberay/pipeline.yaml": "RayJob: `diffit pipeline`, all stages, each skipped if done",
     "kuberay/cluster.yaml": "RayCluster for many jobs, sent by `diffit submit`",
     "slurm/encode.sh": "Slurm: images to latents",
     "slurm/references.sh": "Slurm: statistics of the real images",
@@ -33,7 +34,8 @@ CHECKED = """\
 schemas: RayJobs and RayClusters against KubeRay's own CRDs, made strict, and its operator's rules;
 core kinds against a strict model of the fields used; every command line against `diffit` itself;
 `ray-up.yaml` by Ray's offline validation. `tests/provision` does all this, and sees each manifest
-refused with any one of its fields renamed or mistyped.
+refused with any one of its fields renamed or mistyped. Scripts for Slurm pass `shellcheck`; one of
+them has trained, been requeued and resumed on a small Slurm cluster, without GPUs.
 """
 
 
@@ -52,6 +54,8 @@ def readme(target: Target, command: str, files: Iterable[str]) -> str:
         parts.append(_kuberay(target))
     if "ray-up.yaml" in names:
         parts.append(RAY_UP.strip())
+    if "slurm/train.sh" in names:
+        parts.append(_slurm(target))
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,6 +98,28 @@ and, in another shell, with the cluster's token, `diffit submit … --address ht
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(kubectl --namespace {space} get secret {SHARED} \\
     --output jsonpath='{{.data.auth_token}}' | base64 --decode)"
 ```"""
+
+
+def _slurm(target: Target) -> str:
+    uri = ""
+    if "MLFLOW_TRACKING_URI" in "".join(tracking(target.recipe)):
+        uri = "export MLFLOW_TRACKING_URI=http://mlflow:5000\n"
+    return f"""\
+## Slurm
+
+Partition, account, virtual environment and the like are those of your site: render with `--site
+KEY=VALUE`, whose keys an unknown one lists. Each stage waits for the one before it:
+
+```
+{uri}encode=$(sbatch --parsable slurm/encode.sh)
+references=$(sbatch --parsable --dependency=afterok:$encode slurm/references.sh)
+train=$(sbatch --parsable --dependency=afterok:$references slurm/train.sh)
+sbatch --dependency=afterok:$train slurm/evaluate.sh
+```
+
+A job that is requeued keeps its number, so those that depend on it go on waiting. Each running job
+keeps the addresses of its metrics in `{shared_folder(target.site)}/{METRICS_FILES}`, where
+`monitoring/prometheus.yml` looks for them."""
 
 
 RAY_UP = """\

@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from diffit_train import storage
 from diffit_train.errors import UserError
 from diffit_train.provision import kuberay
 from diffit_train.provision.container import containerfile
@@ -20,7 +19,7 @@ from diffit_train.provision.pods import KubeObject
 from diffit_train.provision.ray_up import ray_up
 from diffit_train.provision.readme import readme
 from diffit_train.provision.sizes import CLUSTER_STAGES
-from diffit_train.provision.slurm import parse_site, slurm_script
+from diffit_train.provision.slurm import SLURM_STAGES, SlurmStage, parse_site, slurm_script
 from diffit_train.provision.target import IMAGE, Target, object_name
 from diffit_train.provision.tracking_server import tracking_server
 
@@ -65,15 +64,19 @@ def _ray_up(target: Target) -> Files:
 
 
 def _slurm(target: Target) -> Files:
-    recipe = target.recipe
-    if recipe.tracking.uri is None and not storage.is_local(recipe.storage.root):
-        raise UserError(
-            "tracking.uri is not set, but Slurm jobs with a remote root need an MLflow server; "
-            "pass tracking.uri=http://host:5000"
-        )
     site = parse_site(target.site, workers_per_node=target.gpus_per_node)
-    stages = ("encode", "references", "train", "evaluate")
-    return {f"slurm/{s}.sh": slurm_script(recipe, s, site, target.run_name) for s in stages}
+    return {
+        f"slurm/{stage}.sh": slurm_script(
+            target.recipe, stage, site, target.run_name, memory=_slurm_memory(target, stage)
+        )
+        for stage in SLURM_STAGES
+    }
+
+
+def _slurm_memory(target: Target, stage: SlurmStage) -> int:
+    """Bytes of a node: what a worker takes, and on the first one the driver."""
+    size = target.size("evaluate" if stage == "references" else stage)
+    return size.worker.memory + size.head.memory
 
 
 # A provider writes its own files; those that serve all are added to them.
@@ -82,15 +85,11 @@ PROVIDERS: dict[str, Callable[[Target], Files]] = {
     "ray-up": _ray_up,
     "slurm": _slurm,
 }
-# What `all` stands for; a Slurm site has to be described.
-CLOUD_PROVIDERS = ("kuberay", "ray-up")
 
 
 def _shared(target: Target, provider: str) -> Files:
     head = _file_head(target, provider)
-    scrape = scrape_config(
-        target, kubernetes=provider in ("kuberay", ALL), ray_up=provider != "kuberay"
-    )
+    scrape = scrape_config(target, PROVIDERS if provider == ALL else (provider,))
     return {
         "Containerfile": containerfile(),
         "monitoring/prometheus.yml": to_yaml(head, scrape),
@@ -99,7 +98,7 @@ def _shared(target: Target, provider: str) -> Files:
 
 
 def render(target: Target, provider: str) -> Files:
-    """Text of every file for a provider, or for KubeRay and `ray up`, by its path.
+    """Text of every file for a provider, or for all of them, by its path.
 
     Raises:
         UserError: unknown provider, or a recipe that it cannot run.
@@ -108,7 +107,7 @@ def render(target: Target, provider: str) -> Files:
         known = ", ".join((*PROVIDERS, ALL))
         raise UserError(f"--provider is {provider!r}, but must be one of: {known}")
     files: Files = {}
-    for name in CLOUD_PROVIDERS if provider == ALL else (provider,):
+    for name in PROVIDERS if provider == ALL else (provider,):
         files |= PROVIDERS[name](target)
     files |= _shared(target, provider)
     return {**files, "README.md": readme(target, render_command(target, provider), files)}

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.planning import Machine, latent_bytes, plan
+from diffit_train.planning import Machine, autoencoder_bytes, plan
 
 ClusterStage = Literal["encode", "train", "evaluate", "pipeline"]
 CLUSTER_STAGES: tuple[ClusterStage, ...] = get_args(ClusterStage)
@@ -29,9 +29,6 @@ SHARED_BYTES = 1 * GIB
 SCRATCH_BYTES = 20 * GIB
 # The most of the latents that a node keeps, and what it may keep where their size is unknown.
 CACHE_BYTES, UNKNOWN_CACHE_BYTES = 200 * GIB, 20 * GIB
-# Activations of a convolutional autoencoder on a CPU, per pixel of a batch: 64 images at 512x512
-# hold 48 GiB.
-AUTOENCODER_BYTES = 48 * GIB // (64 * 512**2)
 # Features of an evaluation that its driver holds: float64 values per image.
 FEATURE_VALUES = 2048 + 2023 + 1008
 HEAD_CPUS = 4
@@ -124,7 +121,6 @@ def _train(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> St
     here = min(workers_per_node, world)
     nodes = math.ceil(world / here)
     memory = planned["memory"]["zero_stage"][str(recipe.train.zero_stage)]
-    window = recipe.data.lanes * recipe.data.shuffle_window * latent_bytes(recipe) // world
     host = memory["of_them_on_host"] if scaling.gpus_per_worker else memory["total"]
     checkpoint = planned["storage"]["checkpoint"]
     cache = min(CACHE_BYTES, planned["storage"]["latents"] or UNKNOWN_CACHE_BYTES)
@@ -132,7 +128,7 @@ def _train(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> St
         workers=here,
         cpus=here * scaling.cpus_per_worker + 1,
         gpus=here * scaling.gpus_per_worker,
-        bytes_each=host + window,
+        bytes_each=host + planned["memory"]["latents_on_host"],
         # The part of a checkpoint being uploaded, and that of the next one.
         disk=2 * checkpoint // nodes,
         cache=cache,
@@ -151,14 +147,13 @@ def grace_s(checkpoint_bytes: int, nodes: int, step_s: float) -> int:
 def _encode(recipe: Recipe, workers_per_node: int) -> StageSize:
     scaling, autoencoder = recipe.scaling, recipe.autoencoder
     here, nodes, gpus = _actors(scaling.encode_actors, scaling.gpus_per_actor, workers_per_node)
-    pixels = autoencoder.batch_size * recipe.data.resolution**2
     # Each actor next to tasks that read and decode for it.
     threads = 1 if gpus else scaling.encode_threads
     worker = _node(
         workers=here,
         cpus=here * max(scaling.cpus_per_worker, threads + 1) + 1,
         gpus=gpus,
-        bytes_each=0 if gpus else pixels * AUTOENCODER_BYTES,
+        bytes_each=0 if gpus else autoencoder_bytes(recipe, autoencoder.batch_size),
         object_store=here * OBJECT_STORE_BYTES,
     )
     return StageSize(_head_size(recipe), worker, nodes, grace_s(0, 1, 0.0))
@@ -167,14 +162,13 @@ def _encode(recipe: Recipe, workers_per_node: int) -> StageSize:
 def _evaluate(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> StageSize:
     scaling, evaluate = recipe.scaling, recipe.evaluate
     here, nodes, gpus = _actors(scaling.evaluate_actors, scaling.gpus_per_actor, workers_per_node)
-    pixels = evaluate.batch_size * recipe.data.resolution**2
     weights = planned["storage"]["export"]
     worker = _node(
         workers=here,
         cpus=here * max(scaling.cpus_per_worker, 1) + 1,
         gpus=gpus,
         # Weights pass through the host on their way to a GPU.
-        bytes_each=weights + (0 if gpus else pixels * AUTOENCODER_BYTES),
+        bytes_each=weights + (0 if gpus else autoencoder_bytes(recipe, evaluate.batch_size)),
         disk=weights,
     )
     return StageSize(_head_size(recipe), worker, nodes, grace_s(0, 1, 0.0))

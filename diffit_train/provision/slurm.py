@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.errors import UserError
 
 SlurmStage = Literal["encode", "references", "train", "evaluate"]
+SLURM_STAGES: tuple[SlurmStage, ...] = get_args(SlurmStage)
 
-# Memory of a node where the site names none: for each worker, and for Ray and the driver.
-WORKER_GIB, NODE_GIB = 16, 8
 WORKERS_PER_NODE = 8
+# Below the shared folder: for each running job, where Prometheus finds its metrics.
+METRICS_FILES = "metrics/*.json"
 # A socket's path has at most 107 bytes, of which Ray takes up to 66 below its folder and the name
 # of that, ray-JOB-NODE, up to 20.
 LONGEST_SCRATCH = 20
@@ -39,7 +41,7 @@ class Site:
         gpu_type: as in --gpus-per-node=a100:8.
         time_limit: of one attempt; [days-]hours:minutes:seconds.
         workers_per_node: training workers or actors on each node.
-        memory_gib: of each node; None: by the number of its workers. 0: all there is.
+        memory_gib: of each node; None: what the stage is planned to take. 0: all there is.
         modules: for `module load`.
         venv: a virtual environment with this package, at the same path on every node.
         interface: network interface of Ray, gloo and NCCL, as ib0; empty: the node's first address.
@@ -107,6 +109,7 @@ def slurm_script(
     site: Site | None = None,
     run: str | None = None,
     steps: Sequence[str] = (),
+    memory: int = 0,
 ) -> str:
     """A script for `sbatch`.
 
@@ -114,15 +117,17 @@ def slurm_script(
         stage: encode, references, train or evaluate.
         run: name of the run; None: the recipe's.
         steps: checkpoints to evaluate.
+        memory: bytes of a node, where the site names none; 0: all there is.
 
-    The resolved recipe is part of it. A relative root is relative to the folder of `sbatch`.
+    The resolved recipe is part of it. A relative root is relative to the folder of `sbatch`. Where
+    the root is remote and the recipe names no MLflow server, MLFLOW_TRACKING_URI does.
 
     Raises:
         UserError: an option that `sbatch` could not read, or a recipe with a password in it.
     """
     site = site or Site()
-    if stage not in get_args(SlurmStage):
-        raise UserError(f"stage is {stage!r}, but must be one of {', '.join(get_args(SlurmStage))}")
+    if stage not in SLURM_STAGES:
+        raise UserError(f"stage is {stage!r}, but must be one of {', '.join(SLURM_STAGES)}")
     if steps and stage != "evaluate":
         raise UserError(f"steps are for evaluate; {stage} has none")
     _check(site)
@@ -148,13 +153,14 @@ def slurm_script(
             "# shellcheck disable=SC1091,SC2317",
             *(
                 f"#SBATCH --{option}"
-                for option in _sbatch_options(site, size, f"diffit-{stage}-{name}")
+                for option in _sbatch_options(site, size, memory, f"diffit-{stage}-{name}")
             ),
             "",
             *_environment(site),
             "set -euo pipefail",
             "",
             *_settings(site, size, stage, arguments),
+            *tracking(recipe),
             SCRIPT.replace("@RECIPE@", f"{recipe_text}{END_OF_RECIPE}"),
         ]
     )
@@ -215,16 +221,14 @@ def _seconds(time_limit: str) -> int:
     return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
-def _sbatch_options(site: Site, size: Size, name: str) -> list[str]:
+def _sbatch_options(site: Site, size: Size, memory: int, name: str) -> list[str]:
     """Options of sbatch, without their dashes."""
     if not _PLAIN.fullmatch(name):
         raise UserError(f"the job's name {name!r} has characters that sbatch cannot take")
     options = [f"job-name={name}", "output=%x-%j.log", "open-mode=append"]
     options += [f"nodes={size.nodes}", "ntasks-per-node=1", f"cpus-per-task={size.cpus}"]
-    if site.memory_gib is None:
-        options.append(f"mem={NODE_GIB + size.workers * WORKER_GIB}G")
-    else:
-        options.append(f"mem={site.memory_gib}G" if site.memory_gib else "mem=0")
+    gib = math.ceil(memory / storage.GIB) if site.memory_gib is None else site.memory_gib
+    options.append(f"mem={gib}G" if gib else "mem=0")
     if size.gpus:
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
         options.append(f"gpus-per-node={kind}{size.gpus}")
@@ -253,6 +257,19 @@ def _settings(site: Site, size: Size, stage: str, arguments: list[str]) -> list[
         f"export interface={shlex.quote(site.interface)}",
         f"export ray_cpus={size.cpus} ray_gpus={size.gpus} join_s={site.join_s}",
     ]
+
+
+def tracking(recipe: Recipe) -> list[str]:
+    """What hands MLFLOW_TRACKING_URI on, where the recipe names no server and needs one."""
+    if recipe.tracking.uri is not None or storage.is_local(recipe.storage.root):
+        return []
+    missing = "export it before sbatch: the MLflow server, as http://host:5000"
+    return [f'arguments+=("tracking.uri=${{MLFLOW_TRACKING_URI:?{missing}}}")']
+
+
+def shared_folder(words: Sequence[str]) -> str:
+    """The shared folder of a site, for files that no shell reads."""
+    return parse_site(words).shared_folder or "/home/USER/.diffit"
 
 
 # Ray's head is on the node of the batch script, which is the first. Ports follow from the job's id,
@@ -360,6 +377,16 @@ while True:
 END_OF_PYTHON
 }
 
+# Tell Prometheus, which runs elsewhere, the addresses that Ray lists on its head.
+share_metrics() {
+  while true; do
+    if cp -- "$(node_folder)/prom_metrics_service_discovery.json" "$metrics.new" 2>/dev/null; then
+      mv -- "$metrics.new" "$metrics"
+    fi
+    sleep 15
+  done
+}
+
 # Run a command so that SIGTERM is handled while it runs; its status.
 attend() {
   local status
@@ -389,6 +416,12 @@ end_ray() {
   ray_step=
 }
 
+leave() {
+  end_ray
+  [[ -z $sharing ]] || kill "$sharing" 2>/dev/null || true
+  rm -f -- "$metrics" "$metrics.new"
+}
+
 # An array instead of a function: a signal to a function in the background would miss srun.
 on_every_node=(
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1
@@ -410,7 +443,8 @@ export head_node head_address head_port dashboard_port client_port
 export -f say node_address listens node_folder ray_node keep_ray_node remove_node_folder
 
 export folder=$shared_folder/slurm-$SLURM_JOB_ID
-mkdir -p -- "$shared_folder"
+metrics=$shared_folder/metrics/$SLURM_JOB_ID.json
+mkdir -p -- "$shared_folder/metrics"
 rm -rf -- "$folder"
 mkdir -m 700 -- "$folder"
 (umask 077 && head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$folder/token")
@@ -422,9 +456,9 @@ if [[ -n $interface ]]; then
   export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface
 fi
 
-stopping='' child='' ray_step=''
+stopping='' child='' ray_step='' sharing=''
 trap stop TERM
-trap 'end_ray; rm -f -- "$folder/token"' EXIT
+trap 'leave; rm -f -- "$folder/token"' EXIT
 
 say "attempt $((attempt + 1)): Ray on ${nodes[*]}, head $head_address:$head_port"
 "${on_every_node[@]}" --output="$folder/ray-%n.log" bash -c keep_ray_node &
@@ -439,6 +473,8 @@ fi
 if [[ -z $stopping ]]; then
   touch "$folder/joined"
   say "all ${#nodes[@]} nodes have joined"
+  share_metrics &
+  sharing=$!
   attend diffit "$stage" "$folder/recipe.yaml" "${arguments[@]}" \
     --address "$head_address:$head_port" || status=$?
 fi
@@ -453,7 +489,7 @@ if ((status != 0 && status != 2)); then
   fi
 fi
 trap '' TERM
-end_ray
+leave
 if [[ $status == 0 || -n $again ]]; then
   "${on_every_node[@]}" bash -c remove_node_folder || true
 else

@@ -83,7 +83,7 @@ class Target:
         return estimate(self.recipe, self.gpu)
 
     def command(self, stage: ClusterStage) -> list[str]:
-        """Words of the command line of a stage other than the pipeline."""
+        """Words of the command line of a stage."""
         reference = self.reference if self.packaged else f"{RECIPE_FOLDER}/recipe.yaml"
         words = ["diffit", stage, reference, "--root", self.recipe.storage.root]
         if stage != "encode":
@@ -101,10 +101,11 @@ class Target:
         if not scaling.wait_s:
             # Groups start at zero nodes; the autoscaler needs minutes for a GPU node.
             words.append(f"scaling.wait_s={NODE_WAIT_S}")
-        if stage == "train" and not scaling.shard_cache_gib:
-            gib = self.size("train").worker.cache // storage.GIB
+        trains = stage in ("train", "pipeline")
+        if trains and scaling.shard_cache_gib is None:
+            gib = self.size(stage).worker.cache // storage.GIB
             words.append(f"scaling.shard_cache_gib={gib}")
-        if stage == "train" and not scaling.shard_cache_folder:
+        if trains and not scaling.shard_cache_folder:
             words.append(f"scaling.shard_cache_folder={CACHE_FOLDER}/shards")
         return words
 

@@ -20,6 +20,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import write_forwarded
 from diffit_train.preflight import write_requirements
 from diffit_train.ray_jobs.job import Job, RuntimeEnv
+from diffit_train.tracking import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -79,8 +80,9 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    # Ray logs every upload.
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    # Ray logs every upload; the module sets a level of its own.
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if urlsplit(address).scheme not in ("http", "https"):
         raise UserError(f"--address is {address!r}, but must look like http://head:8265")
     try:
@@ -123,7 +125,7 @@ def send_job(
     }
     try:
         _stage_files(job, folder)
-        request["runtime_env"] |= _locked_packages(job, folder)
+        request["runtime_env"] |= locked_packages(job, folder)
         _send_when_ready(client, request)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
@@ -171,10 +173,14 @@ def _shipped(name: str) -> Path:
     return inside if inside.is_dir() else PACKAGE_FOLDER.parent / name
 
 
-def _locked_packages(job: Job, folder: Path) -> dict[str, Any]:
+def locked_packages(job: Job, folder: Path) -> dict[str, Any]:
     """The part of Ray's runtime environment that installs the lock file's packages, if any.
 
     The file's name has its hash, by which Ray tells whether a node has the environment already.
+    PyTorch's CPU builds come from its own index, or from PIP_EXTRA_INDEX_URL.
+
+    Raises:
+        UserError: that holds a password.
     """
     if job.runtime_env not in ("pip", "uv"):
         return {}
@@ -183,14 +189,25 @@ def _locked_packages(job: Job, folder: Path) -> dict[str, Any]:
     name = f"requirements-{device}-{hashlib.sha256(lock).hexdigest()[:12]}.lock"
     (folder / name).write_bytes(lock)
     options = ["--require-hashes", "--no-deps"]
-    if device == "cpu":
-        options += ["--extra-index-url", CPU_INDEX]
+    if device == "cpu" and (index := _cpu_index()):
+        options += ["--extra-index-url", index]
     packages = [f"-r ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{name}"]
     if job.runtime_env == "uv":
         # By default uv takes a package from the first index that has it.
         options += ["--index-strategy", "unsafe-best-match"]
         return {"uv": {"packages": packages, "uv_pip_install_options": options}}
     return {"pip": {"packages": packages, "pip_install_options": options}}
+
+
+def _cpu_index() -> str:
+    """Where nodes find PyTorch's CPU builds; empty for where their own pip.conf says."""
+    index = os.environ.get("PIP_EXTRA_INDEX_URL", CPU_INDEX)
+    if redact(index) != index:
+        raise UserError(
+            "PIP_EXTRA_INDEX_URL holds a password, and would be shown with the job; set it in the "
+            "nodes' pip.conf, and PIP_EXTRA_INDEX_URL= for this command"
+        )
+    return index
 
 
 def _python(address: str, runtime_env: RuntimeEnv) -> str:

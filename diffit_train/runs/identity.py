@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe, load_stored_recipe
+from diffit_train.data.shards import Manifest
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs.checkpoints import committed_steps, require_step
 
@@ -17,11 +18,16 @@ NEWEST = "newest"
 
 
 class RunIdentity(storage.Record):
-    """run.json; `uuid` distinguishes two successive runs of the same name."""
+    """run.json; `uuid` distinguishes two successive runs of the same name.
+
+    `latents` is the `samples_digest` of the latents it trains on, empty before training. A run of
+    the version before 0.1.0 has none; the latents of that version are sorted.
+    """
 
     uuid: str
     name: str
     recipe_hash: str
+    latents: str | None = None
 
 
 def run_url(recipe: Recipe, run: str) -> str:
@@ -83,13 +89,48 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def create_identity(recipe: Recipe, run: str) -> RunIdentity:
+def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
     """Write recipe.yaml, then run.json, which marks the folder as a run."""
     url = run_url(recipe, run)
-    identity = RunIdentity(uuid=uuid.uuid4().hex, name=run, recipe_hash=recipe.train_hash())
     storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
+    return _write_identity(
+        url,
+        RunIdentity(
+            uuid=uuid.uuid4().hex, name=run, recipe_hash=recipe.train_hash(), latents=latents
+        ),
+    )
+
+
+def _write_identity(url: str, identity: RunIdentity) -> RunIdentity:
     storage.write_text(storage.join(url, "run.json"), identity.model_dump_json(indent=2) + "\n")
     return identity
+
+
+def check_latents(url: str, identity: RunIdentity, manifest: Manifest) -> None:
+    """Refuse to resume a run on latents other than those that it began with.
+
+    Raises:
+        UserError: they were encoded again or appended to, so that the order of samples is another.
+    """
+    sorted_before = identity.latents is None and not manifest.shuffled
+    if (
+        sorted_before
+        or identity.latents in ("", manifest.samples_digest)
+        or not committed_steps(url)
+    ):
+        return
+    raise UserError(
+        f"the latents of run {identity.name!r} were encoded again or appended to since it began, "
+        "so that it would continue with other samples; restore them, or begin another --run, with "
+        "--from to keep the weights"
+    )
+
+
+def record_latents(url: str, identity: RunIdentity, manifest: Manifest) -> RunIdentity:
+    """The identity with the digest of the latents, stored if it was not."""
+    if identity.latents == manifest.samples_digest:
+        return identity
+    return _write_identity(url, identity.model_copy(update={"latents": manifest.samples_digest}))
 
 
 def finished_step(recipe: Recipe, run: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffit_train.config import Recipe
+from diffit_train.config.base import require_name
 from diffit_train.config.train import Start
 from diffit_train.errors import UserError
 from diffit_train.runs.checkpoints import checkpoint_digest, read_index, require_step
@@ -32,6 +33,7 @@ def starting_from(
     name, _, step = source.partition("@")
     if step and not step.isdigit():
         raise UserError(f"--from is {source!r}, but must be RUN or RUN@STEP, such as first@5000")
+    require_name("--from", name)
     if name == run:
         raise UserError(f"--from is run {run!r} itself; choose another --run for the new run")
     begun = begun_from(recipe, run)

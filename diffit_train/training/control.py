@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,11 +26,26 @@ class TrainerHooks(Protocol):
     def report(self, record: dict[str, Any]) -> None:
         """Show a log record as progress; called on rank 0."""
 
+    def report_phases(self, seconds: Mapping[str, float]) -> None:
+        """Show what a step of this rank takes, by phase; called on every rank."""
+
+    def saved(self, step: int) -> None:
+        """Note that a checkpoint was committed; called on rank 0, in a thread."""
+
     def say(self, text: str) -> None:
         """Show a line to the user; called on rank 0."""
 
     def stop_wanted(self) -> bool:
         """Whether training should save and exit; called on rank 0."""
+
+    def resize_wanted(self) -> bool:
+        """Whether this worker group is about to be replaced by one of another size; on rank 0."""
+
+    def await_resize(self, saved: bool) -> None:
+        """Wait to be replaced if a checkpoint was saved for it; called on all ranks together.
+
+        Returns only if training is to go on.
+        """
 
     def preempted(self) -> bool:
         """Whether a node of this run is about to be preempted; called on all ranks together."""
@@ -53,6 +69,7 @@ class Decision:
         check_preemption: ask whether a node is about to be preempted.
         validate: step of a checkpoint to evaluate; 0 for none.
         save: write a checkpoint, as none was for `checkpoint_every_s`.
+        resize: write a checkpoint and wait to be replaced by another number of workers.
     """
 
     accept: bool
@@ -62,6 +79,7 @@ class Decision:
     check_preemption: bool
     validate: int
     save: bool = False
+    resize: bool = False
 
 
 class ControlPlane:
@@ -75,6 +93,7 @@ class ControlPlane:
         stop: whether training was asked to save and exit.
         preempted: whether a preemption was announced and no checkpoint has been saved since.
         save_due: whether a checkpoint is due by time.
+        resizing: whether this worker group is about to be replaced by one of another size.
     """
 
     def __init__(self, train: Train, hooks: TrainerHooks) -> None:
@@ -82,7 +101,7 @@ class ControlPlane:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.group = dist.new_group(backend="gloo")
         self.pending_validation: deque[int] = deque()
-        self.stop = self.preempted = self.save_due = False
+        self.stop = self.preempted = self.save_due = self.resizing = False
         self._saved_for_preemption = False
         self._polled_s = 0.0
         self._starting = 0
@@ -108,7 +127,7 @@ class ControlPlane:
             loss_sum: loss summed over this rank's samples, float64.
             grad_norm: global, before clipping; the same on every rank; negative if not finite.
         """
-        flags = torch.zeros(4, dtype=torch.float64)
+        flags = torch.zeros(5, dtype=torch.float64)
         if self.rank == 0:
             flags[0] = self.hooks.stop_wanted()
             now_s = time.monotonic()
@@ -119,15 +138,24 @@ class ControlPlane:
             if self._starting:
                 flags[2] = self.pending_validation.popleft()
             flags[3] = now_s >= self._save_due_s
+            flags[4] = self.hooks.resize_wanted()
         if loss_sum.is_cuda:  # from pinned memory, the copy does not wait for the device
             flags = flags.pin_memory().to(loss_sum.device, non_blocking=True)
         shared = torch.cat([(loss_sum / self.train.batch_size).view(1), flags])
         dist.all_reduce(shared)
         read = torch.cat([shared, grad_norm.double().view(1)]).to("cpu", copy=True)
-        loss, stop, poll, validate, save, norm = read.tolist()
+        loss, stop, poll, validate, save, resize, norm = read.tolist()
         norm = positive_norm(norm)
-        accept = self._accepts(loss, norm)
-        return Decision(accept, loss, norm, stop > 0, poll > 0, int(validate), save > 0)
+        return Decision(
+            accept=self._accepts(loss, norm),
+            loss=loss,
+            grad_norm=norm,
+            stop=stop > 0,
+            check_preemption=poll > 0,
+            validate=int(validate),
+            save=save > 0,
+            resize=resize > 0,
+        )
 
     def _accepts(self, loss: float, grad_norm: float) -> bool:
         train = self.train
@@ -143,7 +171,7 @@ class ControlPlane:
         if decision.validate:
             self.hooks.validate(decision.validate)
         self.stop = self.stop or decision.stop
-        self.save_due = decision.save
+        self.save_due, self.resizing = decision.save, decision.resize
         if decision.check_preemption and not self._saved_for_preemption:
             self.preempted = self.hooks.preempted()
 

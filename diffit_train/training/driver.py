@@ -30,9 +30,11 @@ from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import checkpoint_digest, committed_steps, read_index, read_state
 from diffit_train.runs.identity import (
     RunIdentity,
+    check_latents,
     check_recipe,
     create_identity,
     finished_step,
+    record_latents,
     run_url,
 )
 from diffit_train.tracking import (
@@ -42,6 +44,7 @@ from diffit_train.tracking import (
     tracking_uri,
     unreachable_errors,
 )
+from diffit_train.training.supervisor import PLACEMENT_S, Supervisor, cause_of
 from diffit_train.training.worker import (
     POLL_S,
     NodeNetwork,
@@ -78,16 +81,16 @@ def train(
         return done
     _check_resumable(run_url(recipe, run))
     manifest = _check_latents(recipe)
+    if known := check_recipe(recipe, run):
+        check_latents(run_url(recipe, run), known, manifest)
     if not committed_steps(run_url(recipe, run)):
         _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
-    scaling = recipe.scaling
-    cpus, gpus = scaling.cpus_per_worker, scaling.gpus_per_worker
     with ray_session.connected(address):
-        fewest = scaling.fewest_workers
-        ray_session.require(fewest * cpus, fewest * gpus, "training", scaling.wait_s)
-        identity = check_recipe(recipe, run) or create_identity(recipe, run)
+        ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
+        identity = known or create_identity(recipe, run, manifest.samples_digest)
+        identity = record_latents(run_url(recipe, run), identity, manifest)
         return _tracked_fit(recipe, identity, manifest, validate)
 
 
@@ -210,10 +213,12 @@ def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Valid
         "mlflow_run_id": mlflow_run_id,
         "status": status,
     }
-    trainer = _trainer(recipe, worker_config, scratch, validate)
+    supervisor = Supervisor(status, recipe.scaling, max(committed_steps(url), default=0))
+    trainer = _trainer(recipe, worker_config, scratch, validate, supervisor)
     if recipe.scaling.fewest_workers != recipe.scaling.most_workers:
         _renew_claim(url, trainer.train_run_context.run_id)
-    stop = threading.Event()
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{PLACEMENT_S:g}")
+    stop, saved = threading.Event(), "checkpoint saved"
     try:
         with _on_sigterm(stop), _progress(recipe, status, committed_steps(url), stop):
             trainer.fit()
@@ -222,14 +227,16 @@ def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Valid
     except SystemExit as error:  # Ray Train's answer to Ctrl-C, with status 0
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
-        raise DiffitError(f"training of {run!r} failed: {_cause(error)}") from error
+        if not stop.is_set():
+            raise DiffitError(f"training of {run!r} failed: {cause_of(error)}") from error
+        saved = f"newest checkpoint; {cause_of(error)}"
     finally:
         ray.kill(status)
     storage.remove(scratch)
     step = max(committed_steps(url), default=0)
     if step < recipe.train.steps:
         if stop.is_set():
-            say(f"Stopped at step {step:,} (checkpoint saved); rerun the same command to resume")
+            say(f"Stopped at step {step:,} ({saved}); rerun the same command to resume")
             raise SystemExit(STOPPED)
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
     say(f"Trained {step:,} steps of {recipe.train.batch_size} images")
@@ -237,13 +244,18 @@ def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Valid
 
 
 def _trainer(
-    recipe: Recipe, worker_config: dict[str, Any], scratch: str, validate: Validate | None
+    recipe: Recipe,
+    worker_config: dict[str, Any],
+    scratch: str,
+    validate: Validate | None,
+    supervisor: Supervisor,
 ) -> TorchTrainer:
     """Ray Train's trainer of a recipe.
 
     Args:
         worker_config: what each worker gets.
         scratch: URL for Ray Train's own state.
+        supervisor: counts failures and limits waiting, in place of Ray Train.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -277,10 +289,11 @@ def _trainer(
             name=f"attempt-{uuid.uuid4().hex[:12]}",
             worker_runtime_env=environment,
             failure_config=FailureConfig(
-                max_failures=scaling.max_failures,
+                max_failures=-1,
                 max_preemption_failures=scaling.max_preemptions,
-                controller_failure_limit=scaling.max_failures,
+                controller_failure_limit=-1,
             ),
+            callbacks=[supervisor],
             **_ray_storage(scratch),
         ),
     )
@@ -324,14 +337,6 @@ def _ray_storage(url: str) -> dict[str, Any]:
 
     fs, path = storage.filesystem(url)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of the innermost failure: the actual error."""
-    failures = getattr(error, "worker_failures", None) or {}
-    texts = [str(failure) for failure in failures.values()] or [str(error)]
-    lines = [line for line in texts[0].strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 @contextlib.contextmanager

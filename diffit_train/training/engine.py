@@ -89,6 +89,7 @@ class Engine:
             weight_decay=train.weight_decay,
             fused=True,
         )
+        exact = self._exact_weights() if train.precision == "bf16" else {}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self.base_optimizer,
@@ -107,6 +108,10 @@ class Engine:
         self._pieces = list(self._own_pieces())
         self._start_moments()
         masters = [self._adam_values(piece)["master"] for piece in self._pieces]
+        if exact:
+            for piece, master in zip(self._pieces, masters, strict=True):
+                start, length = piece.slice.offset, piece.slice.length
+                master.copy_(exact[piece.slice.name].narrow(0, start, length))
         self.ema = ShardedEMA(masters, train.ema, train.batch_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, **extras: Tensor) -> Tensor:
@@ -214,6 +219,16 @@ class Engine:
         """Adam's state for a flat tensor; at stage 0, for the parameter it views."""
         owner = self._flat_owner.get(id(flat), flat)
         return cast(dict[str, Tensor], self.base_optimizer.state[owner])
+
+    def _exact_weights(self) -> dict[str, Tensor]:
+        """The model's weights before DeepSpeed rounds them to bf16, those of rank 0 (collective).
+
+        DeepSpeed makes the master weights from the rounded ones.
+        """
+        weights = {name: parameter.detach().view(-1) for parameter, name in self.names.items()}
+        for values in weights.values():
+            dist.broadcast(values, src=0)
+        return weights
 
     def _start_moments(self) -> None:
         """Create zero moments, as Adam itself does at its first step."""

@@ -29,17 +29,21 @@ class TrainingLog:
     def __init__(self, url: str, up_to_step: int) -> None:
         self.url = storage.join(url, "log.jsonl")
         self.records: list[dict[str, Any]] = []
+        self._lines: list[str] = []  # so that a checkpoint does not serialize the whole log
         if storage.exists(self.url):
-            lines = storage.read_bytes(self.url).decode().splitlines()
-            self.records = [r for r in map(json.loads, lines) if r["step"] <= up_to_step]
+            for line in storage.read_bytes(self.url).decode().splitlines():
+                record = json.loads(line)
+                if record["step"] <= up_to_step:
+                    self.append(record)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; it is durable after the next checkpoint."""
+        self._lines.append(json.dumps(record, allow_nan=False) + "\n")
         self.records.append(record)
 
     def text(self, count: int | None = None) -> str:
         """The first `count` records, or all, one JSON object per line."""
-        return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records[:count])
+        return "".join(self._lines[:count])
 
 
 @dataclass(frozen=True)

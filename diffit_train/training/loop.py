@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.cache import ShardCache
+from diffit_train.data.cache import shard_cache
 from diffit_train.data.loader import LatentLoader, SampleOrder
 from diffit_train.data.shards import latents_url, load_manifest, read_shard
 from diffit_train.diffusion.objective import build_objective
@@ -181,7 +181,7 @@ class Trainer:
         train, recorder = self.recipe.train, self.recorder
         if self.step >= train.steps:
             return self.step
-        cache = self._shard_cache()
+        cache = shard_cache(self.recipe.scaling, self.latents_url, self.manifest, self.hooks.say)
         with LatentLoader(
             self.latents_url,
             self.manifest,
@@ -205,14 +205,10 @@ class Trainer:
                 self._save_where_due(last)
                 if last or self.control.stop:
                     break
+                if self.control.resizing:
+                    self._await_resize()
         self._finish()
         return self.step
-
-    def _shard_cache(self) -> ShardCache | None:
-        scaling = self.recipe.scaling
-        if not scaling.shard_cache_gib or storage.is_local(self.latents_url):
-            return None
-        return ShardCache(scaling.shard_cache_folder, int(scaling.shard_cache_gib * storage.GIB))
 
     def _train_step(self, batch: TrainingBatch) -> None:
         if self.step in self.guard.skipped:
@@ -270,7 +266,7 @@ class Trainer:
             names = tuple(train.power_profiles())
             self.writer.save(storage.join(self.url, SNAPSHOTS), self._state(), names)
         preempted = control.preempted
-        due = self.step % train.checkpoint_every == 0 or control.save_due
+        due = self.step % train.checkpoint_every == 0 or control.save_due or control.resizing
         if due or last or control.stop or preempted:
             self._save()
         if preempted:
@@ -278,6 +274,14 @@ class Trainer:
             if not self.writer.failures:
                 control.saved_for_preemption()
                 self.hooks.say(f"Node preemption announced; checkpoint saved at step {self.step:,}")
+
+    def _await_resize(self) -> None:
+        """Wait until the checkpoint just begun is committed, and then to be replaced."""
+        started_s = time.monotonic()
+        self.writer.wait()
+        self.hooks.await_resize(saved=not self.writer.failures)
+        self.control.resizing = False
+        self.recorder.speed.pause(time.monotonic() - started_s)
 
     def _save(self) -> None:
         """Write the log, then the checkpoint that covers it, then apply retention."""
@@ -289,6 +293,7 @@ class Trainer:
                 storage.write_text(log.url, log.text(records))
 
         def retain() -> None:
+            self.hooks.saved(step)
             if train.validate_every and step % train.validate_every == 0:
                 self.control.pending_validation.append(step)
             try:

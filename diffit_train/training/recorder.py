@@ -19,10 +19,12 @@ from diffit_train.training.control import TrainerHooks
 from diffit_train.training.engine import learning_rate
 from diffit_train.training.log import TrainingLog, as_metrics, mark_unsent
 from diffit_train.training.telemetry import (
+    PHASES,
     LossMeter,
     SpeedMeter,
     Stopwatch,
     peak_memory_bytes,
+    slowest_rank,
 )
 
 
@@ -117,8 +119,12 @@ class Recorder:
         values = self.losses.reduce()
         waited_before_s = self.speed.waited_before_s
         values |= self.speed.measure(steps, waited_s)
-        values |= {f"{name}_s": s / steps for name, s in self.watch.take().items()}
-        values |= {"data_s": (waited_s - waited_before_s) / steps, "checkpoint_s": checkpoint_s}
+        seconds = self.watch.take() | {"data": waited_s - waited_before_s}
+        phases = {name: seconds.get(name, 0.0) / steps for name in PHASES}
+        self.hooks.report_phases(phases)
+        values["slowest_rank"], slowest = slowest_rank(phases, self.device)
+        values |= {f"{name}_s": value for name, value in slowest.items()}
+        values["checkpoint_s"] = checkpoint_s
         self.speed.restart(waited_s)
         if self._outbox is None:
             return

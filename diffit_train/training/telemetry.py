@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -132,6 +132,32 @@ class Stopwatch:
         self._events.clear()
         self._seconds.clear()
         return seconds
+
+
+# The phases of a step, in order; the first two wait for no other rank (but at ZeRO stage 3, where
+# the forward pass gathers the weights).
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+def slowest_rank(
+    seconds: Mapping[str, float], device: torch.device
+) -> tuple[int, dict[str, float]]:
+    """The rank that holds up the others, and its seconds by phase (collective).
+
+    That is the one with the longest data and forward phases: in the others, the fast ranks wait
+    for the slow ones, so that all take the same time.
+
+    Args:
+        seconds: of this rank, by phase.
+        device: of the process group's tensors.
+    """
+    table = torch.zeros(dist.get_world_size(), len(PHASES), dtype=torch.float64)
+    table[dist.get_rank()] = torch.tensor([seconds[name] for name in PHASES], dtype=table.dtype)
+    table = table.to(device)
+    dist.all_reduce(table)
+    table = table.cpu()
+    slowest = int(table[:, :2].sum(dim=1).argmax())
+    return slowest, dict(zip(PHASES, table[slowest].tolist(), strict=True))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

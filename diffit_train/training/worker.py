@@ -7,9 +7,10 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -18,13 +19,32 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig
 
 from diffit_train.config import Recipe
+from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
 from diffit_train.tracking import first_line
 
 POLL_S = 0.5
+# For how long workers wait to be replaced, once they have saved a checkpoint for it.
+RESIZE_WAIT_S = 60.0
 
 # Evaluates the checkpoint of a step while training continues; returns a one-line summary.
 Validate = Callable[[int], str]
+
+
+class Polled(NamedTuple):
+    """What rank 0 of the workers asks for regularly.
+
+    Attributes:
+        stopping: save and exit.
+        resizing: save and wait to be replaced.
+        validating: steps whose evaluation was handed to Ray Train.
+        validated: those whose evaluation has ended.
+    """
+
+    stopping: bool
+    resizing: bool
+    validating: set[int]
+    validated: set[int]
 
 
 @ray.remote(num_cpus=0)
@@ -39,6 +59,8 @@ class TrainingStatus:
         self.failure = ""
         self.validating: set[int] = set()
         self.validated: set[int] = set()
+        self.newest = -1
+        self.resizing = False
 
     def put(self, record: dict[str, Any]) -> None:
         """Replace the record."""
@@ -71,6 +93,30 @@ class TrainingStatus:
         """Ask the workers to save and exit."""
         self.stopping = True
 
+    def stop_wanted(self) -> bool:
+        """Whether the workers were asked to save and exit."""
+        return self.stopping
+
+    def saved(self, step: int) -> None:
+        """Note that a checkpoint was committed."""
+        self.newest = max(self.newest, step)
+
+    def newest_checkpoint(self) -> int:
+        """Step of the newest checkpoint of this attempt; -1 if there is none."""
+        return self.newest
+
+    def request_resize(self) -> None:
+        """Ask the workers to save and wait to be replaced."""
+        self.resizing = True
+
+    def answer_resize(self) -> None:
+        """Note that they have, or could not, or that nobody waits for it any longer."""
+        self.resizing = False
+
+    def resize_answered(self) -> bool:
+        """Whether no answer is outstanding."""
+        return not self.resizing
+
     def begin_validation(self, step: int) -> None:
         """Note that the evaluation of a checkpoint was handed to Ray Train."""
         self.validating.add(step)
@@ -79,9 +125,9 @@ class TrainingStatus:
         """Note that it has ended, well or not."""
         self.validated.add(step)
 
-    def poll(self) -> tuple[bool, set[int], set[int]]:
-        """Whether the workers should save and exit; evaluations handed to Ray, and ended ones."""
-        return self.stopping, self.validating, self.validated
+    def poll(self) -> Polled:
+        """What rank 0 must know."""
+        return Polled(self.stopping, self.resizing, self.validating, self.validated)
 
 
 def choose_interface() -> None:
@@ -119,14 +165,14 @@ class RayHooks:
     """`training.control.TrainerHooks` for one rank under Ray Train."""
 
     def __init__(self, status: Any, rank: int, world: int, run: str) -> None:
-        from ray.util.metrics import Gauge
-
         self.status, self.rank, self.world, self.run = status, rank, world, run
         self.begun = False
         self.stopping = threading.Event()
+        self.resizing = False
         self._begun: set[int] = set()
         self._ended: set[int] = set()
-        self.gauges: dict[str, Gauge] = {}
+        self._gauges: dict[str, Any] = {}
+        self._saved_s = time.monotonic()
         if rank == 0:
             threading.Thread(target=self._watch, name="status", daemon=True).start()
 
@@ -135,11 +181,14 @@ class RayHooks:
         pause = threading.Event()
         with contextlib.suppress(RayActorError):  # the driver is gone; Ray ends this process
             while not pause.wait(POLL_S):
-                stopping, begun, self._ended = ray.get(self.status.poll.remote())
-                self._begun = self._begun | begun
-                if stopping:
+                polled: Polled = ray.get(self.status.poll.remote())
+                self._begun, self._ended = self._begun | polled.validating, polled.validated
+                self.resizing = polled.resizing
+                if polled.stopping:
                     self.stopping.set()
-                    return
+                # In this thread, so that it grows while training hangs.
+                if self.begun:
+                    self._show(CHECKPOINT_AGE, time.monotonic() - self._saved_s)
 
     def report(self, record: dict[str, Any]) -> None:
         """Send to the driver, and to Ray's metrics as diffit_train_NAME."""
@@ -150,14 +199,25 @@ class RayHooks:
             self.status.begin.remote(self.world, record["step"])
         self.status.put.remote(record)
         for name, value in record.items():
-            self._gauge(name).set(value, tags={"run": self.run})
+            self._show(name, value)
 
-    def _gauge(self, name: str) -> Any:
+    def report_phases(self, seconds: Mapping[str, float]) -> None:
+        """Send this rank's phases to Ray's metrics."""
+        for phase, value in seconds.items():
+            self._show(RANK_PHASE, value, rank=str(self.rank), phase=phase)
+
+    def _show(self, name: str, value: float, **labels: str) -> None:
+        """Set the gauge diffit_train_NAME."""
         from ray.util.metrics import Gauge
 
-        if name not in self.gauges:
-            self.gauges[name] = Gauge(f"diffit_train_{name}", name, ("run",))
-        return self.gauges[name]
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(f"diffit_train_{name}", name, ("run", *labels))
+        self._gauges[name].set(value, tags={"run": self.run, **labels})
+
+    def saved(self, step: int) -> None:
+        """Tell the supervisor, and begin to count the checkpoint's age."""
+        self._saved_s = time.monotonic()
+        self.status.saved.remote(step)
 
     def say(self, text: str) -> None:
         """Send to the driver."""
@@ -167,6 +227,23 @@ class RayHooks:
     def stop_wanted(self) -> bool:
         """Whether the driver has been asked to stop."""
         return self.stopping.is_set()
+
+    def resize_wanted(self) -> bool:
+        """Whether the supervisor has announced a resize."""
+        return self.resizing
+
+    def await_resize(self, saved: bool) -> None:
+        """Answer the supervisor; Ray Train then ends this process."""
+        self.resizing = False
+        self.answer_resize()
+        if saved:
+            time.sleep(RESIZE_WAIT_S)
+            self.say("The workers were not replaced; training goes on")
+
+    def answer_resize(self) -> None:
+        """Tell the supervisor that nothing more will be saved for a resize."""
+        if self.rank == 0:
+            self.status.answer_resize.remote()
 
     def preempted(self) -> bool:
         """Whether Ray has announced the preemption of one of this group's nodes."""
@@ -219,6 +296,8 @@ def train_worker(config: dict[str, Any]) -> None:
         if hooks.rank == 0:
             ray.get(hooks.status.fail.remote(str(error)))
         return
+    finally:
+        hooks.answer_resize()
     ray.train.report({"step": step})
 
 

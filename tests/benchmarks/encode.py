@@ -26,7 +26,8 @@ from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.data.encode import encode
 from diffit_train.data.preprocess import to_model_range
-from diffit_train.data.sources import list_images, read_items
+from diffit_train.data.reading import read_items
+from diffit_train.data.sources import list_images
 from tests.benchmarks.common import print_table
 
 CPUS = os.cpu_count() or 1

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.training step          overhead of a step, and of the EMA
     python -m tests.benchmarks.training checkpoint    how long training is blocked
     python -m tests.benchmarks.training states        bytes per rank by ZeRO stage, against the plan
+    python -m tests.benchmarks.training restart       bytes read per rank, seconds to the first step
 
 Each table names its baseline, which is interleaved with it in the same process.
 """
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffit_train import storage
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.train import BUCKET_ELEMENTS, EmaProfile, Train
 from diffit_train.diffusion.objective import build_objective
@@ -27,11 +31,12 @@ from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import use_kernel
 from diffit_train.planning import state_bytes
 from diffit_train.ray_session import KEEP_FREED_MEMORY
-from diffit_train.runs.checkpoints import State
-from diffit_train.training.checkpointer import CheckpointWriter
+from diffit_train.runs.checkpoints import STATES, State
+from diffit_train.training.checkpointer import CheckpointWriter, load_checkpoint
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import interleaved_seconds, print_table
 from tests.benchmarks.full_step import tensor_bytes
+from tests.runs import schema_1
 from tests.training import ranks
 
 GIB = 2**30
@@ -219,11 +224,95 @@ def _states(rank: int, world: int, size: str) -> None:
         )
 
 
+def _take_step(engine: Engine, step: int) -> None:
+    x0, t, noise, y = _batch(1, torch.device("cpu"))
+    objective = build_objective(Diffusion())
+    output = engine.forward(objective.noisy(x0, t, noise), t, y)
+    engine.backward(objective.loss(output, x0, t, noise).sum() / engine.world_size)
+    engine.step(step)
+    engine.update_ema(step)
+
+
+def _write_both(rank: int, world: int, size: str, folder: str) -> None:
+    """The same checkpoint in both formats, below `folder`."""
+    train = Train(steps=9, batch_size=world, zero_stage=2)
+    engine = Engine(_model(size), train, rank, world, torch.device("cpu"))
+    _take_step(engine, 0)
+    state = State(
+        step=1, images_seen=1, optimizer_steps=1, recipe_hash="", mlflow_run_id="",
+        world_size=world, zero_stage=2,
+    )  # fmt: skip
+    CheckpointWriter(engine).save_now(f"{folder}/schema-2", state)
+    old, kinds = f"{folder}/schema-1", (*STATES, *train.ema)
+    mine = schema_1.write_rank(old, 1, rank, world, engine.owned(), kinds)
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, mine)
+    if rank == 0:
+        schema_1.commit(old, state, engine.shapes, parts, kinds)
+    torch.distributed.barrier()
+    engine.destroy()
+
+
+def _read_both(rank: int, world: int, size: str, folder: str, out: str) -> None:
+    """Bytes and seconds of reading each of them, of the rank with most."""
+    read, real = [0], storage.read_range
+
+    def counted(url: str, start: int, stop: int) -> bytes:
+        data = real(url, start, stop)
+        read[0] += len(data)
+        return data
+
+    storage.read_range = counted
+    found = {}
+    for schema in ("schema-1", "schema-2"):
+        torch.distributed.barrier()
+        started_s = time.perf_counter()
+        train = Train(steps=9, batch_size=world, zero_stage=2)
+        engine = Engine(_model(size), train, rank, world, torch.device("cpu"))
+        built_s, read[0] = time.perf_counter(), 0
+        load_checkpoint(engine, f"{folder}/{schema}", 1)
+        loaded_s = time.perf_counter()
+        _take_step(engine, 1)
+        seconds = [loaded_s - built_s, time.perf_counter() - started_s]
+        owned = sum(16 * part.slice.length for part in engine.owned())
+        most = torch.tensor([float(read[0]), float(owned), *seconds], dtype=torch.float64)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        found[schema] = most.tolist()
+        engine.destroy()
+        del engine
+        gc.collect()
+    storage.read_range = real
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+
+
+def _restart(size: str) -> None:
+    """Checkpoints of both formats, written at one world size and read at others."""
+    rows = []
+    for wrote in (1, 4):
+        with tempfile.TemporaryDirectory(prefix="diffit-bench-") as folder:
+            ranks.on_ranks(wrote, _write_both, size, folder)
+            for world in (1, 2, 4):
+                ranks.on_ranks(world, _read_both, size, folder, f"{folder}/found.json")
+                found = json.loads(Path(folder, "found.json").read_text())
+                (old, owned, old_s, old_first_s), (new, _, new_s, new_first_s) = found.values()
+                cells = [f"{n / MIB:,.0f}" for n in (owned, old, new)] + [f"{new / old:.2f}"]
+                cells += [f"{s:.1f}" for s in (old_s, new_s, old_first_s, new_first_s)]
+                rows.append([str(wrote), str(world), *cells])
+    print_table(
+        f"Restart of {size}, ZeRO 2, from a local disk; baseline: schema 1, one file per rank with "
+        "one hash; of the rank with most",
+        ["written by", "read by", "needs, MiB", "schema 1 reads", "schema 2 reads", "ratio",
+         "s, schema 1", "s, schema 2", "s to the first step, schema 1", "schema 2"],
+        rows,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("step", "checkpoint", "states"))
+    parser.add_argument("what", choices=("step", "checkpoint", "states", "restart"))
     parser.add_argument("--size", choices=SIZES, default="S")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
@@ -238,6 +327,8 @@ def main() -> None:
         ranks.on_ranks(1, _step, *arguments)
     elif options.what == "checkpoint":
         ranks.on_ranks(options.world, _checkpoint, options.size)
+    elif options.what == "restart":
+        _restart(options.size)
     else:
         for world in (1, 2, 4):
             ranks.on_ranks(world, _states, options.size)

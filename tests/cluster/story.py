@@ -47,6 +47,17 @@ ELASTIC = ["scaling.workers=1..2", "scaling.resize_check_s=2", "scaling.max_fail
 # fp32, summed in another order by another number of workers.
 SAME_CURVE = 1e-3
 GUIDANCE = ("1.0", "2.0")
+GUIDE = REPOSITORY / "docs" / "cluster.md"
+# What the guide's commands name, and what stands for it here.
+HERE = {
+    "imagenet256": " ".join(["demo", *SMALL]),
+    "s3://bucket/project": ROOT,
+    "http://head:8265": JOB_SERVER,
+    "http://mlflow:5000": TRACKING,
+    "scaling.workers=16": "scaling.workers=1",
+    "scaling.workers=32": "scaling.workers=2",
+    "curves.png": "/tmp/curves.png",
+}
 FOLLOW_S = 300.0
 
 
@@ -158,6 +169,7 @@ class Story:
         self.disturbed(nodes)
         self.fleet()
         self.records()
+        self.guide()
 
     def live_nodes(self) -> int:
         """Nodes of which Prometheus' discovery file tells, or 0 without one."""
@@ -303,6 +315,29 @@ class Story:
         self.must(done)
         return done.stdout
 
+    def guide(self) -> None:
+        """The commands of the operations guide, in their order."""
+        saved = 0
+        for command in guide_commands(GUIDE.read_text()):
+            words = command.split()[1:]
+            if words[0] != "plan":
+                words = " ".join(HERE.get(word, word) for word in words).split()
+                words = [word.replace("@400000", f"@{saved}") for word in words]
+            if words[:2] == ["jobs", "stop"]:
+                wait_until("a first step", lambda: self._progress().startswith("train "), None, 180)
+            with self.report.step(f"guide: {' '.join(command.split()[:5])}"):
+                said = self.must(self.diffit(*words))
+            if stopped := re.search(r"[Ss]topped at step (\d+)", said):
+                saved = int(stopped[1])
+        self.report.check("every command of the guide succeeds", saved > 0, f"step {saved}")
+
+    def _progress(self) -> str:
+        """The last line of the newest job's log."""
+        rows = json.loads(
+            self.must_out(self.diffit("jobs", "list", "--address", JOB_SERVER, "--json"))
+        )
+        return str(rows[0]["progress"])
+
     def records(self) -> None:
         """What Postgres and Prometheus hold."""
         sql = self.cluster.sql
@@ -335,6 +370,14 @@ class Story:
         for gauge in ("step", "images_per_s", "loss"):
             value = last(gauge)
             self.report.check(f"Prometheus: diffit_train_{gauge}", value > 0, f"{value:.4g}")
+
+
+def guide_commands(text: str) -> list[str]:
+    """Each `diffit …` in the code blocks of the section on operations, on one line."""
+    section = text.split("\n## Operations\n")[1].split("\n## ")[0]
+    blocks = section.split("```")[1::2]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.startswith("diffit ")]
 
 
 def logs_of(cluster: Cluster) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import requires
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
 from diffit_train.cli import app, exit_status
-from diffit_train.machine_checks import check_machine, check_size
-from diffit_train.preflight import PACKAGE, Check
+from diffit_train.machine_checks import check_every_node, check_machine, check_size
+from diffit_train.preflight import PACKAGE, Check, check_packages
 from tests.conftest import tiny_recipe
 from tests.head import free_port
 
@@ -68,6 +71,22 @@ def test_gpus_are_compared_with_what_ray_schedules_and_what_training_needs(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: 0.0)
     assert not gpus("scaling.gpus_per_worker=1").fix
+
+
+def test_nodes_that_lack_packages_are_asked_for_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = Check("b", "fsspec", "missing", "pip install fsspec", package=True)
+    asked = []
+
+    def on_every_node(call: Callable[..., Any], *args: Any) -> list[list[Check]]:
+        asked.append(call)
+        return [[Check("a", "ray", "2")], [lacking]]
+
+    monkeypatch.setattr("diffit_train.ray_session.connected", nullcontext)
+    monkeypatch.setattr("diffit_train.ray_session.on_every_node", on_every_node)
+    assert check_every_node(tiny_recipe(tmp_path), ["train"]) == [Check("a", "ray", "2"), lacking]
+    assert asked == [check_packages]
 
 
 def test_the_first_check_of_a_job_needs_only_what_ray_brings() -> None:

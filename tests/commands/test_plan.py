@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffit_train.commands.plan import between, print_plan, quantity
 from diffit_train.config import load_recipe
 from diffit_train.config.train import Train
+from diffit_train.data.autoencoder_memory import CPU_BUDGET
+from diffit_train.data.loader import READERS, SampleOrder
 from diffit_train.errors import UserError
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.cost import activation_bytes
@@ -24,7 +26,10 @@ from diffit_train.planning import (
     ENCODE_MULTIPLY_ADDS,
     GPUS,
     Machine,
+    autoencoder_bytes,
     compare,
+    latent_bytes,
+    loader_bytes,
     plan,
     state_bytes,
 )
@@ -200,6 +205,25 @@ def test_activations_match_those_of_a_forward_pass(dtype: torch.dtype) -> None:
         one = activation_bytes(meta, 8, "none", 1, dtype) // 6 if covered else 0
         planned = activation_bytes(meta, 8, mode, every_nth, dtype) - one
         assert planned == pytest.approx(lasting, rel=0.12), mode
+
+
+def test_a_batch_of_the_autoencoder_needs_no_more_than_its_slices() -> None:
+    recipe = load_recipe("imagenet512")
+    image = 768 * 4 * 512**2
+    assert autoencoder_bytes(recipe, 1) == image
+    assert autoencoder_bytes(recipe, 64) == CPU_BUDGET
+    assert autoencoder_bytes(load_recipe("demo"), 4) == 4 * 768 * 4 * 16**2
+
+
+def test_latents_on_the_host_are_what_the_loader_may_hold() -> None:
+    recipe = load_recipe("imagenet256", ["scaling.workers=8"])
+    counts = [512] * 2503
+    order = SampleOrder(counts, 256, recipe.data.lanes, recipe.data.shuffle_window, 0)
+    shards = len(order.rank_lanes(0, 8)) * order.shards_per_window()
+    held = loader_bytes(recipe, sum(counts))
+    assert held == (shards + 2 * READERS) * 512 * latent_bytes(recipe)
+    assert loader_bytes(recipe, 512) == 3 * 512 * latent_bytes(recipe)
+    assert plan(recipe, H100, measured=False)["memory"]["latents_on_host"] == held
 
 
 def test_impossible_machines_are_named() -> None:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from diffit_train.config import Recipe, load_recipe
-from diffit_train.data.sources import list_images, read_items
+from diffit_train.data.reading import read_items
+from diffit_train.data.sources import list_images
 from diffit_train.errors import UserError
 from tests.conftest import write_images
 

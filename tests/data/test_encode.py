@@ -36,6 +36,7 @@ from diffit_train.data.encode_plan import (
     write_plan,
 )
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
+from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
     Manifest,
     as_float,
@@ -45,7 +46,7 @@ from diffit_train.data.shards import (
     read_shard,
     write_shard,
 )
-from diffit_train.data.sources import Item, Location, list_images, read_items
+from diffit_train.data.sources import Item, Location, list_images
 from diffit_train.data.verify import verify
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.training.driver import train

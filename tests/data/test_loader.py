@@ -15,6 +15,13 @@ from hypothesis import strategies as st
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
 from diffit_train.data.shards import Manifest, Shard, ShardEntry, Totals, read_shard, write_shard
 from diffit_train.errors import DiffitError, UserError
+from tests.benchmarks.order import (
+    BATCH,
+    classes_seen,
+    expected_classes,
+    permuted,
+    sorted_labels,
+)
 
 FORMER = [
     [(3, 1), (3, 3), (3, 2), (3, 5)],
@@ -289,3 +296,12 @@ def test_a_damaged_shard_reaches_the_consumer(
     with pytest.raises(DiffitError, match=r"shard-000003\.tar is missing"), loader:
         for batch in loader:
             assert batch.step < 20
+
+
+def test_batches_of_a_sorted_source_hold_its_classes_like_a_uniform_draw() -> None:
+    labels = sorted_labels(200_000, 400)
+    expected = expected_classes(400, 4 * BATCH)
+    for first in (0, 300):
+        assert classes_seen(labels, 64, False, first, 4) < 0.7 * expected
+        found = classes_seen(permuted(labels), 64, True, first, 4)
+        assert found == pytest.approx(expected, rel=0.04)

@@ -15,8 +15,9 @@ import pytest
 
 from diffit_train import storage
 from diffit_train.config import dump_recipe, load_recipe
+from diffit_train.data.reading import ImageReader
 from diffit_train.data.shards import load_manifest
-from diffit_train.data.sources import ImageReader, list_images
+from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
 from diffit_train.evaluation.references import check_reference_file
@@ -69,6 +70,12 @@ def test_written_files_can_be_read(server: S3Server) -> None:
         assert file.read() == b"x"
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(url, "d"))
+    with pytest.raises(FileNotFoundError):
+        storage.read_sized(storage.join(url, "d"), 5)
+    assert storage.read_sized(storage.join(url, "a/b.txt"), 3) == b"hel"
+    assert storage.read_sized(storage.join(url, "a/b.txt"), 6) == b"hello"
+    storage.write_bytes(storage.join(url, "empty"), b"")
+    assert storage.read_sized(storage.join(url, "empty"), 5) == b""
     storage.remove(url)
     # The server keeps empty folders.
     assert storage.find_files(url) == []
@@ -159,8 +166,8 @@ def test_sources_are_read_from_s3(
         else:
             _upload(local, url)
     found = list_images(tiny_recipe(tmp_path, f"data.source={url}"))
-    with ImageReader(found.url, found.kind) as reader:
-        assert [reader.read(item.location) for item in found.items] == list(files.values())
+    reader = ImageReader(found.url, found.kind, found.items)
+    assert [reader.read(item.location) for item in found.items] == list(files.values())
 
 
 def test_a_temporary_outage_is_waited_out(

@@ -6,8 +6,10 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffit_train import storage
-from diffit_train.data.sources import ImageReader, list_images, source_kind
+from diffit_train.data.reading import ImageReader
+from diffit_train.data.sources import list_images, source_kind
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
 
@@ -104,12 +107,14 @@ def test_every_kind_holds_the_same_images(kind: str, remote: bool, tmp_path: Pat
     if kind in ("tar", "ilsvrc"):
         assert found.paths == folder.paths
         assert found.classes == folder.classes == ("a", "b", "c")
-    with ImageReader(found.url, found.kind) as reader:
-        data = [reader.read(item.location) for item in found.items]
-        assert data == list(files.values())
-        # Reading out of order works, too.
-        assert reader.read(found.items[20].location) == data[20]
-        assert reader.read(found.items[1].location) == data[1]
+    data = list(files.values())
+    positions = np.random.default_rng(0).permutation(len(data))
+    for order in (range(len(data)), positions, positions[:5]):
+        items = [found.items[position] for position in order]
+        reader = ImageReader(found.url, found.kind, items)
+        with ThreadPoolExecutor(4) as pool:
+            read = list(pool.map(lambda item, reader=reader: reader.read(item.location), items))
+        assert read == [data[position] for position in order]
 
 
 def test_class_names_of_a_hub_data_set(tmp_path: Path) -> None:
@@ -262,6 +267,6 @@ def test_tars_round_trip(
     (root / "x.tar").write_bytes(_tar(list(files.items())))
     found = list_images(tiny_recipe(root, f"data.source={root}/x.tar"))
     assert list(found.paths) == sorted(files)
-    with ImageReader(found.url, found.kind) as reader:
-        for item in found.items:
-            assert reader.read(item.location) == files[item.name]
+    reader = ImageReader(found.url, found.kind, found.items)
+    for item in found.items:
+        assert reader.read(item.location) == files[item.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffit_train.commands import sweep as command
 from diffit_train.errors import UserError
 from diffit_train.evaluation.sweep import (
     cancel_sweep,
@@ -18,6 +20,7 @@ from diffit_train.evaluation.sweep import (
     plan_sweep,
     read_sweep,
 )
+from diffit_train.ray_jobs.job import Job
 from tests.conftest import tiny_recipe
 
 
@@ -106,3 +109,29 @@ def test_one_name_is_one_sweep(tmp_path: Path) -> None:
     assert read_sweep(sweep.url()) == sweep
     with pytest.raises(UserError, match="there is no sweep in"):
         read_sweep(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_sweep_as_one_job_is_sent_to_a_checked_cluster_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    recipe, texts, sent = tiny_recipe(tmp_path), ["guidance.scale=1,2"], []
+
+    def check(job: Job, address: str, python: str | None, runtime_env: str, *, check: bool) -> Job:
+        assert (address, runtime_env, check) == ("http://head:8265", "auto", True)
+        if not ready:
+            raise UserError("a node lacks ray")
+        return replace(job, runtime_env="pip")
+
+    monkeypatch.setattr(command, "on_checked_cluster", check)
+    monkeypatch.setattr(command, "submit", lambda job, *_, **__: sent.append(job))
+    monkeypatch.setattr(command.stage, "results", lambda plan: [None, None])
+    plan = plan_sweep(recipe, "tiny", [4], texts, "swept")
+    options = command.FleetOptions("http://head:8265", pool=True)
+    if ready:
+        command._sweep_by_one_job(plan, recipe, texts, options)
+        assert [(job.sweep, job.runtime_env) for job in sent] == [("swept", "pip")]
+    else:
+        with pytest.raises(UserError, match="lacks ray"):
+            command._sweep_by_one_job(plan, recipe, texts, options)
+        assert not sent

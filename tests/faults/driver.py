@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 import signal
@@ -43,7 +45,10 @@ class Nodes:
         return str(self.cluster.address)
 
     def add(self) -> Any:
-        """Add a node."""
+        """Add a node; on a busy machine it may not be up within Ray's 30 s, so try again."""
+        for _ in range(4):
+            with contextlib.suppress(Exception):
+                return self.cluster.add_node(num_cpus=1)
         return self.cluster.add_node(num_cpus=1)
 
     def kill(self, node: Any) -> None:
@@ -162,9 +167,11 @@ class Driver:
 
     def stepped(self, since_s: float) -> int | None:
         """The newest step shown on the progress line after a given time."""
-        for line in reversed(list(self.lines)):
-            if line.at_s <= since_s:
-                return None
-            if match := _PROGRESS.match(line.text):
-                return int(match[1].replace(",", ""))
-        return None
+        shown = self.steps_shown(since_s)
+        return shown[-1] if shown else None
+
+    def steps_shown(self, since_s: float, until_s: float = math.inf) -> list[int]:
+        """The steps shown on the progress line in a span of time."""
+        lines = [line.text for line in list(self.lines) if since_s < line.at_s <= until_s]
+        found = (_PROGRESS.match(text) for text in lines)
+        return [int(match[1].replace(",", "")) for match in found if match]

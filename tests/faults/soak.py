@@ -180,6 +180,18 @@ def _points(root: Path) -> list[int]:
     return [step for step, _ in tracker.history(run.run_id, "train/loss")]
 
 
+def prepare_root(root: Path, recipe: Recipe) -> None:
+    """Make the demo's images, autoencoder and latents, unless they exist."""
+    if (root / "latents").exists():
+        return
+    from diffit_train.data.autoencoder_fit import fit_autoencoder
+    from diffit_train.data.digits import write_digits
+
+    write_digits(str(root / "images" / "digits"), 16)
+    fit_autoencoder(recipe)
+    encode_latents(recipe)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -187,13 +199,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="a root with encoded demo latents")
     options = parser.parse_args()
     root = (options.root or Path(tempfile.mkdtemp(prefix="diffit-soak-"))).absolute()
-    if not (root / "latents").exists():
-        from diffit_train.data.autoencoder_fit import fit_autoencoder
-        from diffit_train.data.digits import write_digits
-
-        write_digits(str(root / "images" / "digits"), 16)
-        fit_autoencoder(_recipe(root, "1"))
-        encode_latents(_recipe(root, "1"))
+    prepare_root(root, _recipe(root, "1"))
     faults, last = soak(root, options.minutes, options.seed)
     _tell(faults)
     print(json.dumps(_compare(root, last), indent=2))

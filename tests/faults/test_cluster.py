@@ -41,6 +41,28 @@ def test_nodes_leave_and_join(encoded: Path, tmp_path: Path) -> None:
     _no_doubled_points(tmp_path, theirs, "elastic")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("ray_session")
+def test_what_a_lost_node_costs(
+    encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _copy(encoded, tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(tiny_recipe(tmp_path)))
+    script = [sys.executable, "-m", "tests.faults.lost_node", "--root", str(tmp_path)]
+    script += ["--recipe", str(recipe)]
+    result = subprocess.run(script, check=True, timeout=1500, stdout=subprocess.PIPE, text=True)
+    with capsys.disabled():
+        print(f"\n{result.stdout}")
+    fixed, left, grown = json.loads(result.stdout.splitlines()[-1])
+    assert [cost["workers"] for cost in (fixed, left, grown)] == [2, 1, 2]
+    # The newest checkpoint may not have been committed yet.
+    assert all(0 <= cost["at_step"] - cost["from_step"] < 400 for cost in (fixed, left))
+    # It saved, and took no step after that.
+    assert grown["from_step"] >= grown["at_step"]
+
+
 def _disturb(recipe: Path) -> None:
     """In its own process: a second cluster cannot be created while connected to one."""
     with Nodes(2) as nodes:

@@ -29,6 +29,10 @@ from tests.gpu.kit import LIMIT_S, Machine, Report, print_report
 PARTS = {
     "correctness": "kernels, precisions, compilation, samplers, Inception, engine",
     "speed": "a block and a step at 256 and 1,024 tokens, by attention kernel, beside DiT's",
+    "training": "MFU, profile and peak memory of the recipes' steps, beside the plan's",
+    "loader": "share of time in which steps wait for data",
+    "autoencoder": "images encoded and decoded per second, by precision",
+    "generation": "images of an evaluation per second, by precision and compilation",
 }
 
 

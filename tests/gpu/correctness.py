@@ -6,14 +6,12 @@ import copy
 import functools
 import itertools
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,7 +24,7 @@ from diffit_train.models.attention import relative_position_index
 from diffit_train.models.attention_kernels import KERNELS, reference_attention
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
-from tests.gpu.kit import Report, largest_error, norm_error
+from tests.gpu.kit import Report, largest_error, norm_error, start_ranks
 
 # Largest errors that pass, relative to the largest exact value. An fp32 product in TF32 would be
 # off by about 5e-4, a bf16 one is by 2^-8 = 4e-3.
@@ -250,17 +248,6 @@ def inception(report: Report) -> None:
 # ---- Engine ----
 
 
-def start_ranks(folder: Path, device: torch.device) -> None:
-    """A process group of this process alone, unless there is one."""
-    if dist.is_initialized():
-        return
-    os.environ |= {"RANK": "0", "LOCAL_RANK": str(device.index or 0), "WORLD_SIZE": "1"}
-    # DeepSpeed reads these, although the file is where the ranks meet.
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/ranks", rank=0, world_size=1)
-
-
 def engines(report: Report) -> None:
     """The engine at world 1 against a plain loop, by ZeRO stage and precision."""
     with tempfile.TemporaryDirectory() as folder:
@@ -311,7 +298,7 @@ def _engine(report: Report, stage: int, precision: str) -> None:
     fp32 = precision == "fp32"
     report.check(
         f"engine against a plain loop, {_STEPS} steps", f"ZeRO {stage}, {precision}",
-        norm_error(mine, true), 0.02 if fp32 else 0.3, losses=of_losses,
+        norm_error(mine, true), 0.02 if fp32 else 0.1, losses=of_losses,
     )  # fmt: skip
     if not of_losses <= (FP32_LIMIT if fp32 else 0.02):
         report.fail(f"ZeRO {stage}, {precision}: losses differ by {of_losses:.3g}")

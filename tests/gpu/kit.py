@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from diffit_train.config import Recipe, load_recipe
 from diffit_train.models.cost import activation_bytes
 from diffit_train.models.latent import LatentDiffiT, Shape
-from diffit_train.planning import state_bytes
+from diffit_train.planning import GPUS, Gpu, state_bytes
 
 GIB = 2**30
 # A part ends by itself within this time, and is killed after it.
@@ -85,6 +87,16 @@ class Machine:
             )
         return Shape(latent_size=2 * math.isqrt(tokens), depth=depth or 28)
 
+    def recipe(self, tokens: int, *changes: str) -> Recipe:
+        """The packaged ImageNet recipe at 256 or 1,024 tokens, on one device; a tiny one."""
+        if not self.tiny:
+            name = {256: "imagenet256", 1024: "imagenet512"}[tokens]
+            return load_recipe(name, ["scaling.workers=1", *changes])
+        side = {256: 32, 1024: 64}[tokens]
+        small = ["hidden_size=32", "depth=2", "num_heads=2"]
+        sizes = [f"data.resolution={side}", "data.flip=true", *(f"model.{key}" for key in small)]
+        return load_recipe("demo", ["scaling.workers=1", *sizes, *changes])
+
     def batch(self, tokens: int) -> int:
         """Images of a training step: what eight GPUs get of the published batch, if it fits."""
         if self.tiny:
@@ -108,6 +120,26 @@ def largest_batch(shape: Shape, wanted: int, memory: int) -> int:
             break
         batch //= 2
     return batch
+
+
+def data_sheet(name: str, memory: int) -> tuple[str, Gpu] | None:
+    """The data sheet of a GPU by the name that CUDA gives it, and its own name; None if unknown."""
+    known = [key for key in GPUS if key.split("-")[0] in name.replace("-", " ").split()]
+    if not known:
+        return None
+    key = min(known, key=lambda each: abs(GPUS[each].memory_gib - memory / GIB))
+    return key, GPUS[key]
+
+
+def start_ranks(folder: Path, device: torch.device) -> None:
+    """A process group of this process alone, unless there is one."""
+    if dist.is_initialized():
+        return
+    os.environ |= {"RANK": "0", "LOCAL_RANK": str(device.index or 0), "WORLD_SIZE": "1"}
+    # DeepSpeed reads these, although the file is where the ranks meet.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/ranks", rank=0, world_size=1)
 
 
 @dataclass

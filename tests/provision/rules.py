@@ -160,26 +160,25 @@ def _embedded(value: Any) -> Iterator[str]:
 
 
 def entrypoint_faults(text: str, manifest: Manifest | None = None) -> Iterator[str]:
-    """Parse each command with diffit's own command line, and load its recipe."""
-    for line in text.split(" && "):
-        words = shlex.split(line)
-        if words[0] != "diffit":
-            yield f"{words[0]} is not diffit"
-            continue
-        group, rest = typer.main.get_command(app), words[1:]
-        while hasattr(group, "commands"):
-            if not rest or rest[0] not in group.commands:
-                yield f"there is no command {line!r}"
-                return
-            group = group.commands[rest.pop(0)]
-        try:
-            parsed = group.make_context("diffit", rest).params
-            if parsed["name"] in packaged_recipes():
-                load_recipe(parsed["name"], parsed["overrides"] or (), parsed["root"])
-            elif not manifest or parsed["name"] not in _mounted_recipes(manifest):
-                yield f"recipe {parsed['name']} is neither packaged nor mounted"
-        except Exception as error:
-            yield f"{line!r}: {error}"
+    """Parse a command with diffit's own command line, and load its recipe."""
+    words = shlex.split(text)
+    if words[0] != "diffit":
+        yield f"{words[0]} is not diffit"
+        return
+    group, rest = typer.main.get_command(app), words[1:]
+    while hasattr(group, "commands"):
+        if not rest or rest[0] not in group.commands:
+            yield f"there is no command {text!r}"
+            return
+        group = group.commands[rest.pop(0)]
+    try:
+        parsed = group.make_context("diffit", rest).params
+        if parsed["name"] in packaged_recipes():
+            load_recipe(parsed["name"], parsed["overrides"] or (), parsed["root"])
+        elif not manifest or parsed["name"] not in _mounted_recipes(manifest):
+            yield f"recipe {parsed['name']} is neither packaged nor mounted"
+    except Exception as error:
+        yield f"{text!r}: {error}"
 
 
 def _mounted_recipes(manifest: Manifest) -> list[str]:

@@ -202,12 +202,6 @@ def test_a_recipe_of_ones_own_travels_as_resolved() -> None:
     assert list(entrypoint_faults(job["spec"]["entrypoint"], job)) == []
 
 
-def test_pipeline_is_the_stages_in_a_row() -> None:
-    job = next(m for m in manifests(packaged("demo")) if m["metadata"]["name"] == "demo-pipeline")
-    lines = job["spec"]["entrypoint"].split(" && ")
-    assert [line.split()[1] for line in lines] == ["encode", "train", "evaluate"]
-
-
 def test_state_outlives_the_head_where_there_is_a_redis() -> None:
     [cluster] = [m for m in manifests(packaged("demo", redis="r:1")) if m["kind"] == "RayCluster"]
     assert cluster["spec"]["gcsFaultToleranceOptions"]["redisAddress"] == "r:1"

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from diffit_train.cli import app
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
-from diffit_train.metric_names import TRAINING
+from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE, TRAINING
 from diffit_train.provision.hooks import drain_worker, stop_driver
 from diffit_train.provision.kuberay import RAY_VERSION
 from diffit_train.provision.monitoring import PREFIX, dashboard
@@ -51,7 +51,7 @@ def test_cluster_holds_what_the_command_renders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_provider_writes_its_own_files_and_the_shared_ones(provider: str) -> None:
-    files = render(target("imagenet256", "tracking.uri=http://mlflow:5000"), provider)
+    files = render(target(), provider)
     assert {"Containerfile", "README.md", "monitoring/prometheus.yml"} <= set(files)
     others = {p for p in PROVIDERS if p != provider}
     assert not [name for name in files if name.startswith(tuple(others))]
@@ -148,8 +148,9 @@ def test_ray_up_is_closed_but_for_ssh() -> None:
 
 def test_the_dashboard_shows_gauges_that_training_reports() -> None:
     shown = set(re.findall(rf"{PREFIX}(\w+)", json.dumps(dashboard())))
-    assert shown <= {"step", *TRAINING}
+    assert shown <= {"step", *TRAINING, CHECKPOINT_AGE, RANK_PHASE}
     assert {"loss", "images_per_s", "data_wait_fraction", "mfu", "step_s"} <= shown
+    assert {CHECKPOINT_AGE, RANK_PHASE} <= shown
 
 
 # ---- Hooks ----
@@ -182,16 +183,15 @@ def test_ray_knows_the_drain_command() -> None:
 
 def test_slurm_scripts_are_rendered_for_a_site() -> None:
     site = ("partition=gpu", "venv=/shared/venv", "modules=cuda,nccl", "stop_s=600")
-    files = render(target("imagenet256", "tracking.uri=http://mlflow:5000", site=site), "slurm")
+    files = render(target(site=site), "slurm")
     script = files["slurm/train.sh"]
     assert "#SBATCH --partition=gpu\n" in script
     assert "--signal=B:TERM@600" in script
     assert "/shared/venv" in script
-    with pytest.raises(UserError, match=r"tracking\.uri is not set"):
-        render(target(site=site), "slurm")
+    assert "export MLFLOW_TRACKING_URI=" in files["README.md"]
     for wrong, words in (("colour=red", "must be KEY=VALUE with one of"), ("stop_s=x", "a number")):
         with pytest.raises(UserError, match=words):
-            render(target("imagenet256", "tracking.uri=http://m", site=(wrong,)), "slurm")
+            render(target(site=(wrong,)), "slurm")
 
 
 def test_the_mlflow_server_names_the_driver_of_the_image() -> None:
@@ -209,16 +209,15 @@ def test_prometheus_gets_the_discovery_of_its_provider_only() -> None:
     jobs = {
         provider: [
             job["job_name"]
-            for job in yaml.safe_load(
-                render(target("imagenet256", "tracking.uri=http://mlflow:5000"), provider)[
-                    "monitoring/prometheus.yml"
-                ]
-            )["scrape_configs"]
+            for job in yaml.safe_load(render(target(), provider)["monitoring/prometheus.yml"])[
+                "scrape_configs"
+            ]
         ]
-        for provider in ("kuberay", "ray-up", "all")
+        for provider in (*PROVIDERS, "all")
     }
     assert jobs == {
         "kuberay": ["diffit-kuberay"],
         "ray-up": ["diffit-ray-up"],
-        "all": ["diffit-kuberay", "diffit-ray-up"],
+        "slurm": ["diffit-slurm"],
+        "all": ["diffit-kuberay", "diffit-ray-up", "diffit-slurm"],
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,9 @@ HOSTILE = replace(
     shared_folder="/shared/it's $(touch hacked)",
     scratch_folder="/scratch/`touch x`",
 )
+
+
+URI = "http://mlflow:5000"
 
 
 def _recipe(*overrides: str) -> Recipe:
@@ -105,7 +110,12 @@ def _run(script: str, tail: str, folder: Path) -> str:
     head = "\n".join(line for line in head.splitlines() if not line.startswith(". "))
     text = f'module() {{ echo "$@"; }}\n{head}\n{tail}'
     done = subprocess.run(
-        ["bash", "-c", text], check=True, capture_output=True, text=True, cwd=folder
+        ["bash", "-c", text],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "MLFLOW_TRACKING_URI": URI},
     )
     return done.stdout
 
@@ -121,7 +131,7 @@ def test_values_are_quoted(tmp_path: Path) -> None:
         "/shared/it's $(touch hacked)",
         "/scratch/`touch x`",
         "ib0",
-        *("--run", "a-run", "--step", "newest", "--step", "$(touch x)"),
+        *("--run", "a-run", "--step", "newest", "--step", "$(touch x)", f"tracking.uri={URI}"),
     ]
     assert ". '/opt/$(touch hacked)/my venv/bin/activate'" in script
     assert list(tmp_path.iterdir()) == []
@@ -180,10 +190,35 @@ def test_bad_requests_are_refused() -> None:
         slurm_script(_recipe(), run="a b")
 
 
+def test_memory_is_the_sites_or_what_was_planned_or_all() -> None:
+    def memory(site: Site, planned: int) -> str:
+        return _options(slurm_script(_recipe(), site=site, memory=planned))["mem"]
+
+    assert memory(Site(), 5 * 2**30 - 1) == "5G"
+    assert memory(Site(memory_gib=7), 2**30) == "7G"
+    assert memory(Site(memory_gib=0), 2**30) == memory(Site(), 0) == "0"
+
+
+def test_a_remote_root_needs_an_mlflow_server(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", slurm_script(_recipe())],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={name: os.environ[name] for name in ("PATH", "HOME")},
+    )
+    assert done.returncode != 0
+    assert "MLFLOW_TRACKING_URI: export it before sbatch: the MLflow server" in done.stderr
+    for recipe in (_recipe(f"tracking.uri={URI}"), load_recipe("demo", [], str(tmp_path))):
+        assert "MLFLOW_TRACKING_URI" not in slurm_script(recipe)
+
+
 STUBS = {
     # Ray's step lasts until it is told to end; it knows its processes' environment.
     "srun": """[[ " $* " == *keep_ray_node* ]] || exit 0
         echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c <"$RAY_AUTH_TOKEN_PATH")"
+        mkdir -p "$scratch_folder/ray-77-0"
+        echo '[]' >"$scratch_folder/ray-77-0/prom_metrics_service_discovery.json"
         trap 'echo Ray ended; exit 0' TERM; touch ray-is-up; while sleep 0.05; do :; done""",
     # Whether the nodes have joined: 0 at first, and later as told.
     "python3": """[[ -e joined ]] && exit "$LATER"; touch joined
@@ -195,6 +230,13 @@ STUBS = {
     "squeue": 'echo "$STATE"',
     "hostname": "echo 127.0.0.1",
 }
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.mark.parametrize(
@@ -211,20 +253,26 @@ STUBS = {
     ],
 )
 def test_what_follows_what(
-    variables: dict[str, str], status: int, said: list[str], never: str, tmp_path: Path
+    variables: dict[str, str],
+    status: int,
+    said: list[str],
+    never: str,
+    tmp_path: Path,
+    short_folder: Path,
 ) -> None:
     stubs, shared = tmp_path / "bin", tmp_path / "shared"
     stubs.mkdir()
     for name, text in STUBS.items():
         (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
         (stubs / name).chmod(0o755)
-    site = Site(shared_folder=str(shared), restarts=7)
+    site = Site(shared_folder=str(shared), scratch_folder=str(short_folder), restarts=7)
     (tmp_path / "script.sh").write_text(slurm_script(_recipe(), site=site))
     environment = {
         **{"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"},
-        **{"SLURMD_NODENAME": "node1", "SLURM_JOB_NODELIST": "node[1-2]"},
+        **{"SLURMD_NODENAME": "node1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODEID": "0"},
         **{"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1"},
         **{"JOINED": "0", "LATER": "0", "ENDS": "0", "STATE": "RUNNING", **variables},
+        "MLFLOW_TRACKING_URI": URI,
     }
     with (tmp_path / "log").open("wb") as log:
         job = subprocess.Popen(
@@ -232,8 +280,12 @@ def test_what_follows_what(
         )
     if environment["ENDS"] == "never":
         deadline_s = time.monotonic() + 60
+        metrics = shared / "metrics" / "77.json"
         while not (tmp_path / "begun").exists() and time.monotonic() < deadline_s:
             time.sleep(0.05)
+        while not metrics.exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert metrics.read_text() == "[]\n"
         job.terminate()
     assert job.wait(timeout=60) == status
     text = (tmp_path / "log").read_text()
@@ -242,6 +294,6 @@ def test_what_follows_what(
     assert never not in text
     if "JOINED" not in variables:
         assert "diffit train 1" in text
-        assert list(shared.iterdir()) == []
+        assert [path for path in shared.rglob("*") if path.is_file()] == []
     token = shared / "slurm-77" / "token"
     assert not token.exists()

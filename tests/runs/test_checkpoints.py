@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
 from diffit_train.runs import blocks
 from diffit_train.runs.checkpoints import (
     STATES,
+    OwnedSlice,
     Slice,
     State,
     checkpoint_url,
@@ -23,6 +24,7 @@ from diffit_train.runs.checkpoints import (
     read_weights,
     save_whole,
 )
+from tests.runs import schema_1
 
 KINDS = (*STATES, "ema")
 SHAPES = {"a": torch.Size((7, 11)), "b": torch.Size((300,)), "c": torch.Size(())}
@@ -50,39 +52,21 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _schema_1(run: Path) -> None:
-    """The same checkpoint as schema 1 stored it, in two ranks' files of the library's writer."""
-    folder = Path(checkpoint_url(str(run), 3))
-    folder.mkdir(parents=True)
-    files, parameters = {}, {}
+    """The same checkpoint as schema 1 stored it, in two ranks' files."""
+    parts = []
     for rank in range(2):
-        name, tensors = f"rank-{rank:05d}-of-00002.safetensors", {}
-        for kind, values in _values().items():
-            for parameter, value in values.items():
-                flat = value.reshape(-1)
-                half = math.ceil(len(flat) / 2)
-                part = flat[rank * half : (rank + 1) * half]
-                if len(part):
-                    tensors[f"{kind}/{parameter}"] = part.clone()
-                    entry = parameters.setdefault(
-                        parameter, {"shape": list(value.shape), "pieces": []}
-                    )
-                    piece = {"file": name, "offset": rank * half, "length": len(part)}
-                    if kind == "master":
-                        entry["pieces"].append(piece)
-        save_file(tensors, folder / name)
-        size, sha256 = (folder / name).stat().st_size, storage.sha256_file(folder / name)
-        files[name] = {"bytes": size, "sha256": sha256}
-    index = {
-        "schema_version": 1,
-        "kinds": list(KINDS),
-        "files": files,
-        "parameters": parameters,
-    }
-    texts = {"index": json.dumps(index), "state": STATE.model_dump_json()}
-    for key, text in texts.items():
-        (folder / f"{key}.json").write_text(text)
-    commit = {f"{key}_sha256": storage.sha256_bytes(t.encode()) for key, t in texts.items()}
-    (folder / "commit.json").write_text(json.dumps(commit))
+        slices = []
+        for name, shape in SHAPES.items():
+            half = math.ceil(shape.numel() / 2)
+            length = min(half, shape.numel() - rank * half)
+            if length:
+                values = {
+                    kind: named[name].reshape(-1)[rank * half :][:length]
+                    for kind, named in _values().items()
+                }
+                slices.append(OwnedSlice(Slice(name, rank * half, length), values))
+        parts.append(schema_1.write_rank(str(run), 3, rank, 2, slices, KINDS))
+    schema_1.commit(str(run), STATE, SHAPES, parts, KINDS)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffit_train.config.train import EmaProfile
@@ -14,6 +14,7 @@ from diffit_train.runs.phema import WIDEST_PROFILE, Profile, power_exponent, rec
 from diffit_train.training.ema import ema_decay
 
 
+@settings(deadline=None)
 @given(sigma_rel=st.floats(0.01, 0.28))
 def test_a_power_profile_has_its_nominal_width(sigma_rel: float) -> None:
     gamma = power_exponent(sigma_rel)

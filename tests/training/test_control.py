@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Recorded:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.validated: list[int] = []
-        self.stopping = self.preempting = False
+        self.stopping = self.preempting = self.resizing = False
         self.asked = 0
 
     def report(self, record: dict[str, Any]) -> None:
@@ -43,6 +44,18 @@ class Recorded:
 
     def stop_wanted(self) -> bool:
         return self.stopping
+
+    def report_phases(self, seconds: Mapping[str, float]) -> None:
+        raise AssertionError("the control plane reports nothing")
+
+    def saved(self, step: int) -> None:
+        raise AssertionError("the control plane saves nothing")
+
+    def resize_wanted(self) -> bool:
+        return self.resizing
+
+    def await_resize(self, saved: bool) -> None:
+        raise AssertionError("the control plane does not wait")
 
     def preempted(self) -> bool:
         self.asked += 1
@@ -84,6 +97,14 @@ def _decides(rank: int, world: int) -> None:
     hooks.stopping = False
     plane.follow(_decide(plane, 1.0, 1.0))
     assert plane.stop
+
+    # The same holds for a resize, which ends with the next decision.
+    hooks.resizing = rank == 0
+    plane.follow(_decide(plane, 1.0, 1.0))
+    assert plane.resizing
+    hooks.resizing = False
+    plane.follow(_decide(plane, 1.0, 1.0))
+    assert not plane.resizing
 
     # One validation starts per step, in order, on all ranks.
     if rank == 0:

@@ -367,6 +367,25 @@ def _refuse_some(rank: int, world: int, run: str, train: Train) -> None:
     _save(engine, run, 5)
 
 
+def _save_start(rank: int, world: int, run: str, train: Train) -> None:
+    model = _model()
+    if rank:  # such as where rank 0 alone has read the weights to start from
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    _save(_engine(model, train, rank, world), run, 0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_starts_from_the_weights_unrounded(tmp_path: Path, stage: int) -> None:
+    run = str(tmp_path)
+    on_ranks(2, _save_start, run, _train(zero_stage=stage, precision="bf16"))
+    found = _contents(run, 0)
+    for name, parameter in _model().named_parameters():
+        if parameter.requires_grad:
+            for kind in ("master", "ema"):
+                assert torch.equal(found[f"{kind}/{name}"], parameter.detach().view(-1)), name
+
+
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [

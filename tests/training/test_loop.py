@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from diffit_train.tracking import Tracker
 from diffit_train.training import control, loop
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
 from diffit_train.training.log import SkippedSteps
+from diffit_train.training.telemetry import PHASES
 from tests.conftest import tiny_recipe
 from tests.training.ranks import on_ranks
 
@@ -43,17 +46,33 @@ STEPS = ("train.steps=24", "train.checkpoint_every=8", "train.log_every=2")
 
 
 class Hooks:
-    """Hooks that request a stop after some steps, or announce a preemption."""
+    """Hooks that request a stop after some steps, or announce a preemption or a resize."""
 
-    def __init__(self, stop_after: int | None, preempt: bool) -> None:
-        self.stop_after, self.preempt, self.asked = stop_after, preempt, 0
+    def __init__(self, stop_after: int | None, preempt: bool, resize_after: int | None) -> None:
+        self.stop_after, self.preempt, self.resize_after = stop_after, preempt, resize_after
+        self.asked, self.awaited = 0, 0
         self.lines: list[str] = []
+        self.committed: list[int] = []
 
     def report(self, record: dict[str, Any]) -> None:
         pass
 
     def say(self, text: str) -> None:
         self.lines.append(text)
+
+    def report_phases(self, seconds: Mapping[str, float]) -> None:
+        assert seconds.keys() == set(PHASES)
+
+    def saved(self, step: int) -> None:
+        self.committed.append(step)
+
+    def resize_wanted(self) -> bool:
+        return self.asked == self.resize_after
+
+    def await_resize(self, saved: bool) -> None:
+        assert saved
+        assert dist.get_rank() or self.committed[-1] == self.resize_after
+        self.awaited += 1
 
     def stop_wanted(self) -> bool:
         self.asked += 1
@@ -76,9 +95,10 @@ def _train(
     stop_after: int | None = None,
     preempt: bool = False,
     bad_steps: tuple[int, ...] = (),
+    resize_after: int | None = None,
 ) -> None:
     control.PREEMPTION_POLL_S = 0.0
-    hooks = Hooks(stop_after, preempt)
+    hooks = Hooks(stop_after, preempt, resize_after)
     build: Callable[..., Any] = BatchBuilder.__call__
 
     def spoilt(self: BatchBuilder, batch: Batch) -> TrainingBatch:
@@ -93,6 +113,7 @@ def _train(
     finally:
         BatchBuilder.__call__ = build  # type: ignore[method-assign]
     assert step == expected, step
+    assert hooks.awaited == (resize_after is not None)
     if preempt and rank == 0:
         assert any(
             "preemption announced; checkpoint saved at step 1" in line for line in hooks.lines
@@ -107,7 +128,7 @@ def _run(root: Path, run: str, world: int, expected: int, *changes: str, **rest:
     identity = create_identity(recipe, run)
     tracker = Tracker.of(recipe)
     run_id = tracker.training_run("demo", identity.uuid, run, {}, {})
-    on_ranks(world, _train, recipe, run, run_id, expected, *rest.values())
+    on_ranks(world, functools.partial(_train, **rest), recipe, run, run_id, expected)
     return url
 
 
@@ -180,6 +201,45 @@ def test_a_preemption_saves_one_checkpoint(encoded: Path, whole: Path) -> None:
     run = _run(encoded, "preempted", 2, 24, stop_after=None, preempt=True)
     assert committed_steps(str(run)) == [0, 1, 8, 16, 24]
     assert _curve(run) == _curve(whole)
+
+
+def test_a_resize_waits_for_a_checkpoint(encoded: Path, whole: Path) -> None:
+    run = _run(encoded, "resized", 2, 24, resize_after=11)
+    assert committed_steps(str(run)) == [0, 8, 11, 16, 24]
+    assert _curve(run) == _curve(whole)
+
+
+def test_a_checkpoint_is_due_by_time(encoded: Path) -> None:
+    every = ("train.steps=5", "train.checkpoint_every=100")
+    run = _run(encoded, "often", 2, 5, *every, "train.checkpoint_every_s=0.0001")
+    assert committed_steps(str(run)) == [0, 1, 2, 3, 4, 5]
+    run = _run(encoded, "seldom", 2, 5, *every, "train.checkpoint_every_s=3600")
+    assert committed_steps(str(run)) == [0, 5]
+
+
+QUICK = {("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16_autocast", 3)}
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(("fp32", "tf32", "bf16", "bf16_autocast"), range(4))
+        if case != ("bf16", 0)
+    ],
+)
+def test_stop_and_preemption_are_noticed_in_bad_steps(
+    encoded: Path, precision: str, stage: int
+) -> None:
+    changes = (f"train.precision={precision}", f"train.zero_stage={stage}")
+    rest: dict[str, Any] = {"stop_after": 2, "preempt": True, "bad_steps": (0, 1)}
+    run = _run(encoded, f"bad-{precision}-{stage}", 2, 2, *changes, **rest)
+    assert committed_steps(str(run)) == [0, 1, 2]
+    assert read_state(str(run), 2).optimizer_steps == 0
+    records = [json.loads(line) for line in (run / "bad-steps.jsonl").open()]
+    assert [(record["step"], record["loss"]) for record in records] == [(0, "nan"), (1, "nan")]
+    before, after = (read_weights(str(run), step, "raw") for step in (0, 2))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_bad_batches_are_reported_and_skipped(encoded: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from diffit_train import storage
 from diffit_train.models.cost import training_flops_per_image
@@ -20,6 +21,7 @@ from diffit_train.training.telemetry import (
     Stopwatch,
     matmul_flops_per_s,
     peak_memory_bytes,
+    slowest_rank,
 )
 from tests.training.ranks import on_ranks
 
@@ -44,6 +46,24 @@ def _meter_on_two_ranks(rank: int, world: int) -> None:
         again.restore(total)
     again.add(torch.tensor([9.0]), torch.tensor([0.999]))
     assert again.reduce() == {"loss": 28 / 6, "loss_q0": 1.5, "loss_q1": 3.0, "loss_q3": 22 / 3}
+
+
+def _slow_on_one_rank(rank: int, world: int) -> None:
+    # Rank 1 computes longer, and rank 0 waits for it in its backward pass.
+    mine = {"data": 0.1, "forward": 0.2 + rank, "backward": 2.0 - rank, "optimizer": 0.0}
+    slowest, seconds = slowest_rank(mine, CPU)
+    assert slowest == 1
+    assert seconds == {"data": 0.1, "forward": 1.2, "backward": 1.0, "optimizer": 0.0}
+    mine = {"data": 5.0 - rank, "forward": 0.2, "backward": rank + 1.0, "optimizer": 0.5}
+    assert slowest_rank(mine, CPU) == (
+        0,
+        mine if rank == 0 else mine | {"data": 5.0, "backward": 1.0},
+    )
+    dist.barrier()
+
+
+def test_the_slowest_rank_is_the_one_that_others_wait_for() -> None:
+    on_ranks(2, _slow_on_one_rank)
 
 
 def test_phases_are_timed_separately() -> None:

@@ -1,14 +1,18 @@
-"""What a training worker does before torch's process group exists."""
+"""What a training worker does around the loop: its network, its gauges, its answers."""
 
 from __future__ import annotations
 
 import os
+import time
+from typing import Any, ClassVar
 
 import psutil
 import pytest
 import ray
+import ray.util.metrics
 
-from diffit_train.training.worker import choose_interface
+from diffit_train.training import worker
+from diffit_train.training.worker import RayHooks, TrainingStatus, choose_interface
 
 
 def _chosen(named: str) -> tuple[str, str]:
@@ -27,3 +31,71 @@ def test_gloo_uses_the_interface_of_the_node_unless_told_otherwise() -> None:
     interface, address = ray.get(remote.remote(""))
     assert address in [found.address for found in psutil.net_if_addrs()[interface]]
     assert ray.get(remote.remote("mine"))[0] == "mine"
+
+
+class RecordedGauge:
+    """Stands for Ray's: values by name and labels."""
+
+    shown: ClassVar[dict[tuple[str, ...], list[float]]] = {}
+
+    def __init__(self, name: str, description: str, keys: tuple[str, ...]) -> None:
+        self.name, self.keys = name, keys
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert tags.keys() == set(self.keys)
+        self.shown.setdefault((self.name, *tags.values()), []).append(value)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_gauges_show_the_age_of_the_checkpoint_and_phases_by_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = RecordedGauge.shown
+    shown.clear()
+    monkeypatch.setattr(ray.util.metrics, "Gauge", RecordedGauge)
+    monkeypatch.setattr(worker, "POLL_S", 0.02)
+    status: Any = TrainingStatus.remote()  # type: ignore[attr-defined]
+    hooks = RayHooks(status, 0, 2, "mine")
+    hooks.report({"step": 8, "loss": 0.5})
+    ages = _wait_for(lambda: shown.get(("diffit_train_checkpoint_age_s", "mine"), []))
+    grown = _wait_for(lambda: [age for age in ages if age >= 0.5])[0]
+    hooks.saved(8)
+    assert ray.get(status.newest_checkpoint.remote()) == 8
+    _wait_for(lambda: ages[-1] < grown)
+    # Also while a stop is under way.
+    ray.get(status.stop.remote())
+    _wait_for(hooks.stop_wanted)
+    seen = len(ages)
+    _wait_for(lambda: ages[seen:])
+    RayHooks(status, 1, 2, "mine").report_phases({"data": 0.25, "forward": 0.5})
+    assert shown["diffit_train_loss", "mine"] == [0.5]
+    assert shown["diffit_train_rank_phase_s", "mine", "1", "forward"] == [0.5]
+    ray.kill(status)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_workers_answer_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "POLL_S", 0.02)
+    monkeypatch.setattr(worker, "RESIZE_WAIT_S", 0.3)
+    status: Any = TrainingStatus.remote()  # type: ignore[attr-defined]
+    hooks, other = RayHooks(status, 0, 2, "mine"), RayHooks(status, 1, 2, "mine")
+    assert not hooks.resize_wanted()
+    for saved in (True, False):
+        ray.get(status.request_resize.remote())
+        _wait_for(hooks.resize_wanted)
+        other.await_resize(saved)
+        assert not ray.get(status.resize_answered.remote())
+        started_s = time.monotonic()
+        hooks.await_resize(saved)
+        assert (time.monotonic() - started_s >= 0.3) == saved
+        assert ray.get(status.resize_answered.remote())
+        _wait_for(lambda: not hooks.resize_wanted())
+    ray.kill(status)
+
+
+def _wait_for(what: Any) -> Any:
+    deadline = time.monotonic() + 60
+    while not (value := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return value
