@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffit_train.commands import ablate
 from diffit_train.commands.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation
+from diffit_train.commands.sweep import FleetOptions
 from diffit_train.config import Recipe
 from diffit_train.config.ablations import ABLATIONS, SCALES, find_ablation, row_recipe
-from diffit_train.errors import UserError
+from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
+from diffit_train.ray_jobs.fleet import FleetPlan, JobState
+from diffit_train.ray_jobs.job import Job
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -90,6 +94,37 @@ def test_an_interrupted_ablation_goes_on(tmp_path: Path) -> None:
     assert (result["metric"], result["order"]) == ("fd_cifar10", WITHIN)
     stored = json.loads((tmp_path / "ablations" / "table6-tiny.json").read_text())
     assert stored == result
+
+
+def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its latents and reference are everyone's; failures are named, and the rest is kept."""
+    sent: list[tuple[list[str], int]] = []
+
+    def submit(jobs: list[Job], address: str, plan: FleetPlan) -> list[JobState]:
+        sent.append(([job.run for job in jobs], plan.at_most))
+        assert {job.stage for job in jobs} == {"pipeline"}
+        return [
+            JobState(job, "failed", reason="killed")
+            if "G-seed1" in job.run
+            else JobState(job, "done")
+            for job in jobs
+        ]
+
+    monkeypatch.setattr(ablate, "submit_fleet", submit)
+    monkeypatch.setattr(ablate, "on_checked_cluster", lambda job, *_, **__: job)
+    monkeypatch.setattr(ablate, "fit_features", lambda recipe: None)
+    fleet = FleetOptions("http://head:8265", at_most=3)
+    with pytest.raises(
+        DiffitError, match="1 of 6 runs did not finish: table6-tiny-G-seed1: killed"
+    ):
+        run_ablation(ABLATIONS["table6"], "tiny", 2, root=str(tmp_path), fleet=fleet)
+    assert sent[0] == (["table6-tiny-F-seed0"], 3)
+    assert len(sent[1][0]) == 5
+    # The rows of a figure that trains only once share a run, so they follow each other.
+    sent.clear()
+    figure, root = ABLATIONS["figure7a"], str(tmp_path)
+    run_ablation(figure, "tiny", 1, root=root, fleet=fleet, run_one=lambda *_: 1.0)
+    assert [runs for runs, _ in sent] == [["figure7a-tiny-run-seed0"]] * 4
 
 
 def test_bad_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
