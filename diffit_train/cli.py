@@ -30,6 +30,12 @@ from diffit_train.commands.jobs import (
 )
 from diffit_train.commands.pipeline import pipeline_command
 from diffit_train.commands.plan import plan_command
+from diffit_train.commands.recipe import (
+    recipe_keys_command,
+    recipe_list_command,
+    recipe_new_command,
+    recipe_show_command,
+)
 from diffit_train.commands.submit import submit_command
 from diffit_train.commands.sweep import sweep_cancel_command, sweep_show_command
 from diffit_train.commands.train import train_command
@@ -47,6 +53,10 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # Each command by its words, in the order of use.
 COMMANDS: dict[str, Callable[..., None]] = {
+    "recipe list": recipe_list_command,
+    "recipe show": recipe_show_command,
+    "recipe keys": recipe_keys_command,
+    "recipe new": recipe_new_command,
     "data digits": data_digits_command,
     "autoencoder fit": autoencoder_fit_command,
     "features fit": features_fit_command,
@@ -75,6 +85,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "jobs stop": jobs_stop_command,
 }
 GROUPS = {
+    "recipe": "List, show and begin recipes; look up their keys.",
     "data": "Data sets that need no download.",
     "autoencoder": "Fit your own autoencoder.",
     "features": "Fit your own feature network.",

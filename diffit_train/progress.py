@@ -26,6 +26,11 @@ def say(message: str) -> None:
     _console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 worker`, `2,000 workers`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table for the user to standard error; all rows have the keys of the first."""
     # A pipe has no width for the table to fit into.

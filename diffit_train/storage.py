@@ -33,6 +33,8 @@ TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
 T = TypeVar("T")
 GIB = 2**30
+# Requests to S3 that a process has under way; botocore's default is 10.
+CONNECTIONS = 32
 
 # File system errors that a retry would not fix.
 _PERMANENT = (
@@ -102,7 +104,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         if is_local(url):
             return fsspec.core.url_to_fs(str(local_path(url).absolute()))
         # Never cache listings: other processes write the files this one looks for.
-        return fsspec.core.url_to_fs(url, use_listings_cache=False)
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if url.startswith("s3://"):
+            options["config_kwargs"] = {"max_pool_connections": CONNECTIONS}
+        return fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"cannot open {url!r}: {error}; use a local path or s3://bucket/prefix"
@@ -199,16 +204,6 @@ def list_names(url: str) -> list[str]:
     return sorted(name for name in names if TEMPORARY_MARK not in name and name)
 
 
-def find_files(url: str) -> list[str]:
-    """Sorted relative paths of all files below a remote folder."""
-    fs, path = filesystem(url)
-    base = path.rstrip("/")
-    found = retried(url, lambda: fs.find(base))
-    below = (str(name)[len(base) + 1 :] for name in found)
-    # Some servers also list folders, as empty objects.
-    return sorted(name for name in below if name and not name.endswith("/"))
-
-
 @dataclass(frozen=True)
 class StoredFile:
     """Size of a file, and the time of its last write in seconds since the epoch."""
@@ -232,7 +227,7 @@ def walk(url: str) -> dict[str, StoredFile]:
     return {
         name: StoredFile(int(info["size"]), _written_s(info))
         for name, info in files.items()
-        if not name.endswith("/")
+        if not name.endswith("/") and info.get("type") != "directory"
     }
 
 

@@ -8,22 +8,16 @@ neither the width of a terminal nor the order of a dictionary.
 
 from __future__ import annotations
 
-import json
 import re
-import types
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import typer
-from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, MultipleOf
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from diffit_train.cli import app
-from diffit_train.config import Recipe, packaged_recipes
+from diffit_train.config import keys, packaged_recipes
 from diffit_train.config.presets import PRESETS
 
 DOCS = Path(__file__).resolve().parent
@@ -63,42 +57,10 @@ change its keys, which are listed in [recipes.md](recipes.md).
 # ---- Recipe keys ----
 
 
-def sections(
-    model: type[BaseModel] = Recipe, prefix: str = ""
-) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section of the recipe with its dotted name; `*` stands for a name of one's own."""
-    yield prefix, model
-    for name, field in model.model_fields.items():
-        key = f"{prefix}.{name}" if prefix else name
-        for inner, suffix in _inner_models(field.annotation):
-            yield from sections(inner, key + suffix)
-
-
-def recipe_keys() -> list[str]:
-    """Dotted names of every key and section; `*` stands for a name of one's own."""
-    found = []
-    for prefix, model in sections():
-        found += [f"{prefix}.{name}" if prefix else name for name in model.model_fields]
-        if prefix.endswith(".*"):
-            found.append(prefix)
-    return found
-
-
-def _inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
-    """Models inside an annotation, with `.*` for those that are values of a dictionary."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, ""
-        return
-    suffix = ".*" if get_origin(annotation) is dict else ""
-    for argument in get_args(annotation):
-        for inner, deeper in _inner_models(argument):
-            yield inner, suffix + deeper
-
-
 def recipes_page() -> str:
     """The page of recipe keys."""
     parts = [GENERATED, RECIPES_HEAD.strip(), _packaged_table(), _preset_table()]
-    for prefix, model in sections():
+    for prefix, model in keys.sections():
         title = prefix.replace("*", "NAME") or "Top level"
         rows = [
             _recipe_row(prefix.replace("*", "NAME"), *item) for item in model.model_fields.items()
@@ -110,10 +72,9 @@ def recipes_page() -> str:
 
 
 def _packaged_table() -> str:
-    folder = files("diffit_train.config") / "recipes"
     rows = []
     for name in packaged_recipes():
-        head = (folder / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ").rstrip(".")
+        head = keys.recipe_title(keys.recipe_text(name))
         link = f"[`{name}`](../diffit_train/config/recipes/{name}.yaml)"
         rows.append((link, head))
     return "## Packaged recipes\n\n" + _table(("recipe", "what it is"), rows)
@@ -128,104 +89,13 @@ def _preset_table() -> str:
 
 def _recipe_row(prefix: str, name: str, field: FieldInfo) -> tuple[str, str, str, str]:
     key = f"{prefix}.{name}" if prefix else name
-    meaning = field.description or ""
-    if _is_section(field):
-        meaning = (field.annotation.__doc__ or "").strip().split("\n\n")[0]
-    return f"`{key}`", _type(field), _default(field), _sentence(meaning)
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "see below" if _is_section(field) else "**required**"
-    default = field.get_default(call_default_factory=True)
-    if default is PydanticUndefined:
-        return ""
-    if isinstance(default, BaseModel):
-        return "see below"
-    if isinstance(default, dict):
-        default = {n: _set_only(v) for n, v in default.items()}
-    return f"`{_plain(default)}`"
-
-
-def _is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-
-
-def _set_only(value: Any) -> Any:
-    return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
-
-
-def _plain(value: Any) -> str:
-    """A value as a recipe would have it."""
-    if isinstance(value, float):
-        return f"{value:g}" if value != int(value) or abs(value) >= 1e6 else f"{value:.1f}"
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(_plain(item) for item in value)}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) + "}"
-    return value if isinstance(value, str) and value else json.dumps(value)
-
-
-_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
-
-
-def _type(field: FieldInfo) -> str:
-    return _type_name(field.annotation, field.metadata)
-
-
-def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        inner, *more = arguments
-        return _type_name(inner, [*_constraints(more), *metadata])
-    if origin is Literal:
-        return " \\| ".join(f"`{_plain(value)}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        # A constraint of a union is one of the type that is not null.
-        named = [_type_name(a, () if a is type(None) else metadata) for a in arguments]
-        return " \\| ".join(named)
-    if origin is dict:
-        return f"{_type_name(arguments[1])} by name"
-    if origin in (tuple, list):
-        inner = [_type_name(a) for a in arguments if a is not Ellipsis]
-        return f"list of {inner[0]}" if Ellipsis in arguments or len(inner) == 1 else _pair(inner)
-    if annotation is type(None):
-        return "`null`"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section"
-    return _NAMES.get(annotation, str(annotation)) + _bounds(_constraints(metadata))
-
-
-def _pair(inner: list[str]) -> str:
-    return f"[{', '.join(inner)}]" if len(set(inner)) > 1 else f"{len(inner)} of {inner[0]}"
-
-
-def _constraints(metadata: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    for item in metadata:
-        found += item.metadata if isinstance(item, FieldInfo) else [item]
-    return found
-
-
-def _bounds(metadata: Sequence[Any]) -> str:
-    words = []
-    for item in metadata:
-        for kind, symbol, value in (
-            (Gt, "> ", getattr(item, "gt", None)),
-            (Ge, "≥ ", getattr(item, "ge", None)),
-            (Lt, "< ", getattr(item, "lt", None)),
-            (Le, "≤ ", getattr(item, "le", None)),
-            (MultipleOf, "multiple of ", getattr(item, "multiple_of", None)),
-        ):
-            if isinstance(item, kind) and value is not None:
-                words.append(symbol + (str(value) if isinstance(value, int) else f"{value:g}"))
-        if isinstance(item, MaxLen):
-            words.append(f"of at most {item.max_length} characters")
-        if isinstance(item, MinLen) and item.min_length == 1:
-            words.append("not empty")
-        if pattern := getattr(item, "pattern", None):
-            words.append(f"as `{pattern}`".replace("|", r"\|"))
-    return " " + ", ".join(words) if words else ""
+    kind = keys.type_text(field, code=lambda text: f"`{text}`").replace("|", r"\|")
+    default = keys.default_text(field)
+    if field.is_required() or keys.is_section(field):
+        default = "see below" if keys.is_section(field) else "**required**"
+    elif default:
+        default = f"`{default}`"
+    return f"`{key}`", kind, default, _sentence(keys.meaning(field))
 
 
 # ---- Commands ----
@@ -308,7 +178,9 @@ def _option_row(option: Any) -> tuple[str, str, str, str]:
         value += ", repeatable"
     flag = option.is_flag
     default = (
-        "" if option.default in (None, False, "", (), []) or flag else f"`{_plain(option.default)}`"
+        ""
+        if option.default in (None, False, "", (), []) or flag
+        else f"`{keys.plain(option.default)}`"
     )
     if flag and option.secondary_opts:
         default = f"`{option.opts[0] if option.default else option.secondary_opts[0]}`"

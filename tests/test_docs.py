@@ -16,6 +16,7 @@ import typer
 
 from diffit_train.cli import app
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
+from diffit_train.config.keys import all_names
 from diffit_train.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ def _generator() -> ModuleType:
 
 
 GENERATOR = _generator()
-KEYS: list[str] = GENERATOR.recipe_keys()
+KEYS = all_names()
 COMMANDS: dict[str, Any] = dict(GENERATOR.leaf_commands())
 
 

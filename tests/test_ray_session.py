@@ -5,6 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from diffit_train import ray_session
+from diffit_train.data import encode
+from diffit_train.data.sources import ImageList
+from diffit_train.evaluation.pool import EvaluationPool
+from diffit_train.training import driver
+from tests.conftest import tiny_recipe
 
 # In its own process, because the tests of a process share one Ray session.
 LISTENERS = """
@@ -71,3 +82,40 @@ def test_work_waits_for_a_cluster_that_grows() -> None:
     assert "waits True" in done.stdout
     assert "goes on True" in done.stdout
     assert "waiting up to 120 s for nodes: training needs 3 CPUs" in done.stderr
+
+
+class _Asked(Exception):
+    """What a stage asked the cluster for: CPUs, GPUs, purpose, seconds to wait."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "needs"),
+    [
+        ("encode", (1.0, 1.0, "encoding", 600.0)),
+        ("train", (12.0, 3.0, "training", 600.0)),
+        ("evaluate", (4.0, 2.0, "evaluation", 600.0)),
+    ],
+)
+def test_stages_ask_for_what_the_recipe_says_they_need(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str, needs: tuple[object, ...]
+) -> None:
+    def require(*asked: object) -> None:
+        raise _Asked(*asked)
+
+    monkeypatch.setattr(ray_session, "require", require)
+    monkeypatch.setattr(ray_session, "connected", lambda *_: nullcontext())
+    for name in ("_check_latents", "tracking_uri", "_kernel"):
+        monkeypatch.setattr(driver, name, lambda *_: None)
+    changes = ["workers=3..4", "cpus_per_worker=4", "gpus_per_worker=1", "evaluate_actors=4"]
+    changes += ["encode_min_actors=2", "encode_actors=3", "gpus_per_actor=0.5", "wait_s=600"]
+    recipe = tiny_recipe(tmp_path, *(f"scaling.{change}" for change in changes))
+    images = ImageList("", "folder", (), [])
+    run = {
+        "encode": lambda: encode.encode_again(recipe, "", images, [], None),
+        "train": lambda: driver.train(recipe, "tiny"),
+        "evaluate": lambda: EvaluationPool(recipe).actors,
+    }[stage]
+    monkeypatch.setattr(encode, "_require_autoencoder", lambda recipe: None)
+    with pytest.raises(_Asked) as asked:
+        run()
+    assert asked.value.args == needs

@@ -16,7 +16,7 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
-from diffit_train.progress import say
+from diffit_train.progress import counted, say
 from diffit_train.provision.render import ALL, PROVIDERS, render, write
 from diffit_train.provision.target import IMAGE, Target
 
@@ -70,5 +70,7 @@ def cluster_render_command(
         site=tuple(site or ()),
     )
     written = write(render(target, provider), out)
-    say(f"wrote {len(written)} files to {out}; {out / 'README.md'} says what each one is")
+    say(
+        f"wrote {counted(len(written), 'file')} to {out}; {out / 'README.md'} says what each one is"
+    )
     print_result({"files": [str(path) for path in written]}, as_json)

@@ -21,7 +21,7 @@ from diffit_train.commands.options import (
 from diffit_train.errors import DiffitError
 from diffit_train.machine_checks import check_every_node, check_machine
 from diffit_train.preflight import Check, print_report
-from diffit_train.progress import print_rows, say
+from diffit_train.progress import counted, print_rows, say
 from diffit_train.ray_jobs.job import CLUSTER_STAGES
 from diffit_train.ray_jobs.probe import check_cluster
 
@@ -62,7 +62,9 @@ def doctor_command(
     for problem in problems:
         say(f"  {problem}")
     if problems:
-        raise DiffitError(f"{where} is not ready for {recipe.name}: {len(problems)} problems")
+        raise DiffitError(
+            f"{where} is not ready for {recipe.name}: {counted(len(problems), 'problem')}"
+        )
     say("all checks passed")
 
 

@@ -17,7 +17,7 @@ from diffit_train.commands.options import (
     read_known_recipe,
 )
 from diffit_train.config import Recipe
-from diffit_train.progress import say
+from diffit_train.progress import counted, say
 
 
 def encode_latents(
@@ -34,8 +34,9 @@ def encode_latents(
     else:
         say("already encoded")
     say(
-        f"latents {storage.display_path(latents_url(recipe))}: {manifest.totals.written:,} images "
-        f"in {len(manifest.shards)} shards, {manifest.totals.rejected:,} rejected"
+        f"latents {storage.display_path(latents_url(recipe))}: "
+        f"{counted(manifest.totals.written, 'image')} in {counted(len(manifest.shards), 'shard')}, "
+        f"{manifest.totals.rejected:,} rejected"
     )
     return {
         "latents": latents_url(recipe),

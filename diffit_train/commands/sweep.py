@@ -17,7 +17,7 @@ from diffit_train.errors import DiffitError
 from diffit_train.evaluation import sweep as stage
 from diffit_train.evaluation.result import finished_result
 from diffit_train.evaluation.sweep import Member, Sweep
-from diffit_train.progress import StatesTable, print_rows, say
+from diffit_train.progress import StatesTable, counted, print_rows, say
 from diffit_train.ray_jobs.client import cancel_jobs
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
 from diffit_train.ray_jobs.follow import submit
@@ -72,7 +72,7 @@ def run_sweep(
     plan = stage.plan_sweep(recipe, run, list(wanted), texts, name)
     stage.open_sweep(plan)
     folder = storage.display_path(plan.url())
-    say(f"sweep {plan.name!r}: {len(plan.members)} evaluations in {folder}")
+    say(f"sweep {plan.name!r}: {counted(len(plan.members), 'evaluation')} in {folder}")
     failed: list[str] = []
     if fleet is None:
         pairs = [(member.recipe(recipe), member.step) for member in plan.members]
@@ -207,7 +207,7 @@ def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
     names = [job.name for job in (*jobs, pool)]
     stage.cancel_sweep(plan.url())
     stopped = cancel_jobs(names, address)
-    say(f"sweep {name!r} canceled; {stopped} jobs stopped")
+    say(f"sweep {name!r} canceled; {counted(stopped, 'job')} stopped")
     return {"name": name, "stopped": stopped}
 
 

@@ -9,7 +9,7 @@ import typer
 from diffit_train import storage
 from diffit_train.commands.options import Address, Json, print_result
 from diffit_train.errors import DiffitError
-from diffit_train.progress import say
+from diffit_train.progress import counted, say
 
 
 def verify_latents_command(
@@ -68,9 +68,9 @@ def check_latents(
         )
     spread = "  ".join(f"{m:.3f}±{s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True))
     say(
-        f"{storage.display_path(url)}: {report.images:,} images in {report.shards} shards, all "
-        f"good; latents per channel (mean±std) {spread}, range {report.lowest:.2f} to "
-        f"{report.highest:.2f}"
+        f"{storage.display_path(url)}: {counted(report.images, 'image')} in "
+        f"{counted(report.shards, 'shard')}, all good; latents per channel (mean±std) {spread}, "
+        f"range {report.lowest:.2f} to {report.highest:.2f}"
     )
     if image is not None:
         found["reconstruction_mse"] = stage.draw_reconstructions(url, image)

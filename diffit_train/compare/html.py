@@ -16,6 +16,7 @@ from diffit_train.compare.collect import Evaluation, RunRow
 from diffit_train.compare.plots import Panel, draw_panels
 from diffit_train.compare.ranking import Compared, best_by_protocol, protocols_of
 from diffit_train.compare.tables import Cell, Sheet, sheets
+from diffit_train.progress import counted
 from diffit_train.tracking import Tracker, first_line, redact
 
 MAX_GRIDS = 24
@@ -57,8 +58,8 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
     if left_out:
         grid_notes.insert(
             0,
-            f"grids of {left_out} more evaluations are omitted; shown are each run's best by "
-            f"{compared.metric} and its newest, at most {MAX_GRIDS} grids",
+            f"omitted: grids of {counted(left_out, 'more evaluation')}; shown are each run's best "
+            f"by {compared.metric} and its newest, at most {MAX_GRIDS} grids",
         )
     page = environment.get_template("report.html.j2").render(
         title=f"Comparison of {', '.join(labels) if len(labels) <= 3 else f'{len(labels)} runs'}",

@@ -61,6 +61,7 @@ class LoadedAutoencoder:
     Attributes:
         tf32: whether a GPU may round the inputs of fp32 convolutions and products to TF32.
         budget: bytes of activations at once; None for `budget_bytes` of the device.
+        search: whether cuDNN searches for the fastest algorithms of decoding.
     """
 
     model: Any
@@ -70,6 +71,7 @@ class LoadedAutoencoder:
     dtype: torch.dtype
     tf32: bool = False
     budget: int | None = None
+    search: bool = True
 
     @torch.no_grad()
     def encode_moments(self, pixels: np.ndarray) -> np.ndarray:
@@ -80,7 +82,7 @@ class LoadedAutoencoder:
         if self.model is None:
             return pixels
         size = self._slice_size("encode", len(pixels), pixels.shape[-1] ** 2)
-        # cuDNN does not search: what it finds is not the same each time, but shards must be.
+        # Here cuDNN does not search: what it finds is not the same each time, but shards must be.
         with tf32(self.tf32):
             return np.concatenate([self._moments(part) for part in _slices(pixels, size)])
 
@@ -103,7 +105,7 @@ class LoadedAutoencoder:
         if self.model is not None:
             side *= _downsampling(self.model)
         size = self._slice_size("decode", len(latents), side**2)
-        with tf32(self.tf32), searched_convolutions():
+        with tf32(self.tf32), searched_convolutions(self.search):
             images = [self._decoded(part, pixels) for part in _slices(latents, size)]
         return np.concatenate(images)
 
@@ -130,7 +132,9 @@ class LoadedAutoencoder:
         weights = {} if self.model is None else self.model.state_dict()
         for name, value in sorted(weights.items()):
             out.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            out.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            out.update(
+                value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+            )
         return out.hexdigest()
 
 
@@ -161,7 +165,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
                 f"autoencoder.{key} is {mine}, but {url} has {theirs}; set it to {theirs}"
             )
     scale = section.scale if section.scale is not None else float(model.config.scaling_factor)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.to(device, memory_format=_layout(device)).eval().requires_grad_(False)
     rounded = section.precision == "tf32"
     loaded = LoadedAutoencoder(model, section.name, scale, device, dtype, rounded)
     if section.known_as:
@@ -179,6 +183,15 @@ def _require_known_weights(recipe: Recipe, loaded: LoadedAutoencoder) -> None:
             f"autoencoder.known_as is {loaded.id}, but the weights at {autoencoder_url(recipe)} "
             f"are not those that {url} was encoded with; set autoencoder.source to a copy of them"
         )
+
+
+def _layout(device: torch.device) -> torch.memory_format:
+    """Layout of the convolutions' weights, which their results take over.
+
+    On a CPU channels last is faster, by `tests.benchmarks.autoencoder`. On CUDA nothing has been
+    measured, and group norm would copy each tensor back.
+    """
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def _slices(rows: T, size: int) -> list[T]:

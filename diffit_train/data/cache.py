@@ -52,7 +52,7 @@ class ShardCache:
         self.folder = cache_folder(folder)
         self.limit_bytes, self.keep_free = limit_bytes, keep_free
         self.hits = self.misses = 0
-        self._counting = threading.Lock()
+        self._counting, self._storing = threading.Lock(), threading.Lock()
 
     def read(self, url: str, entry: ShardEntry) -> Shard:
         """A shard, from the cache if possible, else from `url`; errors as `read_shard`."""
@@ -93,13 +93,14 @@ class ShardCache:
 
     def _store(self, entry: ShardEntry, data: bytes) -> None:
         """Commit a copy if there is room; a full disk must not end training."""
-        if not self._make_room(entry.bytes):
-            return
-        try:
-            storage.write_bytes(str(self._copy(entry)), data)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+        with self._storing:
+            if not self._make_room(entry.bytes):
+                return
+            try:
+                storage.write_bytes(str(self._copy(entry)), data)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
 
     def _make_room(self, needed: int) -> bool:
         """Evict the least recently used copies; whether there is room then.

@@ -26,12 +26,12 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 @contextmanager
-def searched_convolutions() -> Iterator[None]:
-    """Let cuDNN time its algorithms for each new shape, and keep the fastest.
+def searched_convolutions(allowed: bool = True) -> Iterator[None]:
+    """Whether cuDNN times its algorithms for each new shape, and keeps the fastest.
 
     Which one it is may change from process to process, and with it the last bits of results.
     """
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, allowed
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from diffit_train.config.scaling import ClusterStage
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.machine_checks import differing_versions
 from diffit_train.preflight import Check, read_report
-from diffit_train.progress import say
+from diffit_train.progress import counted, say
 from diffit_train.ray_jobs.client import LIVE, connect, failure_reason, job_attempts, send_job
 from diffit_train.ray_jobs.job import CLUSTER_STAGES, Job, RuntimeEnv
 
@@ -52,8 +52,8 @@ def on_checked_cluster(
         say(f"  {problem}")
     if problems:
         raise UserError(
-            f"{address} is not ready for {job.title}: {len(problems)} problems, see above; nothing "
-            "was submitted; --no-check submits it regardless"
+            f"{address} is not ready for {job.title}: {counted(len(problems), 'problem')}, see "
+            "above; nothing was submitted; --no-check submits it regardless"
         )
     return replace(job, runtime_env=chosen)
 

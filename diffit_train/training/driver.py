@@ -346,9 +346,10 @@ def _progress(
     """Show the status actor's record and lines while the block runs; forward a stop request."""
     ended = threading.Event()
     steps, start = recipe.train.steps, max(committed, default=0)
+    workers = recipe.scaling.workers  # a number or a range
     say(
-        f"Starting {recipe.scaling.workers} training workers at step {start:,} of {steps:,}, "
-        f"attention kernel {_kernel(recipe)}"
+        f"Starting {workers} training worker{'' if workers == 1 else 's'} at step {start:,} of "
+        f"{steps:,}, attention kernel {_kernel(recipe)}"
     )
     seen = 0
 

@@ -30,6 +30,7 @@ from ray.train.v2.api.exceptions import PreemptionError
 
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError
+from diffit_train.progress import counted
 from diffit_train.ray_session import missing_resources
 
 # A run of fixed size waits at least this long for a node, as nodes come back from a reboot.
@@ -120,7 +121,9 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
 
     def _save_before_resize(self, workers: int) -> None:
         """Let the workers, which Ray Train replaces next, save a checkpoint, if they can."""
-        self.status.say.remote(f"Going on with {workers} workers; saving a checkpoint first")
+        self.status.say.remote(
+            f"Going on with {counted(workers, 'worker')}; saving a checkpoint first"
+        )
         self.status.request_resize.remote()
         started_s = time.monotonic()
         while time.monotonic() - started_s < SAVE_LIMIT_S:

@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig
 from diffit_train.config import Recipe
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
+from diffit_train.progress import counted
 from diffit_train.tracking import first_line
 
 POLL_S = 0.5
@@ -74,8 +75,7 @@ class TrainingStatus:
         """Note that a worker group has started training."""
         self.groups += 1
         verb = "Resuming" if self.groups > 1 else "Training"
-        plural = "" if workers == 1 else "s"
-        self.say(f"{verb} from step {step:,} on {workers} worker{plural}")
+        self.say(f"{verb} from step {step:,} on {counted(workers, 'worker')}")
 
     def fail(self, reason: str) -> None:
         """Note an unrecoverable error; restarting the workers would not help."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
+import itertools
 import os
 import tempfile
 import time
@@ -31,7 +31,20 @@ from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import use_kernel
 from diffit_train.planning import state_bytes
 from diffit_train.ray_session import KEEP_FREED_MEMORY
-from diffit_train.runs.checkpoints import STATES, State
+from diffit_train.runs.blocks import hash_blocks
+from diffit_train.runs.checkpoints import (
+    STATES,
+    OwnedSlice,
+    Part,
+    Slice,
+    State,
+    checkpoint_url,
+    commit_checkpoint,
+    piece_file,
+    place_pieces,
+    read_slices,
+    write_pieces,
+)
 from diffit_train.training.checkpointer import CheckpointWriter, load_checkpoint
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import interleaved_seconds, print_table
@@ -253,59 +266,117 @@ def _write_both(rank: int, world: int, size: str, folder: str) -> None:
     engine.destroy()
 
 
-def _read_both(rank: int, world: int, size: str, folder: str, out: str) -> None:
-    """Bytes and seconds of reading each of them, of the rank with most."""
-    read, real = [0], storage.read_range
-
-    def counted(url: str, start: int, stop: int) -> bytes:
-        data = real(url, start, stop)
-        read[0] += len(data)
-        return data
-
-    storage.read_range = counted
-    found = {}
+def _first_step(rank: int, world: int, size: str, folder: str) -> None:
+    """Seconds from an engine's creation to its first step after loading each of them."""
+    rows = []
     for schema in ("schema-1", "schema-2"):
         torch.distributed.barrier()
         started_s = time.perf_counter()
         train = Train(steps=9, batch_size=world, zero_stage=2)
         engine = Engine(_model(size), train, rank, world, torch.device("cpu"))
-        built_s, read[0] = time.perf_counter(), 0
+        built_s = time.perf_counter()
         load_checkpoint(engine, f"{folder}/{schema}", 1)
         loaded_s = time.perf_counter()
         _take_step(engine, 1)
-        seconds = [loaded_s - built_s, time.perf_counter() - started_s]
-        owned = sum(16 * part.slice.length for part in engine.owned())
-        most = torch.tensor([float(read[0]), float(owned), *seconds], dtype=torch.float64)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        found[schema] = most.tolist()
+        marks = (started_s, built_s, loaded_s, time.perf_counter())
+        parts = [f"{b - a:.2f}" for a, b in itertools.pairwise(marks)]
+        rows.append([schema, *parts, f"{marks[-1] - started_s:.2f}"])
         engine.destroy()
         del engine
         gc.collect()
-    storage.read_range = real
     if rank == 0:
-        Path(out).write_text(json.dumps(found))
+        print_table(
+            f"From an engine's creation to the first step, {size}, ZeRO 2, {world} ranks, a local "
+            "disk",
+            ["checkpoint", "engine, s", "loading, s", "a step, s", "together, s"],
+            rows,
+        )
 
 
-def _restart(size: str) -> None:
-    """Checkpoints of both formats, written at one world size and read at others."""
-    rows = []
-    for wrote in (1, 4):
-        with tempfile.TemporaryDirectory(prefix="diffit-bench-") as folder:
-            ranks.on_ranks(wrote, _write_both, size, folder)
-            for world in (1, 2, 4):
-                ranks.on_ranks(world, _read_both, size, folder, f"{folder}/found.json")
-                found = json.loads(Path(folder, "found.json").read_text())
-                (old, owned, old_s, old_first_s), (new, _, new_s, new_first_s) = found.values()
-                cells = [f"{n / MIB:,.0f}" for n in (owned, old, new)] + [f"{new / old:.2f}"]
-                cells += [f"{s:.1f}" for s in (old_s, new_s, old_first_s, new_first_s)]
-                rows.append([str(wrote), str(world), *cells])
-    print_table(
-        f"Restart of {size}, ZeRO 2, from a local disk; baseline: schema 1, one file per rank with "
-        "one hash; of the rank with most",
-        ["written by", "read by", "needs, MiB", "schema 1 reads", "schema 2 reads", "ratio",
-         "s, schema 1", "s, schema 2", "s to the first step, schema 1", "schema 2"],
-        rows,
+def _shares(shapes: dict[str, torch.Size], world: int) -> list[list[Slice]]:
+    """What each rank owns at ZeRO stages 0 to 2: all parameters in a row, cut into equal parts."""
+    total, found = sum(shape.numel() for shape in shapes.values()), []
+    for rank in range(world):
+        first, last = (total * r // world for r in (rank, rank + 1))
+        start, mine = 0, []
+        for name, shape in shapes.items():
+            begin, end = max(first, start), min(last, start + shape.numel())
+            if begin < end:
+                mine.append(Slice(name, begin - start, end - begin))
+            start += shape.numel()
+        found.append(mine)
+    return found
+
+
+def _write_shares(
+    folder: str, world: int, values: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]
+) -> None:
+    """Write the same values in both formats, as that number of ranks would."""
+    kinds = tuple(values)
+    state = State(
+        step=1, images_seen=1, optimizer_steps=1, recipe_hash="", mlflow_run_id="",
+        world_size=world, zero_stage=2,
     )  # fmt: skip
+    old, parts, old_parts = f"{folder}/schema-1", [], []
+    url = checkpoint_url(f"{folder}/schema-2", 1)
+    for rank, share in enumerate(_shares(shapes, world)):
+        owned = [
+            OwnedSlice(
+                part,
+                {k: values[k][part.name].narrow(0, part.offset, part.length) for k in kinds},
+            )
+            for part in share
+        ]
+        old_parts.append(schema_1.write_rank(old, 1, rank, world, owned, kinds))
+        name, files = piece_file(rank, world), {}
+        for kind in kinds:
+            path = Path(url, kind, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_pieces(path, owned, kind)
+            files[f"{kind}/{name}"] = hash_blocks(path)
+        parts.append(Part(files, place_pieces(owned, name)))
+    schema_1.commit(old, state, shapes, old_parts, kinds)
+    commit_checkpoint(url, state, shapes, parts, kinds)
+
+
+def _most_read(run: str, shares: list[list[Slice]], kinds: tuple[str, ...]) -> int:
+    """Bytes that the rank with most reads, to get its share of all kinds."""
+    read, real = [0] * len(shares), storage.read_range
+    for rank, share in enumerate(shares):
+
+        def counted(url: str, start: int, stop: int, rank: int = rank) -> bytes:
+            data = real(url, start, stop)
+            read[rank] += len(data)
+            return data
+
+        storage.read_range = counted
+        try:
+            read_slices(run, 1, share, kinds)
+        finally:
+            storage.read_range = real
+    return max(read)
+
+
+def _restart_bytes(size: str) -> None:
+    """Checkpoints of both formats, written at one world size and read at others."""
+    shapes = {n: p.shape for n, p in _model(size).named_parameters() if p.requires_grad}
+    kinds, rows = (*STATES, "ema"), []
+    values = {kind: {n: torch.randn(s.numel()) for n, s in shapes.items()} for kind in kinds}
+    total = 4 * len(kinds) * sum(shape.numel() for shape in shapes.values())
+    for wrote in (1, 2, 4):
+        with tempfile.TemporaryDirectory(prefix="diffit-bench-") as folder:
+            _write_shares(folder, wrote, values, shapes)
+            for world in (1, 2, 4):
+                shares = _shares(shapes, world)
+                old, new = (_most_read(f"{folder}/schema-{n}", shares, kinds) for n in (1, 2))
+                cells = [f"{n / MIB:,.0f}" for n in (total / world, old, new)]
+                rows.append([str(wrote), str(world), *cells, f"{new / old:.2f}"])
+    print_table(
+        f"MiB that a rank reads to resume {size}, of the rank with most; baseline: schema 1, a "
+        "file per rank with all states and one hash",
+        ["written by", "read by", "its share", "schema 1", "schema 2", "ratio"],
+        rows,
+    )
 
 
 def main() -> None:
@@ -328,7 +399,10 @@ def main() -> None:
     elif options.what == "checkpoint":
         ranks.on_ranks(options.world, _checkpoint, options.size)
     elif options.what == "restart":
-        _restart(options.size)
+        _restart_bytes(options.size)
+        with tempfile.TemporaryDirectory(prefix="diffit-bench-") as folder:
+            for body in (_write_both, _first_step):
+                ranks.on_ranks(options.world, body, options.size, folder)
     else:
         for world in (1, 2, 4):
             ranks.on_ranks(world, _states, options.size)

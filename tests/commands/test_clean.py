@@ -188,9 +188,9 @@ def remote() -> Iterator[str]:
 
 def test_a_remote_root_is_cleaned(remote: str, root: Path) -> None:
     assert _clean(remote, "--yes") == 0
-    assert len(storage.find_files(remote)) == len(WANTED) + len(LEFT), "written just now"
+    assert len(storage.walk(remote)) == len(WANTED) + len(LEFT), "written just now"
     assert _clean(remote, "--yes", "--older-than", "0") == 0
-    assert set(storage.find_files(remote)) == set(WANTED)
+    assert set(storage.walk(remote)) == set(WANTED)
 
 
 def test_a_root_that_does_not_exist_is_refused(

@@ -586,7 +586,7 @@ def test_the_page_is_complete_and_self_contained(store: Store, tmp_path: Path) -
     assert "c0ffeec0ffee" in words
     assert "hash-of-base" in words
     assert "d1d1d1d1d1d1" in words
-    assert "grids of 13 more evaluations are omitted" in words
+    assert "omitted: grids of 13 more evaluations" in words
 
     colors = set()
     for source in sources:
@@ -626,7 +626,7 @@ def test_the_page_is_bounded_and_reveals_no_secret(
     monkeypatch.setattr(store.tracker, "uri", "http://user:secret@mlflow:5000")
     html.write_html(comparison, [], store.tracker, str(tmp_path / "r.html"))
     text = (tmp_path / "r.html").read_text()
-    assert "grids of 16 more evaluations are omitted" in text
+    assert "omitted: grids of 16 more evaluations" in text
     assert "http://mlflow:5000" in text
     assert "secret" not in text
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
 from diffit_train.data.shards import Manifest, Shard, ShardEntry, Totals, read_shard, write_shard
 from diffit_train.errors import DiffitError, UserError
+from tests.benchmarks.loader import virtual_wait
 from tests.benchmarks.order import (
     BATCH,
     classes_seen,
@@ -305,3 +306,8 @@ def test_batches_of_a_sorted_source_hold_its_classes_like_a_uniform_draw() -> No
         assert classes_seen(labels, 64, False, first, 4) < 0.7 * expected
         found = classes_seen(permuted(labels), 64, True, first, 4)
         assert found == pytest.approx(expected, rel=0.04)
+
+
+def test_a_rank_of_eight_hardly_waits_for_shards_that_take_a_quarter_of_a_second() -> None:
+    assert virtual_wait(64, False, readers=1, look_ahead=False, steps=600) > 0.1
+    assert virtual_wait(256, True, readers=16, look_ahead=True, steps=600) < 0.01

@@ -145,13 +145,13 @@ class Driver:
                 return Begun(line.at_s, int(match[1].replace(",", "")), int(match[2]))
         return None
 
-    def wait_begun(self, since_s: float, timeout_s: float = 400) -> Begun:
+    def wait_begun(self, since_s: float, timeout_s: float = 600) -> Begun:
         """Wait for the first worker group that starts training after a given time."""
         found = self.wait(lambda: self.begun(since_s), timeout_s)
         assert isinstance(found, Begun)
         return found
 
-    def wait(self, what: Callable[[], Any], timeout_s: float = 120) -> Any:
+    def wait(self, what: Callable[[], Any], timeout_s: float = 240) -> Any:
         """Poll `what` while the command runs; returns its first true value."""
         deadline = time.monotonic() + timeout_s
         while not (value := what()):

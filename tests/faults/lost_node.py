@@ -74,10 +74,10 @@ def _past_a_checkpoint(driver: Driver, begun: Begun) -> None:
 def _cost(driver: Driver, what: str, before: Begun, since_s: float) -> tuple[Begun, Cost]:
     """What happened to the workers that began `before`, and what it cost."""
     begun = driver.wait_begun(since_s)
-    driver.wait(lambda: driver.stepped(begun.at_s))
-    seconds = time.monotonic() - since_s
-    # Shown every 5 s, also while there are no workers.
+    # The newest step is shown every 5 s, also while there are no workers.
     reached = max(driver.steps_shown(before.at_s, begun.at_s))
+    driver.wait(lambda: any(step != reached for step in driver.steps_shown(begun.at_s)))
+    seconds = time.monotonic() - since_s
     cost = Cost(what, reached, begun.step, begun.workers, seconds)
     print(cost, file=sys.stderr, flush=True)
     return begun, cost

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffit_train.data.autoencoder import LoadedAutoencoder
-from diffit_train.models.precision import tf32
+from diffit_train.models.precision import searched_convolutions
 from tests.benchmarks.common import interleaved_seconds, peak_bytes
 from tests.gpu.kit import GIB, Machine, Report, norm_error
 
@@ -77,7 +77,17 @@ def loaded(plain: Any, way: Arithmetic, device: torch.device) -> LoadedAutoencod
     model = copy.deepcopy(plain).to(device, way.dtype)
     if way.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return LoadedAutoencoder(model, "random", SCALE, device, way.dtype)
+    # A budget that never divides a batch: memory is measured by image.
+    return LoadedAutoencoder(
+        model,
+        "random",
+        SCALE,
+        device,
+        way.dtype,
+        tf32=way.tf32,
+        budget=2**62,
+        search=way.tuned,
+    )
 
 
 def _measure(
@@ -106,15 +116,10 @@ def _measure(
             else autoencoder.decode(on_device)
         ]
 
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = way.tuned
-    try:
-        with tf32(way.tf32):
-            rounds = 3 if machine.cuda else 1
-            (seconds,) = interleaved_seconds({name: body}, machine.device, rounds).values()
-            peak = peak_bytes(body, machine.device)
-    finally:
-        torch.backends.cudnn.benchmark = before
+    with searched_convolutions(way.tuned):
+        rounds = 3 if machine.cuda else 1
+        (seconds,) = interleaved_seconds({name: body}, machine.device, rounds).values()
+        peak = peak_bytes(body, machine.device)
     values = torch.from_numpy(found[0]).float()
     true = exact.setdefault(direction, values)
     report.add(

@@ -169,7 +169,10 @@ def compiled(report: Report) -> None:
             found = _pass(fast, shape, device, autocast)
             errors = [norm_error(mine, true) for mine, true in zip(found, expected, strict=True)]
             limit = BF16_LIMIT if autocast else FP32_LIMIT
-            report.check("compiled against eager", what, max(errors), limit)
+            report.check(
+                "compiled against eager", what, max(errors), limit,
+                output=errors[0], gradients=errors[1],
+            )  # fmt: skip
 
         report.attempt(f"compile, {what}", compare, needs_s=60)
 

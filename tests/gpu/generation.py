@@ -30,7 +30,8 @@ def run(report: Report) -> None:
     """The recipe at 256 tokens; then the one at 1,024 in its own precision."""
     machine = report.machine
     torch.manual_seed(0)
-    autoencoder = loaded(stable_diffusion_autoencoder(machine), WAYS["tf32"], machine.device)
+    way = WAYS[machine.recipe(256).autoencoder.precision]
+    autoencoder = loaded(stable_diffusion_autoencoder(machine), way, machine.device)
     measuring_s: dict[int, float] = {}
     ways = itertools.product((False, True), ("bf16_autocast", "tf32", "fp32"))
     cases = [(256, precision, compiled) for compiled, precision in ways]
