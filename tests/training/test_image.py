@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from diffit_train.tracking import Tracker
 from diffit_train.training import loop
 from tests.data.test_cifar10 import write_cifar10
 from tests.training.ranks import on_ranks
+from tests.training.test_loop import Hooks
 
 TINY = [
     "data.source=root:images/cifar-10-batches-bin",
@@ -54,34 +54,11 @@ TINY = [
 ]
 
 
-class _Hooks:
-    """Requests a stop after some steps."""
-
-    def __init__(self, stop_after: int | None) -> None:
-        self.stop_after, self.asked = stop_after, 0
-
-    def report(self, record: dict[str, Any]) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
-
-    def stop_wanted(self) -> bool:
-        self.asked += 1
-        return self.asked == self.stop_after
-
-    def preempted(self) -> bool:
-        return False
-
-    def validating(self) -> set[int]:
-        return set()
-
-
 def _train(
     rank: int, world: int, recipe: Recipe, run: str, run_id: str, stop_after: int | None
 ) -> None:
     device = torch.device("cpu")
-    loop.train_until_done(recipe, run, run_id, device, _Hooks(stop_after))
+    loop.train_until_done(recipe, run, run_id, device, Hooks(stop_after, False, None))
     dist.barrier()
 
 
