@@ -133,8 +133,8 @@ class Guidance(Section):
         default=4.4, description="guidance scale; 1: no guidance"
     )
     power: Positive = Field(default=4.0, description="power_cosine: exponent")
-    low: Fraction = Field(default=0.0, description="interval: lowest guided time, as t / T")
-    high: Fraction = Field(default=1.0, description="interval: highest guided time, as t / T")
+    low: Fraction = Field(default=0.0, description="interval: lowest guided noise level, 0 to 1")
+    high: Fraction = Field(default=1.0, description="interval: highest guided noise level, 0 to 1")
     channels: PositiveInt | Literal["all"] = Field(
         default=3, description="leading latent channels that are guided; published DiffiT: 3"
     )

@@ -169,9 +169,9 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     _work()
-    _windows(device, DTYPES[options.dtype], options.batch)
     _small_parts(device, 8 * options.batch)
     _steps(device, options.batch)
+    _windows(device, DTYPES[options.dtype], options.batch)
 
 
 if __name__ == "__main__":
