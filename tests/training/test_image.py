@@ -110,6 +110,7 @@ def test_an_interrupted_run_is_the_same(recipe: Recipe, whole: Path) -> None:
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
+@pytest.mark.slow
 def test_more_workers_give_the_same_curve(recipe: Recipe, whole: Path) -> None:
     overrides = [*TINY, "train.micro_batch_size=3"]
     other = load_recipe("cifar10", overrides, root=recipe.storage.root)
