@@ -160,6 +160,8 @@ def compiled(report: Report) -> None:
         what = f"{kernel}, {'bf16_autocast' if autocast else 'fp32'}, checkpointing {mode}"
 
         def compare(kernel: str = kernel, autocast: bool = autocast, mode: str = mode, what=what):
+            # A process of training compiles one kind of block.
+            torch.compiler.reset()
             eager, fast = _model(shape).to(device), _model(shape).to(device)
             for model in (eager, fast):
                 use_kernel(model, kernel, device)
