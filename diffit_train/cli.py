@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 import diffit_train
+from diffit_train.commands.ablate import ablate_command
+from diffit_train.commands.attention import attention_command
 from diffit_train.commands.clean import clean_command
 from diffit_train.commands.cluster import cluster_render_command
 from diffit_train.commands.compare import compare_command
@@ -66,9 +68,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "references": references_command,
     "evaluate": evaluate_command,
     "pipeline": pipeline_command,
+    "ablate": ablate_command,
     "sweep show": sweep_show_command,
     "sweep cancel": sweep_cancel_command,
     "sample": sample_command,
+    "attention": attention_command,
     "compare": compare_command,
     "ema reconstruct": ema_reconstruct_command,
     "import": import_command,

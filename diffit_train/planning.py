@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe
@@ -19,6 +19,9 @@ from diffit_train.config.train import BUCKET_ELEMENTS, Train
 from diffit_train.data.loader import READERS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
+
+if TYPE_CHECKING:
+    from diffit_train.models.backbone import Backbone
 
 # Bytes per value. Master weights, Adam's two moments and the EMAs are fp32.
 FP32, BF16 = 4, 2
@@ -175,7 +178,7 @@ def plan(
     import torch
 
     from diffit_train.models.backbone import trainable_parameters
-    from diffit_train.models.build import ARCHITECTURES, model_shape
+    from diffit_train.models.build import build_model
     from diffit_train.models.cost import (
         activation_bytes,
         kernel_launches,
@@ -183,10 +186,10 @@ def plan(
         parameters_by_part,
     )
 
-    shape, train, world = model_shape(recipe), recipe.train, recipe.scaling.most_workers
+    train, world = recipe.train, recipe.scaling.most_workers
     emas = len(train.ema) if emas is None else emas
     with torch.device("meta"):
-        model = ARCHITECTURES[recipe.model.architecture](shape)
+        model = build_model(recipe)
     parameters = trainable_parameters(model)
     forward, products = multiply_adds(model)
     blocks = train.activation_checkpointing == "blocks"
@@ -197,8 +200,7 @@ def plan(
     batch = min(share, train.micro_batch_size or share)
     dtype = torch.bfloat16 if "bf16" in train.precision else torch.float32
     activations = activation_bytes(
-        shape,
-        recipe.model.architecture,
+        model,
         batch,
         train.activation_checkpointing,
         train.checkpoint_every_nth_block,
@@ -222,7 +224,7 @@ def plan(
         }
     checkpoint = parameters * FP32 * (3 + emas)
     latents = (_measured_latents(recipe) if measured else None) or _expected_latents(recipe)
-    launches, moved = kernel_launches(shape, recipe.model.architecture, batch, dtype)
+    launches, moved = kernel_launches(model, batch, dtype)
     work = StepWork(
         parameters=parameters,
         forward=forward,
@@ -230,14 +232,18 @@ def plan(
         share=share,
         micro_batches=math.ceil(share / batch),
         launches=launches,
-        moved=moved + _bias_bytes(recipe, shape.side, batch, dtype.itemsize),
+        moved=moved + _bias_bytes(recipe, model, batch, dtype.itemsize),
         states=state_bytes(parameters, train.zero_stage, world, emas, bf16),
     )
     time = _time(recipe, machine, work, latents["images"])
     return {
         "recipe": recipe.name,
         "zero_stage": train.zero_stage,
-        "model": {"architecture": recipe.model.architecture, **asdict(shape)},
+        "model": {
+            "architecture": recipe.model.architecture,
+            "summary": model.summary,
+            **model.sizes,
+        },
         "parameters": {"total": parameters, **parameters_by_part(model)},
         "multiply_adds": {
             "forward": forward,
@@ -299,16 +305,22 @@ class StepWork:
     states: States
 
 
-def _bias_bytes(recipe: Recipe, side: int, batch: int, size: int) -> int:
+def _bias_bytes(recipe: Recipe, model: Backbone, batch: int, size: int) -> int:
     """Bytes that sdpa moves for a dense position bias in training.
 
-    Its mask, forward and backward, and the mask's gradient: torch writes it for each image
-    (`_efficient_attention_backward`) and then sums it over the batch.
+    Its mask, forward and backward, and the mask's gradient: torch writes it for each image (or
+    window; `_efficient_attention_backward`) and then sums it over the batch.
     """
-    if recipe.model.architecture == "dit" or recipe.model.attention not in ("auto", "sdpa"):
+    from diffit_train.models.attention import TMSA
+
+    if recipe.model.attention not in ("auto", "sdpa"):
         return 0
-    mask = recipe.model.num_heads * side**4 * size
-    return recipe.model.depth * mask * (2 + 2 * batch)
+    total = 0
+    for module in model.modules():
+        if isinstance(module, TMSA):
+            windows = batch * (module.side // module.window) ** 2
+            total += module.num_heads * module.window**4 * size * (2 + 2 * windows)
+    return total
 
 
 def _offloaded(states: States, stage: int, offload: str) -> int:
@@ -340,8 +352,10 @@ def _expected_latents(recipe: Recipe) -> dict[str, Any]:
 
 
 def latent_bytes(recipe: Recipe) -> int:
-    """Bytes of one image's latents: mean and log-variance in float16, for each flip."""
+    """Bytes of one image's latents: mean and log-variance in float16, or pixels; for each flip."""
     frames = 2 if recipe.data.flip else 1
+    if recipe.autoencoder.kind == "identity":
+        return frames * recipe.autoencoder.latent_channels * recipe.latent_size**2
     return 2 * frames * 2 * recipe.autoencoder.latent_channels * recipe.latent_size**2
 
 
@@ -472,13 +486,13 @@ def _autoencoder_work(recipe: Recipe, per_pixel: int) -> int | None:
 def _nfe(recipe: Recipe) -> float:
     """Network evaluations for one image, with those that guidance leaves out."""
     from diffit_train.diffusion.guidance import build_weight, saved_share
-    from diffit_train.diffusion.objective import visited_timesteps
+    from diffit_train.diffusion.objective import visited_levels
 
     guidance = recipe.evaluate.guidance
-    visited = visited_timesteps(recipe.diffusion, recipe.evaluate.sampler)
+    visited = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
     if not recipe.model.conditional:
         return float(len(visited))
-    weight = build_weight(guidance, recipe.diffusion.timesteps)
+    weight = build_weight(guidance)
     return 2.0 * len(visited) * (1.0 - saved_share(weight, visited, guidance.skip_within))
 
 

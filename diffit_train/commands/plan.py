@@ -60,10 +60,7 @@ def print_plan(result: dict[str, Any]) -> None:
             column.justify = "right"
         return made
 
-    sizes = (
-        f"{model['architecture']}, width {model['hidden_size']}, depth {model['depth']}, "
-        f"{model['num_heads']} heads, {(model['latent_size'] // model['patch_size']) ** 2} tokens"
-    )
+    sizes = f"{model['architecture']}, {model['summary']}"
     counts = table(f"{result['recipe']}: {sizes}", "", "")
     for name, value in parameters.items():
         counts.add_row("parameters" if name == "total" else f"  {name}", f"{value:,}")

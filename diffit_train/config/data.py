@@ -14,9 +14,10 @@ class Data(Section):
 
     name: Name = Field(description="name of the latents under ROOT/latents")
     source: str = Field(
-        description="images: folder, tar or parquet files (`root:` means under ROOT)"
+        description="images: folder, tar or parquet files, or CIFAR-10's archive (`root:` means "
+        "under ROOT)"
     )
-    format: Literal["auto", "folder", "tar", "ilsvrc", "webdataset", "parquet"] = Field(
+    format: Literal["auto", "folder", "tar", "ilsvrc", "webdataset", "parquet", "cifar10"] = Field(
         default="auto", description="format of the source; auto: detect from its name and contents"
     )
     resolution: PositiveInt = Field(description="side of the square images, in pixels")

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from diffit_train.config.base import Section
+from diffit_train.config.base import Positive, Section
+
+
+class Edm(Section):
+    """Noise levels and preconditioning of the objective edm (Karras et al. 2022, table 1)."""
+
+    variant: Literal["edm", "vp", "ve"] = Field(
+        default="edm",
+        description="edm: EDM's own; vp, ve: those of the variance-preserving and the "
+        "variance-exploding diffusion, which have no options",
+    )
+    p_mean: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        default=-1.2, description="mean of ln(sigma) in training"
+    )
+    p_std: Positive = Field(default=1.2, description="standard deviation of ln(sigma) in training")
+    sigma_data: Positive = Field(
+        default=0.5, description="standard deviation of the images, whose pixels are in [-1, 1]"
+    )
+
+    @model_validator(mode="after")
+    def _options_belong(self) -> Self:
+        for key in ("p_mean", "p_std", "sigma_data"):
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if self.variant != "edm" and value != default:
+                raise ValueError(
+                    f"diffusion.edm.{key} is {value}, but diffusion.edm.variant is "
+                    f"{self.variant!r}; only variant 'edm' has this option"
+                )
+        return self
 
 
 class Diffusion(Section):
     """The forward process and the prediction target."""
 
-    objective: Literal["epsilon", "flow"] = Field(
+    objective: Literal["epsilon", "flow", "edm"] = Field(
         default="epsilon",
         description="epsilon: noise prediction with learned variance (ADM); flow: velocity on the "
-        "linear path (SiT)",
+        "linear path (SiT); edm: preconditioned denoising (EDM)",
     )
     timesteps: Annotated[int, Field(gt=1)] = Field(
         default=1000, description="diffusion timesteps T; flow: the time range [0, T) of the model"
@@ -26,6 +54,22 @@ class Diffusion(Section):
     beta_end: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.02, description="epsilon: last beta of the linear noise schedule"
     )
+    edm: Edm = Edm()
+
+    @model_validator(mode="after")
+    def _edm_belongs(self) -> Self:
+        if self.objective != "edm" and self.edm != Edm():
+            changed = self.edm.model_dump(exclude_defaults=True)
+            raise ValueError(
+                f"diffusion.edm has {', '.join(changed)}, but diffusion.objective is "
+                f"{self.objective!r}; set diffusion.objective=edm, or remove diffusion.edm"
+            )
+        return self
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the model predicts a variance for each channel, too."""
+        return self.objective == "epsilon"
 
 
 def ddim_stride(timesteps: int, steps: int) -> int | None:

@@ -13,6 +13,7 @@ from diffit_train.config.base import Fraction, Name, Positive, PositiveInt, Sect
 SAMPLERS = {
     "epsilon": ("ddpm", "ddim", "dpmpp_2m", "heun"),
     "flow": ("euler", "heun", "sde"),
+    "edm": ("heun",),
 }
 
 # Options of `evaluate.sampler`, and the only sampler that has each.
@@ -35,12 +36,49 @@ FREE_KEYS = ("compile", "keep_images")
 OWN = "own"
 
 
+class EdmSampling(Section):
+    """Sampling with the objective edm (Karras et al. 2022, algorithm 2 and table 1)."""
+
+    levels: Literal["edm", "vp", "ve"] = Field(
+        default="edm",
+        description="noise levels that are visited; edm: by sigma_min, sigma_max and rho; vp, ve: "
+        "those of the variance-preserving and the variance-exploding diffusion",
+    )
+    sigma_min: Positive = Field(default=0.002, description="edm: lowest noise level above 0")
+    sigma_max: Positive = Field(default=80.0, description="edm: highest noise level")
+    rho: Positive = Field(
+        default=7.0, description="edm: exponent; larger values take shorter steps at low noise"
+    )
+    churn: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=0.0, description="S_churn, noise added in all steps together; 0: deterministic"
+    )
+    churn_min: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=0.0, description="S_min, lowest noise level at which noise is added"
+    )
+    churn_max: Positive | None = Field(
+        default=None, description="S_max, highest noise level at which noise is added; null: any"
+    )
+    churn_noise: Positive = Field(
+        default=1.0, description="S_noise, standard deviation of the noise that is added"
+    )
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"evaluate.sampler.edm.sigma_min is {self.sigma_min}, but must be less than "
+                f"evaluate.sampler.edm.sigma_max ({self.sigma_max})"
+            )
+        return self
+
+
 class Sampler(Section):
     """How latents are sampled."""
 
     name: Literal["ddpm", "ddim", "dpmpp_2m", "heun", "euler", "sde"] = Field(
         default="ddpm",
-        description="for epsilon: ddpm, ddim, dpmpp_2m or heun; for flow: euler, heun or sde",
+        description="for epsilon: ddpm, ddim, dpmpp_2m or heun; for flow: euler, heun or sde; for "
+        "edm: heun",
     )
     steps: PositiveInt = Field(default=250, description="sampling steps")
     eta: Fraction = Field(
@@ -64,6 +102,8 @@ class Sampler(Section):
     last_step_size: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.04, description="sde: length of the last step, where the whole path is 1"
     )
+
+    edm: EdmSampling = EdmSampling()
 
     @model_validator(mode="after")
     def _options_belong(self) -> Self:
@@ -93,8 +133,8 @@ class Guidance(Section):
         default=4.4, description="guidance scale; 1: no guidance"
     )
     power: Positive = Field(default=4.0, description="power_cosine: exponent")
-    low: Fraction = Field(default=0.0, description="interval: lowest guided time, as t / T")
-    high: Fraction = Field(default=1.0, description="interval: highest guided time, as t / T")
+    low: Fraction = Field(default=0.0, description="interval: lowest guided noise level, 0 to 1")
+    high: Fraction = Field(default=1.0, description="interval: highest guided noise level, 0 to 1")
     channels: PositiveInt | Literal["all"] = Field(
         default=3, description="leading latent channels that are guided; published DiffiT: 3"
     )

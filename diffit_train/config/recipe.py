@@ -16,7 +16,7 @@ from diffit_train.config.autoencoder import Autoencoder
 from diffit_train.config.base import Name, Section
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, ddim_stride
-from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, Evaluate
+from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, EdmSampling, Evaluate
 from diffit_train.config.model import Model
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
@@ -49,9 +49,40 @@ class Recipe(Section):
         _divides(
             "autoencoder.downsample", autoencoder.downsample, "data.resolution", data.resolution
         )
+        if model.on_pixels:
+            self._check_stages()
+            return self
         _divides("model.patch_size", model.patch_size, "the latent size", self.latent_size)
         _divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
         return self
+
+    def _check_stages(self) -> None:
+        """Sizes of a model on pixels."""
+        image, resolution = self.model.image, self.data.resolution
+        if self.autoencoder.kind != "identity":
+            raise ValueError(
+                f"model.architecture is {self.model.architecture!r}, which works on pixels, but "
+                f"autoencoder.kind is {self.autoencoder.kind!r}; set autoencoder.kind=identity"
+            )
+        unet = self.model.architecture != "image_diffit"
+        key, sizes = "unet.multipliers" if unet else "image.channels", image.channels
+        stages = len(self.model.unet.multipliers if unet else sizes)
+        if resolution % 2 ** (stages - 1):
+            raise ValueError(
+                f"data.resolution is {resolution}, but the {stages} stages of model.{key} need a "
+                f"multiple of {2 ** (stages - 1)}"
+            )
+        sides = [resolution >> stage for stage in range(stages)]
+        for side in self.model.unet.attention_resolutions if unet else ():
+            if side not in sides:
+                raise ValueError(
+                    f"model.unet.attention_resolutions has {side}, but the stages have "
+                    f"{', '.join(map(str, sides))}"
+                )
+        for stage in () if unet else range(stages):
+            side = resolution >> stage
+            name = f"the resolution {side} of stage {stage + 1}"
+            _divides("model.image.window", image.window, name, resolution >> stage)
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:
@@ -75,6 +106,12 @@ class Recipe(Section):
             raise ValueError(
                 "train.deterministic is true, but model.attention 'flex' sums the gradient of the "
                 "position bias by atomic additions; set model.attention=sdpa"
+            )
+        if train.augment and not self.model.on_pixels:
+            raise ValueError(
+                f"train.augment is {train.augment}, but model.architecture "
+                f"{self.model.architecture!r} works on latents, which cannot be augmented; set it "
+                "to 0"
             )
         if train.warmup_steps >= train.steps:
             raise ValueError(
@@ -124,7 +161,18 @@ class Recipe(Section):
                 f"diffusion.beta_start is {diffusion.beta_start}, but must be less than "
                 f"diffusion.beta_end ({diffusion.beta_end})"
             )
-        if evaluate.sampler.steps > diffusion.timesteps:
+        if diffusion.objective != "edm" and evaluate.sampler.edm != EdmSampling():
+            changed = evaluate.sampler.edm.model_dump(exclude_defaults=True)
+            raise ValueError(
+                f"evaluate.sampler.edm has {', '.join(changed)}, but diffusion.objective is "
+                f"{diffusion.objective!r}; only objective 'edm' has these options"
+            )
+        if diffusion.objective == "edm" and evaluate.sampler.steps < 2:
+            raise ValueError(
+                f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at least 2 when "
+                "diffusion.objective is 'edm'"
+            )
+        if diffusion.objective != "edm" and evaluate.sampler.steps > diffusion.timesteps:
             raise ValueError(
                 f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at most "
                 f"diffusion.timesteps ({diffusion.timesteps})"
@@ -180,20 +228,31 @@ class Recipe(Section):
         free = {*KEEPING_KEYS, *EXECUTION_KEYS}
         if self.train.lr_schedule != "cosine":
             free.add("steps")
+        if not self.train.augment:
+            free.add("augment")
         if self.train.lr_schedule != "inverse_sqrt":
             free.add("lr_decay_start")
         return {
             **self.encode_identity(),
             "order": self.data.model_dump(mode="json", include={"name", "lanes", "shuffle_window"}),
-            "model": self.model.model_dump(mode="json", exclude={"preset", "attention"}),
-            "diffusion": self.diffusion.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json", exclude=self._unused_model_keys()),
+            "diffusion": self.diffusion.model_dump(mode="json", exclude=self._unused_edm()),
             "train": self.train.model_dump(mode="json", exclude=free),
         }
 
     def evaluate_identity(self) -> dict[str, Any]:
         """The keys that determine the metrics of a given checkpoint."""
         free: dict[str, Any] = {"features": {"fit"}, **dict.fromkeys(FREE_KEYS, True)}
+        free["sampler"] = self._unused_edm()
         return self.evaluate.model_dump(mode="json", exclude=free)
+
+    def _unused_model_keys(self) -> set[str]:
+        """Keys of `model` that belong to no hash."""
+        return {"preset", "attention", *self.model.unused_keys()}
+
+    def _unused_edm(self) -> set[str]:
+        """`edm` where another objective does not use it, which then belongs to no hash."""
+        return set() if self.diffusion.objective == "edm" else {"edm"}
 
     def encode_hash(self) -> str:
         """SHA-256 of `encode_identity`."""

@@ -40,6 +40,10 @@ KEEPING_KEYS = (
     "max_rollbacks",
 )
 
+# Labels that the augmentation gives the model, as EDM's for CIFAR-10 and FFHQ: two flips, scaling,
+# and two each of rotation, anisotropic scaling and translation.
+AUGMENT_LABELS = 9
+
 # Names of the states of a checkpoint other than the EMAs.
 RESERVED_KINDS = ("raw", "master", "exp_avg", "exp_avg_sq")
 
@@ -115,6 +119,11 @@ class Train(Section):
     )
     label_dropout: Fraction = Field(
         default=0.1, description="fraction of labels replaced by the null label"
+    )
+    augment: Fraction = Field(
+        default=0.0,
+        description="probability of each augmentation of EDM, whose labels the model is given; on "
+        "pixels only. Images are then also flipped horizontally in half of the cases",
     )
     start: Start | None = Field(
         default=None, description="checkpoint of another run to start from, set by --from"

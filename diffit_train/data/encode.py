@@ -41,6 +41,7 @@ from diffit_train.data.preprocess import Images, to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
     Manifest,
+    as_float,
     finished_manifest,
     latents_url,
     shard_name,
@@ -325,9 +326,15 @@ class _Encoder:
         return text
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        """(n, R, R, 3) uint8 to (n, F, 2C, h, w) float16, in batches of a fixed size."""
+        """(n, R, R, 3) uint8 to (n, F, 2C, h, w) float16, in batches of a fixed size.
+
+        The identity keeps pixels as uint8.
+        """
         size, section = self.recipe.latent_size, self.recipe.autoencoder
         frames = 2 if self.recipe.data.flip else 1
+        if section.kind == "identity":
+            planes = pixels.transpose(0, 3, 1, 2)
+            return np.stack([planes, planes[..., ::-1]][:frames], axis=1)
         members = section.latent_channels * (2 if section.kind == "kl" else 1)
         shape = (len(pixels), frames, members, size, size)
         out = np.empty(shape, dtype=np.float16)
@@ -350,11 +357,11 @@ class _Encoder:
 
         from diffit_train.data.autoencoder import scaled_sample
 
-        flat = moments.reshape(-1, *moments.shape[2:])
+        flat = as_float(moments.reshape(-1, *moments.shape[2:]))
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([number])))
         channels = self.recipe.autoencoder.latent_channels
         noise = random.standard_normal((len(flat), channels, *flat.shape[2:]))
-        tensors = torch.from_numpy(flat).float(), torch.from_numpy(noise)
+        tensors = torch.from_numpy(flat), torch.from_numpy(noise)
         sampled = scaled_sample(*tensors, self.autoencoder.scale).double().numpy()
         return sampled.sum((0, 2, 3)).tolist(), (sampled**2).sum((0, 2, 3)).tolist()
 

@@ -19,7 +19,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from diffit_train.data.shards import Manifest, Shard, ShardEntry, read_shard
+from diffit_train.data.shards import Manifest, Shard, ShardEntry, as_float, read_shard
 from diffit_train.errors import UserError
 
 T = TypeVar("T")
@@ -315,7 +315,7 @@ class LatentLoader(Generic[T]):
             lanes=self.lanes,
             keys=np.array([shard.keys[offset] for shard, offset in samples]),
             shards=tuple(sorted({self.manifest.shards[number].name for number, _ in picked})),
-            moments=np.stack([s.moments[offset] for s, offset in samples]).astype(np.float32),
+            moments=np.stack([as_float(s.moments[offset]) for s, offset in samples]),
             labels=np.array([shard.labels[offset] for shard, offset in samples]),
         )
 

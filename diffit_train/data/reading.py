@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from diffit_train import storage
-from diffit_train.data import preprocess
+from diffit_train.data import cifar10, preprocess
 from diffit_train.data.sources import Item, Location, SourceKind, open_parquet
 
 # Threads that read, and images that they may be ahead.
@@ -98,8 +98,11 @@ def read_items(
         decoders: threads that decode at the same time, each on a CPU core.
         threads: threads that read.
     """
-    reader = ImageReader(url, kind, [item for item in items if not item.problem])
-    reads = [functools.partial(reader.read, item.location) for item in items]
+    if kind == "cifar10":
+        read: Callable[[Location], bytes] = functools.partial(cifar10.read_image, url)
+    else:
+        read = ImageReader(url, kind, [item for item in items if not item.problem]).read
+    reads = [functools.partial(read, item.location) for item in items]
     problems = [item.problem for item in items]
     with ThreadPoolExecutor(threads, thread_name_prefix="images") as pool:
         return preprocess.read_images(reads, resolution, problems, pool, AHEAD, decoders)

@@ -2,10 +2,10 @@
 
 Each image has two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
 log-variance, unscaled, with the flipped image second if F = 2; and KEY.cls, the label in ASCII.
-Without a posterior the latent is (F, C, h, w). KEY is the nine-digit index of the image in the
-sorted input; images appended later continue the numbering. Images lie in the order of a seeded
-permutation of the input (`encode_order`). The same content gives the same bytes: order, times,
-owners and modes are fixed.
+Without a posterior the latent is (F, C, h, w); pixels are uint8. KEY is the nine-digit index of the
+image in the sorted input; images appended later continue the numbering. Images lie in the order of
+a seeded permutation of the input (`encode_order`). The same content gives the same bytes: order,
+times, owners and modes are fixed.
 """
 
 from __future__ import annotations
@@ -178,11 +178,17 @@ def require_recipe(recipe: Recipe, recipe_hash: str) -> None:
 
 @dataclass(frozen=True)
 class Shard:
-    """Contents of a shard: keys (n,), moments (n, F, 2C, h, w) float16, labels (n,) int64."""
+    """Keys (n,), moments (n, F, 2C, h, w) float16 or uint8, and labels (n,) int64."""
 
     keys: np.ndarray
     moments: np.ndarray
     labels: np.ndarray
+
+
+def as_float(moments: np.ndarray) -> np.ndarray:
+    """Moments in float32; pixels, stored as uint8, in [-1, 1]."""
+    values = moments.astype(np.float32)
+    return values / np.float32(127.5) - np.float32(1.0) if moments.dtype == np.uint8 else values
 
 
 def shard_name(number: int) -> str:
@@ -198,7 +204,7 @@ def write_shard(
     Args:
         url: folder of the latents.
         keys: input indices of the images.
-        moments: (n, F, 2C, h, w); stored as float16.
+        moments: (n, F, 2C, h, w); stored as float16, pixels as uint8.
         labels: (n,).
     """
     # By default webdataset's decoders unpickle and its readers run shell commands.
@@ -215,7 +221,8 @@ def write_shard(
         ):
             for key, values, label in zip(keys, moments, labels, strict=True):
                 latent = io.BytesIO()
-                np.save(latent, values.astype(np.float16), allow_pickle=False)
+                stored = values if values.dtype == np.uint8 else values.astype(np.float16)
+                np.save(latent, stored, allow_pickle=False)
                 members = {"latent.npy": latent.getvalue(), "cls": str(int(label)).encode()}
                 tar.write({"__key__": f"{key:09d}", **members})
         return ShardEntry(

@@ -5,6 +5,9 @@
     ilsvrc       ImageNet's own tar, containing one tar per class
     webdataset   a tar, or a folder of tars, with KEY.jpg (png, webp) and KEY.cls or KEY.json
     parquet      a file, or a folder of files, with columns `image` (bytes, path) and `label`
+    cifar10      CIFAR-10's own archive, binary version
+
+A folder or tar for a recipe of one class may hold images at any depth.
 
 The order of the images is fixed: folders and tars of folders by name; webdataset and parquet by
 file name, then in file order. An image with a problem in the listing (a label out of range, a
@@ -27,13 +30,16 @@ from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.data import cifar10
 from diffit_train.errors import UserError
 
 T = TypeVar("T")
 # Files of a source that are listed at once; each holds what its file system reads ahead.
 LISTERS = 8
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-SourceKind = Literal["folder", "tar", "ilsvrc", "webdataset", "parquet"]
+SourceKind = Literal["folder", "tar", "ilsvrc", "webdataset", "parquet", "cifar10"]
+# Name of the only class, where the images of several folders are one class.
+ALL = "all"
 
 
 class Location(NamedTuple):
@@ -145,6 +151,8 @@ def source_kind(url: str, wanted: str) -> SourceKind:
         if not folder and wanted == "folder":
             raise UserError(f"data.source {url} is not a folder, but data.format is 'folder'")
         return wanted  # type: ignore[return-value]
+    if cifar10.is_archive(url):
+        return "cifar10"
     if folder:
         names = storage.list_names(url)
         if any(name.endswith(".parquet") for name in names):
@@ -179,8 +187,9 @@ def _list_folder(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
         sizes = {path[len(base) + 1 :]: -1 for path in _local_files(base)}
     else:
         sizes = {path: file.bytes for path, file in storage.walk(url).items()}
-    paths = sorted(p for p in sizes if "/" in p and _is_image(p))
-    return _by_folder((path, Location(path, size=sizes[path]), "") for path in paths)
+    paths = sorted(p for p in sizes if ("/" in p or num_classes == 1) and _is_image(p))
+    rows = ((path, Location(path, size=sizes[path]), "") for path in paths)
+    return _by_folder(rows, num_classes)
 
 
 def _local_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -205,13 +214,21 @@ def _is_image(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in SUFFIXES
 
 
-def _by_folder(found: Iterable[tuple[str, Location, str]]) -> tuple[list[str], list[Item]]:
+def _by_folder(
+    found: Iterable[tuple[str, Location, str]], num_classes: int
+) -> tuple[list[str], list[Item]]:
     """Classes and items of sorted (path, location, problem); the first folder is the class."""
     rows = list(found)
-    classes = sorted({path.split("/", 1)[0] for path, _, _ in rows})
+    classes = _classes([path for path, _, _ in rows], num_classes)
     number = {name: label for label, name in enumerate(classes)}
-    items = [Item(p, number[p.split("/", 1)[0]], where, problem) for p, where, problem in rows]
+    items = [Item(p, number.get(p.split("/", 1)[0], 0), where, pr) for p, where, pr in rows]
     return classes, items
+
+
+def _classes(paths: Iterable[str], num_classes: int) -> list[str]:
+    """The first folders of the paths; one class of all images if only one is wanted."""
+    classes = sorted({path.split("/", 1)[0] if "/" in path else ALL for path in paths})
+    return [ALL] if num_classes == 1 and len(classes) > 1 else classes
 
 
 # ---- Tars ----
@@ -259,20 +276,21 @@ def _list_tar(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
     with storage.open_file(url) as file:
         for member in _tar_members(file, url):
             name = _clean(member.name)
-            if "/" in name and _is_image(name):
+            if ("/" in name or num_classes == 1) and _is_image(name):
                 location = Location("", member.offset_data, member.size)
                 rows.append((name, location, _name_problem(name)))
-    return _named_once(rows)
+    return _named_once(rows, num_classes)
 
 
-def _named_once(rows: list[tuple[str, Location, str]]) -> tuple[list[str], list[Item]]:
+def _named_once(
+    rows: list[tuple[str, Location, str]], num_classes: int
+) -> tuple[list[str], list[Item]]:
     """Classes and items sorted by name; duplicate names are a problem.
 
     A name that points outside the archive creates no class.
     """
     rows.sort(key=lambda row: (row[0], row[1]))
-    good = [row for row in rows if not row[2]]
-    classes = sorted({name.split("/", 1)[0] for name, _, _ in good})
+    classes = _classes([name for name, _, problem in rows if not problem], num_classes)
     number = {name: label for label, name in enumerate(classes)}
     items, before = [], None
     for name, location, problem in rows:
@@ -296,7 +314,7 @@ def _list_ilsvrc(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
                     start = outer.offset_data + member.offset_data
                     path = f"{name}/{_clean(member.name)}"
                     rows.append((path, Location("", start, member.size), _name_problem(path)))
-    return _named_once(rows)
+    return _named_once(rows, num_classes)
 
 
 class FileWindow(io.RawIOBase):
@@ -482,10 +500,23 @@ def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
     return [str(name) for name in names]
 
 
+# ---- CIFAR-10 ----
+
+
+def _list_cifar10(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
+    classes, rows = cifar10.list_records(url)
+    items = [
+        Item(f"{file}:{row}", *_usable(label, len(classes), Location(file, row)))
+        for file, row, label in rows
+    ]
+    return classes, items
+
+
 _LISTERS: dict[SourceKind, Callable[[str, int], tuple[list[str], list[Item]]]] = {
     "folder": _list_folder,
     "tar": _list_tar,
     "ilsvrc": _list_ilsvrc,
     "webdataset": _list_webdataset,
     "parquet": _list_parquet,
+    "cifar10": _list_cifar10,
 }

@@ -26,6 +26,7 @@ from diffit_train.data.shards import (
     Manifest,
     Shard,
     ShardEntry,
+    as_float,
     load_manifest,
     read_shard,
 )
@@ -106,8 +107,8 @@ def _read_good(url: str, manifest: Manifest, entry: ShardEntry) -> Shard | str:
         return f"a member cannot be read: {type(error).__name__}: {error}"
     if shard.moments.shape[1:] != manifest.member_shape:
         return f"latents have shape {shard.moments.shape[1:]}, not {manifest.member_shape}"
-    if shard.moments.dtype != np.float16:
-        return f"latents are {shard.moments.dtype}, not float16"
+    if shard.moments.dtype not in (np.float16, np.uint8):
+        return f"latents are {shard.moments.dtype}, not float16 or uint8"
     if not np.isfinite(shard.moments).all():
         return "latents are NaN or infinite"
     if not ((shard.labels >= 0) & (shard.labels < len(manifest.classes))).all():
@@ -127,7 +128,8 @@ def _keys_fit(manifest: Manifest, keys: np.ndarray) -> bool:
 
 
 def _add(report: Report, manifest: Manifest, shard: Shard) -> None:
-    means = shard.moments[:, :, : manifest.channels].astype(np.float64) * manifest.scale
+    values = as_float(shard.moments[:, :, : manifest.channels])
+    means = values.astype(np.float64) * manifest.scale
     report.images += len(shard.keys)
     report.total = report.total + means.sum((0, 1, 3, 4))
     report.squares = report.squares + (means**2).sum((0, 1, 3, 4))
@@ -238,7 +240,7 @@ def draw_reconstructions(url: str, image: str) -> float:
     chosen = [by_key.items[key] for key in keys]
     originals = read_items(by_key.url, by_key.kind, chosen, recipe.data.resolution).pixels
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
-    means = torch.from_numpy(moments[:, 0, : manifest.channels].astype(np.float32))
+    means = torch.from_numpy(as_float(moments[:, 0, : manifest.channels]))
     decoded = autoencoder.decode(means * manifest.scale)
     error = float(((to_model_range(originals) - to_model_range(decoded)) ** 2).mean())
     names = [by_key.classes[item.label] for item in chosen]

@@ -1,4 +1,7 @@
-"""Classifier-free guidance (paper section 5.8 and appendix H.2; the published sampling code)."""
+"""Classifier-free guidance (paper section 5.8 and appendix H.2; the published sampling code).
+
+Weights are functions of the noise level in [0, 1], as `Objective.level` gives it: 1 is pure noise.
+"""
 
 from __future__ import annotations
 
@@ -16,44 +19,42 @@ Denoiser = Callable[[Tensor, float], Tensor]
 
 def constant(scale: float) -> Weight:
     """A constant weight."""
-    return lambda t: scale
+    return lambda level: scale
 
 
-def power_cosine(scale: float, power: float, timesteps: int = 1000) -> Weight:
-    """w(t) = 1 + (scale - 1) / 2 * (1 - cos(pi * (1 - t / T)^power)): 1 at T, `scale` at 0."""
+def power_cosine(scale: float, power: float) -> Weight:
+    """w(u) = 1 + (scale - 1) / 2 * (1 - cos(pi * (1 - u)^power)): 1 at u = 1, `scale` at 0."""
 
-    def weight(t: float) -> float:
-        return 1.0 + (scale - 1.0) / 2.0 * (
-            1.0 - math.cos(math.pi * (1.0 - t / timesteps) ** power)
-        )
+    def weight(level: float) -> float:
+        return 1.0 + (scale - 1.0) / 2.0 * (1.0 - math.cos(math.pi * (1.0 - level) ** power))
 
     return weight
 
 
-def interval(scale: float, low: float, high: float, timesteps: int = 1000) -> Weight:
-    """`scale` where low <= t / T <= high, else 1 (Kynkäänniemi et al. 2024, equation 5)."""
-    return lambda t: scale if low <= t / timesteps <= high else 1.0
+def interval(scale: float, low: float, high: float) -> Weight:
+    """`scale` where low <= level <= high, else 1 (Kynkäänniemi et al. 2024, equation 5)."""
+    return lambda level: scale if low <= level <= high else 1.0
 
 
-def build_weight(guidance: Guidance, timesteps: int) -> Weight:
-    """The recipe's guidance weight as a function of the timestep."""
+def build_weight(guidance: Guidance) -> Weight:
+    """The recipe's guidance weight."""
     if guidance.kind == "constant":
         return constant(guidance.scale)
     if guidance.kind == "power_cosine":
-        return power_cosine(guidance.scale, guidance.power, timesteps)
+        return power_cosine(guidance.scale, guidance.power)
     if guidance.kind == "interval":
-        return interval(guidance.scale, guidance.low, guidance.high, timesteps)
+        return interval(guidance.scale, guidance.low, guidance.high)
     return constant(1.0)
 
 
-def saved_share(weight: Weight, timesteps: list[float], skip_within: float) -> float:
+def saved_share(weight: Weight, levels: list[float], skip_within: float) -> float:
     """Fraction of the NFE saved by skipping idle unconditional passes.
 
     Args:
-        timesteps: timestep of every call to the denoiser.
+        levels: noise level of every call to the denoiser.
     """
-    idle = sum(abs(weight(t) - 1.0) <= skip_within for t in timesteps)
-    return idle / (2.0 * len(timesteps))
+    idle = sum(abs(weight(level) - 1.0) <= skip_within for level in levels)
+    return idle / (2.0 * len(levels))
 
 
 def guided(
@@ -73,6 +74,7 @@ def guided(
     Args:
         model: (x, t, labels) to (B, O, h, w); t (B,) is on the device of x.
         labels: (B,), the classes to generate.
+        weight: of the denoiser's own t.
         skip_within: skip the unconditional pass if |w(t) - 1| is at most this.
     """
     null = torch.full_like(labels, null_label)

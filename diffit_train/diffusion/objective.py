@@ -1,7 +1,7 @@
 """Training objectives, and how to sample from models trained with them.
 
-The model's timesteps t are in [0, T): integers for ADM's diffusion, real numbers for the flow,
-with flow time t / T.
+Each objective has its own noise levels t: for ADM's diffusion integers in [0, T); for the flow real
+numbers in [0, T), with flow time t / T; for EDM sigma. Common to all is `level(t)` in [0, 1].
 
 Shapes: x (B, C, h, w); t (B,); model output (B, O, h, w).
 """
@@ -9,8 +9,9 @@ Shapes: x (B, C, h, w); t (B,); model output (B, O, h, w).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.evaluate import Sampler
 from diffit_train.diffusion import flow, gaussian, samplers
+from diffit_train.diffusion.edm import build_edm
 from diffit_train.diffusion.guidance import Denoiser
 from diffit_train.diffusion.schedule import (
     Schedule,
@@ -32,18 +34,24 @@ from diffit_train.diffusion.schedule import (
 SDE_DIFFUSION = {"2sigma": 2.0, "sigma": 1.0}
 
 
+# A noise level on the host, or one of each image.
+Level = TypeVar("Level", float, Tensor)
+
+
 class Objective(Protocol):
     """Interface of an objective to training and sampling."""
 
-    @property
-    def timesteps(self) -> int:
-        """T."""
+    def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Noise levels t of training images, (count,)."""
 
-    def draw_timesteps(self, random: np.random.Generator, count: int) -> np.ndarray:
-        """Uniform timesteps (count,)."""
+    def level(self, t: Level) -> Level:
+        """t in [0, 1]: the fraction of training images that are less noisy. For logs, guidance."""
 
     def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The noisy latents passed to the model."""
+        """Corrupt x_0."""
+
+    def precondition(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's inputs, fp32 (B, C, h, w) and (B,), for x at noise levels t."""
 
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Loss per image, (B,)."""
@@ -51,7 +59,7 @@ class Objective(Protocol):
     def sample(
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
-        """x_0 from standard normal x; `denoise` takes the model's timestep."""
+        """x_0 from standard normal x; `denoise(x, t)` is the model's output at noise level t."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,17 @@ class EpsilonObjective:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    @property
-    def timesteps(self) -> int:
-        """T."""
-        return len(self.schedule)
+    def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Uniform integers (count,)."""
+        return random.integers(len(self.schedule), size=count)
 
-    def draw_timesteps(self, random: np.random.Generator, count: int) -> np.ndarray:
-        """Integers (count,)."""
-        return random.integers(self.timesteps, size=count)
+    def level(self, t: Level) -> Level:
+        """t / T."""
+        return t / len(self.schedule)
+
+    def precondition(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Unchanged."""
+        return x, t
 
     def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `gaussian.add_noise`."""
@@ -84,7 +95,7 @@ class EpsilonObjective:
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
         """Run the recipe's sampler on the respaced schedule."""
-        run: dict[str, samplers.DiffusionSampler] = {
+        run: dict[str, samplers.SamplerFunction[Schedule]] = {
             "ddpm": samplers.ddpm,
             "ddim": functools.partial(samplers.ddim, eta=sampler.eta),
             "dpmpp_2m": samplers.dpmpp_2m,
@@ -97,7 +108,7 @@ class EpsilonObjective:
         how = (sampler.spacing, sampler.steps)
         if how not in self._schedules:
             space = ddim_spaced if sampler.spacing == "ddim" else evenly_spaced
-            kept = space(self.timesteps, sampler.steps)
+            kept = space(len(self.schedule), sampler.steps)
             self._schedules[how] = respace(self.schedule, kept)
         return self._schedules[how]
 
@@ -108,9 +119,17 @@ class FlowObjective:
 
     timesteps: int
 
-    def draw_timesteps(self, random: np.random.Generator, count: int) -> np.ndarray:
-        """Real numbers (count,), float32."""
+    def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Uniform real numbers (count,), float32."""
         return random.random(count, dtype=np.float32) * np.float32(self.timesteps)
+
+    def level(self, t: Level) -> Level:
+        """t / T."""
+        return t / self.timesteps
+
+    def precondition(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Unchanged."""
+        return x, t
 
     def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `flow.interpolate`."""
@@ -128,21 +147,26 @@ class FlowObjective:
         def velocity(x: Tensor, t: float) -> Tensor:
             return denoise(x, t * self.timesteps)
 
-        run: dict[str, samplers.FlowSampler] = {
+        run: dict[str, samplers.SamplerFunction[Sequence[float]]] = {
             "euler": samplers.flow_euler,
             "heun": samplers.flow_heun,
             "sde": functools.partial(
                 samplers.flow_sde,
                 diffusion=SDE_DIFFUSION[sampler.diffusion],
                 last_step=sampler.last_step,
-                last_step_size=sampler.last_step_size,
             ),
         }
-        return run[sampler.name](sampler.steps, velocity, x, noise)
+        if sampler.name == "sde":
+            times = [*np.linspace(1.0, sampler.last_step_size, sampler.steps).tolist(), 0.0]
+        else:
+            times = np.linspace(1.0, 0.0, sampler.steps + 1).tolist()
+        return run[sampler.name](times, velocity, x, noise)
 
 
 def build_objective(diffusion: Diffusion) -> Objective:
     """The recipe's objective."""
+    if diffusion.objective == "edm":
+        return build_edm(diffusion.edm)
     if diffusion.objective == "flow":
         return FlowObjective(diffusion.timesteps)
     return EpsilonObjective(
@@ -150,15 +174,14 @@ def build_objective(diffusion: Diffusion) -> Objective:
     )
 
 
-def visited_timesteps(diffusion: Diffusion, sampler: Sampler) -> list[float]:
-    """The timesteps at which a sampler calls its denoiser, in order; used to count the NFE."""
-    visited: list[float] = []
+def visited_levels(diffusion: Diffusion, sampler: Sampler) -> list[float]:
+    """Levels in [0, 1] at which a sampler calls its denoiser, in order; used to count the NFE."""
+    objective, visited = build_objective(diffusion), []
 
     def denoise(x: Tensor, t: float) -> Tensor:
-        visited.append(float(t))
-        channels = 2 if diffusion.objective == "epsilon" else 1
-        return torch.zeros(1, channels, 1, 1)
+        visited.append(objective.level(float(t)))
+        return torch.zeros(1, 2 if diffusion.learned_variance else 1, 1, 1)
 
     x = torch.zeros(1, 1, 1, 1)
-    build_objective(diffusion).sample(sampler, denoise, x, lambda _: x)
+    objective.sample(sampler, denoise, x, lambda _: x)
     return visited

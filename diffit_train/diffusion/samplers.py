@@ -1,17 +1,14 @@
-"""Samplers: plain functions over any denoiser.
+"""Samplers: plain functions of one signature over any denoiser and a list of noise levels,
 
-For ADM's diffusion
+    sampler(levels, denoise, x, noise) -> x_0
 
-    sampler(schedule, denoise, x, noise) -> x_0
+where x (B, C, h, w) is standard normal, and `noise(i)` returns fresh standard normal noise for step
+i, so that a caller can seed every image separately. Levels and denoisers belong together:
 
-where `schedule` is the respaced diffusion and `denoise(x, t)` takes the original timestep t, an
-integer, and returns (B, 2C, h, w), predicted noise first. For the flow
-
-    sampler(steps, velocity, x, noise) -> x_0
-
-where `velocity(x, t)` takes t in [0, 1] and returns (B, C, h, w). In both cases x (B, C, h, w) is
-standard normal, and `noise(i)` returns fresh standard normal noise for step i, so that a caller can
-seed every image separately.
+    ADM's diffusion  `Schedule`, the respaced diffusion; `denoise(x, t)` takes the original timestep
+                     t, an integer, and returns (B, 2C, h, w), predicted noise first
+    the flow         times from 1 to 0; `denoise(x, t)` returns the velocity (B, C, h, w)
+    EDM              sigmas from the highest to 0; `denoise(x, sigma)` returns x_0 (B, C, h, w)
 
 No sampler reads from the device of x or waits for it: times and coefficients are on the host, and
 tables are copied once.
@@ -21,8 +18,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -34,8 +31,8 @@ from diffit_train.diffusion.guidance import Denoiser, repeated
 from diffit_train.diffusion.schedule import Schedule
 
 Noise = Callable[[int], Tensor]
-DiffusionSampler = Callable[[Schedule, Denoiser, Tensor, Noise], Tensor]
-FlowSampler = Callable[[int, Denoiser, Tensor, Noise], Tensor]
+Levels = TypeVar("Levels")
+SamplerFunction = Callable[[Levels, Denoiser, Tensor, Noise], Tensor]
 
 
 # ---- ADM's diffusion ----
@@ -125,17 +122,15 @@ def heun(schedule: Schedule, denoise: Denoiser, x: Tensor, noise: Noise) -> Tens
 # ---- The flow ----
 
 
-def flow_euler(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
-    """Euler's method on the flow's ODE from t = 1 to 0. Deterministic."""
-    times = np.linspace(1.0, 0.0, steps + 1).tolist()
+def flow_euler(times: Sequence[float], velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
+    """Euler's method on the flow's ODE. Deterministic."""
     for now, then in itertools.pairwise(times):
         x = x + (then - now) * velocity(x, now)
     return x
 
 
-def flow_heun(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
-    """Heun's method on the flow's ODE from t = 1 to 0. Deterministic; NFE = 2 * steps."""
-    times = np.linspace(1.0, 0.0, steps + 1).tolist()
+def flow_heun(times: Sequence[float], velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor:
+    """Heun's method on the flow's ODE. Deterministic; two evaluations per step."""
     for now, then in itertools.pairwise(times):
         width = then - now
         slope = velocity(x, now)
@@ -145,35 +140,70 @@ def flow_heun(steps: int, velocity: Denoiser, x: Tensor, noise: Noise) -> Tensor
 
 
 def flow_sde(
-    steps: int,
+    times: Sequence[float],
     velocity: Denoiser,
     x: Tensor,
     noise: Noise,
     diffusion: float = 2.0,
     last_step: Literal["mean", "euler"] = "mean",
-    last_step_size: float = 0.04,
 ) -> Tensor:
     """Euler-Maruyama on the flow's reverse SDE with w(t) = diffusion * sigma(t) (SiT, equation 4).
 
     In reverse time, dx = (v - w / 2 * score) dt + sqrt(w) dW, with sigma(t) = t. The score divides
-    by t, so the noisy steps end at t = `last_step_size`; one final step without noise covers the
-    rest.
+    by t, so the last step, from times[-2] to 0, is taken without noise (SiT: from 0.04).
 
     Args:
         diffusion: 2 matches SiT's sampling script: its `--diffusion-form sigma` multiplies the
             score by sigma and the noise by sqrt(2 sigma).
         last_step: along the SDE's drift (`mean`, SiT's default) or along the velocity (`euler`).
-        last_step_size: 0.04 in SiT.
     """
 
     def drift(x: Tensor, t: float) -> Tensor:
         slope = velocity(x, t)
         return slope - 0.5 * diffusion * t * score(slope, x, repeated(t, x))
 
-    times = np.linspace(1.0, last_step_size, steps).tolist()
-    for i, (now, then) in enumerate(itertools.pairwise(times)):
+    *noisy, _ = times
+    for i, (now, then) in enumerate(itertools.pairwise(noisy)):
         width = now - then
         x = x - width * drift(x, now) + math.sqrt(diffusion * now * width) * noise(i)
-    now = times[-1]
+    now = noisy[-1]
     slope = drift(x, now) if last_step == "mean" else velocity(x, now)
     return x - now * slope
+
+
+# ---- EDM ----
+
+
+def edm_heun(
+    sigmas: Sequence[float],
+    denoise: Denoiser,
+    x: Tensor,
+    noise: Noise,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """Heun's method on dx / dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, algorithm 2).
+
+    Two evaluations per step, but one in the last step. Deterministic without churn.
+
+    Args:
+        churn: S_churn; each step first raises sigma by at most churn / steps of itself.
+        churn_range: S_min and S_max, the sigmas at which it does so.
+        churn_noise: S_noise, standard deviation of the noise that this adds.
+    """
+    steps = len(sigmas) - 1
+    most = min(churn / steps, math.sqrt(2.0) - 1.0)
+    x = sigmas[0] * x
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        if most > 0.0 and churn_range[0] <= now <= churn_range[1]:
+            raised = now * (1.0 + most)
+            added = math.sqrt(raised**2 - now**2) * churn_noise
+            x, now = x + added * noise(i).to(x.dtype), raised
+        slope = (x - denoise(x, now)) / now
+        ahead = x + (then - now) * slope
+        if then > 0.0:
+            slope_ahead = (ahead - denoise(ahead, then)) / then
+            ahead = x + (then - now) * 0.5 * (slope + slope_ahead)
+        x = ahead
+    return x

@@ -12,8 +12,8 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
-from diffit_train.diffusion.guidance import build_weight, guided, saved_share
-from diffit_train.diffusion.objective import build_objective, visited_timesteps
+from diffit_train.diffusion.guidance import Weight, build_weight, guided, saved_share
+from diffit_train.diffusion.objective import build_objective, visited_levels
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
 from diffit_train.models.precision import arithmetic
@@ -74,7 +74,8 @@ class Generator:
     def use(self, recipe: Recipe) -> None:
         """Take sampler, guidance and precision from a recipe of the same model."""
         self.recipe = recipe
-        self.weight = build_weight(recipe.evaluate.guidance, recipe.diffusion.timesteps)
+        weight, level = build_weight(recipe.evaluate.guidance), self.objective.level
+        self.weight: Weight = lambda t: weight(level(t))
 
     @torch.no_grad()
     def __call__(self, keys: Sequence[tuple[int, int]], labels: Sequence[int]) -> np.ndarray:
@@ -105,18 +106,18 @@ class Generator:
         return self.autoencoder.decode(latents, self.recipe.evaluate.pixels)
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, t = self.objective.precondition(x, t)
         with arithmetic(self.recipe.evaluate.precision, self.device):
             return self.model(x, t, y).float()
 
 
 def guidance_saving(recipe: Recipe) -> str:
     """A message saying what skipping unconditional passes saves; empty if nothing."""
-    guidance, diffusion = recipe.evaluate.guidance, recipe.diffusion
+    guidance = recipe.evaluate.guidance
     if not recipe.model.conditional or guidance.kind == "none":
         return ""
-    visited = visited_timesteps(diffusion, recipe.evaluate.sampler)
-    weight = build_weight(guidance, diffusion.timesteps)
-    share = saved_share(weight, visited, guidance.skip_within)
+    visited = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
+    share = saved_share(build_weight(guidance), visited, guidance.skip_within)
     if not share:
         return ""
     return (
@@ -127,12 +128,12 @@ def guidance_saving(recipe: Recipe) -> str:
 
 def nfe_per_image(recipe: Recipe) -> float:
     """NFE per image, including those for guidance."""
-    guidance, diffusion = recipe.evaluate.guidance, recipe.diffusion
-    visited = visited_timesteps(diffusion, recipe.evaluate.sampler)
+    guidance = recipe.evaluate.guidance
+    visited = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
     if not recipe.model.conditional:
         return float(len(visited))
-    weight = build_weight(guidance, diffusion.timesteps)
-    return 2.0 * len(visited) * (1.0 - saved_share(weight, visited, guidance.skip_within))
+    share = saved_share(build_weight(guidance), visited, guidance.skip_within)
+    return 2.0 * len(visited) * (1.0 - share)
 
 
 def fill_model(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ Shapes: B images (or windows), N tokens, D hidden size, H heads, K = D / H.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffit_train.models.attention_kernels import Kernel, sdpa_attention
@@ -75,7 +76,7 @@ class TMSA(nn.Module):
         self.side = side
         self.kernel: Kernel = sdpa_attention
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.qkv_temb = nn.Linear(condition_size or hidden_size, 3 * hidden_size)
+        self.make_time_layer(hidden_size, condition_size or hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
         rows = (2 * self.window - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads))
@@ -84,15 +85,69 @@ class TMSA(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (B, N, D), row-major, and conditioning c (B, condition size) to (B, N, D)."""
-        qkv = self.qkv(x) + self.qkv_temb(c)[:, None, :]
+        return self.proj(self.attend(self.qkv(x) + self.qkv_temb(c)[:, None, :], self.kernel))
+
+    def make_time_layer(self, hidden_size: int, condition_size: int) -> None:
+        """Make the layer that projects c."""
+        self.qkv_temb = nn.Linear(condition_size, 3 * hidden_size)
+
+    def attend(self, qkv: Tensor, kernel: Kernel) -> Tensor:
+        """Projected tokens (B, N, 3D) to attention output (B, N, D), within windows."""
         windowed = self.window < self.side
         if windowed:
             qkv = _to_windows(qkv, self.side, self.window)
         table, index = self.relative_position_bias_table, self.relative_position_index
-        out = _attend(self.kernel, qkv, self.num_heads, table, index)
-        if windowed:
-            out = _from_windows(out, self.side, self.window)
-        return self.proj(out)
+        out = _attend(kernel, qkv, self.num_heads, table, index)
+        return _from_windows(out, self.side, self.window) if windowed else out
+
+
+class Untimed(TMSA):
+    """TMSA without time: windowed self-attention with relative-position bias."""
+
+    def make_time_layer(self, hidden_size: int, condition_size: int) -> None:
+        """None."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """As TMSA; c is not used."""
+        return self.proj(self.attend(self.qkv(x), self.kernel))
+
+
+class SeparateTime(TMSA):
+    """Spatial tokens and the time token attend separately (paper, table 7).
+
+    The time token, alone in its attention, returns its value, which is added to the output.
+    """
+
+    def make_time_layer(self, hidden_size: int, condition_size: int) -> None:
+        """Project c to its value."""
+        self.v_temb = nn.Linear(condition_size, hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """As TMSA."""
+        return self.proj(self.attend(self.qkv(x), self.kernel) + self.v_temb(c)[:, None, :])
+
+
+class TimeInBias(TMSA):
+    """The time token enters only the relative-position bias (paper, table 6, config F)."""
+
+    def make_time_layer(self, hidden_size: int, condition_size: int) -> None:
+        """Project c to an offset of each entry of the bias table."""
+        rows = (2 * self.window - 1) ** 2
+        self.bias_temb = nn.Linear(condition_size, rows * self.num_heads)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """As TMSA."""
+        offsets = self.bias_temb(c).view(len(c), -1, self.num_heads)
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None):  # type: ignore[no-untyped-def]
+            assert table is not None and index is not None
+            tables = table + offsets
+            bias = tables[:, index.view(-1)].unflatten(1, index.shape).permute(0, 3, 1, 2)
+            # Windows of an image follow each other.
+            bias = bias.repeat_interleave(len(q) // len(c), dim=0)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+
+        return self.proj(self.attend(self.qkv(x), kernel))
 
 
 def _require_heads(hidden_size: int, num_heads: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,16 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def input_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one noisy input."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, Any]:
+        """What the network's size follows from, as plain values."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """The main sizes in a few words."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from diffit_train.config import Recipe
+from diffit_train.config.model import UNET_ARCHITECTURES
+from diffit_train.config.train import AUGMENT_LABELS
 from diffit_train.models.backbone import Backbone
 from diffit_train.models.dit import DiT, DiTWithTMSA
-from diffit_train.models.latent import LatentDiffiT, LatentTransformer, Shape
+from diffit_train.models.image import ImageDiffiT, ImageShape
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.models.unet import UNet, UNetShape
 
-ARCHITECTURES: dict[str, type[LatentTransformer]] = {
+LATENT: dict[str, Callable[[Shape], Backbone]] = {
     "diffit": LatentDiffiT,
     "dit": DiT,
     "dit_tmsa": DiTWithTMSA,
 }
 
 
-def model_shape(recipe: Recipe) -> Shape:
-    """The recipe's model sizes."""
+def latent_shape(recipe: Recipe) -> Shape:
+    """Sizes of the recipe's latent transformer."""
     model, channels = recipe.model, recipe.autoencoder.latent_channels
     return Shape(
         latent_size=recipe.latent_size,
         latent_channels=channels,
-        out_channels=2 * channels if recipe.diffusion.objective == "epsilon" else channels,
+        out_channels=2 * channels if recipe.diffusion.learned_variance else channels,
         num_classes=recipe.data.num_classes if model.conditional else None,
         patch_size=model.patch_size,
         hidden_size=model.hidden_size,
@@ -32,6 +39,35 @@ def model_shape(recipe: Recipe) -> Shape:
     )
 
 
+def image_shape(recipe: Recipe) -> ImageShape:
+    """Sizes of the recipe's image-space DiffiT."""
+    model = recipe.model
+    return ImageShape(mlp_ratio=model.mlp_ratio, **_image_sizes(recipe), **model.image.model_dump())
+
+
+def unet_shape(recipe: Recipe) -> UNetShape:
+    """Sizes of the recipe's U-Net."""
+    model = recipe.model
+    kind: Any = model.architecture
+    return UNetShape(kind=kind, **_image_sizes(recipe), **model.unet.model_dump())
+
+
+def _image_sizes(recipe: Recipe) -> dict[str, Any]:
+    """What all networks on pixels have."""
+    channels = recipe.autoencoder.latent_channels
+    return {
+        "resolution": recipe.data.resolution,
+        "image_channels": channels,
+        "out_channels": 2 * channels if recipe.diffusion.learned_variance else channels,
+        "num_classes": recipe.data.num_classes if recipe.model.conditional else None,
+        "augment_labels": AUGMENT_LABELS if recipe.train.augment else 0,
+    }
+
+
 def build_model(recipe: Recipe) -> Backbone:
     """The recipe's model, initialized from torch's current random state."""
-    return ARCHITECTURES[recipe.model.architecture](model_shape(recipe))
+    if recipe.model.architecture in UNET_ARCHITECTURES:
+        return UNet(unet_shape(recipe))
+    if recipe.model.on_pixels:
+        return ImageDiffiT(image_shape(recipe))
+    return LATENT[recipe.model.architecture](latent_shape(recipe))

@@ -5,8 +5,7 @@ All are counted on the model itself; a model on the meta device needs no memory.
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+import copy
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit_train.models.backbone import Backbone, trainable_parameters
-from diffit_train.models.build import ARCHITECTURES
-from diffit_train.models.latent import Shape
 from diffit_train.models.wrap import KEPT_OPERATIONS, use_kernel
 
 
@@ -40,11 +37,11 @@ def multiply_adds(model: Backbone) -> tuple[int, int]:
     return counter.get_total_flops() // 2, products // 2
 
 
-def _inputs(model: Backbone) -> tuple[Tensor, Tensor, Tensor]:
-    """A noisy input, noise level and label, on the model's device."""
+def _inputs(model: Backbone, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy inputs, noise levels and labels, on the model's device."""
     device = next(model.parameters()).device
-    zero = torch.zeros(1, dtype=torch.long, device=device)
-    return torch.zeros(1, *model.input_shape, device=device), zero, zero
+    zero = torch.zeros(batch, dtype=torch.long, device=device)
+    return torch.zeros(batch, *model.input_shape, device=device), zero, zero
 
 
 class _KeptBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -98,56 +95,68 @@ class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def kernel_launches(
-    shape: Shape, architecture: str, batch: int, dtype: torch.dtype
-) -> tuple[int, int]:
+def kernel_launches(model: Backbone, batch: int, dtype: torch.dtype) -> tuple[int, int]:
     """Kernels of a forward and backward pass in eager mode, and bytes that they move.
 
     Without the operands of matrix products and of attention, which is one kernel here.
+
+    Args:
+        model: on the meta device.
     """
-    totals = []
-    for depth in (1, 2):
-        with torch.device("meta"):
-            model = ARCHITECTURES[architecture](replace(shape, depth=depth)).to(dtype)
-            x = torch.empty(batch, *model.input_shape)
-            t = torch.zeros(batch, dtype=torch.long)
-        use_kernel(model, "chunked", torch.device("meta"))
-        with _Launches() as launched:
-            model(x, t, t).sum().backward()
-        totals.append((launched.count, launched.bytes))
-    (count, moved), (count2, moved2) = totals
-    more = shape.depth - 1
-    return count + more * (count2 - count), moved + more * (moved2 - moved)
+    model = _prepared(model, dtype)
+    with _Launches() as launched:
+        model(*_inputs(model, batch)).sum().backward()
+    return launched.count, launched.bytes
 
 
 def activation_bytes(
-    shape: Shape, architecture: str, batch: int, mode: str, every_nth: int, dtype: torch.dtype
+    model: Backbone, batch: int, mode: str, every_nth: int, dtype: torch.dtype
 ) -> int:
     """Peak bytes of activations, at the start of the backward pass.
 
     Args:
+        model: on the meta device.
         batch: images per rank.
         mode: as `train.activation_checkpointing`.
     """
-    with torch.device("meta"):
-        model = ARCHITECTURES[architecture](replace(shape, depth=1)).to(dtype)
+    model = _prepared(model, dtype)
+    inputs = _block_inputs(model, batch)
+    total = _saved_bytes(model, *_inputs(model, batch))
+    recomputed = 0
+    for number, (block, given) in enumerate(zip(model.blocks, inputs, strict=True)):
+        if mode == "none" or number % every_nth:
+            continue
+        whole = _saved_bytes(block, *given)
+        into = given[0].numel() * given[0].element_size()
+        kept = into
+        if mode == "selective":
+            with _KeptBytes() as counted:
+                block(*given)
+            kept += counted.total
+        total += kept - whole
+        recomputed = max(recomputed, whole)
+    return total + recomputed
+
+
+def _prepared(model: Backbone, dtype: torch.dtype) -> Backbone:
+    """A copy on the meta device with weights of `dtype`."""
+    model = copy.deepcopy(model).to(dtype)
     use_kernel(model, "chunked", torch.device("meta"))
-    block = model.blocks[0]
-    tokens = torch.empty(
-        batch, shape.side**2, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True
-    )
-    condition = torch.empty(
-        batch, shape.hidden_size, device="meta", dtype=dtype, requires_grad=True
-    )
-    into = tokens.numel() * tokens.element_size()
-    whole = _saved_bytes(block, tokens, condition)
-    with _KeptBytes() as kept:
-        block(tokens, condition)
-    saved = {"none": whole, "selective": kept.total + into, "blocks": into}[mode]
-    covered = 0 if mode == "none" else math.ceil(shape.depth / every_nth)
-    recomputed = whole if covered else 0
-    last = _saved_bytes(model.final_layer, tokens, condition)
-    return covered * saved + (shape.depth - covered) * whole + recomputed + last
+    return model
+
+
+def _block_inputs(model: Backbone, batch: int) -> list[tuple[Tensor, ...]]:
+    """What each block is called with, requiring gradients."""
+    seen: list[tuple[Tensor, ...]] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, given: seen.append(given))
+        for block in model.blocks
+    ]
+    with torch.no_grad():
+        model(*_inputs(model, batch))
+    for hook in hooks:
+        hook.remove()
+    return [tuple(v.detach().requires_grad_(v.is_floating_point()) for v in g) for g in seen]
 
 
 def training_flops_per_image(model: Backbone) -> float:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,20 @@ class LatentTransformer(Backbone):
     def input_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of noisy latents."""
         return self.shape.latent_channels, self.shape.latent_size, self.shape.latent_size
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The fields of `Shape`."""
+        return asdict(self.shape)
+
+    @property
+    def summary(self) -> str:
+        """Width, depth, heads and tokens."""
+        shape = self.shape
+        return (
+            f"width {shape.hidden_size}, depth {shape.depth}, {shape.num_heads} heads, "
+            f"{shape.side**2} tokens"
+        )
 
     @abstractmethod
     def make_block(self, shape: Shape) -> nn.Module:

@@ -99,12 +99,15 @@ class TimestepEmbedder(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """(B,) to (B, D)."""
+    def angles(self, t: Tensor) -> Tensor:
+        """(B,) to (B, features / 2)."""
         half = self.features // 2
         exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        frequency = torch.exp(-math.log(self.max_period) * exponent)
-        angle = t.float()[:, None] * frequency
+        return t.float()[:, None] * torch.exp(-math.log(self.max_period) * exponent)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) to (B, D)."""
+        angle = self.angles(t)
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
@@ -135,3 +138,45 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
         return self.fc2(self.act(self.fc1(x)))
+
+
+class TimedMlp(Mlp):
+    """An MLP whose hidden layer the time token is added to (paper, table 6, config G)."""
+
+    def __init__(self, hidden_size: int, ratio: float, time_size: int) -> None:
+        super().__init__(hidden_size, ratio)
+        self.temb = nn.Linear(time_size, int(hidden_size * ratio))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+        """Tokens (B, N, D) and time token (B, T) to (B, N, D)."""
+        return self.fc2(self.act(self.fc1(x) + self.temb(c)[:, None, :]))
+
+
+def keyed_dropout(x: Tensor, probability: float, seeds: Tensor, layer: int) -> Tensor:
+    """Dropout whose mask depends only on the image's seed, the layer and the element.
+
+    So it is the same for any batch, number of workers and recomputation of activations.
+
+    Args:
+        x: (B, ...).
+        seeds: (B,) int64, less than 2^31.
+        layer: number of the layer; layers drop independently.
+    """
+    count = x[0].numel()
+    start = _mixed(_mixed(seeds.to(torch.int32)) + layer)
+    element = torch.arange(count, dtype=torch.int32, device=x.device) * _int32(0x9E3779B1)
+    bits = _mixed(start[:, None] + element[None, :]) & 0x7FFFFFFF
+    kept = (bits >= int(probability * 2**31)).view(x.shape)
+    return x * kept / (1.0 - probability)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3 on int32, whose shifts keep the sign, which the masks remove."""
+    bits = (bits ^ (bits >> 16) & 0xFFFF) * _int32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13) & 0x7FFFF) * _int32(0xC2B2AE35)
+    return bits ^ (bits >> 16) & 0xFFFF
+
+
+def _int32(value: int) -> int:
+    """An unsigned 32-bit number as a signed one."""
+    return value - 2**32 if value >= 2**31 else value

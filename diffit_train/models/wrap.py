@@ -69,8 +69,8 @@ def checkpoint_activations(model: Backbone, mode: Checkpointing, every_nth: int 
         block.forward = functools.partial(_checkpointed, block.forward, options)
 
 
-def _checkpointed(forward: Any, options: dict[str, Any], x: Tensor, c: Tensor) -> Tensor:
-    return checkpoint(forward, x, c, **options)
+def _checkpointed(forward: Any, options: dict[str, Any], *inputs: Tensor) -> Tensor:
+    return checkpoint(forward, *inputs, **options)
 
 
 def compile_blocks(model: Backbone, dynamic: bool | None = None) -> None:

@@ -74,5 +74,8 @@ def _started(recipe: Recipe, start: Start, side: int | None) -> Recipe:
     return recipe.model_copy(update={"train": train, "model": model})
 
 
-def _side(recipe: Recipe) -> int:
+def _side(recipe: Recipe) -> int | None:
+    """Side of the grid that fixed positions span; None for a model without them."""
+    if recipe.model.on_pixels:
+        return None
     return recipe.latent_size // recipe.model.patch_size

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffit_train.config import Recipe
+from diffit_train.data.augment import augment, draw_augmentation, joined_augmentation
 from diffit_train.data.autoencoder import scaled_sample
 from diffit_train.data.loader import Batch, draw
 from diffit_train.data.shards import Manifest
 from diffit_train.diffusion.objective import Objective
+
+# Streams of a seed, after those of `data.loader`.
+_AUGMENT, _DROPOUT = 3, 4
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class TrainingBatch:
         t: noise levels, (n,).
         noise: same shape as `x0`.
         y: labels, (n,); the null class where dropped.
+        extras: what only some networks take, by name: labels of the augmentation (n, 9) and seeds
+            of dropout (n,).
     """
 
     source: Batch
@@ -31,6 +38,7 @@ class TrainingBatch:
     t: Tensor
     noise: Tensor
     y: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x0, t, noise, y)."""
@@ -54,7 +62,6 @@ class BatchBuilder:
         manifest, train = self.manifest, self.recipe.train
         count = len(batch.labels) // len(batch.lanes)
         shape = (manifest.channels, manifest.height, manifest.width)
-        timesteps = self.objective.draw_timesteps
         lanes = [
             draw(
                 train.seed,
@@ -63,7 +70,7 @@ class BatchBuilder:
                 count,
                 shape,
                 manifest.frames,
-                timesteps,
+                self.objective.draw,
                 train.label_dropout,
             )
             for lane in batch.lanes
@@ -76,7 +83,29 @@ class BatchBuilder:
         x0 = scaled_sample(moments, joined("posterior"), manifest.scale)
         labels = torch.from_numpy(batch.labels)
         y = torch.where(joined("drop"), self.recipe.data.num_classes, labels)
+        extras = {}
+        if train.augment:
+            drawn = [
+                draw_augmentation(
+                    _stream(train.seed, _AUGMENT, batch.step, lane), count, train.augment
+                )
+                for lane in batch.lanes
+            ]
+            what = joined_augmentation(drawn)
+            x0, extras["augment"] = augment(x0, what), torch.from_numpy(what.labels)
+        if self.recipe.model.dropout:
+            seeds = [
+                _stream(train.seed, _DROPOUT, batch.step, lane).integers(2**31, size=count)
+                for lane in batch.lanes
+            ]
+            extras["dropout_seeds"] = torch.from_numpy(np.concatenate(seeds))
         tensors = (x0, joined("t"), joined("noise"), y)
         if self.device.type == "cuda":
             tensors = tuple(v.pin_memory() for v in tensors)  # type: ignore[assignment]
-        return TrainingBatch(batch, *tensors)
+            extras = {name: v.pin_memory() for name, v in extras.items()}
+        return TrainingBatch(batch, *tensors, extras)
+
+
+def _stream(seed: int, use: int, step: int, lane: int) -> np.random.Generator:
+    """A stream beside those of `data.loader`."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, use, step, lane])))

@@ -114,11 +114,11 @@ class Engine:
                 master.copy_(exact[piece.slice.name].narrow(0, start, length))
         self.ema = ShardedEMA(masters, train.ema, train.batch_size)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, **extras: Tensor) -> Tensor:
         """The model's output in fp32, for noisy latents x in fp32, which are never rounded."""
         autocast = self.train.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            return cast(Tensor, self.engine(x, t, y)).float()
+            return cast(Tensor, self.engine(x, t, y, **extras)).float()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Accumulate a micro-batch's gradients; `micro_batches` of them make a step.

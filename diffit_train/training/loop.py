@@ -236,21 +236,23 @@ class Trainer:
             self.guard.bad_step(batch.source, decision.loss, decision.grad_norm)
 
     def _backward(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Accumulate gradients of this rank's samples; their losses and noise levels, (n,)."""
-        tensors = [v.to(self.device, non_blocking=True) for v in batch.tensors()]
+        """Accumulate gradients of this rank's samples; their losses and noise levels in [0, 1]."""
+        every = (*batch.tensors(), *batch.extras.values())
+        tensors = [v.to(self.device, non_blocking=True) for v in every]
         watch, losses, noise_levels = self.recorder.watch, [], []
         chunks = zip(*(v.tensor_split(self.micro_batches) for v in tensors), strict=True)
-        for number, (x0, t, noise, y) in enumerate(chunks):
+        for number, (x0, t, noise, y, *rest) in enumerate(chunks):
             weight = 1.0 / self.recipe.train.batch_size
             if not len(t):  # this rank has fewer samples than there are micro-batches
-                (x0, t, noise, y), weight = (v[:1] for v in tensors), 0.0
+                (x0, t, noise, y, *rest), weight = (v[:1] for v in tensors), 0.0
+            extras = dict(zip(batch.extras, rest, strict=True))
             with watch.phase("forward"):
                 noisy = self.objective.noisy(x0, t, noise)
-                output = self.engine.forward(noisy, t, y)
+                output = self.engine.forward(*self.objective.precondition(noisy, t), y, **extras)
                 loss = self.objective.loss(output, x0, t, noise)
             if weight:
                 losses.append(loss.detach())
-                noise_levels.append(t)
+                noise_levels.append(self.objective.level(t))
             with watch.phase("backward"):
                 last = number == self.micro_batches - 1
                 self.engine.backward(loss.sum() * weight, last)

@@ -90,7 +90,7 @@ class Recorder:
     ) -> None:
         self.recipe, self.url, self.hooks = recipe, url, hooks
         self.speed, self.device = speed, device
-        self.losses = LossMeter(recipe.diffusion.timesteps, self.device)
+        self.losses = LossMeter(self.device)
         self.watch = Stopwatch(self.device)
         self.log = TrainingLog(url, step)
         self._grad_norm = float("nan")
@@ -102,7 +102,7 @@ class Recorder:
                 self._outbox.put(record["step"], as_metrics(record))
 
     def add(self, losses: Tensor, noise_levels: Tensor, grad_norm: float) -> None:
-        """Add a taken step: its losses and noise levels on this rank, and the gradient norm."""
+        """Add a taken step: its losses, noise levels in [0, 1], and the gradient norm."""
         self._grad_norm = grad_norm
         self.losses.add(losses, noise_levels)
 

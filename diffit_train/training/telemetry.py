@@ -17,13 +17,13 @@ QUARTERS = 4
 
 
 class LossMeter:
-    """Mean loss over an interval of steps and all ranks, in total and by timestep quarter.
+    """Mean loss over an interval of steps and all ranks, in total and by quarter of noise levels.
 
-    Quarter 0 holds the least noisy timesteps. Sums are float64.
+    Quarter 0 holds the lowest noise levels. Sums are float64.
     """
 
-    def __init__(self, timesteps: int, device: torch.device) -> None:
-        self.timesteps, self.device = timesteps, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.reset()
 
     def reset(self) -> None:
@@ -31,9 +31,9 @@ class LossMeter:
         self.sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
-    def add(self, losses: Tensor, t: Tensor) -> None:
-        """Add the losses (B,) of images at timesteps t (B,)."""
-        quarter = (t * QUARTERS / self.timesteps).long()
+    def add(self, losses: Tensor, levels: Tensor) -> None:
+        """Add the losses (B,) of images at noise levels (B,) in [0, 1]."""
+        quarter = (levels * QUARTERS).long().clamp(max=QUARTERS - 1)
         rows = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         self.sums.index_add_(1, quarter, rows)
 

@@ -53,7 +53,7 @@ def _train(rank: int, world: int, batch: int, steps: int, stage: int) -> None:
         random = np.random.default_rng([step, rank])
         generator = torch.Generator().manual_seed(1000 * step + rank)
         x0, noise = (torch.randn(batch // world, 4, 32, 32, generator=generator) for _ in range(2))
-        t = torch.from_numpy(objective.draw_timesteps(random, batch // world))
+        t = torch.from_numpy(objective.draw(random, batch // world))
         start = time.perf_counter()
         output = engine.forward(objective.noisy(x0, t, noise), t, t)
         loss = objective.loss(output, x0, t, noise).mean()

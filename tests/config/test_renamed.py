@@ -58,6 +58,8 @@ def test_hashes_are_over_the_names_of_then() -> None:
         ("imagenet256", "5a64d30a985d351dc543b1cd892c1c4d1dad6bc867f8566c1665d6c264e3dbfa"),
         ("imagenet512", "ffebde71732fe312190d1e1da27b581dbce97eb6363940d296ce31ecb8d86077"),
         ("demo", "24854fffb34366ba50929776c698e3c46a6e7eb91739505505b3455fc1cd97c7"),
+        ("cifar10", "db68f79ea0a6246168b5f141db67893718ced56e0f349f1bc27b53c0cb48d5bd"),
+        ("ffhq64", "8fbb8ceda20ad9a77fa04a6fc2f4447ddd8843de92a247a35991f1fbe34caa4f"),
     ],
 )
 def test_packaged_recipes_hash_as_before_any_key_was_renamed(name: str, sha256: str) -> None:

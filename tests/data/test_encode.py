@@ -38,6 +38,8 @@ from diffit_train.data.encode_plan import (
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
+    Manifest,
+    as_float,
     finished_manifest,
     latents_url,
     load_manifest,
@@ -502,11 +504,28 @@ def test_pixels_can_be_the_latents(project: Path, tmp_path: Path) -> None:
     assert (manifest.posterior, manifest.channels, manifest.height) == (False, 3, 16)
     shard = read_shard(latents_url(recipe), manifest.shards[0])
     assert shard.moments.shape == (5, 1, 3, 16, 16)
+    assert shard.moments.dtype == np.uint8
+    assert verify(latents_url(recipe)).bad == {}
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
-    sampled = scaled_sample(torch.from_numpy(shard.moments[:, 0]), torch.randn(5, 3, 16, 16), 1.0)
+    floats = torch.from_numpy(as_float(shard.moments[:, 0]))
+    sampled = scaled_sample(floats, torch.randn(5, 3, 16, 16), 1.0)
+    assert manifest.mean == pytest.approx(_pixel_means(recipe, manifest), abs=1e-6)
     path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[shard.keys[2]]
     pixels = center_crop(decode(path.read_bytes()), 16)
     assert np.array_equal(autoencoder.decode(sampled)[2], pixels)
+
+
+def _pixel_means(recipe: Recipe, manifest: Manifest) -> list[float]:
+    shards = [read_shard(latents_url(recipe), entry).moments for entry in manifest.shards]
+    return (np.concatenate(shards).mean((0, 1, 3, 4)) / 127.5 - 1.0).tolist()
+
+
+def test_pixels_of_an_earlier_version_are_read() -> None:
+    """It stored them in float16."""
+    levels = np.arange(256, dtype=np.uint8)
+    former = (levels.astype(np.float32) / 127.5 - 1.0).astype(np.float16)
+    np.testing.assert_allclose(as_float(levels), as_float(former), atol=5e-4)
+    assert as_float(levels).dtype == as_float(former).dtype == np.float32
 
 
 @pytest.mark.slow

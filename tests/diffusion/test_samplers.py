@@ -20,7 +20,7 @@ from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.evaluate import Sampler
 from diffit_train.diffusion import samplers
 from diffit_train.diffusion.flow import flow_loss, interpolate, score
-from diffit_train.diffusion.objective import build_objective, visited_timesteps
+from diffit_train.diffusion.objective import build_objective, visited_levels
 from diffit_train.diffusion.schedule import evenly_spaced, linear_schedule, respace
 
 ADM = linear_schedule(1000, 1e-4, 0.02)
@@ -73,12 +73,16 @@ def _no_noise(step: int) -> Tensor:
 START = np.linspace(-1.8, 1.8, 13)
 
 
+def _times(steps: int) -> list[float]:
+    return np.linspace(1.0, 0.0, steps + 1).tolist()
+
+
 def _error(name: str, steps: int) -> float:
     """Largest error at the end, over starting points away from the boundary between modes."""
     x = torch.from_numpy(START).view(-1, 1, 1, 1)
     if name.startswith("flow"):
         exact = _quantiles(START, 0.0, 1.0)
-        out = getattr(samplers, name)(steps, _velocity, x, _no_noise)
+        out = getattr(samplers, name)(_times(steps), _velocity, x, _no_noise)
     else:
         bar = float(ADM.alpha_bar[-1])
         exact = _quantiles(START, math.sqrt(bar), math.sqrt(1 - bar))
@@ -111,7 +115,7 @@ def test_stochastic_samplers_reach_the_distribution(name: str) -> None:
         return torch.randn(3000, 1, 1, 1, generator=generator, dtype=torch.float64)
 
     if name == "flow_sde":
-        x = samplers.flow_sde(500, _velocity, fresh(0), fresh)
+        x = samplers.flow_sde([*np.linspace(1.0, 0.04, 500), 0.0], _velocity, fresh(0), fresh)
     elif name == "ddpm":
         x = samplers.ddpm(ADM, _noise_and_variance, fresh(0), fresh)
     else:
@@ -263,25 +267,25 @@ def test_flow_score() -> None:
 )
 def test_number_of_denoiser_calls(objective: str, name: str, steps: int, calls: int) -> None:
     diffusion = Diffusion(objective=objective)
-    visited = visited_timesteps(diffusion, Sampler(name=name, steps=steps))
+    visited = visited_levels(diffusion, Sampler(name=name, steps=steps))
     assert len(visited) == calls
-    assert visited[0] == (999 if objective == "epsilon" else 1000)
-    assert all(0 <= t <= 1000 for t in visited)
+    assert visited[0] == (0.999 if objective == "epsilon" else 1.0)
+    assert all(0 <= level <= 1 for level in visited)
 
 
 def test_ddim_visits_the_timesteps_of_the_wanted_spacing() -> None:
     sampler = Sampler(name="ddim", steps=50, spacing="ddim")
-    visited = visited_timesteps(Diffusion(), sampler)
-    assert visited == list(range(980, -1, -20))
-    even = visited_timesteps(Diffusion(), Sampler(name="ddim", steps=50))
-    assert (even[0], even[-1]) == (999, 0)
+    visited = visited_levels(Diffusion(), sampler)
+    assert visited == [t / 1000 for t in range(980, -1, -20)]
+    even = visited_levels(Diffusion(), Sampler(name="ddim", steps=50))
+    assert (even[0], even[-1]) == (0.999, 0)
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "flow"])
 def test_the_true_prediction_minimizes_the_objective(objective: str) -> None:
     made = build_objective(Diffusion(objective=objective))
     random = np.random.default_rng(0)
-    t = torch.from_numpy(made.draw_timesteps(random, 64))
+    t = torch.from_numpy(made.draw(random, 64))
     assert 0 <= t.min() < 200 < 800 < t.max() < 1000
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(64, 2, 2, 2, generator=generator) for _ in range(2))

@@ -163,6 +163,7 @@ def _transfers(generator: Generator) -> list[str]:
     [
         *[("epsilon", name) for name in SAMPLERS["epsilon"]],
         *[("flow", name) for name in SAMPLERS["flow"]],
+        *[("edm", name) for name in SAMPLERS["edm"]],
     ],
 )
 def test_sampling_neither_reads_from_the_device_nor_copies_to_it(

@@ -214,6 +214,12 @@ def _gaussian_prediction(diffusion: Diffusion, x: Tensor, t: float) -> Tensor:
         spread = (1 - time) ** 2 * variance + time**2
         noise = time / spread * (x - (1 - time) * mean)
         return noise - (mean + (1 - time) * variance / spread * (x - (1 - time) * mean))
+    if diffusion.objective == "edm":
+        data = diffusion.edm.sigma_data
+        total = t**2 + data**2
+        clean = mean + variance / (variance + t**2) * (x - mean)
+        # As a network does, in fp32.
+        return ((clean - data**2 / total * x) * math.sqrt(total) / (t * data)).float()
     schedule = linear_schedule(diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
     kept = torch.tensor(schedule.alpha_bar[int(t)], device=x.device, dtype=x.dtype)
     spread = kept * variance + 1 - kept

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.models.cost import activation_bytes
-from diffit_train.models.latent import Shape
+from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.planning import GPUS, Gpu, state_bytes
 
 GIB = 2**30
@@ -111,9 +111,11 @@ def largest_batch(shape: Shape, wanted: int, memory: int) -> int:
     In bf16 on one GPU, by what `diffit plan` counts; at least 1.
     """
     states = state_bytes(PARAMETERS, 2, 1, emas=1, bf16=True).total
+    with torch.device("meta"):
+        model = LatentDiffiT(shape)
     batch = wanted
     while batch > 1:
-        kept = activation_bytes(shape, "diffit", batch, "none", 1, torch.bfloat16)
+        kept = activation_bytes(model, batch, "none", 1, torch.bfloat16)
         if states + kept <= FILLED * memory:
             break
         batch //= 2

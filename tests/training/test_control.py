@@ -197,7 +197,7 @@ def _counts_reads(rank: int, world: int, stage: int, clip: float | None, precisi
                   hidden_size=8, depth=2, num_heads=2)  # fmt: skip
     train = Train(steps=9, batch_size=4, zero_stage=stage, grad_clip=clip, precision=precision)
     engine = Engine(LatentDiffiT(shape), train, rank, world, torch.device("cpu"), 2)
-    plane, meter = ControlPlane(train, Recorded()), LossMeter(1000, torch.device("cpu"))
+    plane, meter = ControlPlane(train, Recorded()), LossMeter(torch.device("cpu"))
     x, t, y = torch.randn(1, 2, 4, 4), torch.tensor([7]), torch.tensor([1])
 
     def step(number: int) -> bool:
@@ -213,7 +213,7 @@ def _counts_reads(rank: int, world: int, stage: int, clip: float | None, precisi
 
         taken = engine.step(number, accept)
         engine.update_ema(number)
-        meter.add(torch.cat(losses), t.repeat(2))
+        meter.add(torch.cat(losses), t.repeat(2) / 1000)
         return taken
 
     assert step(0)

@@ -1,0 +1,261 @@
+"""`diffit ablate`: a table of the paper, trained and evaluated row by row."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from diffit_train import storage
+from diffit_train.commands.data import fit_features
+from diffit_train.commands.options import (
+    Address,
+    CheckCluster,
+    ClusterPython,
+    Json,
+    Overrides,
+    Root,
+    RuntimeEnvOption,
+    print_result,
+)
+from diffit_train.commands.pipeline import run_pipeline
+from diffit_train.commands.sweep import FleetOptions
+from diffit_train.config import Recipe
+from diffit_train.config.ablations import (
+    ABLATIONS,
+    SCALES,
+    Ablation,
+    Row,
+    Scale,
+    find_ablation,
+    row_recipe,
+)
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.result import finished_result
+from diffit_train.metric_names import distance_name
+from diffit_train.progress import StatesTable, print_rows, say
+from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
+from diffit_train.ray_jobs.job import Job
+from diffit_train.ray_jobs.probe import on_checked_cluster
+from diffit_train.runs.identity import finished_step
+
+SEEN, NOT_SEEN, WITHIN = "seen", "not seen", "within the spread over seeds"
+
+
+def run_ablation(
+    ablation: Ablation,
+    scale: Scale,
+    seeds: int,
+    overrides: Sequence[str] = (),
+    root: str | None = None,
+    address: str | None = None,
+    fleet: FleetOptions | None = None,
+    run_one: Callable[[Recipe, str, str | None], float] | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate every row with every seed; finished runs are kept, killed ones resumed.
+
+    Args:
+        overrides: of every row's recipe.
+        fleet: first run every row as a Ray job; None to run them here, one after another.
+        run_one: from recipe, run and address to the distance; None for the whole pipeline.
+
+    Returns:
+        The rows with mean and spread, and whether the paper's order was seen.
+    """
+    members = [(row, seed) for seed in range(seeds) for row in ablation.rows]
+    # All rows are checked before anything runs.
+    recipes = [row_recipe(ablation, row, scale, seed, overrides, root) for row, seed in members]
+    runs = [
+        f"{ablation.name}-{scale}-{row.name if ablation.trains else 'run'}-seed{seed}"
+        for row, seed in members
+    ]
+    if fleet is not None:
+        run_as_jobs(list(zip(recipes, runs, strict=True)), ablation.trains, fleet)
+    found: dict[str, list[float]] = {row.name: [] for row in ablation.rows}
+    for number, ((row, seed), recipe, run) in enumerate(
+        zip(members, recipes, runs, strict=True), start=1
+    ):
+        say(f"{ablation.name}: run {number} of {len(members)}, {row.title}, seed {seed}")
+        found[row.name].append((run_one or _distance)(recipe, run, address))
+    result = {
+        "ablation": ablation.name,
+        "title": ablation.title,
+        "scale": scale,
+        "seeds": seeds,
+        "metric": _metric(recipes[0]),
+        "rows": [_summary(row, found[row.name]) for row in ablation.rows],
+        "order": paper_order(ablation, found),
+    }
+    folder = storage.join(recipes[0].storage.root, "ablations")
+    storage.write_json(storage.join(folder, f"{ablation.name}-{scale}.json"), result)
+    return result
+
+
+def run_as_jobs(members: list[tuple[Recipe, str]], parallel: bool, fleet: FleetOptions) -> None:
+    """Run pipelines as Ray jobs, several at a time, until each is done.
+
+    The first one runs alone, as all share its latents and reference.
+
+    Args:
+        members: recipe and run.
+        parallel: whether the runs are different ones.
+
+    Raises:
+        DiffitError: some failed for good; the others are kept.
+    """
+    if members[0][0].evaluate.features.kind == "classifier":
+        fit_features(members[0][0])
+    jobs = [Job("pipeline", recipe, run) for recipe, run in members]
+    waiting = [job for job in jobs if not _is_done(job)]
+    if not waiting:
+        return
+    checked = on_checked_cluster(
+        waiting[0], fleet.address, fleet.python, fleet.runtime_env, check=fleet.check
+    )
+    jobs = [replace(job, runtime_env=checked.runtime_env) for job in waiting]
+    batches = [jobs[:1], jobs[1:]] if parallel else [[job] for job in jobs]
+    failed: list[JobState] = []
+    with StatesTable("ablation") as table:
+
+        def show(states: list[JobState]) -> None:
+            table.show(
+                [{"run": s.job.run, "state": s.state, "job": s.submission_id} for s in states]
+            )
+
+        for batch in filter(None, batches):
+            plan = FleetPlan(
+                fleet.at_most, fleet.retries, _is_done, lambda: False, show, fleet.python
+            )
+            states = submit_fleet(batch, fleet.address, plan)
+            failed += [state for state in states if state.state != "done"]
+    if failed:
+        reasons = "; ".join(f"{state.job.run}: {state.reason}" for state in failed[:3])
+        raise DiffitError(
+            f"{len(failed)} of {len(members)} runs did not finish: {reasons}; rerun the same "
+            "command to retry them"
+        )
+
+
+def _is_done(job: Job) -> bool:
+    """Whether a run is trained to its last step and evaluated."""
+    step = finished_step(job.recipe, job.run)
+    return step is not None and finished_result(job.recipe, job.run, step) is not None
+
+
+def _distance(recipe: Recipe, run: str, address: str | None) -> float:
+    """The Frechet distance of a run, after every stage that is not finished."""
+    if recipe.evaluate.features.kind == "classifier":
+        fit_features(recipe)
+    (evaluated,) = run_pipeline(recipe, run, [], address)["evaluate"]
+    return float(evaluated["metrics"][_metric(recipe)])
+
+
+def _metric(recipe: Recipe) -> str:
+    features = recipe.evaluate.features
+    return distance_name("fd", features.name, features.published)
+
+
+def _summary(row: Row, values: list[float]) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "title": row.title,
+        "values": values,
+        "mean": statistics.fmean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "paper": row.fid,
+    }
+
+
+def paper_order(ablation: Ablation, found: dict[str, list[float]]) -> str:
+    """Whether the paper's order of the rows shows in the distances, for each seed's.
+
+    Neighbors in the paper's order are compared with the standard deviation of their difference:
+    the order is seen if all of them differ by more and in the paper's direction, and not seen if
+    one differs by more in the other direction.
+    """
+    order = ablation.order()
+    if len(order) < 2:
+        return "the paper gives no order"
+    if min(len(found[name]) for name in order) < 2:
+        return "not decided: one seed has no spread"
+    verdicts = []
+    for better, worse in itertools.pairwise(order):
+        difference = statistics.fmean(found[worse]) - statistics.fmean(found[better])
+        spread = math.hypot(statistics.stdev(found[worse]), statistics.stdev(found[better]))
+        verdicts.append(0 if abs(difference) <= spread else math.copysign(1, difference))
+    if min(verdicts) < 0:
+        return NOT_SEEN
+    return SEEN if min(verdicts) > 0 else WITHIN
+
+
+def print_ablation(result: dict[str, Any]) -> None:
+    """Print the table beside the paper's column."""
+    seeds = result["seeds"]
+    many = "seed" if seeds == 1 else "seeds"
+    title = f"{result['ablation']}: {result['title']}; scale {result['scale']}, {seeds} {many}"
+    print_rows(
+        title,
+        [
+            {
+                "row": row["name"],
+                "": row["title"],
+                result["metric"]: row["mean"],
+                "spread": "-" if row["spread"] is None else f"{row['spread']:.2g}",
+                "paper's FID": "-" if row["paper"] is None else f"{row['paper']:.2f}",
+            }
+            for row in result["rows"]
+        ],
+    )
+    say(f"the paper's order: {result['order']}")
+
+
+def ablate_command(
+    name: Annotated[str, typer.Argument(metavar="TABLE", help=f"One of: {', '.join(ABLATIONS)}.")],
+    overrides: Overrides = None,
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="tiny, small (both on the data set's own features) or full, the paper's."
+        ),
+    ] = "tiny",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 3,
+    root: Root = None,
+    address: Address = None,
+    jobs: Annotated[
+        str | None,
+        typer.Option("--fleet", help="Job server, e.g. http://head:8265: a Ray job for each run."),
+    ] = None,
+    at_most: Annotated[int, typer.Option(min=1, help="With --fleet: jobs at once.")] = 4,
+    retries: Annotated[int, typer.Option(min=0, help="With --fleet: retries of a job.")] = 2,
+    python: ClusterPython = None,
+    runtime_env: RuntimeEnvOption = "auto",
+    check: CheckCluster = True,
+    as_json: Json = False,
+) -> None:
+    """Train and evaluate the rows of a table of the paper, beside the paper's own column.
+
+    Rerun the same command to resume it.
+
+    Example: `diffit ablate table6 --scale tiny --seeds 3 --root my-project`
+    """
+    if scale not in SCALES:
+        raise UserError(f"--scale is {scale!r}, but must be one of: {', '.join(SCALES)}")
+    fleet = None
+    if jobs is not None:
+        fleet = FleetOptions(
+            jobs,
+            at_most=at_most,
+            retries=retries,
+            python=python,
+            runtime_env=runtime_env,
+            check=check,
+        )
+    ablation = find_ablation(name)
+    result = run_ablation(ablation, scale, seeds, overrides or (), root, address, fleet)
+    print_ablation(result)
+    print_result(result, as_json)

@@ -1,0 +1,100 @@
+"""CIFAR-10's own archive, binary version: `cifar-10-binary.tar.gz`, or its unpacked folder.
+
+A record is a byte with the label and 3,072 bytes of a 32x32 image: red, green, blue, row by row.
+The 50,000 training images are read; the Python version of the archive holds pickles, which are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import tarfile
+import threading
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from diffit_train import storage
+from diffit_train.errors import UserError
+
+SIDE, RECORD = 32, 1 + 3 * 32 * 32
+BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+CLASS_NAMES = "batches.meta.txt"
+
+
+def is_archive(url: str) -> bool:
+    """Whether a source looks like it: a .tar.gz, or a folder with the first batch."""
+    if storage.is_folder(url):
+        return bool({BATCHES[0], "data_batch_1"} & set(storage.list_names(url)))
+    return url.endswith((".tar.gz", ".tgz"))
+
+
+# So that threads do not all read the archive at once.
+_reading = threading.Lock()
+
+
+# One archive of 180 MB; the images of a shard lie all over it.
+@functools.lru_cache(maxsize=1)
+def _files(url: str) -> dict[str, bytes]:
+    """The files of the archive that are read, by name.
+
+    Raises:
+        UserError: it is not the binary version, or damaged.
+    """
+    wanted = (*BATCHES, CLASS_NAMES)
+    if storage.is_folder(url):
+        names = storage.list_names(url)
+        found = {n: storage.read_bytes(storage.join(url, n)) for n in names if n in wanted}
+    else:
+        names, found = [], {}
+        try:
+            with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(url)), mode="r:*") as tar:
+                for member in tar:
+                    name = PurePosixPath(member.name).name
+                    names.append(name)
+                    content = tar.extractfile(member) if name in wanted else None
+                    if content is not None:
+                        found[name] = content.read()
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise UserError(f"{url} is not a complete tar ({error}); download it again") from error
+    if "data_batch_1" in names:
+        raise UserError(
+            f"{url} is the Python version of CIFAR-10, whose pickles could run code; download "
+            "cifar-10-binary.tar.gz instead"
+        )
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise UserError(
+            f"{url} lacks {missing[0]}; it must be cifar-10-binary.tar.gz, or its unpacked folder"
+        )
+    for name in BATCHES:
+        if not found[name] or len(found[name]) % RECORD:
+            raise UserError(
+                f"{name} in {url} has {len(found[name]):,} bytes, not a multiple of {RECORD:,}; "
+                "download it again"
+            )
+    return found
+
+
+def list_records(url: str) -> tuple[list[str], list[tuple[str, int, int]]]:
+    """Class names, and file, row and label of every training image, in order."""
+    files = _files(url)
+    classes = files[CLASS_NAMES].decode("ascii", "replace").split()
+    rows = []
+    for name in BATCHES:
+        labels = np.frombuffer(files[name], np.uint8).reshape(-1, RECORD)[:, 0]
+        rows += [(name, row, label) for row, label in enumerate(labels.tolist())]
+    return classes, rows
+
+
+def read_image(url: str, location: tuple[str, int, int]) -> bytes:
+    """An image in the PPM format, which decoders know.
+
+    Args:
+        location: file and row; the rest is not used.
+    """
+    file, row, _ = location
+    with _reading:
+        planes = np.frombuffer(_files(url)[file], np.uint8, RECORD - 1, row * RECORD + 1)
+    pixels = planes.reshape(3, SIDE, SIDE).transpose(1, 2, 0)
+    return f"P6 {SIDE} {SIDE} 255\n".encode() + pixels.tobytes()

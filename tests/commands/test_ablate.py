@@ -1,0 +1,134 @@
+"""Ablations: recipes of every row, and what is concluded from the distances."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffit_train.commands import ablate
+from diffit_train.commands.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation
+from diffit_train.commands.sweep import FleetOptions
+from diffit_train.config import Recipe
+from diffit_train.config.ablations import ABLATIONS, SCALES, find_ablation, row_recipe
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.models.build import build_model
+from diffit_train.ray_jobs.fleet import FleetPlan, JobState
+from diffit_train.ray_jobs.job import Job
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_row_is_a_recipe_of_its_own(name: str) -> None:
+    ablation = ABLATIONS[name]
+    for scale in SCALES:
+        recipes = [row_recipe(ablation, row, scale, 1) for row in ablation.rows]
+        hashes = {r.train_hash() for r in recipes}
+        assert len(hashes) == (len(recipes) if ablation.trains else 1)
+        keys = {json.dumps(r.evaluate_identity(), sort_keys=True) for r in recipes}
+        assert len(keys) == (1 if ablation.trains else len(recipes))
+        assert {r.train.seed for r in recipes} == {1}
+        assert len({r.encode_hash() for r in recipes}) == 1
+        if scale == "tiny":
+            with torch.device("meta"):
+                for recipe in recipes:
+                    build_model(recipe)
+
+
+def test_the_papers_best_row_is_the_recipe_itself() -> None:
+    for name in ("table3", "table4", "table6", "table7", "table8"):
+        ablation = ABLATIONS[name]
+        best = next(row for row in ablation.rows if row.name == ablation.order()[0])
+        assert best.fid == 1.95
+        assert not best.overrides
+    assert ABLATIONS["table4"].order() == ["E", "D", "C", "B", "A"]
+    assert ABLATIONS["figure8"].order() == ["8", "4", "2"]
+    assert ABLATIONS["figure7b"].order() == ["tmsa", "modulation"]
+
+
+def test_dimensions_of_table_3() -> None:
+    ablation = ABLATIONS["table3"]
+    sizes = [row_recipe(ablation, row, "full", 0).model.image for row in ablation.rows]
+    assert [(s.time_size, s.channels) for s in sizes] == [
+        (512, (128, 512, 512)),
+        (256, (128, 256, 256)),
+        (512, (128, 256, 256)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("f", "g", "h", "verdict"),
+    [
+        ([4.0, 4.1], [3.0, 3.1], [2.0, 2.1], SEEN),
+        ([3.0, 3.1], [4.0, 4.1], [2.0, 2.1], NOT_SEEN),
+        ([4.0, 4.1], [3.0, 3.9], [3.3, 3.4], WITHIN),
+        ([4.0], [3.0], [2.0], "not decided: one seed has no spread"),
+    ],
+)
+def test_the_order_is_judged_against_the_spread(
+    f: list[float], g: list[float], h: list[float], verdict: str
+) -> None:
+    assert paper_order(ABLATIONS["table6"], {"F": f, "G": g, "H": h}) == verdict
+
+
+def test_an_interrupted_ablation_goes_on(tmp_path: Path) -> None:
+    """Every run is asked for again; finished ones answer at once."""
+    asked: list[str] = []
+
+    def run_one(recipe: Recipe, run: str, address: str | None) -> float:
+        asked.append(run)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"bias": 4.0, "mlp": 3.0, "tmsa": 2.0}[recipe.model.image.time] + recipe.train.seed
+
+    table, root = ABLATIONS["table6"], str(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_ablation(table, "tiny", 2, root=root, run_one=run_one)
+    assert not (tmp_path / "ablations").exists()
+    asked.append("killed")
+    result = run_ablation(table, "tiny", 2, root=root, run_one=run_one)
+    names = [f"table6-tiny-{row}-seed{seed}" for seed in (0, 1) for row in "FGH"]
+    assert asked[-6:] == names
+    assert [row["mean"] for row in result["rows"]] == [4.5, 3.5, 2.5]
+    assert (result["metric"], result["order"]) == ("fd_cifar10", WITHIN)
+    stored = json.loads((tmp_path / "ablations" / "table6-tiny.json").read_text())
+    assert stored == result
+
+
+def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its latents and reference are everyone's; failures are named, and the rest is kept."""
+    sent: list[tuple[list[str], int]] = []
+
+    def submit(jobs: list[Job], address: str, plan: FleetPlan) -> list[JobState]:
+        sent.append(([job.run for job in jobs], plan.at_most))
+        assert {job.stage for job in jobs} == {"pipeline"}
+        return [
+            JobState(job, "failed", reason="killed")
+            if "G-seed1" in job.run
+            else JobState(job, "done")
+            for job in jobs
+        ]
+
+    monkeypatch.setattr(ablate, "submit_fleet", submit)
+    monkeypatch.setattr(ablate, "on_checked_cluster", lambda job, *_, **__: job)
+    monkeypatch.setattr(ablate, "fit_features", lambda recipe: None)
+    fleet = FleetOptions("http://head:8265", at_most=3)
+    with pytest.raises(
+        DiffitError, match="1 of 6 runs did not finish: table6-tiny-G-seed1: killed"
+    ):
+        run_ablation(ABLATIONS["table6"], "tiny", 2, root=str(tmp_path), fleet=fleet)
+    assert sent[0] == (["table6-tiny-F-seed0"], 3)
+    assert len(sent[1][0]) == 5
+    # The rows of a figure that trains only once share a run, so they follow each other.
+    sent.clear()
+    figure, root = ABLATIONS["figure7a"], str(tmp_path)
+    run_ablation(figure, "tiny", 1, root=root, fleet=fleet, run_one=lambda *_: 1.0)
+    assert [runs for runs, _ in sent] == [["figure7a-tiny-run-seed0"]] * 4
+
+
+def test_bad_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ablation 'table1' does not exist; known: table3"):
+        find_ablation("table1")
+    with pytest.raises(UserError, match=r"window is 3, but must divide"):
+        run_ablation(ABLATIONS["table6"], "tiny", 1, ["model.image.window=3"], str(tmp_path))
