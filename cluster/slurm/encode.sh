@@ -244,11 +244,45 @@ model:
   position_side: null
   label_init_std: 0.02
   attention: auto
+  image:
+    channels:
+    - 128
+    - 256
+    - 256
+    blocks:
+    - 4
+    - 4
+    - 4
+    window: 4
+    head_size: 32
+    time_size: 512
+    dropout: 0.0
+    resample: convolution
+    time: tmsa
+    time_embedding: positional
+    encoder: diffit
+    decoder: diffit
+  unet:
+    channels: 128
+    multipliers:
+    - 2
+    - 2
+    - 2
+    blocks: 4
+    attention_resolutions:
+    - 16
+    attention: plain
+    dropout: 0.0
 diffusion:
   objective: epsilon
   timesteps: 1000
   beta_start: 0.0001
   beta_end: 0.02
+  edm:
+    variant: edm
+    p_mean: -1.2
+    p_std: 1.2
+    sigma_data: 0.5
 train:
   steps: 7000000
   batch_size: 256
@@ -262,6 +296,7 @@ train:
   lr_decay_start: 70000
   grad_clip: null
   label_dropout: 0.1
+  augment: 0.0
   start: null
   ema:
     ema:
@@ -308,6 +343,15 @@ evaluate:
     diffusion: 2sigma
     last_step: mean
     last_step_size: 0.04
+    edm:
+      levels: edm
+      sigma_min: 0.002
+      sigma_max: 80.0
+      rho: 7.0
+      churn: 0.0
+      churn_min: 0.0
+      churn_max: null
+      churn_noise: 1.0
   guidance:
     kind: power_cosine
     scale: 4.4
