@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from diffit_train.config import Recipe, load_recipe
+from diffit_train.config import Recipe, dump_recipe, load_recipe
 from diffit_train.config.load import load_recipe_text
 from diffit_train.errors import UserError
 from diffit_train.provision.slurm import END_OF_RECIPE, Site, Size, size_of, slurm_script
@@ -293,7 +293,8 @@ def test_what_follows_what(
     assert all(line in text for line in said), text
     assert never not in text
     if "JOINED" not in variables:
-        assert "diffit train 1" in text
+        lines = len(dump_recipe(_recipe()).splitlines())
+        assert f"diffit train {lines} --run imagenet256" in text
         assert [path for path in shared.rglob("*") if path.is_file()] == []
     token = shared / "slurm-77" / "token"
     assert not token.exists()

@@ -389,6 +389,7 @@ def test_a_run_resumes_from_deepspeeds_own_checkpoint(encoded: Path, tmp_path: P
     assert not (encoded / "runs" / "wider").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole: Path) -> None:
     changes = ["data.name=large", "data.resolution=32", *STEPS]
     large = tiny_recipe(encoded, *changes)

@@ -16,6 +16,7 @@ from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 
 
+@pytest.mark.slow
 def test_checkpoints_are_evaluated_during_training(
     encoded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
