@@ -78,13 +78,15 @@ def _steps(root: Path) -> list[int]:
 
 def _resumed(root: Path) -> list[int]:
     """Where each attempt began."""
-    found = re.findall(r"^training from step ([\d,]+) on 2 workers", _log(root), re.MULTILINE)
+    found = re.findall(
+        r"^(?:Training|Resuming) from step ([\d,]+) on 2 workers", _log(root), re.MULTILINE
+    )
     return [int(step.replace(",", "")) for step in found]
 
 
 def _saved(root: Path) -> list[int]:
     """Where each attempt was stopped."""
-    found = re.findall(r"^stopped at step ([\d,]+), which is saved", _log(root), re.MULTILINE)
+    found = re.findall(r"^Stopped at step ([\d,]+)", _log(root), re.MULTILINE)
     return [int(step.replace(",", "")) for step in found]
 
 
