@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.presets import PRESETS
+from diffit_train.config.presets import PEERS, PRESETS
 from diffit_train.config.train import BUCKET_ELEMENTS, Train
 from diffit_train.data.loader import READERS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
@@ -275,13 +275,46 @@ def compare(
 ) -> dict[str, Any]:
     """The plan of the same recipe with another model: `model.preset`.
 
+    Returns:
+        As `plan`; of a model that cannot be trained here, parameters and multiply-adds only.
+
     Raises:
-        UserError: there is no such preset.
+        UserError: there is no such preset, or the recipe is not on latents.
     """
-    if preset not in PRESETS:
-        raise UserError(f"--compare is {preset!r}, but must be one of: {', '.join(PRESETS)}")
+    if preset not in (*PRESETS, *PEERS):
+        known = ", ".join([*PRESETS, *PEERS])
+        raise UserError(f"--compare is {preset!r}, but must be one of: {known}")
+    if recipe.model.on_pixels:
+        raise UserError(
+            f"--compare is {preset!r}, a model on latents, but recipe {recipe.name!r} trains "
+            f"{recipe.model.architecture} on pixels"
+        )
+    if preset in PEERS:
+        return _peer_counts(recipe, preset)
     model = recipe.model.model_copy(update={**PRESETS[preset], "preset": preset})
     return plan(recipe.model_copy(update={"model": model}), machine, emas)
+
+
+def _peer_counts(recipe: Recipe, preset: str) -> dict[str, Any]:
+    """Parameters and multiply-adds of a peer, which has DiT's sizes."""
+    import torch
+
+    from diffit_train.models.backbone import trainable_parameters
+    from diffit_train.models.build import latent_shape
+    from diffit_train.models.cost import multiply_adds, parameters_by_part
+    from diffit_train.models.dit import MDT
+
+    sized = recipe.model.model_copy(update=PRESETS[preset.replace("mdt", "dit")])
+    with torch.device("meta"):
+        model = MDT(latent_shape(recipe.model_copy(update={"model": sized})))
+    forward, products = multiply_adds(model)
+    return {
+        "parameters": {"total": trainable_parameters(model), **parameters_by_part(model)},
+        "multiply_adds": {
+            "forward": forward,
+            "forward_without_attention_products": forward - products,
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -483,23 +516,12 @@ def _autoencoder_work(recipe: Recipe, per_pixel: int) -> int | None:
     return per_pixel * recipe.data.resolution**2
 
 
-def _nfe(recipe: Recipe) -> float:
-    """Network evaluations for one image, with those that guidance leaves out."""
-    from diffit_train.diffusion.guidance import build_weight, saved_share
-    from diffit_train.diffusion.objective import visited_levels
-
-    guidance = recipe.evaluate.guidance
-    visited = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
-    if not recipe.model.conditional:
-        return float(len(visited))
-    weight = build_weight(guidance)
-    return 2.0 * len(visited) * (1.0 - saved_share(weight, visited, guidance.skip_within))
-
-
 def _stages(
     recipe: Recipe, machine: Machine, forward: int, time: dict[str, Any], images: int | None
 ) -> list[dict[str, Any]]:
     """Hours, GPU-hours and cost of each stage of the project; None where the size is unknown."""
+    from diffit_train.diffusion.objective import nfe_per_image
+
     gpu, scaling, train = GPUS[machine.gpu], recipe.scaling, recipe.train
     bf16 = 1e12 * gpu.tflops_bf16
     tf32, fp32 = bf16 / 2, 1e12 * gpu.tflops_fp32
@@ -526,7 +548,7 @@ def _stages(
     evaluate_s = None
     if decode is not None:
         inception = INCEPTION_MULTIPLY_ADDS if recipe.evaluate.features.kind == "inception" else 0
-        model = 2 * forward * _nfe(recipe) / products
+        model = 2 * forward * nfe_per_image(recipe) / products
         rest = 2 * (decode / convolutions + inception / fp32)
         evaluate_s = [
             model / e + rest / c

@@ -17,6 +17,7 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
+from diffit_train.config.presets import PAPER_COSTS
 from diffit_train.planning import GPUS_PER_NODE, NODE_LINK_GB_PER_S, Machine, plan
 
 
@@ -135,32 +136,50 @@ STEP_PARTS = {
 }
 
 
-def print_comparison(mine: dict[str, Any], other: dict[str, Any], preset: str) -> None:
-    """Print two plans side by side."""
+def print_comparison(mine: dict[str, Any], others: dict[str, dict[str, Any]]) -> None:
+    """Print plans side by side, with the paper's figures where it has them.
+
+    Args:
+        others: by the name of the preset.
+    """
     from rich.console import Console
     from rich.table import Table
 
     console, stage = Console(width=110), str(mine["zero_stage"])
-    console.print(f"{mine['recipe']} and the same recipe with model.preset={preset}")
-    shown = Table("", mine["recipe"], preset)
+    names = ", ".join(others)
+    console.print(f"{mine['recipe']} and the same recipe with model.preset={names}")
+    shown = Table("", mine["recipe"], *others)
     for column in shown.columns[1:]:
         column.justify = "right"
-    cells = []
-    for each in (mine, other):
-        memory, time = each["memory"]["zero_stage"][stage], each["time"]
-        cells.append(
-            {
-                "parameters": f"{each['parameters']['total']:,}",
-                "multiply-adds per image": quantity(each["multiply_adds"]["forward"]),
-                f"GiB per GPU, ZeRO {stage}": f"{memory['total'] / storage.GIB:,.2f}",
-                "seconds per step": between(time["step_s"]),
-                "images/s": between(time["images_per_s"]),
-                "GPU-hours of training": between(time["gpu_hours"]),
-            }
-        )
-    for title, value in cells[0].items():
-        shown.add_row(title, value, cells[1][title])
+    columns = [_comparison(mine, stage, None)]
+    columns += [_comparison(other, stage, PAPER_COSTS.get(name)) for name, other in others.items()]
+    for title in columns[0]:
+        cells = [column[title] for column in columns]
+        if any(cell != "-" for cell in cells):
+            shown.add_row(title, *cells)
     console.print(shown)
+
+
+def _comparison(
+    planned: dict[str, Any], stage: str, paper: tuple[float, float, float] | None
+) -> dict[str, str]:
+    """A column of the comparison; a peer that cannot be trained here has counts only."""
+    forward, total = planned["multiply_adds"]["forward"], planned["parameters"]["total"]
+    cells = {"parameters": f"{total:,}", "multiply-adds per image": quantity(forward)}
+    time, memory = planned.get("time"), planned.get("memory")
+    resident = f"{memory['zero_stage'][stage]['total'] / storage.GIB:,.2f}" if memory else "-"
+    cells[f"GiB per GPU, ZeRO {stage}"] = resident
+    for title, key in (
+        ("seconds per step", "step_s"),
+        ("images/s", "images_per_s"),
+        ("GPU-hours of training", "gpu_hours"),
+    ):
+        cells[title] = between(time[key]) if time else "-"
+    parameters, flops, fid = paper or (None, None, None)
+    cells["paper: parameters, M"] = "-" if parameters is None else f"{parameters:g}"
+    cells["paper: GFLOPs at 256x256"] = "-" if flops is None else f"{flops:g}"
+    cells["paper: FID at 256x256"] = "-" if fid is None else f"{fid:.2f}"
+    return cells
 
 
 def plan_command(
@@ -185,7 +204,8 @@ def plan_command(
     ] = NODE_LINK_GB_PER_S,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = GPUS_PER_NODE,
     compare: Annotated[
-        str | None, typer.Option(help="A model preset to compare with, such as dit_xl.")
+        list[str] | None,
+        typer.Option(help="A model preset to compare with, such as dit_xl; may be repeated."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -196,10 +216,10 @@ def plan_command(
     recipe = read_recipe(name, overrides, root)
     machine = Machine(gpu, mfu, price, link, node_link, gpus_per_node)
     result = plan(recipe, machine, emas)
-    other = None if compare is None else planning.compare(recipe, compare, machine, emas)
+    others = {each: planning.compare(recipe, each, machine, emas) for each in compare or ()}
     if as_json:
-        print_result(result if other is None else {**result, "compared": other}, as_json)
+        print_result({**result, "compared": others} if others else result, as_json)
         return
     print_plan(result)
-    if other is not None and compare is not None:
-        print_comparison(result, other, compare)
+    if others:
+        print_comparison(result, others)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.evaluate import Sampler
+from diffit_train.config.recipe import Recipe
 from diffit_train.diffusion import flow, gaussian, samplers
 from diffit_train.diffusion.edm import build_edm
-from diffit_train.diffusion.guidance import Denoiser
+from diffit_train.diffusion.guidance import Denoiser, build_weight, saved_share
 from diffit_train.diffusion.schedule import (
     Schedule,
     ddim_spaced,
@@ -185,3 +186,13 @@ def visited_levels(diffusion: Diffusion, sampler: Sampler) -> list[float]:
     x = torch.zeros(1, 1, 1, 1)
     objective.sample(sampler, denoise, x, lambda _: x)
     return visited
+
+
+def nfe_per_image(recipe: Recipe) -> float:
+    """NFE per image, including those for guidance."""
+    guidance = recipe.evaluate.guidance
+    visited = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
+    if not recipe.model.conditional:
+        return float(len(visited))
+    share = saved_share(build_weight(guidance), visited, guidance.skip_within)
+    return 2.0 * len(visited) * (1.0 - share)

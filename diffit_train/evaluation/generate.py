@@ -126,16 +126,6 @@ def guidance_saving(recipe: Recipe) -> str:
     )
 
 
-def nfe_per_image(recipe: Recipe) -> float:
-    """NFE per image, including those for guidance."""
-    guidance = recipe.evaluate.guidance
-    visited = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
-    if not recipe.model.conditional:
-        return float(len(visited))
-    share = saved_share(build_weight(guidance), visited, guidance.skip_within)
-    return 2.0 * len(visited) * (1.0 - share)
-
-
 def fill_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load weights into a model, strictly: every learned tensor, and nothing else.
 

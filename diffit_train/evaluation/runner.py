@@ -15,12 +15,13 @@ from typing import Any, Literal, Self
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
+from diffit_train.diffusion.objective import nfe_per_image
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.actors import EvaluationTarget
 from diffit_train.evaluation.chunks import LABELS, Layout, Range
 from diffit_train.evaluation.features import features_digest
-from diffit_train.evaluation.generate import class_names, guidance_saving, nfe_per_image
+from diffit_train.evaluation.generate import class_names, guidance_saving
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.pool import EvaluationPool, Generation, Usage
 from diffit_train.evaluation.references import FoundReference, Reference

@@ -107,7 +107,7 @@ class Untimed(TMSA):
     def make_time_layer(self, hidden_size: int, condition_size: int) -> None:
         """None."""
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """As TMSA; c is not used."""
         return self.proj(self.attend(self.qkv(x), self.kernel))
 

@@ -29,12 +29,13 @@ import torch
 from diffit_train import ray_session
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
+from diffit_train.diffusion.objective import nfe_per_image
 from diffit_train.evaluation import chunks, references, runner
 from diffit_train.evaluation import pool as pools
 from diffit_train.evaluation.actors import ChunkTask, EvaluationActor, EvaluationTarget
 from diffit_train.evaluation.chunks import FEATURES, LOGITS, PREDICTIONS, SPATIAL, Layout
 from diffit_train.evaluation.feature_networks import load_features
-from diffit_train.evaluation.generate import Generator, nfe_per_image, run_weights
+from diffit_train.evaluation.generate import Generator, run_weights
 from diffit_train.evaluation.pool import ActorPool, EvaluationPool, Generation
 from diffit_train.evaluation.references import FoundReference, Reference, Statistics
 from diffit_train.evaluation.scores import MetricSuite

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffit_train.commands.plan import between, print_plan, quantity
+from diffit_train.commands.plan import between, print_comparison, print_plan, quantity
 from diffit_train.config import load_recipe
+from diffit_train.config.presets import PAPER_COSTS
 from diffit_train.config.train import Train
 from diffit_train.data.autoencoder_memory import CPU_BUDGET
 from diffit_train.data.loader import READERS, SampleOrder
@@ -159,6 +160,24 @@ def test_another_preset_is_compared() -> None:
     assert other["parameters"]["total"] == 674_834_720
     with pytest.raises(UserError, match=r"--compare is 'dit_9', but must be one of: diffit_s"):
         compare(recipe, "dit_9", H100)
+    with pytest.raises(UserError, match=r"'dit_xl', a model on latents, but recipe 'cifar10'"):
+        compare(load_recipe("cifar10"), "dit_xl", H100)
+
+
+def test_the_papers_table_9(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe("imagenet256")
+    others = {name: compare(recipe, name, H100) for name in PAPER_COSTS}
+    for name, (parameters, gflops, _) in PAPER_COSTS.items():
+        counted = others[name]
+        assert counted["parameters"]["total"] / 1e6 == pytest.approx(parameters, abs=0.5)
+        # The paper counts MDT with its block for masked tokens, and DiffiT without products.
+        tolerance = {"mdt_xl": 2.5, "diffit_xl": 4.6}.get(name, 0.5)
+        assert counted["multiply_adds"]["forward"] / 1e9 == pytest.approx(gflops, abs=tolerance)
+    print_comparison(plan(recipe, H100), others)
+    lines = [line.split("\u2502") for line in capsys.readouterr().out.splitlines()]
+    shown = {cells[1].strip(): [cell.strip() for cell in cells[3:-1]] for cells in lines[4:-1]}
+    assert shown["paper: FID at 256x256"] == ["2.27", "2.06", "1.79", "1.73"]
+    assert shown["images/s"][2] == "-" != shown["images/s"][1]  # MDT is not trained here
 
 
 def test_recomputing_blocks_costs_a_forward_pass_but_no_mfu() -> None:

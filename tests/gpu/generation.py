@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import LoadedAutoencoder
-from diffit_train.evaluation.generate import Generator, nfe_per_image
+from diffit_train.diffusion.objective import nfe_per_image
+from diffit_train.evaluation.generate import Generator
 from diffit_train.evaluation.inception import Inception
 from diffit_train.models.build import build_model
 from diffit_train.models.cost import training_flops_per_image
