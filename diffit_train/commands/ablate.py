@@ -25,6 +25,7 @@ from diffit_train.commands.options import (
 )
 from diffit_train.commands.pipeline import run_pipeline
 from diffit_train.commands.sweep import FleetOptions
+from diffit_train.compare.ablation import draw_ablation
 from diffit_train.config import Recipe
 from diffit_train.config.ablations import (
     ABLATIONS,
@@ -70,10 +71,7 @@ def run_ablation(
     members = [(row, seed) for seed in range(seeds) for row in ablation.rows]
     # All rows are checked before anything runs.
     recipes = [row_recipe(ablation, row, scale, seed, overrides, root) for row, seed in members]
-    runs = [
-        f"{ablation.name}-{scale}-{row.name if ablation.trains else 'run'}-seed{seed}"
-        for row, seed in members
-    ]
+    runs = [run_name(ablation, row, scale, seed) for row, seed in members]
     if fleet is not None:
         run_as_jobs(list(zip(recipes, runs, strict=True)), ablation.trains, fleet)
     found: dict[str, list[float]] = {row.name: [] for row in ablation.rows}
@@ -93,7 +91,19 @@ def run_ablation(
     }
     folder = storage.join(recipes[0].storage.root, "ablations")
     storage.write_json(storage.join(folder, f"{ablation.name}-{scale}.json"), result)
+    picture = storage.join(folder, f"{ablation.name}-{scale}.png")
+    with storage.atomic_file(picture) as path, path.open("wb") as file:
+        draw_ablation(result, file)
+    say(f"wrote {storage.display_path(picture)}")
     return result
+
+
+def run_name(ablation: Ablation, row: Row, scale: Scale, seed: int) -> str:
+    """The run of a row; the unchanged recipe has one run for all tables."""
+    if not row.changes:
+        return f"{ablation.recipe}-{scale}-seed{seed}"
+    name = row.name if ablation.trains else "run"
+    return f"{ablation.name}-{scale}-{name}-seed{seed}"
 
 
 def run_as_jobs(members: list[tuple[Recipe, str]], parallel: bool, fleet: FleetOptions) -> None:

@@ -35,6 +35,11 @@ class Row:
     width: float = 1.0
     time: float = 1.0
 
+    @property
+    def changes(self) -> bool:
+        """Whether it differs from the recipe as it is."""
+        return bool(self.overrides) or (self.width, self.time) != (1.0, 1.0)
+
 
 @dataclass(frozen=True)
 class Ablation:

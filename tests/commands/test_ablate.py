@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffit_train.commands import ablate
-from diffit_train.commands.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation
+from diffit_train.commands.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation, run_name
 from diffit_train.commands.sweep import FleetOptions
 from diffit_train.config import Recipe
 from diffit_train.config.ablations import ABLATIONS, SCALES, find_ablation, row_recipe
@@ -45,6 +46,25 @@ def test_the_papers_best_row_is_the_recipe_itself() -> None:
     assert ABLATIONS["table4"].order() == ["E", "D", "C", "B", "A"]
     assert ABLATIONS["figure8"].order() == ["8", "4", "2"]
     assert ABLATIONS["figure7b"].order() == ["tmsa", "modulation"]
+
+
+def test_tables_share_the_runs_of_the_recipe_itself() -> None:
+    tables = ("table3", "table4", "table6", "table7", "table8", "figure8")
+    names = {
+        run_name(ABLATIONS[table], row, "tiny", 2)
+        for table in tables
+        for row in ABLATIONS[table].rows
+        if row_recipe(ABLATIONS[table], row, "tiny", 2)
+        == row_recipe(ABLATIONS["table6"], ABLATIONS["table6"].rows[2], "tiny", 2)
+    }
+    assert names == {"cifar10-tiny-seed2"}
+    everything = [
+        run_name(ablation, row, "tiny", 0)
+        for ablation in ABLATIONS.values()
+        if ablation.trains
+        for row in ablation.rows
+    ]
+    assert len(set(everything)) == len(everything) - len(tables) + 1
 
 
 def test_dimensions_of_table_3() -> None:
@@ -88,12 +108,14 @@ def test_an_interrupted_ablation_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "ablations").exists()
     asked.append("killed")
     result = run_ablation(table, "tiny", 2, root=root, run_one=run_one)
-    names = [f"table6-tiny-{row}-seed{seed}" for seed in (0, 1) for row in "FGH"]
-    assert asked[-6:] == names
+    rows = ("table6-tiny-F", "table6-tiny-G", "cifar10-tiny")
+    assert asked[-6:] == [f"{row}-seed{seed}" for seed in (0, 1) for row in rows]
     assert [row["mean"] for row in result["rows"]] == [4.5, 3.5, 2.5]
     assert (result["metric"], result["order"]) == ("fd_cifar10", WITHIN)
     stored = json.loads((tmp_path / "ablations" / "table6-tiny.json").read_text())
     assert stored == result
+    with Image.open(tmp_path / "ablations" / "table6-tiny.png") as picture:
+        assert picture.size[0] == 960
 
 
 def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
