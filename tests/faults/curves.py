@@ -1,9 +1,11 @@
 """One training, run five ways: the loss at every step, and the distance between the curves.
 
     python -m tests.faults.curves --plot docs/curves.png
+    python -m tests.faults.curves --recipe cifar10 --root ROOT --kills 5 --killed-only KEY=VALUE...
 
 On 2 workers; on 1; on 4; killed at ten random times; interrupted halfway and resumed with another
-number of workers and another ZeRO stage. Digits, fp32, 200 steps.
+number of workers and another ZeRO stage. Digits, fp32, 200 steps. Of another recipe, ROOT holds the
+latents.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import signal
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +31,26 @@ from diffit_train.training.log import TrainingLog
 from tests.benchmarks.common import print_table
 from tests.faults.driver import Driver
 
-KILLS = 10
 
+@dataclass(frozen=True)
+class Project:
+    """What is trained.
 
-def _recipe(root: Path, steps: int, *changes: str) -> Recipe:
-    common = [f"train.steps={steps}", "train.lr_schedule=constant", "train.log_every=1"]
-    common += ["train.checkpoint_every=10", "train.keep_checkpoints=3", "scaling.max_failures=20"]
-    return load_recipe("demo", [*common, *changes], root=str(root))
+    Attributes:
+        overrides: of the recipe, for all runs.
+    """
+
+    root: Path
+    name: str
+    steps: int
+    overrides: tuple[str, ...]
+
+    def recipe(self, *changes: str, steps: int | None = None) -> Recipe:
+        """The recipe of a run."""
+        common = [f"train.steps={steps or self.steps}", "train.lr_schedule=constant"]
+        common += ["train.log_every=1", "train.checkpoint_every=10", "train.keep_checkpoints=3"]
+        common += ["scaling.max_failures=20", *self.overrides]
+        return load_recipe(self.name, [*common, *changes], root=str(self.root))
 
 
 def _losses(root: Path, run: str, steps: int) -> np.ndarray:
@@ -43,14 +59,15 @@ def _losses(root: Path, run: str, steps: int) -> np.ndarray:
     return np.array([record["loss"] for record in records])
 
 
-def _train_while_killed(root: Path, steps: int, seed: int) -> list[str]:
-    """Kill a worker or the command ten times; returns what was killed and when."""
+def _train_while_killed(project: Project, seed: int, kills: int) -> list[str]:
+    """Kill a worker or the command at random times; returns what was killed."""
     chance, killed = random.Random(seed), []
-    (root / "recipe.yaml").write_text(dump_recipe(_recipe(root, steps, "scaling.workers=2")))
-    driver = Driver(root / "recipe.yaml", "killed")
+    file = project.root / "recipe.yaml"
+    file.write_text(dump_recipe(project.recipe("scaling.workers=2")))
+    driver = Driver(file, "killed")
     driver.start()
     since_s = 0.0
-    while len(killed) < KILLS:
+    while len(killed) < kills:
         begun = driver.wait_begun(since_s)
         time.sleep(chance.uniform(0.0, 2.5))
         if driver.process.poll() is not None:
@@ -73,12 +90,17 @@ def _train_while_killed(root: Path, steps: int, seed: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, help="a root with encoded demo latents")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE of the recipe")
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--root", type=Path, help="a root with encoded latents")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--killed-only", action="store_true", help="only 2 workers, and killed")
     parser.add_argument("--plot", type=Path, default=Path("curves.png"))
     options = parser.parse_args()
     root, steps = Path(tempfile.mkdtemp(prefix="diffit-curves-")), options.steps
+    project = Project(root, options.recipe, steps, tuple(options.overrides))
     if options.root:
         shutil.copytree(options.root / "latents", root / "latents")
     else:
@@ -86,22 +108,20 @@ def main() -> None:
         from diffit_train.data.digits import write_digits
 
         write_digits(str(root / "images" / "digits"), 16)
-        fit_autoencoder(_recipe(root, steps))
-        encode_latents(_recipe(root, steps))
+        fit_autoencoder(project.recipe())
+        encode_latents(project.recipe())
 
-    killed = _train_while_killed(root, steps, options.seed)
+    killed = _train_while_killed(project, options.seed, options.kills)
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    for run, workers in (("two", 2), ("one", 1), ("four", 4)):
-        train_run(_recipe(root, steps, f"scaling.workers={workers}"), run)
-    train_run(_recipe(root, steps // 2, "scaling.workers=2"), "changed")
-    train_run(_recipe(root, steps, "scaling.workers=1", "train.zero_stage=3"), "changed")
-    names = {
-        "two": "2 workers, ZeRO 2",
-        "one": "1 worker",
-        "four": "4 workers",
-        "killed": f"2 workers, killed {len(killed)} times",
-        "changed": f"2 workers, from step {steps // 2} on 1 worker with ZeRO 3",
-    }
+    names = {"two": "2 workers", "killed": f"2 workers, killed {len(killed)} times"}
+    train_run(project.recipe("scaling.workers=2"), "two")
+    if not options.killed_only:
+        for run, workers in (("one", 1), ("four", 4)):
+            train_run(project.recipe(f"scaling.workers={workers}"), run)
+            names[run] = "1 worker" if workers == 1 else f"{workers} workers"
+        train_run(project.recipe("scaling.workers=2", steps=steps // 2), "changed")
+        train_run(project.recipe("scaling.workers=1", "train.zero_stage=3"), "changed")
+        names["changed"] = f"2 workers, from step {steps // 2} on 1 worker with ZeRO 3"
     curves = {run: _losses(root, run, steps) for run in names}
     base, rows = curves["two"], []
     for run, name in names.items():
