@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.data.augment import augment
 from diffit_train.data.cache import shard_cache
 from diffit_train.data.loader import LatentLoader, SampleOrder
 from diffit_train.data.shards import latents_url, load_manifest, read_shard
@@ -240,6 +241,9 @@ class Trainer:
         every = (*batch.tensors(), *batch.extras.values())
         tensors = [v.to(self.device, non_blocking=True) for v in every]
         watch, losses, noise_levels = self.recorder.watch, [], []
+        if batch.augmentation is not None:
+            with watch.phase("forward"):
+                tensors[0] = augment(tensors[0], batch.augmentation)
         chunks = zip(*(v.tensor_split(self.micro_batches) for v in tensors), strict=True)
         for number, (x0, t, noise, y, *rest) in enumerate(chunks):
             weight = 1.0 / self.recipe.train.batch_size
