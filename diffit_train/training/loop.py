@@ -36,7 +36,7 @@ from diffit_train.training.checkpointer import (
 )
 from diffit_train.training.control import ControlPlane, Decision, TrainerHooks
 from diffit_train.training.engine import Engine
-from diffit_train.training.guard import BadStepGuard, RollbackRequested
+from diffit_train.training.guard import BadStepGuard, RollbackRequested, require_lease
 from diffit_train.training.recorder import Recorder, StepProfiler
 from diffit_train.training.telemetry import SpeedMeter, matmul_flops_per_s
 
@@ -86,6 +86,7 @@ class Trainer:
         self.url = run_url(recipe, run)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.control = ControlPlane(recipe.train, hooks)
+        require_lease(self.control)
         self.objective = build_objective(recipe.diffusion)
         self.latents_url = latents_url(recipe)
         self.manifest = load_manifest(self.latents_url)
@@ -145,7 +146,7 @@ class Trainer:
             self.step,
         )
         if state is None:
-            self.writer.save_now(self.url, self._state())
+            self.writer.save_now(self.url, self._state(), before_commit=self.hooks.require_lease)
             return
         every = train.validate_every
         if every and self.step and self.step % every == 0:
@@ -293,6 +294,7 @@ class Trainer:
         step, records = self.step, len(self.recorder.log.records)
 
         def write_log() -> None:  # in the checkpoint's thread: training may have added records
+            self.hooks.require_lease()
             if records:
                 storage.write_text(log.url, log.text(records))
 
