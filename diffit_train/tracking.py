@@ -44,8 +44,10 @@ TAG_EVALUATION = "diffit.evaluation"
 # Digest of the reference that an evaluation was measured against, independent of its path.
 TAG_REFERENCE = "diffit.reference_digest"
 TAG_ATTEMPT = "diffit.attempt"
-# Alias of a registered model's best version.
+# Aliases of a registered model's best versions: by the protocol of the run's recipe, and by the
+# smaller one of validation during training.
 BEST = "best"
+BEST_VALIDATED = "best-validated"
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
 
@@ -63,6 +65,14 @@ class RunRecord:
     tags: dict[str, str]
     start_time_ms: int = 0
     experiment: str = field(default="")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model: its step, and the evaluation that measured it."""
+
+    step: int
+    evaluation_run_id: str
 
 
 def redact(text: str) -> str:
@@ -240,7 +250,9 @@ class Tracker:
 
     # ---- The best checkpoint ----
 
-    def tag_best(self, evaluation_run_id: str, step: int, metric: str, value: float) -> None:
+    def tag_best(
+        self, evaluation_run_id: str, step: int, metric: str, value: float, alias: str = BEST
+    ) -> None:
         """Tag an evaluation's training run with this evaluation as its best."""
         tags = self.client.get_run(evaluation_run_id).data.tags
         parent = tags["mlflow.parentRunId"]
@@ -250,21 +262,23 @@ class Tracker:
             ("value", f"{value:.6g}"),
             ("evaluation", evaluation_run_id),
         ):
-            self.client.set_tag(parent, f"diffit.best_{name}", text)
+            self.client.set_tag(parent, f"diffit.{alias.replace('-', '_')}_{name}", text)
 
-    def registered_step(self, name: str) -> int | None:
-        """Step of the registered model's best version; None if it has none."""
+    def registered(self, name: str, alias: str = BEST) -> Registered | None:
+        """The version of a registered model that an alias names; None if there is none."""
         from mlflow.exceptions import MlflowException
 
         try:
-            version = self.client.get_model_version_by_alias(name, BEST)
+            version = self.client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             return None
-        return int(version.tags["step"])
+        return Registered(int(version.tags["step"]), str(version.run_id))
 
-    def register(self, name: str, file: str, run_id: str, tags: Mapping[str, Any]) -> None:
+    def register(
+        self, name: str, file: str, run_id: str, tags: Mapping[str, Any], alias: str = BEST
+    ) -> None:
         """Register a weight file as the best version of a model.
 
         Args:
@@ -281,7 +295,7 @@ class Tracker:
         plain = {key: str(value) for key, value in tags.items()}
         source = Path(file).as_uri() if storage.is_local(file) else file
         version = self.client.create_model_version(name, source, run_id, tags=plain)
-        self.client.set_registered_model_alias(name, BEST, version.version)
+        self.client.set_registered_model_alias(name, alias, version.version)
 
     # ---- Reading ----
 

@@ -26,7 +26,8 @@ class Result(storage.Record):
     the images of the evaluation before were complete; null if no actor was needed.
     `keep_images` is evaluate.keep_images; "" in results of earlier versions, which kept all.
     `reference_digest` identifies the reference: the SHA-256 of a reference file, else a hash of
-    images and features, or "" in results of earlier versions.
+    images and features, or "" in results of earlier versions. `features_digest` is that of the
+    feature network's weights, likewise.
     """
 
     run: str
@@ -41,8 +42,24 @@ class Result(storage.Record):
     nfe: float
     evaluate: dict[str, Any]
     reference_digest: str = ""
+    features_digest: str = ""
     recipe_hash: str
     mlflow_run_id: str
+
+    def same_protocol(self, other: Result) -> bool:
+        """Whether both measured the same run in the same way, so that their metrics rank steps.
+
+        A digest that an earlier version did not store is not compared.
+        """
+        digests = (
+            (self.reference_digest, other.reference_digest),
+            (self.features_digest, other.features_digest),
+        )
+        return (
+            self.recipe_hash == other.recipe_hash
+            and self.evaluate == other.evaluate
+            and all(mine == theirs or not (mine and theirs) for mine, theirs in digests)
+        )
 
 
 def evaluated_identity(recipe: Recipe) -> dict[str, Any]:

@@ -277,6 +277,7 @@ def _finish(
         nfe=cost,
         evaluate=evaluated_identity(recipe),
         reference_digest=reference.digest,
+        features_digest=features_digest(recipe),
         recipe_hash=recipe.train_hash(),
         mlflow_run_id=child,
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe, load_stored_recipe
+from diffit_train.config.base import flatten
 from diffit_train.data.shards import Manifest
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs.checkpoints import committed_steps, require_step
@@ -70,23 +70,13 @@ def stored_recipe(url: str) -> Recipe:
 def _differences(recipe: Recipe, url: str) -> str:
     """` (train.lr is 0.1, there 0.2)` for the keys that differ."""
     stored = stored_recipe(url)
-    mine, theirs = _leaves(recipe.train_identity()), _leaves(stored.train_identity())
+    mine, theirs = flatten(recipe.train_identity()), flatten(stored.train_identity())
     changed = [
-        f"{key} is {mine.get(key)!r}, there {theirs.get(key)!r}"
+        f"{key.removeprefix('order.')} is {mine.get(key)!r}, there {theirs.get(key)!r}"
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key)
     ]
     return f" ({'; '.join(changed)})" if changed else ""
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= _leaves(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}".removeprefix("order.")] = value
-    return out
 
 
 def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
