@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import re
+import sqlite3
 import subprocess
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from diffit_train import storage
 from diffit_train.config import renamed
@@ -48,6 +50,16 @@ TAG_ATTEMPT = "diffit.attempt"
 # smaller one of validation during training.
 BEST = "best"
 BEST_VALIDATED = "best-validated"
+# Folder of artifacts beside a SQLite file.
+ARTIFACTS = "mlflow-artifacts"
+_SQLITE = "sqlite:///"
+# Columns of MLflow's database that hold URLs below the folder of the file.
+_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
 
@@ -98,6 +110,39 @@ def tracking_uri(recipe: Recipe) -> str:
     return f"sqlite:///{storage.local_path(root).absolute()}/mlflow.db"
 
 
+def _follow(database: Path) -> None:
+    """Let the locations that a copied or moved database records follow it.
+
+    Otherwise MLflow would read and write artifacts in the folder that it was copied from.
+    """
+    if not database.exists():
+        return
+    here = database.parent
+    with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection, connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if "experiments" not in tables:
+            return  # being created
+        rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+        formers = {folder for (location,) in rows if (folder := _folder_of(location))}
+        for former in formers - {here}:
+            if former.exists() and former.samefile(here):
+                continue  # by another path, such as a symbolic link
+            old, new = f"{former.as_uri()}/", f"{here.as_uri()}/"
+            for table, column in _LOCATIONS:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, len(old), old),
+                )
+
+
+def _folder_of(location: str | None) -> Path | None:
+    """The folder of the database whose artifacts these are; None if another tool set them."""
+    parts = urlsplit(location or "")
+    path = Path(unquote(parts.path))
+    return path.parent if parts.scheme == "file" and path.name == ARTIFACTS else None
+
+
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from; None outside a checkout."""
@@ -120,14 +165,15 @@ class Tracker:
     """A connection to MLflow.
 
     Args:
-        uri: a server, or `sqlite:////absolute/path/mlflow.db`, which is created on first use.
-        artifacts: artifact location of new experiments; None leaves it to the server.
+        uri: a server, which has artifact locations of its own, or
+            `sqlite:////absolute/path/mlflow.db`, which is created on first use, with artifacts
+            beside it. If that file was copied or moved, what it records follows.
 
     Raises:
         UserError: the store cannot be opened.
     """
 
-    def __init__(self, uri: str, artifacts: str | None = None) -> None:
+    def __init__(self, uri: str) -> None:
         # Creating a new SQLite file logs pages of migrations.
         for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -135,13 +181,16 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        self.uri, self.artifacts = uri, artifacts
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        self.uri = uri
+        database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+        self.artifacts = (database.parent / ARTIFACTS).as_uri() if database else None
         try:
+            if database:
+                database.parent.mkdir(parents=True, exist_ok=True)
+                _follow(database)
             self.client: MlflowClient = MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
-        except (MlflowException, SQLAlchemyError) as error:
+        except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"cannot open MLflow at {redact(uri)}: {reason}; fix tracking.uri, or move that "
@@ -151,10 +200,7 @@ class Tracker:
     @classmethod
     def of(cls, recipe: Recipe) -> Tracker:
         """The tracker for a recipe."""
-        uri = tracking_uri(recipe)
-        local = uri.startswith("sqlite:///")
-        folder = Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts"
-        return cls(uri, folder.as_uri() if local else None)
+        return cls(tracking_uri(recipe))
 
     # ---- Runs ----
 

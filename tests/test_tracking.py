@@ -16,7 +16,7 @@ from tests.conftest import tiny_recipe
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     folder = tmp_path_factory.mktemp("mlflow")
-    return Tracker(f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri())
+    return Tracker(f"sqlite:///{folder}/mlflow.db")
 
 
 def test_a_run_is_found_again_by_its_identity(tracker: Tracker) -> None:

@@ -43,7 +43,23 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
     Raises:
         UserError: the recipe is invalid; names the key, its value and what is allowed.
     """
-    return load_recipe_text(_read_text(reference), reference, overrides, root)
+    tree = _parse(_read_text(reference), reference)
+    if found := _root_around(reference):
+        _apply(tree, f"storage.root={json.dumps(found)}")
+    return _resolve(tree, reference, overrides, root)
+
+
+def _root_around(reference: str) -> str | None:
+    """The project that holds a stored recipe, ROOT/runs/RUN/recipe.yaml or ROOT/latents/NAME/…"""
+    if not reference.endswith("/recipe.yaml"):
+        return None
+    folder = storage.parent(storage.absolute(reference))
+    marker = {"runs": "run.json", "latents": "manifest.json"}.get(
+        storage.parent(folder).rsplit("/", 1)[-1]
+    )
+    if marker is None or not storage.exists(storage.join(folder, marker)):
+        return None
+    return storage.parent(folder, 2)
 
 
 def load_recipe_text(
@@ -56,7 +72,11 @@ def load_recipe_text(
 def load_stored_recipe(
     text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
 ) -> Recipe:
-    """Like `load_recipe_text`, but from what this or an earlier version's `dump_recipe` wrote."""
+    """Like `load_recipe_text`, but from what this or an earlier version stored.
+
+    Args:
+        root: where it was read from: a project may have been moved since.
+    """
     return _resolve(renamed.current(_parse(text, reference)), reference, overrides, root)
 
 
@@ -108,6 +128,16 @@ def validate(tree: dict[str, Any], reference: str) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML with every key; `load_recipe` reads it back."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def stored_text(recipe: Recipe) -> str:
+    """The recipe as stored inside its project: without the project's root, which may be moved."""
+    root, uri = recipe.storage.root, recipe.tracking.uri
+    own = f"sqlite:///{storage.join(root, 'mlflow.db')}"
+    update: dict[str, Any] = {"storage": recipe.storage.model_copy(update={"root": "."})}
+    if uri == own:
+        update["tracking"] = recipe.tracking.model_copy(update={"uri": None})
+    return dump_recipe(recipe.model_copy(update=update))
 
 
 def _read_text(reference: str) -> str:

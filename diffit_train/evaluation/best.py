@@ -11,7 +11,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.base import flatten
 from diffit_train.errors import UserError
-from diffit_train.evaluation.result import Result, evaluated_identity
+from diffit_train.evaluation.result import Result, evaluated_identity, read_result
 from diffit_train.metric_names import distance_name
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
@@ -47,8 +47,7 @@ def _results(recipe: Recipe, run: str) -> Iterator[Result]:
             continue  # the folder of the sweeps
         for key in storage.list_names(storage.join(run_folder, step)):
             try:
-                data = storage.read_bytes(storage.join(run_folder, step, key, "result.json"))
-                yield Result.model_validate_json(data)
+                yield read_result(storage.join(run_folder, step, key))
             except (FileNotFoundError, ValidationError):
                 continue  # unfinished, or written by an earlier version
 

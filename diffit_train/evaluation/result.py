@@ -14,6 +14,9 @@ from diffit_train.evaluation.reference_files import reference_identity
 from diffit_train.runs.checkpoints import checkpoint_digest, step_name
 from diffit_train.runs.identity import run_url
 
+RESULT = "result.json"
+GRID = "grid.png"
+
 
 class Result(storage.Record):
     """result.json, the commit marker of an evaluation.
@@ -89,13 +92,30 @@ def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
     return storage.join(recipe.storage.root, "evaluations", run, step_name(step), key)
 
 
+def write_result(url: str, result: Result) -> None:
+    """Commit the result of the evaluation in a folder, with its grid's name there."""
+    stored = result.model_copy(update={"grid": GRID})
+    storage.write_text(storage.join(url, RESULT), stored.model_dump_json(indent=1) + "\n")
+
+
+def read_result(url: str) -> Result:
+    """The result in a folder, with its grid's URL.
+
+    Raises:
+        FileNotFoundError: the evaluation is not finished.
+        ValidationError: it is damaged, or of an earlier version.
+    """
+    result = Result.model_validate_json(storage.read_bytes(storage.join(url, RESULT)))
+    return result.model_copy(update={"grid": storage.join(url, GRID)})
+
+
 def finished_result(recipe: Recipe, run: str, step: int) -> Result | None:
     """The result of an evaluation; None if it is not done."""
     key = evaluation_key(recipe, run_url(recipe, run), step)
-    url = storage.join(evaluation_url(recipe, run, step, key), "result.json")
-    if not storage.exists(url):
-        return None
+    url = evaluation_url(recipe, run, step, key)
     try:
-        return Result.model_validate_json(storage.read_bytes(url))
+        return read_result(url)
+    except FileNotFoundError:
+        return None
     except ValidationError as error:
-        raise DiffitError(f"{url} is damaged; delete it and evaluate again") from error
+        raise DiffitError(f"{url}/{RESULT} is damaged; delete it and evaluate again") from error

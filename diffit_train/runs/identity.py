@@ -7,7 +7,7 @@ import uuid
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe, dump_recipe, load_stored_recipe
+from diffit_train.config import Recipe, load_stored_recipe, stored_text
 from diffit_train.config.base import flatten
 from diffit_train.data.shards import Manifest
 from diffit_train.errors import DiffitError, UserError
@@ -62,9 +62,10 @@ def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
 
 
 def stored_recipe(url: str) -> Recipe:
-    """The recipe of the run in a folder."""
+    """The recipe of the run in a folder ROOT/runs/RUN; its root is that ROOT."""
     name = storage.join(url, "recipe.yaml")
-    return load_stored_recipe(storage.read_bytes(name).decode(), name)
+    root = storage.parent(url, 2)
+    return load_stored_recipe(storage.read_bytes(name).decode(), name, root=root)
 
 
 def _differences(recipe: Recipe, url: str) -> str:
@@ -82,7 +83,7 @@ def _differences(recipe: Recipe, url: str) -> str:
 def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
     """Write recipe.yaml, then run.json, which marks the folder as a run."""
     url = run_url(recipe, run)
-    storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
+    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
     return _write_identity(
         url,
         RunIdentity(

@@ -75,7 +75,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         uri = f"sqlite:///{folder}/mlflow.db"
-        self.tracker = Tracker(uri, (folder / "artifacts").as_uri())
+        self.tracker = Tracker(uri)
 
     def run(self, name: str, changes: Mapping[str, object], experiment: str = "main") -> str:
         """A training run with a loss at steps 10 to 30."""

@@ -118,7 +118,7 @@ def test_an_export_records_its_step_and_its_runs_recipe(trained: Path, tmp_path:
     recipe = tiny_recipe(trained, "evaluate.seed=5", "tracking.experiment=other")
     out = str(tmp_path / "w.safetensors")
     file = export_checkpoint(recipe, "tiny", "8", "ema", out)["file"]
-    said = recipe_of_weights(file, None, (), None)
+    said = recipe_of_weights(file, None, (), str(trained))
     assert said == tiny_recipe(trained, "tracking.experiment=other")
     own = recipe_of_weights(file, None, (), str(tmp_path / "project"))
     assert import_file(own, "own", file, None, False)["step"] == 8
