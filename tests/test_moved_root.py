@@ -10,9 +10,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from diffit_train.cli import app, exit_status
 from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.verify import check_latents
-from diffit_train.commands.weights import WeightSource, export_checkpoint, sample_images
+from diffit_train.commands.weights import export_checkpoint
 from diffit_train.compare.comparison import compare_store
 from diffit_train.config import load_recipe
 from diffit_train.evaluation.result import finished_result
@@ -77,8 +78,10 @@ def test_every_command_keeps_to_a_copy(original: Path, tmp_path: Path) -> None:
     exported = export_checkpoint(recipe, "tiny", "8", "ema", None)["file"]
     assert exported.startswith(str(copy))
     assert str(original).encode() not in Path(exported).read_bytes()
-    source = WeightSource("tiny")
-    sample_images(recipe, source, ["a"], "0", str(copy / "samples"), 2)
+    words = ["sample", "evaluate.sampler.steps=2", "--run", "tiny", "--root", str(copy)]
+    words += ["--class", "a", "--seeds", "0", "--out", str(copy / "samples")]
+    assert exit_status(lambda: app(words)) == 0
+    assert (copy / "samples" / "class0000-seed000000.png").exists()
     page = str(tmp_path / "page.html")
     compare_store(str(copy), None, None, None, html=page)
     assert Path(page).read_text().count("data:image/png") >= 2

@@ -9,15 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
+from diffit_train.commands.of_run import (
+    OptionalRecipe,
+    RunOverrides,
+    recipe_and_run,
+    split_recipe,
+)
 from diffit_train.commands.options import (
     AllowPickle,
     Json,
     Overrides,
-    RecipeName,
     Root,
     RunName,
     print_result,
-    read_known_recipe,
 )
 from diffit_train.config import Recipe, load_recipe, load_stored_recipe
 from diffit_train.errors import UserError
@@ -51,6 +55,11 @@ def sample_images(
     from diffit_train.evaluation import generate
     from diffit_train.evaluation import sample as stage
 
+    if classes and not recipe.model.conditional:
+        raise UserError(
+            f"--class is {classes[0]!r}, but the model has no labels (model.conditional is false); "
+            "remove --class"
+        )
     labels = stage.choose_classes(generate.class_names(recipe), classes)
     numbers = stage.parse_seeds(seeds)
     if source.file is not None:
@@ -86,7 +95,10 @@ def recipe_of_weights(
 
     found = recipe_of_file(storage.absolute(file), allow_pickle)
     if found is None:
-        raise UserError(f"{file} does not name its model; give its recipe with --recipe")
+        raise UserError(
+            f"{file} does not name its model; name its recipe (`diffit sample RECIPE --weights`, "
+            "`diffit import --recipe RECIPE`)"
+        )
     text, reference = found
     if text:
         return load_stored_recipe(text, reference, overrides, root)
@@ -158,8 +170,8 @@ def reconstruct_run_ema(
 
 
 def sample_command(
-    name: RecipeName,
-    overrides: Overrides = None,
+    name: OptionalRecipe = None,
+    overrides: RunOverrides = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[
@@ -183,11 +195,17 @@ def sample_command(
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Sample images of chosen classes and seeds, with the recipe's sampler and guidance.
+    """Sample images of chosen classes and seeds from a run, with its recipe's sampler and guidance.
 
-    Example: `diffit sample demo --root my-project --class 3 --class 7 --seeds 0-9 --out threes`
+    Example: `diffit sample --run demo --root my-project --class 3 --class 7 --seeds 0-9`
+
+    Example: `diffit sample evaluate.sampler.steps=50 --run demo --root my-project --out fast`
     """
-    recipe = read_known_recipe(name, overrides, root)
+    if weights is None:
+        recipe, run = recipe_and_run("sample", name, overrides, root, run)
+    else:
+        name, words = split_recipe(name, overrides)
+        recipe = recipe_of_weights(weights, name, words, root, allow_pickle)
     source = WeightSource(run or recipe.name, step, weights, allow_pickle)
     print_result(sample_images(recipe, source, classes or [], seeds, out, batch_size), as_json)
 
@@ -220,8 +238,8 @@ def import_command(
 
 
 def export_command(
-    name: RecipeName,
-    overrides: Overrides = None,
+    name: OptionalRecipe = None,
+    overrides: RunOverrides = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[
@@ -237,19 +255,19 @@ def export_command(
 ) -> None:
     """Export a checkpoint's weights to one safetensors file with the published names.
 
-    Example: `diffit export demo --root my-project --step newest`
+    Example: `diffit export --run demo --root my-project --step newest`
     """
-    recipe = read_known_recipe(name, overrides, root)
-    result = export_checkpoint(recipe, run or recipe.name, step, weights, out)
+    recipe, run = recipe_and_run("export", name, overrides, root, run)
+    result = export_checkpoint(recipe, run, step, weights, out)
     print_result(result, as_json)
 
 
 def ema_reconstruct_command(
-    name: RecipeName,
     sigma_rel: Annotated[
         float, typer.Option(help="Width of the profile, relative to the training up to that step.")
     ],
-    overrides: Overrides = None,
+    name: OptionalRecipe = None,
+    overrides: RunOverrides = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[
@@ -265,8 +283,8 @@ def ema_reconstruct_command(
 
     The run needs EMAs with a sigma_rel in train.ema, and train.ema_snapshot_every (EDM2).
 
-    Example: `diffit ema reconstruct demo --root my-project --run first --sigma-rel 0.07`
+    Example: `diffit ema reconstruct --run first --root my-project --sigma-rel 0.07`
     """
-    recipe = read_known_recipe(name, overrides, root)
-    result = reconstruct_run_ema(recipe, run or recipe.name, sigma_rel, step, out)
+    recipe, run = recipe_and_run("ema reconstruct", name, overrides, root, run)
+    result = reconstruct_run_ema(recipe, run, sigma_rel, step, out)
     print_result(result, as_json)

@@ -97,6 +97,16 @@ def _write_identity(url: str, identity: RunIdentity) -> RunIdentity:
     return identity
 
 
+def record_steps(recipe: Recipe, run: str) -> None:
+    """Store the `train.steps` that an existing run is extended to in its recipe."""
+    url = run_url(recipe, run)
+    stored = stored_recipe(url)
+    if stored.train.steps != recipe.train.steps:
+        train = stored.train.model_copy(update={"steps": recipe.train.steps})
+        text = stored_text(stored.model_copy(update={"train": train}))
+        storage.write_text(storage.join(url, "recipe.yaml"), text)
+
+
 def check_latents(url: str, identity: RunIdentity, manifest: Manifest) -> None:
     """Refuse to resume a run on latents other than those that it began with.
 
