@@ -255,7 +255,8 @@ def _finish(
     grid = storage.join(url, GRID)
     numbers = "   ".join(f"{name} {value:.3g}" for name, value in metrics.items())
     title = f"{run}, step {step:,}\n{numbers}"
-    draw_grid(read_grid(recipe, url), class_names(recipe), title, grid)
+    names = class_names(recipe) if recipe.model.conditional else None
+    draw_grid(read_grid(recipe, url), names, title, grid)
     if request.npz:
         write_npz(recipe, url)
     cost = nfe_per_image(recipe)

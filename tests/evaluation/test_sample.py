@@ -168,6 +168,34 @@ def test_other_sampling_settings_work(
     assert "1 image in " in capsys.readouterr().err
 
 
+def test_a_model_without_labels_makes_one_image_per_seed(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffit_train.evaluation import sample as stage
+    from diffit_train.models.build import build_model
+    from diffit_train.models.published import write_published
+
+    changes = ["model.conditional=false", "evaluate.guidance.kind=none"]
+    recipe = tiny_recipe(project, *changes)
+    file = str(tmp_path / "weights.safetensors")
+    torch.manual_seed(0)
+    write_published(build_model(recipe), {}, file, {})
+    drawn = []
+    monkeypatch.setattr(stage, "draw_grid", lambda *given: drawn.append(given))
+    source = WeightSource("none", file=file)
+    result = sample_images(recipe, source, [], "0-11", str(tmp_path / "out"), 8)
+    names = [f"seed{seed:06d}.png" for seed in range(12)]
+    assert [image["file"] for image in result["images"]] == names
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == names
+    assert all(image.keys() == {"file", "seed"} for image in result["images"])
+    ((shown, classes, title, _),) = drawn
+    assert [len(row) for row in shown.values()] == [10, 2]
+    assert classes is None
+    assert "guidance" not in title
+    with pytest.raises(UserError, match="the model has no labels .*remove --class"):
+        sample_images(recipe, source, ["a"], "0", str(tmp_path / "out"), 8)
+
+
 def test_the_packaged_recipe_reads_a_release(tmp_path: Path) -> None:
     """The 256x256 recipe expects exactly the names and shapes of the release."""
     from diffit_train.models.build import build_model
