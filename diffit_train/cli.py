@@ -46,7 +46,7 @@ from diffit_train.commands.weights import (
     import_command,
     sample_command,
 )
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError, Interrupted, UserError
 from diffit_train.progress import say
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -168,7 +168,8 @@ def exit_status(body: Callable[[], object]) -> int:
         return _interrupted()
     except SystemExit as error:  # typer reports an interruption this way
         status = error.code if isinstance(error.code, int) else 0
-        return _interrupted() if status == INTERRUPTED else status
+        said = isinstance(error, Interrupted)
+        return _interrupted() if status == INTERRUPTED and not said else status
     finally:
         sys.stdout.flush()
     return 0

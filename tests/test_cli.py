@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_version() -> None:
         (["features", "fit", "demo"], ["does not exist"]),
         (["submit", "train", "demo", "--address", "nowhere"], ["http://head:8265"]),
         (["train"], ["Missing argument"]),
-        (["evaluate"], ["evaluate needs a RECIPE"]),
+        (["evaluate", "--root", "nowhere"], ["nowhere has no run; check --root"]),
         (["evaluate", "demo", "--fleet", "--sweep", "seed=1,2"], ["--fleet needs", "http://head"]),
         (["evaluate", "demo", "--watch", "--step", "3"], ["remove --step"]),
         (["evaluate", "demo", "--npz", "--sweep", "seed=1,2"], ["remove --npz or --sweep"]),
@@ -167,3 +168,27 @@ def test_standard_output_is_only_json(trained: Path) -> None:
         assert value.get("step", 12) == 12
         assert value.get("written", 24) == 24
         assert "already" in done.stderr
+
+
+def test_ctrl_c_while_the_command_line_is_imported_prints_no_traceback() -> None:
+    code = """
+import sys, time
+from diffit_train.entry import main
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "diffit_train.cli":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "interrupted\n")

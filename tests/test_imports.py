@@ -55,6 +55,7 @@ ALLOWED = {
         "leftovers",
     },
     "cli": {"errors", "progress", "commands"},
+    "entry": {"cli"},
 }
 
 # Where a framework may be imported, by path below the package.
