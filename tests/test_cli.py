@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,10 @@ def test_help_shows_no_value_after_a_flag() -> None:
 
 
 def test_version() -> None:
-    assert CliRunner().invoke(app, ["--version"]).output.strip() == __version__
+    first, *others = CliRunner().invoke(app, ["--version"]).output.splitlines()
+    assert first == __version__
+    assert f"torch {version('torch')}" in others
+    assert f"ray {version('ray')}" in others
 
 
 @pytest.mark.parametrize(
@@ -192,3 +196,17 @@ main()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "interrupted\n")
+
+
+def test_the_shell_completes_commands_recipes_and_runs(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+
+    def completed(line: str) -> list[str]:
+        words = {"_DIFFIT_COMPLETE": "complete_bash", "COMP_WORDS": line}
+        words["COMP_CWORD"] = str(len(line.split(" ")) - 1)
+        return CliRunner().invoke(app, [], env=words, prog_name="diffit").output.split()
+
+    assert {"sample", "runs"} <= {*completed("diffit ")}
+    assert completed("diffit train ffhq") == ["ffhq64"]
+    assert completed(f"diffit sample --root {tmp_path} --run m") == ["mine"]
+    assert completed(f"diffit runs show --root {tmp_path} m") == ["mine"]

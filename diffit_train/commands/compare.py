@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import Json, print_result
+from diffit_train.commands.options import Json, output, print_result
 from diffit_train.errors import UserError
 from diffit_train.runs.identity import read_identity, stored_recipe
 
@@ -85,11 +85,11 @@ def compare_command(
         root,
         uri or _tracking_of_runs(root, selection or ()),
         experiment,
-        plot and storage.absolute(plot),
+        plot and output("--plot", plot),
         selection=selection or (),
         metric=metric,
-        html=html and storage.absolute(html),
-        csv=csv and storage.absolute(csv),
+        html=html and output("--html", html),
+        csv=csv and output("--csv", csv),
     )
     if as_json:
         print_result(comparison.as_json(), as_json)

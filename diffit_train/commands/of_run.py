@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from diffit_train import storage
+from diffit_train.commands.options import complete_recipe
 from diffit_train.config import Recipe, load_recipe, load_stored_recipe, packaged_recipes, validate
 from diffit_train.config.base import flatten
 from diffit_train.errors import UserError
@@ -22,6 +23,7 @@ OptionalRecipe = Annotated[
     str | None,
     typer.Argument(
         metavar="[RECIPE]",
+        autocompletion=complete_recipe,
         help="Recipe (name, path or URL) whose settings for this command to use. Default: those "
         "of the run.",
         show_default=False,

@@ -21,6 +21,7 @@ from diffit_train.commands.options import (
     Overrides,
     Root,
     RunName,
+    output,
     print_result,
 )
 from diffit_train.config import Recipe, load_recipe, load_stored_recipe
@@ -62,6 +63,7 @@ def sample_images(
         )
     labels = stage.choose_classes(generate.class_names(recipe), classes)
     numbers = stage.parse_seeds(seeds)
+    folder = output("--out", out)
     if source.file is not None:
         title = storage.display_path(source.file)
         weights = generate.file_weights(recipe, source.file, source.allow_pickle)
@@ -70,7 +72,6 @@ def sample_images(
         url, step = find_checkpoint(recipe, source.run, source.step)
         title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
         weights = generate.run_weights(recipe, url, step)
-    folder = storage.absolute(out)
     result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
     count = len(result["images"])
     say(f"{count:,} {'image' if count == 1 else 'images'} in {storage.display_path(folder)}")
@@ -141,7 +142,7 @@ def export_checkpoint(
 
     recipe = starting_from(recipe, run)
     _, number = find_checkpoint(recipe, run, step)
-    target = None if out is None else storage.absolute(out)
+    target = None if out is None else output("--out", out)
     file = import_export.export_weights(recipe, run, number, kind, target)
     say(f"wrote {storage.display_path(file)}: {kind} of {run}, step {number:,}")
     return {"file": file, "run": run, "step": number, "weights": kind}
@@ -155,7 +156,7 @@ def reconstruct_run_ema(
 
     recipe = starting_from(recipe, run)
     find_checkpoint(recipe, run, NEWEST)
-    target = None if out is None else storage.absolute(out)
+    target = None if out is None else output("--out", out)
     made = phema.reconstruct_ema(recipe, run, sigma_rel, parse_step(step), target)
     say(
         f"wrote {storage.display_path(made.file)}: sigma_rel {sigma_rel:g} of {run}, step "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.base import flatten
 from diffit_train.errors import UserError
-from diffit_train.evaluation.result import Result, evaluated_identity, read_result
+from diffit_train.evaluation.result import Result, evaluated_identity, run_results
 from diffit_train.metric_names import distance_name
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
@@ -35,21 +33,8 @@ def best_metric(recipe: Recipe) -> str:
 def best_result(recipe: Recipe, run: str, like: Result) -> Result:
     """The run's evaluation with the smallest distance among those by the protocol of `like`."""
     metric = best_metric(recipe)
-    found = [like, *(r for r in _results(recipe, run) if r.same_protocol(like))]
+    found = [like, *(r for r in run_results(recipe.storage.root, run) if r.same_protocol(like))]
     return min(found, key=lambda result: result.metrics[metric])
-
-
-def _results(recipe: Recipe, run: str) -> Iterator[Result]:
-    """The results of a run's evaluations; lists none of their thousands of chunks."""
-    run_folder = storage.join(recipe.storage.root, "evaluations", run)
-    for step in storage.list_names(run_folder):
-        if not step.startswith("step-"):
-            continue  # the folder of the sweeps
-        for key in storage.list_names(storage.join(run_folder, step)):
-            try:
-                yield read_result(storage.join(run_folder, step, key))
-            except (FileNotFoundError, ValidationError):
-                continue  # unfinished, or written by an earlier version
 
 
 def register_best(
@@ -124,9 +109,8 @@ def _other_protocol(own: Recipe, run: str, registered: Registered, best: Result,
     An alias set by a version that did not know protocols may name an evaluation by another
     protocol than the recipe's; it moves.
     """
-    held = next(
-        (r for r in _results(own, run) if r.mlflow_run_id == registered.evaluation_run_id), None
-    )
+    measured = run_results(own.storage.root, run)
+    held = next((r for r in measured if r.mlflow_run_id == registered.evaluation_run_id), None)
     if held is None or held.same_protocol(best):
         return ""
     if alias == BEST and held.evaluate != best.evaluate:

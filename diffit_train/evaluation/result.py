@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -119,3 +120,16 @@ def finished_result(recipe: Recipe, run: str, step: int) -> Result | None:
         return None
     except ValidationError as error:
         raise DiffitError(f"{url}/{RESULT} is damaged; delete it and evaluate again") from error
+
+
+def run_results(root: str, run: str) -> Iterator[Result]:
+    """The results of a run's evaluations; lists none of their thousands of chunks."""
+    run_folder = storage.join(root, "evaluations", run)
+    for step in storage.list_names(run_folder):
+        if not step.startswith("step-"):
+            continue  # the folder of the sweeps
+        for key in storage.list_names(storage.join(run_folder, step)):
+            try:
+                yield read_result(storage.join(run_folder, step, key))
+            except (FileNotFoundError, ValidationError):
+                continue  # unfinished, or written by an earlier version

@@ -38,6 +38,7 @@ from diffit_train.runs.identity import (
     record_steps,
     run_url,
 )
+from diffit_train.runs.live import LiveWriter, live_until_end
 from diffit_train.tracking import (
     Tracker,
     first_line,
@@ -151,8 +152,11 @@ def _tracked_fit(
             tags[name] = value
     mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    url = run_url(recipe, identity.name)
+    live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say)
     try:
-        step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate)
+        with live_until_end(live):
+            step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, live)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -183,7 +187,8 @@ def _mlflow_run(
         url = run_url(recipe, identity.name)
         steps = committed_steps(url)
         if not steps:
-            raise UserError(f"a new run needs MLflow: {first_line(error)}") from error
+            kind = UserError if isinstance(error, UserError) else DiffitError
+            raise kind(f"a new run needs MLflow: {first_line(error)}") from error
         say(f"Continuing without MLflow: {first_line(error)}")
         return read_state(url, steps[-1]).mlflow_run_id
     return run_id
@@ -196,7 +201,9 @@ def _check_latents(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None) -> int:
+def _run_ray_train(
+    recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None, live: LiveWriter
+) -> int:
     """Train by Ray Train to the end or until told to stop; returns the step reached.
 
     Raises:
@@ -224,7 +231,8 @@ def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Valid
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{PLACEMENT_S:g}")
     stop, saved = Stop(), "checkpoint saved"
     try:
-        with _on_signals(stop), _progress(recipe, status, committed_steps(url), stop):
+        start = max(committed_steps(url), default=0)
+        with _on_signals(stop), _progress(recipe, status, start, stop, live):
             trainer.fit()
         if reason := ray.get(status.why_failed.remote()):
             raise DiffitError(f"training of {run!r} failed: {reason}")
@@ -368,10 +376,12 @@ def _ray_storage(url: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress(recipe: Recipe, status: Any, committed: list[int], stop: Stop) -> Iterator[None]:
+def _progress(
+    recipe: Recipe, status: Any, start: int, stop: Stop, live: LiveWriter
+) -> Iterator[None]:
     """Show the status actor's record and lines while the block runs; forward a stop request."""
     ended = threading.Event()
-    steps, start = recipe.train.steps, max(committed, default=0)
+    steps = recipe.train.steps
     workers = recipe.scaling.workers  # a number or a range
     say(
         f"Starting {workers} training worker{'' if workers == 1 else 's'} at step {start:,} of "
@@ -385,6 +395,7 @@ def _progress(recipe: Recipe, status: Any, committed: list[int], stop: Stop) -> 
         seen += len(lines)
         for line in lines:
             say(line)
+        live.update(record, lines)
         if "step" in record:
             detail = ""
             if "loss" in record:

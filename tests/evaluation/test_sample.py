@@ -107,7 +107,9 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
 
     with pytest.raises(UserError, match=r"run 'imported' .* exists; choose another --run"):
         import_file(recipe, "imported", file, 8, False)
-    with pytest.raises(UserError, match=r"holds no master, only ema: its weights were imported"):
+    with pytest.raises(
+        UserError, match=r"has no weights 'raw', only ema: its weights were imported"
+    ):
         export_checkpoint(recipe, "imported", "8", "raw", None)
     with pytest.raises(UserError, match=r"imported without optimizer state"):
         train_run(recipe, "imported")
@@ -166,6 +168,16 @@ def test_other_sampling_settings_work(
     assert result["sampler"]["name"] == recipe.evaluate.sampler.name
     assert len(_images(tmp_path)) == 1
     assert "1 image in " in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_named(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "samples")
+    recipe = tiny_recipe(trained)
+    with pytest.raises(UserError, match=r"--out is .*file is not a folder; .* --out$"):
+        sample_images(recipe, WeightSource("tiny"), [], "0", out, 1)
+    with pytest.raises(UserError, match="--out is .*file is not a folder"):
+        export_checkpoint(recipe, "tiny", "8", "ema", out)
 
 
 def test_a_model_without_labels_makes_one_image_per_seed(
