@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 from diffit_train import storage
 from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
-from diffit_train.errors import UserError
+from diffit_train.errors import DiffitError, UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -158,7 +158,14 @@ def unreachable_errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError, UserError)
+    return (MlflowException, SQLAlchemyError, OSError, DiffitError)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the innermost error, without credentials: MLflow nests several."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return redact((str(error) or type(error).__name__).splitlines()[0])
 
 
 class Tracker:
@@ -170,7 +177,8 @@ class Tracker:
             beside it. If that file was copied or moved, what it records follows.
 
     Raises:
-        UserError: the store cannot be opened.
+        UserError: the file cannot be opened.
+        DiffitError: the server cannot be reached.
     """
 
     def __init__(self, uri: str) -> None:
@@ -191,6 +199,11 @@ class Tracker:
             self.client: MlflowClient = MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
+            if "://" in uri and not uri.startswith("sqlite"):
+                raise DiffitError(
+                    f"could not reach MLflow at {redact(uri)} ({_root_cause(error)}); check "
+                    "tracking.uri and its server, and rerun the same command to resume"
+                ) from error
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"cannot open MLflow at {redact(uri)}: {reason}; fix tracking.uri, or move that "

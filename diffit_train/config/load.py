@@ -83,6 +83,7 @@ def load_stored_recipe(
 def _resolve(
     tree: dict[str, Any], reference: str, overrides: Sequence[str], root: str | None
 ) -> Recipe:
+    _forget_derived(tree, overrides)
     for override in overrides:
         _apply(tree, override)
     if root is not None:
@@ -171,6 +172,26 @@ def _parse(text: str, reference: str) -> dict[str, Any]:
     return tree
 
 
+# Keys that follow from one another where only one is given.
+_DERIVED = {
+    "autoencoder.downsample": "autoencoder.fit.block_out_channels",
+    "autoencoder.fit.block_out_channels": "autoencoder.downsample",
+}
+
+
+def _forget_derived(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Drop keys of the file that follow from an overridden one, unless overridden themselves."""
+    named = {override.partition("=")[0] for override in overrides}
+    for key, derived in _DERIVED.items():
+        if key in named and derived not in named:
+            *sections, last = derived.split(".")
+            node = tree
+            for section in sections:
+                child = node.get(section)
+                node = child if isinstance(child, dict) else {}
+            node.pop(last, None)
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
@@ -223,6 +244,9 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key} is {error['input']!r}, which was renamed to {value!r}"
     if error["type"] == "extra_forbidden":
         known = _section_keys(location)
+        name, colon, value = str(location[-1]).partition(":")
+        if colon and value:
+            return f"unknown key {key!r}; YAML needs a space after the colon: {name}: {value}"
         hint = _nearest(str(location[-1]), known) or f"; allowed here: {', '.join(known)}"
         return f"unknown key {key!r}{hint}"
     if error["type"] == "missing":

@@ -20,6 +20,7 @@ import ray
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
+from diffit_train.data.autoencoder import is_path
 from diffit_train.data.encode_plan import (
     REPAIR,
     RETRY,
@@ -37,6 +38,7 @@ from diffit_train.data.encode_plan import (
     work_specs,
     write_plan,
 )
+from diffit_train.data.hub import require_from_hub
 from diffit_train.data.preprocess import Images, to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
@@ -126,7 +128,7 @@ def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, Encode
 
 
 def _require_autoencoder(recipe: Recipe) -> None:
-    """Fail early if the autoencoder of a `root:` reference has not been fitted yet."""
+    """Fail early if the autoencoder is not fitted yet, or on a hub that cannot be reached."""
     source = recipe.autoencoder.source
     if recipe.autoencoder.kind == "identity":
         return
@@ -136,6 +138,8 @@ def _require_autoencoder(recipe: Recipe) -> None:
             f"autoencoder {url} does not exist; run `diffit autoencoder fit`, or set "
             "autoencoder.source to a folder in diffusers' format or a hub id"
         )
+    if url == source and not is_path(source):
+        require_from_hub(source)
 
 
 def _encode_missing(
