@@ -27,6 +27,7 @@ from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import Progress, say
+from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import checkpoint_digest, committed_steps, read_index, read_state
 from diffit_train.runs.identity import (
     RunIdentity,
@@ -64,7 +65,12 @@ STOPPED, INTERRUPTED = 143, 130
 
 
 def train(
-    recipe: Recipe, run: str, address: str | None = None, validate: Validate | None = None
+    recipe: Recipe,
+    run: str,
+    address: str | None = None,
+    validate: Validate | None = None,
+    *,
+    wait: bool = False,
 ) -> int:
     """Train a run to its last step, resuming it if it exists; returns that step.
 
@@ -74,9 +80,10 @@ def train(
     Args:
         address: of the Ray cluster; None as in `ray_session.connected`.
         validate: evaluates a checkpoint every `train.validate_every` steps while training runs.
+        wait: whether to wait for another command that trains the run.
 
     Raises:
-        UserError: bad input; nothing was written.
+        UserError: bad input, or another command trains the run; nothing was written.
         DiffitError: training failed more often than `scaling.max_failures` allows.
     """
     done = finished_step(recipe, run)
@@ -90,12 +97,18 @@ def train(
         _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
-    with ray_session.connected(address):
-        ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
-        identity = known or create_identity(recipe, run, manifest.samples_digest)
-        identity = record_latents(run_url(recipe, run), identity, manifest)
-        record_steps(recipe, run)
-        return _tracked_fit(recipe, identity, manifest, validate)
+    stop = Stop()
+    with lease.held(run_url(recipe, run), wait, say, stop.set) as held:
+        done = finished_step(recipe, run)  # by the command that was waited for
+        if done is not None:
+            return done
+        with ray_session.connected(address):
+            ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
+            known = check_recipe(recipe, run)
+            identity = known or create_identity(recipe, run, manifest.samples_digest)
+            identity = record_latents(run_url(recipe, run), identity, manifest)
+            record_steps(recipe, run)
+            return _tracked_fit(recipe, identity, manifest, validate, held, stop)
 
 
 def _kernel(recipe: Recipe) -> str:
@@ -133,7 +146,12 @@ def _check_start(recipe: Recipe) -> None:
 
 
 def _tracked_fit(
-    recipe: Recipe, identity: RunIdentity, manifest: Manifest, validate: Validate | None
+    recipe: Recipe,
+    identity: RunIdentity,
+    manifest: Manifest,
+    validate: Validate | None,
+    held: lease.Lease,
+    stop: Stop,
 ) -> int:
     """Train, and give the MLflow run the final status of training."""
     tags = {
@@ -156,7 +174,7 @@ def _tracked_fit(
     live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say)
     try:
         with live_until_end(live):
-            step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, live)
+            step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, held, stop, live)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -202,7 +220,13 @@ def _check_latents(recipe: Recipe) -> Manifest:
 
 
 def _run_ray_train(
-    recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None, live: LiveWriter
+    recipe: Recipe,
+    run: str,
+    mlflow_run_id: str,
+    validate: Validate | None,
+    held: lease.Lease,
+    stop: Stop,
+    live: LiveWriter,
 ) -> int:
     """Train by Ray Train to the end or until told to stop; returns the step reached.
 
@@ -223,13 +247,14 @@ def _run_ray_train(
         "run": run,
         "mlflow_run_id": mlflow_run_id,
         "status": status,
+        "lease": held,
     }
     supervisor = Supervisor(status, recipe.scaling, max(committed_steps(url), default=0))
     trainer = _trainer(recipe, worker_config, scratch, validate, supervisor)
     if recipe.scaling.fewest_workers != recipe.scaling.most_workers:
         _renew_claim(url, trainer.train_run_context.run_id)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{PLACEMENT_S:g}")
-    stop, saved = Stop(), "checkpoint saved"
+    saved = "checkpoint saved"
     try:
         start = max(committed_steps(url), default=0)
         with _on_signals(stop), _progress(recipe, status, start, stop, live):
