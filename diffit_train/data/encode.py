@@ -51,6 +51,7 @@ from diffit_train.data.shards import (
 )
 from diffit_train.data.sources import ImageList, SourceKind
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.native_stderr import without_lines
 from diffit_train.progress import Progress, say
 
 # Shards of images being read for each actor. On a GPU it encodes faster than one core decodes.
@@ -106,7 +107,10 @@ def encode_again(
 def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
     with ray_session.connected(address):
         ray_session.require(*recipe.scaling.needs("encode"), "encoding", recipe.scaling.wait_s)
-        yield
+        # Said of each pool of Ray Data, whose arguments the driver holds to the end; Ray's log of
+        # the driver keeps it.
+        with without_lines("the actor restart will fail"):
+            yield
 
 
 def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, EncodedPart]:
