@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +38,13 @@ from diffit_train.commands.recipe import (
     recipe_new_command,
     recipe_show_command,
 )
+from diffit_train.commands.runs import (
+    runs_group,
+    runs_list_command,
+    runs_remove_command,
+    runs_show_command,
+    watch_command,
+)
 from diffit_train.commands.submit import submit_command
 from diffit_train.commands.sweep import sweep_cancel_command, sweep_show_command
 from diffit_train.commands.train import train_command
@@ -46,9 +55,11 @@ from diffit_train.commands.weights import (
     import_command,
     sample_command,
 )
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError, Interrupted, UserError
 from diffit_train.progress import say
 
+# Packages whose version decides what a run does.
+VERSIONS = ("torch", "ray", "deepspeed", "mlflow", "diffusers")
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # Each command by its words, in the order of use.
@@ -65,6 +76,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "encode": encode_command,
     "verify latents": verify_latents_command,
     "train": train_command,
+    "watch": watch_command,
+    "runs list": runs_list_command,
+    "runs show": runs_show_command,
+    "runs remove": runs_remove_command,
     "references": references_command,
     "evaluate": evaluate_command,
     "pipeline": pipeline_command,
@@ -90,6 +105,7 @@ GROUPS = {
     "autoencoder": "Fit your own autoencoder.",
     "features": "Fit your own feature network.",
     "verify": "Check written data.",
+    "runs": "The runs of a project; `diffit runs` lists them.",
     "jobs": "Jobs that `diffit submit` sent to a cluster.",
     "sweep": "Sweeps started by `diffit evaluate --sweep`.",
     "cluster": "Files that run a recipe on a cluster.",
@@ -114,11 +130,19 @@ app = typer.Typer(
     "RECIPE is the name of a packaged recipe, or the path or URL of a YAML file. Rerun any "
     "command to resume it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-_groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
+# Groups that do something without a command, too.
+BARE = {"runs": runs_group}
+_groups = {
+    name: typer.Typer(
+        help=text, no_args_is_help=name not in BARE, invoke_without_command=name in BARE
+    )
+    for name, text in GROUPS.items()
+}
+for _name, _callback in BARE.items():
+    _groups[_name].callback(help=GROUPS[_name])(_callback)
 for _name, _group in _groups.items():
     app.add_typer(_group, name=_name)
 for _words, _command in COMMANDS.items():
@@ -129,6 +153,9 @@ for _words, _command in COMMANDS.items():
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(diffit_train.__version__)
+        for name in VERSIONS:
+            typer.echo(f"{name} {metadata.version(name)}")
+        typer.echo(f"python {platform.python_version()}")
         raise typer.Exit
 
 
@@ -137,7 +164,7 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", metavar="", callback=_version, is_eager=True, help="Print the version."
+            "--version", metavar="", callback=_version, is_eager=True, help="Print the versions."
         ),
     ] = False,
 ) -> None:
@@ -168,7 +195,8 @@ def exit_status(body: Callable[[], object]) -> int:
         return _interrupted()
     except SystemExit as error:  # typer reports an interruption this way
         status = error.code if isinstance(error.code, int) else 0
-        return _interrupted() if status == INTERRUPTED else status
+        said = isinstance(error, Interrupted)
+        return _interrupted() if status == INTERRUPTED and not said else status
     finally:
         sys.stdout.flush()
     return 0

@@ -76,6 +76,11 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def parent(url: str, levels: int = 1) -> str:
+    """The folder `levels` above a file or folder."""
+    return url.rstrip("/").rsplit("/", levels)[0]
+
+
 def absolute(url: str) -> str:
     """The same URL, independent of the working directory."""
     return str(local_path(url).absolute()) if is_local(url) else url

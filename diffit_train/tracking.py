@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import re
+import sqlite3
 import subprocess
 import tempfile
 import threading
@@ -21,11 +22,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from diffit_train import storage
 from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
-from diffit_train.errors import UserError
+from diffit_train.errors import DiffitError, UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,8 +46,20 @@ TAG_EVALUATION = "diffit.evaluation"
 # Digest of the reference that an evaluation was measured against, independent of its path.
 TAG_REFERENCE = "diffit.reference_digest"
 TAG_ATTEMPT = "diffit.attempt"
-# Alias of a registered model's best version.
+# Aliases of a registered model's best versions: by the protocol of the run's recipe, and by the
+# smaller one of validation during training.
 BEST = "best"
+BEST_VALIDATED = "best-validated"
+# Folder of artifacts beside a SQLite file.
+ARTIFACTS = "mlflow-artifacts"
+_SQLITE = "sqlite:///"
+# Columns of MLflow's database that hold URLs below the folder of the file.
+_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
 
@@ -63,6 +77,14 @@ class RunRecord:
     tags: dict[str, str]
     start_time_ms: int = 0
     experiment: str = field(default="")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model: its step, and the evaluation that measured it."""
+
+    step: int
+    evaluation_run_id: str
 
 
 def redact(text: str) -> str:
@@ -88,6 +110,39 @@ def tracking_uri(recipe: Recipe) -> str:
     return f"sqlite:///{storage.local_path(root).absolute()}/mlflow.db"
 
 
+def _follow(database: Path) -> None:
+    """Let the locations that a copied or moved database records follow it.
+
+    Otherwise MLflow would read and write artifacts in the folder that it was copied from.
+    """
+    if not database.exists():
+        return
+    here = database.parent
+    with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection, connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if "experiments" not in tables:
+            return  # being created
+        rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+        formers = {folder for (location,) in rows if (folder := _folder_of(location))}
+        for former in formers - {here}:
+            if former.exists() and former.samefile(here):
+                continue  # by another path, such as a symbolic link
+            old, new = f"{former.as_uri()}/", f"{here.as_uri()}/"
+            for table, column in _LOCATIONS:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, len(old), old),
+                )
+
+
+def _folder_of(location: str | None) -> Path | None:
+    """The folder of the database whose artifacts these are; None if another tool set them."""
+    parts = urlsplit(location or "")
+    path = Path(unquote(parts.path))
+    return path.parent if parts.scheme == "file" and path.name == ARTIFACTS else None
+
+
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from; None outside a checkout."""
@@ -103,21 +158,30 @@ def unreachable_errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError, UserError)
+    return (MlflowException, SQLAlchemyError, OSError, DiffitError)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the innermost error, without credentials: MLflow nests several."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return redact((str(error) or type(error).__name__).splitlines()[0])
 
 
 class Tracker:
     """A connection to MLflow.
 
     Args:
-        uri: a server, or `sqlite:////absolute/path/mlflow.db`, which is created on first use.
-        artifacts: artifact location of new experiments; None leaves it to the server.
+        uri: a server, which has artifact locations of its own, or
+            `sqlite:////absolute/path/mlflow.db`, which is created on first use, with artifacts
+            beside it. If that file was copied or moved, what it records follows.
 
     Raises:
-        UserError: the store cannot be opened.
+        UserError: the file cannot be opened.
+        DiffitError: the server cannot be reached.
     """
 
-    def __init__(self, uri: str, artifacts: str | None = None) -> None:
+    def __init__(self, uri: str) -> None:
         # Creating a new SQLite file logs pages of migrations.
         for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -125,13 +189,21 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        self.uri, self.artifacts = uri, artifacts
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        self.uri = uri
+        database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+        self.artifacts = (database.parent / ARTIFACTS).as_uri() if database else None
         try:
+            if database:
+                database.parent.mkdir(parents=True, exist_ok=True)
+                _follow(database)
             self.client: MlflowClient = MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
-        except (MlflowException, SQLAlchemyError) as error:
+        except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
+            if "://" in uri and not uri.startswith("sqlite"):
+                raise DiffitError(
+                    f"could not reach MLflow at {redact(uri)} ({_root_cause(error)}); check "
+                    "tracking.uri and its server, and rerun the same command to resume"
+                ) from error
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"cannot open MLflow at {redact(uri)}: {reason}; fix tracking.uri, or move that "
@@ -141,10 +213,7 @@ class Tracker:
     @classmethod
     def of(cls, recipe: Recipe) -> Tracker:
         """The tracker for a recipe."""
-        uri = tracking_uri(recipe)
-        local = uri.startswith("sqlite:///")
-        folder = Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts"
-        return cls(uri, folder.as_uri() if local else None)
+        return cls(tracking_uri(recipe))
 
     # ---- Runs ----
 
@@ -240,7 +309,9 @@ class Tracker:
 
     # ---- The best checkpoint ----
 
-    def tag_best(self, evaluation_run_id: str, step: int, metric: str, value: float) -> None:
+    def tag_best(
+        self, evaluation_run_id: str, step: int, metric: str, value: float, alias: str = BEST
+    ) -> None:
         """Tag an evaluation's training run with this evaluation as its best."""
         tags = self.client.get_run(evaluation_run_id).data.tags
         parent = tags["mlflow.parentRunId"]
@@ -250,21 +321,23 @@ class Tracker:
             ("value", f"{value:.6g}"),
             ("evaluation", evaluation_run_id),
         ):
-            self.client.set_tag(parent, f"diffit.best_{name}", text)
+            self.client.set_tag(parent, f"diffit.{alias.replace('-', '_')}_{name}", text)
 
-    def registered_step(self, name: str) -> int | None:
-        """Step of the registered model's best version; None if it has none."""
+    def registered(self, name: str, alias: str = BEST) -> Registered | None:
+        """The version of a registered model that an alias names; None if there is none."""
         from mlflow.exceptions import MlflowException
 
         try:
-            version = self.client.get_model_version_by_alias(name, BEST)
+            version = self.client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             return None
-        return int(version.tags["step"])
+        return Registered(int(version.tags["step"]), str(version.run_id))
 
-    def register(self, name: str, file: str, run_id: str, tags: Mapping[str, Any]) -> None:
+    def register(
+        self, name: str, file: str, run_id: str, tags: Mapping[str, Any], alias: str = BEST
+    ) -> None:
         """Register a weight file as the best version of a model.
 
         Args:
@@ -281,7 +354,7 @@ class Tracker:
         plain = {key: str(value) for key, value in tags.items()}
         source = Path(file).as_uri() if storage.is_local(file) else file
         version = self.client.create_model_version(name, source, run_id, tags=plain)
-        self.client.set_registered_model_alias(name, BEST, version.version)
+        self.client.set_registered_model_alias(name, alias, version.version)
 
     # ---- Reading ----
 

@@ -47,7 +47,14 @@ COMMANDS_HEAD = """
 
 Every command shows its progress on standard error and continues where an earlier call stopped.
 Exit status: 0 done, 1 failed, 2 bad input (one message, nothing written), 130 interrupted. A
-training run that SIGTERM told to stop exits with 143.
+training run that SIGTERM told to stop exits with 143. Ctrl-C lets a training save first; a second
+one quits at once.
+
+`sample`, `evaluate`, `export` and `ema reconstruct` take what they need from the run: its recipe is
+stored with it. RECIPE and `KEY=VALUE` only say what is to differ, and only keys that belong to the
+command can: `evaluate.*`, `scaling.*`, `tracking.*`, and, where images are generated,
+`model.attention` and a copy of the autoencoder. Without `--run`, RECIPE's name, or the only run of
+the project, is meant.
 
 RECIPE is the name of a packaged recipe, or the path or URL of a YAML file; `KEY=VALUE` arguments
 change its keys, which are listed in [recipes.md](recipes.md).

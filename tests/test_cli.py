@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,10 @@ def test_help_shows_no_value_after_a_flag() -> None:
 
 
 def test_version() -> None:
-    assert CliRunner().invoke(app, ["--version"]).output.strip() == __version__
+    first, *others = CliRunner().invoke(app, ["--version"]).output.splitlines()
+    assert first == __version__
+    assert f"torch {version('torch')}" in others
+    assert f"ray {version('ray')}" in others
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_version() -> None:
         (["features", "fit", "demo"], ["does not exist"]),
         (["submit", "train", "demo", "--address", "nowhere"], ["http://head:8265"]),
         (["train"], ["Missing argument"]),
-        (["evaluate"], ["evaluate needs a RECIPE"]),
+        (["evaluate", "--root", "nowhere"], ["nowhere has no run; check --root"]),
         (["evaluate", "demo", "--fleet", "--sweep", "seed=1,2"], ["--fleet needs", "http://head"]),
         (["evaluate", "demo", "--watch", "--step", "3"], ["remove --step"]),
         (["evaluate", "demo", "--npz", "--sweep", "seed=1,2"], ["remove --npz or --sweep"]),
@@ -167,3 +172,41 @@ def test_standard_output_is_only_json(trained: Path) -> None:
         assert value.get("step", 12) == 12
         assert value.get("written", 24) == 24
         assert "already" in done.stderr
+
+
+def test_ctrl_c_while_the_command_line_is_imported_prints_no_traceback() -> None:
+    code = """
+import sys, time
+from diffit_train.entry import main
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "diffit_train.cli":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "interrupted\n")
+
+
+def test_the_shell_completes_commands_recipes_and_runs(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+
+    def completed(line: str) -> list[str]:
+        words = {"_DIFFIT_COMPLETE": "complete_bash", "COMP_WORDS": line}
+        words["COMP_CWORD"] = str(len(line.split(" ")) - 1)
+        return CliRunner().invoke(app, [], env=words, prog_name="diffit").output.split()
+
+    assert {"sample", "runs"} <= {*completed("diffit ")}
+    assert completed("diffit train ffhq") == ["ffhq64"]
+    assert completed(f"diffit sample --root {tmp_path} --run m") == ["mine"]
+    assert completed(f"diffit runs show --root {tmp_path} m") == ["mine"]

@@ -20,6 +20,7 @@ ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
     "progress": {"errors"},
+    "native_stderr": set(),
     "metric_names": set(),
     "config": {"errors", "storage"},
     "forwarded_env": {"errors"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "tracking": BASE,
     "models": BASE,
     "diffusion": BASE,
-    "data": BASE | {"models", "diffusion", "ray_session"},
+    "data": BASE | {"models", "diffusion", "ray_session", "native_stderr"},
     "planning": BASE | SCIENCE,
     "provision": BASE | {"planning"},
     "leftovers": {"errors", "storage"},
@@ -55,6 +56,7 @@ ALLOWED = {
         "leftovers",
     },
     "cli": {"errors", "progress", "commands"},
+    "entry": {"cli"},
 }
 
 # Where a framework may be imported, by path below the package.

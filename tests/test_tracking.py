@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from diffit_train.config import load_recipe
-from diffit_train.errors import UserError
+from diffit_train.errors import DiffitError, UserError
 from diffit_train.tracking import MetricsOutbox, Tracker, redact, tracking_uri
 from tests.conftest import tiny_recipe
 
@@ -16,7 +17,7 @@ from tests.conftest import tiny_recipe
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     folder = tmp_path_factory.mktemp("mlflow")
-    return Tracker(f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri())
+    return Tracker(f"sqlite:///{folder}/mlflow.db")
 
 
 def test_a_run_is_found_again_by_its_identity(tracker: Tracker) -> None:
@@ -126,3 +127,19 @@ def test_metrics_that_cannot_be_sent_are_counted(tmp_path: Path) -> None:
         outbox.put(step, {"train/loss": 1.0})
     assert outbox.close() == 3
     assert "3 points are kept in log.jsonl" in said[-1]
+
+
+def test_a_server_that_is_down_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(DiffitError) as caught:
+        Tracker(f"http://user:secret@127.0.0.1:{port}")
+    # The status of unreachable storage, not of bad input.
+    assert not isinstance(caught.value, UserError)
+    said = str(caught.value)
+    assert said.startswith(f"could not reach MLflow at http://127.0.0.1:{port} (")
+    assert "refused" in said
+    assert len(said) < 200
+    assert "\n" not in said

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import Json, ProjectRoot, print_result
+from diffit_train.commands.options import Json, ProjectRoot, output, print_result
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.progress import say
@@ -114,6 +114,6 @@ def attention_command(
     Example: `diffit attention demo --root my-project --class 3 --token 1,2`
     """
     result = draw_attention(
-        root, run, label, parse_token(token), seed, storage.absolute(out), without, step, block
+        root, run, label, parse_token(token), seed, output("--out", out), without, step, block
     )
     print_result(result, as_json)

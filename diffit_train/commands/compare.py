@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import Json, print_result
+from diffit_train.commands.options import Json, output, print_result
 from diffit_train.errors import UserError
+from diffit_train.runs.identity import read_identity, stored_recipe
+
+
+def _tracking_of_runs(root: str, selection: Sequence[str]) -> str | None:
+    """The tracking URI that the runs were trained with; None for the root's own database."""
+    folder = storage.join(storage.absolute(root), "runs")
+    if storage.missing_slash(root):
+        return None
+    chosen = {text.partition("@")[0].partition("/")[0] for text in selection}
+    for run in storage.list_names(folder):
+        if not chosen or run in chosen:
+            url = storage.join(folder, run)
+            if read_identity(url) and (uri := stored_recipe(url).tracking.uri):
+                return uri
+    return None
 
 
 def compare_command(
@@ -25,7 +41,11 @@ def compare_command(
     root: Annotated[str, typer.Option(help="Project folder; its MLflow store is read.")] = ".",
     uri: Annotated[
         str | None,
-        typer.Option("--tracking-uri", help="MLflow tracking URI. Default: ROOT/mlflow.db."),
+        typer.Option(
+            "--tracking-uri",
+            help="MLflow tracking URI. Default: that of the runs, which is ROOT/mlflow.db unless "
+            "they have a tracking.uri.",
+        ),
     ] = None,
     experiment: Annotated[
         str | None, typer.Option(help="MLflow experiment to compare. Default: all of them.")
@@ -63,13 +83,13 @@ def compare_command(
         raise UserError("--markdown and --json exclude each other; choose one")
     comparison = compare_store(
         root,
-        uri,
+        uri or _tracking_of_runs(root, selection or ()),
         experiment,
-        plot and storage.absolute(plot),
+        plot and output("--plot", plot),
         selection=selection or (),
         metric=metric,
-        html=html and storage.absolute(html),
-        csv=csv and storage.absolute(csv),
+        html=html and output("--html", html),
+        csv=csv and output("--csv", csv),
     )
     if as_json:
         print_result(comparison.as_json(), as_json)

@@ -10,6 +10,7 @@ import typer
 
 from diffit_train import storage
 from diffit_train.commands.evaluations import evaluate_all
+from diffit_train.commands.of_run import OptionalRecipe, RunOverrides, recipe_and_run
 from diffit_train.commands.options import (
     Address,
     CheckCluster,
@@ -25,7 +26,7 @@ from diffit_train.commands.options import (
     read_known_recipe,
 )
 from diffit_train.commands.sweep import FleetOptions, run_sweep
-from diffit_train.config import Recipe, packaged_recipes
+from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import finished_result
 from diffit_train.progress import say
@@ -114,16 +115,8 @@ def compute_references(recipe: Recipe, address: str | None = None) -> dict[str, 
 
 
 def evaluate_command(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE",
-            help=f"Packaged recipe ({', '.join(packaged_recipes())}), or the path or URL of a YAML "
-            "file.",
-            show_default=False,
-        ),
-    ] = None,
-    overrides: Overrides = None,
+    name: OptionalRecipe = None,
+    overrides: RunOverrides = None,
     root: Root = None,
     run: RunName = None,
     step: Steps = None,
@@ -196,9 +189,9 @@ def evaluate_command(
     With --sweep, evaluate every combination of the given values and write a table and a plot.
     Rerun the same command to resume.
 
-    Example: `diffit evaluate demo --root my-project --step 0 --step newest`
+    Example: `diffit evaluate --run demo --root my-project --step 0 --step newest`
 
-    Example: `diffit evaluate imagenet256 --root s3://bucket/project --step newest
+    Example: `diffit evaluate --run imagenet256 --root s3://bucket/project --step newest
     --sweep guidance.scale=1.0:5.0:0.4 --fleet --address http://head:8265`
     """
     if conformance is not None:
@@ -206,8 +199,6 @@ def evaluate_command(
 
         print_result(conform(storage.absolute(conformance)), as_json)
         return
-    if name is None:
-        raise UserError("evaluate needs a RECIPE, for example `diffit evaluate demo`")
     by_jobs = fleet or pool
     if watch and (sweep or step or by_jobs):
         raise UserError(
@@ -223,8 +214,7 @@ def evaluate_command(
         )
     if sweep and npz:
         raise UserError("--npz is for single evaluations; remove --npz or --sweep")
-    recipe = read_known_recipe(name, overrides, root)
-    run = run or recipe.name
+    recipe, run = recipe_and_run("evaluate", name, overrides, root, run)
     if watch:
         print_result(watch_run(recipe, run, address), as_json)
     elif sweep:

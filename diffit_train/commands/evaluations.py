@@ -9,7 +9,7 @@ from diffit_train import storage
 from diffit_train.commands.weights import reconstruct_run_ema
 from diffit_train.config import Recipe
 from diffit_train.evaluation.best import register_best
-from diffit_train.evaluation.result import evaluation_url, finished_result
+from diffit_train.evaluation.result import Result, evaluation_url, finished_result
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import reconstructed_url
 from diffit_train.runs.identity import run_url
@@ -35,7 +35,7 @@ def evaluate_all(
             results[number] = new
     else:
         say("already evaluated")
-    found = []
+    found: list[Result] = []
     for (recipe, step), result in zip(wanted, results, strict=True):
         if result is None:
             continue
@@ -46,8 +46,8 @@ def evaluate_all(
             from diffit_train.evaluation import runner
 
             runner.write_npz(recipe, evaluation_url(recipe, run, step, result.key))
-    if not sweep:
-        register_best(wanted[0][0], run)
+    if found and not sweep:
+        register_best(wanted[0][0], run, found)
     return [result.model_dump(mode="json") for result in found]
 
 

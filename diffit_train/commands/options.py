@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
 import typer
 
+from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
 from diffit_train.config.base import require_name
+from diffit_train.errors import UserError
 
 
 def checked_name(given: typer.CallbackParam, value: str | None) -> str | None:
@@ -19,10 +22,25 @@ def checked_name(given: typer.CallbackParam, value: str | None) -> str | None:
     return require_name(given.opts[0] if given.opts[0].startswith("-") else "NAME", value)
 
 
+def complete_recipe(incomplete: str) -> list[str]:
+    """Packaged recipes, for the shell."""
+    return [name for name in packaged_recipes() if name.startswith(incomplete)]
+
+
+def complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """The runs of the local root given so far, for the shell."""
+    root = context.params.get("root") or "."
+    if not storage.is_local(root):
+        return []
+    names = storage.list_names(storage.join(storage.absolute(root), "runs"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
 RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
+        autocompletion=complete_recipe,
         help=f"Packaged recipe ({', '.join(packaged_recipes())}), or the path or URL of a YAML "
         "file.",
         show_default=False,
@@ -48,7 +66,10 @@ Address = Annotated[
 RunName = Annotated[
     str | None,
     typer.Option(
-        "--run", callback=checked_name, help="Name of the run. Default: the recipe's name."
+        "--run",
+        callback=checked_name,
+        autocompletion=complete_run,
+        help="Name of the run. Default: the recipe's name.",
     ),
 ]
 Steps = Annotated[
@@ -96,6 +117,26 @@ AllowPickle = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", metavar="", help="Print the result as JSON to standard output.")
 ]
+
+
+def output(option: str, value: str) -> str:
+    """The absolute URL of an output that an option names, if it can be written.
+
+    Raises:
+        UserError: it cannot; names the option.
+    """
+    if fault := storage.missing_slash(value):
+        raise UserError(f"{option} is {value!r}: {fault}")
+    url = storage.absolute(value)
+    if storage.is_local(url):
+        path = storage.local_path(url)
+        above = next(folder for folder in path.parents if folder.exists())
+        problem = "is not a folder" if not above.is_dir() else "cannot be written to"
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{option} is {value!r}, but {above} {problem}; choose another {option}"
+            )
+    return url
 
 
 def print_result(value: Any, as_json: bool) -> None:

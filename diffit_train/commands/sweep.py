@@ -70,8 +70,9 @@ def run_sweep(
     recipe = starting_from(recipe, run)
     wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
     plan = stage.plan_sweep(recipe, run, list(wanted), texts, name)
-    stage.open_sweep(plan)
-    folder = storage.display_path(plan.url())
+    root = recipe.storage.root
+    stage.open_sweep(plan, root)
+    folder = storage.display_path(plan.url(root))
     say(f"sweep {plan.name!r}: {counted(len(plan.members), 'evaluation')} in {folder}")
     failed: list[str] = []
     if fleet is None:
@@ -81,10 +82,10 @@ def run_sweep(
         _sweep_by_one_job(plan, recipe, texts, fleet)
     else:
         failed = _sweep_by_jobs(plan, recipe, fleet)
-    found = stage.results(plan)
+    found = stage.results(plan, root)
     outputs: dict[str, str] = {}
     if any(result is not None for result in found):
-        outputs = _write_outputs(plan)
+        outputs = _write_outputs(plan, recipe)
         print_rows(plan.name, stage.rows(plan, found))
         say(f"{storage.display_path(outputs['csv'])}  {storage.display_path(outputs['plot'])}")
     if failed:
@@ -95,11 +96,11 @@ def run_sweep(
     return {"name": plan.name, "rows": stage.rows(plan, found), **outputs}
 
 
-def _write_outputs(plan: Sweep) -> dict[str, str]:
+def _write_outputs(plan: Sweep, recipe: Recipe) -> dict[str, str]:
     """Write sweep.csv and sweep.png as `diffit compare` does; return their URLs."""
     from diffit_train.compare.comparison import compare_store
 
-    recipe, url = plan.loaded(), plan.url()
+    url = plan.url(recipe.storage.root)
     state = read_state(run_url(recipe, plan.run), plan.members[0].step)
     files = {"csv": storage.join(url, "sweep.csv"), "plot": storage.join(url, "sweep.png")}
     compare_store(
@@ -117,7 +118,7 @@ def _sweep_by_one_job(
     plan: Sweep, recipe: Recipe, texts: Sequence[str], fleet: FleetOptions
 ) -> None:
     """Run a sweep as one Ray job, and follow it; weights and reference are loaded once."""
-    if None not in stage.results(plan):
+    if None not in stage.results(plan, recipe.storage.root):
         say("already evaluated")
         return
     steps = [str(step) for step in dict.fromkeys(member.step for member in plan.members)]
@@ -158,7 +159,7 @@ def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str
                 fleet.at_most,
                 fleet.retries,
                 is_done,
-                lambda: stage.is_cancelled(plan.url()),
+                lambda: stage.is_cancelled(plan.url(recipe.storage.root)),
                 show,
                 fleet.python,
             ),
@@ -186,10 +187,11 @@ def _state_row(member: Member, state: JobState) -> dict[str, str]:
 
 def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
     """Print the results of a sweep so far."""
-    plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
-    found = stage.results(plan)
+    root = storage.absolute(root)
+    plan = stage.read_sweep(stage.sweep_url(root, run, name))
+    found = stage.results(plan, root)
     done = sum(result is not None for result in found)
-    state = ", canceled" if stage.is_cancelled(plan.url()) else ""
+    state = ", canceled" if stage.is_cancelled(plan.url(root)) else ""
     say(f"sweep {name!r}: {done} of {len(found)} evaluations done{state}")
     table = stage.rows(plan, found)
     if table:
@@ -199,13 +201,13 @@ def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
 
 def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
     """Stop the jobs of a sweep; finished evaluations are kept."""
-
-    plan = stage.read_sweep(stage.sweep_url(storage.absolute(root), run, name))
-    recipe = plan.loaded()
+    root = storage.absolute(root)
+    plan = stage.read_sweep(stage.sweep_url(root, run, name))
+    recipe = plan.loaded(root)
     jobs = [Job("evaluate", recipe, run, (), name, number) for number in range(len(plan.members))]
     pool = Job("evaluate", recipe, run, (), name, axes=("all",))
     names = [job.name for job in (*jobs, pool)]
-    stage.cancel_sweep(plan.url())
+    stage.cancel_sweep(plan.url(root))
     stopped = cancel_jobs(names, address)
     say(f"sweep {name!r} canceled; {counted(stopped, 'job')} stopped")
     return {"name": name, "stopped": stopped}

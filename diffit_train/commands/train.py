@@ -81,7 +81,7 @@ def validate_checkpoint(recipe: Recipe, run: str, step: int) -> str:
 
     request = runner.Request(recipe, run, step, curve="validation")
     result = request.finished or runner.evaluate([request])[0]
-    register_best(recipe, run)
+    register_best(recipe, run, [result], validated=True)
     metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     return f"step {step:,} evaluated: {metrics}  {storage.display_path(result.grid)}"
 

@@ -9,15 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
+from diffit_train.commands.of_run import (
+    OptionalRecipe,
+    RunOverrides,
+    recipe_and_run,
+    split_recipe,
+)
 from diffit_train.commands.options import (
     AllowPickle,
     Json,
     Overrides,
-    RecipeName,
     Root,
     RunName,
+    output,
     print_result,
-    read_known_recipe,
 )
 from diffit_train.config import Recipe, load_recipe, load_stored_recipe
 from diffit_train.errors import UserError
@@ -51,8 +56,14 @@ def sample_images(
     from diffit_train.evaluation import generate
     from diffit_train.evaluation import sample as stage
 
+    if classes and not recipe.model.conditional:
+        raise UserError(
+            f"--class is {classes[0]!r}, but the model has no labels (model.conditional is false); "
+            "remove --class"
+        )
     labels = stage.choose_classes(generate.class_names(recipe), classes)
     numbers = stage.parse_seeds(seeds)
+    folder = output("--out", out)
     if source.file is not None:
         title = storage.display_path(source.file)
         weights = generate.file_weights(recipe, source.file, source.allow_pickle)
@@ -61,7 +72,6 @@ def sample_images(
         url, step = find_checkpoint(recipe, source.run, source.step)
         title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
         weights = generate.run_weights(recipe, url, step)
-    folder = storage.absolute(out)
     result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
     count = len(result["images"])
     say(f"{count:,} {'image' if count == 1 else 'images'} in {storage.display_path(folder)}")
@@ -86,7 +96,10 @@ def recipe_of_weights(
 
     found = recipe_of_file(storage.absolute(file), allow_pickle)
     if found is None:
-        raise UserError(f"{file} does not name its model; give its recipe with --recipe")
+        raise UserError(
+            f"{file} does not name its model; name its recipe (`diffit sample RECIPE --weights`, "
+            "`diffit import --recipe RECIPE`)"
+        )
     text, reference = found
     if text:
         return load_stored_recipe(text, reference, overrides, root)
@@ -129,7 +142,7 @@ def export_checkpoint(
 
     recipe = starting_from(recipe, run)
     _, number = find_checkpoint(recipe, run, step)
-    target = None if out is None else storage.absolute(out)
+    target = None if out is None else output("--out", out)
     file = import_export.export_weights(recipe, run, number, kind, target)
     say(f"wrote {storage.display_path(file)}: {kind} of {run}, step {number:,}")
     return {"file": file, "run": run, "step": number, "weights": kind}
@@ -143,7 +156,7 @@ def reconstruct_run_ema(
 
     recipe = starting_from(recipe, run)
     find_checkpoint(recipe, run, NEWEST)
-    target = None if out is None else storage.absolute(out)
+    target = None if out is None else output("--out", out)
     made = phema.reconstruct_ema(recipe, run, sigma_rel, parse_step(step), target)
     say(
         f"wrote {storage.display_path(made.file)}: sigma_rel {sigma_rel:g} of {run}, step "
@@ -158,8 +171,8 @@ def reconstruct_run_ema(
 
 
 def sample_command(
-    name: RecipeName,
-    overrides: Overrides = None,
+    name: OptionalRecipe = None,
+    overrides: RunOverrides = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[
@@ -183,11 +196,17 @@ def sample_command(
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Sample images of chosen classes and seeds, with the recipe's sampler and guidance.
+    """Sample images of chosen classes and seeds from a run, with its recipe's sampler and guidance.
 
-    Example: `diffit sample demo --root my-project --class 3 --class 7 --seeds 0-9 --out threes`
+    Example: `diffit sample --run demo --root my-project --class 3 --class 7 --seeds 0-9`
+
+    Example: `diffit sample evaluate.sampler.steps=50 --run demo --root my-project --out fast`
     """
-    recipe = read_known_recipe(name, overrides, root)
+    if weights is None:
+        recipe, run = recipe_and_run("sample", name, overrides, root, run)
+    else:
+        name, words = split_recipe(name, overrides)
+        recipe = recipe_of_weights(weights, name, words, root, allow_pickle)
     source = WeightSource(run or recipe.name, step, weights, allow_pickle)
     print_result(sample_images(recipe, source, classes or [], seeds, out, batch_size), as_json)
 
@@ -220,8 +239,8 @@ def import_command(
 
 
 def export_command(
-    name: RecipeName,
-    overrides: Overrides = None,
+    name: OptionalRecipe = None,
+    overrides: RunOverrides = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[
@@ -237,19 +256,19 @@ def export_command(
 ) -> None:
     """Export a checkpoint's weights to one safetensors file with the published names.
 
-    Example: `diffit export demo --root my-project --step newest`
+    Example: `diffit export --run demo --root my-project --step newest`
     """
-    recipe = read_known_recipe(name, overrides, root)
-    result = export_checkpoint(recipe, run or recipe.name, step, weights, out)
+    recipe, run = recipe_and_run("export", name, overrides, root, run)
+    result = export_checkpoint(recipe, run, step, weights, out)
     print_result(result, as_json)
 
 
 def ema_reconstruct_command(
-    name: RecipeName,
     sigma_rel: Annotated[
         float, typer.Option(help="Width of the profile, relative to the training up to that step.")
     ],
-    overrides: Overrides = None,
+    name: OptionalRecipe = None,
+    overrides: RunOverrides = None,
     root: Root = None,
     run: RunName = None,
     step: Annotated[
@@ -265,8 +284,8 @@ def ema_reconstruct_command(
 
     The run needs EMAs with a sigma_rel in train.ema, and train.ema_snapshot_every (EDM2).
 
-    Example: `diffit ema reconstruct demo --root my-project --run first --sigma-rel 0.07`
+    Example: `diffit ema reconstruct --run first --root my-project --sigma-rel 0.07`
     """
-    recipe = read_known_recipe(name, overrides, root)
-    result = reconstruct_run_ema(recipe, run or recipe.name, sigma_rel, step, out)
+    recipe, run = recipe_and_run("ema reconstruct", name, overrides, root, run)
+    result = reconstruct_run_ema(recipe, run, sigma_rel, step, out)
     print_result(result, as_json)

@@ -341,6 +341,7 @@ def _draw_panel(cell: Axes, panel: Panel) -> None:
         cell.set_xscale("log", base=2)
     if panel.x_label in ("step", NFE_LABEL):
         cell.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _mark_single(cell, panel)
     labels = _legend(panel)
     cell.legend(
         handles[: len(labels)],
@@ -350,6 +351,20 @@ def _draw_panel(cell: Axes, panel: Panel) -> None:
         fontsize=8,
         frameon=False,
     )
+
+
+def _mark_single(cell: Axes, panel: Panel) -> None:
+    """Label the only value on an axis, where ticks around it would be of no use."""
+    for axis, values in (
+        (cell.xaxis, {x for line in panel.lines for x in line.x}),
+        (cell.yaxis, {y for line in panel.lines for y in line.y if math.isfinite(y)}),
+    ):
+        if len(values) == 1:
+            (value,) = values
+            axis.set_ticks([value], [f"{value:,.6g}" if axis is cell.xaxis else f"{value:.4g}"])
+            axis.set_ticks([], minor=True)
+            if axis is cell.xaxis:
+                cell.set_xlim(*((value / 2, 2 * value) if value > 0 else (-1.0, 1.0)))
 
 
 def _legend(panel: Panel) -> list[str]:

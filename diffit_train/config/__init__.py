@@ -6,6 +6,7 @@ from diffit_train.config.load import (
     load_recipe_text,
     load_stored_recipe,
     packaged_recipes,
+    stored_text,
     validate,
 )
 from diffit_train.config.recipe import Recipe
@@ -17,5 +18,6 @@ __all__ = [
     "load_recipe_text",
     "load_stored_recipe",
     "packaged_recipes",
+    "stored_text",
     "validate",
 ]

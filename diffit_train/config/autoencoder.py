@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffit_train.config.base import Positive, PositiveInt, Section
 
@@ -19,7 +19,9 @@ class AutoencoderFit(Section):
         default=1e-4, description="weight of the KL term added to the MSE loss"
     )
     block_out_channels: tuple[PositiveInt, ...] = Field(
-        default=(16, 32), description="channels per level; each but the last halves the resolution"
+        default=(16, 32),
+        description="channels per level; each but the last halves the resolution, so that there "
+        "is one more than autoencoder.downsample halves. Follows from it where it is not given",
     )
     layers_per_block: PositiveInt = Field(default=1, description="residual layers per level")
     norm_num_groups: PositiveInt = Field(
@@ -47,7 +49,9 @@ class Autoencoder(Section):
     )
     latent_channels: PositiveInt = Field(default=4, description="channels of a latent")
     downsample: PositiveInt = Field(
-        default=8, description="image side divided by latent side, in pixels"
+        default=8,
+        description="image side divided by latent side, in pixels. Follows from "
+        "autoencoder.fit.block_out_channels where only that is given",
     )
     scale: Positive | None = Field(
         default=None,
@@ -60,6 +64,21 @@ class Autoencoder(Section):
         "factors of products to TF32",
     )
     fit: AutoencoderFit = AutoencoderFit()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_levels(cls, values: Any) -> Any:
+        """Downsampling by 2 ** (levels - 1), whichever of the two is given."""
+        fit = values.get("fit", {}) if isinstance(values, dict) else None
+        if not isinstance(fit, dict):
+            return values
+        channels, factor = fit.get("block_out_channels"), values.get("downsample")
+        if isinstance(channels, list | tuple) and channels and factor is None:
+            return {**values, "downsample": 2 ** (len(channels) - 1)}
+        if channels is None and isinstance(factor, int) and factor > 0 and factor.bit_count() == 1:
+            levels = (16, *[32] * (factor.bit_length() - 1))
+            return {**values, "fit": {**fit, "block_out_channels": levels}}
+        return values
 
     @property
     def name(self) -> str:

@@ -43,7 +43,23 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
     Raises:
         UserError: the recipe is invalid; names the key, its value and what is allowed.
     """
-    return load_recipe_text(_read_text(reference), reference, overrides, root)
+    tree = _parse(_read_text(reference), reference)
+    if found := _root_around(reference):
+        _apply(tree, f"storage.root={json.dumps(found)}")
+    return _resolve(tree, reference, overrides, root)
+
+
+def _root_around(reference: str) -> str | None:
+    """The project that holds a stored recipe, ROOT/runs/RUN/recipe.yaml or ROOT/latents/NAME/…"""
+    if not reference.endswith("/recipe.yaml"):
+        return None
+    folder = storage.parent(storage.absolute(reference))
+    marker = {"runs": "run.json", "latents": "manifest.json"}.get(
+        storage.parent(folder).rsplit("/", 1)[-1]
+    )
+    if marker is None or not storage.exists(storage.join(folder, marker)):
+        return None
+    return storage.parent(folder, 2)
 
 
 def load_recipe_text(
@@ -56,13 +72,18 @@ def load_recipe_text(
 def load_stored_recipe(
     text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
 ) -> Recipe:
-    """Like `load_recipe_text`, but from what this or an earlier version's `dump_recipe` wrote."""
+    """Like `load_recipe_text`, but from what this or an earlier version stored.
+
+    Args:
+        root: where it was read from: a project may have been moved since.
+    """
     return _resolve(renamed.current(_parse(text, reference)), reference, overrides, root)
 
 
 def _resolve(
     tree: dict[str, Any], reference: str, overrides: Sequence[str], root: str | None
 ) -> Recipe:
+    _forget_derived(tree, overrides)
     for override in overrides:
         _apply(tree, override)
     if root is not None:
@@ -110,6 +131,16 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def stored_text(recipe: Recipe) -> str:
+    """The recipe as stored inside its project: without the project's root, which may be moved."""
+    root, uri = recipe.storage.root, recipe.tracking.uri
+    own = f"sqlite:///{storage.join(root, 'mlflow.db')}"
+    update: dict[str, Any] = {"storage": recipe.storage.model_copy(update={"root": "."})}
+    if uri == own:
+        update["tracking"] = recipe.tracking.model_copy(update={"uri": None})
+    return dump_recipe(recipe.model_copy(update=update))
+
+
 def _read_text(reference: str) -> str:
     if reference.endswith(YAML_SUFFIXES) or "/" in reference:
         if fault := storage.missing_slash(reference):
@@ -139,6 +170,26 @@ def _parse(text: str, reference: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"recipe {reference} must be a mapping of sections, not {tree!r}")
     return tree
+
+
+# Keys that follow from one another where only one is given.
+_DERIVED = {
+    "autoencoder.downsample": "autoencoder.fit.block_out_channels",
+    "autoencoder.fit.block_out_channels": "autoencoder.downsample",
+}
+
+
+def _forget_derived(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Drop keys of the file that follow from an overridden one, unless overridden themselves."""
+    named = {override.partition("=")[0] for override in overrides}
+    for key, derived in _DERIVED.items():
+        if key in named and derived not in named:
+            *sections, last = derived.split(".")
+            node = tree
+            for section in sections:
+                child = node.get(section)
+                node = child if isinstance(child, dict) else {}
+            node.pop(last, None)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -193,6 +244,9 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key} is {error['input']!r}, which was renamed to {value!r}"
     if error["type"] == "extra_forbidden":
         known = _section_keys(location)
+        name, colon, value = str(location[-1]).partition(":")
+        if colon and value:
+            return f"unknown key {key!r}; YAML needs a space after the colon: {name}: {value}"
         hint = _nearest(str(location[-1]), known) or f"; allowed here: {', '.join(known)}"
         return f"unknown key {key!r}{hint}"
     if error["type"] == "missing":

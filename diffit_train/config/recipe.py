@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from diffit_train import storage
 from diffit_train.config import renamed
 from diffit_train.config.autoencoder import Autoencoder
-from diffit_train.config.base import Name, Section
+from diffit_train.config.base import Name, Section, flatten
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, ddim_stride
 from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, EdmSampling, Evaluate
@@ -264,7 +264,7 @@ class Recipe(Section):
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys to values, as logged to MLflow."""
-        return dict(_flatten(self.model_dump(mode="json")))
+        return flatten(self.model_dump(mode="json"))
 
 
 def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
@@ -282,13 +282,3 @@ def _check_ddim_stride(steps: int, timesteps: int) -> None:
         f"({timesteps}) has that many steps, as evaluate.sampler.spacing 'ddim' needs; nearest "
         f"possible: {' or '.join(map(str, nearest))}"
     )
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            pairs += _flatten(item, f"{prefix}{key}.")
-        else:
-            pairs.append((prefix + key, item))
-    return pairs

@@ -19,5 +19,6 @@ class Tracking(Section):
     register_best: bool = Field(
         default=True,
         description="export the weights of a run's best evaluated checkpoint and register them "
-        "in MLflow as model EXPERIMENT-RUN with alias best",
+        "in MLflow as model EXPERIMENT-RUN with alias best (by the protocol of the run's recipe) "
+        "or best-validated (by validation)",
     )

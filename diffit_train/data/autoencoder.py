@@ -153,7 +153,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
     dtype = _DTYPES[section.precision]
     if section.kind == "identity":
         return LoadedAutoencoder(None, "identity", section.scale or 1.0, device, torch.float32)
-    hub = url == section.source and not _is_path(url)
+    hub = url == section.source and not is_path(url)
     model = _load_model(url, section.kind, dtype, hub)
     channels, factor = model.config.latent_channels, _downsampling(model)
     for key, mine, theirs in (
@@ -210,7 +210,7 @@ def _downsampling(model: Any) -> int:
     return 2 ** (len(model.config.block_out_channels) - 1)
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
     """Whether a source is a path; a hub id is NAME/NAME and not an existing folder."""
     return "://" in source or source.startswith(("/", ".", "~")) or Path(source).exists()
 

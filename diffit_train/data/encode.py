@@ -20,6 +20,7 @@ import ray
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
+from diffit_train.data.autoencoder import is_path
 from diffit_train.data.encode_plan import (
     REPAIR,
     RETRY,
@@ -37,6 +38,7 @@ from diffit_train.data.encode_plan import (
     work_specs,
     write_plan,
 )
+from diffit_train.data.hub import require_from_hub
 from diffit_train.data.preprocess import Images, to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
@@ -49,6 +51,7 @@ from diffit_train.data.shards import (
 )
 from diffit_train.data.sources import ImageList, SourceKind
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.native_stderr import without_lines
 from diffit_train.progress import Progress, say
 
 # Shards of images being read for each actor. On a GPU it encodes faster than one core decodes.
@@ -104,7 +107,10 @@ def encode_again(
 def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
     with ray_session.connected(address):
         ray_session.require(*recipe.scaling.needs("encode"), "encoding", recipe.scaling.wait_s)
-        yield
+        # Said of each pool of Ray Data, whose arguments the driver holds to the end; Ray's log of
+        # the driver keeps it.
+        with without_lines("the actor restart will fail"):
+            yield
 
 
 def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, EncodedPart]:
@@ -126,7 +132,7 @@ def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, Encode
 
 
 def _require_autoencoder(recipe: Recipe) -> None:
-    """Fail early if the autoencoder of a `root:` reference has not been fitted yet."""
+    """Fail early if the autoencoder is not fitted yet, or on a hub that cannot be reached."""
     source = recipe.autoencoder.source
     if recipe.autoencoder.kind == "identity":
         return
@@ -136,6 +142,8 @@ def _require_autoencoder(recipe: Recipe) -> None:
             f"autoencoder {url} does not exist; run `diffit autoencoder fit`, or set "
             "autoencoder.source to a folder in diffusers' format or a hub id"
         )
+    if url == source and not is_path(source):
+        require_from_hub(source)
 
 
 def _encode_missing(

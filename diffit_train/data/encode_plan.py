@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffit_train import storage
-from diffit_train.config import Recipe, dump_recipe
+from diffit_train.config import Recipe, stored_text
 from diffit_train.data.encode_order import SORTED, encode_order, order_digest
 from diffit_train.data.shards import (
     INPUTS,
@@ -370,7 +370,7 @@ def commit_manifest(
     )
     storage.write_text(storage.join(url, REJECTED), lines)
     _write_inputs(url, inputs)
-    storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
+    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
     storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
     storage.remove(storage.join(url, "parts"))
     if rejected:

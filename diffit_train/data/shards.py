@@ -22,7 +22,7 @@ from pydantic import ValidationError, model_validator
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DataError, DiffitError, UserError
 
 MANIFEST_SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -238,7 +238,7 @@ def read_shard(url: str, entry: ShardEntry) -> Shard:
     """Read a shard and verify its size, hash and count.
 
     Raises:
-        DiffitError: it is missing or damaged.
+        DataError: it is missing or damaged.
     """
     return parse_shard(storage.join(url, entry.name), entry, read_shard_bytes(url, entry))
 
@@ -250,9 +250,9 @@ def read_shard_bytes(url: str, entry: ShardEntry) -> bytes:
         # One byte more than there should be, to notice more.
         data = storage.read_sized(name, entry.bytes + 1)
     except FileNotFoundError as error:
-        raise DiffitError(f"shard {name} is missing; {_FIX}") from error
+        raise DataError(f"shard {name} is missing; {_FIX}") from error
     if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:
-        raise DiffitError(f"shard {name} differs from its recorded size or sha256; {_FIX}")
+        raise DataError(f"shard {name} differs from its recorded size or sha256; {_FIX}")
     return data
 
 
@@ -260,7 +260,7 @@ def parse_shard(name: str, entry: ShardEntry, data: bytes) -> Shard:
     """The images in a shard's tar; errors as `read_shard`."""
     latents, labels = _shard_members(name, data)
     if len(latents) != entry.count or latents.keys() != labels.keys():
-        raise DiffitError(f"shard {name} holds {len(latents)} images, not {entry.count}; {_FIX}")
+        raise DataError(f"shard {name} holds {len(latents)} images, not {entry.count}; {_FIX}")
     keys = np.array([int(key) for key in latents])
     return Shard(keys, np.stack(list(latents.values())), np.array([labels[k] for k in latents]))
 
@@ -272,7 +272,7 @@ def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[
     """Latents and labels by key, in tar order.
 
     Raises:
-        DiffitError: a member does not belong to the schema.
+        DataError: a member does not belong to the schema.
     """
     latents: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
@@ -284,7 +284,7 @@ def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[
             if kind == "cls":
                 labels[key] = int(content)
             elif kind != "latent.npy":
-                raise DiffitError(f"shard {name} has an unexpected member {member.name}; {_FIX}")
+                raise DataError(f"shard {name} has an unexpected member {member.name}; {_FIX}")
             elif (
                 header and content.startswith(header) and len(content) - len(header) == like.nbytes
             ):

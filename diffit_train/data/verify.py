@@ -152,13 +152,24 @@ def _check_totals(manifest: Manifest, report: Report) -> None:
 
 
 def recipe_of(url: str) -> Recipe:
-    """The recipe of a folder of latents, stored next to its manifest."""
+    """The recipe stored in a folder ROOT/latents/NAME; its root and `data.name` are these.
+
+    Raises:
+        UserError: it is missing, or the folder is not in a project.
+    """
+    if not storage.parent(url).endswith("/latents"):
+        raise UserError(
+            f"{url} is not in ROOT/latents/, so its images and autoencoder cannot be located; move "
+            "it there, or pass --no-image to check only its shards"
+        )
     name = storage.join(url, "recipe.yaml")
     try:
         text = storage.read_bytes(name).decode()
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing, so the images cannot be located") from error
-    return load_stored_recipe(text, name)
+    recipe = load_stored_recipe(text, name, root=storage.parent(url, 2))
+    data = recipe.data.model_copy(update={"name": url.rstrip("/").rsplit("/", 1)[-1]})
+    return recipe.model_copy(update={"data": data})
 
 
 def repair(url: str, names: list[str], address: str | None = None) -> Manifest:

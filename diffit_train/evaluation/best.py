@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
-
-from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.evaluation.result import Result, evaluated_identity
+from diffit_train.config.base import flatten
+from diffit_train.errors import UserError
+from diffit_train.evaluation.result import Result, evaluated_identity, run_results
 from diffit_train.metric_names import distance_name
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
-from diffit_train.runs.identity import run_url
-from diffit_train.tracking import Tracker, first_line, unreachable_errors
+from diffit_train.runs.identity import run_url, stored_recipe
+from diffit_train.tracking import (
+    BEST,
+    BEST_VALIDATED,
+    Registered,
+    Tracker,
+    first_line,
+    unreachable_errors,
+)
 
 
 def best_metric(recipe: Recipe) -> str:
@@ -23,81 +30,119 @@ def best_metric(recipe: Recipe) -> str:
     return distance_name("fd", features.name, features.published)
 
 
-def best_result(recipe: Recipe, run: str) -> Result | None:
-    """The run's evaluation with the smallest distance among those with the recipe's settings.
-
-    None if there is none.
-    """
-    identity, metric = evaluated_identity(recipe), best_metric(recipe)
-    found = [
-        result
-        for result in _results(recipe, run)
-        if result.evaluate == identity and result.recipe_hash == recipe.train_hash()
-    ]
-    return min(found, key=lambda result: result.metrics[metric], default=None)
+def best_result(recipe: Recipe, run: str, like: Result) -> Result:
+    """The run's evaluation with the smallest distance among those by the protocol of `like`."""
+    metric = best_metric(recipe)
+    found = [like, *(r for r in run_results(recipe.storage.root, run) if r.same_protocol(like))]
+    return min(found, key=lambda result: result.metrics[metric])
 
 
-def _results(recipe: Recipe, run: str) -> Iterator[Result]:
-    """The results of a run's evaluations; lists none of their thousands of chunks."""
-    run_folder = storage.join(recipe.storage.root, "evaluations", run)
-    for step in storage.list_names(run_folder):
-        if not step.startswith("step-"):
-            continue  # the folder of the sweeps
-        for key in storage.list_names(storage.join(run_folder, step)):
-            try:
-                data = storage.read_bytes(storage.join(run_folder, step, key, "result.json"))
-                yield Result.model_validate_json(data)
-            except (FileNotFoundError, ValidationError):
-                continue  # unfinished, or written by an earlier version
+def register_best(
+    recipe: Recipe, run: str, made: Sequence[Result], validated: bool = False
+) -> dict[str, Any] | None:
+    """Tag a run's best checkpoint in MLflow, and register its weights under an alias.
 
+    The alias is `best` for evaluations by the protocol of the run's own recipe (samples, features,
+    reference, sampler, guidance, precision …), and `best-validated` for the smaller ones of
+    validation. It names the smallest distance among evaluations of one protocol, and never moves to
+    another protocol. Weights are exported, so they outlive the checkpoint.
 
-def register_best(recipe: Recipe, run: str) -> dict[str, Any] | None:
-    """Tag a run's best checkpoint in MLflow, and register its weights under the alias `best`.
-
-    The best checkpoint has the smallest distance among evaluations with the same settings, outside
-    sweeps. Its weights are exported, so they outlive the checkpoint.
+    Args:
+        made: the evaluations just made or found.
+        validated: they were made by validation during training.
 
     Returns:
-        step, value and file of the best; None if nothing was evaluated.
+        step, value and file of the best; None if no evaluation followed the recipe's protocol.
     """
-    best = best_result(recipe, run)
-    if best is None:
+    own = _own_recipe(recipe, run)
+    differences = _differences(own, made)
+    if not differences:
+        alias = BEST
+    elif validated:
+        alias = BEST_VALIDATED
+    else:
+        say(f"{run}@{BEST} stays as it is: {differences}")
         return None
-    metric = best_metric(recipe)
+    best, metric = best_result(own, run, made[-1]), best_metric(own)
     found: dict[str, Any] = {"step": best.step, metric: best.metrics[metric]}
+    name = f"{recipe.tracking.experiment}-{run}"
     try:
         tracker = Tracker.of(recipe)
-        tracker.tag_best(best.mlflow_run_id, best.step, metric, best.metrics[metric])
+        registered = tracker.registered(name, alias)
+        if registered and (other := _other_protocol(own, run, registered, best, alias)):
+            say(f"{name}@{alias} stays as it is: {other}")
+            return None
+        tracker.tag_best(best.mlflow_run_id, best.step, metric, best.metrics[metric], alias)
     except unreachable_errors() as error:
         say(f"could not tag the best checkpoint in MLflow: {first_line(error)}")
         return found
     if recipe.tracking.register_best:
-        found["file"] = _register(recipe, run, best, tracker)
+        current = registered is not None and registered.evaluation_run_id == best.mlflow_run_id
+        found["file"] = None if current else _register(own, run, best, tracker, alias)
     return found
 
 
-def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker) -> str | None:
-    """Export and register the best weights unless they are; their file if newly registered."""
+def _own_recipe(recipe: Recipe, run: str) -> Recipe:
+    """The recipe with the protocol that the run began with."""
+    stored = stored_recipe(run_url(recipe, run))
+    return recipe.model_copy(update={"evaluate": stored.evaluate})
+
+
+def _differences(own: Recipe, made: Sequence[Result]) -> str:
+    """How the last evaluation's protocol differs from the run's own; "" if it does not."""
+    try:
+        mine = evaluated_identity(own)
+    except UserError as error:
+        return str(error)
+    theirs = made[-1].evaluate
+    flat, other = flatten(mine), flatten(theirs)
+    return "; ".join(
+        f"evaluate.{key} is {other.get(key)!r}, in the run's recipe {flat.get(key)!r}"
+        for key in sorted(flat.keys() | other.keys())
+        if flat.get(key) != other.get(key)
+    )
+
+
+def _other_protocol(own: Recipe, run: str, registered: Registered, best: Result, alias: str) -> str:
+    """Why the alias may not move to `best`; "" if it may.
+
+    An alias set by a version that did not know protocols may name an evaluation by another
+    protocol than the recipe's; it moves.
+    """
+    measured = run_results(own.storage.root, run)
+    held = next((r for r in measured if r.mlflow_run_id == registered.evaluation_run_id), None)
+    if held is None or held.same_protocol(best):
+        return ""
+    if alias == BEST and held.evaluate != best.evaluate:
+        return ""
+    return (
+        f"it was measured at step {held.step:,} by another protocol (samples, features or "
+        "reference have changed since); remove the alias in MLflow to begin anew"
+    )
+
+
+def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker, alias: str) -> str | None:
+    """Export and register the best weights; their file if they are registered."""
     from diffit_train.runs import import_export
 
     name = f"{recipe.tracking.experiment}-{run}"
     metric, weights = best_metric(recipe), recipe.evaluate.weights
     shown = f"step {best.step:,}, {metric} {best.metrics[metric]:.4g}"
+    if best.step not in committed_steps(run_url(recipe, run)):
+        say(f"best so far: {shown}; not registered: its checkpoint was deleted")
+        return None
+    width = recipe.evaluate.reconstructed
     try:
-        if tracker.registered_step(name) == best.step:
-            return None
-        if best.step not in committed_steps(run_url(recipe, run)):
-            say(f"best so far: {shown}; not registered: its checkpoint was deleted")
-            return None
-        width = recipe.evaluate.reconstructed
         if width is None:
             file = import_export.export_weights(recipe, run, best.step, weights, None)
         else:
             file = reconstructed_url(run_url(recipe, run), width, best.step)
         tags = {"step": best.step, metric: best.metrics[metric], "weights": weights}
-        tracker.register(name, file, best.mlflow_run_id, tags)
+        tracker.register(name, file, best.mlflow_run_id, tags, alias)
     except unreachable_errors() as error:
         say(f"best so far: {shown}; not registered: {first_line(error)}")
         return None
-    say(f"best so far: {shown}; registered {storage.display_path(file)} in MLflow as {name}@best")
+    say(
+        f"best so far: {shown}; registered {storage.display_path(file)} in MLflow as {name}@{alias}"
+    )
     return file

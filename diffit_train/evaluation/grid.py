@@ -1,4 +1,4 @@
-"""A PNG grid of samples: one row per class, with its name on the left."""
+"""A PNG grid of samples: one row per class, with its name on the left, if there are classes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CELL_INCHES = 0.55
 
 
 def draw_grid(
-    images: dict[int, list[np.ndarray]], classes: list[str], title: str, url: str
+    images: dict[int, list[np.ndarray]], classes: list[str] | None, title: str, url: str
 ) -> None:
-    """Write a PNG with one row per label.
+    """Write a PNG with one row per label, or of images without labels in rows.
 
     Args:
-        images: label, an index into `classes`, to images (R, R, 3) uint8.
+        images: label, an index into `classes` or number of a row, to images (R, R, 3) uint8.
         url: file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,8 +30,9 @@ def draw_grid(
             cell.set_axis_off()
         for cell, image in zip(row, chosen, strict=False):
             cell.imshow(image, interpolation="nearest")
-        axes_coordinates = row[0].transAxes
-        row[0].text(-0.15, 0.5, classes[label], transform=axes_coordinates, ha="right", va="center")
+        if classes is not None:
+            within = row[0].transAxes
+            row[0].text(-0.15, 0.5, classes[label], transform=within, ha="right", va="center")
     figure.suptitle(title, fontsize=9)
     with storage.atomic_file(url) as path, path.open("wb") as file:
         FigureCanvasAgg(figure).print_figure(file, format="png")

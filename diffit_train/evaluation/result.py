@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,6 +14,9 @@ from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.reference_files import reference_identity
 from diffit_train.runs.checkpoints import checkpoint_digest, step_name
 from diffit_train.runs.identity import run_url
+
+RESULT = "result.json"
+GRID = "grid.png"
 
 
 class Result(storage.Record):
@@ -26,7 +30,8 @@ class Result(storage.Record):
     the images of the evaluation before were complete; null if no actor was needed.
     `keep_images` is evaluate.keep_images; "" in results of earlier versions, which kept all.
     `reference_digest` identifies the reference: the SHA-256 of a reference file, else a hash of
-    images and features, or "" in results of earlier versions.
+    images and features, or "" in results of earlier versions. `features_digest` is that of the
+    feature network's weights, likewise.
     """
 
     run: str
@@ -41,8 +46,24 @@ class Result(storage.Record):
     nfe: float
     evaluate: dict[str, Any]
     reference_digest: str = ""
+    features_digest: str = ""
     recipe_hash: str
     mlflow_run_id: str
+
+    def same_protocol(self, other: Result) -> bool:
+        """Whether both measured the same run in the same way, so that their metrics rank steps.
+
+        A digest that an earlier version did not store is not compared.
+        """
+        digests = (
+            (self.reference_digest, other.reference_digest),
+            (self.features_digest, other.features_digest),
+        )
+        return (
+            self.recipe_hash == other.recipe_hash
+            and self.evaluate == other.evaluate
+            and all(mine == theirs or not (mine and theirs) for mine, theirs in digests)
+        )
 
 
 def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
@@ -72,13 +93,43 @@ def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
     return storage.join(recipe.storage.root, "evaluations", run, step_name(step), key)
 
 
+def write_result(url: str, result: Result) -> None:
+    """Commit the result of the evaluation in a folder, with its grid's name there."""
+    stored = result.model_copy(update={"grid": GRID})
+    storage.write_text(storage.join(url, RESULT), stored.model_dump_json(indent=1) + "\n")
+
+
+def read_result(url: str) -> Result:
+    """The result in a folder, with its grid's URL.
+
+    Raises:
+        FileNotFoundError: the evaluation is not finished.
+        ValidationError: it is damaged, or of an earlier version.
+    """
+    result = Result.model_validate_json(storage.read_bytes(storage.join(url, RESULT)))
+    return result.model_copy(update={"grid": storage.join(url, GRID)})
+
+
 def finished_result(recipe: Recipe, run: str, step: int) -> Result | None:
     """The result of an evaluation; None if it is not done."""
     key = evaluation_key(recipe, run_url(recipe, run), step)
-    url = storage.join(evaluation_url(recipe, run, step, key), "result.json")
-    if not storage.exists(url):
-        return None
+    url = evaluation_url(recipe, run, step, key)
     try:
-        return Result.model_validate_json(storage.read_bytes(url))
+        return read_result(url)
+    except FileNotFoundError:
+        return None
     except ValidationError as error:
-        raise DiffitError(f"{url} is damaged; delete it and evaluate again") from error
+        raise DiffitError(f"{url}/{RESULT} is damaged; delete it and evaluate again") from error
+
+
+def run_results(root: str, run: str) -> Iterator[Result]:
+    """The results of a run's evaluations; lists none of their thousands of chunks."""
+    run_folder = storage.join(root, "evaluations", run)
+    for step in storage.list_names(run_folder):
+        if not step.startswith("step-"):
+            continue  # the folder of the sweeps
+        for key in storage.list_names(storage.join(run_folder, step)):
+            try:
+                yield read_result(storage.join(run_folder, step, key))
+            except (FileNotFoundError, ValidationError):
+                continue  # unfinished, or written by an earlier version

@@ -26,11 +26,13 @@ from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.pool import EvaluationPool, Generation, Usage
 from diffit_train.evaluation.references import FoundReference, Reference
 from diffit_train.evaluation.result import (
+    GRID,
     Result,
     evaluated_identity,
     evaluation_key,
     evaluation_url,
     finished_result,
+    write_result,
 )
 from diffit_train.evaluation.scoring import Scorer, grid_rows, read_grid
 from diffit_train.metric_names import EVALUATION, NFE
@@ -250,10 +252,11 @@ def _finish(
     metrics = suite.values(statistics.result())
     for warning in suite.warnings(statistics.result()):
         say(f"note: {warning}")
-    grid = storage.join(url, "grid.png")
+    grid = storage.join(url, GRID)
     numbers = "   ".join(f"{name} {value:.3g}" for name, value in metrics.items())
     title = f"{run}, step {step:,}\n{numbers}"
-    draw_grid(read_grid(recipe, url), class_names(recipe), title, grid)
+    names = class_names(recipe) if recipe.model.conditional else None
+    draw_grid(read_grid(recipe, url), names, title, grid)
     if request.npz:
         write_npz(recipe, url)
     cost = nfe_per_image(recipe)
@@ -277,10 +280,11 @@ def _finish(
         nfe=cost,
         evaluate=evaluated_identity(recipe),
         reference_digest=reference.digest,
+        features_digest=features_digest(recipe),
         recipe_hash=recipe.train_hash(),
         mlflow_run_id=child,
     )
-    storage.write_text(storage.join(url, "result.json"), result.model_dump_json(indent=1) + "\n")
+    write_result(url, result)
     if usage.idle_share is not None:
         say(
             f"step {step:,}: the actors existed for {usage.existed_s:,.0f} s, and did not generate "

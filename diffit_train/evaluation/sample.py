@@ -1,7 +1,7 @@
 """`diffit sample`: images of chosen classes and seeds, from any weights, on this machine.
 
-An image depends only on its seed and class, not on the batch size or the other images (except for
-rounding).
+A model without labels makes one image per seed. An image depends only on its seed and class, not on
+the batch size or the other images (except for rounding).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from diffit_train.progress import Progress, say
 
 # Maximum number of classes without --class, evenly spaced.
 DEFAULT_CLASSES = 8
+# Images in a row of the grid of a model without labels.
+ROW = 10
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -84,35 +86,39 @@ def sample(
     """Generate one image per class and seed: PNG files, a grid, and samples.json.
 
     Args:
+        labels: the classes; ignored by a model without labels, which makes one image per seed.
         title: description of the weights, for the grid and samples.json.
     """
-    names = class_names(recipe)
+    names = class_names(recipe) if recipe.model.conditional else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = Generator(recipe, weights, load_autoencoder(recipe, device))
     if saving := guidance_saving(recipe):
         say(saving)
-    wanted = [(label, seed) for label in labels for seed in seeds]
+    wanted = [(label, seed) for label in (labels if names else (0,)) for seed in seeds]
     shown: dict[int, list[np.ndarray]] = {}
-    record = []
+    record: list[dict[str, Any]] = []
     with Progress("sample", len(wanted), "images") as progress:
         for start in range(0, len(wanted), batch_size):
             chunk = wanted[start : start + batch_size]
             pixels = generator([(seed, 0) for _, seed in chunk], [label for label, _ in chunk])
             for image, (label, seed) in zip(pixels, chunk, strict=True):
-                name = f"class{label:04d}-seed{seed:06d}.png"
+                name = f"class{label:04d}-seed{seed:06d}.png" if names else f"seed{seed:06d}.png"
                 with storage.atomic_file(storage.join(out, name)) as path:
                     Image.fromarray(image).save(path, format="PNG")
-                shown.setdefault(label, []).append(image)
-                record.append({"file": name, "class": names[label], "label": label, "seed": seed})
+                shown.setdefault(label if names else len(record) // ROW, []).append(image)
+                of_class = {"class": names[label], "label": label} if names else {}
+                record.append({"file": name, **of_class, "seed": seed})
             progress.update(start + len(chunk))
     grid = storage.join(out, "grid.png")
     sampler, guidance = recipe.evaluate.sampler, recipe.evaluate.guidance
-    how = f"{sampler.name} {sampler.steps}, guidance {guidance.kind} {guidance.scale:g}"
+    how = f"{sampler.name} {sampler.steps}"
+    if names and guidance.kind != "none":
+        how += f", guidance {guidance.kind} {guidance.scale:g}"
     draw_grid(shown, names, f"{title}\n{how}", grid)
     result = {
         "weights": title,
         "sampler": sampler.model_dump(mode="json"),
-        "guidance": guidance.model_dump(mode="json"),
+        "guidance": guidance.model_dump(mode="json") if names else None,
         "grid": grid,
         "images": record,
     }

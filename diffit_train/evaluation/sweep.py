@@ -11,7 +11,13 @@ import yaml
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe, dump_recipe, load_recipe_text, load_stored_recipe
+from diffit_train.config import (
+    Recipe,
+    dump_recipe,
+    load_recipe_text,
+    load_stored_recipe,
+    stored_text,
+)
 from diffit_train.config.base import require_name
 from diffit_train.config.evaluate import FREE_KEYS
 from diffit_train.errors import DiffitError, UserError
@@ -48,13 +54,13 @@ class Sweep(storage.Record):
     identity: dict[str, Any]
     members: list[Member]
 
-    def loaded(self) -> Recipe:
-        """The recipe of the sweep."""
-        return load_stored_recipe(self.recipe, f"the recipe of sweep {self.name!r}")
+    def loaded(self, root: str) -> Recipe:
+        """The recipe of the sweep, of the project at `root`."""
+        return load_stored_recipe(self.recipe, f"the recipe of sweep {self.name!r}", root=root)
 
-    def url(self) -> str:
+    def url(self, root: str) -> str:
         """Folder of the sweep."""
-        return sweep_url(self.loaded().storage.root, self.run, self.name)
+        return sweep_url(root, self.run, self.name)
 
 
 def sweep_url(root: str, run: str, name: str) -> str:
@@ -162,19 +168,19 @@ def plan_sweep(
     return Sweep(
         name=name,
         run=run,
-        recipe=dump_recipe(recipe),
+        recipe=stored_text(recipe),
         identity=recipe.evaluate_identity(),
         members=members,
     )
 
 
-def open_sweep(sweep: Sweep) -> None:
+def open_sweep(sweep: Sweep, root: str) -> None:
     """Write the sweep's definition, or check that the existing one is the same.
 
     Raises:
         UserError: a different sweep has that name.
     """
-    url = sweep.url()
+    url = sweep.url(root)
     definition = storage.join(url, DEFINITION)
     if storage.exists(definition):
         existing = read_sweep(url)
@@ -217,9 +223,9 @@ def is_cancelled(url: str) -> bool:
 # ---- Results ----
 
 
-def results(sweep: Sweep) -> list[Result | None]:
+def results(sweep: Sweep, root: str) -> list[Result | None]:
     """The result of each member; None if it is not done."""
-    recipe = sweep.loaded()
+    recipe = sweep.loaded(root)
     return [finished_result(m.recipe(recipe), sweep.run, m.step) for m in sweep.members]
 
 

@@ -213,6 +213,12 @@ def checkpoint_digest(run_url: str, step: int) -> str:
     return _commit(checkpoint_url(run_url, step)).index_sha256
 
 
+def weights_of(index: Index) -> list[str]:
+    """Names of the weights in a checkpoint: raw, and its EMAs."""
+    kinds = [kind for kind in index.kinds if kind not in STATES[1:]]
+    return ["raw" if kind == "master" else kind for kind in kinds]
+
+
 def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
     """Every trainable parameter in full, by name, in fp32; reads no other kind's bytes.
 
@@ -220,9 +226,17 @@ def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
         kind: `raw` for the master weights, or the name of an EMA.
 
     Raises:
+        UserError: the checkpoint has no such weights.
         DiffitError: a file is missing or damaged.
     """
     index = read_index(run_url, step)
+    known = weights_of(index)
+    if kind not in known:
+        imported = "" if "raw" in known else ": its weights were imported"
+        raise UserError(
+            f"checkpoint {checkpoint_url(run_url, step)} has no weights {kind!r}, only "
+            f"{', '.join(known)}{imported}"
+        )
     wanted = [Slice(name, 0, math.prod(p.shape)) for name, p in index.parameters.items()]
     source: StateName = "master" if kind == "raw" else kind
     flat = read_slices(run_url, step, wanted, (source,))[source]

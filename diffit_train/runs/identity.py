@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe, dump_recipe, load_stored_recipe
+from diffit_train.config import Recipe, load_stored_recipe, stored_text
+from diffit_train.config.base import flatten
 from diffit_train.data.shards import Manifest
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs.checkpoints import committed_steps, require_step
@@ -62,37 +62,28 @@ def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
 
 
 def stored_recipe(url: str) -> Recipe:
-    """The recipe of the run in a folder."""
+    """The recipe of the run in a folder ROOT/runs/RUN; its root is that ROOT."""
     name = storage.join(url, "recipe.yaml")
-    return load_stored_recipe(storage.read_bytes(name).decode(), name)
+    root = storage.parent(url, 2)
+    return load_stored_recipe(storage.read_bytes(name).decode(), name, root=root)
 
 
 def _differences(recipe: Recipe, url: str) -> str:
     """` (train.lr is 0.1, there 0.2)` for the keys that differ."""
     stored = stored_recipe(url)
-    mine, theirs = _leaves(recipe.train_identity()), _leaves(stored.train_identity())
+    mine, theirs = flatten(recipe.train_identity()), flatten(stored.train_identity())
     changed = [
-        f"{key} is {mine.get(key)!r}, there {theirs.get(key)!r}"
+        f"{key.removeprefix('order.')} is {mine.get(key)!r}, there {theirs.get(key)!r}"
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key)
     ]
     return f" ({'; '.join(changed)})" if changed else ""
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= _leaves(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}".removeprefix("order.")] = value
-    return out
-
-
 def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
     """Write recipe.yaml, then run.json, which marks the folder as a run."""
     url = run_url(recipe, run)
-    storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
+    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
     return _write_identity(
         url,
         RunIdentity(
@@ -104,6 +95,16 @@ def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
 def _write_identity(url: str, identity: RunIdentity) -> RunIdentity:
     storage.write_text(storage.join(url, "run.json"), identity.model_dump_json(indent=2) + "\n")
     return identity
+
+
+def record_steps(recipe: Recipe, run: str) -> None:
+    """Store the `train.steps` that an existing run is extended to in its recipe."""
+    url = run_url(recipe, run)
+    stored = stored_recipe(url)
+    if stored.train.steps != recipe.train.steps:
+        train = stored.train.model_copy(update={"steps": recipe.train.steps})
+        text = stored_text(stored.model_copy(update={"train": train}))
+        storage.write_text(storage.join(url, "recipe.yaml"), text)
 
 
 def check_latents(url: str, identity: RunIdentity, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.config import Recipe, dump_recipe
+from diffit_train.config import Recipe, stored_text
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
 from diffit_train.models.published import check_published, read_weights_and_step, write_published
@@ -141,12 +141,9 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
 
 
 def export_metadata(recipe: Recipe, run: str, step: int, weights: str) -> dict[str, str]:
-    """Metadata of an exported file: the run's own recipe, with the current URLs."""
-    # A file may be passed on: no credentials.
-    root, uri = redact(recipe.storage.root), recipe.tracking.uri
-    locations = {
-        "storage": recipe.storage.model_copy(update={"root": root}),
-        "tracking": recipe.tracking.model_copy(update={"uri": uri and redact(uri)}),
-    }
-    own = stored_recipe(run_url(recipe, run)).model_copy(update=locations)
-    return {"run": run, "step": str(step), "weights": weights, "recipe": dump_recipe(own)}
+    """Metadata of an exported file: the run's own recipe, with the current tracking URI."""
+    # A file may be passed on: no root, and no credentials.
+    uri = recipe.tracking.uri
+    tracking = recipe.tracking.model_copy(update={"uri": uri and redact(uri)})
+    own = stored_recipe(run_url(recipe, run)).model_copy(update={"tracking": tracking})
+    return {"run": run, "step": str(step), "weights": weights, "recipe": stored_text(own)}

@@ -6,7 +6,7 @@ from diffit_train.config import Recipe
 from diffit_train.config.base import require_name
 from diffit_train.config.train import Start
 from diffit_train.errors import UserError
-from diffit_train.runs.checkpoints import checkpoint_digest, read_index, require_step
+from diffit_train.runs.checkpoints import checkpoint_digest, read_index, require_step, weights_of
 from diffit_train.runs.identity import read_identity, run_url, stored_recipe
 
 
@@ -44,9 +44,8 @@ def starting_from(
     if read_identity(url) is None:
         raise UserError(f"--from is {source!r}, but run {name!r} does not exist in {url}")
     number = require_step(url, int(step) if step else None)
-    kind = "master" if weights == "raw" else weights
-    known = read_index(url, number).kinds
-    if kind not in known:
+    known = weights_of(read_index(url, number))
+    if weights not in known:
         raise UserError(f"--from-weights is {weights!r}, but {source} holds {', '.join(known)}")
     digest = checkpoint_digest(url, number)
     start = Start(run=name, step=number, weights=weights, digest=digest)

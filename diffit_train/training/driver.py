@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError, Interrupted, UserError
 from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
@@ -36,8 +36,10 @@ from diffit_train.runs.identity import (
     create_identity,
     finished_step,
     record_latents,
+    record_steps,
     run_url,
 )
+from diffit_train.runs.live import LiveWriter, live_until_end
 from diffit_train.tracking import (
     Tracker,
     first_line,
@@ -58,7 +60,8 @@ from diffit_train.training.worker import (
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-STOPPED = 143  # 128 + SIGTERM, the shell's status for a process ended by it
+# 128 + SIGTERM or SIGINT, the shell's status for a process ended by it.
+STOPPED, INTERRUPTED = 143, 130
 
 
 def train(
@@ -71,8 +74,8 @@ def train(
 ) -> int:
     """Train a run to its last step, resuming it if it exists; returns that step.
 
-    A finished run is left unchanged. On SIGTERM the workers save a checkpoint and exit, and this
-    function raises SystemExit with status 143.
+    A finished run is left unchanged. On SIGTERM, and on the first Ctrl-C, the workers save a
+    checkpoint and exit, and this function raises SystemExit with status 143, or 130.
 
     Args:
         address: of the Ray cluster; None as in `ray_session.connected`.
@@ -94,7 +97,7 @@ def train(
         _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
-    stop = threading.Event()
+    stop = Stop()
     with lease.held(run_url(recipe, run), wait, say, stop.set) as held:
         done = finished_step(recipe, run)  # by the command that was waited for
         if done is not None:
@@ -104,6 +107,7 @@ def train(
             known = check_recipe(recipe, run)
             identity = known or create_identity(recipe, run, manifest.samples_digest)
             identity = record_latents(run_url(recipe, run), identity, manifest)
+            record_steps(recipe, run)
             return _tracked_fit(recipe, identity, manifest, validate, held, stop)
 
 
@@ -147,7 +151,7 @@ def _tracked_fit(
     manifest: Manifest,
     validate: Validate | None,
     held: lease.Lease,
-    stop: threading.Event,
+    stop: Stop,
 ) -> int:
     """Train, and give the MLflow run the final status of training."""
     tags = {
@@ -166,8 +170,11 @@ def _tracked_fit(
             tags[name] = value
     mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    url = run_url(recipe, identity.name)
+    live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say)
     try:
-        step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, held, stop)
+        with live_until_end(live):
+            step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, held, stop, live)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -198,7 +205,8 @@ def _mlflow_run(
         url = run_url(recipe, identity.name)
         steps = committed_steps(url)
         if not steps:
-            raise UserError(f"a new run needs MLflow: {first_line(error)}") from error
+            kind = UserError if isinstance(error, UserError) else DiffitError
+            raise kind(f"a new run needs MLflow: {first_line(error)}") from error
         say(f"Continuing without MLflow: {first_line(error)}")
         return read_state(url, steps[-1]).mlflow_run_id
     return run_id
@@ -217,13 +225,15 @@ def _run_ray_train(
     mlflow_run_id: str,
     validate: Validate | None,
     held: lease.Lease,
-    stop: threading.Event,
+    stop: Stop,
+    live: LiveWriter,
 ) -> int:
     """Train by Ray Train to the end or until told to stop; returns the step reached.
 
     Raises:
         DiffitError: training failed more often than allowed.
-        SystemExit: SIGTERM told it to stop; status 143.
+        SystemExit: SIGTERM told it to stop (status 143), or Ctrl-C (130).
+        KeyboardInterrupt: a second Ctrl-C.
     """
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -246,15 +256,15 @@ def _run_ray_train(
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{PLACEMENT_S:g}")
     saved = "checkpoint saved"
     try:
-        with _on_sigterm(stop), _progress(recipe, status, committed_steps(url), stop):
+        start = max(committed_steps(url), default=0)
+        with _on_signals(stop), _progress(recipe, status, start, stop, live):
             trainer.fit()
         if reason := ray.get(status.why_failed.remote()):
             raise DiffitError(f"training of {run!r} failed: {reason}")
-    except SystemExit as error:  # Ray Train's answer to Ctrl-C, with status 0
-        raise KeyboardInterrupt from error
     except TrainingFailedError as error:
         if not stop.is_set():
-            raise DiffitError(f"training of {run!r} failed: {cause_of(error)}") from error
+            reason = ray.get(status.why_failed.remote()) or cause_of(error)
+            raise DiffitError(f"training of {run!r} failed: {reason}") from error
         saved = f"newest checkpoint; {cause_of(error)}"
     finally:
         ray.kill(status)
@@ -262,8 +272,8 @@ def _run_ray_train(
     step = max(committed_steps(url), default=0)
     if step < recipe.train.steps:
         if stop.is_set():
-            say(f"Stopped at step {step:,} ({saved}); rerun the same command to resume")
-            raise SystemExit(STOPPED)
+            say(f"Stopped at step {step:,} ({saved}); rerun the same command to resume from there")
+            raise Interrupted(INTERRUPTED) if stop.by_ctrl_c else SystemExit(STOPPED)
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
     say(f"Trained {step:,} steps of {recipe.train.batch_size} images")
     return step
@@ -287,6 +297,12 @@ def _trainer(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.validation_config import ValidationConfig
 
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Leaves Ctrl-C to us: Ray Train would abort without saving."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            pass
+
     scaling = recipe.scaling
     resources = {"CPU": float(scaling.cpus_per_worker)}
     if scaling.gpus_per_worker:
@@ -300,7 +316,7 @@ def _trainer(
             ValidationTask(worker_config["status"], validate),
             ray_remote_kwargs={"num_cpus": 0, "max_retries": 0},
         )
-    return TorchTrainer(
+    return Trainer(
         train_worker,
         torch_config=NodeNetwork(),
         validation_config=validation,
@@ -342,17 +358,36 @@ def _renew_claim(url: str, ray_run_id: str) -> None:
     storage.write_json(claim_url, f"train-{ray_run_id}")
 
 
+class Stop(threading.Event):
+    """A request to save and exit."""
+
+    by_ctrl_c = False
+
+
 @contextlib.contextmanager
-def _on_sigterm(stop: threading.Event) -> Iterator[None]:
-    """Set an event on SIGTERM while the block runs; only the main thread can handle signals."""
+def _on_signals(stop: Stop) -> Iterator[None]:
+    """Request a stop on SIGTERM and on the first Ctrl-C while the block runs.
+
+    The second Ctrl-C raises KeyboardInterrupt. Only the main thread can handle signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+
+    def interrupted(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.by_ctrl_c = True
+        stop.set()
+
+    ended = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    broken = signal.getsignal(signal.SIGINT)
+    if broken is not signal.SIG_IGN:  # as in a background job of a shell
+        signal.signal(signal.SIGINT, interrupted)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, ended)
+        signal.signal(signal.SIGINT, broken)
 
 
 def _ray_storage(url: str) -> dict[str, Any]:
@@ -367,11 +402,11 @@ def _ray_storage(url: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress(
-    recipe: Recipe, status: Any, committed: list[int], stop: threading.Event
+    recipe: Recipe, status: Any, start: int, stop: Stop, live: LiveWriter
 ) -> Iterator[None]:
     """Show the status actor's record and lines while the block runs; forward a stop request."""
     ended = threading.Event()
-    steps, start = recipe.train.steps, max(committed, default=0)
+    steps = recipe.train.steps
     workers = recipe.scaling.workers  # a number or a range
     say(
         f"Starting {workers} training worker{'' if workers == 1 else 's'} at step {start:,} of "
@@ -385,8 +420,11 @@ def _progress(
         seen += len(lines)
         for line in lines:
             say(line)
-        if "loss" in record:
-            detail = f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} images/s"
+        live.update(record, lines)
+        if "step" in record:
+            detail = ""
+            if "loss" in record:
+                detail = f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} images/s"
             progress.update(record["step"], detail)
         return dict(record)
 
@@ -396,7 +434,8 @@ def _progress(
             while not ended.wait(POLL_S):
                 if stop.is_set() and not stop_sent:
                     stop_sent = True
-                    say("Stop requested; saving a checkpoint")
+                    again = "; Ctrl-C again quits at once" if stop.by_ctrl_c else ""
+                    say(f"Stop requested; saving a checkpoint{again}")
                     status.stop.remote()
                 if show(progress) and not begun:
                     begun = True

@@ -58,6 +58,10 @@ def train_until_done(
         gc.collect()
 
 
+# Between reports of the step alone.
+REPORT_S = 1.0
+
+
 class Trainer:
     """One rank's training, from the newest intact checkpoint to the recipe's last step.
 
@@ -102,6 +106,7 @@ class Trainer:
         self.profiler = StepProfiler(recipe.train.profile_steps, self.url, hooks.say)
         self._start_engine()
         self.guard = BadStepGuard(self.url, self.control, self.writer.wait)
+        self._shown_s = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -199,6 +204,7 @@ class Trainer:
                 with self.profiler.step(self.step):
                     self._train_step(batch)
                 self.step += 1
+                self._show_step()
                 last = self.step == train.steps
                 if self.step % train.log_every == 0 or last:
                     checkpoint_s = self.writer.take_blocked_s()
@@ -211,6 +217,13 @@ class Trainer:
                     self._await_resize()
         self._finish()
         return self.step
+
+    def _show_step(self) -> None:
+        """Report the step as progress, also between log records."""
+        now_s = time.monotonic()
+        if self.rank == 0 and now_s - self._shown_s >= REPORT_S:
+            self._shown_s = now_s
+            self.hooks.report({"step": self.step})
 
     def _train_step(self, batch: TrainingBatch) -> None:
         if self.step in self.guard.skipped:

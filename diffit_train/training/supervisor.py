@@ -81,8 +81,17 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
                 time.sleep(POLL_S)
 
     def _count_failure(self, error: BaseException) -> None:
-        """Note a failure of workers; a new checkpoint since the last one makes it the first."""
-        if was_preemption(error) or _has_no_room(error):
+        """Note a failure of workers; a new checkpoint since the last one makes it the first.
+
+        Raises:
+            DiffitError: restarting would not help, as data is damaged, or there were too many.
+        """
+        if reason := ray.get(self.status.why_failed.remote()):
+            raise DiffitError(reason)
+        if _has_no_room(error):
+            return
+        if was_preemption(error):
+            self.status.say.remote("Restarting the workers: their node was preempted")
             return
         newest = ray.get(self.status.newest_checkpoint.remote())
         if newest > self.newest_checkpoint:
@@ -94,6 +103,11 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
                 f"{cause_of(error)} (failures since the checkpoint of step "
                 f"{self.newest_checkpoint:,}: {self.failures}; scaling.max_failures is {most})"
             )
+        which = f"failure {self.failures}" + (f" of {most} allowed" if most >= 0 else "")
+        self.status.say.remote(
+            f"Restarting the workers: {cause_of(error)} ({which} since the checkpoint of step "
+            f"{self.newest_checkpoint:,})"
+        )
 
     def _check_waiting(self) -> None:
         """End the wait for workers if a stop was requested or the time is over; say so else."""

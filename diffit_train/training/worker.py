@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig
 
 from diffit_train.config import Recipe
+from diffit_train.errors import DataError
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
 from diffit_train.progress import counted
@@ -65,8 +66,8 @@ class TrainingStatus:
         self.resizing = False
 
     def put(self, record: dict[str, Any]) -> None:
-        """Replace the record."""
-        self.record = record
+        """Take over the values of a record."""
+        self.record = {**self.record, **record}
 
     def say(self, line: str) -> None:
         """Add a line for the user."""
@@ -303,6 +304,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if hooks.rank == 0:
             ray.get(hooks.status.fail.remote(str(error)))
         return
+    except DataError as error:  # raised on one rank; its end ends the others
+        ray.get(hooks.status.fail.remote(str(error)))
+        raise
     finally:
         hooks.answer_resize()
     ray.train.report({"step": step})

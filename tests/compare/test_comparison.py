@@ -23,7 +23,14 @@ from diffit_train.cli import app, exit_status
 from diffit_train.compare import html
 from diffit_train.compare.collect import Evaluation, Protocol, RunRow, collect
 from diffit_train.compare.comparison import Comparison, compare_store
-from diffit_train.compare.plots import Panel, draw_panels, panels
+from diffit_train.compare.plots import (
+    NFE_LABEL,
+    Line,
+    Panel,
+    _draw_panel,
+    draw_panels,
+    panels,
+)
 from diffit_train.compare.ranking import (
     best_by_protocol,
     best_indices,
@@ -75,7 +82,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         uri = f"sqlite:///{folder}/mlflow.db"
-        self.tracker = Tracker(uri, (folder / "artifacts").as_uri())
+        self.tracker = Tracker(uri)
 
     def run(self, name: str, changes: Mapping[str, object], experiment: str = "main") -> str:
         """A training run with a loss at steps 10 to 30."""
@@ -455,6 +462,21 @@ def test_metric_vs_guidance_and_nfe(comparison: Comparison) -> None:
     curve = next(line for line in cost.lines if line.kind == "curve")
     assert curve.x == [20.0, 50.0, 100.0]
     assert curve.y[:2] == [20.0, 13.0]
+
+
+def test_the_only_value_of_an_axis_is_its_only_tick() -> None:
+    from matplotlib.figure import Figure
+
+    for label, x in (("step", 1200.0), ("step", 0.0), (NFE_LABEL, 250.0)):
+        axes = Figure().subplots()
+        line = Line("one", [x], [345.25])
+        _draw_panel(axes, Panel("a title", label, [line], "fd", spans=True))
+        axes.figure.draw_without_rendering()
+        assert list(axes.get_xticks()) == [x]
+        assert [text.get_text() for text in axes.get_xticklabels()] == [f"{x:,.0f}"]
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["345.2"]
+        low, high = axes.get_xlim()
+        assert low < x < high
 
 
 def test_empty_panels_are_omitted(store: Store, tmp_path: Path) -> None:

@@ -323,3 +323,19 @@ def test_deterministic_training_refuses_atomics_and_keeps_the_hash() -> None:
         load_recipe("demo", ["train.deterministic=true", "model.attention=flex"])
     deterministic = load_recipe("demo", ["train.deterministic=true"])
     assert deterministic.train_hash() == load_recipe("demo").train_hash()
+
+
+def test_a_missing_space_in_yaml_is_named() -> None:
+    with pytest.raises(UserError, match=r"YAML needs a space after the colon: sigma_rel: 0\.1"):
+        load_recipe("demo", ["train.ema={wide: {sigma_rel:0.1}}"])
+
+
+def test_downsampling_and_levels_follow_from_one_another() -> None:
+    changed = load_recipe("demo", ["autoencoder.fit.block_out_channels=[8,16]"])
+    assert changed.autoencoder.downsample == 2
+    changed = load_recipe("demo", ["autoencoder.downsample=8"])
+    assert changed.autoencoder.fit.block_out_channels == (16, 32, 32, 32)
+    both = ["autoencoder.downsample=2", "autoencoder.fit.block_out_channels=[8,8,8]"]
+    changed = load_recipe("demo", both)  # refused where it is fitted
+    assert changed.autoencoder.downsample == 2
+    assert changed.autoencoder.fit.block_out_channels == (8, 8, 8)

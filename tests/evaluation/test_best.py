@@ -37,12 +37,14 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     storage.remove("memory://best")
 
 
-def _evaluation(recipe: Recipe, step: int, key: str, value: float | None, **changes: Any) -> None:
+def _evaluation(
+    recipe: Recipe, step: int, key: str, value: float | None, **changes: Any
+) -> Result | None:
     url = evaluation_url(recipe, "tiny", step, key)
     for number in range(40):
         storage.write_text(storage.join(url, f"chunk-{number}.safetensors"), "rows")
     if value is None:
-        return
+        return None
     fields: dict[str, Any] = {
         "run": "tiny",
         "step": step,
@@ -58,21 +60,22 @@ def _evaluation(recipe: Recipe, step: int, key: str, value: float | None, **chan
     }
     result = Result.model_validate({**fields, **changes})
     storage.write_text(storage.join(url, "result.json"), result.model_dump_json())
+    return result
 
 
 def test_only_results_are_read(requests: Counter[str]) -> None:
     recipe = tiny_recipe(Path("unused")).model_copy(
         update={"storage": tiny_recipe(Path("unused")).storage.model_copy(update={"root": ROOT})}
     )
-    _evaluation(recipe, 4, "plain", 9.0)
+    first = _evaluation(recipe, 4, "plain", 9.0)
+    assert first is not None
     _evaluation(recipe, 8, "plain", 5.0)
     _evaluation(recipe, 8, "other-settings", 1.0, evaluate={"samples": 99})
     _evaluation(recipe, 8, "another-run", 1.0, recipe_hash="other")
     _evaluation(recipe, 12, "unfinished", None)
     storage.write_text(f"{ROOT}/evaluations/tiny/sweeps/first/sweep.json", "{}")
     requests.clear()
-    best = best_result(recipe, "tiny")
-    assert best is not None
+    best = best_result(recipe, "tiny", first)
     assert (best.step, best.metrics["fd_digits"]) == (8, 5.0)
     listed = {text.split("/best/project/evaluations/tiny")[1] for text in requests if "ls " in text}
     assert listed <= {"", "/step-0000000004", "/step-0000000008", "/step-0000000012"}
@@ -81,7 +84,3 @@ def test_only_results_are_read(requests: Counter[str]) -> None:
     assert len(read) == 5
     assert all(text.endswith("/result.json") for text in read)
     assert sum(requests.values()) < 20
-
-
-def test_a_run_without_evaluations_has_no_best(requests: Counter[str]) -> None:
-    assert best_result(tiny_recipe(Path("/nowhere")), "tiny") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ import pytest
 import ray
 from PIL import Image
 
+from diffit_train import storage
 from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.sweep import run_sweep, show_sweep
 from diffit_train.compare.comparison import collect, compare_store
@@ -24,7 +26,13 @@ from diffit_train.evaluation.best import register_best
 from diffit_train.evaluation.chunks import Range, committed_chunks, read_chunk_images
 from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.pool import EvaluationPool, Generation
-from diffit_train.evaluation.result import Result, evaluation_key, evaluation_url, finished_result
+from diffit_train.evaluation.result import (
+    Result,
+    evaluated_identity,
+    evaluation_key,
+    evaluation_url,
+    finished_result,
+)
 from diffit_train.evaluation.runner import Request, make_reference
 from diffit_train.evaluation.scoring import grid_images
 from diffit_train.runs.checkpoints import checkpoint_digest, read_state
@@ -290,7 +298,7 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     recipe = tiny_recipe(_copy(root, tmp_path))
     shutil.copytree(root / "evaluations", tmp_path / "evaluations")
     best = min(results, key=lambda r: r.metrics["fd_digits"])
-    found = register_best(recipe, "tiny")
+    found = register_best(recipe, "tiny", results)
     assert found is not None
     assert found["step"] == best.step
     tracker = Tracker.of(recipe)
@@ -303,11 +311,64 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     assert version.run_id == best.mlflow_run_id
     assert "blocks.0.attn.qkv.weight" in read_weights_file(found["file"], False)
     # Nothing has improved since.
-    again = register_best(recipe, "tiny")
+    again = register_best(recipe, "tiny", results)
     assert again is not None
     assert again["file"] is None
     versions = tracker.client.search_model_versions("name='demo-tiny'")
     assert len(versions) == 1
+
+
+def test_best_never_moves_between_protocols(
+    evaluated: tuple[Path, list[Result]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, results = evaluated
+    recipe = tiny_recipe(_copy(root, tmp_path))
+    shutil.copytree(root / "evaluations", tmp_path / "evaluations")
+    tracker, numbers = Tracker.of(recipe), itertools.count()
+    parent = read_state(str(tmp_path / "runs" / "tiny"), 0).mlflow_run_id
+
+    def stored(recipe: Recipe, step: int, value: float, **changes: object) -> Result:
+        """An evaluation of a step, as if it had been measured."""
+        made = next(r for r in results if r.step == 0)
+        changes |= {"evaluate": evaluated_identity(recipe), "samples": recipe.evaluate.samples}
+        key = f"made-{next(numbers)}"
+        child = tracker.evaluation_run("demo", parent, key, key, {}, {})
+        changes |= {"step": step, "metrics": {"fd_digits": value}, "key": key}
+        changes["mlflow_run_id"] = child
+        made = made.model_copy(update=changes)
+        url = storage.join(evaluation_url(recipe, "tiny", step, made.key), "result.json")
+        storage.write_text(url, made.model_dump_json())
+        return made
+
+    def best(alias: str = "best") -> int | None:
+        registered = tracker.registered("demo-tiny", alias)
+        return registered and registered.step
+
+    # Fewer samples, and a distance that would be the best of all.
+    fewer = tiny_recipe(tmp_path, "evaluate.samples=6")
+    assert register_best(fewer, "tiny", [stored(fewer, 4, 1e-6)]) is None
+    assert best() is None
+    assert "evaluate.samples is 6, in the run's recipe 12" in capsys.readouterr().err
+    # The first evaluation by the recipe's own protocol sets it.
+    assert register_best(recipe, "tiny", results) is not None
+    first = min(results, key=lambda r: r.metrics["fd_digits"]).step
+    assert best() == first
+    for change in ("sampler.steps=2", "guidance.scale=1", "precision=bf16_autocast", "seed=3"):
+        other = tiny_recipe(tmp_path, f"evaluate.{change}")
+        assert register_best(other, "tiny", [stored(other, 4, 1e-6)]) is None
+        assert change.split("=")[0] in capsys.readouterr().err
+    assert best() == first
+    # Validation during training has an alias of its own.
+    register_best(fewer, "tiny", [stored(fewer, 8, 2e-6)], validated=True)
+    assert (best(), best("best-validated")) == (first, 4)
+    # The same settings on another reference or other features.
+    for name in ("reference_digest", "features_digest"):
+        made = stored(recipe, 4, 1e-7, **{name: "0" * 64})
+        assert register_best(recipe, "tiny", [made]) is None
+        assert "by another protocol" in capsys.readouterr().err
+    assert best() == first
+    tags = tracker.client.get_run(parent).data.tags
+    assert tags["diffit.best_step"] == str(first)
 
 
 def test_a_sweep_runs_locally_and_resumes(

@@ -107,7 +107,9 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
 
     with pytest.raises(UserError, match=r"run 'imported' .* exists; choose another --run"):
         import_file(recipe, "imported", file, 8, False)
-    with pytest.raises(UserError, match=r"holds no master, only ema: its weights were imported"):
+    with pytest.raises(
+        UserError, match=r"has no weights 'raw', only ema: its weights were imported"
+    ):
         export_checkpoint(recipe, "imported", "8", "raw", None)
     with pytest.raises(UserError, match=r"imported without optimizer state"):
         train_run(recipe, "imported")
@@ -118,7 +120,7 @@ def test_an_export_records_its_step_and_its_runs_recipe(trained: Path, tmp_path:
     recipe = tiny_recipe(trained, "evaluate.seed=5", "tracking.experiment=other")
     out = str(tmp_path / "w.safetensors")
     file = export_checkpoint(recipe, "tiny", "8", "ema", out)["file"]
-    said = recipe_of_weights(file, None, (), None)
+    said = recipe_of_weights(file, None, (), str(trained))
     assert said == tiny_recipe(trained, "tracking.experiment=other")
     own = recipe_of_weights(file, None, (), str(tmp_path / "project"))
     assert import_file(own, "own", file, None, False)["step"] == 8
@@ -166,6 +168,44 @@ def test_other_sampling_settings_work(
     assert result["sampler"]["name"] == recipe.evaluate.sampler.name
     assert len(_images(tmp_path)) == 1
     assert "1 image in " in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_named(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "samples")
+    recipe = tiny_recipe(trained)
+    with pytest.raises(UserError, match=r"--out is .*file is not a folder; .* --out$"):
+        sample_images(recipe, WeightSource("tiny"), [], "0", out, 1)
+    with pytest.raises(UserError, match="--out is .*file is not a folder"):
+        export_checkpoint(recipe, "tiny", "8", "ema", out)
+
+
+def test_a_model_without_labels_makes_one_image_per_seed(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffit_train.evaluation import sample as stage
+    from diffit_train.models.build import build_model
+    from diffit_train.models.published import write_published
+
+    changes = ["model.conditional=false", "evaluate.guidance.kind=none"]
+    recipe = tiny_recipe(project, *changes)
+    file = str(tmp_path / "weights.safetensors")
+    torch.manual_seed(0)
+    write_published(build_model(recipe), {}, file, {})
+    drawn = []
+    monkeypatch.setattr(stage, "draw_grid", lambda *given: drawn.append(given))
+    source = WeightSource("none", file=file)
+    result = sample_images(recipe, source, [], "0-11", str(tmp_path / "out"), 8)
+    names = [f"seed{seed:06d}.png" for seed in range(12)]
+    assert [image["file"] for image in result["images"]] == names
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == names
+    assert all(image.keys() == {"file", "seed"} for image in result["images"])
+    ((shown, classes, title, _),) = drawn
+    assert [len(row) for row in shown.values()] == [10, 2]
+    assert classes is None
+    assert "guidance" not in title
+    with pytest.raises(UserError, match="the model has no labels .*remove --class"):
+        sample_images(recipe, source, ["a"], "0", str(tmp_path / "out"), 8)
 
 
 def test_the_packaged_recipe_reads_a_release(tmp_path: Path) -> None:

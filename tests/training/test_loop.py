@@ -62,9 +62,10 @@ class Hooks:
         self.asked, self.awaited = 0, 0
         self.lines: list[str] = []
         self.committed: list[int] = []
+        self.steps: list[int] = []
 
     def report(self, record: dict[str, Any]) -> None:
-        pass
+        self.steps.append(record["step"])
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -110,7 +111,7 @@ def _train(
     bad_steps: tuple[int, ...] = (),
     resize_after: int | None = None,
 ) -> None:
-    control.PREEMPTION_POLL_S = 0.0
+    control.PREEMPTION_POLL_S = loop.REPORT_S = 0.0
     hooks = Hooks(stop_after, preempt, resize_after)
     build: Callable[..., Any] = BatchBuilder.__call__
 
@@ -126,6 +127,8 @@ def _train(
     finally:
         BatchBuilder.__call__ = build  # type: ignore[method-assign]
     assert step == expected, step
+    if rank == 0:  # though log_every is 2
+        assert {*range(max(hooks.steps[0], 1), expected + 1)} <= {*hooks.steps}
     assert hooks.awaited == (resize_after is not None)
     if preempt and rank == 0:
         assert any(

@@ -78,6 +78,28 @@ def test_workers_that_do_not_start_are_failures(status: Any) -> None:
         )
 
 
+def test_every_restart_says_why(status: Any) -> None:
+    watched = Supervisor(status, Scaling(max_failures=3), newest_checkpoint=100)
+    _fail(watched, DIED)
+    reclaimed = RayActorError("actor", "node terminated", preempted=True)
+    _fail(watched, WorkerGroupError("", {0: reclaimed}))
+    _fail(watched, PreemptionError(PreemptionInfo(None, {"node": [0]})))
+    assert _lines(status) == [
+        "Restarting the workers: ValueError: boom (failure 1 of 3 allowed since the checkpoint of "
+        "step 100)",
+        "Restarting the workers: their node was preempted",
+        "Restarting the workers: their node was preempted",
+    ]
+
+
+def test_damaged_data_ends_the_run_at_once(status: Any) -> None:
+    watched = Supervisor(status, Scaling(max_failures=3), newest_checkpoint=100)
+    ray.get(status.fail.remote("shard 3 is damaged; repair it"))
+    with pytest.raises(DiffitError, match="^shard 3 is damaged; repair it$"):
+        _fail(watched, DIED)
+    assert _lines(status) == []
+
+
 def test_failures_may_be_unlimited(status: Any) -> None:
     watched = Supervisor(status, Scaling(max_failures=-1), newest_checkpoint=0)
     for _ in range(9):

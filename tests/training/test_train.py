@@ -119,7 +119,8 @@ def _start(root: Path) -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     # A root relative to this directory, which is not the workers' directory.
     command += ["recipe.yaml", "--root", ".", "--run", "killed"]
-    return subprocess.Popen(command, env=environment, cwd=root)
+    with (root / "stderr").open("wb") as said:
+        return subprocess.Popen(command, env=environment, cwd=root, stderr=said)
 
 
 def _wait_for_step(root: Path, step: int, process: subprocess.Popen[bytes]) -> None:
@@ -171,11 +172,49 @@ def test_ctrl_c_has_its_own_status_and_the_run_can_be_resumed(
     _wait_for_step(tmp_path, 80, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
+    said = (tmp_path / "stderr").read_text()
+    assert "Stop requested; saving a checkpoint; Ctrl-C again quits at once" in said
     (record,) = [r for r in Tracker.of(tiny_recipe(tmp_path)).runs() if r.name == "killed"]
     assert record.status == "KILLED"
-    assert max(committed_steps(str(tmp_path / "runs" / "killed"))) < 600
+    saved = max(committed_steps(str(tmp_path / "runs" / "killed")))
+    assert f"Stopped at step {saved} (checkpoint saved); rerun the same command to resume" in said
+    assert saved % 40  # not a step where one is due anyway
+    assert "Traceback" not in said
     assert train(tiny_recipe(tmp_path, *LONGER), "killed") == 600
     assert _losses(tmp_path, "killed") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_quits_at_once(encoded: Path, tmp_path: Path) -> None:
+    process = _start(_copy(encoded, tmp_path))
+    try:
+        _wait_for_step(tmp_path, 40, process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+    finally:
+        process.kill()
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_is_named_and_not_retried(
+    encoded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = _copy(encoded, tmp_path)
+    shard = root / "latents" / "digits" / "shard-000002.tar"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    words = (
+        r"failed: shard .*shard-000002\.tar differs from its recorded size or sha256; .*--repair"
+    )
+    with pytest.raises(DiffitError, match=words):
+        train(tiny_recipe(root), "damaged")
+    said = capfd.readouterr().err
+    assert said.count("Starting 1 training worker") == 1
+    assert "Restarting" not in said
 
 
 @pytest.mark.slow  # objectives, models and options are also tested individually
@@ -194,7 +233,7 @@ def test_another_objective_and_model_with_many_options(encoded: Path, tmp_path: 
     assert not any("y_embedder" in name for name in weights)
     assert weights["final_layer.linear.weight"].shape == (16, 16)
     source = WeightSource("flow")
-    result = sample_images(recipe, source, ["a"], "0-1", str(tmp_path), 2)
+    result = sample_images(recipe, source, [], "0-1", str(tmp_path), 2)
     assert len(result["images"]) == 2
 
 

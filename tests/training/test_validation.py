@@ -35,7 +35,9 @@ def test_checkpoints_are_evaluated_during_training(
     curve = tracker.history(run_id, "validation/fd_digits")
     assert curve == [(r.step, pytest.approx(r.metrics["fd_digits"])) for r in results if r]
     assert tracker.history(run_id, "eval/fd_digits") == []
-    assert tracker.client.get_run(run_id).data.tags["diffit.best_step"] in ("8", "16")
+    tags = tracker.client.get_run(run_id).data.tags
+    assert tags["diffit.best_validated_step"] in ("8", "16")
+    assert "diffit.best_step" not in tags
 
     with pytest.raises(UserError, match="there is no feature network"):
         missing = "evaluate.features.source=root:features/none"

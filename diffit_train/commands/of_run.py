@@ -1,0 +1,188 @@
+"""The recipe of commands that use a trained run: what they need comes from the run.
+
+RECIPE and KEY=VALUE only say what is to differ, and only keys that belong to the command can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from diffit_train import storage
+from diffit_train.commands.options import complete_recipe
+from diffit_train.config import Recipe, load_recipe, load_stored_recipe, packaged_recipes, validate
+from diffit_train.config.base import flatten
+from diffit_train.errors import UserError
+from diffit_train.progress import say
+from diffit_train.runs.identity import read_identity, run_url, stored_recipe
+from diffit_train.runs.start import begun_from
+
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        autocompletion=complete_recipe,
+        help="Recipe (name, path or URL) whose settings for this command to use. Default: those "
+        "of the run.",
+        show_default=False,
+    ),
+]
+RunOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Recipe keys that are to differ from the run's, e.g. evaluate.sampler.steps=50.",
+        show_default=False,
+    ),
+]
+
+# Keys that may differ from the run's, by command. A key that determines the weights never may; a
+# copy of the autoencoder elsewhere counts as the same one.
+_WHERE = ("storage.", "tracking.")
+_GENERATION = ("evaluate.", "scaling.", "model.attention", "autoencoder.source", *_WHERE)
+OWN_KEYS = {
+    "sample": _GENERATION,
+    "evaluate": _GENERATION,
+    "export": _WHERE,
+    "ema reconstruct": _WHERE,
+}
+_SHOWN = 6
+
+
+def recipe_and_run(
+    command: str,
+    name: str | None,
+    overrides: Sequence[str] | None,
+    root: str | None,
+    run: str | None,
+) -> tuple[Recipe, str]:
+    """The recipe that a command uses, and the run it works on.
+
+    Args:
+        command: its words, a key of `OWN_KEYS`.
+        name: RECIPE; None for the run's own. Text with a `=` is an override.
+        root: project; by default RECIPE's, or the working directory.
+        run: by default RECIPE's name, or the only run of the project.
+
+    Raises:
+        UserError: no such run, or a key is to differ that does not belong to the command.
+    """
+    name, words = split_recipe(name, overrides)
+    if name is None:
+        return _own_recipe(command, words, storage.absolute(root or "."), run)
+    from diffit_train.data.known_autoencoder import recognized
+
+    try:
+        asked = recognized(load_recipe(name, words, root))
+    except UserError as error:
+        raise UserError(f"{error}{_hint(name, root or '.')}") from error
+    run = run or asked.name
+    url = run_url(asked, run)
+    if read_identity(url) is None:
+        return asked, run  # whoever looks for its checkpoint says what to do
+    return _taken(command, name, words, asked, stored_recipe(url), run), run
+
+
+def split_recipe(name: str | None, overrides: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """RECIPE, if there is one, and the overrides: the first word may be either."""
+    words = list(overrides or ())
+    if name is not None and "=" in name:
+        return None, [name, *words]
+    return name, words
+
+
+def _own_recipe(
+    command: str, overrides: Sequence[str], root: str, run: str | None
+) -> tuple[Recipe, str]:
+    """The run's recipe with overrides."""
+    if fault := storage.missing_slash(root):
+        raise UserError(f"--root is {root!r}: {fault}")
+    if run is None:
+        run = _only_run(root)
+    url = storage.join(root, "runs", run)
+    if read_identity(url) is None:
+        known = ", ".join(storage.list_names(storage.join(root, "runs"))) or "none"
+        raise UserError(
+            f"run {run!r} does not exist in {storage.display_path(root)}, whose runs are: {known}; "
+            "train it first, or pass another --run or --root"
+        )
+    from diffit_train.data.known_autoencoder import recognized
+
+    stored = stored_recipe(url)
+    text = storage.read_bytes(storage.join(url, "recipe.yaml")).decode()
+    asked = recognized(load_stored_recipe(text, f"of run {run!r}", overrides, root))
+    _refuse_others(command, overrides, asked, stored, run)
+    return asked, run
+
+
+def _only_run(root: str) -> str:
+    runs = storage.list_names(storage.join(root, "runs"))
+    if len(runs) == 1:
+        return runs[0]
+    found = f"{storage.display_path(root)} has the runs {', '.join(runs)}"
+    none = f"{storage.display_path(root)} has no run; check --root, or train one first"
+    raise UserError(f"name the run with --run: {found}" if runs else none)
+
+
+def _taken(
+    command: str, name: str, overrides: Sequence[str], asked: Recipe, stored: Recipe, run: str
+) -> Recipe:
+    """RECIPE's settings for the command, and the run's for what determines its weights."""
+    if begun_from(asked, run).train_hash() == stored.train_hash():
+        return asked
+    _refuse_others(command, overrides, asked, stored, run)
+    kept = {"evaluate": asked.evaluate, "scaling": asked.scaling}
+    kept |= {"storage": asked.storage, "tracking": asked.tracking}
+    merged = stored.model_copy(update=kept)
+    differing = [key for key in _differences(asked, merged) if key in _determining(stored)]
+    more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    say(f"taken from run {run!r}, not from {name}: {', '.join(differing[:_SHOWN])}{more}")
+    # The sections have not been checked against one another.
+    return validate(merged.model_dump(mode="json"), name)
+
+
+def _refuse_others(
+    command: str, overrides: Sequence[str], asked: Recipe, stored: Recipe, run: str
+) -> None:
+    """Refuse overrides that change what does not belong to the command.
+
+    Raises:
+        UserError: names the keys, with both values.
+    """
+    named = {text.partition("=")[0] for text in overrides}
+    mine, theirs = flatten(asked.model_dump(mode="json")), flatten(stored.model_dump(mode="json"))
+    own = OWN_KEYS[command]
+    wrong = [
+        f"{key} is {mine.get(key)!r}, in the run {theirs.get(key)!r}"
+        for key in _differences(asked, stored)
+        if any(key == name or key.startswith(f"{name}.") for name in named)
+        and not key.startswith(own)
+    ]
+    if wrong:
+        keys = ", ".join(key + "*" if key.endswith(".") else key for key in own)
+        raise UserError(
+            f"`diffit {command}` takes this from run {run!r}: {'; '.join(wrong)}; remove it, or "
+            f"choose another --run (keys that can differ: {keys})"
+        )
+
+
+def _differences(one: Recipe, other: Recipe) -> list[str]:
+    """Keys that differ."""
+    mine, theirs = flatten(one.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
+    return sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+
+
+def _determining(recipe: Recipe) -> set[str]:
+    """Keys that determine the weights."""
+    keys = flatten(recipe.train_identity())
+    return {key.replace("order.", "data.", 1) for key in keys}
+
+
+def _hint(name: str, root: str) -> str:
+    """Advice where RECIPE is the name of a run."""
+    if name in packaged_recipes() or "/" in name:
+        return ""
+    known = read_identity(storage.join(storage.absolute(root), "runs", name))
+    return f"\nthere is a run of that name: pass --run {name}" if known else ""

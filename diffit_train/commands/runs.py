@@ -1,0 +1,341 @@
+"""`diffit runs` and `diffit watch`: what runs a project has, and how far they are."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+
+from diffit_train import storage
+from diffit_train.commands.options import (
+    Json,
+    ProjectRoot,
+    checked_name,
+    complete_run,
+    print_result,
+)
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.result import Result, run_results
+from diffit_train.progress import Progress, counted, print_rows, say
+from diffit_train.runs.checkpoints import committed_steps, read_index, step_name, weights_of
+from diffit_train.runs.identity import read_identity, stored_recipe
+from diffit_train.runs.live import Live, read_live
+
+GB = 1e9
+POLL_S = 1.0
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        callback=checked_name,
+        autocompletion=complete_run,
+        help="Name of a run.",
+        show_default=False,
+    ),
+]
+
+
+def list_runs(root: str) -> list[dict[str, Any]]:
+    """Each run of a project: state, step, last loss, number of evaluations, last sign of life."""
+    root = _existing(root)
+    return [_summary(root, run) for run in _names(root)]
+
+
+def _names(root: str) -> list[str]:
+    folder = storage.join(root, "runs")
+    names = storage.list_names(folder)
+    return [name for name in names if read_identity(storage.join(folder, name)) is not None]
+
+
+def _existing(root: str) -> str:
+    root = storage.absolute(root)
+    if fault := storage.missing_slash(root):
+        raise UserError(f"--root is {root!r}: {fault}")
+    if not storage.exists(root):
+        raise UserError(f"--root {root} does not exist; give the folder of a project")
+    return root
+
+
+def _found(root: str, run: str) -> str:
+    """Folder of a run that exists."""
+    url = storage.join(root, "runs", run)
+    if not storage.exists(url):
+        known = ", ".join(_names(root)) or "none"
+        raise UserError(
+            f"run {run!r} does not exist in {storage.display_path(root)}, whose runs are: {known}"
+        )
+    return url
+
+
+def _summary(root: str, run: str) -> dict[str, Any]:
+    url = storage.join(root, "runs", run)
+    recipe, live, steps = stored_recipe(url), read_live(url), committed_steps(url)
+    return {
+        "run": run,
+        "state": _state(live, steps, recipe.train.steps),
+        "step": max(live.step if live and live.is_training() else 0, *steps, 0),
+        "steps": recipe.train.steps,
+        "loss": live.loss if live else None,
+        "images_per_s": live.images_per_s if live else None,
+        "checkpoints": len(steps),
+        "evaluations": len(list(run_results(root, run))),
+        "last_write_s": live.written_s if live else None,
+        "recipe": recipe.name,
+    }
+
+
+def _state(live: Live | None, committed: list[int], steps: int) -> str:
+    """The state of a run in a word; its checkpoints count where nothing else is known."""
+    if live is not None and live.state == "training":
+        return "training" if live.is_training() else "killed"
+    if committed and committed[-1] >= steps:
+        return "finished"
+    if live is not None and live.state != "finished":
+        return live.state
+    return "stopped" if committed else "empty"
+
+
+def show_run(root: str, run: str) -> dict[str, Any]:
+    """A run's state, checkpoints with sizes, exported files and evaluations."""
+    root = _existing(root)
+    url = _found(root, run)
+    files = storage.walk(url)
+    checkpoints = []
+    for step in committed_steps(url):
+        folder = f"checkpoints/{step_name(step)}/"
+        sizes = [file.bytes for path, file in files.items() if path.startswith(folder)]
+        kinds = weights_of(read_index(url, step))
+        checkpoints.append({"step": step, "bytes": sum(sizes), "holds": kinds})
+    exports = [
+        {"file": path, "bytes": file.bytes}
+        for path, file in sorted(files.items())
+        if path.startswith("export/")
+    ]
+    evaluations = [_evaluation(result) for result in run_results(root, run)]
+    live = read_live(url)
+    return {
+        **_summary(root, run),
+        "url": url,
+        "bytes": sum(file.bytes for file in files.values()),
+        "started_from": _start(url),
+        "checkpoints": checkpoints,
+        "exports": exports,
+        "evaluations": evaluations,
+        "said": list(live.lines) if live else [],
+    }
+
+
+def _start(url: str) -> str | None:
+    start = stored_recipe(url).train.start
+    return f"{start.run}@{start.step} {start.weights}" if start else None
+
+
+def _evaluation(result: Result) -> dict[str, Any]:
+    return {
+        "step": result.step,
+        "evaluation": result.key,
+        "samples": result.samples,
+        **result.metrics,
+    }
+
+
+def remove_run(root: str, run: str, yes: bool) -> dict[str, Any]:
+    """List a run's files and evaluations, ask, and remove them.
+
+    Raises:
+        UserError: it is being trained.
+    """
+    root = _existing(root)
+    url = _found(root, run)
+    live = read_live(url)
+    if live is not None and live.is_training():
+        raise UserError(
+            f"run {run!r} is being trained by process {live.pid} of {live.host}; stop it first"
+        )
+    places = [url, storage.join(root, "evaluations", run)]
+    found = [(place, storage.walk(place)) for place in places if storage.exists(place)]
+    total = sum(file.bytes for _, files in found for file in files.values())
+    print_rows(
+        f"run {run}",
+        [
+            {
+                "GB": f"{sum(file.bytes for file in files.values()) / GB:.3f}",
+                "files": f"{len(files):,}",
+                "where": storage.display_path(place),
+            }
+            for place, files in found
+        ],
+    )
+    say("MLflow keeps the run's curves, but a registered model loses its weights with the run")
+    agreed = yes or _agreed(run, total)
+    if agreed:
+        # The run last, so that a killed removal can be repeated.
+        for place, _ in reversed(found):
+            storage.remove(place)
+        say(f"removed {total / GB:.3f} GB")
+    return {"run": run, "bytes": total, "removed": agreed}
+
+
+def _agreed(run: str, total: int) -> bool:
+    if not sys.stdin.isatty():
+        say(f"{total / GB:.3f} GB can be removed; rerun with --yes to remove them")
+        return False
+    return typer.confirm(f"Remove run {run}, {total / GB:.3f} GB?", default=False, err=True)
+
+
+def watch_training(
+    root: str, run: str, pause: Callable[[float], None] = time.sleep
+) -> dict[str, Any]:
+    """Follow a run's training until it ends, as `diffit train` itself shows it.
+
+    Args:
+        pause: sleeps for a number of seconds between looks.
+
+    Raises:
+        DiffitError: training failed, or has given no sign of life for long.
+    """
+    root = _existing(root)
+    url = _found(root, run)
+    live = read_live(url)
+    if live is None:
+        raise UserError(f"run {run!r} has no training to follow; `diffit runs show {run}` shows it")
+    said = max(0, live.said - len(live.lines))
+    with Progress(f"{run}", live.steps, "steps", live.step) as progress:
+        while True:
+            for line in live.lines[len(live.lines) - (live.said - said) :]:
+                say(line)
+            said = live.said
+            detail = ""
+            if live.loss is not None and live.images_per_s is not None:
+                detail = f"loss {live.loss:.4f}  {live.images_per_s:,.0f} images/s"
+            progress.update(live.step, detail)
+            if not live.is_training():
+                break
+            pause(POLL_S)
+            live = read_live(url) or live
+            if live.said < said:  # another training has begun
+                said = 0
+    state = _state(live, committed_steps(url), live.steps)
+    say(f"run {run}: {state} at step {live.step:,} of {live.steps:,}")
+    if state in ("failed", "killed"):
+        silent = timedelta(seconds=round(time.time() - live.written_s))
+        reason = "it failed" if state == "failed" else f"no sign of life for {silent}"
+        raise DiffitError(f"training of {run!r} has ended: {reason}")
+    return {"run": run, "state": state, "step": live.step, "steps": live.steps}
+
+
+def _ago(written_s: float | None) -> str:
+    if written_s is None:
+        return "-"
+    return f"{timedelta(seconds=round(time.time() - written_s))} ago"
+
+
+def _print_runs(root: str, as_json: bool) -> None:
+    rows = list_runs(root)
+    if as_json:
+        print_result(rows, as_json)
+    elif not rows:
+        say(f"{storage.display_path(storage.absolute(root))} has no run; see `diffit train --help`")
+    else:
+        print_rows(
+            f"runs of {storage.display_path(storage.absolute(root))}",
+            [
+                {
+                    "run": row["run"],
+                    "state": row["state"],
+                    "step": f"{row['step']:,} of {row['steps']:,}",
+                    "loss": "-" if row["loss"] is None else f"{row['loss']:.4f}",
+                    "checkpoints": str(row["checkpoints"]),
+                    "evaluations": str(row["evaluations"]),
+                    "last progress": _ago(row["last_write_s"]),
+                    "recipe": row["recipe"],
+                }
+                for row in rows
+            ],
+        )
+
+
+def runs_group(
+    context: typer.Context,
+    root: ProjectRoot = ".",
+    as_json: Json = False,
+) -> None:
+    """The runs of a project; without a command, list them."""
+    if context.invoked_subcommand is None:
+        _print_runs(root, as_json)
+
+
+def runs_list_command(root: ProjectRoot = ".", as_json: Json = False) -> None:
+    """List the runs of a project: state, step, loss, checkpoints, evaluations, last progress.
+
+    `diffit runs` does the same.
+
+    Example: `diffit runs list --root my-project`
+    """
+    _print_runs(root, as_json)
+
+
+def runs_show_command(run: RunArgument, root: ProjectRoot = ".", as_json: Json = False) -> None:
+    """Show a run: state, checkpoints with sizes, exported files, evaluations, last lines.
+
+    Example: `diffit runs show first --root my-project`
+    """
+    found = show_run(root, run)
+    if as_json:
+        print_result(found, as_json)
+        return
+    size = found["bytes"] / GB
+    say(
+        f"run {run}, recipe {found['recipe']}: {found['state']} at step {found['step']:,} of "
+        f"{found['steps']:,}, {size:.3f} GB in {storage.display_path(found['url'])}"
+    )
+    if found["started_from"]:
+        say(f"started from {found['started_from']}")
+    if found["loss"] is not None:
+        say(
+            f"last progress {_ago(found['last_write_s'])}: loss {found['loss']:.4f}, "
+            f"{found['images_per_s']:,.0f} images/s"
+        )
+    if found["checkpoints"]:
+        rows = [
+            {
+                "step": f"{one['step']:,}",
+                "GB": f"{one['bytes'] / GB:.3f}",
+                "holds": ", ".join(one["holds"]),
+            }
+            for one in found["checkpoints"]
+        ]
+        print_rows(counted(len(rows), "checkpoint"), rows)
+    for one in found["exports"]:
+        say(f"{one['file']}  {one['bytes'] / GB:.3f} GB")
+    for metrics in dict.fromkeys(tuple(one) for one in found["evaluations"]):
+        rows = [one for one in found["evaluations"] if tuple(one) == metrics]
+        print_rows(counted(len(rows), "evaluation"), rows)
+    for line in found["said"][-10:]:
+        say(f"  {line}")
+
+
+def runs_remove_command(
+    run: RunArgument,
+    root: ProjectRoot = ".",
+    yes: Annotated[bool, typer.Option("--yes", metavar="", help="Remove without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List a run's files and evaluations with sizes, and ask to remove them.
+
+    Example: `diffit runs remove first --root my-project`
+    """
+    print_result(remove_run(root, run, yes), as_json)
+
+
+def watch_command(run: RunArgument, root: ProjectRoot = ".", as_json: Json = False) -> None:
+    """Follow a training from another terminal or machine until it ends.
+
+    Example: `diffit watch first --root my-project`
+    """
+    print_result(watch_training(root, run), as_json)

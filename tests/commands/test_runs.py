@@ -1,0 +1,171 @@
+"""What runs there are, removing one, and following a training from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from diffit_train import storage
+from diffit_train.cli import app
+from diffit_train.commands.runs import list_runs, remove_run, show_run, watch_training
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.runs.checkpoints import State, save_whole
+from diffit_train.runs.identity import create_identity
+from diffit_train.runs.live import LiveWriter, live_until_end, read_live
+from tests.conftest import tiny_recipe
+
+RECORD = {"loss": 0.25, "images_per_s": 40.0}
+
+
+def _run(root: Path, run: str, *steps: int) -> str:
+    """A run with small checkpoints."""
+    recipe = tiny_recipe(root)
+    url = str(root / "runs" / run)
+    create_identity(recipe, run)
+    values = {"w": torch.arange(1000.0)}
+    for step in steps:
+        state = State(
+            step=step,
+            images_seen=8 * step,
+            optimizer_steps=step,
+            recipe_hash=recipe.train_hash(),
+            mlflow_run_id="none",
+            world_size=1,
+            zero_stage=0,
+        )
+        save_whole({"ema": values}, {"w": torch.Size([1000])}, url, state)
+    return url
+
+
+def _writer(url: str) -> LiveWriter:
+    writer = LiveWriter(url, 0, 12, print)
+    writer.every_s = 0.0
+    return writer
+
+
+def test_states_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _run(tmp_path, "done", 4, 12)
+    _run(tmp_path, "begun", 4)
+    _run(tmp_path, "new")
+    _writer(_run(tmp_path, "going", 4)).update({"step": 7, **RECORD})
+    with pytest.raises(SystemExit), live_until_end(_writer(_run(tmp_path, "left", 4))):
+        raise SystemExit(143)
+    with pytest.raises(ZeroDivisionError), live_until_end(_writer(_run(tmp_path, "broken", 4))):
+        raise ZeroDivisionError
+    (tmp_path / "runs" / "no-run").mkdir()
+    rows = {row["run"]: row for row in list_runs(str(tmp_path))}
+    assert {run: row["state"] for run, row in rows.items()} == {
+        "done": "finished",
+        "begun": "stopped",
+        "new": "empty",
+        "going": "training",
+        "left": "stopped",
+        "broken": "failed",
+    }
+    going = rows["going"]
+    assert (going["step"], going["steps"], going["loss"]) == (7, 12, 0.25)
+    assert rows["done"]["step"] == 12
+    # A command that was killed leaves no last word.
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 100)
+    rows = {row["run"]: row for row in list_runs(str(tmp_path))}
+    assert (rows["going"]["state"], rows["going"]["step"]) == ("killed", 4)
+
+
+def test_a_run_is_shown_with_the_sizes_of_its_checkpoints(tmp_path: Path) -> None:
+    url = _run(tmp_path, "mine", 4, 8)
+    storage.write_bytes(f"{url}/export/ema-0000000008.safetensors", bytes(5000))
+    _writer(url).update({"step": 9, **RECORD}, ["Training from step 8 on 1 worker"])
+    found = show_run(str(tmp_path), "mine")
+    assert [one["step"] for one in found["checkpoints"]] == [4, 8]
+    assert all(4000 < one["bytes"] < 8000 for one in found["checkpoints"])
+    assert found["checkpoints"][0]["holds"] == ["ema"]
+    assert found["exports"] == [{"file": "export/ema-0000000008.safetensors", "bytes": 5000}]
+    assert found["bytes"] == sum(p.stat().st_size for p in Path(url).rglob("*") if p.is_file())
+    assert found["said"] == ["Training from step 8 on 1 worker"]
+    assert found["evaluations"] == []
+    with pytest.raises(UserError, match="'other' does not exist in .*: mine"):
+        show_run(str(tmp_path), "other")
+    words = ["runs", "show", "mine", "--root", str(tmp_path), "--json"]
+    assert json.loads(CliRunner().invoke(app, words).stdout)["step"] == 9
+    listed = CliRunner().invoke(app, ["runs", "--root", str(tmp_path), "--json"])
+    assert [row["run"] for row in json.loads(listed.stdout)] == ["mine"]
+
+
+def test_a_run_is_removed_only_when_agreed_and_idle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = _run(tmp_path, "mine", 4)
+    _run(tmp_path, "other", 4)
+    storage.write_text(str(tmp_path / "evaluations" / "mine" / "step-0000000004" / "x"), "x")
+    assert not remove_run(str(tmp_path), "mine", yes=False)["removed"]
+    assert "rerun with --yes" in capsys.readouterr().err
+    assert Path(url).exists()
+    _writer(url).update({"step": 5})
+    with pytest.raises(UserError, match="is being trained by process"):
+        remove_run(str(tmp_path), "mine", yes=True)
+    _writer(url).write("stopped")
+    assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
+    assert not (tmp_path / "runs" / "mine").exists()
+    assert not (tmp_path / "evaluations" / "mine").exists()
+    assert (tmp_path / "runs" / "other" / "run.json").exists()
+
+
+def test_a_training_is_followed_to_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = _run(tmp_path, "mine", 0)
+    writer = _writer(url)
+    writer.update({"step": 0}, ["first", "second"])
+    pauses = iter(
+        [
+            lambda: writer.update({"step": 6, **RECORD}, ["third"]),
+            lambda: writer.update({"step": 12, **RECORD}),
+            lambda: (_run_to(url, tmp_path), writer.write("finished")),
+        ]
+    )
+    found = watch_training(str(tmp_path), "mine", pause=lambda seconds: next(pauses)())
+    assert (found["state"], found["step"]) == ("finished", 12)
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line in ("first", "second", "third")] == [
+        "first",
+        "second",
+        "third",
+    ]
+    assert "run mine: finished at step 12 of 12" in said
+
+
+def _run_to(url: str, root: Path) -> None:
+    _run(root, "mine", 12)
+
+
+def test_a_failed_or_silent_training_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = _run(tmp_path, "mine", 0)
+    with pytest.raises(UserError, match="no training to follow"):
+        watch_training(str(tmp_path), "mine")
+    writer = _writer(url)
+    writer.write("failed")
+    with pytest.raises(DiffitError, match="has ended: it failed"):
+        watch_training(str(tmp_path), "mine")
+    writer.write("training")
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 100)
+    with pytest.raises(DiffitError, match="no sign of life for 0:01:4"):
+        watch_training(str(tmp_path), "mine")
+
+
+def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    writer = LiveWriter(str(tmp_path / "file" / "run"), 0, 12, said.append)
+    writer.every_s = 0.0
+    for step in range(3):
+        writer.update({"step": step})
+    assert len(said) == 1
+    assert "cannot follow this run" in said[0]
+    assert read_live(str(tmp_path)) is None
