@@ -173,6 +173,16 @@ def gpus_of_this_node() -> float | None:
     return float(node["Resources"].get("GPU", 0))
 
 
+def task_attempt() -> int:
+    """How often the current task was started before and its process died; 0 outside of a task."""
+    import ray
+
+    if not ray.is_initialized():
+        return 0
+    # There is no public option: the runtime context has the task's id only.
+    return int(ray._private.worker.global_worker.core_worker.get_current_task_attempt_number())
+
+
 def on_every_node(call: Callable[..., T], *args: Any) -> list[T]:
     """Results of a call on each live node of the connected cluster.
 

@@ -40,7 +40,7 @@ REPAIR = "repair"
 RETRY = "retry-rejected"
 
 
-class Plan(storage.Record):
+class Plan(storage.SealedRecord):
     """parts/plan.json: recipe, input and order of the encoding.
 
     `appended_to` images came before it. `order` is as in the manifest's `orders`; a plan of the
@@ -60,7 +60,7 @@ class Rejected(storage.Record):
     reason: str
 
 
-class EncodedPart(storage.Record):
+class EncodedPart(storage.SealedRecord):
     """A finished shard; `entry` is None if none of its images could be read.
 
     `total` and `squares` are per-channel sums over the scaled, sampled latents.
@@ -199,7 +199,7 @@ def read_plan(url: str) -> Plan | None:
 
 def write_plan(url: str, plan: Plan) -> None:
     """Store the plan that the following parts belong to; idempotent."""
-    storage.write_text(storage.join(url, "parts", PLAN), plan.model_dump_json(indent=2))
+    storage.write_text(storage.join(url, "parts", PLAN), plan.sealed())
 
 
 def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
@@ -371,7 +371,7 @@ def commit_manifest(
     storage.write_text(storage.join(url, REJECTED), lines)
     _write_inputs(url, inputs)
     storage.write_text(storage.join(url, "recipe.yaml"), dump_recipe(recipe))
-    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
+    storage.write_text(storage.join(url, MANIFEST), manifest.sealed())
     storage.remove(storage.join(url, "parts"))
     if rejected:
         name = storage.display_path(storage.join(url, REJECTED))

@@ -195,7 +195,7 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
         if before.sha256 != after.sha256:
             say(f"{before.name} was re-encoded with different bytes (different hardware?)")
     manifest = manifest.model_copy(update={"shards": shards})
-    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
+    storage.write_text(storage.join(url, MANIFEST), manifest.sealed())
     storage.remove(storage.join(url, "parts"))
     return manifest
 
