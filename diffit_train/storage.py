@@ -82,13 +82,25 @@ def is_local(url: str) -> bool:
 
 def redact(text: str) -> str:
     """The text without the credentials in any URI."""
-    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@", r"\1", text)
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@", r"\1", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s]+", r"\1***", text)
 
 
 def missing_slash(url: str) -> str | None:
     """What is wrong with `s3:/bucket/x`, which would otherwise mean a local folder `s3:`."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url)
     return f"one slash is missing; write {found[1]}://…" if found else None
+
+
+def odd_root(root: str) -> str | None:
+    """What is wrong with a root that MLflow, globs or fsspec would take for something else."""
+    odd = [sign for sign in ("?", "#", "%", "*", "[", "::") if sign in root]
+    if not odd and root.isprintable():
+        return None
+    return (
+        f"a root cannot contain {odd[0] if odd else 'control characters'}; rename the folder or "
+        "prefix, or reach it by a link under another name"
+    )
 
 
 def local_path(url: str) -> Path:
@@ -128,7 +140,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     try:
         if is_local(url):
-            return fsspec.core.url_to_fs(str(local_path(url).absolute()))
+            # By url_to_fs, a path with `::` would be a chain of file systems.
+            return fsspec.filesystem("file"), str(local_path(url).absolute())
+        if "::" in url:
+            raise ValueError("`::` would be a chain of file systems")
         # Never cache listings: other processes write the files this one looks for.
         options: dict[str, Any] = {"use_listings_cache": False}
         if url.startswith("s3://"):

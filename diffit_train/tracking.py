@@ -12,12 +12,11 @@ import getpass
 import logging
 import os
 import queue
-import re
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +25,7 @@ from diffit_train import storage
 from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
+from diffit_train.storage import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,6 +39,8 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
+# The variable that may hold `tracking.uri` with its credentials.
+CREDENTIALS = "MLFLOW_TRACKING_URI"
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
 # Digest of the reference that an evaluation was measured against, independent of its path.
@@ -48,6 +50,8 @@ TAG_ATTEMPT = "diffit.attempt"
 BEST = "best"
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
+# What SQLite says of a damaged file.
+_DAMAGE = ("malformed", "not a database", "no such table", "no such column", "disk I/O error")
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,6 @@ class RunRecord:
     experiment: str = field(default="")
 
 
-def redact(text: str) -> str:
-    """The text without the credentials in any URI."""
-    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@", r"\1", text)
-
-
 def tracking_uri(recipe: Recipe) -> str:
     """The recipe's MLflow URI, by default a SQLite file under the root.
 
@@ -77,7 +76,7 @@ def tracking_uri(recipe: Recipe) -> str:
         UserError: the root is remote, which SQLite does not support, and no URI is set.
     """
     if recipe.tracking.uri is not None:
-        return recipe.tracking.uri
+        return _with_credentials(recipe.tracking.uri)
     root = recipe.storage.root
     if not storage.is_local(root):
         raise UserError(
@@ -86,6 +85,33 @@ def tracking_uri(recipe: Recipe) -> str:
             "tracking.uri=sqlite:////absolute/path/mlflow.db"
         )
     return f"sqlite:///{storage.local_path(root).absolute()}/mlflow.db"
+
+
+def _with_credentials(uri: str) -> str:
+    """A stored URI has none; MLFLOW_TRACKING_URI may be the same with them."""
+    whole = os.environ.get(CREDENTIALS, "")
+    return whole if whole and redact(whole) == uri else uri
+
+
+def require_forwarded(recipe: Recipe, what: str, names: Sequence[str]) -> None:
+    """Refuse a recipe whose MLflow password would be needed where it is not stored.
+
+    Args:
+        what: stores the recipe, and reads it again.
+        names: variables that are handed on.
+
+    Raises:
+        UserError: `tracking.uri` holds a password that is not among them.
+    """
+    uri = recipe.tracking.uri
+    if uri is None or redact(uri) == uri:
+        return
+    if redact(os.environ.get(CREDENTIALS, "")) != redact(uri) or CREDENTIALS not in names:
+        raise UserError(
+            f"tracking.uri {redact(uri)} holds a password, which is not stored with {what}; export "
+            f"{CREDENTIALS} with the whole URI, and pass tracking.uri={redact(uri)}"
+            + (f" and --env {CREDENTIALS}" if CREDENTIALS not in names else "")
+        )
 
 
 @functools.cache
@@ -104,6 +130,35 @@ def unreachable_errors() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return (MlflowException, SQLAlchemyError, OSError, UserError)
+
+
+class _NamingDamage:
+    """An MLflow client that names its SQLite file if that is damaged."""
+
+    def __init__(self, client: MlflowClient, file: str) -> None:
+        self._client, self._path = client, file
+
+    def __getattr__(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        method = getattr(self._client, name)
+
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            try:
+                return method(*args, **options)
+            except (MlflowException, SQLAlchemyError) as error:
+                reason = first_line(error)
+                if not any(sign in str(error) for sign in _DAMAGE):
+                    raise
+                raise UserError(
+                    f"{self._path} is damaged ({reason}); restore it from a backup or from "
+                    f"`sqlite3 {self._path} .recover`, or move it away: runs that train on log "
+                    "their curves again"
+                ) from error
+
+        return call
 
 
 class Tracker:
@@ -126,10 +181,14 @@ class Tracker:
         from sqlalchemy.exc import SQLAlchemyError
 
         self.uri, self.artifacts = uri, artifacts
+        self._file = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.client: MlflowClient = MlflowClient(tracking_uri=uri)
+            client: Any = MlflowClient(tracking_uri=uri)
+            if self._file is not None:
+                client = _NamingDamage(client, self._file)
+            self.client: MlflowClient = client
             self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
@@ -293,6 +352,14 @@ class Tracker:
         """All (step, value) pairs of a metric, ascending."""
         rows = self.client.get_metric_history(run_id, metric)
         return sorted((row.step, row.value) for row in rows)
+
+    def params(self, run_id: str) -> dict[str, str]:
+        """A run's parameters under today's names."""
+        return renamed.current_params(self.client.get_run(run_id).data.params)
+
+    def tag(self, run_id: str, name: str) -> str | None:
+        """A run's tag; None if it has none."""
+        return self.client.get_run(run_id).data.tags.get(name)
 
     def value_at(self, run_id: str, metric: str, step: int) -> float | None:
         """A metric's value at a step (the last one logged); None if there is none."""

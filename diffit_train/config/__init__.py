@@ -7,6 +7,7 @@ from diffit_train.config.load import (
     load_stored_recipe,
     packaged_recipes,
     validate,
+    with_overrides,
 )
 from diffit_train.config.recipe import Recipe
 
@@ -18,4 +19,5 @@ __all__ = [
     "load_stored_recipe",
     "packaged_recipes",
     "validate",
+    "with_overrides",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from diffit_train.config.base import Positive, PositiveInt, Section
+from diffit_train.config.base import Positive, PositiveInt, Section, without_credentials
 
 
 class AutoencoderFit(Section):
@@ -60,6 +60,8 @@ class Autoencoder(Section):
         "factors of products to TF32",
     )
     fit: AutoencoderFit = AutoencoderFit()
+
+    _sources = field_validator("source", "known_as")(without_credentials)
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from diffit_train.runs.checkpoints import checkpoint_digest, step_name
 from diffit_train.runs.identity import run_url
 
 
-class Result(storage.Record):
+class Result(storage.SealedRecord):
     """result.json, the commit marker of an evaluation.
 
     `metrics` has `fid`, `sfid`, `inception_score` and `kid` for the published Inception, else

@@ -280,7 +280,7 @@ def _finish(
         recipe_hash=recipe.train_hash(),
         mlflow_run_id=child,
     )
-    storage.write_text(storage.join(url, "result.json"), result.model_dump_json(indent=1) + "\n")
+    storage.write_text(storage.join(url, "result.json"), result.sealed())
     if usage.idle_share is not None:
         say(
             f"step {step:,}: the actors existed for {usage.existed_s:,.0f} s, and did not generate "
