@@ -142,6 +142,7 @@ class Trainer:
             self.device,
             self.hooks,
             self.step,
+            None if state is None else state.log,
         )
         if state is None:
             self.writer.save_now(self.url, self._state())
@@ -321,6 +322,7 @@ class Trainer:
             world_size=self.world,
             zero_stage=self.recipe.train.zero_stage,
             interval=interval,
+            log=self.recorder.log.mark(),
         )
 
     def _finish(self) -> None:
