@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -298,7 +299,7 @@ def read_inputs(url: str) -> list[tuple[str, int]]:
     try:
         lines = gzip.decompress(storage.read_bytes(name)).decode("ascii").splitlines()
         return [(str(path), int(label)) for path, label in map(json.loads, lines)]
-    except (FileNotFoundError, OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
         raise DiffitError(
             f"{name} is missing or damaged ({error}); latents cannot be appended or repaired "
             "without it; the shards themselves are intact"

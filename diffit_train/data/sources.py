@@ -272,7 +272,7 @@ class _TarInfo(tarfile.TarInfo):
     """A header whose size leads forward and whose extension fits into memory."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _TarInfo:
         member = super().frombuf(buf, encoding, errors)
         extension = not member.isreg() and member.type in _EXTENSIONS
         if not 0 <= member.size <= (MAX_TEXT_BYTES if extension else MAX_MEMBER_BYTES):

@@ -35,6 +35,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
 THREADS = 4
+_REWRITE = "write it again with `diffit recipe show` and the recipe of the latents"
 # Number of originals and reconstructions to draw.
 SHOWN = 8
 
@@ -155,10 +156,14 @@ def recipe_of(url: str) -> Recipe:
     """The recipe of a folder of latents, stored next to its manifest."""
     name = storage.join(url, "recipe.yaml")
     try:
-        text = storage.read_bytes(name).decode()
+        recipe = load_stored_recipe(storage.read_bytes(name).decode(), name)
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing, so the images cannot be located") from error
-    return load_stored_recipe(text, name)
+    except (UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{name} is damaged: {error}; {_REWRITE}") from error
+    if recipe.encode_hash() != load_manifest(url).recipe_hash:
+        raise UserError(f"{name} is damaged: its hash is not that of {MANIFEST}; {_REWRITE}")
+    return recipe
 
 
 def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
