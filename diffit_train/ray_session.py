@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -67,10 +68,25 @@ def connected(address: str | None = None) -> Iterator[None]:
             )
     except (ConnectionError, ValueError) as error:
         raise UserError(_unreachable(address, error)) from error
+    if address == NEW_CLUSTER:
+        _close_session_folder()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _close_session_folder() -> None:
+    """Keep other users of the machine out of the folder of a cluster that was started here.
+
+    Ray makes it for everybody to write to, logs, sockets and packages included. There is no public
+    option for it, nor a public name of the folder.
+    """
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is not None:
+        Path(node.get_session_dir_path()).chmod(0o700)
 
 
 @contextmanager
