@@ -48,7 +48,12 @@ from diffit_train.commands.runs import (
 from diffit_train.commands.submit import submit_command
 from diffit_train.commands.sweep import sweep_cancel_command, sweep_show_command
 from diffit_train.commands.train import train_command
-from diffit_train.commands.verify import verify_latents_command
+from diffit_train.commands.verify import (
+    verify_evaluation_command,
+    verify_latents_command,
+    verify_root_command,
+    verify_run_command,
+)
 from diffit_train.commands.weights import (
     ema_reconstruct_command,
     export_command,
@@ -75,6 +80,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor_command,
     "encode": encode_command,
     "verify latents": verify_latents_command,
+    "verify run": verify_run_command,
+    "verify evaluation": verify_evaluation_command,
+    "verify root": verify_root_command,
     "train": train_command,
     "watch": watch_command,
     "runs list": runs_list_command,

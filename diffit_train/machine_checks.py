@@ -18,7 +18,8 @@ from diffit_train.config import Recipe
 from diffit_train.config.scaling import ClusterStage
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.preflight import SHARED_VERSIONS, Check, check_packages
-from diffit_train.tracking import Tracker, first_line, redact, unreachable_errors
+from diffit_train.storage import redact
+from diffit_train.tracking import Tracker, first_line, unreachable_errors
 
 LEAST_DISK_GIB = 10.0
 

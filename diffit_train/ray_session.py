@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -67,10 +68,25 @@ def connected(address: str | None = None) -> Iterator[None]:
             )
     except (ConnectionError, ValueError) as error:
         raise UserError(_unreachable(address, error)) from error
+    if address == NEW_CLUSTER:
+        _close_session_folder()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _close_session_folder() -> None:
+    """Keep other users of the machine out of the folder of a cluster that was started here.
+
+    Ray makes it for everybody to write to, logs, sockets and packages included. There is no public
+    option for it, nor a public name of the folder.
+    """
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is not None:
+        Path(node.get_session_dir_path()).chmod(0o700)
 
 
 @contextmanager
@@ -171,6 +187,16 @@ def gpus_of_this_node() -> float | None:
     here = ray.get_runtime_context().get_node_id()
     (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
     return float(node["Resources"].get("GPU", 0))
+
+
+def task_attempt() -> int:
+    """How often the current task was started before and its process died; 0 outside of a task."""
+    import ray
+
+    if not ray.is_initialized():
+        return 0
+    # There is no public option: the runtime context has the task's id only.
+    return int(ray._private.worker.global_worker.core_worker.get_current_task_attempt_number())
 
 
 def on_every_node(call: Callable[..., T], *args: Any) -> list[T]:

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from diffit_train.errors import DiffitError, UserError
 
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
+# Key of the SHA-256 of what stands beside it.
+CHECKSUM = "checksum"
 T = TypeVar("T")
 GIB = 2**30
 # Requests to S3 that a process has under way; botocore's default is 10.
@@ -55,15 +57,51 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class SealedRecord(Record):
+    """A record whose file also holds a SHA-256 of the rest; files of earlier versions do not."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unsealed(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or CHECKSUM not in data:
+            return data
+        rest = {key: value for key, value in data.items() if key != CHECKSUM}
+        if data[CHECKSUM] != digest(rest):
+            raise ValueError(f"the contents differ from their {CHECKSUM}")
+        return rest
+
+    def sealed(self) -> str:
+        """The text of the file."""
+        value = json.loads(self.model_dump_json())
+        return json.dumps(value | {CHECKSUM: digest(value)}, indent=1, allow_nan=False) + "\n"
+
+
 def is_local(url: str) -> bool:
     """Whether `url` is a file on this machine."""
     return "://" not in url or url.startswith("file://")
+
+
+def redact(text: str) -> str:
+    """The text without the credentials in any URI."""
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@", r"\1", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s]+", r"\1***", text)
 
 
 def missing_slash(url: str) -> str | None:
     """What is wrong with `s3:/bucket/x`, which would otherwise mean a local folder `s3:`."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url)
     return f"one slash is missing; write {found[1]}://…" if found else None
+
+
+def odd_root(root: str) -> str | None:
+    """What is wrong with a root that MLflow, globs or fsspec would take for something else."""
+    odd = [sign for sign in ("?", "#", "%", "*", "[", "::") if sign in root]
+    if not odd and root.isprintable():
+        return None
+    return (
+        f"a root cannot contain {odd[0] if odd else 'control characters'}; rename the folder or "
+        "prefix, or reach it by a link under another name"
+    )
 
 
 def local_path(url: str) -> Path:
@@ -108,7 +146,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     try:
         if is_local(url):
-            return fsspec.core.url_to_fs(str(local_path(url).absolute()))
+            # By url_to_fs, a path with `::` would be a chain of file systems.
+            return fsspec.filesystem("file"), str(local_path(url).absolute())
+        if "::" in url:
+            raise ValueError("`::` would be a chain of file systems")
         # Never cache listings: other processes write the files this one looks for.
         options: dict[str, Any] = {"use_listings_cache": False}
         if url.startswith("s3://"):
@@ -192,6 +233,18 @@ def size_bytes(url: str) -> int:
     """Size of a file in bytes; FileNotFoundError if it does not exist."""
     fs, path = filesystem(url)
     return int(retried(url, lambda: fs.info(path))["size"])
+
+
+def require_regular(url: str) -> None:
+    """Refuse what has no end, or waits for a writer: a FIFO, a device, a socket.
+
+    Raises:
+        UserError: a local `url` is neither a regular file nor a folder.
+    """
+    if is_local(url):
+        path = local_path(url)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is neither a regular file nor a folder; remove it")
 
 
 def fingerprint(url: str) -> str:

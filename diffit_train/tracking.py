@@ -12,13 +12,12 @@ import getpass
 import logging
 import os
 import queue
-import re
 import sqlite3
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +27,7 @@ from diffit_train import storage
 from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.storage import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,6 +41,8 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
+# The variable that may hold `tracking.uri` with its credentials.
+CREDENTIALS = "MLFLOW_TRACKING_URI"
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
 # Digest of the reference that an evaluation was measured against, independent of its path.
@@ -62,6 +64,8 @@ _LOCATIONS = (
 )
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
+# What SQLite says of a damaged file.
+_DAMAGE = ("malformed", "not a database", "no such table", "no such column", "disk I/O error")
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,6 @@ class Registered:
     evaluation_run_id: str
 
 
-def redact(text: str) -> str:
-    """The text without the credentials in any URI."""
-    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@", r"\1", text)
-
-
 def tracking_uri(recipe: Recipe) -> str:
     """The recipe's MLflow URI, by default a SQLite file under the root.
 
@@ -99,7 +98,7 @@ def tracking_uri(recipe: Recipe) -> str:
         UserError: the root is remote, which SQLite does not support, and no URI is set.
     """
     if recipe.tracking.uri is not None:
-        return recipe.tracking.uri
+        return _with_credentials(recipe.tracking.uri)
     root = recipe.storage.root
     if not storage.is_local(root):
         raise UserError(
@@ -143,6 +142,33 @@ def _folder_of(location: str | None) -> Path | None:
     return path.parent if parts.scheme == "file" and path.name == ARTIFACTS else None
 
 
+def _with_credentials(uri: str) -> str:
+    """A stored URI has none; MLFLOW_TRACKING_URI may be the same with them."""
+    whole = os.environ.get(CREDENTIALS, "")
+    return whole if whole and redact(whole) == uri else uri
+
+
+def require_forwarded(recipe: Recipe, what: str, names: Sequence[str]) -> None:
+    """Refuse a recipe whose MLflow password would be needed where it is not stored.
+
+    Args:
+        what: stores the recipe, and reads it again.
+        names: variables that are handed on.
+
+    Raises:
+        UserError: `tracking.uri` holds a password that is not among them.
+    """
+    uri = recipe.tracking.uri
+    if uri is None or redact(uri) == uri:
+        return
+    if redact(os.environ.get(CREDENTIALS, "")) != redact(uri) or CREDENTIALS not in names:
+        raise UserError(
+            f"tracking.uri {redact(uri)} holds a password, which is not stored with {what}; export "
+            f"{CREDENTIALS} with the whole URI, and pass tracking.uri={redact(uri)}"
+            + (f" and --env {CREDENTIALS}" if CREDENTIALS not in names else "")
+        )
+
+
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from; None outside a checkout."""
@@ -166,6 +192,35 @@ def _root_cause(error: BaseException) -> str:
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return redact((str(error) or type(error).__name__).splitlines()[0])
+
+
+class _NamingDamage:
+    """An MLflow client that names its SQLite file if that is damaged."""
+
+    def __init__(self, client: MlflowClient, file: str) -> None:
+        self._client, self._path = client, file
+
+    def __getattr__(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        method = getattr(self._client, name)
+
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            try:
+                return method(*args, **options)
+            except (MlflowException, SQLAlchemyError) as error:
+                reason = first_line(error)
+                if not any(sign in str(error) for sign in _DAMAGE):
+                    raise
+                raise UserError(
+                    f"{self._path} is damaged ({reason}); restore it from a backup or from "
+                    f"`sqlite3 {self._path} .recover`, or move it away: runs that train on log "
+                    "their curves again"
+                ) from error
+
+        return call
 
 
 class Tracker:
@@ -196,7 +251,10 @@ class Tracker:
             if database:
                 database.parent.mkdir(parents=True, exist_ok=True)
                 _follow(database)
-            self.client: MlflowClient = MlflowClient(tracking_uri=uri)
+            client: Any = MlflowClient(tracking_uri=uri)
+            if database:
+                client = _NamingDamage(client, str(database))
+            self.client: MlflowClient = client
             self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
             if "://" in uri and not uri.startswith("sqlite"):
@@ -366,6 +424,14 @@ class Tracker:
         """All (step, value) pairs of a metric, ascending."""
         rows = self.client.get_metric_history(run_id, metric)
         return sorted((row.step, row.value) for row in rows)
+
+    def params(self, run_id: str) -> dict[str, str]:
+        """A run's parameters under today's names."""
+        return renamed.current_params(self.client.get_run(run_id).data.params)
+
+    def tag(self, run_id: str, name: str) -> str | None:
+        """A run's tag; None if it has none."""
+        return self.client.get_run(run_id).data.tags.get(name)
 
     def value_at(self, run_id: str, metric: str, step: int) -> float | None:
         """A metric's value at a step (the last one logged); None if there is none."""

@@ -30,14 +30,18 @@ with connected():
         for socket in process.net_connections("tcp")
         if socket.status == psutil.CONN_LISTEN
     }
-print(json.dumps(sorted(found)))
+    folder = ray._private.worker._global_node.get_session_dir_path()
+    mode = __import__("os").stat(folder).st_mode & 0o777
+print(json.dumps([mode, sorted(found)]))
 """
 
 
-def test_a_private_cluster_listens_on_loopback_only() -> None:
+def test_a_private_cluster_is_for_its_user_on_loopback_only() -> None:
     command = [sys.executable, "-c", LISTENERS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    listeners = [line.rsplit(" ", 1) for line in json.loads(done.stdout.splitlines()[-1])]
+    mode, found = json.loads(done.stdout.splitlines()[-1])
+    assert oct(mode) == "0o700"
+    listeners = [line.rsplit(" ", 1) for line in found]
     assert {"gcs_server", "raylet"} <= {name for name, _ in listeners}
     assert {address for _, address in listeners} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 

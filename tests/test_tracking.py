@@ -10,7 +10,8 @@ import pytest
 
 from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.tracking import MetricsOutbox, Tracker, redact, tracking_uri
+from diffit_train.storage import redact
+from diffit_train.tracking import MetricsOutbox, Tracker, tracking_uri
 from tests.conftest import tiny_recipe
 
 

@@ -220,5 +220,17 @@ def csv_text(runs: Sequence[RunRow]) -> str:
             own = [run.label, e.step, e.key, e.sweep, e.protocol.samples]
             settings = [e.settings.get(key) for key in keys]
             metrics = [e.metrics.get(name) for name in names]
-            writer.writerow([*own, *settings, e.cost, *metrics, e.run_id])
+            row = [*own, *settings, e.cost, *metrics, e.run_id]
+            writer.writerow([_without_formula(cell) for cell in row])
     return text.getvalue()
+
+
+def _without_formula(cell: object) -> object:
+    """A cell that a spreadsheet shows instead of running it; numbers stay."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

@@ -8,6 +8,7 @@ from diffit_train.config.load import (
     packaged_recipes,
     stored_text,
     validate,
+    with_overrides,
 )
 from diffit_train.config.recipe import Recipe
 
@@ -20,4 +21,5 @@ __all__ = [
     "packaged_recipes",
     "stored_text",
     "validate",
+    "with_overrides",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from diffit_train.config.base import Positive, PositiveInt, Section
+from diffit_train.config.base import Positive, PositiveInt, Section, without_credentials
 
 
 class AutoencoderFit(Section):
@@ -79,6 +79,8 @@ class Autoencoder(Section):
             levels = (16, *[32] * (factor.bit_length() - 1))
             return {**values, "fit": {**fit, "block_out_channels": levels}}
         return values
+
+    _sources = field_validator("source", "known_as")(without_credentials)
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diffit_train import storage
 from diffit_train.errors import UserError
 
 # Names become folders of a root.
@@ -17,6 +18,19 @@ Name = Annotated[str, Field(pattern=f"^{_NAME}$", max_length=LONGEST_NAME)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+CREDENTIALS_IN_URL = (
+    "it holds credentials, which would be stored; take them out, and set AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+)
+
+
+def without_credentials(url: str) -> str:
+    """The URL of a source; a ValueError if it holds credentials."""
+    if storage.redact(url) != url:
+        raise ValueError(CREDENTIALS_IN_URL)
+    return url
 
 
 def require_name(what: str, value: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from diffit_train.config.base import Fraction, Name, PositiveInt, Section
+from diffit_train.config.base import Fraction, Name, PositiveInt, Section, without_credentials
 
 
 class Data(Section):
@@ -41,3 +41,5 @@ class Data(Section):
     shuffle_window: PositiveInt = Field(
         default=1024, description="consecutive samples of a lane that are shuffled together"
     )
+
+    _source = field_validator("source")(without_credentials)

@@ -19,6 +19,8 @@ from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
 
 YAML_SUFFIXES = (".yaml", ".yml")
+# Characters, levels and values of a recipe; the largest packaged one has 4,000, 3 and 120.
+LONGEST, DEEPEST, MOST_NODES = 2**18, 32, 20_000
 
 
 def packaged_recipes() -> list[str]:
@@ -92,9 +94,11 @@ def _resolve(
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    root, source = recipe.storage.root, _absolute(recipe.data.source)
+    root, source = storage.absolute(recipe.storage.root), _absolute(recipe.data.source)
+    if fault := storage.odd_root(root):
+        raise UserError(f"storage.root is {root!r}: {fault}")
     update: dict[str, Any] = {
-        "storage": recipe.storage.model_copy(update={"root": storage.absolute(root)}),
+        "storage": recipe.storage.model_copy(update={"root": root}),
         "data": recipe.data.model_copy(update={"source": source}),
     }
     # a/b may be a Hub id, so only an explicit relative path is made absolute.
@@ -127,8 +131,25 @@ def validate(tree: dict[str, Any], reference: str) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML with every key; `load_recipe` reads it back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved recipe as YAML with every key; `load_recipe` reads it back.
+
+    It is stored and passed on, so it holds no credentials; see `tracking.tracking_uri`.
+    """
+    tree = recipe.model_dump(mode="json")
+    evaluate = tree["evaluate"]
+    for section, key in (
+        (tree["tracking"], "uri"),
+        (evaluate, "reference"),
+        (evaluate["features"], "source"),
+    ):
+        if section[key]:
+            section[key] = storage.redact(section[key])
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str], reference: str) -> Recipe:
+    """The recipe with other values; errors name `reference`."""
+    return _resolve(recipe.model_dump(mode="json"), reference, overrides, None)
 
 
 def stored_text(recipe: Recipe) -> str:
@@ -164,11 +185,13 @@ def _read_text(reference: str) -> str:
 
 def _parse(text: str, reference: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = _yaml(text)
+    except ValueError as error:
         raise UserError(f"recipe {reference} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"recipe {reference} must be a mapping of sections, not {tree!r}")
+        raise UserError(
+            f"recipe {reference} must be a mapping of sections, not {_shortened(repr(tree))}"
+        )
     return tree
 
 
@@ -192,6 +215,60 @@ def _forget_derived(tree: dict[str, Any], overrides: Sequence[str]) -> None:
             node.pop(last, None)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of limited depth, whose aliases do not multiply."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node, which counts with all that it refers to."""
+        if self.depth >= DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+        self.depth += 1
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if id(node) not in self.sizes:
+            if alias:  # the node is not complete
+                raise yaml.YAMLError("an alias stands for what it is part of")
+            self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in _parts(node))
+        if self.sizes[id(node)] > MOST_NODES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MOST_NODES:,} values")
+        return node
+
+
+def _parts(node: Any) -> Iterable[Any]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
+
+
+def _yaml(text: str) -> Any:
+    """The plain values of a YAML document.
+
+    Raises:
+        ValueError: it is not one, or too large.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"its {len(text):,} characters are more than {LONGEST:,}")
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    # For values such as `!!bool x` or the date 2001-99-99, PyYAML raises more than its own errors.
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]} …"
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
@@ -199,8 +276,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             f"override {override!r} must have the form key.sub=value, for example train.lr=1e-4"
         )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _yaml(text)
+    except ValueError as error:
         raise UserError(f"override {override!r}: value {text!r} is not valid YAML") from error
     *sections, last = key.split(".")
     node = tree
@@ -209,7 +286,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {section!r} is {child!r}, not a section")
         node = child
-    if key == "model.preset" and value in PRESETS:
+    if key == "model.preset" and isinstance(value, str) and value in PRESETS:
         # A preset sets all its sizes, including those set in the file.
         for size in PRESETS[value]:
             node.pop(size, None)
@@ -256,4 +333,5 @@ def _explain(error: dict[str, Any]) -> str:
         return message
     if isinstance(error["input"], dict):
         return message if key in message else f"{key}: {message}"
-    return f"{key} is {error['input']!r}: {message[0].lower()}{message[1:]}"
+    value = _shortened(storage.redact(repr(error["input"])))
+    return f"{key} is {value}: {message[0].lower()}{message[1:]}"

@@ -207,7 +207,7 @@ class Model(Section):
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
         name = values.get("preset") if isinstance(values, dict) else None
-        if name is None:
+        if not isinstance(name, str):
             return values
         if name not in PRESETS:
             raise ValueError(f"model.preset is {name!r}, but must be one of: {', '.join(PRESETS)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from diffit_train import storage
-from diffit_train.config.base import Section
+from diffit_train.config.base import Section, without_credentials
 
 
 class Storage(Section):
@@ -20,4 +20,6 @@ class Storage(Section):
     def _a_url_has_two_slashes(cls, root: str) -> str:
         if fault := storage.missing_slash(root):
             raise ValueError(fault)
-        return root
+        if fault := storage.odd_root(root):
+            raise ValueError(fault)
+        return without_credentials(root)

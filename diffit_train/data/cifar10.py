@@ -10,9 +10,11 @@ import functools
 import io
 import tarfile
 import threading
+import zlib
 from pathlib import PurePosixPath
 
 import numpy as np
+from PIL import Image
 
 from diffit_train import storage
 from diffit_train.errors import UserError
@@ -20,6 +22,8 @@ from diffit_train.errors import UserError
 SIDE, RECORD = 32, 1 + 3 * 32 * 32
 BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 CLASS_NAMES = "batches.meta.txt"
+# Of an archive and of a file in it; five times theirs.
+MAX_ARCHIVE_BYTES, MAX_FILE_BYTES = 2**30, 2**27
 
 
 def is_archive(url: str) -> bool:
@@ -44,18 +48,20 @@ def _files(url: str) -> dict[str, bytes]:
     wanted = (*BATCHES, CLASS_NAMES)
     if storage.is_folder(url):
         names = storage.list_names(url)
-        found = {n: storage.read_bytes(storage.join(url, n)) for n in names if n in wanted}
+        found = {n: _read_limited(storage.join(url, n)) for n in names if n in wanted}
     else:
         names, found = [], {}
         try:
-            with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(url)), mode="r:*") as tar:
+            with tarfile.open(fileobj=io.BytesIO(_read_limited(url)), mode="r:*") as tar:
                 for member in tar:
                     name = PurePosixPath(member.name).name
                     names.append(name)
+                    if not 0 <= member.size <= MAX_FILE_BYTES:
+                        raise tarfile.ReadError(f"{name} has {member.size:,} bytes")
                     content = tar.extractfile(member) if name in wanted else None
                     if content is not None:
                         found[name] = content.read()
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
             raise UserError(f"{url} is not a complete tar ({error}); download it again") from error
     if "data_batch_1" in names:
         raise UserError(
@@ -76,6 +82,14 @@ def _files(url: str) -> dict[str, bytes]:
     return found
 
 
+def _read_limited(url: str) -> bytes:
+    storage.require_regular(url)
+    size = storage.size_bytes(url)
+    if size > MAX_ARCHIVE_BYTES:
+        raise UserError(f"{url} has {size:,} bytes; it cannot be CIFAR-10's archive")
+    return storage.read_bytes(url)
+
+
 def list_records(url: str) -> tuple[list[str], list[tuple[str, int, int]]]:
     """Class names, and file, row and label of every training image, in order."""
     files = _files(url)
@@ -88,7 +102,7 @@ def list_records(url: str) -> tuple[list[str], list[tuple[str, int, int]]]:
 
 
 def read_image(url: str, location: tuple[str, int, int]) -> bytes:
-    """An image in the PPM format, which decoders know.
+    """An image in the BMP format, which decoders know.
 
     Args:
         location: file and row; the rest is not used.
@@ -97,4 +111,6 @@ def read_image(url: str, location: tuple[str, int, int]) -> bytes:
     with _reading:
         planes = np.frombuffer(_files(url)[file], np.uint8, RECORD - 1, row * RECORD + 1)
     pixels = planes.reshape(3, SIDE, SIDE).transpose(1, 2, 0)
-    return f"P6 {SIDE} {SIDE} 255\n".encode() + pixels.tobytes()
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(out, "BMP")
+    return out.getvalue()

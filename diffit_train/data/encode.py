@@ -39,6 +39,7 @@ from diffit_train.data.encode_plan import (
     write_plan,
 )
 from diffit_train.data.hub import require_from_hub
+from diffit_train.data.isolated import IsolatedDecoder
 from diffit_train.data.preprocess import Images, to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
@@ -56,6 +57,8 @@ from diffit_train.progress import Progress, say
 
 # Shards of images being read for each actor. On a GPU it encodes faster than one core decodes.
 READ_SHARDS, GPU_READ_SHARDS = 1, 3
+# A lost node counts as an attempt, too.
+READER_ATTEMPTS = 8
 MIN_QUEUED_BYTES = 256 * 2**20
 
 
@@ -231,14 +234,23 @@ def _reason(error: ray.exceptions.RayError) -> str:
 def _read_shard_images(
     row: dict[str, Any], source: str, kind: SourceKind, resolution: int
 ) -> dict[str, Any]:
-    """CPU task: read, decode and crop the images of one shard."""
-    failure = _source_failure(source)
-    items = [] if failure else spec_items(json.loads(row["spec"]))
+    """CPU task: read, decode and crop the images of one shard.
+
+    Ray repeats a task whose process dies, without limit. From the second attempt on, images are
+    decoded in a child process: one that kills its decoder is rejected.
+    """
+    spec, attempt = json.loads(row["spec"]), ray_session.task_attempt()
+    failure = _source_failure(source) or _repeated_failure(source, spec["number"], attempt)
+    items = [] if failure else spec_items(spec)
     images = Images([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
+    isolated = IsolatedDecoder() if attempt else None
     try:
-        images = read_items(source, kind, items, resolution)
+        images = read_items(source, kind, items, resolution, decoder=isolated)
     except DiffitError as error:
         failure = _failure(error)
+    finally:
+        if isolated:
+            isolated.close()
     return {
         "spec": row["spec"],
         "kept": json.dumps(images.kept),
@@ -256,6 +268,17 @@ def _source_failure(source: str) -> str:
         UserError(
             f"data.source {source} does not exist on node {socket.gethostname()} of the cluster; "
             "set it to a path that every node can read, such as s3://bucket/prefix"
+        )
+    )
+
+
+def _repeated_failure(source: str, number: int, attempt: int) -> str:
+    if attempt < READER_ATTEMPTS:
+        return ""
+    return _failure(
+        DiffitError(
+            f"the process that reads the images of {shard_name(number)} from {source} died "
+            f"{attempt} times; see its log and the memory of its node, then rerun the command"
         )
     )
 
@@ -329,7 +352,7 @@ class _Encoder:
             total=total,
             squares=squares,
         )
-        text = part.model_dump_json(indent=1)
+        text = part.sealed()
         storage.write_text(storage.join(self.url, "parts", f"{shard_name(number)}.json"), text)
         return text
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,7 +41,7 @@ REPAIR = "repair"
 RETRY = "retry-rejected"
 
 
-class Plan(storage.Record):
+class Plan(storage.SealedRecord):
     """parts/plan.json: recipe, input and order of the encoding.
 
     `appended_to` images came before it. `order` is as in the manifest's `orders`; a plan of the
@@ -60,7 +61,7 @@ class Rejected(storage.Record):
     reason: str
 
 
-class EncodedPart(storage.Record):
+class EncodedPart(storage.SealedRecord):
     """A finished shard; `entry` is None if none of its images could be read.
 
     `total` and `squares` are per-channel sums over the scaled, sampled latents.
@@ -199,7 +200,7 @@ def read_plan(url: str) -> Plan | None:
 
 def write_plan(url: str, plan: Plan) -> None:
     """Store the plan that the following parts belong to; idempotent."""
-    storage.write_text(storage.join(url, "parts", PLAN), plan.model_dump_json(indent=2))
+    storage.write_text(storage.join(url, "parts", PLAN), plan.sealed())
 
 
 def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
@@ -298,7 +299,7 @@ def read_inputs(url: str) -> list[tuple[str, int]]:
     try:
         lines = gzip.decompress(storage.read_bytes(name)).decode("ascii").splitlines()
         return [(str(path), int(label)) for path, label in map(json.loads, lines)]
-    except (FileNotFoundError, OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
         raise DiffitError(
             f"{name} is missing or damaged ({error}); latents cannot be appended or repaired "
             "without it; the shards themselves are intact"
@@ -371,7 +372,7 @@ def commit_manifest(
     storage.write_text(storage.join(url, REJECTED), lines)
     _write_inputs(url, inputs)
     storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
-    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
+    storage.write_text(storage.join(url, MANIFEST), manifest.sealed())
     storage.remove(storage.join(url, "parts"))
     if rejected:
         name = storage.display_path(storage.join(url, REJECTED))

@@ -5,6 +5,7 @@ Shapes: H x W pixels, 3 channels, uint8; R the target resolution.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import threading
@@ -20,6 +21,24 @@ from PIL import Image, UnidentifiedImageError
 Array = np.ndarray
 _FILTERS = threading.Lock()
 MAX_RESIZED_PIXELS = 64 * 1024 * 1024
+# Pillow knows fifty formats; some of their decoders start programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+# A larger file would fill memory before its header could be refused.
+MAX_FILE_BYTES = 2**30
+# A file's own errors when it is opened: a dangling link, a loop of links, a socket.
+_OF_THE_FILE = frozenset(
+    {
+        errno.ENOENT,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENXIO,
+    }
+)
+Decoder = Callable[[bytes, int], Array]
 
 
 class UnreadableImage(Exception):
@@ -30,7 +49,7 @@ def decode(data: bytes) -> Image.Image:
     """Decode to RGB: the first frame of an animation; alpha is dropped.
 
     Raises:
-        UnreadableImage: empty, truncated, not an image, or a decompression bomb.
+        UnreadableImage: empty, truncated, not in one of `FORMATS`, or a decompression bomb.
     """
     if not data:
         raise UnreadableImage("empty file")
@@ -38,7 +57,7 @@ def decode(data: bytes) -> Image.Image:
         # The filters of warnings are those of the process. Opening does not decode yet.
         with _FILTERS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.mode.startswith("I"):
             # 16-bit grayscale: Pillow would clip to 8 bits instead of scaling.
             levels = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255)
@@ -47,9 +66,9 @@ def decode(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage("not an image") from error
-    # Pillow's decoders raise these for truncated and malformed files.
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UnreadableImage(f"not an image in {', '.join(FORMATS)}") from error
+    # For malformed files, Pillow's decoders raise nearly everything.
+    except Exception as error:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
@@ -69,6 +88,20 @@ def center_crop(image: Image.Image, resolution: int) -> Array:
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - resolution) // 2, (pixels.shape[1] - resolution) // 2
     return pixels[top : top + resolution, left : left + resolution]
+
+
+def pixels_from(data: bytes, resolution: int) -> Array:
+    """Decode and crop: (R, R, 3).
+
+    Raises:
+        UnreadableImage: the bytes are not a usable image.
+    """
+    image = decode(data)
+    try:
+        return center_crop(image, resolution)
+    except (MemoryError, ValueError) as error:
+        size = f"{image.width}x{image.height}"
+        raise UnreadableImage(f"{size} pixels cannot be resized: {error!r}") from error
 
 
 def to_model_range(pixels: Array) -> Array:
@@ -92,6 +125,7 @@ def read_images(
     pool: Executor | None = None,
     ahead: int = 1,
     decoders: int = 1,
+    decoder: Decoder | None = None,
 ) -> Images:
     """Read, decode and crop; unreadable images are rejected with a reason.
 
@@ -101,6 +135,7 @@ def read_images(
         pool: threads that read; None: the caller's.
         ahead: number of images that they may be ahead.
         decoders: number of threads that decode at the same time.
+        decoder: from bytes and resolution to pixels; None: `pixels_from`.
 
     Raises:
         OSError: reading failed for a reason unrelated to the image, such as a lost connection.
@@ -110,7 +145,7 @@ def read_images(
     def pixels_of(read: Callable[[], bytes]) -> Array:
         data = read()
         with gate:
-            return center_crop(decode(data), resolution)
+            return (decoder or pixels_from)(data, resolution)
 
     kept, pixels = [], []
     rejected = [(position, problem) for position, problem in enumerate(problems) if problem]
@@ -123,8 +158,9 @@ def read_images(
             kept.append(position)
         except UnreadableImage as error:
             rejected.append((position, str(error)))
-        # A dangling link or an unreadable file affects only this image.
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno not in _OF_THE_FILE and not isinstance(error, FileNotFoundError):
+                raise
             rejected.append((position, f"{type(error).__name__}: {error.strerror or error}"))
     shape = (0, resolution, resolution, 3)
     stacked = np.stack(pixels) if pixels else np.zeros(shape, np.uint8)

@@ -7,6 +7,8 @@ own, and the latency of many requests overlaps.
 from __future__ import annotations
 
 import functools
+import os
+import stat
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from diffit_train import storage
 from diffit_train.data import cifar10, preprocess
-from diffit_train.data.sources import Item, Location, SourceKind, open_parquet
+from diffit_train.data.sources import (
+    Item,
+    Location,
+    SourceKind,
+    open_parquet,
+    parquet_errors,
+)
+from diffit_train.errors import UserError
 
 # Threads that read, and images that they may be ahead.
 THREADS, AHEAD = 16, 64
@@ -49,16 +58,39 @@ class ImageReader:
 
         Raises:
             OSError: the file cannot be read.
+            UnreadableImage: it is not a regular file, or too large for an image.
         """
         if self.kind == "parquet":
             return self._groups[location.file, location.size].take(location.start)
         url, start, size = self._file(location.file), location.start, location.size
-        if self.kind != "folder":
-            return storage.read_range(url, start, start + size) if size else b""
-        return storage.read_bytes(url) if size < 0 else storage.read_sized(url, size)
+        if self.kind == "folder" and size < 0:
+            return _read_regular(url)
+        _check_size(size)
+        if self.kind == "folder":
+            return storage.read_sized(url, size)
+        return storage.read_range(url, start, start + size) if size else b""
 
     def _file(self, name: str) -> str:
         return storage.join(self.url, name) if name else self.url
+
+
+def _read_regular(url: str) -> bytes:
+    """A local file; a FIFO would block the reader, and a device may have no end."""
+    path = storage.local_path(url)
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise preprocess.UnreadableImage("not a regular file")
+        _check_size(found.st_size)
+        return file.read(found.st_size)
+
+
+def _check_size(size: int) -> None:
+    if size > preprocess.MAX_FILE_BYTES:
+        raise preprocess.UnreadableImage(
+            f"{size:,} bytes are more than the {preprocess.MAX_FILE_BYTES:,} of the largest image"
+        )
 
 
 class _RowGroup:
@@ -68,19 +100,29 @@ class _RowGroup:
         self.url, self.group, self.rows, self.gate = url, group, rows, gate
         self._lock = threading.Lock()
         self._values: dict[int, bytes] | None = None
+        self._problem = ""
 
     def take(self, row: int) -> bytes:
-        """The bytes of a row, which are kept no longer."""
+        """The bytes of a row, which are kept no longer.
+
+        Raises:
+            UnreadableImage: the row group is damaged.
+        """
         with self._lock:
+            if self._values is None and not self._problem:
+                try:
+                    with self.gate:
+                        self._values = storage.retried(self.url, self._read)
+                except UserError as error:
+                    self._problem = str(error)
             if self._values is None:
-                with self.gate:
-                    self._values = storage.retried(self.url, self._read)
+                raise preprocess.UnreadableImage(self._problem)
             return self._values.pop(row)
 
     def _read(self) -> dict[int, bytes]:
-        with open_parquet(self.url) as table:
+        with open_parquet(self.url) as table, parquet_errors(self.url, self.group):
             column = table.read_row_group(self.group, columns=["image.bytes"])["image"]
-        values = column.take(self.rows).combine_chunks().field("bytes").to_pylist()
+            values = column.take(self.rows).combine_chunks().field("bytes").to_pylist()
         return {row: value or b"" for row, value in zip(self.rows, values, strict=True)}
 
 
@@ -91,12 +133,14 @@ def read_items(
     resolution: int,
     decoders: int = 1,
     threads: int = THREADS,
+    decoder: preprocess.Decoder | None = None,
 ) -> preprocess.Images:
     """Read, decode and crop images of a source; see `preprocess.read_images`.
 
     Args:
         decoders: threads that decode at the same time, each on a CPU core.
         threads: threads that read.
+        decoder: see `preprocess.read_images`.
     """
     if kind == "cifar10":
         read: Callable[[Location], bytes] = functools.partial(cifar10.read_image, url)
@@ -105,7 +149,7 @@ def read_items(
     reads = [functools.partial(read, item.location) for item in items]
     problems = [item.problem for item in items]
     with ThreadPoolExecutor(threads, thread_name_prefix="images") as pool:
-        return preprocess.read_images(reads, resolution, problems, pool, AHEAD, decoders)
+        return preprocess.read_images(reads, resolution, problems, pool, AHEAD, decoders, decoder)
 
 
 def read_batches(

@@ -49,7 +49,7 @@ class Totals(storage.Record):
     rejected: int
 
 
-class Manifest(storage.Record):
+class Manifest(storage.SealedRecord):
     """Contents and provenance of the shards.
 
     `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
 
 from diffit_train import storage
@@ -37,6 +37,17 @@ T = TypeVar("T")
 # Files of a source that are listed at once; each holds what its file system reads ahead.
 LISTERS = 8
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+# Sparse and plain members beyond it are not images; nor does a label, or a name, need more.
+MAX_MEMBER_BYTES, MAX_TEXT_BYTES = 2**50, 2**20
+# What is looked at behind the end of a tar. Tars laid end to end have other members there.
+END_BYTES = 2**16
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 SourceKind = Literal["folder", "tar", "ilsvrc", "webdataset", "parquet", "cifar10"]
 # Name of the only class, where the images of several folders are one class.
 ALL = "all"
@@ -144,6 +155,7 @@ def source_kind(url: str, wanted: str) -> SourceKind:
             f"data.source {url} does not exist; set it to a folder with one subfolder per class, "
             f"a tar or parquet files{hint}"
         )
+    storage.require_regular(url)
     folder = storage.is_folder(url)
     if wanted != "auto":
         if folder and wanted in ("tar", "ilsvrc"):
@@ -169,7 +181,7 @@ def source_kind(url: str, wanted: str) -> SourceKind:
 
 
 def _kind_of_tar(url: str) -> SourceKind:
-    with storage.open_file(url) as file:
+    with _open_file(url) as file:
         for member in _tar_members(file, url):
             if member.name.endswith(".tar"):
                 return "ilsvrc"
@@ -192,22 +204,37 @@ def _list_folder(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
     return _by_folder(rows, num_classes)
 
 
-def _local_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+def _local_files(folder: str) -> Iterator[str]:
     """Every file below a folder. Unlike fsspec, follows symbolic links, but not in cycles.
 
     Raises:
         UserError: a folder is not readable; its images would be missing silently.
     """
-    above |= {os.path.realpath(folder)}
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
+    while waiting:
+        here, above = waiting.pop()
+        try:
+            found = Path(here).stat()
+            identity = (found.st_dev, found.st_ino)
+            entries = [] if identity in above else list(os.scandir(here))
+        except OSError as error:
+            raise UserError(
+                f"folder {here} is not readable ({error.strerror}); fix its permissions, or move "
+                "it away"
+            ) from error
+        above |= {identity}
+        for entry in entries:
+            if _is_folder(entry):
+                waiting.append((entry.path, above))
+            else:
+                yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        entries = list(os.scandir(folder))
-    except PermissionError as error:
-        raise UserError(f"folder {folder} is not readable; fix its permissions") from error
-    for entry in entries:
-        if not entry.is_dir():
-            yield entry.path
-        elif os.path.realpath(entry.path) not in above:
-            yield from _local_files(entry.path, above)
+        return entry.is_dir()
+    except OSError:  # a link to itself; reading it says so
+        return False
 
 
 def _is_image(path: str) -> bool:
@@ -234,33 +261,75 @@ def _classes(paths: Iterable[str], num_classes: int) -> list[str]:
 # ---- Tars ----
 
 
+@contextmanager
+def _open_file(url: str, read_ahead: bool = True) -> Iterator[IO[bytes]]:
+    storage.require_regular(url)
+    with storage.open_file(url, read_ahead) as file:
+        yield file
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A header whose size leads forward and whose extension fits into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _TarInfo:
+        member = super().frombuf(buf, encoding, errors)
+        extension = not member.isreg() and member.type in _EXTENSIONS
+        if not 0 <= member.size <= (MAX_TEXT_BYTES if extension else MAX_MEMBER_BYTES):
+            raise tarfile.ReadError(f"a header gives a size of {member.size:,} bytes")
+        return member
+
+
 def _tar_members(file: IO[bytes] | FileWindow, url: str) -> Iterator[tarfile.TarInfo]:
     """Iterate over the regular files of an uncompressed tar.
 
     Raises:
-        UserError: it is not a tar, compressed or truncated.
+        UserError: it is not a tar, compressed, damaged or truncated.
     """
+    tar_file = cast(IO[bytes], file)
     try:
-        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
+        with tarfile.open(fileobj=tar_file, mode="r:", tarinfo=_TarInfo) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
+                # An extended header may replace the size, also by one that leads back.
+                if not 0 <= member.size <= MAX_MEMBER_BYTES or tar.offset <= member.offset:
+                    raise tarfile.ReadError(f"{member.name} has a size of {member.size:,} bytes")
                 if member.isfile():
                     yield member
             end = tar.offset
-    except tarfile.TarError as error:
+    except OSError:
+        raise
+    # For malformed headers, tarfile raises more than its own errors.
+    except Exception as error:
         raise UserError(
             f"{url} is not a complete uncompressed tar ({error}); decompress it, or download it "
             "again"
         ) from error
     file.seek(0, os.SEEK_END)
-    if file.tell() < end:
+    size = file.tell()
+    if size < end:
         raise UserError(
             f"{url} is truncated: its last member ends at byte {end:,}; download it again"
+        )
+    # tarfile takes a header that it cannot read, and a missing one, for the end.
+    file.seek(end)
+    rest = file.read(END_BYTES)
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        raise UserError(
+            f"{url} is damaged at byte {end:,}, where its next member or its end should be; "
+            "download it again, or pack it again with tar"
         )
 
 
 def _clean(name: str) -> str:
     return name.removeprefix("./")
+
+
+def _member_problem(member: tarfile.TarInfo, name: str) -> str:
+    """What is wrong with a member under this name, or ""."""
+    if member.issparse():
+        return "a sparse member, which is not stored as a whole"
+    return _name_problem(name)
 
 
 def _name_problem(name: str) -> str:
@@ -273,12 +342,12 @@ def _name_problem(name: str) -> str:
 
 def _list_tar(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
     rows: list[tuple[str, Location, str]] = []
-    with storage.open_file(url) as file:
+    with _open_file(url) as file:
         for member in _tar_members(file, url):
             name = _clean(member.name)
             if ("/" in name or num_classes == 1) and _is_image(name):
                 location = Location("", member.offset_data, member.size)
-                rows.append((name, location, _name_problem(name)))
+                rows.append((name, location, _member_problem(member, name)))
     return _named_once(rows, num_classes)
 
 
@@ -303,17 +372,20 @@ def _named_once(
 
 def _list_ilsvrc(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
     rows: list[tuple[str, Location, str]] = []
-    with storage.open_file(url) as file:
+    with _open_file(url) as file:
         for outer in list(_tar_members(file, url)):
             if not outer.name.endswith(".tar"):
                 continue
+            if outer.issparse():
+                raise UserError(f"{outer.name} in {url} is a sparse member; pack it again")
             name = PurePosixPath(outer.name).name.removesuffix(".tar")
             inside = FileWindow(file, outer.offset_data, outer.size)
             for member in _tar_members(inside, f"{outer.name} in {url}"):
                 if _is_image(member.name):
                     start = outer.offset_data + member.offset_data
                     path = f"{name}/{_clean(member.name)}"
-                    rows.append((path, Location("", start, member.size), _name_problem(path)))
+                    where = Location("", start, member.size)
+                    rows.append((path, where, _member_problem(member, path)))
     return _named_once(rows, num_classes)
 
 
@@ -368,7 +440,7 @@ def _list_webdataset(url: str, num_classes: int) -> tuple[list[str], list[Item]]
 def _webdataset_items(url: str, file: str, num_classes: int) -> Iterator[Item]:
     """Samples of a tar; members with the same key must be adjacent."""
     name = storage.join(url, file) if file else url
-    with storage.open_file(name) as opened:
+    with _open_file(name) as opened:
         key, parts = None, {}  # type: ignore[var-annotated]
         for member in _tar_members(opened, name):
             stem, _, ending = PurePosixPath(_clean(member.name)).name.partition(".")
@@ -380,38 +452,54 @@ def _webdataset_items(url: str, file: str, num_classes: int) -> Iterator[Item]:
             key = this
             location = Location(file, member.offset_data, member.size)
             ending = ending.lower()
-            text = b""
-            if ending in ("cls", "json"):
-                position = opened.tell()
-                opened.seek(member.offset_data)
-                text = opened.read(member.size)
-                opened.seek(position)
-            parts.setdefault(ending, (location, text))
+            text, problem = b"", _member_problem(member, key)
+            if ending in ("cls", "json") and not problem:
+                if member.size > MAX_TEXT_BYTES:
+                    problem = f"its label has {member.size:,} bytes"
+                else:
+                    position = opened.tell()
+                    opened.seek(member.offset_data)
+                    text = opened.read(member.size)
+                    opened.seek(position)
+            parts.setdefault(ending, _Part(location, text, problem))
         if key is not None:
             yield _webdataset_item(file, key, parts, num_classes)
 
 
-def _webdataset_item(
-    file: str, key: str, parts: dict[str, tuple[Location, bytes]], num_classes: int
-) -> Item:
+class _Part(NamedTuple):
+    """A member of a sample; `text` of a label only."""
+
+    location: Location
+    text: bytes
+    problem: str
+
+
+def _webdataset_item(file: str, key: str, parts: dict[str, _Part], num_classes: int) -> Item:
     images = [e for e in parts if f".{e}" in SUFFIXES]
     if not images:
         return Item(key, 0, Location(file, 0, 0), "the sample has no image")
-    location = parts[images[0]][0]
+    location = parts[images[0]].location
+    read = [parts[name] for name in (images[0], "cls", "json") if name in parts]
+    for problem in [part.problem for part in read if part.problem]:
+        return Item(key, 0, location, problem)
     try:
-        label = int(parts["cls"][1]) if "cls" in parts else _json_label(parts["json"][1])
+        label = int(parts["cls"].text) if "cls" in parts else _json_label(parts["json"].text)
     except KeyError:
         return Item(key, 0, location, "the sample has no label (cls, or json with `label`)")
-    except (ValueError, TypeError):
-        return Item(key, 0, location, "the label is not a number")
-    return Item(key, *_usable(label, num_classes, location, _name_problem(key)))
+    # RecursionError: nested lists.
+    except (ValueError, TypeError, RecursionError):
+        return Item(key, 0, location, "the label is not an integer")
+    return Item(key, *_usable(label, num_classes, location))
 
 
 def _json_label(data: bytes) -> int:
     value = json.loads(data)
     for name in ("label", "cls", "class"):
         if isinstance(value, dict) and name in value:
-            return int(value[name])
+            label = value[name]
+            if isinstance(label, float) and not label.is_integer():
+                raise ValueError(label)
+            return int(label)
     raise KeyError("label")
 
 
@@ -437,8 +525,9 @@ def _list_parquet(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
         rows: list[Item] = []
         with open_parquet(storage.join(url, file) if file else url) as table:
             for group in range(table.num_row_groups):
-                columns = table.read_row_group(group, columns=["image.path", "label"])
-                rows += _parquet_items(columns, file, group, num_classes)
+                with parquet_errors(storage.join(url, file) if file else url, group):
+                    columns = table.read_row_group(group, columns=["image.path", "label"])
+                    rows += _parquet_items(columns, file, group, num_classes)
             return _class_names(table.schema_arrow.metadata or {}), rows
 
     for found, rows in _each(files, listed):
@@ -466,28 +555,64 @@ def open_parquet(url: str) -> Iterator[Any]:
     Raises:
         UserError: it is not a parquet file, or lacks them.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     # Its parts are far apart; reading ahead would fetch most of the file.
-    with storage.open_file(url, read_ahead=False) as file:
-        try:
+    with _open_file(url, read_ahead=False) as file:
+        with parquet_errors(url):
             table = pq.ParquetFile(file, pre_buffer=True)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{url} is not a complete parquet file: {error}") from error
-        schema = table.schema_arrow
-        image = schema.field("image").type if "image" in schema.names else None
-        fields = (
-            {f.name for f in image} if image is not None and pa.types.is_struct(image) else set()
-        )
-        if not {"bytes", "path"} <= fields or "label" not in schema.names:
-            raise UserError(
-                f"{url} has columns {', '.join(schema.names)}; it needs `image`, a struct of "
-                "`bytes` and `path`, and `label`"
-            )
-        if not pa.types.is_integer(schema.field("label").type):
-            raise UserError(f"{url}: column `label` does not have an integer type")
+            _check_columns(url, table.schema_arrow)
         yield table
+
+
+def _check_columns(url: str, schema: Any) -> None:
+    import pyarrow as pa
+
+    image = schema.field("image").type if "image" in schema.names else None
+    fields = (
+        {field.name: field.type for field in image}
+        if image is not None and pa.types.is_struct(image)
+        else {}
+    )
+    if not {"bytes", "path"} <= set(fields) or "label" not in schema.names:
+        raise UserError(
+            f"{url} has columns {', '.join(schema.names)}; it needs `image`, a struct of "
+            "`bytes` and `path`, and `label`"
+        )
+    allowed = {
+        "bytes": (pa.types.is_binary, pa.types.is_large_binary),
+        "path": (pa.types.is_string, pa.types.is_large_string, pa.types.is_null),
+    }
+    for name, kinds in allowed.items():
+        if not any(kind(fields[name]) for kind in kinds):
+            raise UserError(
+                f"{url}: column `image.{name}` has the type {fields[name]}; it needs "
+                f"{'binary' if name == 'bytes' else 'string'}"
+            )
+    if not pa.types.is_integer(schema.field("label").type):
+        raise UserError(f"{url}: column `label` does not have an integer type")
+
+
+@contextmanager
+def parquet_errors(url: str, group: int | None = None) -> Iterator[None]:
+    """Errors of reading a parquet file in the block, named.
+
+    Raises:
+        UserError: the file, or this row group, is damaged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Arrow raises OSError for damaged data, too, but without a number.
+        if storage.is_transient(error) or (isinstance(error, OSError) and error.errno):
+            raise
+        where = "" if group is None else f"row group {group}: "
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{url} is not a complete parquet file: {where}{reason}; download it again"
+        ) from error
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
@@ -495,9 +620,9 @@ def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         names = features["label"]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return [str(name) for name in names]
+    return [str(name) for name in names] if isinstance(names, list) else None
 
 
 # ---- CIFAR-10 ----

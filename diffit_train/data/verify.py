@@ -35,6 +35,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
 THREADS = 4
+_REWRITE = "write it again with `diffit recipe show` and the recipe of the latents"
 # Number of originals and reconstructions to draw.
 SHOWN = 8
 
@@ -165,9 +166,13 @@ def recipe_of(url: str) -> Recipe:
     name = storage.join(url, "recipe.yaml")
     try:
         text = storage.read_bytes(name).decode()
+        recipe = load_stored_recipe(text, name, root=storage.parent(url, 2))
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing, so the images cannot be located") from error
-    recipe = load_stored_recipe(text, name, root=storage.parent(url, 2))
+    except (UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{name} is damaged: {error}; {_REWRITE}") from error
+    if recipe.encode_hash() != load_manifest(url).recipe_hash:
+        raise UserError(f"{name} is damaged: its hash is not that of {MANIFEST}; {_REWRITE}")
     data = recipe.data.model_copy(update={"name": url.rstrip("/").rsplit("/", 1)[-1]})
     return recipe.model_copy(update={"data": data})
 
@@ -206,7 +211,7 @@ def repair(url: str, names: list[str], address: str | None = None) -> Manifest:
         if before.sha256 != after.sha256:
             say(f"{before.name} was re-encoded with different bytes (different hardware?)")
     manifest = manifest.model_copy(update={"shards": shards})
-    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
+    storage.write_text(storage.join(url, MANIFEST), manifest.sealed())
     storage.remove(storage.join(url, "parts"))
     return manifest
 

@@ -139,15 +139,14 @@ class EvaluationActor:
 
     def _load(self, recipe: Recipe, task: ChunkTask, weights: dict[str, Any] | None) -> None:
         """Set up the generator for a task; the model is kept if only settings have changed."""
-        from diffit_train.data.autoencoder import load_autoencoder
-        from diffit_train.evaluation.generate import Generator
+        from diffit_train.evaluation.generate import Generator, load_decoder
 
         identity = _model_identity(recipe, task)
         if self.loaded == identity:
             self.generator.use(recipe)
             return
         if self.autoencoder is None:
-            self.autoencoder = load_autoencoder(recipe, self.device)
+            self.autoencoder = load_decoder(recipe, self.device)
         # None if a call in between has loaded another model.
         weights = self._fetch(recipe, task) if weights is None else weights
         assert weights is not None

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.errors import UserError
-from diffit_train.evaluation.generate import Generator
+from diffit_train.evaluation.generate import Generator, load_decoder
 from diffit_train.models.attention import TMSA, SelfAttention, TimeInBias
 from diffit_train.models.attention_kernels import position_bias
 from diffit_train.models.backbone import Backbone
@@ -138,7 +137,7 @@ def trajectory(
         UserError: the token is outside the grid.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = Generator(recipe, weights, load_autoencoder(recipe, device))
+    generator = Generator(recipe, weights, load_decoder(recipe, device))
     return record(generator, label, seed, token, block, title)
 
 

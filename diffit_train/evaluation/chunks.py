@@ -18,11 +18,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.stored_arrays import (
+    DamagedArrays,
+    read_arrays,
+    read_images,
+    write_arrays,
+    write_images,
+)
 
 # Measured arrays: labels and features always, the others if the feature network provides them.
 LABELS = "labels"
@@ -129,17 +134,10 @@ def write_chunk(
         kept: rows of `pixels` to keep; None for all.
     """
     if kept is None:
-        _write_images(storage.join(url, images_name(part)), pixels)
+        write_images(storage.join(url, images_name(part)), pixels)
     elif len(kept):
-        _write_images(storage.join(url, grid_name(part)), pixels[list(kept)])
-    with storage.atomic_file(storage.join(url, chunk_name(part))) as path:
-        rows = {name: np.ascontiguousarray(values) for name, values in measured.items()}
-        save_file(rows, str(path), metadata={"key": key})
-
-
-def _write_images(url: str, pixels: np.ndarray) -> None:
-    with storage.atomic_file(url) as path, path.open("wb") as file:
-        np.save(file, np.ascontiguousarray(pixels))
+        write_images(storage.join(url, grid_name(part)), pixels[list(kept)])
+    write_arrays(storage.join(url, chunk_name(part)), measured, {"key": key})
 
 
 def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
@@ -150,19 +148,16 @@ def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
     """
     name = storage.join(url, chunk_name(part))
     try:
-        with storage.local_copy(name) as path, safe_open(str(path), framework="np") as file:
-            if file.metadata() != {"key": key}:
-                raise DiffitError(
-                    f"{name} belongs to another evaluation; delete it and evaluate again"
-                )
-            rows = {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError) as error:
+        rows, metadata = read_arrays(name)
+    except (FileNotFoundError, DamagedArrays) as error:
         raise DiffitError(f"{name} is damaged ({error}); delete it and evaluate again") from error
+    if metadata != {"key": key}:
+        raise DiffitError(f"{name} belongs to another evaluation; delete it and evaluate again")
     for tensor, values in rows.items():
-        if len(values) != part.size:
+        if values.ndim == 0 or len(values) != part.size:
             raise DiffitError(
-                f"{name} holds {len(values)} rows of {tensor}, not {part.size}; delete it and "
-                "evaluate again"
+                f"{name} holds {tensor} of shape {values.shape}, not {part.size} rows; delete it "
+                "and evaluate again"
             )
     return rows
 
@@ -196,25 +191,24 @@ def keep_only(url: str, part: Range, rows: Sequence[int]) -> None:
     if not storage.exists(images):
         return
     if len(rows):
-        _write_images(storage.join(url, grid_name(part)), read_chunk_images(url, part)[list(rows)])
+        write_images(storage.join(url, grid_name(part)), read_chunk_images(url, part)[list(rows)])
     storage.remove(images)
 
 
 def _read_images(url: str, file: str, part: Range, count: int) -> np.ndarray:
     name = storage.join(url, file)
     try:
-        with storage.local_copy(name) as path:
-            pixels = np.load(path, allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError) as error:
+        pixels = read_images(name)
+    except (FileNotFoundError, DamagedArrays) as error:
         raise DiffitError(
             f"{name} is damaged ({error}); delete it and {chunk_name(part)}, and evaluate again"
         ) from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != count:
+    if len(pixels) != count:
         raise DiffitError(
-            f"{name} is {pixels.dtype} of shape {pixels.shape}, not {count} images; "
-            f"delete it and {chunk_name(part)}, and evaluate again"
+            f"{name} holds {len(pixels)} images, not {count}; delete it and {chunk_name(part)}, "
+            "and evaluate again"
         )
-    return np.asarray(pixels)
+    return pixels
 
 
 def write_samples(url: str, target: str, samples: int, labels: list[np.ndarray]) -> None:

@@ -13,12 +13,13 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.first_use import require_as_before
 
 # Published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-class FeaturesInfo(storage.Record):
+class FeaturesInfo(storage.SealedRecord):
     """features.json, the commit marker of a fitted feature network."""
 
     identity: str
@@ -68,14 +69,18 @@ def features_digest(recipe: Recipe) -> str:
     """SHA-256 of the feature network's weights.
 
     Raises:
-        UserError: it is not fitted, or its weight file does not exist.
+        UserError: it is not fitted, or its weight file does not exist, or holds other weights
+            than at its first use.
     """
     section = recipe.evaluate.features
     if section.kind == "classifier":
         return features_info(recipe).sha256
     if section.published:
         return INCEPTION_SHA256
-    return _file_digest(features_url(recipe))
+    url = features_url(recipe)
+    sha256 = _file_digest(url)
+    require_as_before(recipe.storage.root, "evaluate.features.source", storage.redact(url), sha256)
+    return sha256
 
 
 @functools.cache

@@ -10,16 +10,40 @@ from torch import Tensor, nn
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import LoadedAutoencoder
+from diffit_train.data.autoencoder import LoadedAutoencoder, autoencoder_url, load_autoencoder
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.diffusion.guidance import Weight, build_weight, guided, saved_share
 from diffit_train.diffusion.objective import build_objective, visited_levels
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.first_use import require_as_before
 from diffit_train.models.build import build_model
 from diffit_train.models.precision import arithmetic
 from diffit_train.models.published import FIXED, check_published, read_weights_file
 from diffit_train.models.wrap import compile_blocks, use_kernel
 from diffit_train.runs.checkpoints import read_weights, reconstructed_url
+
+# What decides how a decoder of diffusers computes; a later version may know more keys.
+_AUTOENCODER_KEYS = (
+    "act_fn",
+    "block_out_channels",
+    "decoder_block_out_channels",
+    "force_upcast",
+    "latent_channels",
+    "latent_magnitude",
+    "latent_shift",
+    "latents_mean",
+    "latents_std",
+    "layers_per_block",
+    "mid_block_add_attention",
+    "norm_num_groups",
+    "num_decoder_blocks",
+    "scaling_factor",
+    "shift_factor",
+    "up_block_types",
+    "upsample_fn",
+    "upsampling_scaling_factor",
+    "use_post_quant_conv",
+)
 
 
 class ImageNoise:
@@ -109,6 +133,33 @@ class Generator:
         x, t = self.objective.precondition(x, t)
         with arithmetic(self.recipe.evaluate.precision, self.device):
             return self.model(x, t, y).float()
+
+
+def load_decoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
+    """The recipe's autoencoder, the same as that of its latents and of its first use.
+
+    Raises:
+        UserError: it is not available, or another one.
+    """
+    loaded = load_autoencoder(recipe, device)
+    if loaded.model is None:
+        return loaded
+    weights, encoded = loaded.weight_hash(), ""
+    url, source = latents_url(recipe), storage.redact(recipe.autoencoder.name)
+    if storage.exists(storage.join(url, MANIFEST)):
+        manifest = load_manifest(url)
+        if manifest.recipe_hash == recipe.encode_hash():
+            encoded = manifest.autoencoder_sha256
+            if (weights, loaded.scale) != (encoded, manifest.scale):
+                raise UserError(
+                    f"the autoencoder in {storage.redact(autoencoder_url(recipe))} is not the one "
+                    f"that {url} was encoded with: its weights or its scale differ; restore it"
+                )
+    config = {name: loaded.model.config.get(name) for name in _AUTOENCODER_KEYS}
+    identity = storage.digest([weights, loaded.scale, config])
+    also = f"{loaded.dtype} {encoded}"
+    require_as_before(recipe.storage.root, "autoencoder.source", source, identity, also)
+    return loaded
 
 
 def guidance_saving(recipe: Recipe) -> str:

@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.evaluation.generate import run_weights
+from diffit_train.models.published import CHECKSUM, tensors_checksum
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import checkpoint_digest, reconstructed_url
 
@@ -48,19 +49,36 @@ def node_weights(recipe: Recipe, source: str, step: int) -> dict[str, Tensor]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy = folder / f"{_identity(recipe, source, step)}.safetensors"
     with _locked(folder / "lock"):
-        if copy.exists():
-            os.utime(copy)  # mark as most recently used
-            return load_file(copy)
+        if (kept := _read(copy)) is not None:
+            return kept
         weights = run_weights(recipe, source, step)
         _make_room(folder)
         temporary = copy.with_name(f"{copy.name}{storage.TEMPORARY_MARK}{os.getpid()}")
         try:
-            save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+            tensors = {name: value.contiguous() for name, value in weights.items()}
+            save_file(tensors, temporary, {CHECKSUM: tensors_checksum(tensors, {})})
             temporary.replace(copy)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             say(f"cannot keep weights in {folder} ({error}); each actor reads the checkpoint")
         return weights
+
+
+def _read(copy: Path) -> dict[str, Tensor] | None:
+    """The weights of a copy; None if there is none, or it is damaged."""
+    if not copy.exists():
+        return None
+    os.utime(copy)  # mark as most recently used
+    try:
+        with safe_open(str(copy), framework="pt") as file:
+            recorded = (file.metadata() or {}).get(CHECKSUM)
+        weights = load_file(copy)
+    except SafetensorError:
+        recorded, weights = None, {}
+    if recorded is None or recorded != tensors_checksum(weights, {}):
+        say(f"{copy} is damaged; reading the checkpoint again")
+        return None
+    return weights
 
 
 def _identity(recipe: Recipe, source: str, step: int) -> str:

@@ -23,7 +23,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.download import download, is_web
 
 
-class Downloaded(storage.Record):
+class Downloaded(storage.SealedRecord):
     """NAME.npz.json, the commit marker of a downloaded reference file."""
 
     url: str
@@ -108,7 +108,7 @@ def fetch_reference(recipe: Recipe) -> None:
             f"set evaluate.reference={OWN} to compare with statistics of data.source, which is not "
             "comparable with published results"
         ) from error
-    storage.write_text(_marker(file), record.model_dump_json(indent=1) + "\n")
+    storage.write_text(_marker(file), record.sealed())
 
 
 def _kept_at(recipe: Recipe) -> str:

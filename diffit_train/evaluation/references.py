@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from diffit_train import storage
 from diffit_train.config import Recipe
@@ -35,6 +33,7 @@ from diffit_train.evaluation.reference_files import (
     opened_reference,
     reference_file,
 )
+from diffit_train.evaluation.stored_arrays import DamagedArrays, read_arrays, write_arrays
 from diffit_train.progress import Progress, say
 
 # Maximum number of parts of a source, and minimum number of images per part: the sums of 2048
@@ -96,7 +95,7 @@ class FoundReference(NamedTuple):
         return read_reference(self.url, self.identity)
 
 
-class KnownListing(storage.Record):
+class KnownListing(storage.SealedRecord):
     """references/listings/INPUT.json: the digest of the source that latents were encoded from.
 
     With it, nobody has to list a million images to name their reference.
@@ -177,7 +176,7 @@ def remember_listing(recipe: Recipe, listing: ImageList) -> None:
         source=recipe.data.source,
         listing_sha256=listing.digest(),
     )
-    storage.write_text(_listing_url(recipe, manifest), known.model_dump_json(indent=1) + "\n")
+    storage.write_text(_listing_url(recipe, manifest), known.sealed())
 
 
 def _lists_what_was_encoded(recipe: Recipe, manifest: Manifest, listing: ImageList) -> bool:
@@ -273,12 +272,11 @@ def write_part(target: str, part: ReferencePart | None) -> None:
     """Commit a part; a part without images is a file without tensors."""
     tensors: dict[str, np.ndarray] = {}
     if part is not None:
-        tensors["features"] = np.ascontiguousarray(part.features)
+        tensors["features"] = part.features
         for name, sums in (("pool", part.pool), ("spatial", part.spatial)):
             if sums is not None:
                 tensors |= {f"{name}_total": sums.total, f"{name}_outer": sums.outer}
-    with storage.atomic_file(target) as path:
-        save_file(tensors, str(path), metadata={"count": str(part.pool.count if part else 0)})
+    write_arrays(target, tensors, {"count": str(part.pool.count if part else 0)})
 
 
 def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[ReferencePart]:
@@ -288,10 +286,9 @@ def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[Refere
         if not storage.exists(file):
             raise FileNotFoundError(file)
         try:
-            with storage.local_copy(file) as path, safe_open(str(path), framework="np") as tensors:
-                rows = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-                count = int(tensors.metadata()["count"])
-        except SafetensorError as error:
+            rows, metadata = read_arrays(file)
+            count = int(metadata["count"])
+        except (DamagedArrays, KeyError, ValueError) as error:
             raise DiffitError(
                 f"{file} is damaged ({error}); delete it and rerun the same command"
             ) from error
@@ -514,29 +511,24 @@ def write_reference(url: str, identity: str, reference: Reference) -> None:
         tensors["spatial_covariance"] = reference.spatial.covariance
     if reference.features is not None:
         tensors["features"] = reference.features
-    with storage.atomic_file(url) as path:
-        rows = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-        count = str(reference.count or "")
-        save_file(rows, str(path), metadata={"identity": identity, "count": count})
+    write_arrays(url, tensors, {"identity": identity, "count": str(reference.count or "")})
 
 
-def read_reference(url: str, identity: str) -> Reference:
-    """Read a stored reference.
+def read_reference(url: str, identity: str | None) -> Reference:
+    """Read a stored reference; with None, whichever it is.
 
     Raises:
         DiffitError: it is damaged, or has another identity.
     """
     try:
-        with storage.local_copy(url) as path, safe_open(str(path), framework="np") as file:
-            metadata = file.metadata()
-            if metadata["identity"] != identity:
-                raise DiffitError(f"{url} is for other images; delete it and evaluate again")
-            rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        rows, metadata = read_arrays(url)
+        theirs, count = metadata["identity"], int(metadata["count"] or 0) or None
+        pool = Statistics(rows["mean"], rows["covariance"])
+        spatial = None
+        if "spatial_mean" in rows:
+            spatial = Statistics(rows["spatial_mean"], rows["spatial_covariance"])
+    except (DamagedArrays, KeyError, ValueError) as error:
         raise DiffitError(f"{url} is damaged ({error}); delete it and evaluate again") from error
-    spatial = None
-    if "spatial_mean" in rows:
-        spatial = Statistics(rows["spatial_mean"], rows["spatial_covariance"])
-    count = int(metadata["count"]) if metadata["count"] else None
-    pool = Statistics(rows["mean"], rows["covariance"])
+    if identity is not None and theirs != identity:
+        raise DiffitError(f"{url} is for other images; delete it and evaluate again")
     return Reference(pool, spatial, rows.get("features"), count)

@@ -19,7 +19,7 @@ RESULT = "result.json"
 GRID = "grid.png"
 
 
-class Result(storage.Record):
+class Result(storage.SealedRecord):
     """result.json, the commit marker of an evaluation.
 
     `metrics` has `fid`, `sfid`, `inception_score` and `kid` for the published Inception, else
@@ -96,7 +96,7 @@ def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
 def write_result(url: str, result: Result) -> None:
     """Commit the result of the evaluation in a folder, with its grid's name there."""
     stored = result.model_copy(update={"grid": GRID})
-    storage.write_text(storage.join(url, RESULT), stored.model_dump_json(indent=1) + "\n")
+    storage.write_text(storage.join(url, RESULT), stored.sealed())
 
 
 def read_result(url: str) -> Result:

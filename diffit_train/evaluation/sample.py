@@ -17,9 +17,13 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.errors import UserError
-from diffit_train.evaluation.generate import Generator, class_names, guidance_saving
+from diffit_train.evaluation.generate import (
+    Generator,
+    class_names,
+    guidance_saving,
+    load_decoder,
+)
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.progress import Progress, say
 
@@ -91,7 +95,7 @@ def sample(
     """
     names = class_names(recipe) if recipe.model.conditional else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = Generator(recipe, weights, load_autoencoder(recipe, device))
+    generator = Generator(recipe, weights, load_decoder(recipe, device))
     if saving := guidance_saving(recipe):
         say(saving)
     wanted = [(label, seed) for label in (labels if names else (0,)) for seed in seeds]

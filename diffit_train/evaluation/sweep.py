@@ -13,15 +13,15 @@ from pydantic import ValidationError
 from diffit_train import storage
 from diffit_train.config import (
     Recipe,
-    dump_recipe,
-    load_recipe_text,
     load_stored_recipe,
     stored_text,
+    with_overrides,
 )
 from diffit_train.config.base import require_name
 from diffit_train.config.evaluate import FREE_KEYS
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import Result, finished_result
+from diffit_train.tracking import CREDENTIALS, require_forwarded
 
 DEFINITION = "sweep.json"
 CANCELLED = "cancelled"
@@ -41,10 +41,10 @@ class Member(storage.Record):
     def recipe(self, recipe: Recipe) -> Recipe:
         """The sweep's recipe with this member's values."""
         overrides = [f"{key}={yaml.safe_dump(value)}" for key, value in self.changes.items()]
-        return load_recipe_text(dump_recipe(recipe), "the sweep's recipe", overrides)
+        return with_overrides(recipe, overrides, "the sweep's recipe")
 
 
-class Sweep(storage.Record):
+class Sweep(storage.SealedRecord):
     """sweep.json: the definition of a sweep."""
 
     schema_version: Literal[1] = 1
@@ -165,6 +165,7 @@ def plan_sweep(
     members = [Member(step=step, changes=change) for step in steps for change in changes]
     for change in changes:
         Member(step=0, changes=change).recipe(recipe)
+    require_forwarded(recipe, "a sweep", [CREDENTIALS])
     return Sweep(
         name=name,
         run=run,
@@ -190,7 +191,7 @@ def open_sweep(sweep: Sweep, root: str) -> None:
                 f"{len(existing.members)} evaluations; choose another name with --name"
             )
     storage.remove(storage.join(url, CANCELLED))
-    storage.write_text(definition, sweep.model_dump_json(indent=1) + "\n")
+    storage.write_text(definition, sweep.sealed())
 
 
 def read_sweep(url: str) -> Sweep:

@@ -6,6 +6,8 @@ refused with the names of missing, unexpected or wrongly shaped tensors.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,8 @@ POSITION_TOLERANCE = 1e-5
 # First bytes of torch's two pickle formats: a zip archive, and the older bare pickle.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _SHOWN_NAMES = 40
+# Key in the metadata of a file that `write_published` wrote.
+CHECKSUM = "sha256"
 
 
 def read_weights_file(url: str, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -40,16 +44,20 @@ def read_weights_file(url: str, allow_pickle: bool = False) -> dict[str, Tensor]
     return read_weights_and_step(url, allow_pickle)[0]
 
 
-def read_weights_and_step(
-    url: str, allow_pickle: bool = False
-) -> tuple[dict[str, Tensor], int | None]:
-    """As `read_weights_file`, plus the step recorded in the file; None if there is none."""
+def read_weights_and_step(url: str, allow_pickle: bool = False) -> tuple[dict[str, Tensor], str]:
+    """As `read_weights_file`, plus the step recorded in the file; "" if there is none."""
     with _weights_file(url) as path:
         if _is_pickle(path, url, allow_pickle):
-            return _read_pickle(path, url), None
+            return _read_pickle(path, url), ""
         with safe_open(str(path), framework="pt") as file:
-            step = (file.metadata() or {}).get("step", "")
-        return load_file(path), int(step) if step.isdecimal() else None
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+        if CHECKSUM in metadata and metadata[CHECKSUM] != tensors_checksum(tensors, metadata):
+            raise UserError(
+                f"{url} is damaged: its contents differ from the sha256 recorded in it; copy it "
+                "again, or export it again with `diffit export`"
+            )
+        return tensors, metadata.get("step", "")
 
 
 def recipe_of_file(url: str, allow_pickle: bool = False) -> tuple[str, str] | None:
@@ -87,7 +95,8 @@ def _weights_file(url: str) -> Iterator[Path]:
         raise UserError(f"weight file {url} does not exist; fix the path") from error
     except IsADirectoryError as error:
         raise UserError(f"{url} is a folder; pass the safetensors file in it") from error
-    except SafetensorError as error:
+    # For types that torch lacks, safetensors raises more than its own error.
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{url} is not a complete safetensors file ({error}); download it again"
         ) from error
@@ -134,7 +143,8 @@ def check_published(model: nn.Module, tensors: Mapping[str, Tensor], url: str) -
         model: of the expected architecture; may be on the meta device.
 
     Raises:
-        UserError: names, shapes or fixed tensors differ; the message lists them.
+        UserError: names, shapes or fixed tensors differ, or values are NaN or infinite; the
+            message lists them.
     """
     expected = model.state_dict()
     lines = []
@@ -146,6 +156,11 @@ def check_published(model: nn.Module, tensors: Mapping[str, Tensor], url: str) -
         if len(names) > _SHOWN_NAMES:
             lines.append(f"{title}: {len(names) - _SHOWN_NAMES} more")
     lines += [
+        f"wrong type: {name} is {tensors[name].dtype}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if expected[name].is_floating_point() and not tensors[name].is_floating_point()
+    ]
+    lines += [
         f"wrong shape: {name} is {_size(tensors[name])}, expected {_size(expected[name])}"
         for name in sorted(expected.keys() & tensors.keys())
         if tensors[name].shape != expected[name].shape
@@ -156,11 +171,39 @@ def check_published(model: nn.Module, tensors: Mapping[str, Tensor], url: str) -
         raise UserError(
             "\n  ".join([f"{url} does not hold this recipe's model:", *lines[: 3 * _SHOWN_NAMES]])
         )
-    return {
+    weights = {
         name: value.to(torch.float32).contiguous()
         for name, value in tensors.items()
         if not name.endswith("relative_position_index")
     }
+    require_finite(weights, url)
+    return weights
+
+
+def require_finite(weights: Mapping[str, Tensor], url: str) -> None:
+    """Refuse weights that make every image NaN.
+
+    Raises:
+        UserError: some are NaN or infinite; the message names their tensors.
+    """
+    wrong = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{url} holds NaN or infinite weights in {', '.join(wrong[:3])}{more}; use another "
+            "file, or an earlier step"
+        )
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, types, shapes and values of all tensors, and of the other metadata."""
+    others = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {_size(value)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _size(tensor: Tensor) -> str:
@@ -191,10 +234,16 @@ def write_published(
     Args:
         model: of the weights' architecture; supplies the fixed tensors missing in `weights`.
         weights: learned parameters by name.
+
+    Raises:
+        UserError: some are NaN or infinite.
     """
+    require_finite(weights, f"what {url} is made from")
     tensors = {
         name: weights.get(name, value).detach().cpu().contiguous()
         for name, value in model.state_dict().items()
     }
+    metadata = {"format": "pt", **metadata}
+    metadata[CHECKSUM] = tensors_checksum(tensors, metadata)
     with storage.atomic_file(url) as path:
-        save_file(tensors, str(path), metadata={"format": "pt", **metadata})
+        save_file(tensors, str(path), metadata=metadata)

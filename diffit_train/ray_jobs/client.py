@@ -20,7 +20,8 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import write_forwarded
 from diffit_train.preflight import write_requirements
 from diffit_train.ray_jobs.job import Job, RuntimeEnv
-from diffit_train.tracking import redact
+from diffit_train.storage import redact
+from diffit_train.tracking import require_forwarded
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -163,6 +164,7 @@ def _stage_files(job: Job, folder: Path) -> None:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PACKAGE_FOLDER, folder / PACKAGE_FOLDER.name, ignore=ignored)
     write_requirements(folder, installed=image)
+    require_forwarded(job.recipe, "a job", job.env)
     (folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
     write_forwarded(folder, job.env)
 

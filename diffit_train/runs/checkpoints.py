@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_SCHEMA = 2
+STEP_DIGITS = 10
 # What a piece holds: one of STATES, or the name of an EMA.
 StateName = str
 STATES: tuple[StateName, ...] = ("master", "exp_avg", "exp_avg_sq")
@@ -84,12 +85,20 @@ class Index(storage.Record):
         return piece.file if self.schema_version == 1 else f"{kind}/{piece.file}"
 
 
+class LogMark(storage.SealedRecord):
+    """The number of records of log.jsonl up to the checkpoint, and the SHA-256 of their lines."""
+
+    records: int
+    sha256: str
+
+
 class State(storage.Record):
     """Training progress at the checkpoint.
 
     Attributes:
         optimizer_steps: Adam's own step count.
         interval: loss sums since the last log record, if the checkpoint falls between two.
+        log: what recognizes its log; None in checkpoints of earlier versions and imported ones.
     """
 
     step: int
@@ -100,6 +109,7 @@ class State(storage.Record):
     world_size: int
     zero_stage: int
     interval: tuple[tuple[float, ...], ...] | None = None
+    log: LogMark | None = None
 
 
 class Commit(storage.Record):
@@ -132,7 +142,7 @@ class OwnedSlice:
 
 def step_name(step: int) -> str:
     """Folder name of a step."""
-    return f"step-{step:010d}"
+    return f"step-{step:0{STEP_DIGITS}d}"
 
 
 def checkpoint_url(run_url: str, step: int) -> str:
@@ -148,7 +158,9 @@ def reconstructed_url(run_url: str, sigma_rel: float, step: int) -> str:
 def committed_steps(run_url: str) -> list[int]:
     """Steps of the run's committed checkpoints, ascending."""
     folder = storage.join(run_url, "checkpoints")
-    steps = (re.fullmatch(r"step-(\d{10})", name) for name in storage.list_names(folder))
+    steps = (
+        re.fullmatch(rf"step-([0-9]{{{STEP_DIGITS}}})", name) for name in storage.list_names(folder)
+    )
     found = [int(match[1]) for match in steps if match]
     return [
         s for s in found if storage.exists(storage.join(checkpoint_url(run_url, s), "commit.json"))
@@ -226,9 +238,11 @@ def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
         kind: `raw` for the master weights, or the name of an EMA.
 
     Raises:
-        UserError: the checkpoint has no such weights.
+        UserError: the checkpoint has no such weights, or some are NaN or infinite.
         DiffitError: a file is missing or damaged.
     """
+    from diffit_train.models.published import require_finite
+
     index = read_index(run_url, step)
     known = weights_of(index)
     if kind not in known:
@@ -240,9 +254,11 @@ def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
     wanted = [Slice(name, 0, math.prod(p.shape)) for name, p in index.parameters.items()]
     source: StateName = "master" if kind == "raw" else kind
     flat = read_slices(run_url, step, wanted, (source,))[source]
-    return {
+    weights = {
         s.name: t.view(index.parameters[s.name].shape) for s, t in zip(wanted, flat, strict=True)
     }
+    require_finite(weights, f"{kind} of {checkpoint_url(run_url, step)}")
+    return weights
 
 
 def read_slices(

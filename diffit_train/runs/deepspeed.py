@@ -68,7 +68,7 @@ def read_deepspeed_checkpoint(path: str) -> DeepSpeedState:
     loaded = {rank: _load_pickle(file) for rank, file in sorted(files.items())}
     try:
         return _join_ranks(folder, model, loaded)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{folder} does not have the layout of DeepSpeed 0.19, ZeRO stages 1 to 3 with Adam "
             f"({type(error).__name__}: {error})"

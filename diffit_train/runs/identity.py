@@ -17,7 +17,7 @@ from diffit_train.runs.checkpoints import committed_steps, require_step
 NEWEST = "newest"
 
 
-class RunIdentity(storage.Record):
+class RunIdentity(storage.SealedRecord):
     """run.json; `uuid` distinguishes two successive runs of the same name.
 
     `latents` is the `samples_digest` of the latents it trains on, empty before training. A run of
@@ -42,7 +42,11 @@ def read_identity(url: str) -> RunIdentity | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise DiffitError(f"{url}/run.json is damaged: {error}; choose another --run") from error
+        reason = error.errors()[0]["msg"]
+        raise DiffitError(
+            f"{url}/run.json is damaged: {reason}; `diffit verify run {url} --repair` makes it "
+            "again from the newest checkpoint and MLflow"
+        ) from error
 
 
 def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
@@ -62,10 +66,27 @@ def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
 
 
 def stored_recipe(url: str) -> Recipe:
-    """The recipe of the run in a folder ROOT/runs/RUN; its root is that ROOT."""
+    """The recipe of the run in a folder ROOT/runs/RUN; its root is that ROOT.
+
+    Raises:
+        UserError: it is missing, damaged, or not the one that the run was begun with.
+    """
     name = storage.join(url, "recipe.yaml")
-    root = storage.parent(url, 2)
-    return load_stored_recipe(storage.read_bytes(name).decode(), name, root=root)
+    repair = f"`diffit verify run {url} --repair` makes it again from MLflow"
+    try:
+        text = storage.read_bytes(name).decode()
+        recipe = load_stored_recipe(text, name, root=storage.parent(url, 2))
+    except FileNotFoundError as error:
+        raise UserError(f"{name} is missing; {repair}") from error
+    except (UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{name} is damaged: {error}; {repair}") from error
+    try:
+        identity = read_identity(url)
+    except DiffitError:  # said where the identity is needed
+        return recipe
+    if identity is not None and identity.recipe_hash != recipe.train_hash():
+        raise UserError(f"{name} is damaged: its hash is not that of run.json; {repair}")
+    return recipe
 
 
 def _differences(recipe: Recipe, url: str) -> str:
@@ -84,7 +105,7 @@ def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
     """Write recipe.yaml, then run.json, which marks the folder as a run."""
     url = run_url(recipe, run)
     storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
-    return _write_identity(
+    return write_identity(
         url,
         RunIdentity(
             uuid=uuid.uuid4().hex, name=run, recipe_hash=recipe.train_hash(), latents=latents
@@ -92,8 +113,9 @@ def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
     )
 
 
-def _write_identity(url: str, identity: RunIdentity) -> RunIdentity:
-    storage.write_text(storage.join(url, "run.json"), identity.model_dump_json(indent=2) + "\n")
+def write_identity(url: str, identity: RunIdentity) -> RunIdentity:
+    """Store the identity of the run in a folder."""
+    storage.write_text(storage.join(url, "run.json"), identity.sealed())
     return identity
 
 
@@ -131,7 +153,7 @@ def record_latents(url: str, identity: RunIdentity, manifest: Manifest) -> RunId
     """The identity with the digest of the latents, stored if it was not."""
     if identity.latents == manifest.samples_digest:
         return identity
-    return _write_identity(url, identity.model_copy(update={"latents": manifest.samples_digest}))
+    return write_identity(url, identity.model_copy(update={"latents": manifest.samples_digest}))
 
 
 def finished_step(recipe: Recipe, run: str) -> int | None:

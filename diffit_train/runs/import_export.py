@@ -9,8 +9,14 @@ from diffit_train import storage
 from diffit_train.config import Recipe, stored_text
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
-from diffit_train.models.published import check_published, read_weights_and_step, write_published
+from diffit_train.models.published import (
+    check_published,
+    read_weights_and_step,
+    require_finite,
+    write_published,
+)
 from diffit_train.runs.checkpoints import (
+    STEP_DIGITS,
     State,
     StateName,
     committed_steps,
@@ -18,7 +24,8 @@ from diffit_train.runs.checkpoints import (
     save_whole,
 )
 from diffit_train.runs.identity import check_recipe, create_identity, run_url, stored_recipe
-from diffit_train.tracking import Tracker, redact
+from diffit_train.storage import redact
+from diffit_train.tracking import Tracker
 
 
 def import_weights(
@@ -30,11 +37,12 @@ def import_weights(
         step: step to store the weights under; None for the step recorded in the file, else 0.
 
     Raises:
-        UserError: the run already exists, or the file does not hold the recipe's model.
+        UserError: the run already exists, the file does not hold the recipe's model, or the step
+            cannot be a checkpoint's.
     """
     _require_new(recipe, run)
     tensors, said = read_weights_and_step(file, allow_pickle)
-    step = step if step is not None else said or 0
+    step = _folder_step(step if step is not None else said, file)
     weights = check_published(build_model(recipe), tensors, file)
     shapes = {name: value.shape for name, value in weights.items()}
     state = {"step": step, "images_seen": 0, "optimizer_steps": 0}
@@ -73,6 +81,9 @@ def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) 
         raise UserError(
             "\n  ".join([f"{folder} does not hold this recipe's model:", *wrong[:8], *more])
         )
+    for kind, parameters in found.values.items():
+        require_finite(parameters, f"{kind} in {folder}")
+    _folder_step(found.step, folder)
     values = {**found.values, **dict.fromkeys(recipe.train.ema, masters)}
     state = {
         "step": found.step,
@@ -80,6 +91,21 @@ def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) 
         "optimizer_steps": found.optimizer_steps,
     }
     return _new_run(recipe, run, folder, values, shapes, state), found.step
+
+
+def _folder_step(step: int | str, file: str) -> int:
+    """The step as a number; none is 0.
+
+    Raises:
+        UserError: it is not one, or has more digits than the folder of a checkpoint.
+    """
+    text = str(step) or "0"
+    if not (text.isascii() and text.isdecimal() and len(text) <= STEP_DIGITS):
+        raise UserError(
+            f"{file} has step {text[:40]!r}, which is not a number from 0 to "
+            f"{10**STEP_DIGITS - 1:,}; pass --step"
+        )
+    return int(text)
 
 
 def _require_new(recipe: Recipe, run: str) -> None:
@@ -131,6 +157,7 @@ def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | No
         out: output file; None for RUN/export/KIND-STEP.safetensors.
 
     Raises:
+        UserError: its weights are NaN or infinite.
         DiffitError: the checkpoint is damaged.
     """
     url = run_url(recipe, run)

@@ -47,6 +47,7 @@ from diffit_train.tracking import (
     tracking_uri,
     unreachable_errors,
 )
+from diffit_train.training.log import check_run_files
 from diffit_train.training.supervisor import PLACEMENT_S, Supervisor, cause_of
 from diffit_train.training.worker import (
     POLL_S,
@@ -93,6 +94,7 @@ def train(
     manifest = _check_latents(recipe)
     if known := check_recipe(recipe, run):
         check_latents(run_url(recipe, run), known, manifest)
+        check_run_files(run_url(recipe, run))
     if not committed_steps(run_url(recipe, run)):
         _check_start(recipe)
     tracking_uri(recipe)

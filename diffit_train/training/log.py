@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+from pydantic import ValidationError, model_validator
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.errors import UserError
 from diffit_train.metric_names import TRAINING
-from diffit_train.runs.checkpoints import committed_steps, read_state
+from diffit_train.runs.checkpoints import (
+    DamagedCheckpoint,
+    LogMark,
+    committed_steps,
+    read_state,
+)
 from diffit_train.runs.identity import run_url
+
+PASSED_OVER = "passed-over.json"
+BAD_STEPS = "bad-steps.jsonl"
+# Mark of a log that was made again from MLflow, whose records have fewer fields.
+REBUILT = "log-rebuilt.json"
 
 
 def as_metrics(record: dict[str, Any]) -> dict[str, float]:
@@ -19,31 +33,113 @@ def as_metrics(record: dict[str, Any]) -> dict[str, float]:
     return {TRAINING[key]: value for key, value in record.items() if key in TRAINING}
 
 
+class DamagedRunFile(UserError):
+    """A file of a run does not hold what was written; the message says how to get it back."""
+
+    def __init__(self, url: str, reason: str, source: str) -> None:
+        run = url.rsplit("/", 1)[0]
+        super().__init__(
+            f"{url} is damaged: {reason}; `diffit verify run {run} --repair` makes it again from "
+            f"{source}"
+        )
+        self.reason = reason
+
+
 class TrainingLog:
     """log.jsonl: one record every `log_every` steps.
 
     The file is rewritten before each checkpoint, so the records up to a checkpoint's step belong
     to that checkpoint; a resumed run drops any later ones.
+
+    Args:
+        url: folder of the run.
+        up_to_step: later records are dropped.
+        mark: the checkpoint's mark of its records; None: not compared.
+
+    Raises:
+        DamagedRunFile: it is not a log, or not the one that was written.
     """
 
-    def __init__(self, url: str, up_to_step: int) -> None:
+    def __init__(self, url: str, up_to_step: int, mark: LogMark | None = None) -> None:
         self.url = storage.join(url, "log.jsonl")
         self.records: list[dict[str, Any]] = []
         self._lines: list[str] = []  # so that a checkpoint does not serialize the whole log
-        if storage.exists(self.url):
-            for line in storage.read_bytes(self.url).decode().splitlines():
+        self._sha256 = hashlib.sha256()
+        for record in self._read():
+            if record["step"] <= up_to_step:
+                self.append(record)
+        if mark is not None and self.mark() != mark and not self._is_rebuilt(url):
+            raise self._damaged(
+                f"its {len(self.records)} records up to step {up_to_step:,} are not the "
+                f"{mark.records} of the checkpoint"
+            )
+
+    @classmethod
+    def empty(cls, url: str) -> Self:
+        """A log without records, whatever the file holds."""
+        log = cls.__new__(cls)
+        log.url, log.records, log._lines = storage.join(url, "log.jsonl"), [], []
+        log._sha256 = hashlib.sha256()
+        return log
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        if not storage.exists(self.url):
+            return
+        before = -1
+        try:
+            text = storage.read_bytes(self.url).decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged("it is not UTF-8 text") from error
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
                 record = json.loads(line)
-                if record["step"] <= up_to_step:
-                    self.append(record)
+                step = record["step"]
+                numbers = all(type(value) in (int, float) for value in as_metrics(record).values())
+            # RecursionError: nested lists.
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise self._damaged(f"line {number} is not a record") from error
+            if not numbers or type(step) is not int or step <= before:
+                raise self._damaged(f"line {number} is not the record of a later step")
+            before = step
+            yield record
+
+    def _damaged(self, reason: str) -> DamagedRunFile:
+        return DamagedRunFile(self.url, reason, "MLflow")
+
+    def _is_rebuilt(self, url: str) -> bool:
+        """Whether the records begin with those that were rebuilt."""
+        try:
+            data = storage.read_bytes(storage.join(url, REBUILT))
+            rebuilt = LogMark.model_validate_json(data)
+        except (FileNotFoundError, ValidationError):
+            return False
+        begun = "".join(self._lines[: rebuilt.records]).encode()
+        return storage.sha256_bytes(begun) == rebuilt.sha256
+
+    def mark(self) -> LogMark:
+        """What a checkpoint keeps to recognize its records."""
+        return LogMark(records=len(self.records), sha256=self._sha256.hexdigest())
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; it is durable after the next checkpoint."""
         self._lines.append(json.dumps(record, allow_nan=False) + "\n")
+        self._sha256.update(self._lines[-1].encode())
         self.records.append(record)
 
     def text(self, count: int | None = None) -> str:
         """The first `count` records, or all, one JSON object per line."""
         return "".join(self._lines[:count])
+
+
+class _Ranges(storage.SealedRecord):
+    """passed-over.json; earlier versions wrote the list alone."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, data: Any) -> Any:
+        return {"ranges": data} if isinstance(data, list) else data
 
 
 @dataclass(frozen=True)
@@ -54,11 +150,19 @@ class SkippedSteps:
 
     @classmethod
     def read(cls, url: str) -> SkippedSteps:
-        """The skipped steps of the run at `url`."""
-        name = storage.join(url, "passed-over.json")
+        """The skipped steps of the run at `url`.
+
+        Raises:
+            DamagedRunFile: the file is damaged; training without it would be another one.
+        """
+        name = storage.join(url, PASSED_OVER)
         if not storage.exists(name):
             return cls()
-        return cls(tuple((int(a), int(b)) for a, b in storage.read_json(name)))
+        try:
+            return cls(_Ranges.model_validate_json(storage.read_bytes(name)).ranges)
+        except ValidationError as error:
+            reason = str(error.errors()[0]["msg"])
+            raise DamagedRunFile(name, reason, BAD_STEPS) from error
 
     def __contains__(self, step: int) -> bool:
         return any(first <= step <= last for first, last in self.ranges)
@@ -69,14 +173,30 @@ class SkippedSteps:
 
     def write(self, url: str) -> None:
         """Replace the file."""
-        storage.write_json(storage.join(url, "passed-over.json"), self.ranges)
+        storage.write_text(storage.join(url, PASSED_OVER), _Ranges(ranges=self.ranges).sealed())
+
+
+def check_run_files(url: str) -> None:
+    """Check what a resumed run reads before any worker starts.
+
+    Raises:
+        DamagedRunFile: a file is damaged.
+    """
+    SkippedSteps.read(url)
+    steps = committed_steps(url)
+    if steps:
+        try:
+            mark = read_state(url, steps[-1]).log
+        except DamagedCheckpoint:
+            return  # the one before it is used, and the log compared with it
+        TrainingLog(url, steps[-1], mark)
 
 
 def append_bad_step(url: str, record: dict[str, Any]) -> None:
     """Append a line to bad-steps.jsonl."""
-    name = storage.join(url, "bad-steps.jsonl")
-    before = storage.read_bytes(name).decode() if storage.exists(name) else ""
-    storage.write_text(name, before + json.dumps(record) + "\n")
+    name = storage.join(url, BAD_STEPS)
+    before = storage.read_bytes(name) if storage.exists(name) else b""
+    storage.write_bytes(name, before + json.dumps(record).encode() + b"\n")
 
 
 def mark_unsent(url: str) -> None:
@@ -93,6 +213,8 @@ def send_unsent(recipe: Recipe, run: str, say: Callable[[str], None]) -> None:
     from diffit_train.tracking import MetricsOutbox
 
     steps = committed_steps(url)
+    if not steps:
+        return
     outbox = MetricsOutbox(recipe, read_state(url, steps[-1]).mlflow_run_id, say)
     for record in TrainingLog(url, steps[-1]).records:
         outbox.put(record["step"], as_metrics(record))

@@ -149,6 +149,7 @@ class Trainer:
             self.device,
             self.hooks,
             self.step,
+            None if state is None else state.log,
         )
         if state is None:
             self.writer.save_now(self.url, self._state(), before_commit=self.hooks.require_lease)
@@ -341,6 +342,7 @@ class Trainer:
             world_size=self.world,
             zero_stage=self.recipe.train.zero_stage,
             interval=interval,
+            log=self.recorder.log.mark(),
         )
 
     def _finish(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.runs.checkpoints import LogMark
 from diffit_train.runs.lease import LostLeaseError
 from diffit_train.tracking import MetricsOutbox
 from diffit_train.training.control import TrainerHooks
@@ -86,6 +87,7 @@ class Recorder:
         device: where the model runs.
         hooks: told about each record.
         step: the current step; later records are dropped.
+        mark: the checkpoint's mark of the log.
     """
 
     def __init__(
@@ -97,12 +99,13 @@ class Recorder:
         device: torch.device,
         hooks: TrainerHooks,
         step: int,
+        mark: LogMark | None,
     ) -> None:
         self.recipe, self.url, self.hooks = recipe, url, hooks
         self.speed, self.device = speed, device
         self.losses = LossMeter(self.device)
         self.watch = Stopwatch(self.device)
-        self.log = TrainingLog(url, step)
+        self.log = TrainingLog(url, step, mark)
         self._grad_norm = float("nan")
         self._outbox: MetricsOutbox | None = None
         if dist.get_rank() == 0:

@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -542,6 +543,18 @@ def test_markdown_parses_back(comparison: Comparison) -> None:
     assert re.fullmatch(r":?-+:?", cells[1][0])
     assert "<b>" not in text
     assert "- note: metrics were measured in 2 ways" in text
+
+
+@pytest.mark.parametrize("name", ['=HYPERLINK("http://x")', "+1+cmd", "-x", "@SUM(A1)", "\t=1"])
+def test_a_name_is_no_formula_in_a_spreadsheet(comparison: Comparison, name: str) -> None:
+    first = next(run for run in comparison.runs if run.evaluations)
+    named = replace(first, label=name)
+    rows = list(csv.DictReader(io.StringIO(csv_text([named]))))
+    assert {row["run"] for row in rows} == {f"'{name}"}
+    assert all(
+        float(row["fid"]) == e.metrics["fid"]
+        for row, e in zip(rows, first.evaluations, strict=True)
+    )
 
 
 def test_csv_parses_back(comparison: Comparison) -> None:

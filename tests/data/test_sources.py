@@ -159,7 +159,7 @@ def test_wrong_samples_of_a_webdataset_carry_their_problem(tmp_path: Path) -> No
         "2": "label 3 is not between 0 and 2",
         "3": "the sample has no label (cls, or json with `label`)",
         "4": "the sample has no image",
-        "5": "the label is not a number",
+        "5": "the label is not an integer",
         "1 (again 1)": "the key occurs twice",
         "7": "label -1 is not between 0 and 2",
         "8": "the sample has no label (cls, or json with `label`)",

@@ -131,11 +131,58 @@ def test_a_deepspeed_folder_needs_a_recipe(tmp_path: Path) -> None:
     assert recipe_of_weights(str(tmp_path), "demo", (), None).name == "demo"
 
 
-@pytest.mark.parametrize(("said", "step"), [("300", 300), ("many", None), (None, None)])
-def test_a_file_records_its_step(tmp_path: Path, said: str | None, step: int | None) -> None:
+@pytest.mark.parametrize(("said", "step"), [("300", "300"), ("many", "many"), (None, "")])
+def test_a_file_records_its_step(tmp_path: Path, said: str | None, step: str) -> None:
     path = str(tmp_path / "w.safetensors")
     save_file({"a": torch.zeros(1)}, path, metadata={"x": "y"} if said is None else {"step": said})
     assert read_weights_and_step(path)[1] == step
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    tensors = _model().state_dict()
+    name = "blocks.1.mlp.fc1.weight"
+    # As float32, 1e300 is infinite.
+    tensors[name] = tensors[name].double()
+    tensors[name][0, 0] = value
+    with pytest.raises(UserError, match=f"x holds NaN or infinite weights in {name}; use another"):
+        check_published(_model(), tensors, "x")
+
+
+def test_integers_are_not_weights() -> None:
+    tensors = _model().state_dict()
+    name = "blocks.1.mlp.fc1.weight"
+    tensors[name] = tensors[name].to(torch.int64)
+    with pytest.raises(UserError, match=rf"wrong type: {name} is torch\.int64"):
+        check_published(_model(), tensors, "x")
+
+
+def test_an_export_with_other_bytes_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    model = _model()
+    write_published(model, model.state_dict(), str(file), {"run": "x", "step": "7"})
+    whole = file.read_bytes()
+    assert read_weights_and_step(str(file))[1] == "7"
+    header = int.from_bytes(whole[:8], "little")
+    # A bit of a weight, and the step in the metadata.
+    for position in (8 + header + 1001, whole.index(b'"7"') + 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{file} is damaged: its contents differ from the sha"):
+            read_weights_file(str(file))
+    # A file of an earlier version, or of somebody else, has no checksum.
+    save_file(model.state_dict(), str(file))
+    assert read_weights_and_step(str(file))[1] == ""
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    weights = _model().state_dict()
+    weights["blocks.0.mlp.fc1.bias"][3] = float("nan")
+    out = tmp_path / "w.safetensors"
+    with pytest.raises(UserError, match=r"NaN or infinite weights in blocks\.0\.mlp\.fc1\.bias"):
+        write_published(_model(), weights, str(out), {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
