@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffit_train import storage
-from diffit_train.config import Recipe, dump_recipe
+from diffit_train.config import Recipe, stored_text
 from diffit_train.config.load import validate
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.metric_names import TRAINING
@@ -211,7 +211,7 @@ def _repair_recipe(url: str, uri: str | None) -> None:
         except (ValueError, SyntaxError):
             node[last] = text
     made = _validated(tree, url, state.recipe_hash)
-    storage.write_text(storage.join(url, RECIPE), dump_recipe(made))
+    storage.write_text(storage.join(url, RECIPE), stored_text(made))
 
 
 def _validated(tree: dict[str, Any], url: str, recipe_hash: str) -> Recipe:
