@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
+from diffit_train.runs.lease import Lease, LostLeaseError
 from diffit_train.tracking import first_line
 
 LiveState = Literal["training", "finished", "stopped", "failed"]
@@ -69,10 +70,13 @@ class LiveWriter:
         step: where training begins.
         steps: where it ends.
         say: told once if the file cannot be written, which training does not need.
+        held: the file is left to the command that has taken over the run.
     """
 
-    def __init__(self, url: str, step: int, steps: int, say: Callable[[str], None]) -> None:
-        self.url, self.say = url, say
+    def __init__(
+        self, url: str, step: int, steps: int, say: Callable[[str], None], held: Lease
+    ) -> None:
+        self.url, self.say, self.held = url, say, held
         self.every_s = LOCAL_EVERY_S if storage.is_local(url) else REMOTE_EVERY_S
         self.values: dict[str, Any] = {"step": step, "steps": steps}
         self.lines: list[str] = []
@@ -102,7 +106,10 @@ class LiveWriter:
             written_s=time.time(),
         )
         try:
+            self.held.require()
             storage.write_text(storage.join(self.url, "live.json"), live.model_dump_json() + "\n")
+        except LostLeaseError:
+            return
         except (OSError, DiffitError) as error:
             if not self._failed:
                 self.say(f"`diffit watch` cannot follow this run: {first_line(error)}")

@@ -173,7 +173,7 @@ def _tracked_fit(
     mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     url = run_url(recipe, identity.name)
-    live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say)
+    live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say, held)
     try:
         with live_until_end(live):
             step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, held, stop, live)

@@ -16,6 +16,7 @@ from diffit_train.commands.runs import list_runs, remove_run, show_run, watch_tr
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs.checkpoints import State, save_whole
 from diffit_train.runs.identity import create_identity
+from diffit_train.runs.lease import Lease
 from diffit_train.runs.live import LiveWriter, live_until_end, read_live
 from tests.conftest import tiny_recipe
 
@@ -43,7 +44,7 @@ def _run(root: Path, run: str, *steps: int) -> str:
 
 
 def _writer(url: str) -> LiveWriter:
-    writer = LiveWriter(url, 0, 12, print)
+    writer = LiveWriter(url, 0, 12, print, Lease(url, 1))
     writer.every_s = 0.0
     return writer
 
@@ -161,8 +162,9 @@ def test_a_failed_or_silent_training_is_a_failure(
 
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    url = str(tmp_path / "file" / "run")
     said: list[str] = []
-    writer = LiveWriter(str(tmp_path / "file" / "run"), 0, 12, said.append)
+    writer = LiveWriter(url, 0, 12, said.append, Lease(url, 1))
     writer.every_s = 0.0
     for step in range(3):
         writer.update({"step": step})
