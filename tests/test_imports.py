@@ -55,6 +55,7 @@ ALLOWED = {
         "preflight",
         "leftovers",
     },
+    "api": BASE | SCIENCE | {"runs", "evaluation", "commands"},
     "cli": {"errors", "progress", "commands"},
     "entry": {"cli"},
 }
