@@ -75,7 +75,7 @@ def test_version() -> None:
         (["features", "fit", "demo"], ["does not exist"]),
         (["submit", "train", "demo", "--address", "nowhere"], ["http://head:8265"]),
         (["train"], ["Missing argument"]),
-        (["evaluate", "--root", "nowhere"], ["nowhere has no run; check --root"]),
+        (["evaluate"], ["has no run; check --root"]),
         (["evaluate", "demo", "--fleet", "--sweep", "seed=1,2"], ["--fleet needs", "http://head"]),
         (["evaluate", "demo", "--watch", "--step", "3"], ["remove --step"]),
         (["evaluate", "demo", "--npz", "--sweep", "seed=1,2"], ["remove --npz or --sweep"]),

@@ -124,8 +124,7 @@ def compare_store(
         UserError: there is no store or training run, or no such experiment, run, sweep, step or
             metric; nothing was written.
     """
-    tracker = Tracker(uri if uri is not None else _store_of(root))
-    runs = collect(tracker, experiment, selection)
+    tracker, runs = read_runs(root, uri, experiment, selection)
     ranked = main_metric([e for run in runs for e in run.evaluations], metric)
     target = plot if plot is not None else storage.join(root, "compare.png")
     comparison = Comparison(runs, ranked, target, html, csv)
@@ -137,6 +136,14 @@ def compare_store(
     if html is not None:
         write_html(comparison, found, tracker, html)
     return comparison
+
+
+def read_runs(
+    root: str, uri: str | None, experiment: str | None, selection: Sequence[str]
+) -> tuple[Tracker, list[RunRow]]:
+    """The store and the runs of `compare_store`; arguments and errors as there."""
+    tracker = Tracker(uri if uri is not None else _store_of(root))
+    return tracker, collect(tracker, experiment, selection)
 
 
 def _store_of(root: str) -> str:
