@@ -11,9 +11,10 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe, dump_recipe
@@ -34,6 +35,7 @@ from diffit_train.data.sources import ImageList, Item, Location, list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 
+R = TypeVar("R", bound=storage.Record)
 PLAN = "plan.json"
 # `input_sha256` of the plan of a repair.
 REPAIR = "repair"
@@ -195,7 +197,7 @@ def read_plan(url: str) -> Plan | None:
     names = set(storage.list_names(folder))
     if PLAN not in names or not names - {PLAN, RETRY}:
         return None
-    return Plan.model_validate(storage.read_json(storage.join(folder, PLAN)))
+    return _read_record(Plan, storage.join(folder, PLAN), f"delete {folder}")
 
 
 def write_plan(url: str, plan: Plan) -> None:
@@ -209,7 +211,7 @@ def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
     folder = storage.join(url, "parts")
     names = set(storage.list_names(folder)) - {PLAN}
     found = [
-        EncodedPart.model_validate(storage.read_json(storage.join(folder, name)))
+        _read_record(EncodedPart, storage.join(folder, name), "delete it")
         for name in sorted(names - {RETRY})
     ]
     if RETRY in names:
@@ -219,6 +221,15 @@ def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
         found = [part for part in found if not part.rejected]
         storage.remove(storage.join(folder, RETRY))
     return {p.number: p for p in found if p.entry is None or _is_whole(url, p.entry)}
+
+
+def _read_record(record: type[R], url: str, remedy: str) -> R:
+    try:
+        return record.model_validate_json(storage.read_bytes(url))
+    except ValidationError as error:
+        raise DiffitError(
+            f"{url} is damaged: {error.errors()[0]['msg']}; {remedy}, and run `diffit encode` again"
+        ) from error
 
 
 def _is_whole(url: str, entry: ShardEntry) -> bool:

@@ -142,7 +142,7 @@ def repair_run(url: str, bad: dict[str, str], uri: str | None = None) -> None:
 def _attempt(name: str, repair: Callable[[], None]) -> None:
     try:
         repair()
-    except unreachable_errors() as error:
+    except (DiffitError, *unreachable_errors()) as error:
         say(f"{name} could not be made again: {first_line(error)}")
     else:
         say(f"{name} was made again")
