@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -385,6 +386,39 @@ def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file at once."""
     with atomic_file(url) as path:
         path.write_bytes(data)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Write a small file unless it exists; of several writers, one succeeds.
+
+    On S3 this needs conditional writes (`If-None-Match`), which AWS and most servers have.
+
+    Returns:
+        Whether it was written.
+    """
+    fs, path = filesystem(url)
+    if is_local(url):
+        final = local_path(url).absolute()
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{uuid.uuid4().hex}")
+        temporary.write_bytes(data)
+        try:
+            os.link(temporary, final)  # a name and its contents in one step
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        # What a lost answer to our own write looks like is found out by reading.
+        if fs.exists(path):
+            return bool(fs.cat_file(path) == data)
+        raise error
+    return bool(fs.cat_file(path) == data)
 
 
 def write_text(url: str, text: str) -> None:

@@ -414,12 +414,19 @@ class MetricsOutbox:
         run_id: the MLflow run.
         say: told when MLflow becomes unreachable, and when it is back.
         pause_s: seconds between attempts.
+        may_send: asked before each point, which is dropped if not.
     """
 
     def __init__(
-        self, recipe: Recipe, run_id: str, say: Callable[[str], None], pause_s: float = 10.0
+        self,
+        recipe: Recipe,
+        run_id: str,
+        say: Callable[[str], None],
+        pause_s: float = 10.0,
+        may_send: Callable[[], bool] = lambda: True,
     ) -> None:
         self.recipe, self.run_id, self.say, self.pause_s = recipe, run_id, say, pause_s
+        self.may_send = may_send
         self._points: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
         self._leaving = threading.Event()
         self.unsent = 0
@@ -452,7 +459,7 @@ class MetricsOutbox:
                     if tracker is None:
                         tracker = Tracker.of(self.recipe)
                         sent = tracker.last_step(self.run_id, "perf/step_s")
-                    if step > sent:
+                    if step > sent and self.may_send():
                         tracker.log_metrics(self.run_id, metrics, step)
                         sent = step
                 except unreachable_errors() as error:

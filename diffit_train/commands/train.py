@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from diffit_train import storage
 from diffit_train.commands.options import (
@@ -34,19 +36,22 @@ def train_run(
     address: str | None = None,
     source: str | None = None,
     source_weights: str = "ema",
+    *,
+    wait: bool = False,
 ) -> dict[str, Any]:
     """Train a run; return its name, folder and last step.
 
     Args:
         source: RUN or RUN@STEP to start a new run from.
         source_weights: weights of the source: raw, or the name of an EMA.
+        wait: whether to wait for another command that trains the run.
     """
     recipe = starting_from(recipe, run, source, source_weights)
     step = finished_step(recipe, run)
     if step is None:
         from diffit_train.training import driver
 
-        step = driver.train(recipe, run, address, _validation(recipe, run))
+        step = driver.train(recipe, run, address, _validation(recipe, run), wait=wait)
     else:
         say("already trained")
         send_unsent(recipe, run, say)
@@ -88,6 +93,9 @@ def train_command(
     run: RunName = None,
     source: Source = None,
     source_weights: SourceWeights = "ema",
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another command that trains the run.")
+    ] = False,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -101,5 +109,5 @@ def train_command(
     Example: `diffit train imagenet512 --root s3://bucket/project --from imagenet256@400000`
     """
     recipe = read_known_recipe(name, overrides, root)
-    result = train_run(recipe, run or recipe.name, address, source, source_weights)
+    result = train_run(recipe, run or recipe.name, address, source, source_weights, wait=wait)
     print_result(result, as_json)

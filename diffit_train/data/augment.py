@@ -108,13 +108,15 @@ def joined_augmentation(parts: list[Augmentation]) -> Augmentation:
 
 
 def augment(images: Tensor, what: Augmentation) -> Tensor:
-    """Images (n, C, H, H) as described by `what`."""
-    across, down = (torch.from_numpy(what.flip[:, i]).view(-1, 1, 1, 1) for i in range(2))
-    images = torch.where(across, images.flip(3), images)
-    images = torch.where(down, images.flip(2), images)
+    """Images (n, C, H, H) as described by `what`, on their device."""
+    flip = torch.from_numpy(what.flip).to(images.device)
+    for column, axis in ((0, 3), (1, 2)):
+        images = torch.where(flip[:, column].view(-1, 1, 1, 1), images.flip(axis), images)
     moved = np.flatnonzero(what.labels[:, 2:].any(1))
     if len(moved):
-        images[moved] = transform(images[moved], what.inverse[moved])
+        rows = torch.from_numpy(moved).to(images.device)
+        result = transform(images.index_select(0, rows), what.inverse[moved])
+        images = images.index_copy(0, rows, result)
     return images
 
 
@@ -132,12 +134,13 @@ def transform(images: Tensor, inverse: np.ndarray) -> Tensor:
     fine = _upsample(F.pad(images, [pad] * 4, mode="reflect"))
     # Fine sample k lies at pixel (k - 0.5) / 2: the filter is even, so it delays by half a sample.
     center, count = (side - 1) / 2.0, 2 * (side + 2 * REACH)
-    position = (np.arange(count) - 0.5) / 2.0 - REACH - center
-    x, y = np.meshgrid(position, position, indexing="xy")
-    points = np.stack([x, y, np.ones_like(x)], axis=-1)
-    found = np.einsum("nij,hwj->nhwi", inverse, points)
+    position = torch.arange(count, dtype=torch.float64, device=images.device) - 0.5
+    position = position / 2.0 - REACH - center
+    x, y = torch.meshgrid(position, position, indexing="xy")
+    points = torch.stack([x, y, torch.ones_like(x)], dim=-1)
+    found = torch.einsum("nij,hwj->nhwi", torch.from_numpy(inverse).to(images.device), points)
     index = 2.0 * (found + center + pad) + 0.5
-    grid = torch.from_numpy(2.0 * index / (fine.shape[-1] - 1) - 1.0).to(images.dtype)
+    grid = (2.0 * index / (fine.shape[-1] - 1) - 1.0).to(images.dtype)
     moved = F.grid_sample(fine, grid, "bilinear", "zeros", align_corners=True)
     return _downsample(moved)[..., REACH:-REACH, REACH:-REACH]
 
@@ -173,7 +176,7 @@ def _downsample(images: Tensor) -> Tensor:
 
 def _kernel(images: Tensor, axis: int, reverse: bool) -> Tensor:
     """The filter along an axis, for each channel: (C, 1, 12, 1) or (C, 1, 1, 12)."""
-    taps = torch.tensor(SYM6[::-1] if reverse else SYM6, dtype=images.dtype)
+    taps = torch.tensor(SYM6[::-1] if reverse else SYM6, dtype=images.dtype, device=images.device)
     shape = (1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1)
     return taps.view(shape).expand(images.shape[1], -1, -1, -1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffit_train.config import Recipe
-from diffit_train.data.augment import augment, draw_augmentation, joined_augmentation
+from diffit_train.data.augment import Augmentation, draw_augmentation, joined_augmentation
 from diffit_train.data.autoencoder import scaled_sample
 from diffit_train.data.loader import Batch, draw
 from diffit_train.data.shards import Manifest
@@ -31,6 +31,8 @@ class TrainingBatch:
         y: labels, (n,); the null class where dropped.
         extras: what only some networks take, by name: labels of the augmentation (n, 9) and seeds
             of dropout (n,).
+        augmentation: what the device does to `x0` first, which would keep a CPU busy; None if
+            nothing.
     """
 
     source: Batch
@@ -39,6 +41,7 @@ class TrainingBatch:
     noise: Tensor
     y: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
+    augmentation: Augmentation | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x0, t, noise, y)."""
@@ -83,7 +86,7 @@ class BatchBuilder:
         x0 = scaled_sample(moments, joined("posterior"), manifest.scale)
         labels = torch.from_numpy(batch.labels)
         y = torch.where(joined("drop"), self.recipe.data.num_classes, labels)
-        extras = {}
+        extras, augmentation = {}, None
         if train.augment:
             drawn = [
                 draw_augmentation(
@@ -91,8 +94,8 @@ class BatchBuilder:
                 )
                 for lane in batch.lanes
             ]
-            what = joined_augmentation(drawn)
-            x0, extras["augment"] = augment(x0, what), torch.from_numpy(what.labels)
+            augmentation = joined_augmentation(drawn)
+            extras["augment"] = torch.from_numpy(augmentation.labels)
         if self.recipe.model.dropout:
             seeds = [
                 _stream(train.seed, _DROPOUT, batch.step, lane).integers(2**31, size=count)
@@ -103,7 +106,7 @@ class BatchBuilder:
         if self.device.type == "cuda":
             tensors = tuple(v.pin_memory() for v in tensors)  # type: ignore[assignment]
             extras = {name: v.pin_memory() for name, v in extras.items()}
-        return TrainingBatch(batch, *tensors, extras)
+        return TrainingBatch(batch, *tensors, extras, augmentation)
 
 
 def _stream(seed: int, use: int, step: int, lane: int) -> np.random.Generator:

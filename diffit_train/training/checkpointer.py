@@ -31,6 +31,7 @@ from diffit_train.runs.checkpoints import (
     read_state,
     write_pieces,
 )
+from diffit_train.runs.lease import LostLeaseError
 from diffit_train.training.engine import Engine
 
 # Consecutive failed checkpoints before training stops: storage may be unavailable for a while.
@@ -90,7 +91,7 @@ class CheckpointWriter:
         Args:
             kinds: state names to write; None for everything.
             before_commit, after_commit: called by rank 0's thread around the commit; the second
-                must not raise.
+                must not raise. After a LostLeaseError of the first, no checkpoint is tried again.
 
         Raises:
             UnrecoverableError: too many consecutive checkpoints failed.
@@ -163,7 +164,7 @@ class CheckpointWriter:
             mine = f"rank {self.rank}: {problem}"
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, mine, group=self.group)
-        failed = [part for part in everyone if isinstance(part, str)]
+        failed, final = [part for part in everyone if isinstance(part, str)], False
         if not failed and self.rank == 0:
             try:
                 saving.before_commit()
@@ -171,8 +172,8 @@ class CheckpointWriter:
                     saving.url, saving.state, self.engine.shapes, everyone, saving.kinds
                 )
             except Exception as problem:
-                failed = [f"rank 0: {problem}"]
-        verdict: list[Any] = [failed]
+                failed, final = [f"rank 0: {problem}"], isinstance(problem, LostLeaseError)
+        verdict: list[Any] = [failed, final]
         dist.broadcast_object_list(verdict, src=0, group=self.group)
         if not verdict[0]:
             self.failures = []
@@ -180,7 +181,7 @@ class CheckpointWriter:
                 saving.after_commit()
             return
         text = f"checkpoint {saving.url} could not be written: {'; '.join(verdict[0])}"
-        self.failures.append(text)
+        self.failures += [text] * (FAILED_SAVES if verdict[1] else 1)
         if self.rank == 0:
             self.say(f"Save failed: {text}")
 

@@ -29,6 +29,9 @@ class TrainerHooks(Protocol):
     def report_phases(self, seconds: Mapping[str, float]) -> None:
         """Show what a step of this rank takes, by phase; called on every rank."""
 
+    def require_lease(self) -> None:
+        """Raise LostLeaseError if another command trains the run now; called on rank 0."""
+
     def saved(self, step: int) -> None:
         """Note that a checkpoint was committed; called on rank 0, in a thread."""
 

@@ -27,6 +27,7 @@ from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import Progress, say
+from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import checkpoint_digest, committed_steps, read_index, read_state
 from diffit_train.runs.identity import (
     RunIdentity,
@@ -62,7 +63,12 @@ STOPPED = 143  # 128 + SIGTERM, the shell's status for a process ended by it
 
 
 def train(
-    recipe: Recipe, run: str, address: str | None = None, validate: Validate | None = None
+    recipe: Recipe,
+    run: str,
+    address: str | None = None,
+    validate: Validate | None = None,
+    *,
+    wait: bool = False,
 ) -> int:
     """Train a run to its last step, resuming it if it exists; returns that step.
 
@@ -72,9 +78,10 @@ def train(
     Args:
         address: of the Ray cluster; None as in `ray_session.connected`.
         validate: evaluates a checkpoint every `train.validate_every` steps while training runs.
+        wait: whether to wait for another command that trains the run.
 
     Raises:
-        UserError: bad input; nothing was written.
+        UserError: bad input, or another command trains the run; nothing was written.
         DiffitError: training failed more often than `scaling.max_failures` allows.
     """
     done = finished_step(recipe, run)
@@ -89,11 +96,17 @@ def train(
         _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
-    with ray_session.connected(address):
-        ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
-        identity = known or create_identity(recipe, run, manifest.samples_digest)
-        identity = record_latents(run_url(recipe, run), identity, manifest)
-        return _tracked_fit(recipe, identity, manifest, validate)
+    stop = threading.Event()
+    with lease.held(run_url(recipe, run), wait, say, stop.set) as held:
+        done = finished_step(recipe, run)  # by the command that was waited for
+        if done is not None:
+            return done
+        with ray_session.connected(address):
+            ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
+            known = check_recipe(recipe, run)
+            identity = known or create_identity(recipe, run, manifest.samples_digest)
+            identity = record_latents(run_url(recipe, run), identity, manifest)
+            return _tracked_fit(recipe, identity, manifest, validate, held, stop)
 
 
 def _kernel(recipe: Recipe) -> str:
@@ -131,7 +144,12 @@ def _check_start(recipe: Recipe) -> None:
 
 
 def _tracked_fit(
-    recipe: Recipe, identity: RunIdentity, manifest: Manifest, validate: Validate | None
+    recipe: Recipe,
+    identity: RunIdentity,
+    manifest: Manifest,
+    validate: Validate | None,
+    held: lease.Lease,
+    stop: threading.Event,
 ) -> int:
     """Train, and give the MLflow run the final status of training."""
     tags = {
@@ -151,7 +169,7 @@ def _tracked_fit(
     mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate)
+        step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, held, stop)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -195,7 +213,14 @@ def _check_latents(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Validate | None) -> int:
+def _run_ray_train(
+    recipe: Recipe,
+    run: str,
+    mlflow_run_id: str,
+    validate: Validate | None,
+    held: lease.Lease,
+    stop: threading.Event,
+) -> int:
     """Train by Ray Train to the end or until told to stop; returns the step reached.
 
     Raises:
@@ -214,13 +239,14 @@ def _run_ray_train(recipe: Recipe, run: str, mlflow_run_id: str, validate: Valid
         "run": run,
         "mlflow_run_id": mlflow_run_id,
         "status": status,
+        "lease": held,
     }
     supervisor = Supervisor(status, recipe.scaling, max(committed_steps(url), default=0))
     trainer = _trainer(recipe, worker_config, scratch, validate, supervisor)
     if recipe.scaling.fewest_workers != recipe.scaling.most_workers:
         _renew_claim(url, trainer.train_run_context.run_id)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{PLACEMENT_S:g}")
-    stop, saved = threading.Event(), "checkpoint saved"
+    saved = "checkpoint saved"
     try:
         with _on_sigterm(stop), _progress(recipe, status, committed_steps(url), stop):
             trainer.fit()

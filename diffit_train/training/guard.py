@@ -11,9 +11,27 @@ from typing import Any
 import torch.distributed as dist
 
 from diffit_train.data.loader import Batch
+from diffit_train.runs.lease import LostLeaseError
 from diffit_train.training.checkpointer import UnrecoverableError
 from diffit_train.training.control import ControlPlane
 from diffit_train.training.log import SkippedSteps, append_bad_step
+
+
+def require_lease(control: ControlPlane) -> None:
+    """Stop all ranks if another command trains the run now.
+
+    Raises:
+        UnrecoverableError: it does.
+    """
+    problem: list[str | None] = [None]
+    if control.rank == 0:
+        try:
+            control.hooks.require_lease()
+        except LostLeaseError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0, group=control.group)
+    if problem[0]:
+        raise UnrecoverableError(problem[0])
 
 
 class RollbackRequested(Exception):
@@ -76,6 +94,7 @@ class BadStepGuard:
                 "or raise train.max_rollbacks"
             )
         self.wait_for_checkpoint()
+        require_lease(control)
         if control.rank == 0:
             self.skipped.adding(first, batch.step).write(self.url)
         dist.barrier(group=control.group)

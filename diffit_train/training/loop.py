@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.data.augment import augment
 from diffit_train.data.cache import shard_cache
 from diffit_train.data.loader import LatentLoader, SampleOrder
 from diffit_train.data.shards import latents_url, load_manifest, read_shard
@@ -35,7 +36,7 @@ from diffit_train.training.checkpointer import (
 )
 from diffit_train.training.control import ControlPlane, Decision, TrainerHooks
 from diffit_train.training.engine import Engine
-from diffit_train.training.guard import BadStepGuard, RollbackRequested
+from diffit_train.training.guard import BadStepGuard, RollbackRequested, require_lease
 from diffit_train.training.recorder import Recorder, StepProfiler
 from diffit_train.training.telemetry import SpeedMeter, matmul_flops_per_s
 
@@ -85,6 +86,7 @@ class Trainer:
         self.url = run_url(recipe, run)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.control = ControlPlane(recipe.train, hooks)
+        require_lease(self.control)
         self.objective = build_objective(recipe.diffusion)
         self.latents_url = latents_url(recipe)
         self.manifest = load_manifest(self.latents_url)
@@ -145,7 +147,7 @@ class Trainer:
             None if state is None else state.log,
         )
         if state is None:
-            self.writer.save_now(self.url, self._state())
+            self.writer.save_now(self.url, self._state(), before_commit=self.hooks.require_lease)
             return
         every = train.validate_every
         if every and self.step and self.step % every == 0:
@@ -241,6 +243,9 @@ class Trainer:
         every = (*batch.tensors(), *batch.extras.values())
         tensors = [v.to(self.device, non_blocking=True) for v in every]
         watch, losses, noise_levels = self.recorder.watch, [], []
+        if batch.augmentation is not None:
+            with watch.phase("forward"):
+                tensors[0] = augment(tensors[0], batch.augmentation)
         chunks = zip(*(v.tensor_split(self.micro_batches) for v in tensors), strict=True)
         for number, (x0, t, noise, y, *rest) in enumerate(chunks):
             weight = 1.0 / self.recipe.train.batch_size
@@ -286,10 +291,12 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the log, then the checkpoint that covers it, then apply retention."""
+        require_lease(self.control)  # a part must not replace that of a newer checkpoint
         train, log, started_s = self.recipe.train, self.recorder.log, time.monotonic()
         step, records = self.step, len(self.recorder.log.records)
 
         def write_log() -> None:  # in the checkpoint's thread: training may have added records
+            self.hooks.require_lease()
             if records:
                 storage.write_text(log.url, log.text(records))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.runs.checkpoints import LogMark
+from diffit_train.runs.lease import LostLeaseError
 from diffit_train.tracking import MetricsOutbox
 from diffit_train.training.control import TrainerHooks
 from diffit_train.training.engine import learning_rate
@@ -64,6 +65,15 @@ class StepProfiler:
             self.say(f"Profile: {url}")
 
 
+def _is_held(hooks: TrainerHooks) -> bool:
+    """Whether no other command has taken over the run."""
+    try:
+        hooks.require_lease()
+    except LostLeaseError:
+        return False
+    return True
+
+
 class Recorder:
     """Averages an interval of steps into a log record and publishes it.
 
@@ -100,7 +110,9 @@ class Recorder:
         self._outbox: MetricsOutbox | None = None
         if dist.get_rank() == 0:
             # A restarted run repeats the steps after its checkpoint; the outbox drops duplicates.
-            self._outbox = MetricsOutbox(recipe, mlflow_run_id, hooks.say)
+            self._outbox = MetricsOutbox(
+                recipe, mlflow_run_id, hooks.say, may_send=lambda: _is_held(hooks)
+            )
             for record in self.log.records:
                 self._outbox.put(record["step"], as_metrics(record))
 

@@ -22,6 +22,7 @@ from diffit_train.config import Recipe
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
 from diffit_train.progress import counted
+from diffit_train.runs.lease import Lease
 from diffit_train.tracking import first_line
 
 POLL_S = 0.5
@@ -164,8 +165,9 @@ class NodeNetworkBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 class RayHooks:
     """`training.control.TrainerHooks` for one rank under Ray Train."""
 
-    def __init__(self, status: Any, rank: int, world: int, run: str) -> None:
+    def __init__(self, status: Any, rank: int, world: int, run: str, lease: Lease) -> None:
         self.status, self.rank, self.world, self.run = status, rank, world, run
+        self.lease = lease
         self.begun = False
         self.stopping = threading.Event()
         self.resizing = False
@@ -213,6 +215,10 @@ class RayHooks:
         if name not in self._gauges:
             self._gauges[name] = Gauge(f"diffit_train_{name}", name, ("run", *labels))
         self._gauges[name].set(value, tags={"run": self.run, **labels})
+
+    def require_lease(self) -> None:
+        """Raise LostLeaseError if another command has taken over the run."""
+        self.lease.require()
 
     def saved(self, step: int) -> None:
         """Tell the supervisor, and begin to count the checkpoint's age."""
@@ -285,7 +291,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     recipe, run = Recipe.model_validate(config["recipe"]), config["run"]
     context = ray.train.get_context()
-    hooks = RayHooks(config["status"], context.get_world_rank(), context.get_world_size(), run)
+    rank, world = context.get_world_rank(), context.get_world_size()
+    hooks = RayHooks(config["status"], rank, world, run, config["lease"])
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(recipe.scaling.cpus_per_worker)

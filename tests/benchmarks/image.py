@@ -132,14 +132,14 @@ def _steps(device: torch.device, batch: int) -> None:
 def _small_parts(device: torch.device, batch: int) -> None:
     x = torch.randn(batch, 128, 32, 32, device=device)
     seeds = torch.arange(batch, device=device)
-    images = torch.rand(batch, 3, 32, 32)
+    images = torch.rand(batch, 3, 32, 32, device=device)
     what = draw_augmentation(np.random.default_rng(0), batch, 0.12)
     weight = torch.randn(128, 128, 3, 3, device=device)
     bodies: dict[str, Callable[[], object]] = {
         "3x3 convolution": lambda: F.conv2d(x, weight, padding=1),
         "keyed dropout": lambda: keyed_dropout(x, 0.13, seeds, 0),
         "torch dropout": lambda: F.dropout(x, 0.13),
-        "augmentation, on the CPU": lambda: augment(images, what),
+        "augmentation": lambda: augment(images, what),
     }
     seconds = interleaved_seconds(bodies, device, 5)
     base = seconds["3x3 convolution"]

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
 from diffit_train.evaluation.references import check_reference_file
+from diffit_train.runs.lease import held
 from tests.conftest import tiny_recipe
 from tests.data.test_sources import write_as
 from tests.evaluation.test_reference_files import CONTENT, serving
@@ -53,6 +55,22 @@ def _upload(folder: Path, url: str) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             storage.write_bytes(storage.join(url, str(path.relative_to(folder))), path.read_bytes())
+
+
+def test_of_many_writers_one_creates_a_file(server: S3Server) -> None:
+    url = storage.join(ROOT, "exclusive", "file")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: storage.create(url, b"%d" % n), range(16)))
+    assert answers.count(True) == 1
+    assert storage.read_bytes(url) == b"%d" % answers.index(True)
+
+
+def test_a_run_is_held(server: S3Server) -> None:
+    url = storage.join(ROOT, "runs", "held")
+    for number in (1, 2):
+        with held(url, False, print, lambda: None) as lease:
+            assert lease.number == number
+            lease.require()
 
 
 def test_written_files_can_be_read(server: S3Server) -> None:

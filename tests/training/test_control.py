@@ -42,6 +42,9 @@ class Recorded:
     def say(self, text: str) -> None:
         self.lines.append(text)
 
+    def require_lease(self) -> None:
+        pass
+
     def stop_wanted(self) -> bool:
         return self.stopping
 

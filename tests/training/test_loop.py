@@ -32,10 +32,12 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
 from diffit_train.runs.checkpoints import checkpoint_url, committed_steps, read_state, read_weights
 from diffit_train.runs.identity import create_identity
+from diffit_train.runs.lease import LostLeaseError
 from diffit_train.runs.start import starting_from
 from diffit_train.tracking import Tracker
 from diffit_train.training import control, loop
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
+from diffit_train.training.checkpointer import UnrecoverableError
 from diffit_train.training.log import SkippedSteps
 from diffit_train.training.telemetry import PHASES
 from tests.conftest import tiny_recipe
@@ -48,8 +50,15 @@ STEPS = ("train.steps=24", "train.checkpoint_every=8", "train.log_every=2")
 class Hooks:
     """Hooks that request a stop after some steps, or announce a preemption or a resize."""
 
-    def __init__(self, stop_after: int | None, preempt: bool, resize_after: int | None) -> None:
+    def __init__(
+        self,
+        stop_after: int | None,
+        preempt: bool,
+        resize_after: int | None,
+        lost_after: int | None = None,
+    ) -> None:
         self.stop_after, self.preempt, self.resize_after = stop_after, preempt, resize_after
+        self.lost_after = lost_after
         self.asked, self.awaited = 0, 0
         self.lines: list[str] = []
         self.committed: list[int] = []
@@ -73,6 +82,10 @@ class Hooks:
         assert saved
         assert dist.get_rank() or self.committed[-1] == self.resize_after
         self.awaited += 1
+
+    def require_lease(self) -> None:
+        if self.lost_after is not None and self.asked > self.lost_after:
+            raise LostLeaseError("another command has taken over")
 
     def stop_wanted(self) -> bool:
         self.asked += 1
@@ -139,6 +152,15 @@ def _log(run: Path) -> list[dict[str, Any]]:
 def _curve(run: Path) -> list[tuple[float, ...]]:
     names = ("step", "loss", "grad_norm", "lr")
     return [tuple(record[name] for name in names) for record in _log(run)]
+
+
+def _loses_its_lease(
+    rank: int, world: int, recipe: Recipe, run: str, run_id: str, lost_after: int
+) -> None:
+    hooks = Hooks(None, False, None, lost_after)
+    with pytest.raises(UnrecoverableError, match="another command has taken over"):
+        loop.train_until_done(recipe, run, run_id, CPU, hooks)
+    dist.barrier()
 
 
 def _same_weights(a: Path, b: Path, step: int) -> None:
@@ -284,6 +306,18 @@ def test_a_run_without_rollbacks_left_stops(encoded: Path) -> None:
     run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "hopeless", {}, {})
     on_ranks(2, _gives_up, recipe, "hopeless", run_id)
     assert committed_steps(str(encoded / "runs" / "hopeless")) == [0]
+
+
+def test_without_its_lease_a_run_writes_nothing(encoded: Path) -> None:
+    recipe = tiny_recipe(encoded, *STEPS)
+    identity = create_identity(recipe, "lost")
+    run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "lost", {}, {})
+    on_ranks(2, _loses_its_lease, recipe, "lost", run_id, 11)
+    run = encoded / "runs" / "lost"
+    assert committed_steps(str(run)) == [0, 8]
+    assert [record["step"] for record in _log(run)] == [2, 4, 6, 8]
+    on_ranks(2, _loses_its_lease, recipe, "lost", run_id, -1)
+    assert committed_steps(str(run)) == [0, 8]
 
 
 @pytest.mark.slow

@@ -1,0 +1,232 @@
+"""Who trains a run: one command at a time, even if others wake up late.
+
+`RUN/lease/N.json` belongs to the N-th holder; the highest N holds the run. A file is created only
+if it does not exist, so that of two commands one gets the number. The holder rewrites its file
+every `BEAT_S`; a file that does not change for `SILENT_S` belongs to a dead holder. No clock of
+another machine is read. Whatever writes to the run first checks that its number is still the
+highest, so that a holder that was stopped and continued changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from diffit_train import storage
+from diffit_train.errors import DiffitError, UserError
+
+FOLDER = "lease"
+BEAT_S = 10.0
+SILENT_S = 40.0
+POLL_S = 1.0
+
+
+class Holder(storage.Record):
+    """A lease file.
+
+    Attributes:
+        token: of this holder alone.
+        boot: of the machine, so that processes of two machines are not confused.
+        started: when the process was started, as its machine says.
+        beats: how often the holder has renewed it.
+        released: whether the holder is done.
+    """
+
+    token: str
+    host: str
+    boot: str
+    pid: int
+    started: float
+    beats: int = 0
+    released: bool = False
+
+    @classmethod
+    def me(cls) -> Holder:
+        """This process."""
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            boot=_boot(),
+            pid=os.getpid(),
+            started=psutil.Process().create_time(),
+        )
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"process {self.pid} on {self.host}"
+
+    def known_dead(self) -> bool:
+        """Whether it is of this machine, and its process is gone."""
+        if self.boot != _boot():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            gone = process.status() == psutil.STATUS_ZOMBIE
+            return gone or abs(process.create_time() - self.started) > 1.0
+        except psutil.NoSuchProcess:
+            return True
+
+
+def _boot() -> str:
+    """Of the machine since it was started, and of its process numbers; empty if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+class LostLeaseError(DiffitError):
+    """Another command has taken over the run."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A held run.
+
+    Attributes:
+        url: of the run.
+        number: fencing number.
+    """
+
+    url: str
+    number: int
+
+    def require(self) -> None:
+        """Check that it is still held.
+
+        Raises:
+            LostLeaseError: it is not.
+        """
+        newest = _newest(self.url)
+        if newest is not None and newest[0] != self.number:
+            raise LostLeaseError(
+                f"{newest[1].name} has taken over {storage.display_path(self.url)}, as this "
+                f"command had been silent for {SILENT_S:.0f} s; nothing more is written"
+            )
+
+
+def _file(url: str, number: int) -> str:
+    return storage.join(url, FOLDER, f"{number:08d}.json")
+
+
+def _newest(url: str) -> tuple[int, Holder] | None:
+    """The highest number, and who has it."""
+    while names := storage.list_names(storage.join(url, FOLDER)):
+        number = int(names[-1].removesuffix(".json"))
+        try:
+            return number, Holder.model_validate_json(storage.read_bytes(_file(url, number)))
+        except FileNotFoundError:  # removed by a newer holder meanwhile
+            continue
+        except ValueError as error:
+            raise DiffitError(
+                f"{_file(url, number)} is damaged ({' '.join(str(error).split())}); if no command "
+                f"trains this run, delete the folder {storage.join(url, FOLDER)}"
+            ) from error
+    return None
+
+
+@contextmanager
+def held(
+    url: str, wait: bool, say: Callable[[str], None], lost: Callable[[], None]
+) -> Iterator[Lease]:
+    """Hold a run while the block runs.
+
+    Args:
+        wait: whether to wait for a living holder.
+        lost: called by a thread if another command takes over.
+
+    Raises:
+        UserError: another command holds it.
+    """
+    me = Holder.me()
+    lease = _acquire(url, me, wait, say)
+    ended = threading.Event()
+    beating = threading.Thread(
+        target=_beat, args=(lease, me, ended, say, lost), name="lease", daemon=True
+    )
+    beating.start()
+    try:
+        yield lease
+    finally:
+        ended.set()
+        beating.join()
+        _release(lease, me)
+
+
+def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Lease:
+    seen: Holder | None = None
+    number, changed_s, told = 0, 0.0, False
+    while True:
+        newest = _newest(url)
+        if newest is None or newest[1].released or newest[1].known_dead():
+            expired = True
+        else:
+            now_s = time.monotonic()
+            if newest[1] != seen:
+                alive = seen is not None and newest[1].token == seen.token
+                if alive and not wait:
+                    raise UserError(
+                        f"{newest[1].name} is training {storage.display_path(url)}; wait for it "
+                        "with --wait, stop it, or choose another --run"
+                    )
+                seen, changed_s = newest[1], now_s
+            expired = now_s - changed_s > SILENT_S
+            if not told:
+                told = True
+                action = "to end" if wait else "to answer"
+                say(f"Waiting for {newest[1].name}, which holds the run, {action}")
+        if expired:
+            number = newest[0] + 1 if newest else 1
+            if storage.create(_file(url, number), me.model_dump_json().encode()):
+                break
+        else:
+            time.sleep(POLL_S)
+    lease = Lease(url, number)
+    for name in storage.list_names(storage.join(url, FOLDER)):
+        if int(name.removesuffix(".json")) < number:
+            storage.remove(storage.join(url, FOLDER, name))
+    return lease
+
+
+def _beat(
+    lease: Lease,
+    me: Holder,
+    ended: threading.Event,
+    say: Callable[[str], None],
+    lost: Callable[[], None],
+) -> None:
+    """Renew a lease until the block ends or another command takes over."""
+    beats = 0
+    while not ended.wait(BEAT_S):
+        beats += 1
+        try:
+            lease.require()
+            file = _file(lease.url, lease.number)
+            storage.write_text(file, me.model_copy(update={"beats": beats}).model_dump_json())
+        except LostLeaseError as error:
+            say(str(error))
+            lost()
+            return
+        except (OSError, DiffitError) as error:
+            say(f"Could not renew the lease of {storage.display_path(lease.url)}: {error}")
+
+
+def _release(lease: Lease, me: Holder) -> None:
+    """Let the next command begin at once; the number stays, as later ones must be higher."""
+    try:
+        lease.require()
+        file = _file(lease.url, lease.number)
+        storage.write_text(file, me.model_copy(update={"released": True}).model_dump_json())
+    except (OSError, DiffitError):
+        return  # the next command waits until it looks dead
