@@ -28,6 +28,7 @@ from diffit_train.data.shards import (
     ShardEntry,
     Totals,
     latents_url,
+    load_manifest,
     require_recipe,
     shard_name,
 )
@@ -309,7 +310,12 @@ def read_inputs(url: str) -> list[tuple[str, int]]:
     name = storage.join(url, INPUTS)
     try:
         lines = gzip.decompress(storage.read_bytes(name)).decode("ascii").splitlines()
-        return [(str(path), int(label)) for path, label in map(json.loads, lines)]
+        inputs = [(str(path), int(label)) for path, label in map(json.loads, lines)]
+        manifest = load_manifest(url)
+        # An interrupted commit may have left more entries than the manifest counts.
+        if storage.digest(inputs[: manifest.totals.input]) != manifest.input_sha256:
+            raise ValueError(f"it is not the list of {MANIFEST}")
+        return inputs
     except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
         raise DiffitError(
             f"{name} is missing or damaged ({error}); latents cannot be appended or repaired "
