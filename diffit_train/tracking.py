@@ -238,8 +238,10 @@ class Tracker:
 
     def __init__(self, uri: str) -> None:
         # Creating a new SQLite file logs pages of migrations.
-        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+        for name in ("alembic", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # It logs the statement of each error that is raised.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError

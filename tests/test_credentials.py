@@ -78,11 +78,9 @@ def test_a_sweep_has_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("key", ["storage.root", "data.source", "autoencoder.source"])
-def test_storage_takes_no_password(key: str, tmp_path: Path) -> None:
+def test_storage_takes_no_password(key: str) -> None:
     with pytest.raises(UserError, match=f"{key} is .*credentials.* set AWS_ACCESS_KEY_ID") as said:
-        tiny_recipe(tmp_path, f"{key}=s3://me:hunter2@bucket/x")
-    if key == "storage.root":
-        return  # tiny_recipe sets it again, so it may be valid
+        load_recipe("demo", [f"{key}=s3://me:hunter2@bucket/x"])
     assert "hunter2" not in str(said.value)
 
 

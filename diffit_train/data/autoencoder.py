@@ -233,8 +233,9 @@ def _load_model(url: str, kind: str, dtype: torch.dtype, hub: bool) -> Any:
             return model_class.from_pretrained(url, **options)
         with storage.local_folder(url) as folder:
             return model_class.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    # For damaged files, diffusers raises nearly everything.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"autoencoder.source {url} cannot be loaded: {reason}; set it to a folder in "
             f"diffusers' format or the hub id of an {model_class.__name__}"

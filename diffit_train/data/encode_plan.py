@@ -11,9 +11,10 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe, stored_text
@@ -27,6 +28,7 @@ from diffit_train.data.shards import (
     ShardEntry,
     Totals,
     latents_url,
+    load_manifest,
     require_recipe,
     shard_name,
 )
@@ -34,6 +36,7 @@ from diffit_train.data.sources import ImageList, Item, Location, list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 
+R = TypeVar("R", bound=storage.Record)
 PLAN = "plan.json"
 # `input_sha256` of the plan of a repair.
 REPAIR = "repair"
@@ -195,7 +198,7 @@ def read_plan(url: str) -> Plan | None:
     names = set(storage.list_names(folder))
     if PLAN not in names or not names - {PLAN, RETRY}:
         return None
-    return Plan.model_validate(storage.read_json(storage.join(folder, PLAN)))
+    return _read_record(Plan, storage.join(folder, PLAN), f"delete {folder}")
 
 
 def write_plan(url: str, plan: Plan) -> None:
@@ -209,7 +212,7 @@ def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
     folder = storage.join(url, "parts")
     names = set(storage.list_names(folder)) - {PLAN}
     found = [
-        EncodedPart.model_validate(storage.read_json(storage.join(folder, name)))
+        _read_record(EncodedPart, storage.join(folder, name), "delete it")
         for name in sorted(names - {RETRY})
     ]
     if RETRY in names:
@@ -219,6 +222,15 @@ def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
         found = [part for part in found if not part.rejected]
         storage.remove(storage.join(folder, RETRY))
     return {p.number: p for p in found if p.entry is None or _is_whole(url, p.entry)}
+
+
+def _read_record(record: type[R], url: str, remedy: str) -> R:
+    try:
+        return record.model_validate_json(storage.read_bytes(url))
+    except ValidationError as error:
+        raise DiffitError(
+            f"{url} is damaged: {error.errors()[0]['msg']}; {remedy}, and run `diffit encode` again"
+        ) from error
 
 
 def _is_whole(url: str, entry: ShardEntry) -> bool:
@@ -298,7 +310,12 @@ def read_inputs(url: str) -> list[tuple[str, int]]:
     name = storage.join(url, INPUTS)
     try:
         lines = gzip.decompress(storage.read_bytes(name)).decode("ascii").splitlines()
-        return [(str(path), int(label)) for path, label in map(json.loads, lines)]
+        inputs = [(str(path), int(label)) for path, label in map(json.loads, lines)]
+        manifest = load_manifest(url)
+        # An interrupted commit may have left more entries than the manifest counts.
+        if storage.digest(inputs[: manifest.totals.input]) != manifest.input_sha256:
+            raise ValueError(f"it is not the list of {MANIFEST}")
+        return inputs
     except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
         raise DiffitError(
             f"{name} is missing or damaged ({error}); latents cannot be appended or repaired "

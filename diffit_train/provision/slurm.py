@@ -132,7 +132,7 @@ def slurm_script(
         raise UserError(f"steps are for evaluate; {stage} has none")
     _check(site)
     recipe_text = dump_recipe(recipe)
-    if _PASSWORD.search(recipe_text):
+    if _PASSWORD.search(recipe.model_dump_json()):
         raise UserError(
             "the recipe has a password in a URL, and would be stored in the script; give it by "
             "the environment, as MLFLOW_TRACKING_PASSWORD"

@@ -19,6 +19,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.metric_names import TRAINING
 from diffit_train.models.published import read_weights_file
 from diffit_train.progress import say
+from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import (
     SNAPSHOTS,
     State,
@@ -121,7 +122,15 @@ def repair_run(url: str, bad: dict[str, str], uri: str | None = None) -> None:
 
     Args:
         uri: MLflow's; None for that of the run's recipe, or the file under its root.
+
+    Raises:
+        UserError: a command trains the run.
     """
+    with lease.held(url, False, say, lambda: None):
+        _repair(url, bad, uri)
+
+
+def _repair(url: str, bad: dict[str, str], uri: str | None) -> None:
     # The recipe first: the others need it.
     steps: dict[str, Callable[[], None]] = {
         RECIPE: lambda: _repair_recipe(url, uri),
@@ -140,9 +149,10 @@ def repair_run(url: str, bad: dict[str, str], uri: str | None = None) -> None:
 
 
 def _attempt(name: str, repair: Callable[[], None]) -> None:
+    failures: tuple[type[Exception], ...] = (DiffitError, *unreachable_errors())
     try:
         repair()
-    except unreachable_errors() as error:
+    except failures as error:
         say(f"{name} could not be made again: {first_line(error)}")
     else:
         say(f"{name} was made again")

@@ -407,6 +407,7 @@ def test_latents_of_an_earlier_version_keep_their_order(
     plan = Path(url, "parts", "plan.json")
     stored = json.loads(plan.read_text())
     assert stored.pop("order") == ""
+    del stored["checksum"]
     plan.write_text(json.dumps(stored))
     pixels = read_items(work.listing.url, "folder", work.listing.items[:5], 16).pixels
     moments = load_autoencoder(recipe, torch.device("cpu")).encode_moments(to_model_range(pixels))
@@ -432,7 +433,7 @@ def test_latents_of_an_earlier_version_keep_their_order(
     keys = [k for e in manifest.shards for k in read_shard(url, e).keys.tolist()]
     assert keys == list(range(24))
     former = json.loads(Path(url, "manifest.json").read_text())
-    del former["orders"]
+    del former["orders"], former["checksum"]
     Path(url, "manifest.json").write_text(json.dumps(former))
     assert load_manifest(url) == manifest
     assert verify(url).bad == {}
