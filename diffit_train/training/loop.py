@@ -303,6 +303,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the log, then the checkpoint that covers it, then apply retention."""
+        require_lease(self.control)  # a part must not replace that of a newer checkpoint
         train, log, started_s = self.recipe.train, self.recorder.log, time.monotonic()
         step, records = self.step, len(self.recorder.log.records)
 
