@@ -73,7 +73,7 @@ def test_a_sweep_is_every_combination(tmp_path: Path) -> None:
     assert changed.evaluate.guidance.scale == 2.0
     assert changed.evaluate.sampler.steps == 3
     assert changed.train_hash() == recipe.train_hash()
-    assert sweep.loaded() == recipe
+    assert sweep.loaded(str(tmp_path)) == recipe
 
 
 def test_an_invalid_sweep_is_rejected_before_anything_is_written(tmp_path: Path) -> None:
@@ -94,19 +94,20 @@ def test_an_invalid_sweep_is_rejected_before_anything_is_written(tmp_path: Path)
 def test_one_name_is_one_sweep(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     sweep = plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first")
-    open_sweep(sweep)
-    cancel_sweep(sweep.url())
-    assert is_cancelled(sweep.url())
-    open_sweep(plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first"))
-    assert not is_cancelled(sweep.url())
-    assert read_sweep(sweep.url()) == sweep
+    root = str(tmp_path)
+    open_sweep(sweep, root)
+    cancel_sweep(sweep.url(root))
+    assert is_cancelled(sweep.url(root))
+    open_sweep(plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first"), root)
+    assert not is_cancelled(sweep.url(root))
+    assert read_sweep(sweep.url(root)) == sweep
     for changed in (
         plan_sweep(recipe, "tiny", [4], ["seed=1,3"], "first"),
         plan_sweep(tiny_recipe(tmp_path, "evaluate.samples=9"), "tiny", [4], ["seed=1,2"], "first"),
     ):
         with pytest.raises(UserError, match=r"another sweep 'first' .* with --name"):
-            open_sweep(changed)
-    assert read_sweep(sweep.url()) == sweep
+            open_sweep(changed, root)
+    assert read_sweep(sweep.url(root)) == sweep
     with pytest.raises(UserError, match="there is no sweep in"):
         read_sweep(str(tmp_path / "nowhere"))
 
