@@ -36,13 +36,18 @@ def as_metrics(record: dict[str, Any]) -> dict[str, float]:
 class DamagedRunFile(UserError):
     """A file of a run does not hold what was written; the message says how to get it back."""
 
-    def __init__(self, url: str, reason: str, source: str) -> None:
+    reason = ""
+
+    @classmethod
+    def of(cls, url: str, reason: str, source: str) -> Self:
+        """The error for a file that can be made again from `source`."""
         run = url.rsplit("/", 1)[0]
-        super().__init__(
+        error = cls(
             f"{url} is damaged: {reason}; `diffit verify run {run} --repair` makes it again from "
             f"{source}"
         )
-        self.reason = reason
+        error.reason = reason
+        return error
 
 
 class TrainingLog:
@@ -104,7 +109,7 @@ class TrainingLog:
             yield record
 
     def _damaged(self, reason: str) -> DamagedRunFile:
-        return DamagedRunFile(self.url, reason, "MLflow")
+        return DamagedRunFile.of(self.url, reason, "MLflow")
 
     def _is_rebuilt(self, url: str) -> bool:
         """Whether the records begin with those that were rebuilt."""
@@ -162,7 +167,7 @@ class SkippedSteps:
             return cls(_Ranges.model_validate_json(storage.read_bytes(name)).ranges)
         except ValidationError as error:
             reason = str(error.errors()[0]["msg"])
-            raise DamagedRunFile(name, reason, BAD_STEPS) from error
+            raise DamagedRunFile.of(name, reason, BAD_STEPS) from error
 
     def __contains__(self, step: int) -> bool:
         return any(first <= step <= last for first, last in self.ranges)

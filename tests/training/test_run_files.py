@@ -127,6 +127,14 @@ def test_damaged_ranges_are_named_and_come_back(text: str, run: Path) -> None:
     assert SkippedSteps.read(str(run)).ranges == ((3, 4), (7, 8))
 
 
+def test_a_worker_can_send_the_error_to_the_driver(tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    error = DamagedRunFile.of(f"{tmp_path}/log.jsonl", "it is empty", "MLflow")
+    again = cloudpickle.loads(cloudpickle.dumps(error))
+    assert (str(again), again.reason) == (str(error), "it is empty")
+
+
 def test_ranges_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     (tmp_path / "passed-over.json").write_text("[[3, 4], [9, 12]]")
     assert SkippedSteps.read(str(tmp_path)).ranges == ((3, 4), (9, 12))
