@@ -21,6 +21,7 @@ from diffit_train.commands.options import (
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import Result, run_results
 from diffit_train.progress import Progress, counted, print_rows, say
+from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import committed_steps, read_index, step_name, weights_of
 from diffit_train.runs.identity import read_identity, stored_recipe
 from diffit_train.runs.live import Live, read_live
@@ -152,11 +153,6 @@ def remove_run(root: str, run: str, yes: bool) -> dict[str, Any]:
     """
     root = _existing(root)
     url = _found(root, run)
-    live = read_live(url)
-    if live is not None and live.is_training():
-        raise UserError(
-            f"run {run!r} is being trained by process {live.pid} of {live.host}; stop it first"
-        )
     places = [url, storage.join(root, "evaluations", run)]
     found = [(place, storage.walk(place)) for place in places if storage.exists(place)]
     total = sum(file.bytes for _, files in found for file in files.values())
@@ -174,9 +170,10 @@ def remove_run(root: str, run: str, yes: bool) -> dict[str, Any]:
     say("MLflow keeps the run's curves, but a registered model loses its weights with the run")
     agreed = yes or _agreed(run, total)
     if agreed:
-        # The run last, so that a killed removal can be repeated.
-        for place, _ in reversed(found):
-            storage.remove(place)
+        with lease.held(url, False, say, lambda: None):
+            # The run last, so that a killed removal can be repeated.
+            for place, _ in reversed(found):
+                storage.remove(place)
         say(f"removed {total / GB:.3f} GB")
     return {"run": run, "bytes": total, "removed": agreed}
 

@@ -177,8 +177,8 @@ def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Le
                 alive = seen is not None and newest[1].token == seen.token
                 if alive and not wait:
                     raise UserError(
-                        f"{newest[1].name} is training {storage.display_path(url)}; wait for it "
-                        "with --wait, stop it, or choose another --run"
+                        f"{newest[1].name} is training {storage.display_path(url)}; stop it, wait "
+                        "for it (diffit train --wait), or choose another run"
                     )
                 seen, changed_s = newest[1], now_s
             expired = now_s - changed_s > SILENT_S
@@ -212,6 +212,8 @@ def _beat(
         beats += 1
         try:
             lease.require()
+            if _newest(lease.url) is None:
+                return  # the run is being removed
             file = _file(lease.url, lease.number)
             storage.write_text(file, me.model_copy(update={"beats": beats}).model_dump_json())
         except LostLeaseError as error:
@@ -226,6 +228,8 @@ def _release(lease: Lease, me: Holder) -> None:
     """Let the next command begin at once; the number stays, as later ones must be higher."""
     try:
         lease.require()
+        if _newest(lease.url) is None:
+            return  # the run was removed
         file = _file(lease.url, lease.number)
         storage.write_text(file, me.model_copy(update={"released": True}).model_dump_json())
     except (OSError, DiffitError):

@@ -14,6 +14,7 @@ from diffit_train import storage
 from diffit_train.cli import app
 from diffit_train.commands.runs import list_runs, remove_run, show_run, watch_training
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import State, save_whole
 from diffit_train.runs.identity import create_identity
 from diffit_train.runs.lease import Lease
@@ -98,18 +99,19 @@ def test_a_run_is_shown_with_the_sizes_of_its_checkpoints(tmp_path: Path) -> Non
 
 
 def test_a_run_is_removed_only_when_agreed_and_idle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    monkeypatch.setattr(lease, "POLL_S", 0.1)
     url = _run(tmp_path, "mine", 4)
     _run(tmp_path, "other", 4)
     storage.write_text(str(tmp_path / "evaluations" / "mine" / "step-0000000004" / "x"), "x")
     assert not remove_run(str(tmp_path), "mine", yes=False)["removed"]
     assert "rerun with --yes" in capsys.readouterr().err
     assert Path(url).exists()
-    _writer(url).update({"step": 5})
-    with pytest.raises(UserError, match="is being trained by process"):
+    training = lease.held(url, False, print, lambda: None)
+    with training, pytest.raises(UserError, match="is training .*; stop it"):
         remove_run(str(tmp_path), "mine", yes=True)
-    _writer(url).write("stopped")
     assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
     assert not (tmp_path / "runs" / "mine").exists()
     assert not (tmp_path / "evaluations" / "mine").exists()

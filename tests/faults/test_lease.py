@@ -46,7 +46,7 @@ def test_a_command_that_wakes_up_late_changes_nothing(encoded: Path, tmp_path: P
     third.start()
     assert third.process.wait(timeout=120) == 2
     assert third.said(f"process {late.process.pid} on ")
-    assert third.said("wait for it with --wait")
+    assert third.said("diffit train --wait")
 
     stopped = _everything_of(late)
     for process in stopped:
