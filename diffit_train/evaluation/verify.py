@@ -19,10 +19,10 @@ from diffit_train.evaluation.features import FeaturesInfo
 from diffit_train.evaluation.first_use import UsedWeights
 from diffit_train.evaluation.reference_files import Downloaded
 from diffit_train.evaluation.references import KnownListing, read_reference
-from diffit_train.evaluation.result import Result
+from diffit_train.evaluation.result import GRID, RESULT, Result
 from diffit_train.evaluation.stored_arrays import DamagedArrays, read_arrays, read_images
 
-RESULT, GRID, SAMPLES = "result.json", "grid.png", "samples.npz"
+SAMPLES = "samples.npz"
 
 
 def verify_evaluation(url: str) -> dict[str, str]:
