@@ -89,9 +89,10 @@ def _latents(root: Path) -> str:
         keys = list(range(10 * number, 10 * number + 10))
         moments = random.normal(size=(10, 1, 4, 2, 2)).astype(np.float16)
         shards.append(write_shard(url, number, keys, moments, [k % 3 for k in keys]))
+    recipe = tiny_recipe(root)
     manifest = Manifest(
         schema_version=1,
-        recipe_hash="h",
+        recipe_hash=recipe.encode_hash(),
         autoencoder="a",
         autoencoder_sha256="s",
         scale=1.0,
@@ -109,7 +110,7 @@ def _latents(root: Path) -> str:
         mean=[0, 0],
         std=[1, 1],
     )
-    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(tiny_recipe(root)))
+    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
     storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json())
     return url
 

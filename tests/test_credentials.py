@@ -74,7 +74,7 @@ def test_a_sweep_has_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(CREDENTIALS, URI)
     sweep = plan_sweep(recipe, "one", [4], ["seed=1,2"], "s")
     assert "hunter2" not in sweep.sealed()
-    assert tracking_uri(sweep.loaded()) == URI
+    assert tracking_uri(sweep.loaded(recipe.storage.root)) == URI
 
 
 @pytest.mark.parametrize("key", ["storage.root", "data.source", "autoencoder.source"])

@@ -113,7 +113,9 @@ def _alternatives(words: list[str]) -> list[list[str]]:
 def _check_diffit(words: list[str]) -> None:
     group, given = typer.main.get_command(app), list(words)
     if not given or given[0].startswith("-"):
-        assert set(given) <= {"--help", "--version"}, f"options of diffit itself: {given}"
+        assert set(given) <= {"--help", "--version", "--install-completion"}, (
+            f"options of diffit itself: {given}"
+        )
         return
     name = ""
     while hasattr(group, "commands"):

@@ -229,6 +229,8 @@ autoencoder:
     block_out_channels:
     - 16
     - 32
+    - 32
+    - 32
     layers_per_block: 1
     norm_num_groups: 8
     seed: 0

@@ -10,6 +10,7 @@ highest, so that a holder that was stopped and continued changes nothing.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ FOLDER = "lease"
 BEAT_S = 10.0
 SILENT_S = 40.0
 POLL_S = 1.0
+_NAME = re.compile(r"\d{8}\.json")
 
 
 class Holder(storage.Record):
@@ -97,10 +99,12 @@ class Lease:
     Attributes:
         url: of the run.
         number: fencing number.
+        token: of the holder, as numbers begin again in a folder that was removed.
     """
 
     url: str
     number: int
+    token: str
 
     def require(self) -> None:
         """Check that it is still held.
@@ -109,7 +113,8 @@ class Lease:
             LostLeaseError: it is not.
         """
         newest = _newest(self.url)
-        if newest is not None and newest[0] != self.number:
+        mine = (self.number, self.token)
+        if newest is not None and (newest[0], newest[1].token) != mine:
             raise LostLeaseError(
                 f"{newest[1].name} has taken over {storage.display_path(self.url)}, as this "
                 f"command had been silent for {SILENT_S:.0f} s; nothing more is written"
@@ -120,10 +125,16 @@ def _file(url: str, number: int) -> str:
     return storage.join(url, FOLDER, f"{number:08d}.json")
 
 
+def _numbers(url: str) -> list[int]:
+    """The numbers in the folder, ascending."""
+    names = storage.list_names(storage.join(url, FOLDER))
+    return sorted(int(name[:8]) for name in names if _NAME.fullmatch(name))
+
+
 def _newest(url: str) -> tuple[int, Holder] | None:
     """The highest number, and who has it."""
-    while names := storage.list_names(storage.join(url, FOLDER)):
-        number = int(names[-1].removesuffix(".json"))
+    while numbers := _numbers(url):
+        number = numbers[-1]
         try:
             return number, Holder.model_validate_json(storage.read_bytes(_file(url, number)))
         except FileNotFoundError:  # removed by a newer holder meanwhile
@@ -192,10 +203,10 @@ def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Le
                 break
         else:
             time.sleep(POLL_S)
-    lease = Lease(url, number)
-    for name in storage.list_names(storage.join(url, FOLDER)):
-        if int(name.removesuffix(".json")) < number:
-            storage.remove(storage.join(url, FOLDER, name))
+    lease = Lease(url, number, me.token)
+    for former in _numbers(url):
+        if former < number:
+            storage.remove(_file(url, former))
     return lease
 
 
@@ -230,6 +241,9 @@ def _release(lease: Lease, me: Holder) -> None:
         lease.require()
         if _newest(lease.url) is None:
             return  # the run was removed
+        if storage.list_names(lease.url) == [FOLDER]:
+            storage.remove(lease.url)  # nothing came of it
+            return
         file = _file(lease.url, lease.number)
         storage.write_text(file, me.model_copy(update={"released": True}).model_dump_json())
     except (OSError, DiffitError):

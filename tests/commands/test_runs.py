@@ -45,7 +45,7 @@ def _run(root: Path, run: str, *steps: int) -> str:
 
 
 def _writer(url: str) -> LiveWriter:
-    writer = LiveWriter(url, 0, 12, print, Lease(url, 1))
+    writer = LiveWriter(url, 0, 12, print, Lease(url, 1, ""))
     writer.every_s = 0.0
     return writer
 
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     url = str(tmp_path / "file" / "run")
     said: list[str] = []
-    writer = LiveWriter(url, 0, 12, said.append, Lease(url, 1))
+    writer = LiveWriter(url, 0, 12, said.append, Lease(url, 1, ""))
     writer.every_s = 0.0
     for step in range(3):
         writer.update({"step": step})

@@ -394,6 +394,7 @@ def test_bad_shards_are_found_and_repaired(encoded: Path, tmp_path: Path) -> Non
     assert not (Path(url) / "parts").exists()
 
 
+@pytest.mark.slow
 def test_latents_of_an_earlier_version_keep_their_order(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def test_of_many_writers_one_creates_a_file(server: S3Server) -> None:
 
 def test_a_run_is_held(server: S3Server) -> None:
     url = storage.join(ROOT, "runs", "held")
+    storage.write_text(storage.join(url, "run.json"), "")
     for number in (1, 2):
         with held(url, False, print, lambda: None) as lease:
             assert lease.number == number
@@ -188,6 +189,7 @@ def test_sources_are_read_from_s3(
     assert [reader.read(item.location) for item in found.items] == list(files.values())
 
 
+@pytest.mark.slow
 def test_a_temporary_outage_is_waited_out(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,7 @@ def test_a_sweep_as_one_job_is_sent_to_a_checked_cluster_only(
 
     monkeypatch.setattr(command, "on_checked_cluster", check)
     monkeypatch.setattr(command, "submit", lambda job, *_, **__: sent.append(job))
-    monkeypatch.setattr(command.stage, "results", lambda plan: [None, None])
+    monkeypatch.setattr(command.stage, "results", lambda plan, root: [None, None])
     plan = plan_sweep(recipe, "tiny", [4], texts, "swept")
     options = command.FleetOptions("http://head:8265", pool=True)
     if ready:

@@ -220,7 +220,8 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
     write_reference(str(reference), "i", Reference(pool, None, dice.normal(size=(9, 5)), 24))
     remember_listing(recipe, list_images(recipe))
     sweep = plan_sweep(recipe, "one", [40], ["seed=1,2"], "s")
-    open_sweep(sweep)
+    open_sweep(sweep, str(root))
+    swept = sweep.url(str(root))
     load_decoder(recipe, CPU)
 
     def listing() -> Any:
@@ -246,7 +247,7 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
         "reference": Kind(reference, lambda: read_reference(str(reference), "i")),
         "listing": Kind(next((root / "references" / "listings").iterdir()), listing),
         "weights record": Kind(next((root / "references" / "weights").iterdir()), decoder),
-        "sweep": Kind(Path(sweep.url()) / "sweep.json", lambda: read_sweep(sweep.url())),
+        "sweep": Kind(Path(swept) / "sweep.json", lambda: read_sweep(swept)),
         "autoencoder weights": Kind(next(vae.glob("*.safetensors")), decoder),
         "autoencoder config": Kind(vae / "config.json", decoder),
         "feature network": Kind(network / "model.safetensors", features),

@@ -120,7 +120,7 @@ def test_a_pickle_is_read_only_if_allowed(tmp_path: Path, zipped: bool) -> None:
     # The same when determining its recipe, which no pickle contains.
     with pytest.raises(UserError, match=r"is a pickle.*--allow-pickle"):
         recipe_of_weights(path, None, (), None)
-    with pytest.raises(UserError, match="does not name its model; give its recipe"):
+    with pytest.raises(UserError, match="does not name its model; name its recipe"):
         recipe_of_weights(path, None, (), None, allow_pickle=True)
 
 
@@ -221,6 +221,6 @@ def test_a_release_is_recognized_by_its_position_bias(tmp_path: Path) -> None:
     assert recipe_of_file(str(file)) is None
     save_file({"x": torch.zeros(1)}, str(file), metadata={"recipe": "name: x"})
     assert recipe_of_file(str(file)) == ("name: x", f"in {file}")
-    with pytest.raises(UserError, match="does not name its model; give its recipe"):
+    with pytest.raises(UserError, match="does not name its model; name its recipe"):
         save_file({"x": torch.zeros(1)}, str(file))
         recipe_of_weights(str(file), None, (), None)

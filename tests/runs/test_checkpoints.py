@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffit_train import storage
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs import blocks
 from diffit_train.runs.checkpoints import (
     STATES,
@@ -114,9 +114,11 @@ def test_a_part_is_read_and_verified_by_blocks(saved: str, read: dict[str, int])
 def test_schema_1_is_read(tmp_path: Path, read: dict[str, int]) -> None:
     _schema_1(tmp_path)
     run = str(tmp_path)
-    for kind, values in _values().items():
+    for kind in ("master", "ema"):
         weights = read_weights(run, 3, "raw" if kind == "master" else kind)
-        assert all(torch.equal(weights[name], value) for name, value in values.items())
+        assert all(torch.equal(weights[name], value) for name, value in _values()[kind].items())
+    with pytest.raises(UserError, match="has no weights 'exp_avg', only raw, ema"):
+        read_weights(run, 3, "exp_avg")
     assert damage(run, 3) is None
     part = read_slices(run, 3, [Slice("b", 140, 20)], KINDS)
     assert all(torch.equal(part[kind][0], _values()[kind]["b"][140:160]) for kind in KINDS)

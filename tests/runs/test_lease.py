@@ -66,6 +66,7 @@ def _hold(url: str, wait: bool = False, said: list[str] | None = None) -> Lease:
 
 def test_one_after_another(tmp_path: Path) -> None:
     url, said = str(tmp_path / "run"), list[str]()
+    storage.write_text(f"{url}/run.json", "")
     assert [_hold(url, said=said).number for _ in range(3)] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "run" / "lease").iterdir()] == ["00000003.json"]
     assert not said
@@ -82,6 +83,7 @@ def test_of_many_writers_one_creates_a_file(tmp_path: Path) -> None:
 
 def test_a_living_holder_is_named_or_waited_for(tmp_path: Path) -> None:
     url, said = str(tmp_path), list[str]()
+    storage.write_text(f"{url}/run.json", "")
     with _holder(url) as process:
         assert process.stdin is not None
         with pytest.raises(UserError, match=rf"process {process.pid} on .* is training .* --wait"):
@@ -102,7 +104,19 @@ def test_a_killed_holder_is_followed_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - started_s < 2.0
 
 
+def test_a_folder_of_which_nothing_came_is_removed(tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    with held(url, False, print, lambda: None) as former:
+        pass
+    assert not Path(url).exists()
+    with held(url, False, print, lambda: None) as mine:
+        assert mine.number == former.number
+        with pytest.raises(LostLeaseError):
+            former.require()
+
+
 def test_a_stopped_holder_is_followed_and_then_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("")
     with _holder(str(tmp_path)) as process:
         process.send_signal(signal.SIGSTOP)
         assert _hold(str(tmp_path)).number == 2

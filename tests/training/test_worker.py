@@ -56,7 +56,7 @@ def test_gauges_show_the_age_of_the_checkpoint_and_phases_by_rank(
     monkeypatch.setattr(ray.util.metrics, "Gauge", RecordedGauge)
     monkeypatch.setattr(worker, "POLL_S", 0.02)
     status: Any = TrainingStatus.remote()  # type: ignore[attr-defined]
-    hooks = RayHooks(status, 0, 2, "mine", Lease("unused", 1))
+    hooks = RayHooks(status, 0, 2, "mine", Lease("unused", 1, ""))
     hooks.report({"step": 8, "loss": 0.5})
     ages = _wait_for(lambda: shown.get(("diffit_train_checkpoint_age_s", "mine"), []))
     grown = _wait_for(lambda: [age for age in ages if age >= 0.5])[0]
@@ -68,7 +68,9 @@ def test_gauges_show_the_age_of_the_checkpoint_and_phases_by_rank(
     _wait_for(hooks.stop_wanted)
     seen = len(ages)
     _wait_for(lambda: ages[seen:])
-    RayHooks(status, 1, 2, "mine", Lease("unused", 1)).report_phases({"data": 0.25, "forward": 0.5})
+    RayHooks(status, 1, 2, "mine", Lease("unused", 1, "")).report_phases(
+        {"data": 0.25, "forward": 0.5}
+    )
     assert shown["diffit_train_loss", "mine"] == [0.5]
     assert shown["diffit_train_rank_phase_s", "mine", "1", "forward"] == [0.5]
     ray.kill(status)
@@ -80,8 +82,8 @@ def test_workers_answer_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "RESIZE_WAIT_S", 0.3)
     status: Any = TrainingStatus.remote()  # type: ignore[attr-defined]
     hooks, other = (
-        RayHooks(status, 0, 2, "mine", Lease("unused", 1)),
-        RayHooks(status, 1, 2, "mine", Lease("unused", 1)),
+        RayHooks(status, 0, 2, "mine", Lease("unused", 1, "")),
+        RayHooks(status, 1, 2, "mine", Lease("unused", 1, "")),
     )
     assert not hooks.resize_wanted()
     for saved in (True, False):
