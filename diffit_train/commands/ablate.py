@@ -159,6 +159,10 @@ def _is_done(job: Job) -> bool:
 
 def _distance(recipe: Recipe, run: str, address: str | None) -> float:
     """The Frechet distance of a run, after every stage that is not finished."""
+    step = finished_step(recipe, run)
+    done = None if step is None else finished_result(recipe, run, step)
+    if done is not None:
+        return done.metrics[_metric(recipe)]
     if recipe.evaluate.features.kind == "classifier":
         fit_features(recipe)
     (evaluated,) = run_pipeline(recipe, run, [], address)["evaluate"]
@@ -184,9 +188,9 @@ def _summary(row: Row, values: list[float]) -> dict[str, Any]:
 def paper_order(ablation: Ablation, found: dict[str, list[float]]) -> str:
     """Whether the paper's order of the rows shows in the distances, for each seed's.
 
-    Neighbors in the paper's order are compared with the standard deviation of their difference:
-    the order is seen if all of them differ by more and in the paper's direction, and not seen if
-    one differs by more in the other direction.
+    Every pair is compared with the standard deviation of its difference: the order is seen if all
+    pairs differ by more and in the paper's direction, and not seen if one differs by more in the
+    other direction.
     """
     order = ablation.order()
     if len(order) < 2:
@@ -194,7 +198,7 @@ def paper_order(ablation: Ablation, found: dict[str, list[float]]) -> str:
     if min(len(found[name]) for name in order) < 2:
         return "not decided: one seed has no spread"
     verdicts = []
-    for better, worse in itertools.pairwise(order):
+    for better, worse in itertools.combinations(order, 2):
         difference = statistics.fmean(found[worse]) - statistics.fmean(found[better])
         spread = math.hypot(statistics.stdev(found[worse]), statistics.stdev(found[better]))
         verdicts.append(0 if abs(difference) <= spread else math.copysign(1, difference))

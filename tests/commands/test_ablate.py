@@ -83,6 +83,8 @@ def test_dimensions_of_table_3() -> None:
         ([4.0, 4.1], [3.0, 3.1], [2.0, 2.1], SEEN),
         ([3.0, 3.1], [4.0, 4.1], [2.0, 2.1], NOT_SEEN),
         ([4.0, 4.1], [3.0, 3.9], [3.3, 3.4], WITHIN),
+        # Neighbors are within the spread, the ends are the other way round.
+        ([3.0, 3.1], [3.4, 3.9], [3.9, 4.0], NOT_SEEN),
         ([4.0], [3.0], [2.0], "not decided: one seed has no spread"),
     ],
 )
