@@ -182,26 +182,38 @@ def record(
     )
 
 
+def attended_window(maps: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns outside of which no map (steps, side, side) has any weight."""
+    rows, columns = np.nonzero(maps.sum(0))
+    return slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+
+
 def draw_trajectories(rows: list[Trajectory], url: str) -> None:
-    """Write a PNG: the image of each row with its token marked, then the maps."""
+    """Write a PNG: the image of each row with token and window marked, then the window's maps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     columns = 1 + max(len(row.maps) for row in rows)
-    figure = Figure(figsize=(1.3 * columns, 1.6 * len(rows) + 0.3), layout="constrained")
+    figure = Figure(figsize=(1.3 * columns, 1.75 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for cells, row in zip(axes, rows, strict=True):
         for cell in cells:
             cell.set_axis_off()
-        side, pixels = row.maps.shape[-1], row.image.shape[0]
-        scale = pixels / side
+        scale = row.image.shape[0] / row.maps.shape[-1]
+        window = attended_window(row.maps)
+        top, left = (part.start for part in window)
+        height, width = (part.stop - part.start for part in window)
         cells[0].imshow(row.image, interpolation="nearest")
-        place = [(v + 0.5) * scale - 0.5 for v in row.token]
-        cells[0].plot(place[1], place[0], "s", markerfacecolor="none", color="red", markersize=6)
-        cells[0].set_title(row.title, fontsize=8)
+        for y, x, h, w in ((top, left, height, width), (*row.token, 1, 1)):
+            corner = (x * scale - 0.5, y * scale - 0.5)
+            frame = Rectangle(corner, w * scale, h * scale, fill=False, edgecolor="red")
+            cells[0].add_patch(frame)
+        cells[0].set_title(row.title.replace(", ", "\n"), fontsize=8)
+        token = (row.token[1] - left - 0.5, row.token[0] - top - 0.5)
         for cell, values, level in zip(cells[1:], row.maps, row.levels, strict=False):
-            cell.imshow(values, cmap="viridis", vmin=0.0, interpolation="nearest")
-            cell.plot(row.token[1], row.token[0], "s", markerfacecolor="none", color="red")
+            cell.imshow(values[window], cmap="viridis", vmin=0.0, interpolation="nearest")
+            cell.add_patch(Rectangle(token, 1, 1, fill=False, edgecolor="red", linewidth=2))
             cell.set_title(f"level {level:.2f}", fontsize=8)
     with storage.atomic_file(url) as path, path.open("wb") as file:
         FigureCanvasAgg(figure).print_figure(file, format="png", dpi=120)

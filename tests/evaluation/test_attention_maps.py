@@ -15,6 +15,7 @@ from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.errors import UserError
 from diffit_train.evaluation.attention_maps import (
+    attended_window,
     attention_of,
     draw_trajectories,
     record,
@@ -115,3 +116,11 @@ def test_blocks_and_tokens_that_do_not_exist_are_refused(generator: Generator) -
     for text in ("3", "a,b", "-1,2", ""):
         with pytest.raises(UserError, match="must be ROW,COL"):
             parse_token(text)
+
+
+def test_a_picture_shows_the_window_only() -> None:
+    maps = np.zeros((2, 8, 8))
+    maps[0, 4:8, 0] = 0.25
+    maps[1, 7, 0:4] = 0.25
+    assert attended_window(maps) == (slice(4, 8), slice(0, 4))
+    assert attended_window(np.full((1, 4, 4), 1 / 16)) == (slice(0, 4), slice(0, 4))
