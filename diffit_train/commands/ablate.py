@@ -37,7 +37,7 @@ from diffit_train.config.ablations import (
     row_recipe,
 )
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.result import finished_result
+from diffit_train.evaluation.result import Result, finished_result
 from diffit_train.metric_names import distance_name
 from diffit_train.progress import StatesTable, print_rows, say
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
@@ -153,14 +153,18 @@ def run_as_jobs(members: list[tuple[Recipe, str]], parallel: bool, fleet: FleetO
 
 def _is_done(job: Job) -> bool:
     """Whether a run is trained to its last step and evaluated."""
-    step = finished_step(job.recipe, job.run)
-    return step is not None and finished_result(job.recipe, job.run, step) is not None
+    return _finished(job.recipe, job.run) is not None
+
+
+def _finished(recipe: Recipe, run: str) -> Result | None:
+    """The evaluation of a run that is trained to its last step."""
+    step = finished_step(recipe, run)
+    return None if step is None else finished_result(recipe, run, step)
 
 
 def _distance(recipe: Recipe, run: str, address: str | None) -> float:
     """The Frechet distance of a run, after every stage that is not finished."""
-    step = finished_step(recipe, run)
-    done = None if step is None else finished_result(recipe, run, step)
+    done = _finished(recipe, run)
     if done is not None:
         return done.metrics[_metric(recipe)]
     if recipe.evaluate.features.kind == "classifier":

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
+from diffit_train.commands.of_run import recipe_and_run
 from diffit_train.commands.options import Json, ProjectRoot, output, print_result
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
@@ -42,7 +43,7 @@ def draw_attention(
     from diffit_train.tracking import Tracker, unreachable_errors
 
     def drawn(name: str, text: str) -> tuple[Recipe, int, Trajectory]:
-        recipe = _recipe_of(root, name)
+        recipe, _ = recipe_and_run("sample", None, None, root, name)
         number = find_checkpoint(recipe, name, text)[1]
         (chosen,) = choose_classes(class_names(recipe), [label])
         weights = run_weights(recipe, run_url(recipe, name), number)
@@ -67,15 +68,6 @@ def draw_attention(
             {"title": row.title, "levels": row.levels, "maps": row.maps.tolist()} for row in rows
         ],
     }
-
-
-def _recipe_of(root: str, run: str) -> Recipe:
-    from diffit_train.runs.identity import read_identity, stored_recipe
-
-    url = storage.join(storage.absolute(root), "runs", run)
-    if read_identity(url) is None:
-        raise UserError(f"run {run!r} does not exist in {url}; check RUN and --root")
-    return stored_recipe(url)
 
 
 def parse_token(text: str) -> tuple[int, int]:

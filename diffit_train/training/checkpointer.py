@@ -54,6 +54,7 @@ class _Saving:
     state: State
     kinds: tuple[StateName, ...]
     pieces: dict[str, Piece]
+    before_parts: Callable[[], None]
     before_commit: Callable[[], None]
     after_commit: Callable[[], None]
 
@@ -83,6 +84,7 @@ class CheckpointWriter:
         run_url: str,
         state: State,
         kinds: Sequence[StateName] | None = None,
+        before_parts: Callable[[], None] = _nothing,
         before_commit: Callable[[], None] = _nothing,
         after_commit: Callable[[], None] = _nothing,
     ) -> None:
@@ -90,8 +92,9 @@ class CheckpointWriter:
 
         Args:
             kinds: state names to write; None for everything.
+            before_parts: called by rank 0's thread before any rank's part gets its name.
             before_commit, after_commit: called by rank 0's thread around the commit; the second
-                must not raise. After a LostLeaseError of the first, no checkpoint is tried again.
+                must not raise. After a LostLeaseError of the others, no checkpoint is tried again.
 
         Raises:
             UnrecoverableError: too many consecutive checkpoints failed.
@@ -104,7 +107,7 @@ class CheckpointWriter:
         owned = self.engine.owned()
         url, name = checkpoint_url(run_url, state.step), piece_file(self.rank, self.world)
         pieces = place_pieces(owned, name)
-        saving = _Saving(url, state, kinds, pieces, before_commit, after_commit)
+        saving = _Saving(url, state, kinds, pieces, before_parts, before_commit, after_commit)
         stack, error = contextlib.ExitStack(), None
         paths: dict[str, Path] = {}
         try:
@@ -154,8 +157,11 @@ class CheckpointWriter:
     ) -> None:
         """Hash, upload, agree, commit; runs in a thread on every rank."""
         mine: Part | str
+        refused, final = self._refused(saving)
         try:
             with stack:
+                if refused is not None:
+                    raise DiffitError(refused)
                 if error is not None:
                     raise error
                 files = {file: hash_blocks(path) for file, path in paths.items()}
@@ -164,7 +170,9 @@ class CheckpointWriter:
             mine = f"rank {self.rank}: {problem}"
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, mine, group=self.group)
-        failed, final = [part for part in everyone if isinstance(part, str)], False
+        failed = [part for part in everyone if isinstance(part, str)]
+        if refused is not None:  # the same on every rank
+            failed = failed[:1]
         if not failed and self.rank == 0:
             try:
                 saving.before_commit()
@@ -184,6 +192,17 @@ class CheckpointWriter:
         self.failures += [text] * (FAILED_SAVES if verdict[1] else 1)
         if self.rank == 0:
             self.say(f"Save failed: {text}")
+
+    def _refused(self, saving: _Saving) -> tuple[str | None, bool]:
+        """Why rank 0 may not write the checkpoint, None if it may; and whether for good."""
+        answer: list[Any] = [None, False]
+        if self.rank == 0:
+            try:
+                saving.before_parts()
+            except Exception as problem:
+                answer = [str(problem), isinstance(problem, LostLeaseError)]
+        dist.broadcast_object_list(answer, src=0, group=self.group)
+        return answer[0], answer[1]
 
 
 def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:

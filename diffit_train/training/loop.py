@@ -304,7 +304,6 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the log, then the checkpoint that covers it, then apply retention."""
-        require_lease(self.control)  # a part must not replace that of a newer checkpoint
         train, log, started_s = self.recipe.train, self.recorder.log, time.monotonic()
         step, records = self.step, len(self.recorder.log.records)
 
@@ -325,7 +324,13 @@ class Trainer:
 
         self.control.save_due = False
         self.control.saved()
-        self.writer.save(self.url, self._state(), before_commit=write_log, after_commit=retain)
+        self.writer.save(
+            self.url,
+            self._state(),
+            before_parts=self.hooks.require_lease,
+            before_commit=write_log,
+            after_commit=retain,
+        )
         # Waiting for a checkpoint does not count toward step time.
         self.recorder.speed.pause(time.monotonic() - started_s)
 

@@ -59,6 +59,7 @@ class Hooks:
     ) -> None:
         self.stop_after, self.preempt, self.resize_after = stop_after, preempt, resize_after
         self.lost_after = lost_after
+        self.outage, self.failed = False, 0
         self.asked, self.awaited = 0, 0
         self.lines: list[str] = []
         self.committed: list[int] = []
@@ -85,6 +86,9 @@ class Hooks:
         self.awaited += 1
 
     def require_lease(self) -> None:
+        if self.outage and self.asked == 8:
+            self.failed += 1
+            raise OSError("storage is unreachable")
         if self.lost_after is not None and self.asked > self.lost_after:
             raise LostLeaseError("another command has taken over")
 
@@ -155,6 +159,16 @@ def _log(run: Path) -> list[dict[str, Any]]:
 def _curve(run: Path) -> list[tuple[float, ...]]:
     names = ("step", "loss", "grad_norm", "lr")
     return [tuple(record[name] for name in names) for record in _log(run)]
+
+
+def _meets_an_outage(rank: int, world: int, recipe: Recipe, run: str, run_id: str) -> None:
+    hooks = Hooks(None, False, None)
+    hooks.outage = True
+    assert loop.train_until_done(recipe, run, run_id, CPU, hooks) == 24
+    if rank == 0:
+        assert hooks.failed == 1
+        assert any("could not be written: rank 0: storage is" in line for line in hooks.lines)
+    dist.barrier()
 
 
 def _loses_its_lease(
@@ -309,6 +323,17 @@ def test_a_run_without_rollbacks_left_stops(encoded: Path) -> None:
     run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "hopeless", {}, {})
     on_ranks(2, _gives_up, recipe, "hopeless", run_id)
     assert committed_steps(str(encoded / "runs" / "hopeless")) == [0]
+
+
+def test_training_goes_on_while_its_lease_cannot_be_read(encoded: Path) -> None:
+    recipe = tiny_recipe(encoded, *STEPS)
+    identity = create_identity(recipe, "outage")
+    run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "outage", {}, {})
+    on_ranks(2, _meets_an_outage, recipe, "outage", run_id)
+    run = encoded / "runs" / "outage"
+    assert committed_steps(str(run)) == [0, 16, 24]
+    parts = list((run / "checkpoints" / "step-0000000008").rglob("*"))
+    assert not [path for path in parts if path.is_file()]
 
 
 def test_without_its_lease_a_run_writes_nothing(encoded: Path) -> None:
