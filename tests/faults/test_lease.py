@@ -41,16 +41,17 @@ def test_a_command_that_wakes_up_late_changes_nothing(encoded: Path, tmp_path: P
     run = tmp_path / "runs" / "killed"
     late, second, third = (Driver(recipe, "killed") for _ in range(3))
     late.start()
-    late.wait(lambda: run.exists() and committed_steps(str(run))[-1:] >= [100])
-
+    late.wait(lambda: (run / "lease").exists())
     third.start()
     assert third.process.wait(timeout=120) == 2
     assert third.said(f"process {late.process.pid} on ")
     assert third.said("diffit train --wait")
 
+    late.wait(lambda: committed_steps(str(run))[-1:] >= [100])
     stopped = _everything_of(late)
     for process in stopped:
         process.suspend()
+    assert committed_steps(str(run))[-1] < 1500, "the run ended before it could be stopped"
     try:
         second.start()
         assert second.process.wait(timeout=600) == 0, [line.text for line in second.lines[-9:]]
