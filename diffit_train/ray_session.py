@@ -189,6 +189,13 @@ def gpus_of_this_node() -> float | None:
     return float(node["Resources"].get("GPU", 0))
 
 
+def has_state_api() -> bool:
+    """Whether the connected cluster tells the state of its actors: a private one does not."""
+    import ray
+
+    return bool(ray._private.worker.get_dashboard_url())
+
+
 def task_attempt() -> int:
     """How often the current task was started before and its process died; 0 outside of a task."""
     import ray

@@ -70,6 +70,7 @@ HOMES = {
         "data/encode.py",
         "training/driver.py",
         "training/supervisor.py",
+        "training/status.py",
         "training/watchdog.py",
         "training/worker.py",
         "evaluation/pool.py",

@@ -13,7 +13,8 @@ import ray.util.metrics
 
 from diffit_train.runs.lease import Lease
 from diffit_train.training import worker
-from diffit_train.training.worker import RayHooks, TrainingStatus, choose_interface
+from diffit_train.training.status import TrainingStatus
+from diffit_train.training.worker import RayHooks, choose_interface
 
 
 def _chosen(named: str) -> tuple[str, str]:
