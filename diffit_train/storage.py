@@ -3,8 +3,8 @@
 A file appears under its final name only when it is complete: locally through a temporary file,
 fsync and rename; on an object store through one upload, which is atomic there.
 
-Transient remote errors (a lost connection, a server that is busy or restarting) are retried with
-exponential backoff for DIFFIT_STORAGE_RETRY_S seconds, by default 120.
+Transient remote errors (a lost connection, a server that is busy, restarting or silent) are retried
+as `waiting` says, and only there: retries of s3fs and botocore are switched off.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from diffit_train import waiting
 from diffit_train.errors import DiffitError, UserError
 
 TEMPORARY_MARK = ".tmp-"
@@ -36,8 +37,6 @@ ROOT_PREFIX = "root:"
 CHECKSUM = "checksum"
 T = TypeVar("T")
 GIB = 2**30
-# Requests to S3 that a process has under way; botocore's default is 10.
-CONNECTIONS = 32
 
 # File system errors that a retry would not fix.
 _PERMANENT = (
@@ -152,13 +151,26 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             raise ValueError("`::` would be a chain of file systems")
         # Never cache listings: other processes write the files this one looks for.
         options: dict[str, Any] = {"use_listings_cache": False}
-        if url.startswith("s3://"):
-            options["config_kwargs"] = {"max_pool_connections": CONNECTIONS}
-        return fsspec.core.url_to_fs(url, **options)
+        if not url.startswith("s3://"):
+            return fsspec.core.url_to_fs(url, **options)
+        from diffit_train import s3_client
+
+        options["config_kwargs"] = s3_client.client_config()
+        fs, path = fsspec.core.url_to_fs(url, **options)
+        fs.retries = 1  # requests of s3fs, within each of our attempts
+        return fs, path
     except (ValueError, ImportError) as error:
         raise UserError(
             f"cannot open {url!r}: {error}; use a local path or s3://bucket/prefix"
         ) from error
+
+
+def _place(url: str) -> str:
+    """The bucket of a URL, and the server that has it, if it is not AWS."""
+    scheme, _, rest = url.partition("://")
+    bucket = redact(f"{scheme}://{rest.partition('/')[0]}")
+    server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return f"{bucket} at {redact(server)}" if server and scheme == "s3" else bucket
 
 
 def is_transient(error: BaseException) -> bool:
@@ -183,17 +195,8 @@ def retried(url: str, call: Callable[[], T]) -> T:
     """
     if is_local(url):
         return call()
-    import tenacity
-
-    seconds = float(os.environ.get("DIFFIT_STORAGE_RETRY_S", "120"))
-    attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=10.0),
-        stop=tenacity.stop_after_delay(seconds),
-        reraise=True,
-    )
     try:
-        return attempts(call)
+        return waiting.retried(_place(url), call, is_transient)
     except Exception as error:
         raise _explained(url, error) from error
 
@@ -333,6 +336,10 @@ def open_file(url: str, read_ahead: bool = True) -> Iterator[IO[bytes]]:
     fs, path = filesystem(url)
     options = {} if read_ahead or is_local(url) else {"cache_type": "none"}
     with retried(url, lambda: fs.open(path, "rb", **options)) as file:
+        cache = getattr(file, "cache", None)  # of remote files, and what makes their requests
+        if cache is not None:
+            fetch = cache.fetcher
+            cache.fetcher = lambda *span: retried(url, lambda: fetch(*span))
         yield file
 
 
@@ -414,16 +421,20 @@ def create(url: str, data: bytes) -> bool:
         finally:
             temporary.unlink()
         return True
-    try:
-        fs.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
-    except OSError as error:
-        # What a lost answer to our own write looks like is found out by reading.
-        if fs.exists(path):
+
+    def attempt() -> bool:
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            # It may be ours all the same, if the answer to an earlier attempt was lost.
+            if is_transient(error) or not (isinstance(error, FileExistsError) or fs.exists(path)):
+                raise
+        try:
             return bool(fs.cat_file(path) == data)
-        raise error
-    return bool(fs.cat_file(path) == data)
+        except FileNotFoundError:  # another's, removed meanwhile
+            return False
+
+    return retried(url, attempt)
 
 
 def write_text(url: str, text: str) -> None:
