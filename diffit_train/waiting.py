@@ -57,7 +57,12 @@ def attempt_s() -> float:
     return limit_s() * ATTEMPT_SHARE
 
 
-def retried(what: str, call: Callable[[], T], may_pass: Callable[[BaseException], bool]) -> T:
+def retried(
+    what: str,
+    call: Callable[[], T],
+    may_pass: Callable[[BaseException], bool],
+    longest_pause_s: float = 10.0,
+) -> T:
     """The value of a call, which is made again while it fails for a reason that may pass.
 
     Args:
@@ -68,7 +73,7 @@ def retried(what: str, call: Callable[[], T], may_pass: Callable[[BaseException]
     import tenacity
 
     limit = limit_s()
-    pause = tenacity.wait_random_exponential(multiplier=0.5, max=10.0)
+    pause = tenacity.wait_random_exponential(multiplier=0.5, max=longest_pause_s)
 
     def within(state: RetryCallState) -> float:
         # Cut short, so that the last attempt begins at the limit rather than one pause before it.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 import time
 from pathlib import Path
 
 import pytest
 
+from diffit_train import waiting
 from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.storage import redact
 from diffit_train.tracking import MetricsOutbox, Tracker, tracking_uri
 from tests.conftest import tiny_recipe
+from tests.silent import silent_server
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +147,39 @@ def test_a_server_that_is_down_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
     assert "refused" in said
     assert len(said) < 200
     assert "\n" not in said
+
+
+def _first_use(folder: str, number: int) -> str:
+    """What a command does first with MLflow."""
+    tracker = Tracker(f"sqlite:///{folder}/mlflow.db")
+    run_id = tracker.training_run("shared", f"uuid-{number}", f"run-{number}", {"a": 1}, {})
+    tracker.log_metrics(run_id, {"train/loss": float(number)}, 1)
+    return run_id
+
+
+def test_four_commands_use_a_new_store_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffit_train.tracking", "mlflow"])
+    with context.Pool(4) as pool:
+        runs = pool.starmap(_first_use, [(str(tmp_path / "new"), n) for n in range(4)], 1)
+    tracker = Tracker(f"sqlite:///{tmp_path}/new/mlflow.db")
+    assert [tracker.history(run_id, "train/loss") for run_id in runs] == [
+        [(1, float(number))] for number in range(4)
+    ]
+    assert tracker.experiments() == ["shared"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mlflow.db"]
+
+
+def test_a_killed_creation_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db.tmp-123").write_bytes(b"half of a database")
+    (tmp_path / "mlflow.db.lock").touch()
+    assert Tracker(f"sqlite:///{tmp_path}/mlflow.db").experiments() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_a_silent_server_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(waiting.LIMIT, "4")
+    started_s = time.monotonic()
+    with silent_server() as url, pytest.raises(DiffitError, match="could not reach MLflow at"):
+        Tracker(url)
+    assert 4.0 <= time.monotonic() - started_s < 6.0
