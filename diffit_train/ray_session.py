@@ -69,24 +69,34 @@ def connected(address: str | None = None) -> Iterator[None]:
     except (ConnectionError, ValueError) as error:
         raise UserError(_unreachable(address, error)) from error
     if address == NEW_CLUSTER:
-        _close_session_folder()
+        folder = _session_folder()
+        if folder is not None:
+            # Ray makes it for everybody to write to: logs, sockets and packages included.
+            folder.chmod(0o700)
+            _expect_end(folder)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _close_session_folder() -> None:
-    """Keep other users of the machine out of the folder of a cluster that was started here.
-
-    Ray makes it for everybody to write to, logs, sockets and packages included. There is no public
-    option for it, nor a public name of the folder.
-    """
+def _session_folder() -> Path | None:
+    """The folder of a cluster that was started here; there is no public name of it."""
     import ray
 
     node = ray._private.worker._global_node
-    if node is not None:
-        Path(node.get_session_dir_path()).chmod(0o700)
+    return None if node is None else Path(node.get_session_dir_path())
+
+
+def _expect_end(folder: Path) -> None:
+    """Let the agents of a cluster that was started here end as soon as it does.
+
+    If the command is killed, its raylet and GCS end with it. The two agents would then try for 60 s
+    to tell the GCS that the raylet was lost, unless its log says that it was told to end
+    (`report_raylet_error_logs` in Ray's `process_watcher.py`). There is no option for it.
+    """
+    with (folder / "logs" / "raylet.out").open("a") as log:
+        log.write("Raylet received SIGTERM if its command is gone (written by diffit)\n")
 
 
 @contextmanager
