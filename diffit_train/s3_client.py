@@ -44,7 +44,7 @@ def impatient_socket(address: tuple[Any, ...]) -> socket.socket:
     return connection
 
 
-class UnexpectingSession(AIOHTTPSession):
+class UnexpectingSession(AIOHTTPSession):  # type: ignore[misc]
     """Sends the body of a request at once.
 
     botocore asks with `Expect: 100-continue` whether it may, and aiohttp waits for the answer

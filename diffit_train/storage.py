@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from diffit_train import waiting
+from diffit_train import disk_full, waiting
 from diffit_train.errors import DiffitError, UserError
 
 TEMPORARY_MARK = ".tmp-"
@@ -356,47 +355,64 @@ def read_json(url: str) -> Any:
 
 
 @contextmanager
-def atomic_file(url: str) -> Iterator[Path]:
+def atomic_file(url: str, needed: int | None = None) -> Iterator[Path]:
     """A local path to write to; becomes `url` on a clean exit, and is removed on an error.
+
+    Args:
+        needed: size of the file in bytes, if that is known before, for the message of a full disk.
 
     Raises:
         UserError: the path cannot be written.
+        DiskFullError: its disk, or that of the temporary folder for a remote one, is full.
     """
     if is_local(url):
         final = local_path(url).absolute()
+        with disk_full.told(final, needed):
+            temporary = _temporary(final)
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(
-                prefix=f"{final.name}{TEMPORARY_MARK}", dir=final.parent
-            )
-        except OSError as error:
-            raise UserError(
-                f"cannot write {final}: {error.strerror}; choose another --root"
-            ) from error
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(final)
+            with disk_full.told(temporary, needed, str(final)):
+                yield temporary
+                with temporary.open("rb") as written:
+                    os.fsync(written.fileno())
+                temporary.chmod(0o644)
+                temporary.replace(final)
         finally:
             temporary.unlink(missing_ok=True)
         return
     fs, path = filesystem(url)
-    folder = Path(tempfile.mkdtemp(prefix="diffit-upload-"))
-    try:
+    with _temporary_folder("diffit-upload-") as folder:
         temporary = folder / path.rsplit("/", 1)[-1]
-        yield temporary
+        with disk_full.told(temporary, needed):
+            yield temporary
         retried(url, lambda: fs.put_file(str(temporary), path))
+
+
+def _temporary(final: Path) -> Path:
+    """A new, empty file beside a file."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{final.name}{TEMPORARY_MARK}", dir=final.parent)
+    except OSError as error:
+        if disk_full.is_full(error, final):
+            raise
+        raise UserError(f"cannot write {final}: {error.strerror}; choose another --root") from error
+    os.close(handle)
+    return Path(name)
+
+
+@contextmanager
+def _temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder on this machine for what is sent or received."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file at once."""
-    with atomic_file(url) as path:
+    with atomic_file(url, len(data)) as path:
         path.write_bytes(data)
 
 
@@ -411,15 +427,16 @@ def create(url: str, data: bytes) -> bool:
     fs, path = filesystem(url)
     if is_local(url):
         final = local_path(url).absolute()
-        final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{uuid.uuid4().hex}")
-        temporary.write_bytes(data)
         try:
+            with disk_full.told(temporary, len(data), str(final)):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(data)
             os.link(temporary, final)  # a name and its contents in one step
         except FileExistsError:
             return False
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         return True
 
     def attempt() -> bool:
@@ -454,13 +471,16 @@ def local_copy(url: str) -> Iterator[Path]:
         yield local_path(url)
         return
     fs, path = filesystem(url)
-    folder = Path(tempfile.mkdtemp(prefix="diffit-download-"))
-    try:
+    with _temporary_folder("diffit-download-") as folder:
         target = folder / path.rsplit("/", 1)[-1]
-        retried(url, lambda: fs.get_file(path, str(target)))
+        _download(fs, url, path, target)
         yield target
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(fs: fsspec.AbstractFileSystem, url: str, path: str, target: Path) -> None:
+    """Copy a remote file here."""
+    with disk_full.told(target):
+        retried(url, lambda: fs.get_file(path, str(target)))
 
 
 @contextmanager
@@ -469,15 +489,11 @@ def local_folder(url: str) -> Iterator[Path]:
     if is_local(url):
         yield local_path(url)
         return
-    folder = Path(tempfile.mkdtemp(prefix="diffit-download-"))
-    try:
+    with _temporary_folder("diffit-download-") as folder:
         fs, path = filesystem(url)
         for name in list_names(url):
-            source, target = join(path, name), str(folder / name)
-            retried(url, functools.partial(fs.get_file, source, target))
+            _download(fs, url, join(path, name), folder / name)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(url: str) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from diffit_train import storage, waiting
+from diffit_train import disk_full, storage, waiting
 from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import DiffitError, UserError
@@ -264,6 +264,8 @@ def _file_call(file: str, name: str, call: Callable[[], Any]) -> Any:
     try:
         return waiting.retried(file, call, lambda error: "database is locked" in str(error))
     except (MlflowException, SQLAlchemyError) as error:
+        if "disk is full" in str(error):
+            raise disk_full.growing(Path(file)) from error
         reason = first_line(error)
         if not any(sign in str(error) for sign in _DAMAGE):
             raise
@@ -294,11 +296,15 @@ def _create(database: Path) -> None:
                 return
             temporary = database.with_name(f"{mark}{os.getpid()}")
             try:
-                MlflowClient(tracking_uri=f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+                with disk_full.told(temporary, name=str(database)):
+                    client = MlflowClient(tracking_uri=f"{_SQLITE}{temporary}")
+                    client.search_experiments(max_results=1)
                 with contextlib.suppress(FileExistsError):  # by MLflow itself, without our lock
                     os.link(temporary, database)
             finally:
                 temporary.unlink(missing_ok=True)
+    except disk_full.DiskFullError:
+        raise
     except OSError as error:
         raise UserError(
             f"cannot create {database}: {error.strerror or error}; set tracking.uri, or choose "

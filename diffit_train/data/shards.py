@@ -212,7 +212,9 @@ def write_shard(
     from webdataset import TarWriter
 
     name = shard_name(number)
-    with storage.atomic_file(storage.join(url, name)) as path:
+    # Without the headers of the tar.
+    needed = sum(values.size * (1 if values.dtype == np.uint8 else 2) for values in moments)
+    with storage.atomic_file(storage.join(url, name), needed) as path:
         with (
             path.open("wb") as file,
             TarWriter(
