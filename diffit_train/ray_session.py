@@ -30,6 +30,8 @@ NODE_TIMEOUT_S = 120.0
 # Between looks at a cluster that is to grow, and at the raylet of this machine.
 GROWTH_POLL_S = 5.0
 RAYLET_POLL_S = 2.0
+# The preface of a client, and an empty frame of settings (RFC 9113, sections 3.4 and 6.5).
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 T = TypeVar("T")
 # Environment for processes that compute on a CPU: keep freed memory. By default glibc returns each
 # freed block above 32 MiB to the kernel, which zeroes it again page by page: a fifth of the time in
@@ -66,7 +68,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or NEW_CLUSTER
-    _require_listening(address)
+    _require_answer(address)
     what = "Ray on this machine" if address == NEW_CLUSTER else f"the Ray cluster at {address}"
     try:
         with _on_loopback() if address == NEW_CLUSTER else nullcontext(), waiting.announced(what):
@@ -187,14 +189,47 @@ def _on_loopback() -> Iterator[None]:
         setattr(ray_constants, switch, before)
 
 
-def _require_listening(address: str) -> None:
-    """Refuse an address where nothing listens: Ray itself would retry for many minutes."""
+def _require_answer(address: str) -> None:
+    """Refuse an address where nothing listens or answers: Ray itself would try for many minutes.
+
+    Raises:
+        UserError: nothing listens.
+        DiffitError: something accepts connections and does not answer.
+    """
     url = urlsplit(address if "://" in address else f"ray://{address}")
     try:
-        if url.port is not None:
-            socket.create_connection((url.hostname, url.port), CONNECT_TIMEOUT_S).close()
+        if url.port is None:
+            return
+        where = (url.hostname or "", url.port)
+        waiting.retried(
+            f"the Ray cluster at {address}",
+            lambda: _greet(where),
+            lambda error: isinstance(error, _NoGreetingError),
+        )
+    except _NoGreetingError as error:
+        raise DiffitError(
+            f"something at {address} accepts connections, but has not answered for "
+            f"{waiting.limit_s():g} s; restart that Ray cluster, or fix --address"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(_unreachable(address, error)) from error
+
+
+class _NoGreetingError(Exception):
+    """A server does not answer."""
+
+
+def _greet(where: tuple[str, int]) -> None:
+    """Begin to speak gRPC and wait for any answer: settings, an error, or the end."""
+    with socket.create_connection(where, CONNECT_TIMEOUT_S) as connection:
+        connection.settimeout(waiting.attempt_s())
+        connection.sendall(_HTTP2_GREETING)
+        try:
+            connection.recv(1)
+        except TimeoutError as error:
+            raise _NoGreetingError("no answer") from error
+        except ConnectionError:
+            return  # an answer, too; Ray says what is wrong
 
 
 def _unreachable(address: str, error: Exception) -> str:

@@ -14,12 +14,14 @@ from subprocess import PIPE
 import psutil
 import pytest
 
-from diffit_train import ray_session
+from diffit_train import ray_session, waiting
 from diffit_train.data import encode
 from diffit_train.data.sources import ImageList
+from diffit_train.errors import DiffitError
 from diffit_train.evaluation.pool import EvaluationPool
 from diffit_train.training import driver
 from tests.conftest import tiny_recipe
+from tests.silent import silent_server
 
 # In its own process, because the tests of a process share one Ray session.
 LISTENERS = """
@@ -55,7 +57,7 @@ GROWING = """
 import threading, time
 import ray
 from ray.cluster_utils import Cluster
-from diffit_train import ray_session
+from diffit_train import ray_session, waiting
 from diffit_train.errors import UserError
 
 ray_session.GROWTH_POLL_S = 0.2
@@ -149,6 +151,19 @@ def test_a_dead_raylet_is_one_line_and_status_1() -> None:
         said = [line for line in driver.stderr if not line.startswith("waiting for Ray")]
     assert len(said) == 1
     assert said[0].startswith("failed: Ray on this machine has died (raylet, process ")
+
+
+def test_a_silent_cluster_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(waiting.LIMIT, "2")
+    started_s = time.monotonic()
+    with silent_server() as url:
+        address = url.removeprefix("http://")
+        with (
+            pytest.raises(DiffitError, match="accepts connections, but has not answered for 2 s"),
+            ray_session.connected(address),
+        ):
+            raise AssertionError("not reached")
+    assert 2.0 <= time.monotonic() - started_s < 3.0
 
 
 class _Asked(Exception):
