@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from diffit_train import disk_full, waiting
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.redaction import redact as redact
 
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
@@ -77,12 +78,6 @@ class SealedRecord(Record):
 def is_local(url: str) -> bool:
     """Whether `url` is a file on this machine."""
     return "://" not in url or url.startswith("file://")
-
-
-def redact(text: str) -> str:
-    """The text without the credentials in any URI."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@", r"\1", text)
-    return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s]+", r"\1***", text)
 
 
 def missing_slash(url: str) -> str | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from diffit_train.errors import UserError
 from diffit_train.progress import say
+from diffit_train.redaction import redact
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -96,9 +97,9 @@ def retried(
 
 
 def first_line(error: BaseException | None) -> str:
-    """An error in one line."""
+    """An error in one line, without credentials."""
     text = (str(error) if error else "").strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return redact(text.splitlines()[0]) if text else type(error).__name__
 
 
 # ---- A word while waiting ----

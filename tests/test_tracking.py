@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -183,3 +186,52 @@ def test_a_silent_server_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatc
     with silent_server() as url, pytest.raises(DiffitError, match="could not reach MLflow at"):
         Tracker(url)
     assert 4.0 <= time.monotonic() - started_s < 6.0
+
+
+class _Busy(BaseHTTPRequestHandler):
+    """A server of MLflow that is busy at times: `busy` requests from now on, by their path."""
+
+    asked: ClassVar[list[str]] = []
+    busy: ClassVar[int] = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append(self.path.rpartition("2.0/")[2])
+        cls = type(self)
+        status = 503 if cls.busy else 200
+        cls.busy = max(0, cls.busy - 1)
+        self.send_response(status)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_POST
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_calls_of_a_busy_server_are_repeated_unless_they_would_make_a_second_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setenv(waiting.LIMIT, "20")
+    with HTTPServer(("127.0.0.1", 0), _Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            tracker = Tracker(f"http://127.0.0.1:{server.server_port}")
+            hasty = Tracker(tracker.uri, patient=False)
+            _Busy.asked, _Busy.busy = [], 2
+            tracker.log_metrics("run", {"train/loss": 1.0}, 1)
+            assert _Busy.asked == ["mlflow/runs/log-batch"] * 3
+            _Busy.asked, _Busy.busy = [], 1
+            with pytest.raises(MlflowException, match="503"):
+                hasty.log_metrics("run", {"train/loss": 1.0}, 1)
+            assert _Busy.asked == ["mlflow/runs/log-batch"]
+            _Busy.asked, _Busy.busy = [], 1
+            with pytest.raises(MlflowException, match="503"):
+                tracker.client.create_run("0")
+            assert _Busy.asked == ["mlflow/runs/create"]
+        finally:
+            server.shutdown()

@@ -196,7 +196,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _tar_bytes(moments: Sequence[np.ndarray]) -> int:
+def _tar_bytes(moments: np.ndarray) -> int:
     """Size of a shard: two members for each image, a header and whole blocks of 512 bytes each."""
 
     def blocks(size: int) -> int:
