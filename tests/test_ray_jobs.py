@@ -48,6 +48,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield head.address
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs_and_a_second_attempt(
     address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,6 +157,7 @@ def _kill_a_worker(process: subprocess.Popen[bytes]) -> None:
     os.kill(workers[0].pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_curve_is_unchanged_by_a_killed_worker_and_a_killed_command(
     encoded: Path, undisturbed: list[tuple[int, float]], tmp_path: Path
 ) -> None:
