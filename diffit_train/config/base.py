@@ -26,9 +26,9 @@ CREDENTIALS_IN_URL = (
 )
 
 
-def without_credentials(url: str) -> str:
+def without_credentials(url: str | None) -> str | None:
     """The URL of a source; a ValueError if it holds credentials."""
-    if storage.redact(url) != url:
+    if url is not None and storage.redact(url) != url:
         raise ValueError(CREDENTIALS_IN_URL)
     return url
 

@@ -50,7 +50,7 @@ from diffit_train.data.shards import (
     shard_name,
     write_shard,
 )
-from diffit_train.data.sources import ImageList, SourceKind
+from diffit_train.data.sources import ImageList, Source
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.native_stderr import without_lines
 from diffit_train.progress import Progress, say
@@ -182,7 +182,7 @@ def _encode_missing(
     )
     encoded = rows.map(
         _read_shard_images,
-        fn_args=(listing.url, listing.kind, data.resolution),
+        fn_args=(listing.source, data.resolution),
         num_cpus=reader_cpus,
     ).map(
         _Encoder,
@@ -231,21 +231,19 @@ def _reason(error: ray.exceptions.RayError) -> str:
     return (named or lines[-1:] or [type(error).__name__])[0]
 
 
-def _read_shard_images(
-    row: dict[str, Any], source: str, kind: SourceKind, resolution: int
-) -> dict[str, Any]:
+def _read_shard_images(row: dict[str, Any], source: Source, resolution: int) -> dict[str, Any]:
     """CPU task: read, decode and crop the images of one shard.
 
     Ray repeats a task whose process dies, without limit. From the second attempt on, images are
     decoded in a child process: one that kills its decoder is rejected.
     """
     spec, attempt = json.loads(row["spec"]), ray_session.task_attempt()
-    failure = _source_failure(source) or _repeated_failure(source, spec["number"], attempt)
+    failure = _source_failure(source.url) or _repeated_failure(source.url, spec["number"], attempt)
     items = [] if failure else spec_items(spec)
     images = Images([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
     isolated = IsolatedDecoder() if attempt else None
     try:
-        images = read_items(source, kind, items, resolution, decoder=isolated)
+        images = read_items(source, items, resolution, decoder=isolated)
     except DiffitError as error:
         failure = _failure(error)
     finally:

@@ -410,7 +410,7 @@ def test_latents_of_an_earlier_version_keep_their_order(
     assert stored.pop("order") == ""
     del stored["checksum"]
     plan.write_text(json.dumps(stored))
-    pixels = read_items(work.listing.url, "folder", work.listing.items[:5], 16).pixels
+    pixels = read_items(work.listing.source, work.listing.items[:5], 16).pixels
     moments = load_autoencoder(recipe, torch.device("cpu")).encode_moments(to_model_range(pixels))
     entry = write_shard(
         url, 0, range(5), moments[:, None], [i.label for i in work.listing.items[:5]]

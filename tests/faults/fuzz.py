@@ -298,7 +298,7 @@ class ArchiveCases:
 
 
 def _read(listing: ImageList) -> str:
-    found = read_items(listing.url, listing.kind, listing.items, 8)
+    found = read_items(listing.source, listing.items, 8)
     assert len(found.kept) + len(found.rejected) == len(listing)
     return "some rejected" if found.rejected else "all read"
 
