@@ -50,6 +50,8 @@ _PERMANENT = (
     FileExistsError,
 )
 _CLIENT_LIBRARIES = ("botocore.", "aiobotocore.", "aiohttp.", "urllib3.", "httpx.", "httpx2.")
+# A ConnectionError of huggingface_hub, which lasts.
+_OFFLINE = "OfflineModeIsEnabled"
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 
 
@@ -153,6 +155,8 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         if "::" in url:
             raise ValueError("`::` would be a chain of file systems")
         if url.startswith(HUB):
+            if not re.match("hf://datasets/[^/]+/[^/]+", url):
+                raise ValueError("the hub needs hf://datasets/OWNER/NAME/PATH")
             return _hub(), url.removeprefix(HUB)
         # Never cache listings: other processes write the files this one looks for.
         options: dict[str, Any] = {"use_listings_cache": False}
@@ -173,7 +177,7 @@ def _hub() -> fsspec.AbstractFileSystem:
 
 def is_transient(error: BaseException) -> bool:
     """Whether a failed remote call may succeed later."""
-    if isinstance(error, _PERMANENT):
+    if isinstance(error, _PERMANENT) or type(error).__name__ == _OFFLINE:
         return False
     response = getattr(error, "response", None)
     if type(error).__module__.startswith("huggingface_hub.") and response is not None:
@@ -217,6 +221,10 @@ def _explained(url: str, error: Exception) -> Exception:
         return UserError(
             f"no credentials for {url} ({error}); set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    if type(error).__name__ == _OFFLINE:
+        return UserError(
+            f"{url} cannot be read, since HF_HUB_OFFLINE is set; unset it, or download the data set"
         )
     if isinstance(error, PermissionError):
         return UserError(f"access to {url} is denied ({error}); check the credentials")

@@ -26,9 +26,9 @@ CREDENTIALS_IN_URL = (
 )
 
 
-def without_credentials(url: str | None) -> str | None:
+def without_credentials(url: str) -> str:
     """The URL of a source; a ValueError if it holds credentials."""
-    if url is not None and storage.redact(url) != url:
+    if storage.redact(url) != url:
         raise ValueError(CREDENTIALS_IN_URL)
     return url
 

@@ -67,7 +67,12 @@ class Data(Section):
         default=1024, description="consecutive samples of a lane that are shuffled together"
     )
 
-    _source = field_validator("source", "labels")(without_credentials)
+    _source = field_validator("source")(without_credentials)
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, url: str | None) -> str | None:
+        return None if url is None else without_credentials(url)
 
     def image_identity(self) -> dict[str, Any]:
         """The keys that determine the images and their labels.

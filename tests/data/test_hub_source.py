@@ -159,6 +159,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Hub]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     storage._hub.cache_clear()
     try:
         yield server
@@ -169,16 +172,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Hub]:
         server.server_close()
 
 
-SOURCES = ["images", "data/train-*.parquet", "digits.zip", "digits.tar"]
+SOURCES = ["/images", "/data/train-*.parquet", "/digits.zip", f"@{REVISION}/digits.tar"]
 
 
 @pytest.mark.parametrize("path", SOURCES)
-@pytest.mark.parametrize("revision", ["", f"@{REVISION}"])
-def test_images_are_those_of_the_folder(
-    revision: str, path: str, hub: _Hub, tmp_path: Path
-) -> None:
+def test_images_are_those_of_the_folder(path: str, hub: _Hub, tmp_path: Path) -> None:
     folder = list_images(tiny_recipe(tmp_path))
-    source = f"hf://datasets/{OWNER_NAME}{revision}/{path}"
+    source = f"hf://datasets/{OWNER_NAME}{path}"
     found = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
     assert (found.paths, found.labels) == (folder.paths, folder.labels)
     assert not any(item.problem for item in found.items)
@@ -186,7 +186,7 @@ def test_images_are_those_of_the_folder(
     mine, theirs = (ImageReader(x.source, x.items) for x in (found, folder))
     for item, original in zip(found.items, folder.items, strict=True):
         assert mine.read(item.location) == theirs.read(original.location)
-    if not path.startswith("data"):
+    if not path.endswith(".parquet"):
         # One request an image, which reads no more of an archive than the image, nearly.
         assert hub.asked["range"] + hub.asked["file"] == len(found)
         assert hub.asked["tree"] + hub.asked["repository"] + hub.asked["paths-info"] == 0
@@ -203,7 +203,8 @@ def test_images_are_those_of_the_folder(
         (f"hf://datasets/{OWNER_NAME}/nothing", "does not exist; set it to a folder or file of a"),
         ("hf://datasets/someone/else/images", "does not exist; .*gated one needs HF_TOKEN"),
         (f"hf://datasets/{OWNER_NAME}@v2/images", "does not exist"),
-        ("hf://datasets", "does not exist|not a data set"),
+        ("hf://datasets/someone", "needs hf://datasets/OWNER/NAME/PATH"),
+        ("hf://someone/model/images", "needs hf://datasets/OWNER/NAME/PATH"),
     ],
 )
 def test_what_the_hub_does_not_have_is_refused(
@@ -218,7 +219,7 @@ def test_a_busy_hub_is_asked_again(
 ) -> None:
     hub.failing = 2
     found = list_images(tiny_recipe(tmp_path, f"data.source=hf://datasets/{OWNER_NAME}/images"))
-    assert len(found) == 26
+    assert len(found) == 24
     monkeypatch.setenv("DIFFIT_STORAGE_RETRY_S", "0")
     storage._hub.cache_clear()
     hub.failing = 10**6
@@ -234,12 +235,23 @@ def test_the_endpoint_comes_from_the_environment(
         "from pathlib import Path\n"
         "from diffit_train.data.sources import list_images\n"
         "from tests.conftest import tiny_recipe\n"
+        "import os; os.environ['HF_HUB_OFFLINE'] = '0'\n"
         f"source = 'data.source=hf://datasets/{OWNER_NAME}/digits.zip'\n"
         f"print(len(list_images(tiny_recipe(Path({str(tmp_path)!r}), source))))"
     )
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     out = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
-    assert int(out.stdout) == 26
+    assert int(out.stdout) == 24
+
+
+def test_offline_is_said_at_once(
+    hub: _Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="since HF_HUB_OFFLINE is set"):
+        list_images(tiny_recipe(tmp_path, f"data.source=hf://datasets/{OWNER_NAME}/images"))
 
 
 def test_fsspec_knows_the_hub() -> None:

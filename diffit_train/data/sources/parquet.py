@@ -69,6 +69,8 @@ def _columns_to_list(url: str, schema: Any, columns: Columns, num_classes: int) 
 
 
 def _require_column(url: str, schema: Any, key: str, name: str) -> None:
+    if schema.names.count(name) > 1:
+        raise UserError(f"{url} has {schema.names.count(name)} columns {name!r}; keep one of them")
     if name not in schema.names:
         hint = "; for images of one class, to null" if key == "label" else ""
         raise UserError(

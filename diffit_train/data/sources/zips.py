@@ -38,6 +38,7 @@ _SIGNATURE = b"PK\x03\x04"
 _NAME_BYTES = 512
 # Flags: encrypted; sizes and CRC-32 stand behind the contents instead of in the header.
 _ENCRYPTED, _DESCRIPTOR = 1 << 0, 1 << 3
+_METHODS = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "lzma"}
 # Apple's archiver keeps resource forks there, under the names of the images.
 _RESOURCE_FORKS = "__MACOSX/"
 
@@ -112,7 +113,7 @@ def _require_readable(members: Iterable[zipfile.ZipInfo], url: str) -> None:
                 f"{url} is encrypted (such as {member.filename}); pack it again without a password"
             )
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            method = zipfile.compressor_names.get(member.compress_type, "an unknown method")
+            method = _METHODS.get(member.compress_type, f"method {member.compress_type}")
             raise UserError(
                 f"{url}: {member.filename} is compressed by {method}; pack it again, stored or "
                 "deflated"
