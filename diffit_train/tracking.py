@@ -12,6 +12,7 @@ import getpass
 import logging
 import os
 import queue
+import re
 import sqlite3
 import subprocess
 import tempfile
@@ -32,6 +33,7 @@ from diffit_train.storage import redact
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from PIL.Image import Image
 
 # Set on import, since DeepSpeed imports MLflow, too. No usage statistics leave the machine unless
 # the user turns them on.
@@ -360,6 +362,21 @@ class Tracker:
     def log_artifact(self, run_id: str, path: Path) -> None:
         """Store a local file with the run."""
         self.client.log_artifact(run_id, str(path))
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Store a text file with the run; replaces an earlier one."""
+        self.client.log_text(run_id, text, name)
+
+    def log_image(self, run_id: str, image: Image, key: str, step: int) -> None:
+        """Log an image at a step; MLflow shows those of one key as a series."""
+        self.client.log_image(run_id, image, key=key, step=step, synchronous=True)
+
+    def image_steps(self, run_id: str, key: str) -> set[int]:
+        """Steps at which images of a key were logged."""
+        # `log_image` names files KEY+step+STEP+timestamp+…, in earlier versions with % for +.
+        files = self.client.list_artifacts(run_id, "images")
+        found = (re.search(rf"/{re.escape(key)}[+%]step[+%](\d+)[+%]", f.path) for f in files)
+        return {int(match[1]) for match in found if match}
 
     def finish(
         self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
