@@ -127,7 +127,7 @@ def train_command(
     """Train on the latents, resuming from the newest checkpoint if there is one.
 
     Rerun the same command to resume a run, or with a larger train.steps to extend it. On SIGTERM,
-    the run saves a checkpoint and exits.
+    the run saves a checkpoint and exits. It begins by saying where MLflow shows the run's curves.
 
     Example: `diffit train demo --root my-project --run first train.lr=1e-3`
 

@@ -217,6 +217,7 @@ def _mlflow_run(
             raise kind(f"a new run needs MLflow: {first_line(error)}") from error
         say(f"Continuing without MLflow: {first_line(error)}")
         return read_state(url, steps[-1]).mlflow_run_id
+    say(f"Curves: {tracker.curves_link(run_id)}")
     try:
         tracker.log_text(run_id, stored_text(recipe), "recipe.yaml")
     except unreachable_errors() as error:  # the server may be there without its artifacts
