@@ -22,7 +22,7 @@ from diffit_train.config.evaluate import Sampler
 from diffit_train.config.recipe import Recipe
 from diffit_train.diffusion import flow, gaussian, samplers
 from diffit_train.diffusion.edm import build_edm
-from diffit_train.diffusion.guidance import Denoiser, build_weight, saved_share
+from diffit_train.diffusion.guidance import Denoiser, build_weight, repeated, saved_share
 from diffit_train.diffusion.schedule import (
     Schedule,
     ddim_spaced,
@@ -61,6 +61,9 @@ class Objective(Protocol):
         self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
     ) -> Tensor:
         """x_0 from standard normal x; `denoise(x, t)` is the model's output at noise level t."""
+
+    def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """x_0 as the model's output at (x, t) predicts it, fp32; t as `sample` gives it."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ class EpsilonObjective:
             "heun": samplers.heun,
         }
         return run[sampler.name](self._respaced(sampler), denoise, x, noise)
+
+    def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """From the predicted noise, as `gaussian.predict_x0`."""
+        noise, _ = output.chunk(2, dim=1)
+        return gaussian.predict_x0(self.schedule, x, repeated(int(t), x), noise)
 
     def _respaced(self, sampler: Sampler) -> Schedule:
         """The sampler's schedule; kept, as its tables are copied to the device once."""
@@ -162,6 +170,10 @@ class FlowObjective:
         else:
             times = np.linspace(1.0, 0.0, sampler.steps + 1).tolist()
         return run[sampler.name](times, velocity, x, noise)
+
+    def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """x - u v, as x_u = (1 - u) x_0 + u noise and v = noise - x_0."""
+        return x - (t / self.timesteps) * output
 
 
 def build_objective(diffusion: Diffusion) -> Objective:

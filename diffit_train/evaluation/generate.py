@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -102,12 +102,18 @@ class Generator:
         self.weight: Weight = lambda t: weight(level(t))
 
     @torch.no_grad()
-    def __call__(self, keys: Sequence[tuple[int, int]], labels: Sequence[int]) -> np.ndarray:
+    def __call__(
+        self,
+        keys: Sequence[tuple[int, int]],
+        labels: Sequence[int],
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> np.ndarray:
         """Images (B, R, R, 3) uint8.
 
         Args:
             keys: (seed, index) of each image's noise, (B,).
             labels: their classes, (B,).
+            watch: given the predicted latents x_0 (B, C, h, w) at each call of the denoiser.
         """
         classes, size = self.recipe.data.num_classes, self.recipe.latent_size
         channels = self.recipe.autoencoder.latent_channels
@@ -121,12 +127,23 @@ class Generator:
             channels if section.channels == "all" else section.channels,
             section.skip_within,
         )
+
+        def watched(x: Tensor, t: float) -> Tensor:
+            output = denoise(x, t)
+            if watch is not None:
+                watch(self.objective.predicted_x0(output, x, t))
+            return output
+
         latents = self.objective.sample(
             self.recipe.evaluate.sampler,
-            denoise,
+            watched,
             noise(self.device),
             lambda _: noise(self.device),
         )
+        return self.decode(latents)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Images (B, R, R, 3) uint8 of latents (B, C, h, w)."""
         return self.autoencoder.decode(latents, self.recipe.evaluate.pixels)
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
