@@ -39,6 +39,7 @@ ALLOWED = {
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "evaluation": BASE | SCIENCE | {"tracking", "runs", "ray_session"},
     "compare": BASE | {"tracking"},
+    "export": BASE | SCIENCE | {"runs", "evaluation"},
     "commands": BASE
     | SCIENCE
     | {
@@ -46,6 +47,7 @@ ALLOWED = {
         "runs",
         "training",
         "evaluation",
+        "export",
         "compare",
         "ray_jobs",
         "ray_session",
@@ -73,7 +75,13 @@ HOMES = {
     },
     "deepspeed": {"training/engine.py"},
     "mlflow": {"tracking.py"},
-    "diffusers": {"data/autoencoder.py", "data/autoencoder_fit.py"},
+    "diffusers": {
+        "data/autoencoder.py",
+        "data/autoencoder_fit.py",
+        "export/transformer.py",
+        "export/scheduler.py",
+        "export/pipeline.py",
+    },
     "typer": {"cli.py", "commands"},
     "sklearn": {"data/digits.py"},
 }

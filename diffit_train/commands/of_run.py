@@ -45,7 +45,8 @@ _GENERATION = ("evaluate.", "scaling.", "model.attention", "autoencoder.source",
 OWN_KEYS = {
     "sample": _GENERATION,
     "evaluate": _GENERATION,
-    "export": _WHERE,
+    # What the folder for diffusers samples by, where nothing else is asked for.
+    "export": ("evaluate.sampler.", "evaluate.guidance.", "autoencoder.source", *_WHERE),
     "ema reconstruct": _WHERE,
 }
 _SHOWN = 6

@@ -20,9 +20,21 @@ from torch import Tensor
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.evaluate import Sampler
 from diffit_train.config.recipe import Recipe
-from diffit_train.diffusion import flow, gaussian, samplers
 from diffit_train.diffusion.edm import build_edm
+from diffit_train.diffusion.flow import flow_loss, interpolate
+from diffit_train.diffusion.gaussian import add_noise, training_loss
 from diffit_train.diffusion.guidance import Denoiser, build_weight, saved_share
+from diffit_train.diffusion.samplers import (
+    Noise,
+    SamplerFunction,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    flow_euler,
+    flow_heun,
+    flow_sde,
+    heun,
+)
 from diffit_train.diffusion.schedule import (
     Schedule,
     ddim_spaced,
@@ -57,9 +69,7 @@ class Objective(Protocol):
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Loss per image, (B,)."""
 
-    def sample(
-        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
-    ) -> Tensor:
+    def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """x_0 from standard normal x; `denoise(x, t)` is the model's output at noise level t."""
 
 
@@ -86,21 +96,19 @@ class EpsilonObjective:
 
     def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `gaussian.add_noise`."""
-        return gaussian.add_noise(self.schedule, x0, t, noise)
+        return add_noise(self.schedule, x0, t, noise)
 
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `gaussian.training_loss`."""
-        return gaussian.training_loss(self.schedule, output, x0, t, noise).total
+        return training_loss(self.schedule, output, x0, t, noise).total
 
-    def sample(
-        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
-    ) -> Tensor:
+    def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """Run the recipe's sampler on the respaced schedule."""
-        run: dict[str, samplers.SamplerFunction[Schedule]] = {
-            "ddpm": samplers.ddpm,
-            "ddim": functools.partial(samplers.ddim, eta=sampler.eta),
-            "dpmpp_2m": samplers.dpmpp_2m,
-            "heun": samplers.heun,
+        run: dict[str, SamplerFunction[Schedule]] = {
+            "ddpm": ddpm,
+            "ddim": functools.partial(ddim, eta=sampler.eta),
+            "dpmpp_2m": dpmpp_2m,
+            "heun": heun,
         }
         return run[sampler.name](self._respaced(sampler), denoise, x, noise)
 
@@ -134,25 +142,23 @@ class FlowObjective:
 
     def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `flow.interpolate`."""
-        return flow.interpolate(x0, t / self.timesteps, noise)
+        return interpolate(x0, t / self.timesteps, noise)
 
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `flow.flow_loss`."""
-        return flow.flow_loss(output, x0, noise)
+        return flow_loss(output, x0, noise)
 
-    def sample(
-        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
-    ) -> Tensor:
+    def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """Run the recipe's sampler."""
 
         def velocity(x: Tensor, t: float) -> Tensor:
             return denoise(x, t * self.timesteps)
 
-        run: dict[str, samplers.SamplerFunction[Sequence[float]]] = {
-            "euler": samplers.flow_euler,
-            "heun": samplers.flow_heun,
+        run: dict[str, SamplerFunction[Sequence[float]]] = {
+            "euler": flow_euler,
+            "heun": flow_heun,
             "sde": functools.partial(
-                samplers.flow_sde,
+                flow_sde,
                 diffusion=SDE_DIFFUSION[sampler.diffusion],
                 last_step=sampler.last_step,
             ),
