@@ -12,7 +12,7 @@ import pytest
 import diffit_train
 
 PACKAGE = Path(diffit_train.__file__).parent
-BASE = {"errors", "storage", "progress", "config", "metric_names"}
+BASE = {"errors", "storage", "progress", "config", "metric_names", "plugins"}
 SCIENCE = {"models", "diffusion", "data"}
 
 # The parts of the package that each part may import; a part is a folder or a top-level file.
@@ -22,7 +22,8 @@ ALLOWED = {
     "progress": {"errors"},
     "native_stderr": set(),
     "metric_names": set(),
-    "config": {"errors", "storage"},
+    "plugins": {"errors"},
+    "config": {"errors", "storage", "plugins"},
     "forwarded_env": {"errors"},
     "ray_session": {"errors", "forwarded_env", "progress"},
     "preflight": set(),
@@ -58,6 +59,7 @@ ALLOWED = {
         "leftovers",
     },
     "api": BASE | SCIENCE | {"runs", "evaluation", "commands"},
+    "extend": SCIENCE | {"evaluation"},
     "cli": {"errors", "progress", "commands"},
     "entry": {"cli"},
 }

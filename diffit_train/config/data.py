@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from diffit_train.config.base import Fraction, Name, PositiveInt, Section, without_credentials
+from diffit_train.plugins import Plugged
+
+FORMATS = Plugged(
+    "data.format",
+    "diffit_train.sources",
+    ("auto", "folder", "tar", "ilsvrc", "webdataset", "parquet", "cifar10"),
+)
 
 
 class Data(Section):
@@ -17,8 +24,10 @@ class Data(Section):
         description="images: folder, tar or parquet files, or CIFAR-10's archive (`root:` means "
         "under ROOT)"
     )
-    format: Literal["auto", "folder", "tar", "ilsvrc", "webdataset", "parquet", "cifar10"] = Field(
-        default="auto", description="format of the source; auto: detect from its name and contents"
+    format: Annotated[str, FORMATS] = Field(
+        default="auto",
+        description="format of the source; auto: detect from its name and contents; or a class of "
+        "your own, to which data.source means what it likes",
     )
     resolution: PositiveInt = Field(description="side of the square images, in pixels")
     num_classes: PositiveInt = Field(description="number of classes")
@@ -43,3 +52,9 @@ class Data(Section):
     )
 
     _source = field_validator("source")(without_credentials)
+
+    def image_keys(self) -> set[str]:
+        """Keys that determine the images and their labels."""
+        # Ours read the same images whether the format is named or detected.
+        named = {"format"} if FORMATS.is_plugged(self.format) else set()
+        return {"source", "resolution", "num_classes", *named}

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from diffit_train import storage
-from diffit_train.data import cifar10, preprocess
+from diffit_train.config.data import FORMATS
+from diffit_train.data import cifar10, plugged, preprocess
 from diffit_train.data.sources import (
     Item,
     Location,
@@ -42,6 +43,7 @@ class ImageReader:
 
     def __init__(self, url: str, kind: SourceKind, items: Sequence[Item]) -> None:
         self.url, self.kind = url, kind
+        self._plugged = plugged.open_source(kind, url) if FORMATS.is_plugged(kind) else None
         self._groups: dict[tuple[str, int], _RowGroup] = {}
         if kind == "parquet":
             rows = defaultdict(set)
@@ -60,6 +62,10 @@ class ImageReader:
             OSError: the file cannot be read.
             UnreadableImage: it is not a regular file, or too large for an image.
         """
+        if self._plugged is not None:
+            data = plugged.read_image(self.kind, self._plugged, location.start)
+            _check_size(len(data))
+            return data
         if self.kind == "parquet":
             return self._groups[location.file, location.size].take(location.start)
         url, start, size = self._file(location.file), location.start, location.size

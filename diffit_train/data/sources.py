@@ -30,7 +30,8 @@ from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data import cifar10
+from diffit_train.config.data import FORMATS
+from diffit_train.data import cifar10, plugged
 from diffit_train.errors import UserError
 
 T = TypeVar("T")
@@ -116,8 +117,12 @@ def list_images(recipe: Recipe) -> ImageList:
             is not the recipe's.
     """
     url = storage.resolve(recipe.storage.root, recipe.data.source)
-    kind = source_kind(url, recipe.data.format)
-    classes, items = _LISTERS[kind](url, recipe.data.num_classes)
+    if FORMATS.is_plugged(recipe.data.format):
+        kind: SourceKind = FORMATS.reference(recipe.data.format)  # type: ignore[assignment]
+        classes, items = _list_plugged(kind, url, recipe.data.num_classes)
+    else:
+        kind = source_kind(url, recipe.data.format)
+        classes, items = _LISTERS[kind](url, recipe.data.num_classes)
     if not items:
         raise UserError(
             f"data.source {url} holds no images (read as {kind}); expected one folder per class "
@@ -635,6 +640,18 @@ def _list_cifar10(url: str, num_classes: int) -> tuple[list[str], list[Item]]:
         for file, row, label in rows
     ]
     return classes, items
+
+
+# ---- Another package's ----
+
+
+def _list_plugged(name: str, url: str, num_classes: int) -> tuple[list[str], list[Item]]:
+    source = plugged.open_source(name, url)
+    items = [
+        Item(image, *_usable(label, num_classes, Location("", index)))
+        for index, (image, label) in enumerate(plugged.listed(name, source))
+    ]
+    return list(source.classes), items
 
 
 _LISTERS: dict[SourceKind, Callable[[str, int], tuple[list[str], list[Item]]]] = {

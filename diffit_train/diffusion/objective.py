@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffit_train.config.diffusion import Diffusion
+from diffit_train.config.diffusion import OBJECTIVES, Diffusion
 from diffit_train.config.evaluate import Sampler
 from diffit_train.config.recipe import Recipe
 from diffit_train.diffusion.edm import build_edm
@@ -42,6 +42,7 @@ from diffit_train.diffusion.schedule import (
     linear_schedule,
     respace,
 )
+from diffit_train.plugins import require
 
 # w(t) = this * sigma(t) in the flow's SDE.
 SDE_DIFFUSION = {"2sigma": 2.0, "sigma": 1.0}
@@ -52,7 +53,11 @@ Level = TypeVar("Level", float, Tensor)
 
 
 class Objective(Protocol):
-    """Interface of an objective to training and sampling."""
+    """Interface of an objective to training and sampling.
+
+    One of another package is made as `Objective(**options)`, with the recipe's
+    `diffusion.options`. The network predicts C channels.
+    """
 
     def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
         """Noise levels t of training images, (count,)."""
@@ -170,8 +175,24 @@ class FlowObjective:
         return run[sampler.name](times, velocity, x, noise)
 
 
+METHODS = ("draw", "level", "noisy", "precondition", "loss", "sample")
+
+
+def load_objective(diffusion: Diffusion) -> Objective:
+    """The recipe's objective, one of ours or of another package.
+
+    Raises:
+        UserError: it cannot be made, or lacks methods.
+    """
+    if not diffusion.plugged:
+        return build_objective(diffusion)
+    made: Objective = OBJECTIVES.make(diffusion.objective, diffusion.options)
+    require(OBJECTIVES.key, diffusion.objective, made, METHODS)
+    return made
+
+
 def build_objective(diffusion: Diffusion) -> Objective:
-    """The recipe's objective."""
+    """The recipe's objective, one of ours."""
     if diffusion.objective == "edm":
         return build_edm(diffusion.edm)
     if diffusion.objective == "flow":
@@ -183,7 +204,7 @@ def build_objective(diffusion: Diffusion) -> Objective:
 
 def visited_levels(diffusion: Diffusion, sampler: Sampler) -> list[float]:
     """Levels in [0, 1] at which a sampler calls its denoiser, in order; used to count the NFE."""
-    objective, visited = build_objective(diffusion), []
+    objective, visited = load_objective(diffusion), []
 
     def denoise(x: Tensor, t: float) -> Tensor:
         visited.append(objective.level(float(t)))

@@ -14,7 +14,7 @@ from diffit_train.data.autoencoder import LoadedAutoencoder, autoencoder_url, lo
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.diffusion.generation import ImageNoise, generate_latents, weight_of_noise
 from diffit_train.diffusion.guidance import build_weight, saved_share
-from diffit_train.diffusion.objective import build_objective, visited_levels
+from diffit_train.diffusion.objective import load_objective, visited_levels
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.first_use import require_as_before
 from diffit_train.models.build import build_model
@@ -69,7 +69,7 @@ class Generator:
         if recipe.evaluate.compile:
             # Two batch sizes occur: with and without unconditional passes.
             compile_blocks(model, dynamic=False)
-        self.objective = build_objective(recipe.diffusion)
+        self.objective = load_objective(recipe.diffusion)
         self.use(recipe)
 
     def use(self, recipe: Recipe) -> None:

@@ -51,10 +51,20 @@ def export_folder(
         out: folder to write; None for RUN/export/KIND-STEP-diffusers. A former export is replaced.
 
     Raises:
-        UserError: `out` holds something else, or the weights are NaN or infinite.
+        UserError: the network or objective is another package's, `out` holds something else, or the
+            weights are NaN or infinite.
         DiffitError: the checkpoint is damaged.
     """
     url = run_url(recipe, run)
+    for key, name, plugged in (
+        ("model.architecture", recipe.model.architecture, recipe.model.plugged),
+        ("diffusion.objective", recipe.diffusion.objective, recipe.diffusion.plugged),
+    ):
+        if plugged:
+            raise UserError(
+                f"--format diffusers writes our own networks and objectives only, but {key} is "
+                f"{name!r}; export it without --format"
+            )
     out = out or storage.join(url, "export", f"{kind}-{step:010d}-diffusers")
     _require_replaceable(out)
     weights = read_weights(url, step, kind)

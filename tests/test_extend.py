@@ -1,0 +1,404 @@
+"""Classes of a package outside of ours, named in a recipe: that of docs/extend.md."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import diffit_train as dt
+from diffit_train import storage
+from diffit_train.commands.data import fit_features
+from diffit_train.commands.weights import WeightSource, export_checkpoint, sample_images
+from diffit_train.config import Recipe, dump_recipe, load_recipe, stored_text
+from diffit_train.data.reading import read_items
+from diffit_train.data.shards import MANIFEST, Manifest, Totals, latents_url, write_shard
+from diffit_train.data.sources import list_images
+from diffit_train.diffusion.objective import load_objective, nfe_per_image
+from diffit_train.errors import UserError
+from diffit_train.evaluation.feature_networks import load_features
+from diffit_train.evaluation.features import features_digest
+from diffit_train.export.folder import export_folder
+from diffit_train.models.build import build_model, network_shape
+from diffit_train.planning import Machine, plan
+from diffit_train.runs.identity import create_identity
+from diffit_train.tracking import Tracker
+from diffit_train.training import loop
+from tests.conftest import tiny_recipe
+from tests.training.ranks import on_ranks
+from tests.training.test_loop import Hooks
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "extend.md"
+CPU = torch.device("cpu")
+OWN = (
+    "data={name: blobs, source: 'blobs://24', format: 'mynet.source:Blobs', resolution: 16, "
+    "num_classes: 3, images_per_shard: 6, lanes: 4, shuffle_window: 4}",
+    "autoencoder={kind: identity, latent_channels: 3, downsample: 1}",
+    "model={architecture: 'mynet.model:ConvNet', options: {width: 8, depth: 2}}",
+    "diffusion={objective: 'mynet.objective:Restore'}",
+    "evaluate.sampler={name: own, steps: 3}",
+    "evaluate.guidance.channels=3",
+    "evaluate.features={name: colors, kind: 'mynet.features:Colors'}",
+)
+
+
+def write_package(folder: Path) -> None:
+    """The package `mynet`, from the blocks of the page, installed by hand with entry points."""
+    blocks = re.findall(r"```python\n# (mynet/\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for name, text in blocks:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (folder / "mynet" / "__init__.py").touch()
+    info = folder / "mynet-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mynet\nVersion: 1.0\n")
+    (declared,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (info / "entry_points.txt").write_text(
+        declared.replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
+        + "[diffit_train.objectives]\nrestore = mynet.objective:Restore\n"
+        "gone = mynet.gone:Nothing\n"
+    )
+
+
+def forget() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mynet"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("installed")
+    write_package(folder)
+    sys.path.insert(0, str(folder))
+    forget()
+    yield folder
+    sys.path.remove(str(folder))
+    forget()
+
+
+def own_recipe(root: Path, *overrides: str) -> Recipe:
+    return tiny_recipe(root, *OWN, *overrides)
+
+
+def write_latents(recipe: Recipe) -> None:
+    """The recipe's pixels, read from its source without Ray."""
+    listing, url = list_images(recipe), latents_url(recipe)
+    images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
+    assert len(images.kept) == 24
+    pixels = images.pixels.transpose(0, 3, 1, 2)[:, None]
+    shards = []
+    for number in range(4):
+        keys = list(range(6 * number, 6 * number + 6))
+        labels = [listing.labels[key] for key in keys]
+        shards.append(write_shard(url, number, keys, pixels[keys], labels))
+    manifest = Manifest(
+        schema_version=1,
+        recipe_hash=recipe.encode_hash(),
+        autoencoder="identity",
+        autoencoder_sha256="",
+        scale=1.0,
+        channels=3,
+        height=16,
+        width=16,
+        frames=1,
+        posterior=False,
+        images_per_shard=6,
+        segments=[24],
+        orders=["sha256"],
+        classes=list(listing.classes),
+        input_sha256="i",
+        shards=shards,
+        totals=Totals(input=24, written=24, rejected=0),
+        mean=[0, 0, 0],
+        std=[1, 1, 1],
+    )
+    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
+    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json())
+
+
+def _train(rank: int, world: int, recipe: Recipe, run_id: str, package: str) -> None:
+    sys.path.insert(0, package)
+    try:
+        loop.train_until_done(recipe, "mine", run_id, CPU, Hooks(None, False, None))
+    finally:
+        sys.path.remove(package)
+        forget()
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def trained(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A run `mine` of 40 steps, trained by a process of its own."""
+    steps = ("train.steps=40", "train.checkpoint_every=20", "train.lr=0.01")
+    recipe = own_recipe(tmp_path_factory.mktemp("own"), *steps)
+    write_latents(recipe)
+    identity = create_identity(recipe, "mine")
+    run_id = Tracker.of(recipe).training_run("t", identity.uuid, "mine", recipe.flat(), {})
+    on_ranks(1, _train, recipe, run_id, str(package))
+    return recipe
+
+
+# ---- The chain ----
+
+
+def test_it_learns_and_is_sampled(trained: Recipe, tmp_path: Path) -> None:
+    root = trained.storage.root
+    lines = (Path(root) / "runs/mine/log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[-1] < 0.5 * losses[0]
+    model = dt.load(root)
+    assert (model.step, model.classes) == (40, ["red", "green", "blue"])
+    images = model.sample(["red", "blue"], seeds=range(2))
+    assert not np.array_equal(images[0], images[1])  # another seed
+    assert not np.array_equal(images[0], images[2])  # another class
+    made = sample_images(trained, WeightSource("mine"), ["red"], "0-1", str(tmp_path), 2)
+    assert [one["class"] for one in made["images"]] == ["red", "red"]
+    assert nfe_per_image(trained) == 6
+    assert plan(trained, Machine("H100"))["model"]["architecture"] == "mynet.model:ConvNet"
+    features = load_features(trained, CPU).extract(images)["features"]
+    assert features.shape == (4, 12)
+    exported = export_checkpoint(trained, "mine", "newest", "ema", str(tmp_path / "w.safetensors"))
+    made = sample_images(
+        trained, WeightSource("mine", file=exported["file"]), ["red"], "0", str(tmp_path), 1
+    )
+    assert len(made["images"]) == 1
+    with pytest.raises(UserError, match=r"--format diffusers.*'mynet.model:ConvNet'"):
+        export_folder(trained, "mine", 40, "ema", "", str(tmp_path / "folder"))
+
+
+@pytest.mark.slow
+def test_the_commands_know_it(package: Path, tmp_path: Path) -> None:
+    """In processes of their own, with Ray's workers, by entry points."""
+    recipe = own_recipe(tmp_path, "model.architecture=convnet", "diffusion.objective=restore")
+    file = tmp_path / "own.yaml"
+    file.write_text(dump_recipe(recipe))
+    environment = {**os.environ, "PYTHONPATH": f"{package}:{os.environ.get('PYTHONPATH', '')}"}
+
+    def run(*words: str) -> str:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    diffit = ("-c", "import sys; from diffit_train.entry import main; sys.exit(main())")
+    run(*diffit, "pipeline", str(file), "--run", "mine")
+    run(*diffit, "sample", "--root", str(tmp_path), "--run", "mine", "--out", str(tmp_path / "s"))
+    code = f"import diffit_train as dt; print(dt.compare({str(tmp_path)!r})['fd_colors'].tolist())"
+    distances = json.loads(run("-c", code))
+    assert distances and all(distance > 0 for distance in distances)
+    assert len(list((tmp_path / "s").glob("class*.png"))) == 12
+
+
+# ---- The recipe ----
+
+
+def test_the_hash_holds_name_and_options(package: Path, tmp_path: Path) -> None:
+    recipe = own_recipe(tmp_path)
+    for change in (
+        "model.options={width: 16, depth: 2}",
+        "model.architecture=convnet",
+        "diffusion.objective=restore",
+        "diffusion.options={loss_power: 1.0}",
+    ):
+        other = own_recipe(tmp_path, change)
+        assert other.train_hash() != recipe.train_hash(), change
+        assert other.encode_hash() == recipe.encode_hash()
+    again = load_recipe(str(_written(tmp_path, recipe)))
+    assert again.train_hash() == recipe.train_hash()
+    other = own_recipe(tmp_path, "evaluate.features.options={side: 4}")
+    assert other.evaluate_identity() != recipe.evaluate_identity()
+    assert features_digest(other) != features_digest(recipe)
+    # Ours have no options, and so the hashes that they had before there were any.
+    keys = tiny_recipe(tmp_path).train_identity()
+    assert "options" not in {**keys["model"], **keys["diffusion"], **keys["data"]}
+    assert "format" not in keys["data"]
+    assert own_recipe(tmp_path).encode_identity()["data"]["format"] == "mynet.source:Blobs"
+
+
+def _written(folder: Path, recipe: Recipe) -> Path:
+    file = folder / "stored.yaml"
+    file.write_text(dump_recipe(recipe))
+    return file
+
+
+def test_entry_points_are_the_same_classes(package: Path, tmp_path: Path) -> None:
+    by_name = own_recipe(tmp_path, "model.architecture=convnet", "diffusion.objective=restore")
+    given = own_recipe(tmp_path)
+    assert type(build_model(by_name)) is type(build_model(given))
+    assert type(load_objective(by_name.diffusion)) is type(load_objective(given.diffusion))
+    shape = network_shape(given)
+    assert (shape.input_shape, shape.out_channels, shape.num_classes) == ((3, 16, 16), 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.architecture=convent", r"is 'convent': must be .* \(did you mean 'convnet'\?\)"),
+        ("model.architecture=difit", r"group diffit_train.models .* \(did you mean 'diffit'\?\)"),
+        ("diffusion.objective='a b:C'", r"is given as MODULE:CLASS"),
+        ("evaluate.features.kind=inceptoin", r"did you mean 'inception'"),
+        ("data.format=floder", r"did you mean 'folder'.*"),
+        ("model.hidden_size=64", r"model.hidden_size is 64, .*set model.options instead"),
+        ("model.mlp_ratio=2.0", r"model.mlp_ratio is 2.0, .*set model.options instead"),
+        ("model={options: {width: 3}}", r"model.options has width, but model.architecture is"),
+        ("diffusion={options: {a: 3}}", r"diffusion.options has a, but diffusion.objective is"),
+        ("evaluate.sampler.name=heun", r"must be one of own when diffusion.objective is"),
+        ("evaluate.features.name=inception", r"reserved for the published network"),
+        ("train.augment=0.1", r"is not one of ours, which know the labels of the augmentation"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(
+    package: Path, tmp_path: Path, change: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        own_recipe(tmp_path, change)
+
+
+# ---- Classes that do not fit ----
+
+WRONG = """
+import torch
+from torch import nn
+from diffit_train.extend import Backbone
+from mynet.model import ConvNet
+from mynet.objective import Restore
+
+value = 3
+
+class Plain(nn.Module):
+    pass
+
+class Abstract(Backbone):
+    pass
+
+class Small(ConvNet):
+    input_shape = (3, 8, 8)
+
+class Buffered(ConvNet):
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.register_buffer("table", torch.zeros(3))
+
+class HalfAnObjective:
+    def draw(self, random, count): ...
+    def level(self, t): ...
+
+class Rows:
+    def __init__(self, source, device): ...
+    def extract(self, pixels):
+        return {"features": pixels.reshape(1, -1)}
+
+class Nameless:
+    def __init__(self, url): ...
+    def images(self): return []
+    def read(self, index): ...
+
+class Mislabeled(Nameless):
+    classes = ("a", "b", "c")
+    def images(self): return [("x", "0")]
+
+class Broken(Mislabeled):
+    def images(self): return [("x", 0), ("y", 1), ("z", 7)]
+    def read(self, index): raise KeyError("gone")
+
+class Textual(Broken):
+    def read(self, index): return "text"
+"""
+
+
+@pytest.fixture
+def wrong(package: Path) -> Iterator[None]:
+    (package / "mynet" / "wrong.py").write_text(WRONG)
+    (package / "mynet" / "raises.py").write_text("1 / 0\n")
+    forget()
+    yield
+    for name in ("wrong", "raises"):
+        (package / "mynet" / f"{name}.py").unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere.model:Net", r"No module named 'nowhere'; install the package .* every node"),
+        ("mynet.nothing:Net", r"No module named 'mynet.nothing'; install"),
+        ("mynet.raises:Net", r"mynet.raises failed: ZeroDivisionError: .*; fix that module"),
+        ("mynet.model:ConvNat", r"has no class ConvNat \(did you mean 'ConvNet'\?\)"),
+        ("mynet.wrong:value", r"has a int, not a class value"),
+        ("mynet.wrong:Plain", r"Plain does not derive from diffit_train.extend.Backbone"),
+        ("mynet.wrong:Abstract", r"making a Abstract.* failed: TypeError: .*abstract"),
+        ("mynet.wrong:Small", r"have input_shape \(3, 16, 16\)"),
+        ("mynet.wrong:Buffered", r"its buffer table .*persistent=False"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(
+    wrong: None, tmp_path: Path, name: str, said: str
+) -> None:
+    recipe = own_recipe(tmp_path, f"model={{architecture: '{name}'}}")
+    with pytest.raises(UserError, match=f"model.architecture is '{name}'.*{said}"):
+        build_model(recipe)
+
+
+def test_objectives_that_do_not_fit_are_refused(wrong: None, tmp_path: Path) -> None:
+    def objective(name: str, options: str = "{}") -> Any:
+        recipe = own_recipe(tmp_path, f"diffusion={{objective: '{name}', options: {options}}}")
+        return load_objective(recipe.diffusion)
+
+    assert objective("mynet.objective:Restore", "{loss_power: 1.0}").loss_power == 1.0
+    with pytest.raises(UserError, match=r"with options {'power': 1} failed: .*'power'; fix"):
+        objective("mynet.objective:Restore", "{power: 1}")
+    with pytest.raises(UserError, match=r"has no noisy, precondition, loss, sample; docs/extend"):
+        objective("mynet.wrong:HalfAnObjective")
+    with pytest.raises(UserError, match=r"is 'gone' \(mynet.gone:Nothing\), but importing"):
+        objective("gone")
+
+
+def test_feature_networks_that_do_not_fit_are_refused(wrong: None, tmp_path: Path) -> None:
+    def features(changes: str) -> Any:
+        return load_features(own_recipe(tmp_path, f"evaluate.features={{{changes}}}"), CPU)
+
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+    with pytest.raises(UserError, match=r"returned features of shape \(1, 1536\) for 2 images"):
+        features("name: rows, kind: 'mynet.wrong:Rows'").extract(pixels)
+    with pytest.raises(UserError, match="Nameless.* failed: TypeError"):
+        features("name: rows, kind: 'mynet.wrong:Nameless'")
+    own = "name: colors, kind: 'mynet.features:Colors', source: 'root:features/colors.bin'"
+    with pytest.raises(UserError, match=r"evaluate.features.source .*colors.bin does not exist"):
+        features(own)
+    recipe = own_recipe(tmp_path, f"evaluate.features={{{own}}}")
+    storage.write_bytes(str(tmp_path / "features/colors.bin"), b"weights")
+    assert features_digest(recipe) != features_digest(own_recipe(tmp_path))
+    assert features(own).extract(pixels)["features"].shape == (2, 12)
+    with pytest.raises(UserError, match="is not fitted"):
+        fit_features(own_recipe(tmp_path))
+
+
+def test_sources_that_do_not_fit_are_refused(wrong: None, tmp_path: Path) -> None:
+    def images(name: str) -> Any:
+        return list_images(own_recipe(tmp_path, f"data.format=mynet.wrong:{name}"))
+
+    with pytest.raises(UserError, match="the `classes` of its Nameless are None"):
+        images("Nameless")
+    with pytest.raises(UserError, match=r"images\(\) has \('x', '0'\)"):
+        images("Mislabeled")
+    listing = images("Broken")
+    assert [item.problem for item in listing.items] == ["", "", "label 7 is not between 0 and 2"]
+    found = read_items(listing.url, listing.kind, listing.items, 16)
+    assert found.rejected[0] == (0, "KeyError: 'gone'")
+    assert len(found.rejected) == 3
+    listing = images("Textual")
+    with pytest.raises(UserError, match=r"read\(\) returned str"):
+        read_items(listing.url, listing.kind, listing.items, 16)
