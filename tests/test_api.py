@@ -28,14 +28,10 @@ PIXELS = ("autoencoder.kind=identity", "autoencoder.latent_channels=3", "autoenc
 PIXELS += ("autoencoder.fit.block_out_channels=[8]", "evaluate.guidance.channels=3")
 
 
-def make_run(root: Path, name: str, *overrides: str) -> Recipe:
-    """A run of random weights, at steps 4 and 8."""
-    recipe = tiny_recipe(root, *overrides)
+def save_run(recipe: Recipe, name: str, weights: dict[int, dict[str, torch.Tensor]]) -> None:
+    """A run whose EMA are the weights at each step, and whose raw weights are beside them."""
     create_identity(recipe, name)
-    for step in (4, 8):
-        torch.manual_seed(step)
-        weights = {n: p.detach() for n, p in build_model(recipe).named_parameters()}
-        shapes = {name: value.shape for name, value in weights.items()}
+    for step, ema in weights.items():
         state = State(
             step=step,
             images_seen=8 * step,
@@ -45,9 +41,19 @@ def make_run(root: Path, name: str, *overrides: str) -> Recipe:
             world_size=1,
             zero_stage=0,
         )
-        noisy = {n: v + 0.05 * torch.randn(v.shape) for n, v in weights.items()}
-        values = {"master": {n: v + 0.01 for n, v in noisy.items()}, "ema": noisy}
-        save_whole(values, shapes, str(root / "runs" / name), state)
+        values = {"master": {n: v + 0.01 for n, v in ema.items()}, "ema": ema}
+        shapes = {n: v.shape for n, v in ema.items()}
+        save_whole(values, shapes, f"{recipe.storage.root}/runs/{name}", state)
+
+
+def make_run(root: Path, name: str, *overrides: str) -> Recipe:
+    """A run of random weights, at steps 4 and 8."""
+    recipe, found = tiny_recipe(root, *overrides), {}
+    for step in (4, 8):
+        torch.manual_seed(step)
+        start = {n: p.detach() for n, p in build_model(recipe).named_parameters()}
+        found[step] = {n: v + 0.05 * torch.randn(v.shape) for n, v in start.items()}
+    save_run(recipe, name, found)
     return recipe
 
 
