@@ -19,6 +19,11 @@ from pydantic_core import CoreSchema, core_schema
 
 from diffit_train.errors import UserError
 
+
+class OwnClassError(UserError):
+    """A class that a recipe names cannot be used; trying again on the same node finds the same."""
+
+
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -49,7 +54,7 @@ class Plugged:
         """The class of another package.
 
         Raises:
-            UserError: it cannot be imported, or is no class; names the key, the value and the fix.
+            OwnClassError: it cannot be imported, or is no class; names key, value and fix.
         """
         reference = self.reference(name)
         said = f"{self.key} is {name!r}" + (f" ({reference})" if reference != name else "")
@@ -67,7 +72,7 @@ class Plugged:
                 if missing
                 else "fix that module"
             )
-            raise UserError(
+            raise OwnClassError(
                 f"{said}, but importing module {module_name} failed: {type(error).__name__}: "
                 f"{reason}; {fix}"
             ) from error
@@ -75,7 +80,7 @@ class Plugged:
         if not isinstance(found, type):
             classes = [n for n, value in vars(module).items() if isinstance(value, type)]
             what = "no" if found is None else f"a {type(found).__name__}, not a"
-            raise UserError(
+            raise OwnClassError(
                 f"{said}, but module {module_name} has {what} class {class_name}"
                 f"{_nearest(class_name, classes)}"
             )
@@ -85,20 +90,20 @@ class Plugged:
         """MODULE:CLASS of a name.
 
         Raises:
-            UserError: no installed package has an entry point of that name.
+            OwnClassError: no installed package has an entry point of that name.
         """
         if ":" in name:
             return name
         for point in _entry_points(self.group):
             if point.name == name:
                 return point.value
-        raise UserError(f"{self.key} is {name!r}: {self._unknown(name)}")
+        raise OwnClassError(f"{self.key} is {name!r}: {self._unknown(name)}")
 
     def make(self, name: str, options: dict[str, Any], *arguments: Any) -> Any:
         """An object of the class of another package.
 
         Raises:
-            UserError: as `load`, or its constructor refuses the options.
+            OwnClassError: as `load`, or its constructor refuses the options.
         """
         found = self.load(name)
         try:
@@ -108,7 +113,7 @@ class Plugged:
         except Exception as error:  # the class's own code may raise anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             given = f" with options {options}" if options else ""
-            raise UserError(
+            raise OwnClassError(
                 f"{self.key} is {name!r}, but making a {found.__name__}{given} failed: "
                 f"{type(error).__name__}: {reason}; fix the options, or the class"
             ) from error
@@ -138,11 +143,11 @@ def require(key: str, name: str, value: object, methods: Sequence[str]) -> None:
     """Refuse an object of another package that lacks methods.
 
     Raises:
-        UserError: names them.
+        OwnClassError: names them.
     """
     missing = [method for method in methods if not callable(getattr(value, method, None))]
     if missing:
-        raise UserError(
+        raise OwnClassError(
             f"{key} is {name!r}, but {type(value).__name__} has no {', '.join(missing)}; "
             "docs/extend.md says what it needs"
         )

@@ -59,7 +59,7 @@ def _summary(own: Recipe, run: str, step: int, kind: str) -> str:
 def _usage(recipe: Recipe) -> str:
     labels = "class_labels=[0], " if recipe.model.conditional else ""
     dtype = _DTYPES.get(recipe.autoencoder.precision)
-    typed = f'    torch_dtype={{"vae": {dtype}, "default": torch.float32}},\n' if dtype else ""
+    typed = f'    dtype={{"vae": {dtype}, "default": torch.float32}},\n' if dtype else ""
     sampler, guidance = recipe.evaluate.sampler, recipe.evaluate.guidance
     guided = "" if guidance.kind == "none" else f", guidance {guidance.kind} {guidance.scale:g}"
     return (
