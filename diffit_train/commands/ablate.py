@@ -223,7 +223,7 @@ def print_ablation(result: dict[str, Any]) -> None:
                 "row": row["name"],
                 "": row["title"],
                 result["metric"]: row["mean"],
-                "spread": "-" if row["spread"] is None else f"{row['spread']:.2g}",
+                "spread": "-" if row["spread"] is None else f"{row['spread']:.4g}",
                 "paper's FID": "-" if row["paper"] is None else f"{row['paper']:.2f}",
             }
             for row in result["rows"]

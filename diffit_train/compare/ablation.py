@@ -6,7 +6,7 @@ from typing import IO, Any
 
 
 def draw_ablation(result: dict[str, Any], file: IO[bytes]) -> None:
-    """Draw an ablation as a PNG image: a dot for each seed, a bar for the mean, the paper's FID.
+    """Draw an ablation as a PNG image: a dot for each seed, a line for the mean, the paper's FID.
 
     The two panels have axes of their own, since only the order can be compared.
 
@@ -22,14 +22,14 @@ def draw_ablation(result: dict[str, Any], file: IO[bytes]) -> None:
     FigureCanvasAgg(figure)
     known = any(row["paper"] is not None for row in rows)
     ours, *theirs = figure.subplots(1, 2 if known else 1, sharey=True, squeeze=False)[0]
-    ours.barh(places, [row["mean"] for row in rows], height=0.6, color="C0", alpha=0.35)
+    # Dots and lines, not bars: rows often differ by less than a tenth, so the axis begins at the
+    # lowest.
     for place, row in zip(places, rows, strict=True):
-        ours.plot(row["values"], [place] * len(row["values"]), "o", color="C0", markersize=4)
-    values = [value for row in rows for value in row["values"]]
-    span = max(values) - min(values) or abs(max(values)) or 1.0
-    # From below the lowest dot, not from 0: rows often differ by less than a tenth.
-    ours.set_xlim(min(values) - span / 4, max(values) + span / 10)
-    ours.set_yticks(places, [f"{row['name']}: {row['title']}" for row in rows])
+        ours.plot(row["values"], [place] * len(row["values"]), "o", color="C0", markersize=5)
+        ours.plot([row["mean"]] * 2, [place - 0.3, place + 0.3], color="C0", linewidth=2)
+    ours.margins(x=0.08, y=0.1)
+    ours.grid(axis="x", color="0.9")
+    ours.set_yticks(places, [_label(row) for row in rows])
     ours.invert_yaxis()
     ours.set_xlabel(f"{result['metric']}, scale {result['scale']}")
     for cell in theirs:
@@ -43,3 +43,8 @@ def draw_ablation(result: dict[str, Any], file: IO[bytes]) -> None:
     seeds = "1 seed" if count == 1 else f"{count} seeds"
     figure.suptitle(f"{result['ablation']}: {result['title']}; {seeds}")
     figure.savefig(file, format="png", dpi=120)
+
+
+def _label(row: dict[str, Any]) -> str:
+    name, title = row["name"], row["title"]
+    return str(title) if name in title.split() else f"{name}: {title}"
