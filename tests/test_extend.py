@@ -311,6 +311,14 @@ def test_networks_that_do_not_fit_are_refused(
         build_model(recipe)
 
 
+def test_a_network_without_labels_gets_no_classes(package: Path, tmp_path: Path) -> None:
+    free = "model={architecture: convnet, options: {width: 8}, conditional: false}"
+    model = build_model(own_recipe(tmp_path, free, "evaluate.guidance.kind=none"))
+    x, t, y = torch.zeros(2, 3, 16, 16), torch.ones(2), torch.tensor([0, 2])
+    assert model(x, t, y).shape == x.shape
+    assert model.summary == "4 blocks"
+
+
 def test_objectives_that_do_not_fit_are_refused(wrong: None, tmp_path: Path) -> None:
     def objective(name: str, options: str = "{}") -> Any:
         recipe = own_recipe(tmp_path, f"diffusion={{objective: '{name}', options: {options}}}")
