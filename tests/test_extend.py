@@ -135,8 +135,11 @@ def test_a_run_is_sampled_and_exported(trained: Recipe, tmp_path: Path) -> None:
         trained, WeightSource("mine", file=exported["file"]), ["0"], "0", str(tmp_path), 1
     )
     assert len(made["images"]) == 1
-    with pytest.raises(UserError, match=r"--format diffusers.*'mynet.model:ConvNet'"):
-        export_folder(trained, "mine", 4, "ema", "", str(tmp_path / "folder"))
+    folder = Path(export_folder(trained, "mine", 4, "ema", "", str(tmp_path / "folder")))
+    code = (folder / "transformer" / "diffit_transformer.py").read_text()
+    assert "class ConvNet" in code
+    assert "mynet.model ----" in code  # named, not imported
+    assert "from mynet" not in code
 
 
 @pytest.mark.slow
@@ -252,6 +255,25 @@ class Buffered(ConvNet):
         super().__init__(shape)
         self.register_buffer("table", torch.zeros(3))
 
+class Registered(Backbone):
+    blocks = nn.ModuleList()
+    input_shape = (3, 16, 16)
+
+    def __init__(self, shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t, y):
+        return STEPS["first"](x) + self.scale
+
+STEPS = {}
+STEPS["first"] = lambda x: x
+
+class Late(Registered):
+    def forward(self, x, t, y):
+        from mynet.model import ConvNet
+        return x * self.scale
+
 class HalfAnObjective:
     def draw(self, random, count): ...
     def level(self, t): ...
@@ -309,6 +331,24 @@ def test_networks_that_do_not_fit_are_refused(
     recipe = own_recipe(tmp_path, f"model={{architecture: '{name}'}}")
     with pytest.raises(UserError, match=f"model.architecture is '{name}'.*{said}"):
         build_model(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Registered", r"mynet.wrong:Registered.*in a file of its own: KeyError: 'first'; its mod"),
+        ("Late", "module mynet.wrong imports from a bundled package inside of a definition"),
+    ],
+)
+def test_code_that_does_not_fit_in_one_file_is_not_exported(
+    wrong: None, tmp_path: Path, name: str, said: str
+) -> None:
+    recipe = own_recipe(tmp_path, f"model={{architecture: 'mynet.wrong:{name}'}}")
+    weights = {n: p.detach() for n, p in build_model(recipe).named_parameters()}
+    save_run(recipe, "mine", {4: weights})
+    with pytest.raises(dt.DiffitError, match=said):
+        export_folder(recipe, "mine", 4, "ema", "", str(tmp_path / "folder"))
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_network_without_labels_gets_no_classes(package: Path, tmp_path: Path) -> None:

@@ -48,13 +48,11 @@ class _Module:
 
     name: str
     source: str
+    is_package: bool
     definitions: dict[str, ast.stmt] = field(default_factory=dict)
     own: dict[str, Target] = field(default_factory=dict)  # imported from bundled packages
+    typing: set[str] = field(default_factory=set)  # imported for type checkers only
     imports: dict[str, str] = field(default_factory=dict)  # other imports, as statements
-
-    @property
-    def package(self) -> str:
-        return self.name.partition(".")[0]
 
 
 class _Bundle:
@@ -79,6 +77,7 @@ class _Bundle:
             raise DiffitError(f"{target.module} has no definition of {target.name!r}")
         self._claim(target.name, target)
         self.used[module.name].add(target.name)
+        _require_imports_outside(module, module.definitions[target.name], self.packages)
         runtime, annotations = _names(module.definitions[target.name])
         for name in sorted(runtime | annotations):
             self._use(module, name, only_type=name not in runtime)
@@ -87,7 +86,7 @@ class _Bundle:
         if name in module.definitions:
             self.add(Target(module.name, name))
         elif name in module.own:
-            target = self.aliases.get(name, module.own[name])
+            target = self._defining(self.aliases.get(name, module.own[name]))
             if only_type and target.module.startswith(_CONFIG):
                 self.untyped.add(name)
                 return
@@ -96,6 +95,8 @@ class _Bundle:
             if target.name != name:
                 self._claim(name, target)
                 self.renamed.setdefault(module.name, {})[name] = target.name
+        elif name in module.typing:
+            self.untyped.add(name)
         elif name in module.imports:
             statement = module.imports[name]
             if self.imports.setdefault(name, statement) != statement:
@@ -110,6 +111,16 @@ class _Bundle:
         if hasattr(builtins, name):
             raise DiffitError(f"{target.module} hides the builtin {name!r}; rename it")
 
+    def _defining(self, target: Target) -> Target:
+        """Where a name is defined that a module may only pass on, such as `__init__`."""
+        if target.module.startswith(_CONFIG):
+            return target
+        module = self._module(target.module)
+        while target.name not in module.definitions and target.name in module.own:
+            target = module.own[target.name]
+            module = self._module(target.module)
+        return target
+
     def _module(self, name: str) -> _Module:
         if name not in self.modules:
             self.modules[name] = _read_module(name, self.packages)
@@ -122,13 +133,13 @@ class _Bundle:
 
     def text(self, title: str, version: str) -> str:
         """The file."""
-        imports = set(self.imports.values())
-        if self.untyped:
+        imports, untyped = set(self.imports.values()), self.untyped - self.owners.keys()
+        if untyped:
             imports.add("from typing import Any")
         parts = [_HEAD.format(title=title, version=version) + "\n".join(_sorted_imports(imports))]
-        if self.untyped:
-            lines = [f"{name} = Any" for name in sorted(self.untyped)]
-            parts.append("\n".join(["# Sections of the recipe, in annotations.", *lines]))
+        if untyped:
+            lines = [f"{name} = Any" for name in sorted(untyped)]
+            parts.append("\n".join(["# In annotations, such as sections of the recipe.", *lines]))
         for name in self._order():
             module = self.modules[name]
             parts.append(_heading(module))
@@ -168,10 +179,14 @@ def _read_module(name: str, packages: set[str]) -> _Module:
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise DiffitError(f"module {name} has no Python source")
     source = Path(spec.origin).read_text(encoding="utf-8")
-    module = _Module(name, source)
+    module = _Module(name, source, spec.submodule_search_locations is not None)
     for node in ast.parse(source).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             _read_import(module, node, packages)
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            module.typing |= set(_bound(node))
+            continue
         for defined in _defined(node):
             module.definitions[defined] = node
     return module
@@ -180,16 +195,27 @@ def _read_module(name: str, packages: set[str]) -> _Module:
 def _read_import(module: _Module, node: ast.Import | ast.ImportFrom, packages: set[str]) -> None:
     if isinstance(node, ast.Import):
         for alias in node.names:
+            if alias.name.partition(".")[0] in packages:
+                raise DiffitError(
+                    f"module {module.name} has `import {alias.name}`; name what it uses: `from "
+                    f"{alias.name} import …`"
+                )
             bound = alias.asname or alias.name.partition(".")[0]
             renamed = f" as {alias.asname}" if alias.asname else ""
             module.imports[bound] = f"import {alias.name}{renamed}"
         return
     source = node.module or ""
     if node.level:
-        parents = module.name.split(".")[: -node.level]
+        above = node.level - module.is_package
+        names = module.name.split(".")
+        parents = names[: len(names) - above]
         source = ".".join([*parents, *([source] if source else [])])
     for alias in node.names:
         bound = alias.asname or alias.name
+        if alias.name == "*":
+            raise DiffitError(
+                f"module {module.name} has `from {source} import *`; name what it uses"
+            )
         if source.partition(".")[0] in packages:
             module.own[bound] = Target(source, alias.name)
         elif source != "__future__":
@@ -201,14 +227,42 @@ def _defined(node: ast.stmt) -> list[str]:
     """Names that a top-level statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
         return [node.name]
-    targets: list[ast.expr] = []
-    if isinstance(node, ast.Assign):
-        targets = node.targets
-    elif isinstance(node, ast.AnnAssign):
-        targets = [node.target]
-    return [
-        name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
-    ]
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [name for target in targets for name in _bound(target)]
+    if isinstance(node, ast.If | ast.Try | ast.With | ast.For | ast.While):
+        return list(_bound(node))  # it comes along as a whole
+    return []
+
+
+def _bound(node: ast.AST) -> Iterator[str]:
+    """Names that a part of a statement binds, such as `x` in `try: import x`."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            yield part.id
+        elif isinstance(part, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            yield part.name
+        elif isinstance(part, ast.alias):
+            yield part.asname or part.name.partition(".")[0]
+
+
+def _require_imports_outside(module: _Module, node: ast.stmt, packages: set[str]) -> None:
+    """Refuse imports of bundled packages inside of a definition, which would stay.
+
+    Raises:
+        DiffitError: there is one.
+    """
+    for part in ast.walk(node):
+        names: list[str] = []
+        if isinstance(part, ast.Import):
+            names = [alias.name for alias in part.names]
+        elif isinstance(part, ast.ImportFrom):
+            names = [module.name if part.level else part.module or ""]
+        if any(name.partition(".")[0] in packages for name in names):
+            raise DiffitError(
+                f"module {module.name} imports from a bundled package inside of a definition or "
+                "condition; import at the top of the module"
+            )
 
 
 def _names(node: ast.AST) -> tuple[set[str], set[str]]:

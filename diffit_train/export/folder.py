@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from torch import Tensor
 
 from diffit_train import __version__, storage
 from diffit_train.config import Recipe
+from diffit_train.config.diffusion import OBJECTIVES
+from diffit_train.config.model import ARCHITECTURES
+from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import UserError
 from diffit_train.evaluation.generate import class_names, fill_model, load_decoder
 from diffit_train.export.bundle import Target, bundle
 from diffit_train.export.card import model_card
-from diffit_train.models.build import build_model
+from diffit_train.export.own_code import own_code, require_same_network, require_same_samples
+from diffit_train.models.build import build_model, network_shape
 from diffit_train.models.published import require_finite
 from diffit_train.runs.checkpoints import read_weights
 from diffit_train.runs.identity import run_url
@@ -51,20 +56,11 @@ def export_folder(
         out: folder to write; None for RUN/export/KIND-STEP-diffusers. A former export is replaced.
 
     Raises:
-        UserError: the network or objective is another package's, `out` holds something else, or the
-            weights are NaN or infinite.
+        UserError: `out` holds something else, the weights are NaN or infinite, or the code of
+            another package does not run on its own.
         DiffitError: the checkpoint is damaged.
     """
     url = run_url(recipe, run)
-    for key, name, plugged in (
-        ("model.architecture", recipe.model.architecture, recipe.model.plugged),
-        ("diffusion.objective", recipe.diffusion.objective, recipe.diffusion.plugged),
-    ):
-        if plugged:
-            raise UserError(
-                f"--format diffusers writes our own networks and objectives only, but {key} is "
-                f"{name!r}; export it without --format"
-            )
     out = out or storage.join(url, "export", f"{kind}-{step:010d}-diffusers")
     _require_replaceable(out)
     weights = read_weights(url, step, kind)
@@ -126,36 +122,51 @@ def _write_transformer(recipe: Recipe, weights: dict[str, Tensor], folder: Path)
     tensors = {f"network.{n}": v.detach().contiguous() for n, v in model.state_dict().items()}
     file = folder / "diffusion_pytorch_model.safetensors"
     save_file(tensors, str(file), metadata={"format": "pt"})
-    _write_json(
-        folder / "config.json",
-        {"_class_name": "DiffiTTransformer", "_diffusers_version": _DIFFUSERS}
-        | {"sizes": model.sizes},
-    )
-    aliases = {
-        "Network": Target(type(model).__module__, type(model).__name__),
-        "Sizes": Target(type(model.shape).__module__, type(model.shape).__name__),
-    }
-    name = "diffit_transformer"
+    plugged = recipe.model.plugged
+    shape: Any = network_shape(recipe) if plugged else model.shape
+    config = {"sizes": asdict(shape), "options": recipe.model.options or None}
+    name, kind = "diffit_transformer", "DiffiTTransformer"
+    _write_config(folder / "config.json", kind, config)
+    aliases = {"Network": _target(type(model)), "Sizes": _target(type(shape))}
     title = "The network as a model of diffusers."
-    _write_code(folder / f"{name}.py", "transformer", "DiffiTTransformer", title, aliases)
-    return [name, "DiffiTTransformer"]
+    code = folder / f"{name}.py"
+    _write_code(code, "transformer", kind, title, aliases)
+    if plugged:
+        with own_code(ARCHITECTURES.key, recipe.model.architecture, code) as module:
+            require_same_network(getattr(module, kind)(**config), model)
+    return [name, kind]
 
 
 def _write_scheduler(recipe: Recipe, folder: Path) -> list[str]:
     """Code and settings of the objective and its sampler; its entry in the index."""
     folder.mkdir()
-    values = {
-        "_class_name": "DiffiTScheduler",
-        "_diffusers_version": _DIFFUSERS,
+    config = {
         "diffusion": recipe.diffusion.model_dump(mode="json"),
         "sampler": recipe.evaluate.sampler.model_dump(mode="json"),
         "guidance": recipe.evaluate.guidance.model_dump(mode="json"),
     }
-    _write_json(folder / "scheduler_config.json", values)
-    name = "diffit_scheduler"
+    name, kind = "diffit_scheduler", "DiffiTScheduler"
+    _write_config(folder / "scheduler_config.json", kind, config)
+    aliases, objective = {}, load_objective(recipe.diffusion)
+    if recipe.diffusion.plugged:
+        own = Target("diffit_train.export.own_objective", "build_own_objective")
+        aliases = {"build_objective": own, "Own": _target(type(objective))}
     title = "The objective and its samplers as a scheduler of diffusers."
-    _write_code(folder / f"{name}.py", "scheduler", "DiffiTScheduler", title)
-    return [name, "DiffiTScheduler"]
+    code = folder / f"{name}.py"
+    _write_code(code, "scheduler", kind, title, aliases)
+    if recipe.diffusion.plugged:
+        with own_code(OBJECTIVES.key, recipe.diffusion.objective, code) as module:
+            require_same_samples(getattr(module, kind)(**config), recipe, objective)
+    return [name, kind]
+
+
+def _target(found: type) -> Target:
+    return Target(found.__module__, found.__qualname__)
+
+
+def _write_config(file: Path, kind: str, values: dict[str, Any]) -> None:
+    """The configuration of a component, by which its class is made."""
+    _write_json(file, {"_class_name": kind, "_diffusers_version": _DIFFUSERS, **values})
 
 
 def _write_vae(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -178,7 +189,9 @@ def _write_code(
     file: Path, module: str, name: str, title: str, aliases: dict[str, Target] | None = None
 ) -> None:
     entry = Target(f"diffit_train.export.{module}", name)
-    file.write_text(bundle(entry, title, __version__, aliases), encoding="utf-8")
+    packages = {"diffit_train", *(t.module.partition(".")[0] for t in (aliases or {}).values())}
+    text = bundle(entry, title, __version__, aliases, sorted(packages))
+    file.write_text(text, encoding="utf-8")
 
 
 def _write_json(file: Path, value: Any) -> None:

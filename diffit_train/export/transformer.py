@@ -18,14 +18,15 @@ class DiffiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     Args:
         sizes: fields of the network's shape.
+        options: further arguments of a network of another package.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, sizes: dict) -> None:  # type: ignore[type-arg]
+    def __init__(self, sizes: dict, options: dict | None = None) -> None:  # type: ignore[type-arg]
         super().__init__()
         # JSON has no tuples.
         fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
-        self.network = Network(Sizes(**fields))
+        self.network = Network(Sizes(**fields), **(options or {}))
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

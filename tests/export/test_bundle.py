@@ -101,3 +101,43 @@ def test_two_definitions_of_a_name_are_refused(
         bundle(Target("outside.two", "helper"), "A test.", "1", packages=["outside"])
     with pytest.raises(DiffitError, match=r"outside.one has no definition of 'nothing'"):
         bundle(Target("outside.one", "nothing"), "A test.", "1", packages=["outside"])
+
+
+def test_modules_as_people_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names passed on by `__init__`, optional imports, imports for type checkers."""
+    made(
+        tmp_path,
+        monkeypatch,
+        layers="from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from outside.top import Top\n\n"
+        "try:\n    import not_installed as fast\nexcept ImportError:\n    fast = None\n\n"
+        "def layer(x: Top) -> str:\n    return f'{x} {fast}'\n",
+        top="from outside import layer\n\nclass Top:\n    value = layer(3)\n",
+    )
+    (tmp_path / "outside" / "__init__.py").write_text("from .layers import layer\n")
+    text = bundle(Target("outside.top", "Top"), "A test.", "1", packages=["outside"])
+    space: dict = {}
+    exec(text, space)
+    assert space["Top"].value == "3 None"
+    file = tmp_path / "one.py"
+    file.write_text(text)
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", str(file)]
+    subprocess.run(ruff, check=True)
+
+
+@pytest.mark.parametrize(
+    ("top", "said"),
+    [
+        ("import outside.base\n\nclass Top: ...\n", "`import outside.base`; name what it uses"),
+        ("from .base import *\n\nclass Top: ...\n", r"`from outside.base import \*`; name"),
+        ("class Top:\n    from .base import X\n", "bundled package inside of a definition"),
+        ("from .base import nothing\n\nclass Top(nothing): ...\n", "no definition of 'nothing'"),
+        ("from .base import filter\n\nclass Top(filter): ...\n", "hides the builtin 'filter'"),
+    ],
+)
+def test_what_cannot_be_in_one_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top: str, said: str
+) -> None:
+    made(tmp_path, monkeypatch, base="X = 1\nclass filter: ...\n", top=top)
+    with pytest.raises(DiffitError, match=said):
+        bundle(Target("outside.top", "Top"), "A test.", "1", packages=["outside"])

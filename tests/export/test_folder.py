@@ -20,6 +20,7 @@ from diffit_train.data.autoencoder import autoencoder_url
 from diffit_train.evaluation.result import Result, evaluated_identity, evaluation_url, write_result
 from tests.conftest import tiny_recipe
 from tests.test_api import make_run
+from tests.test_extend import OWN, forget, write_package
 
 PIXELS = ("autoencoder.kind=identity", "autoencoder.latent_channels=3", "autoencoder.downsample=1")
 PIXELS += ("autoencoder.fit.block_out_channels=[8]",)
@@ -34,6 +35,7 @@ RUNS = {
         "evaluate.sampler={name: heun, steps: 3, edm: {churn: 1.0}}",
         "evaluate.guidance={kind: none, channels: 3}",
     ),
+    "own": OWN,
 }
 # Runs in a process that has diffusers and what it needs, but not this package and its others.
 CLEAN = """
@@ -105,6 +107,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An exported folder of each run; their roots are beside them."""
     root = tmp_path_factory.mktemp("folders")
     found = {}
+    write_package(root / "package")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(str(root / "package"))
     for name in RUNS:
         recipe = make_project(root, name)
         add_evaluation(recipe, name)
@@ -112,6 +117,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             recipe, name, "newest", "ema", "cc-by-4.0", str(root / f"{name}-pipe")
         )
         found[name] = Path(made["folder"])
+    # The images of its network are made before its package is gone.
+    np.save(root / "own.npy", dt.load(str(root / "own")).sample([2, "1"], [0, 5]))
+    monkeypatch.undo()
+    forget()
     return found
 
 
@@ -137,6 +146,7 @@ def test_diffusers_alone_makes_the_images_of_sample(
             {"class_labels": 2, "seeds": 0, "num_inference_steps": 2, "guidance_scale": 3.0},
         ],
         "image": [seeds],
+        "own": [{"class_labels": [2, "1"], **seeds}],
     }
     found = sampled(folders, calls, tmp_path)
     changes = ["evaluate.sampler.steps=2", "evaluate.guidance.scale=3.0"]
@@ -147,6 +157,7 @@ def test_diffusers_alone_makes_the_images_of_sample(
             dt.load(roots["latent"], changes=changes).sample([2], [0]),
         ],
         "image": [dt.load(roots["image"]).sample(seeds=[0, 5])],
+        "own": [np.load(folders["own"].parent / "own.npy")],
     }
     for name, images in expected.items():
         for mine, theirs in zip(images, found[name], strict=True):
