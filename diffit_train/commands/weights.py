@@ -306,8 +306,10 @@ def export_command(
 
     Example: `diffit export --run demo --root my-project --format diffusers --out demo-pipeline`
     """
-    recipe, run = recipe_and_run("export", name, overrides, root, run)
-    if format_name is ExportFormat.DIFFUSERS:
+    diffusers = format_name is ExportFormat.DIFFUSERS
+    command = "export --format diffusers" if diffusers else "export"
+    recipe, run = recipe_and_run(command, name, overrides, root, run)
+    if diffusers:
         result = export_pipeline(recipe, run, step, weights, license_id or "", out)
     elif license_id is not None:
         raise UserError(

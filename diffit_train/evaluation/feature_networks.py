@@ -63,7 +63,8 @@ class FeatureNetwork(Protocol):
     """A network on a device.
 
     One of another package is made as `Network(source, device, **options)`: the local path of
-    `evaluate.features.source`, or None without one; a torch device; `evaluate.features.options`.
+    `evaluate.features.source`, which may be gone later, or None without one; a torch device;
+    `evaluate.features.options`. Only its `features` are used.
     """
 
     def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -133,7 +134,7 @@ class _CheckedFeatures:
                 f"{len(pixels)} images; it must return a dictionary with {FEATURES!r}, one row of "
                 "float32 per image"
             )
-        return {**found, FEATURES: np.asarray(features, np.float32)}
+        return {FEATURES: np.asarray(features, np.float32)}
 
 
 def _plugged_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:

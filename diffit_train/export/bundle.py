@@ -12,7 +12,7 @@ import builtins
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,10 +75,13 @@ class _Bundle:
             return
         if target.name not in module.definitions:
             raise DiffitError(f"{target.module} has no definition of {target.name!r}")
-        self._claim(target.name, target)
-        self.used[module.name].add(target.name)
-        _require_imports_outside(module, module.definitions[target.name], self.packages)
-        runtime, annotations = _names(module.definitions[target.name])
+        node = module.definitions[target.name]
+        for name, other in module.definitions.items():
+            if other is node:  # one statement may define several names
+                self._claim(name, Target(module.name, name))
+                self.used[module.name].add(name)
+        _require_imports_outside(module, node, self.packages)
+        runtime, annotations = _names(node)
         for name in sorted(runtime | annotations):
             self._use(module, name, only_type=name not in runtime)
 
@@ -129,7 +132,11 @@ class _Bundle:
     def _order(self) -> list[str]:
         """The modules, those that are imported first."""
         graph = {name: sorted(self.after.get(name, ())) for name in sorted(self.used)}
-        return list(TopologicalSorter(graph).static_order())
+        try:
+            return list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            circle = " -> ".join(error.args[1])
+            raise DiffitError(f"modules import each other in a circle: {circle}") from error
 
     def text(self, title: str, version: str) -> str:
         """The file."""
@@ -146,7 +153,7 @@ class _Bundle:
             for alias, meant in sorted(self.renamed.get(name, {}).items()):
                 parts.append(f"{alias} = {meant}")
             used = (module.definitions[defined] for defined in self.used[name])
-            nodes = {node.lineno: node for node in used}  # one may define several names
+            nodes = {node.lineno: node for node in used}
             parts += [_segment(module.source, nodes[line]) for line in sorted(nodes)]
         return "\n\n\n".join(parts) + "\n"
 

@@ -125,6 +125,17 @@ def test_modules_as_people_write_them(tmp_path: Path, monkeypatch: pytest.Monkey
     subprocess.run(ruff, check=True)
 
 
+def test_a_circle_of_modules_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(
+        tmp_path,
+        monkeypatch,
+        one="from .two import b\n\ndef a():\n    return b\n",
+        two="from .one import a\n\ndef b():\n    return a\n",
+    )
+    with pytest.raises(DiffitError, match=r"in a circle: outside.\w+ -> outside.\w+ ->"):
+        bundle(Target("outside.one", "a"), "A test.", "1", packages=["outside"])
+
+
 @pytest.mark.parametrize(
     ("top", "said"),
     [
