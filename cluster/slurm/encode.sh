@@ -399,6 +399,7 @@ scaling:
   max_preemptions: -1
   resize_check_s: 60.0
   wait_s: 0.0
+  hang_s: 300.0
   shard_cache_gib: null
   shard_cache_folder: ''
 storage:

@@ -58,6 +58,12 @@ class Scaling(Section):
         description="seconds to wait for an autoscaling cluster to provide the CPUs and GPUs that "
         "a command needs; 0: fail at once. Training that has lost a node waits at least 300",
     )
+    hang_s: Positive = Field(
+        default=300.0,
+        description="seconds without progress after which training workers, actors and readers "
+        "are taken to hang, and are replaced; before a first step, chunk or shard 4 times as "
+        "long; at least 10 times what chunks and shards usually take",
+    )
     shard_cache_gib: float | None = Field(
         default=None,
         ge=0.0,

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,8 @@ from diffit_train.data.shards import (
 )
 from diffit_train.data.sources import ImageList, SourceKind
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.hang.processes import FOLDER
+from diffit_train.hang.tasks import ending_hanging, listed, new_board
 from diffit_train.native_stderr import without_lines
 from diffit_train.progress import Progress, say
 
@@ -60,6 +62,7 @@ from diffit_train.progress import Progress, say
 READ_SHARDS, GPU_READ_SHARDS = 1, 3
 # A lost node counts as an attempt, too.
 READER_ATTEMPTS = 8
+ENCODER_ATTEMPTS = 3
 MIN_QUEUED_BYTES = 256 * 2**20
 
 
@@ -178,12 +181,13 @@ def _encode_missing(
     actors, cpus = scaling.encode_actors, ray.cluster_resources()["CPU"]
     actor_cpus = min(0.9, cpus / (2 * actors))
     reader_cpus = min(1.0, cpus - actors * actor_cpus)
+    board = new_board()
     rows = ray.data.from_items(
         [{"spec": json.dumps(spec)} for spec in specs], override_num_blocks=len(specs)
     )
     encoded = rows.map(
-        _read_shard_images,
-        fn_args=(listing.url, listing.kind, data.resolution),
+        _read_listed,
+        fn_args=(board, _read_shard_images, listing.url, listing.kind, data.resolution),
         num_cpus=reader_cpus,
     ).map(
         _Encoder,
@@ -191,6 +195,7 @@ def _encode_missing(
             recipe.model_dump(mode="json"),
             plan.model_dump(),
             sorted(known_autoencoders),
+            board,
         ),
         compute=ray.data.ActorPoolStrategy(
             min_size=min(scaling.encode_min_actors, len(specs)),
@@ -204,10 +209,12 @@ def _encode_missing(
             else {"runtime_env": {"env_vars": ray_session.KEEP_FREED_MEMORY}}
         ),
     )
+    stacks = storage.join(recipe.storage.root, FOLDER)
     try:
-        for row in encoded.iter_rows():
-            _raise_failure(row["failure"])
-            yield EncodedPart.model_validate_json(row["part"])
+        with ending_hanging(board, scaling.hang_s, stacks, say):
+            for row in encoded.iter_rows():
+                _raise_failure(row["failure"])
+                yield EncodedPart.model_validate_json(row["part"])
     except ray.exceptions.RayError as error:
         raise DiffitError(
             f"a shard could not be encoded: {_reason(error)}; rerun the same command to resume"
@@ -232,10 +239,18 @@ def _reason(error: ray.exceptions.RayError) -> str:
     return (named or lines[-1:] or [type(error).__name__])[0]
 
 
+def _read_listed(
+    row: dict[str, Any], board: Any, read: Callable[..., dict[str, Any]], *args: Any
+) -> dict[str, Any]:
+    """CPU task: `read(row, *args)`, listed on the board, so that it is ended if it hangs."""
+    with listed(board, "reading", shard_name(json.loads(row["spec"])["number"])):
+        return read(row, *args)
+
+
 def _read_shard_images(
     row: dict[str, Any], source: str, kind: SourceKind, resolution: int
 ) -> dict[str, Any]:
-    """CPU task: read, decode and crop the images of one shard.
+    """Read, decode and crop the images of one shard.
 
     Ray repeats a task whose process dies, without limit. From the second attempt on, images are
     decoded in a child process: one that kills its decoder is rejected.
@@ -289,12 +304,17 @@ class _Encoder:
     """Actor: runs the autoencoder and writes shards."""
 
     def __init__(
-        self, recipe: dict[str, Any], plan: dict[str, Any], known_autoencoders: list[str]
+        self,
+        recipe: dict[str, Any],
+        plan: dict[str, Any],
+        known_autoencoders: list[str],
+        board: Any,
     ) -> None:
-        self.recipe = Recipe.model_validate(recipe)
+        self.recipe, self.board = Recipe.model_validate(recipe), board
         self.failure: DiffitError | None = None
         try:
-            self._load(known_autoencoders)
+            with listed(board, "loading the autoencoder"):
+                self._load(known_autoencoders)
         # Raised from the constructor, it would reach the driver only as a dead actor.
         except DiffitError as error:
             self.failure = error
@@ -324,7 +344,14 @@ class _Encoder:
             _raise_failure(row["failure"])
             if self.failure is not None:
                 raise self.failure
-            return {"part": self._encode(row), "failure": ""}
+            name = shard_name(json.loads(row["spec"])["number"])
+            with listed(self.board, "encoding", name) as attempt:
+                if attempt >= ENCODER_ATTEMPTS:
+                    raise DiffitError(
+                        f"encoding {name} hung {attempt} times; see the stack traces under "
+                        f"{storage.join(self.recipe.storage.root, FOLDER)}, then rerun the command"
+                    )
+                return {"part": self._encode(row), "failure": ""}
         except DiffitError as error:
             return {"part": "", "failure": _failure(error)}
 

@@ -15,6 +15,7 @@ from diffit_train.evaluation.chunks import LABELS, Range
 from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.reference_files import opened_reference
 from diffit_train.evaluation.references import PartTask, Reference
+from diffit_train.hang.processes import Process, this_process
 
 if TYPE_CHECKING:
     from diffit_train.evaluation.feature_networks import FeatureNetwork
@@ -79,6 +80,10 @@ class EvaluationActor:
         self.autoencoder: Any = None
         self.generator: Any = None
         self.computing = threading.RLock()
+
+    def introduce(self) -> Process:
+        """The process of this actor, which can be ended from elsewhere if it hangs."""
+        return this_process()
 
     def ready(self) -> float:
         """Load the feature network; errors raised here keep their reason.

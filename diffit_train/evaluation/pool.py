@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,17 @@ from diffit_train.evaluation.chunks import Range
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
 from diffit_train.evaluation.references import FoundReference, PartTask
 from diffit_train.evaluation.scoring import grid_rows
-from diffit_train.progress import Progress
+from diffit_train.hang import processes
+from diffit_train.hang.processes import Process
+from diffit_train.progress import Progress, say
 
 # A task whose actor died this often is taken to be the cause.
 MAX_TRIES = 3
 # Tasks of an actor at a time: while one commits its images, the next generates.
 SLOTS = 2
+
+# Between looks at actors that may hang.
+LOOK_S = 2.0
 
 T = TypeVar("T")
 
@@ -34,20 +40,34 @@ class ActorPool:
     """Ray actors that take tasks as they become idle.
 
     An actor that dies is replaced, and its tasks go to the next idle ones: after the loss of a node
-    the remaining actors do the work, and the replacements join once resources are free.
+    the remaining actors do the work, and the replacements join once resources are free. An actor
+    whose task takes far longer than others is killed.
 
     Args:
-        start: creates an actor, which must have a method `ready` that returns the actor's age in
-            seconds.
+        start: creates an actor, which must have a method `introduce` that returns its
+            `Process`, and a method `ready` that returns its age in seconds.
         count: number of actors.
         slots: tasks of an actor at a time.
+        hang_s: what a task may take in any case; see `processes.limit_s`.
+        stacks_url: folder for stack traces of killed actors.
     """
 
-    def __init__(self, start: Callable[[], Any], count: int, slots: int = 1) -> None:
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        count: int,
+        slots: int = 1,
+        hang_s: float = math.inf,
+        stacks_url: str = "",
+    ) -> None:
         self.start, self.slots = start, slots
+        self.hang_s, self.stacks_url = hang_s, stacks_url
         self.actors: list[Any] = []
         self.idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
+        self._loading: dict[Any, tuple[Any, float]] = {}
+        self._processes: dict[Any, Process] = {}
+        self._durations_s: dict[Any, list[float]] = {}
         self._deaths = 0
         self._born_s: dict[Any, float] = {}
         self._ended_s = 0.0
@@ -57,7 +77,7 @@ class ActorPool:
     def _begin(self) -> None:
         actor = self.start()
         self.actors.append(actor)
-        self._starting[actor.ready.remote()] = actor
+        self._starting[actor.introduce.remote()] = actor
 
     def run(
         self, tasks: Sequence[T], call: Callable[[Any, T], Any], name: Callable[[T], str]
@@ -72,33 +92,53 @@ class ActorPool:
             DiffitError: a task failed, or its actors died repeatedly.
         """
         waiting, tries = deque(range(len(tasks))), Counter[int]()
-        running: dict[Any, tuple[Any, int]] = {}
+        self._durations_s = {}
+        running: dict[Any, tuple[Any, int, float]] = {}
         while waiting or running:
             while waiting and self.idle:
                 actor, number = self._least_busy(), waiting.popleft()
                 tries[number] += 1
-                running[call(actor, tasks[number])] = (actor, number)
-            calls = [*running, *self._starting]
-            ray.wait(calls, num_returns=1)
+                running[call(actor, tasks[number])] = (actor, number, time.monotonic())
+            calls = [*running, *self._starting, *self._loading]
+            ray.wait(calls, num_returns=1, timeout=LOOK_S)
             ended, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
             for ready in ended:
-                if ready in self._starting:
+                if ready in self._starting or ready in self._loading:
                     self._started(ready)
                     continue
-                actor, number = running.pop(ready)
+                actor, number, begun_s = running.pop(ready)
                 try:
                     value = _get(ready)
                 except ray.exceptions.RayActorError as error:
                     if tries[number] == MAX_TRIES:
                         raise DiffitError(
                             f"{name(tasks[number])} failed {MAX_TRIES} times because its actor "
-                            "died; lower evaluate.batch_size if it ran out of memory"
+                            "died or hung; lower evaluate.batch_size if it ran out of memory"
                         ) from error
                     waiting.appendleft(number)
                     self._replace(actor)
                     continue
                 self.idle.append(actor)
+                self._durations_s.setdefault(actor, []).append(time.monotonic() - begun_s)
                 yield tasks[number], value
+            self._end_hanging([(actor, begun_s) for actor, _, begun_s in running.values()])
+
+    def _end_hanging(self, working: Sequence[tuple[Any, float]]) -> None:
+        """Kill actors that take too long; their calls then fail.
+
+        Args:
+            working: for each task, its actor and when it began.
+        """
+        taken = [duration_s for some in self._durations_s.values() for duration_s in some]
+        for actor, since_s in (*working, *self._loading.values()):
+            # An actor's first task loads weights and compiles.
+            known_s = taken if actor in self._durations_s else []
+            taken_s = time.monotonic() - since_s
+            if taken_s > processes.limit_s(self.hang_s, known_s) and actor in self._processes:
+                process = self._processes.pop(actor)
+                what = f"{process.name} has evaluated for {taken_s:.0f} s without a result"
+                processes.end_and_report(process, what, self.stacks_url, say)
+                ray.kill(actor)
 
     def _least_busy(self) -> Any:
         """Take a slot of the actor with the most free ones."""
@@ -107,10 +147,12 @@ class ActorPool:
         self.idle.remove(actor)
         return actor
 
-    def _started(self, ready: Any) -> None:
-        actor = self._starting.pop(ready)
+    def _started(self, call: Any) -> None:
+        """An actor has answered `introduce` or `ready`, or died."""
+        introduced = call in self._starting
+        actor = self._starting.pop(call) if introduced else self._loading.pop(call)[0]
         try:
-            age_s = _get(ready)
+            value = _get(call)
         except ray.exceptions.RayActorError as error:
             self._deaths += 1
             if self._deaths == MAX_TRIES * len(self.actors):
@@ -120,8 +162,12 @@ class ActorPool:
                 ) from error
             self._replace(actor)
             return
+        if introduced:
+            self._processes[actor] = value
+            self._loading[actor.ready.remote()] = (actor, time.monotonic())
+            return
         self._deaths = 0
-        self._born_s[actor] = time.monotonic() - age_s
+        self._born_s[actor] = time.monotonic() - value
         self.idle += [actor] * self.slots
 
     def _replace(self, actor: Any) -> None:
@@ -134,6 +180,7 @@ class ActorPool:
 
     def _forget(self, actor: Any) -> None:
         self.actors.remove(actor)
+        self._processes.pop(actor, None)
         if actor in self._born_s:
             self._ended_s += time.monotonic() - self._born_s.pop(actor)
 
@@ -218,7 +265,10 @@ class EvaluationPool:
             remote = ray.remote(**options)(EvaluationActor)
             plain = self.recipe.model_dump(mode="json")
             count = scaling.evaluate_actors
-            self._actors = ActorPool(lambda: remote.remote(plain), count, SLOTS)
+            stacks = storage.join(self.recipe.storage.root, processes.FOLDER)
+            self._actors = ActorPool(
+                lambda: remote.remote(plain), count, SLOTS, scaling.hang_s, stacks
+            )
         return self._actors
 
     def serves(self, recipe: Recipe) -> bool:

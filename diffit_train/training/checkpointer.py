@@ -68,16 +68,23 @@ class CheckpointWriter:
 
     Args:
         say: told about failures that training survives.
+        doing: told what this rank does, also by the thread, which may take long.
     """
 
-    def __init__(self, engine: Engine, say: Callable[[str], None] = lambda text: None) -> None:
-        self.engine, self.say = engine, say
+    def __init__(
+        self,
+        engine: Engine,
+        say: Callable[[str], None] = lambda text: None,
+        doing: Callable[[str, bool], None] = lambda what, slow: None,
+    ) -> None:
+        self.engine, self.say, self.doing = engine, say, doing
         # The threads use their own group: their collectives must not mix with training's.
         self.group = dist.new_group(backend="gloo")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.blocked_s = 0.0
         self.failures: list[str] = []
         self._thread: threading.Thread | None = None
+        self._broken: BaseException | None = None
 
     def save(
         self,
@@ -119,16 +126,26 @@ class CheckpointWriter:
         except Exception as problem:
             error = problem
         self._thread = threading.Thread(
-            target=self._finish, args=(saving, stack, paths, error), name="checkpoint", daemon=True
+            target=self._in_thread,
+            args=(saving, stack, paths, error),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
         self.blocked_s += time.monotonic() - started_s
 
     def wait(self) -> None:
-        """Return once no checkpoint is in progress."""
+        """Return once no checkpoint is in progress.
+
+        Raises:
+            DiffitError: the ranks could not agree on one, as another rank has ended.
+        """
         if self._thread is not None:
+            self.doing("waiting for a checkpoint", True)
             self._thread.join()
             self._thread = None
+        if self._broken is not None:
+            raise DiffitError(f"a checkpoint could not be agreed on: {self._broken}")
 
     def take_blocked_s(self) -> float:
         """Seconds that checkpoints blocked training since the last call."""
@@ -148,6 +165,13 @@ class CheckpointWriter:
         if self.failures:
             raise UnrecoverableError(self.failures[-1])
 
+    def _in_thread(self, saving: _Saving, *rest: Any) -> None:
+        try:
+            self._finish(saving, *rest)
+        # A collective that failed: this rank must not go on without the others.
+        except BaseException as problem:
+            self._broken = problem
+
     def _finish(
         self,
         saving: _Saving,
@@ -164,7 +188,10 @@ class CheckpointWriter:
                     raise DiffitError(refused)
                 if error is not None:
                     raise error
-                files = {file: hash_blocks(path) for file, path in paths.items()}
+                files = {}
+                for file, path in paths.items():
+                    self.doing(f"writing {file} of {saving.url}", True)
+                    files[file] = hash_blocks(path)
                 mine = Part(files, saving.pieces)
         except Exception as problem:
             mine = f"rank {self.rank}: {problem}"

@@ -26,6 +26,13 @@ class TrainerHooks(Protocol):
     def report(self, record: dict[str, Any]) -> None:
         """Show a log record as progress; called on rank 0."""
 
+    def doing(self, what: str, slow: bool = False) -> None:
+        """Note what this rank begins, and thereby that it goes on; called on every rank, often.
+
+        Args:
+            slow: it may take several times as long as a step.
+        """
+
     def report_phases(self, seconds: Mapping[str, float]) -> None:
         """Show what a step of this rank takes, by phase; called on every rank."""
 

@@ -8,6 +8,7 @@ newest committed checkpoint of the run; Ray gets a fresh name each time.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -24,6 +25,7 @@ from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError, Interrupted, UserError
+from diffit_train.hang.processes import FIRST_FACTOR
 from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
@@ -50,6 +52,7 @@ from diffit_train.tracking import (
 )
 from diffit_train.training.log import check_run_files
 from diffit_train.training.supervisor import PLACEMENT_S, Supervisor, cause_of
+from diffit_train.training.watchdog import Watchdog
 from diffit_train.training.worker import (
     POLL_S,
     NodeNetwork,
@@ -269,7 +272,12 @@ def _run_ray_train(
     saved = "checkpoint saved"
     try:
         start = max(committed_steps(url), default=0)
-        with _on_signals(stop), _progress(recipe, status, start, stop, live):
+        watchdog = Watchdog(status, url, recipe.scaling.hang_s, say)
+        with (
+            _on_signals(stop),
+            _progress(recipe, status, start, stop, live),
+            watchdog.watching(),
+        ):
             trainer.fit()
         if reason := ray.get(status.why_failed.remote()):
             raise DiffitError(f"training of {run!r} failed: {reason}")
@@ -330,7 +338,9 @@ def _trainer(
         )
     return Trainer(
         train_worker,
-        torch_config=NodeNetwork(),
+        torch_config=NodeNetwork(
+            status=worker_config["status"], timeout_s=math.ceil(FIRST_FACTOR * scaling.hang_s)
+        ),
         validation_config=validation,
         train_loop_config=worker_config,
         scaling_config=ScalingConfig(

@@ -89,6 +89,7 @@ class Trainer:
         self.mlflow_run_id = mlflow_run_id
         self.url = run_url(recipe, run)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        hooks.doing("starting", slow=True)
         self.control = ControlPlane(recipe.train, hooks)
         require_lease(self.control)
         self.objective = load_objective(recipe.diffusion)
@@ -138,9 +139,10 @@ class Trainer:
         share = self.order.largest_share(self.world)
         self.micro_batches = math.ceil(share / (train.micro_batch_size or share))
         self.engine = Engine(model, train, self.rank, self.world, self.device, self.micro_batches)
-        self.writer = CheckpointWriter(self.engine, self.hooks.say)
+        self.writer = CheckpointWriter(self.engine, self.hooks.say, self.hooks.doing)
+        self.hooks.doing("loading the newest checkpoint", slow=True)
         state = load_newest(self.engine, self.url, self.hooks.say)
-        self.step = 0 if state is None else state.step
+        self.step = self.first_step = 0 if state is None else state.step
         self.recorder = Recorder(
             self.recipe,
             self.url,
@@ -150,6 +152,7 @@ class Trainer:
             self.hooks,
             self.step,
             None if state is None else state.log,
+            self._begin,
         )
         if state is None:
             self.writer.save_now(self.url, self._state(), before_commit=self.hooks.require_lease)
@@ -201,6 +204,7 @@ class Trainer:
         ) as loader:
             self.hooks.report({"step": self.step})
             recorder.speed.restart(loader.wait_s)
+            self._begin("data")
             for batch in loader:
                 with self.profiler.step(self.step):
                     self._train_step(batch)
@@ -216,8 +220,14 @@ class Trainer:
                     break
                 if self.control.resizing:
                     self._await_resize()
+                self._begin("data")
+        self.hooks.doing("finishing", slow=True)
         self._finish()
         return self.step
+
+    def _begin(self, phase: str) -> None:
+        """Note that a phase of the step begins; the first step compiles and fills caches."""
+        self.hooks.doing(f"{phase} of step {self.step:,}", slow=self.step == self.first_step)
 
     def _show_step(self) -> None:
         """Report the step as progress, also between log records."""
@@ -298,6 +308,7 @@ class Trainer:
         """Wait until the checkpoint just begun is committed, and then to be replaced."""
         started_s = time.monotonic()
         self.writer.wait()
+        self.hooks.doing("waiting to be replaced", slow=True)
         self.hooks.await_resize(saved=not self.writer.failures)
         self.control.resizing = False
         self.recorder.speed.pause(time.monotonic() - started_s)

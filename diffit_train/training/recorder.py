@@ -88,6 +88,7 @@ class Recorder:
         hooks: told about each record.
         step: the current step; later records are dropped.
         mark: the checkpoint's mark of the log.
+        begins: told of each phase of a step when it begins.
     """
 
     def __init__(
@@ -100,11 +101,12 @@ class Recorder:
         hooks: TrainerHooks,
         step: int,
         mark: LogMark | None,
+        begins: Callable[[str], None],
     ) -> None:
         self.recipe, self.url, self.hooks = recipe, url, hooks
         self.speed, self.device = speed, device
         self.losses = LossMeter(self.device)
-        self.watch = Stopwatch(self.device)
+        self.watch = Stopwatch(self.device, begins)
         self.log = TrainingLog(url, step, mark)
         self._grad_norm = float("nan")
         self._outbox: MetricsOutbox | None = None

@@ -90,6 +90,7 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
             raise DiffitError(reason)
         if _has_no_room(error):
             return
+        cause = ray.get(self.status.take_hang.remote()) or cause_of(error)
         if was_preemption(error):
             self.status.say.remote("Restarting the workers: their node was preempted")
             return
@@ -100,12 +101,12 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         most = self.scaling.max_failures
         if 0 <= most < self.failures:
             raise DiffitError(
-                f"{cause_of(error)} (failures since the checkpoint of step "
+                f"{cause} (failures since the checkpoint of step "
                 f"{self.newest_checkpoint:,}: {self.failures}; scaling.max_failures is {most})"
             )
         which = f"failure {self.failures}" + (f" of {most} allowed" if most >= 0 else "")
         self.status.say.remote(
-            f"Restarting the workers: {cause_of(error)} ({which} since the checkpoint of step "
+            f"Restarting the workers: {cause} ({which} since the checkpoint of step "
             f"{self.newest_checkpoint:,})"
         )
 

@@ -9,7 +9,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ray.train.torch import TorchConfig
 
 from diffit_train.config import Recipe
 from diffit_train.errors import DataError
+from diffit_train.hang.processes import Process, this_process
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
 from diffit_train.plugins import OwnClassError
@@ -31,6 +33,8 @@ from diffit_train.tracking import first_line
 POLL_S = 0.5
 # For how long workers wait to be replaced, once they have saved a checkpoint for it.
 RESIZE_WAIT_S = 60.0
+# Between a rank's heartbeats; less with a small scaling.hang_s.
+BEAT_S = 5.0
 
 # Evaluates the checkpoint of a step while training continues; returns a one-line summary.
 Validate = Callable[[int], str]
@@ -52,6 +56,33 @@ class Polled(NamedTuple):
     validated: set[int]
 
 
+class Rank(NamedTuple):
+    """What is known of a rank of the current worker group.
+
+    Attributes:
+        number: its rank; -1 until it has begun.
+        doing: what it began last.
+        slow: whether that may take several times as long as a step.
+        idle_s: seconds since it last began anything.
+        left: whether its training has returned or failed.
+    """
+
+    process: Process
+    number: int
+    doing: str
+    slow: bool
+    idle_s: float
+    left: bool
+
+
+class _Heard:
+    """The last that a process said."""
+
+    def __init__(self) -> None:
+        self.number, self.doing, self.marks, self.slow = -1, "starting", 0, True
+        self.changed_s, self.left = time.monotonic(), False
+
+
 @ray.remote(num_cpus=0)
 class TrainingStatus:
     """Shared by driver and workers: rank 0's newest record, and the driver's stop request."""
@@ -66,6 +97,42 @@ class TrainingStatus:
         self.validated: set[int] = set()
         self.newest = -1
         self.resizing = False
+        self.processes: dict[Process, _Heard] = {}
+        self.hang = ""
+
+    def begin_group(self, processes: Sequence[Process]) -> None:
+        """Note the processes of a new worker group."""
+        self.processes = {process: _Heard() for process in processes}
+
+    def beat(self, process: Process, number: int, doing: str, marks: int, slow: bool) -> None:
+        """Note what a process does, and how often it has begun something."""
+        heard = self.processes.get(process)
+        if heard is not None and marks != heard.marks:
+            heard.number, heard.doing, heard.marks, heard.slow = number, doing, marks, slow
+            heard.changed_s = time.monotonic()
+
+    def leave(self, process: Process) -> None:
+        """Note that a process has no more to do."""
+        if process in self.processes:
+            self.processes[process].left = True
+
+    def ranks(self) -> list[Rank]:
+        """The processes of the worker group."""
+        now_s = time.monotonic()
+        return [
+            Rank(process, h.number, h.doing, h.slow, now_s - h.changed_s, h.left)
+            for process, h in self.processes.items()
+        ]
+
+    def note_hang(self, reason: str) -> None:
+        """Note why the workers are being killed."""
+        self.hang = reason
+        self.processes = {}
+
+    def take_hang(self) -> str:
+        """Why the workers were killed, once; empty if they were not."""
+        reason, self.hang = self.hang, ""
+        return reason
 
     def put(self, record: dict[str, Any]) -> None:
         """Take over the values of a record."""
@@ -134,6 +201,12 @@ class TrainingStatus:
         return Polled(self.stopping, self.resizing, self.validating, self.validated)
 
 
+def prepare_worker() -> Process:
+    """Prepare a process for its process group, and introduce it."""
+    choose_interface()
+    return this_process()
+
+
 def choose_interface() -> None:
     """Let gloo use the interface of this node's address in Ray, unless the user has named one.
 
@@ -147,8 +220,15 @@ def choose_interface() -> None:
             return
 
 
+@dataclass
 class NodeNetwork(TorchConfig):  # type: ignore[misc]
-    """Process groups on the network of Ray's nodes."""
+    """Process groups on the network of Ray's nodes.
+
+    Attributes:
+        status: the run's `TrainingStatus`, which learns of each worker group.
+    """
+
+    status: Any = None
 
     @property
     def backend_cls(self) -> Any:
@@ -161,15 +241,21 @@ class NodeNetworkBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Called by Ray Train before it initializes the process group."""
-        worker_group.execute(choose_interface)
+        calls = worker_group.execute_async(prepare_worker)
+        processes = ray.get(calls, timeout=backend_config.timeout_s)
+        ray.get(backend_config.status.begin_group.remote(processes))
         super().on_start(worker_group, backend_config)
 
 
 class RayHooks:
     """`training.control.TrainerHooks` for one rank under Ray Train."""
 
-    def __init__(self, status: Any, rank: int, world: int, run: str, lease: Lease) -> None:
+    def __init__(
+        self, status: Any, rank: int, world: int, run: str, lease: Lease, beat_s: float = BEAT_S
+    ) -> None:
         self.status, self.rank, self.world, self.run = status, rank, world, run
+        self.beat_s = beat_s
+        self._process, self._doing = this_process(), ("starting", 0, True)
         self.lease = lease
         self.begun = False
         self.stopping = threading.Event()
@@ -180,6 +266,22 @@ class RayHooks:
         self._saved_s = time.monotonic()
         if rank == 0:
             threading.Thread(target=self._watch, name="status", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def doing(self, what: str, slow: bool = False) -> None:
+        """Sent by the heartbeat's thread."""
+        self._doing = (what, self._doing[1] + 1, slow)
+
+    def _beat(self) -> None:
+        pause = threading.Event()
+        while True:
+            what, marks, slow = self._doing
+            self.status.beat.remote(self._process, self.rank, what, marks, slow)
+            pause.wait(self.beat_s)
+
+    def leave(self) -> None:
+        """Tell the watchdog that this rank has ended."""
+        self.status.leave.remote(self._process)
 
     def _watch(self) -> None:
         # In a thread, so that no training step waits for the actor to answer.
@@ -295,7 +397,8 @@ def train_worker(config: dict[str, Any]) -> None:
     recipe, run = Recipe.model_validate(config["recipe"]), config["run"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    hooks = RayHooks(config["status"], rank, world, run, config["lease"])
+    beat_s = min(BEAT_S, recipe.scaling.hang_s / 10)
+    hooks = RayHooks(config["status"], rank, world, run, config["lease"], beat_s)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(recipe.scaling.cpus_per_worker)
@@ -313,6 +416,7 @@ def train_worker(config: dict[str, Any]) -> None:
         ray.get(hooks.status.fail.remote(str(error)))
         raise
     finally:
+        hooks.leave()
         hooks.answer_resize()
     ray.train.report({"step": step})
 

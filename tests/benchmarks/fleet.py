@@ -39,6 +39,7 @@ from diffit_train.evaluation.generate import Generator, run_weights
 from diffit_train.evaluation.pool import ActorPool, EvaluationPool, Generation
 from diffit_train.evaluation.references import FoundReference, Reference, Statistics
 from diffit_train.evaluation.scores import MetricSuite
+from diffit_train.hang.processes import Process, this_process
 from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.runs.identity import run_url
 from tests.benchmarks.common import print_table
@@ -159,6 +160,10 @@ def actors(root: Path, samples: int, rounds: int) -> None:
 class _Sleepers:
     """A process hosting many actors that sleep instead of sampling."""
 
+    def introduce(self) -> Process:
+        """The process of many actors."""
+        return this_process()
+
     def ready(self) -> float:
         """An actor of no age."""
         return 0.0
@@ -172,7 +177,7 @@ class _Sleeper:
     """An actor to `ActorPool`; stands for one of the many in a process."""
 
     def __init__(self, process: Any) -> None:
-        self.ready, self.work = process.ready, process.work
+        self.introduce, self.ready, self.work = process.introduce, process.ready, process.work
 
 
 def simulate(counts: list[int]) -> None:

@@ -48,6 +48,9 @@ class Recorded:
     def stop_wanted(self) -> bool:
         return self.stopping
 
+    def doing(self, what: str, slow: bool = False) -> None:
+        pass
+
     def report_phases(self, seconds: Mapping[str, float]) -> None:
         raise AssertionError("the control plane reports nothing")
 

@@ -72,6 +72,9 @@ class Hooks:
     def say(self, text: str) -> None:
         self.lines.append(text)
 
+    def doing(self, what: str, slow: bool = False) -> None:
+        pass
+
     def report_phases(self, seconds: Mapping[str, float]) -> None:
         assert seconds.keys() == set(PHASES)
 

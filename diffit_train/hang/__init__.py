@@ -1,0 +1,1 @@
+"""Processes that neither work nor end: finding and ending them."""

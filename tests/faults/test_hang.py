@@ -1,0 +1,203 @@
+"""Processes that neither work nor end: training goes on without them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from diffit_train.config import dump_recipe
+from diffit_train.data.encode import encode
+from diffit_train.data.shards import latents_url
+from diffit_train.evaluation import runner
+from diffit_train.hang.processes import end_here, end_processes, limit_s, this_process
+from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.training.driver import train
+from diffit_train.training.watchdog import stalled_s
+from diffit_train.training.worker import Rank
+from tests.conftest import tiny_recipe
+from tests.faults.driver import Driver
+from tests.training.test_train import _copy, _losses, _no_doubled_points
+
+STEPS = ("train.steps=600", "train.checkpoint_every=40", "train.log_every=20")
+STEPS += ("train.keep_checkpoints=3",)
+
+
+def _rank(idle_s: float, *, slow: bool = False, left: bool = False) -> Rank:
+    return Rank(this_process(), 0, "forward of step 3", slow, idle_s, left)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ranks_hang_if_none_of_those_at_work_makes_progress() -> None:
+    assert stalled_s([], 10.0) is None
+    assert stalled_s([_rank(99.0, left=True)], 10.0) is None
+    assert stalled_s([_rank(99.0), _rank(9.0)], 10.0) is None
+    assert stalled_s([_rank(99.0), _rank(11.0)], 10.0) == 11.0
+    assert stalled_s([_rank(99.0), _rank(1.0, left=True)], 10.0) == 99.0
+    assert stalled_s([_rank(39.0), _rank(39.0, slow=True)], 10.0) is None
+    assert stalled_s([_rank(41.0), _rank(41.0, slow=True)], 10.0) == 41.0
+
+
+def test_a_task_may_take_a_multiple_of_what_others_took() -> None:
+    assert limit_s(300.0, []) == 1200.0
+    assert limit_s(300.0, [1.0, 2.0, 3.0]) == 300.0
+    assert limit_s(300.0, [50.0, 40.0, 900.0]) == 500.0
+
+
+class Sleeper:
+    """An actor."""
+
+    def introduce(self) -> Any:
+        """Its process."""
+        return this_process()
+
+    def sleep_here(self) -> None:
+        """Hang."""
+        time.sleep(600)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_process_is_ended_with_its_stack_traces_or_its_state() -> None:
+    remote: Any = ray.remote(num_cpus=0)(Sleeper)
+    working, stopped = remote.remote(), remote.remote()
+    processes = ray.get([working.introduce.remote(), stopped.introduce.remote()])
+    hanging = working.sleep_here.remote()
+    psutil.Process(processes[1].pid).suspend()
+    time.sleep(0.5)
+    traces, state = end_processes(processes)
+    assert "in sleep_here" in traces
+    assert "'stopped'" in state
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(hanging, timeout=60)
+    assert [end_here(p.pid, p.started, p.stacks) for p in processes] == ["it has ended"] * 2
+    # Another process may have got the number since.
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert end_here(other.pid, processes[0].started, -1) == "it has ended"
+    assert other.poll() is None
+    other.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_session")
+def test_training_replaces_a_stopped_rank(encoded: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(encoded, *STEPS), "whole")
+    _copy(encoded, tmp_path)
+    changes = (*STEPS, "scaling.workers=2", "scaling.hang_s=10")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny_recipe(tmp_path, *changes)))
+    run, driver = tmp_path / "runs" / "killed", Driver(tmp_path / "recipe.yaml", "killed")
+    driver.start()
+    driver.wait(lambda: run.exists() and committed_steps(str(run))[-1:] >= [80])
+    for worker in psutil.Process(driver.process.pid).children(recursive=True):
+        if worker.name().startswith("ray::RayTrainW"):
+            worker.send_signal(signal.SIGSTOP)
+            break
+    stopped_s = time.monotonic()
+    begun = driver.wait_begun(stopped_s, 120)
+    assert begun.step >= 80
+    assert driver.said("Ended the training workers: no rank has made progress for 1")
+    assert driver.said("(failure 1 of 3 allowed since the checkpoint")
+    assert driver.process.wait(timeout=300) == 0
+    (file,) = (run / "stacks").iterdir()
+    text = file.read_text()
+    assert "its state is 'stopped'" in text
+    assert "training/loop.py" in text  # the other rank, in a collective
+    losses = _losses(tmp_path, "killed")
+    for (step, mine), (other, theirs) in zip(losses, _losses(encoded, "whole"), strict=True):
+        assert step == other
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    _no_doubled_points(tmp_path, losses)
+    print(f"training went on {begun.at_s - stopped_s:.0f} s after a rank was stopped")
+
+
+def _introduced(pid: int) -> bool:
+    """Whether a process has begun its first task, rather than to import."""
+    with contextlib.suppress(OSError):
+        files = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        return any(file.startswith(f"{tempfile.gettempdir()}/#") for file in files)
+    return False
+
+
+def _named(prefix: str) -> set[int]:
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(prefix) and _introduced(process.pid):
+                found.add(process.pid)
+    return found
+
+
+def _suspend_first(prefix: str, ended: threading.Event, stopped: list[int]) -> None:
+    """Stop the first process whose name begins so, of those that do not have it yet."""
+    former = _named(prefix)
+    while not ended.wait(0.01):
+        for pid in _named(prefix) - former:
+            time.sleep(0.03)  # a process that has not listed its task yet is not noticed
+            psutil.Process(pid).suspend()
+            stopped.append(pid)
+            return
+
+
+@contextlib.contextmanager
+def _suspending(prefix: str) -> Iterator[list[int]]:
+    ended, stopped = threading.Event(), list[int]()
+    thread = threading.Thread(target=_suspend_first, args=(prefix, ended, stopped))
+    thread.start()
+    try:
+        yield stopped
+    finally:
+        ended.set()
+        thread.join()
+        for pid in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_an_evaluation_replaces_a_stopped_actor(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(trained, root)
+    recipe = tiny_recipe(root, "scaling.hang_s=4", "evaluate.samples=48")
+    with _suspending("ray::EvaluationActor.c") as stopped:
+        (found,) = runner.evaluate([runner.Request(recipe, "tiny", 12)])
+    assert stopped, "no actor was caught at work"
+    assert "s without a result; replacing it" in capfd.readouterr().err
+    assert (root / "stacks").is_dir()
+    other = tiny_recipe(trained, "evaluate.samples=48")
+    (undisturbed,) = runner.evaluate([runner.Request(other, "tiny", 12)])
+    assert found.metrics == undisturbed.metrics
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("prefix", ["ray::MapWorker", "ray::Map(_read_listed"])
+def test_an_encode_replaces_a_stopped_process(
+    encoded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], prefix: str
+) -> None:
+    for name in ("images", "autoencoders"):
+        shutil.copytree(encoded / name, tmp_path / name)
+    recipe = tiny_recipe(tmp_path, "scaling.hang_s=2")
+    with _suspending(prefix) as stopped:
+        found = encode(recipe)
+    assert stopped, "no process was caught at work"
+    assert "; replacing it" in capfd.readouterr().err
+    mine, theirs = Path(latents_url(recipe)), Path(latents_url(tiny_recipe(encoded)))
+    for entry in found.shards:
+        assert (mine / entry.name).read_bytes() == (theirs / entry.name).read_bytes()
