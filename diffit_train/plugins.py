@@ -62,8 +62,8 @@ class Plugged:
         try:
             module = importlib.import_module(module_name)
         except Exception as error:  # the module's own code may raise anything
-            missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(
-                error.name or "?"
+            missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
+                f"{error.name}."
             )
             reason = (str(error) or type(error).__name__).splitlines()[0]
             fix = (

@@ -115,6 +115,7 @@ def test_a_class_that_a_node_lacks_is_named_and_not_tried_again(
     hooks = SimpleNamespace(
         rank=1,
         status=SimpleNamespace(fail=SimpleNamespace(remote=said.append)),
+        leave=lambda: None,
         answer_resize=lambda: None,
     )
     context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
