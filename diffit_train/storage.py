@@ -32,6 +32,8 @@ from diffit_train.errors import DiffitError, UserError
 
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
+# Data sets of the Hugging Face Hub: hf://datasets/OWNER/NAME/PATH; read only.
+HUB = "hf://"
 # Key of the SHA-256 of what stands beside it.
 CHECKSUM = "checksum"
 T = TypeVar("T")
@@ -47,7 +49,9 @@ _PERMANENT = (
     NotADirectoryError,
     FileExistsError,
 )
-_CLIENT_LIBRARIES = ("botocore.", "aiobotocore.", "aiohttp.", "urllib3.")
+_CLIENT_LIBRARIES = ("botocore.", "aiobotocore.", "aiohttp.", "urllib3.", "httpx.", "httpx2.")
+# A ConnectionError of huggingface_hub, which lasts.
+_OFFLINE = "OfflineModeIsEnabled"
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 
 
@@ -150,6 +154,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             return fsspec.filesystem("file"), str(local_path(url).absolute())
         if "::" in url:
             raise ValueError("`::` would be a chain of file systems")
+        if url.startswith(HUB):
+            if not re.match("hf://datasets/[^/]+/[^/]+", url):
+                raise ValueError("the hub needs hf://datasets/OWNER/NAME/PATH")
+            return _hub(), url.removeprefix(HUB)
         # Never cache listings: other processes write the files this one looks for.
         options: dict[str, Any] = {"use_listings_cache": False}
         if url.startswith("s3://"):
@@ -161,10 +169,19 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ) from error
 
 
+@functools.cache
+def _hub() -> fsspec.AbstractFileSystem:
+    # fsspec's own cache has an instance for each thread, which would all ask for the same listings.
+    return fsspec.filesystem("hf", skip_instance_cache=True)
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether a failed remote call may succeed later."""
-    if isinstance(error, _PERMANENT):
+    if isinstance(error, _PERMANENT) or type(error).__name__ == _OFFLINE:
         return False
+    response = getattr(error, "response", None)
+    if type(error).__module__.startswith("huggingface_hub.") and response is not None:
+        return bool(response.status_code >= 500 or response.status_code in (408, 429))
     if isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError):
         return True
     kind = type(error)
@@ -205,6 +222,10 @@ def _explained(url: str, error: Exception) -> Exception:
             f"no credentials for {url} ({error}); set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
+    if type(error).__name__ == _OFFLINE:
+        return UserError(
+            f"{url} cannot be read, since HF_HUB_OFFLINE is set; unset it, or download the data set"
+        )
     if isinstance(error, PermissionError):
         return UserError(f"access to {url} is denied ({error}); check the credentials")
     if isinstance(error, FileNotFoundError) and "bucket does not exist" in str(error).lower():
@@ -220,6 +241,12 @@ def _explained(url: str, error: Exception) -> Exception:
 def exists(url: str) -> bool:
     """Whether a file or folder exists."""
     fs, path = filesystem(url)
+    if url.startswith(HUB):  # whose `exists` takes an unreachable server for a missing file
+        try:
+            retried(url, lambda: fs.info(path))
+        except FileNotFoundError:
+            return False
+        return True
     return bool(retried(url, lambda: fs.exists(path)))
 
 
@@ -276,6 +303,17 @@ def walk(url: str) -> dict[str, StoredFile]:
 
     A file itself is at path "".
     """
+    return {
+        name: StoredFile(int(info["size"]), _written_s(info)) for name, info in _walked(url).items()
+    }
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Sizes in bytes of all files below a folder, by relative path; see `walk`."""
+    return {name: int(info["size"]) for name, info in _walked(url).items()}
+
+
+def _walked(url: str) -> dict[str, dict[str, Any]]:
     fs, path = filesystem(url)
     base = path.rstrip("/")
     if not exists(url):
@@ -284,7 +322,7 @@ def walk(url: str) -> dict[str, StoredFile]:
     files = {str(name)[len(base) + 1 :]: info for name, info in found.items()}
     # Some servers also list folders, as empty objects.
     return {
-        name: StoredFile(int(info["size"]), _written_s(info))
+        name: info
         for name, info in files.items()
         if not name.endswith("/") and info.get("type") != "directory"
     }
@@ -308,7 +346,9 @@ def read_bytes(url: str) -> bytes:
 def read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes `start` to `stop` of a file, fewer where it ends before."""
     fs, path = filesystem(url)
-    return bytes(retried(url, lambda: fs.cat_file(path, start=start, end=stop)))
+    # Without these, the hub's reads megabytes ahead, and asks for the size first.
+    options: dict[str, Any] = {"cache_type": "none", "size": stop} if url.startswith(HUB) else {}
+    return bytes(retried(url, lambda: fs.cat_file(path, start=start, end=stop, **options)))
 
 
 def read_sized(url: str, size: int) -> bytes:

@@ -12,6 +12,7 @@ import getpass
 import logging
 import os
 import queue
+import re
 import sqlite3
 import subprocess
 import tempfile
@@ -32,6 +33,7 @@ from diffit_train.storage import redact
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from PIL.Image import Image
 
 # Set on import, since DeepSpeed imports MLflow, too. No usage statistics leave the machine unless
 # the user turns them on.
@@ -52,6 +54,8 @@ TAG_ATTEMPT = "diffit.attempt"
 # smaller one of validation during training.
 BEST = "best"
 BEST_VALIDATED = "best-validated"
+# MLflow's name of the file that holds a model's signature.
+SIGNATURE = "MLmodel"
 # Folder of artifacts beside a SQLite file.
 ARTIFACTS = "mlflow-artifacts"
 _SQLITE = "sqlite:///"
@@ -89,6 +93,23 @@ class Registered:
 
     step: int
     evaluation_run_id: str
+
+
+@dataclass(frozen=True)
+class ModelNotes:
+    """What MLflow shows of a registered model.
+
+    Attributes:
+        model: description of all its versions.
+        version: description of this one.
+        inputs: dtype and shape of tensors by name; -1 is any size.
+        outputs: the same of what it returns.
+    """
+
+    model: str
+    version: str
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: dict[str, tuple[str, tuple[int, ...]]]
 
 
 def tracking_uri(recipe: Recipe) -> str:
@@ -341,6 +362,16 @@ class Tracker:
         for start in range(0, len(rows), _BATCH_LIMIT):
             self.client.log_batch(run_id, params=rows[start : start + _BATCH_LIMIT])
 
+    def curves_link(self, run_id: str) -> str:
+        """Where a run's curves are, in words: a URL, and for a file the command that serves it."""
+        experiment = self.client.get_run(run_id).info.experiment_id
+        # Without the last part, and at the experiment, MLflow opens other pages first.
+        page = f"#/experiments/{experiment}/runs/{run_id}/model-metrics"
+        if self.artifacts is None:
+            return f"{redact(self.uri).rstrip('/')}/{page}"
+        serve = f"mlflow server --backend-store-uri {self.uri} --port 5000"
+        return f"http://127.0.0.1:5000/{page}, served by `{serve}`"
+
     def log_dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
         """Log the data set a run used; MLflow limits digests to 36 characters."""
         from mlflow.entities import Dataset, DatasetInput
@@ -360,6 +391,21 @@ class Tracker:
     def log_artifact(self, run_id: str, path: Path) -> None:
         """Store a local file with the run."""
         self.client.log_artifact(run_id, str(path))
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Store a text file with the run; replaces an earlier one."""
+        self.client.log_text(run_id, text, name)
+
+    def log_image(self, run_id: str, image: Image, key: str, step: int) -> None:
+        """Log an image at a step; MLflow shows those of one key as a series."""
+        self.client.log_image(run_id, image, key=key, step=step, synchronous=True)
+
+    def image_steps(self, run_id: str, key: str) -> set[int]:
+        """Steps at which images of a key were logged."""
+        # `log_image` names files KEY+step+STEP+timestamp+…, in earlier versions with % for +.
+        files = self.client.list_artifacts(run_id, "images")
+        found = (re.search(rf"/{re.escape(key)}[+%]step[+%](\d+)[+%]", f.path) for f in files)
+        return {int(match[1]) for match in found if match}
 
     def finish(
         self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
@@ -396,9 +442,18 @@ class Tracker:
         return Registered(int(version.tags["step"]), str(version.run_id))
 
     def register(
-        self, name: str, file: str, run_id: str, tags: Mapping[str, Any], alias: str = BEST
+        self,
+        name: str,
+        file: str,
+        run_id: str,
+        tags: Mapping[str, Any],
+        about: ModelNotes,
+        alias: str = BEST,
     ) -> None:
         """Register a weight file as the best version of a model.
+
+        The version's source is the folder of the file, where MLflow finds `MLmodel`, the signature;
+        its tag `file` names the file.
 
         Args:
             run_id: the evaluation that measured it.
@@ -407,13 +462,20 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         try:
-            self.client.create_registered_model(name)
+            self.client.create_registered_model(name, description=about.model)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+            if not self.client.get_registered_model(name).description:  # by an earlier version
+                self.client.update_registered_model(name, about.model)
         plain = {key: str(value) for key, value in tags.items()}
-        source = Path(file).as_uri() if storage.is_local(file) else file
-        version = self.client.create_model_version(name, source, run_id, tags=plain)
+        plain["file"] = file.rsplit("/", 1)[-1]
+        folder = storage.parent(file)
+        storage.write_text(storage.join(folder, SIGNATURE), _signature_text(about))
+        source = Path(folder).as_uri() if storage.is_local(folder) else folder
+        version = self.client.create_model_version(
+            name, source, run_id, tags=plain, description=about.version
+        )
         self.client.set_registered_model_alias(name, alias, version.version)
 
     # ---- Reading ----
@@ -559,6 +621,21 @@ class MetricsOutbox:
             while True:
                 left.append(self._points.get_nowait())
         return left
+
+
+def _signature_text(about: ModelNotes) -> str:
+    """MLflow's description of a model's inputs and outputs, as in its file MLmodel."""
+    import numpy as np
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    def schema(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Schema:
+        return Schema(
+            [TensorSpec(np.dtype(kind), shape, name) for name, (kind, shape) in tensors.items()]
+        )
+
+    signature = ModelSignature(schema(about.inputs), schema(about.outputs))
+    return str(Model(signature=signature, flavors={"safetensors": {}}).to_yaml())
 
 
 def first_line(error: Exception) -> str:

@@ -94,7 +94,7 @@ def trained(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run `mine`, trained for 30 steps by a plain loop on the images of the source."""
     recipe = own_recipe(tmp_path_factory.mktemp("own"))
     listing = list_images(recipe)
-    images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
+    images = read_items(listing.source, listing.items, recipe.data.resolution)
     assert len(images.kept) == 24
     x0, y = torch.from_numpy(to_model_range(images.pixels)), torch.tensor(listing.labels)
     torch.manual_seed(0)
@@ -367,7 +367,9 @@ def test_objectives_that_do_not_fit_are_refused(wrong: None, tmp_path: Path) -> 
     assert objective("mynet.objective:Restore", "{loss_power: 1.0}").loss_power == 1.0
     with pytest.raises(UserError, match=r"with options {'power': 1} failed: .*'power'; fix"):
         objective("mynet.objective:Restore", "{power: 1}")
-    with pytest.raises(UserError, match=r"has no noisy, precondition, loss, sample; docs/extend"):
+    with pytest.raises(
+        UserError, match=r"has no noisy, precondition, loss, sample, predicted_x0; docs/extend"
+    ):
         objective("mynet.wrong:HalfAnObjective")
     with pytest.raises(UserError, match=r"is 'gone' \(mynet.gone:Nothing\), but importing"):
         objective("gone")
@@ -403,9 +405,9 @@ def test_sources_that_do_not_fit_are_refused(wrong: None, tmp_path: Path) -> Non
         images("Mislabeled")
     listing = images("Broken")
     assert [item.problem for item in listing.items] == ["", "", "label 7 is not between 0 and 2"]
-    found = read_items(listing.url, listing.kind, listing.items, 16)
+    found = read_items(listing.source, listing.items, 16)
     assert found.rejected[0] == (0, "KeyError: 'gone'")
     assert len(found.rejected) == 3
     listing = images("Textual")
     with pytest.raises(UserError, match=r"read\(\) returned str"):
-        read_items(listing.url, listing.kind, listing.items, 16)
+        read_items(listing.source, listing.items, 16)

@@ -12,7 +12,7 @@ import pytest
 
 from diffit_train import ray_session
 from diffit_train.data import encode
-from diffit_train.data.sources import ImageList
+from diffit_train.data.sources import ImageList, Source
 from diffit_train.evaluation.pool import EvaluationPool
 from diffit_train.training import driver
 from tests.conftest import tiny_recipe
@@ -113,7 +113,7 @@ def test_stages_ask_for_what_the_recipe_says_they_need(
     changes = ["workers=3..4", "cpus_per_worker=4", "gpus_per_worker=1", "evaluate_actors=4"]
     changes += ["encode_min_actors=2", "encode_actors=3", "gpus_per_actor=0.5", "wait_s=600"]
     recipe = tiny_recipe(tmp_path, *(f"scaling.{change}" for change in changes))
-    images = ImageList("", "folder", (), [])
+    images = ImageList(Source("", "folder"), (), [])
     run = {
         "encode": lambda: encode.encode_again(recipe, "", images, [], None),
         "train": lambda: driver.train(recipe, "tiny"),

@@ -115,7 +115,7 @@ def show_run(root: str, run: str) -> dict[str, Any]:
     exports = [
         {"file": path, "bytes": file.bytes}
         for path, file in sorted(files.items())
-        if path.startswith("export/")
+        if path.startswith("export/") and path.endswith(".safetensors")
     ]
     evaluations = [_evaluation(result) for result in run_results(root, run)]
     live = read_live(url)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +27,11 @@ from diffit_train.evaluation.best import register_best
 from diffit_train.progress import say
 from diffit_train.runs.identity import finished_step, run_url
 from diffit_train.runs.start import starting_from
+from diffit_train.tracking import first_line, unreachable_errors
 from diffit_train.training.log import send_unsent
+
+if TYPE_CHECKING:
+    from diffit_train.evaluation.training_samples import TrainingSamples
 
 
 def train_run(
@@ -51,12 +55,33 @@ def train_run(
     if step is None:
         from diffit_train.training import driver
 
-        step = driver.train(recipe, run, address, _validation(recipe, run), wait=wait)
+        validate, samples = _validation(recipe, run), _samples(recipe, run)
+        step = driver.train(recipe, run, address, validate, samples=samples, wait=wait)
     else:
         say("already trained")
         send_unsent(recipe, run, say)
+        _send_samples(recipe, run)
     say(f"run {storage.display_path(run_url(recipe, run))} is at step {step:,}")
     return {"run": run, "url": run_url(recipe, run), "step": step}
+
+
+def _samples(recipe: Recipe, run: str) -> TrainingSamples | None:
+    """What draws grids during training; None if the recipe has none."""
+    if recipe.train.sample_every is None:
+        return None
+    from diffit_train.evaluation.training_samples import TrainingSamples
+
+    return TrainingSamples(recipe, run)
+
+
+def _send_samples(recipe: Recipe, run: str) -> None:
+    """Log the grids that MLflow lacked when training ended."""
+    samples = _samples(recipe, run)
+    if samples is not None:
+        try:
+            samples.send_unsent()
+        except unreachable_errors() as error:
+            say(f"Could not log samples to MLflow; they are kept: {first_line(error)}")
 
 
 def _validation(recipe: Recipe, run: str) -> Callable[[int], str] | None:
@@ -102,7 +127,7 @@ def train_command(
     """Train on the latents, resuming from the newest checkpoint if there is one.
 
     Rerun the same command to resume a run, or with a larger train.steps to extend it. On SIGTERM,
-    the run saves a checkpoint and exits.
+    the run saves a checkpoint and exits. It begins by saying where MLflow shows the run's curves.
 
     Example: `diffit train demo --root my-project --run first train.lr=1e-3`
 

@@ -59,6 +59,7 @@ def sample_images(
     seeds: str,
     out: str,
     batch_size: int,
+    animate: bool = False,
 ) -> dict[str, Any]:
     """Sample images of classes and seeds into a folder; return the content of samples.json."""
     from diffit_train.evaluation import generate
@@ -80,7 +81,7 @@ def sample_images(
         url, step = find_checkpoint(recipe, source.run, source.step)
         title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
         weights = generate.run_weights(recipe, url, step)
-    result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title)
+    result = stage.sample(recipe, weights, labels, numbers, folder, batch_size, title, animate)
     count = len(result["images"])
     say(f"{count:,} {'image' if count == 1 else 'images'} in {storage.display_path(folder)}")
     return result
@@ -218,6 +219,12 @@ def sample_command(
         str, typer.Option(help="Output folder for grid.png and the images.")
     ] = "samples",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 16,
+    animate: Annotated[
+        bool,
+        typer.Option(
+            "--animate", metavar="", help="Also write the denoising as denoising.gif, in a grid."
+        ),
+    ] = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
@@ -226,6 +233,8 @@ def sample_command(
     Example: `diffit sample --run demo --root my-project --class 3 --class 7 --seeds 0-9`
 
     Example: `diffit sample evaluate.sampler.steps=50 --run demo --root my-project --out fast`
+
+    Example: `diffit sample --run demo --root my-project --class 3 --class 7 --animate`
     """
     if weights is None:
         recipe, run = recipe_and_run("sample", name, overrides, root, run)
@@ -233,7 +242,8 @@ def sample_command(
         name, words = split_recipe(name, overrides)
         recipe = recipe_of_weights(weights, name, words, root, allow_pickle)
     source = WeightSource(run or recipe.name, step, weights, allow_pickle)
-    print_result(sample_images(recipe, source, classes or [], seeds, out, batch_size), as_json)
+    result = sample_images(recipe, source, classes or [], seeds, out, batch_size, animate)
+    print_result(result, as_json)
 
 
 def import_command(

@@ -94,12 +94,17 @@ def _resolve(
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    root, source = storage.absolute(recipe.storage.root), _absolute(recipe.data.source)
+    root, data = storage.absolute(recipe.storage.root), recipe.data
     if fault := storage.odd_root(root):
         raise UserError(f"storage.root is {root!r}: {fault}")
     update: dict[str, Any] = {
         "storage": recipe.storage.model_copy(update={"root": root}),
-        "data": recipe.data.model_copy(update={"source": source}),
+        "data": data.model_copy(
+            update={
+                "source": _absolute(data.source),
+                "labels": _absolute(data.labels) if data.labels else None,
+            }
+        ),
     }
     # a/b may be a Hub id, so only an explicit relative path is made absolute.
     if recipe.autoencoder.source.startswith("."):

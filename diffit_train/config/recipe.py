@@ -220,15 +220,15 @@ class Recipe(Section):
 
     def image_identity(self) -> dict[str, Any]:
         """The keys that determine the images and their labels."""
-        return self.data.model_dump(mode="json", include=self.data.image_keys())
+        return self.data.image_identity()
 
     def encode_identity(self) -> dict[str, Any]:
         """The keys that determine the latent shards."""
-        data = self.data.model_dump(
-            mode="json",
-            include={*self.data.image_keys(), "flip", "images_per_shard"},
-        )
-        return {"data": data, "autoencoder": self.autoencoder.identity()}
+        data = self.data.model_dump(mode="json", include={"flip", "images_per_shard"})
+        return {
+            "data": {**self.image_identity(), **data},
+            "autoencoder": self.autoencoder.identity(),
+        }
 
     def train_identity(self) -> dict[str, Any]:
         """The keys that determine the weights at a given step."""

@@ -36,6 +36,7 @@ KEEPING_KEYS = (
     "ema_snapshot_every",
     "validate_every",
     "validate_samples",
+    "sample_every",
     "max_consecutive_bad_steps",
     "max_rollbacks",
 )
@@ -199,6 +200,12 @@ class Train(Section):
     )
     validate_samples: Annotated[int, Field(gt=1)] = Field(
         default=10_000, description="images generated per evaluation during training"
+    )
+    sample_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between grids of samples of fixed seeds; each is drawn from the first "
+        "checkpoint due, on the CPU of the machine that started the training, and shown in MLflow; "
+        "null: none",
     )
     log_every: PositiveInt = Field(default=50, description="steps averaged per log entry")
     loss_limit: Positive | None = Field(

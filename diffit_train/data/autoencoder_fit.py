@@ -122,7 +122,7 @@ def _all_pixels(recipe: Recipe) -> np.ndarray:
     from diffit_train.data.preprocess import to_model_range
 
     listing = list_images(recipe)
-    images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
+    images = read_items(listing.source, listing.items, recipe.data.resolution)
     if images.rejected:
         say(f"Skipped {len(images.rejected):,} unreadable images")
     if not images.kept:

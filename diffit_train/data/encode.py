@@ -51,7 +51,7 @@ from diffit_train.data.shards import (
     shard_name,
     write_shard,
 )
-from diffit_train.data.sources import ImageList, SourceKind
+from diffit_train.data.sources import ImageList, Source
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.hang.processes import FOLDER
 from diffit_train.hang.tasks import ending_hanging, listed, new_board
@@ -187,7 +187,7 @@ def _encode_missing(
     )
     encoded = rows.map(
         _read_listed,
-        fn_args=(board, _read_shard_images, listing.url, listing.kind, data.resolution),
+        fn_args=(board, _read_shard_images, listing.source, data.resolution),
         num_cpus=reader_cpus,
     ).map(
         _Encoder,
@@ -247,22 +247,20 @@ def _read_listed(
         return read(row, *args)
 
 
-def _read_shard_images(
-    row: dict[str, Any], source: str, kind: SourceKind, resolution: int
-) -> dict[str, Any]:
+def _read_shard_images(row: dict[str, Any], source: Source, resolution: int) -> dict[str, Any]:
     """Read, decode and crop the images of one shard.
 
     Ray repeats a task whose process dies, without limit. From the second attempt on, images are
     decoded in a child process: one that kills its decoder is rejected.
     """
     spec, attempt = json.loads(row["spec"]), ray_session.task_attempt()
-    missing = "" if FORMATS.is_plugged(kind) else _source_failure(source)
-    failure = missing or _repeated_failure(source, spec["number"], attempt)
+    missing = "" if FORMATS.is_plugged(source.kind) else _source_failure(source.url)
+    failure = missing or _repeated_failure(source.url, spec["number"], attempt)
     items = [] if failure else spec_items(spec)
     images = Images([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
     isolated = IsolatedDecoder() if attempt else None
     try:
-        images = read_items(source, kind, items, resolution, decoder=isolated)
+        images = read_items(source, items, resolution, decoder=isolated)
     except DiffitError as error:
         failure = _failure(error)
     finally:

@@ -11,19 +11,16 @@ import os
 import stat
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from diffit_train import storage
 from diffit_train.config.data import FORMATS
-from diffit_train.data import cifar10, plugged, preprocess
-from diffit_train.data.sources import (
-    Item,
-    Location,
-    SourceKind,
-    open_parquet,
-    parquet_errors,
-)
+from diffit_train.data import plugged, preprocess
+from diffit_train.data.sources import Item, Location, Source
+from diffit_train.data.sources.cifar10 import read_image
+from diffit_train.data.sources.parquet import read_rows
+from diffit_train.data.sources.zips import DamagedMember, read_member
 from diffit_train.errors import UserError
 
 # Threads that read, and images that they may be ahead.
@@ -36,22 +33,23 @@ class ImageReader:
     """Reads the bytes of a source's images by location; threads may share it.
 
     Args:
-        url: the source.
+        source: where they are.
         items: the images that will be read, each once. Of a parquet file's row group, all of them
             are taken at once.
     """
 
-    def __init__(self, url: str, kind: SourceKind, items: Sequence[Item]) -> None:
-        self.url, self.kind = url, kind
-        self._plugged = plugged.open_source(kind, url) if FORMATS.is_plugged(kind) else None
+    def __init__(self, source: Source, items: Sequence[Item]) -> None:
+        self.url, self.kind, column = source
+        own = FORMATS.is_plugged(self.kind)
+        self._plugged = plugged.open_source(self.kind, self.url) if own else None
         self._groups: dict[tuple[str, int], _RowGroup] = {}
-        if kind == "parquet":
+        if self.kind == "parquet":
             rows = defaultdict(set)
             for item in items:
                 rows[item.location.file, item.location.size].add(item.location.start)
             gate = threading.Semaphore(WHOLE_ROW_GROUPS)
             self._groups = {
-                (file, group): _RowGroup(self._file(file), group, sorted(wanted), gate)
+                (file, group): _RowGroup(self._file(file), group, column, sorted(wanted), gate)
                 for (file, group), wanted in rows.items()
             }
 
@@ -68,12 +66,19 @@ class ImageReader:
             return data
         if self.kind == "parquet":
             return self._groups[location.file, location.size].take(location.start)
+        if self.kind == "cifar10":
+            return read_image(self.url, location)
         url, start, size = self._file(location.file), location.start, location.size
         if self.kind == "folder" and size < 0:
             return _read_regular(url)
         _check_size(size)
         if self.kind == "folder":
             return storage.read_sized(url, size)
+        if self.kind == "zip":
+            try:
+                return read_member(url, location)
+            except DamagedMember as error:
+                raise preprocess.UnreadableImage(str(error)) from error
         return storage.read_range(url, start, start + size) if size else b""
 
     def _file(self, name: str) -> str:
@@ -102,8 +107,10 @@ def _check_size(size: int) -> None:
 class _RowGroup:
     """Some rows of a row group, read when the first of them is taken."""
 
-    def __init__(self, url: str, group: int, rows: list[int], gate: threading.Semaphore) -> None:
-        self.url, self.group, self.rows, self.gate = url, group, rows, gate
+    def __init__(
+        self, url: str, group: int, column: str, rows: list[int], gate: threading.Semaphore
+    ) -> None:
+        self.url, self.group, self.column, self.rows, self.gate = url, group, column, rows, gate
         self._lock = threading.Lock()
         self._values: dict[int, bytes] | None = None
         self._problem = ""
@@ -126,15 +133,11 @@ class _RowGroup:
             return self._values.pop(row)
 
     def _read(self) -> dict[int, bytes]:
-        with open_parquet(self.url) as table, parquet_errors(self.url, self.group):
-            column = table.read_row_group(self.group, columns=["image.bytes"])["image"]
-            values = column.take(self.rows).combine_chunks().field("bytes").to_pylist()
-        return {row: value or b"" for row, value in zip(self.rows, values, strict=True)}
+        return read_rows(self.url, self.group, self.rows, self.column)
 
 
 def read_items(
-    url: str,
-    kind: SourceKind,
+    source: Source,
     items: Sequence[Item],
     resolution: int,
     decoders: int = 1,
@@ -148,10 +151,7 @@ def read_items(
         threads: threads that read.
         decoder: see `preprocess.read_images`.
     """
-    if kind == "cifar10":
-        read: Callable[[Location], bytes] = functools.partial(cifar10.read_image, url)
-    else:
-        read = ImageReader(url, kind, [item for item in items if not item.problem]).read
+    read = ImageReader(source, [item for item in items if not item.problem]).read
     reads = [functools.partial(read, item.location) for item in items]
     problems = [item.problem for item in items]
     with ThreadPoolExecutor(threads, thread_name_prefix="images") as pool:
@@ -159,8 +159,7 @@ def read_items(
 
 
 def read_batches(
-    url: str,
-    kind: SourceKind,
+    source: Source,
     items: Sequence[Item],
     resolution: int,
     size: int,
@@ -175,7 +174,7 @@ def read_batches(
 
         def submit(start: int) -> Future[preprocess.Images]:
             here = items[start : start + size]
-            return pool.submit(read_items, url, kind, here, resolution, decoders)
+            return pool.submit(read_items, source, here, resolution, decoders)
 
         coming = submit(0) if items else None
         for start in starts:

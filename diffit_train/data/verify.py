@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -228,7 +228,7 @@ def _items_by_key(recipe: Recipe, url: str) -> ImageList:
             f"{gone[0]}; restore them, or re-encode under another data.name"
         )
     items = [here[name] for name, _ in inputs]
-    return ImageList(listing.url, listing.kind, listing.classes, items)
+    return replace(listing, items=items)
 
 
 # ---- Drawing reconstructions ----
@@ -254,7 +254,7 @@ def draw_reconstructions(url: str, image: str) -> float:
     by_key = _items_by_key(recipe, url)
     keys, moments = _evenly_spaced_samples(url, manifest)
     chosen = [by_key.items[key] for key in keys]
-    originals = read_items(by_key.url, by_key.kind, chosen, recipe.data.resolution).pixels
+    originals = read_items(by_key.source, chosen, recipe.data.resolution).pixels
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     means = torch.from_numpy(as_float(moments[:, 0, : manifest.channels]))
     decoded = autoencoder.decode(means * manifest.scale)

@@ -111,6 +111,10 @@ class EdmObjective(ABC):
 
         return run(sampling_levels(options, sampler.steps), denoised, x.double(), noise).float()
 
+    def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """D(x; sigma)."""
+        return self.denoised(output, x, t).float()
+
 
 @dataclass(frozen=True)
 class KarrasObjective(EdmObjective):

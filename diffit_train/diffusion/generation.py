@@ -55,6 +55,7 @@ def generate_latents(
     noise: ImageNoise,
     labels: Tensor,
     null_label: int,
+    watch: Callable[[Tensor, Tensor, float], None] | None = None,
 ) -> Tensor:
     """Scaled latents (B, C, h, w), on the device of the labels.
 
@@ -63,6 +64,7 @@ def generate_latents(
         network: preconditioned x (B, C, h, w), t (B,) and labels (B,) to its fp32 output.
         labels: (B,), the classes to generate; ignored by a network without labels.
         null_label: label of the unconditional passes of guidance.
+        watch: given the guided output, and x and t of each call of the denoiser.
     """
 
     def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -77,5 +79,12 @@ def generate_latents(
         noise.shape[0] if guidance.channels == "all" else guidance.channels,
         guidance.skip_within,
     )
+
+    def watched(x: Tensor, t: float) -> Tensor:
+        output = denoise(x, t)
+        if watch is not None:
+            watch(output, x, t)
+        return output
+
     fresh = noise(labels.device)
-    return objective.sample(sampler, denoise, fresh, lambda _: noise(labels.device))
+    return objective.sample(sampler, watched, fresh, lambda _: noise(labels.device))

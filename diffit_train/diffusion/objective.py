@@ -22,8 +22,8 @@ from diffit_train.config.evaluate import Sampler
 from diffit_train.config.recipe import Recipe
 from diffit_train.diffusion.edm import build_edm
 from diffit_train.diffusion.flow import flow_loss, interpolate
-from diffit_train.diffusion.gaussian import add_noise, training_loss
-from diffit_train.diffusion.guidance import Denoiser, build_weight, saved_share
+from diffit_train.diffusion.gaussian import add_noise, predict_x0, training_loss
+from diffit_train.diffusion.guidance import Denoiser, build_weight, repeated, saved_share
 from diffit_train.diffusion.samplers import (
     Noise,
     SamplerFunction,
@@ -77,6 +77,9 @@ class Objective(Protocol):
     def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """x_0 from standard normal x; `denoise(x, t)` is the model's output at noise level t."""
 
+    def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """x_0 as the model's output at (x, t) predicts it, fp32; t as `sample` gives it."""
+
 
 @dataclass(frozen=True)
 class EpsilonObjective:
@@ -116,6 +119,11 @@ class EpsilonObjective:
             "heun": heun,
         }
         return run[sampler.name](self._respaced(sampler), denoise, x, noise)
+
+    def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """From the predicted noise, as `gaussian.predict_x0`."""
+        noise, _ = output.chunk(2, dim=1)
+        return predict_x0(self.schedule, x, repeated(int(t), x), noise)
 
     def _respaced(self, sampler: Sampler) -> Schedule:
         """The sampler's schedule; kept, as its tables are copied to the device once."""
@@ -174,8 +182,12 @@ class FlowObjective:
             times = np.linspace(1.0, 0.0, sampler.steps + 1).tolist()
         return run[sampler.name](times, velocity, x, noise)
 
+    def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """x - u v, as x_u = (1 - u) x_0 + u noise and v = noise - x_0."""
+        return x - (t / self.timesteps) * output
 
-METHODS = ("draw", "level", "noisy", "precondition", "loss", "sample")
+
+METHODS = ("draw", "level", "noisy", "precondition", "loss", "sample", "predicted_x0")
 
 
 def load_objective(diffusion: Diffusion) -> Objective:

@@ -17,6 +17,7 @@ from diffit_train.runs.identity import run_url, stored_recipe
 from diffit_train.tracking import (
     BEST,
     BEST_VALIDATED,
+    ModelNotes,
     Registered,
     Tracker,
     first_line,
@@ -121,6 +122,36 @@ def _other_protocol(own: Recipe, run: str, registered: Registered, best: Result,
     )
 
 
+def _notes(recipe: Recipe, run: str, best: Result, metric: str) -> ModelNotes:
+    model, data, size = recipe.model, recipe.data, recipe.latent_size
+    channels = recipe.autoencoder.latent_channels
+    made = channels * (2 if recipe.diffusion.learned_variance else 1)
+    kind = "pixels" if model.on_pixels else f"{channels}x{size}x{size} latents"
+    labels = f"{data.num_classes} classes" if model.conditional else "no labels"
+    inputs: dict[str, tuple[str, tuple[int, ...]]] = {
+        "x": ("float32", (-1, channels, size, size)),
+        "t": ("float32", (-1,)),
+    }
+    if model.conditional:
+        inputs["y"] = ("int64", (-1,))
+    sampler, guidance = recipe.evaluate.sampler, recipe.evaluate.guidance
+    return ModelNotes(
+        model=(
+            f"{model.architecture} on {kind} of {data.resolution}x{data.resolution} images of "
+            f"{data.name} ({labels}), objective {recipe.diffusion.objective}; run {run}. A version "
+            f"is a safetensors file under the published names, tag `file`; load it by "
+            f"`diffit sample --weights FILE` or `diffit import`."
+        ),
+        version=(
+            f"Step {best.step:,}, weights {recipe.evaluate.weights}: {metric} "
+            f"{best.metrics[metric]:.4g} on {best.samples:,} samples, {sampler.name} "
+            f"{sampler.steps}, guidance {guidance.kind} {guidance.scale:g}."
+        ),
+        inputs=inputs,
+        outputs={"output": ("float32", (-1, made, size, size))},
+    )
+
+
 def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker, alias: str) -> str | None:
     """Export and register the best weights; their file if they are registered."""
     from diffit_train.runs import import_export
@@ -138,7 +169,8 @@ def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker, alias: s
         else:
             file = reconstructed_url(run_url(recipe, run), width, best.step)
         tags = {"step": best.step, metric: best.metrics[metric], "weights": weights}
-        tracker.register(name, file, best.mlflow_run_id, tags, alias)
+        about = _notes(recipe, run, best, metric)
+        tracker.register(name, file, best.mlflow_run_id, tags, about, alias)
     except unreachable_errors() as error:
         say(f"best so far: {shown}; not registered: {first_line(error)}")
         return None

@@ -163,7 +163,7 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
     """Fit the classifier on the recipe's images, measure its held-out accuracy, and save it."""
     section, url = recipe.evaluate.features.fit, features_url(recipe)
     listing = list_images(recipe)
-    images = read_items(listing.url, listing.kind, listing.items, recipe.data.resolution)
+    images = read_items(listing.source, listing.items, recipe.data.resolution)
     labels = np.array(listing.labels)[images.kept]
     order = np.random.Generator(np.random.Philox(section.seed)).permutation(len(labels))
     held_out, used = np.split(order, [max(1, round(section.held_out_fraction * len(labels)))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -78,14 +78,25 @@ class Generator:
         self.weight = weight_of_noise(self.objective, recipe.evaluate.guidance)
 
     @torch.no_grad()
-    def __call__(self, keys: Sequence[tuple[int, int]], labels: Sequence[int]) -> np.ndarray:
+    def __call__(
+        self,
+        keys: Sequence[tuple[int, int]],
+        labels: Sequence[int],
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> np.ndarray:
         """Images (B, R, R, 3) uint8.
 
         Args:
             keys: (seed, index) of each image's noise, (B,).
             labels: their classes, (B,).
+            watch: given the predicted latents x_0 (B, C, h, w) at each call of the denoiser.
         """
         recipe, size = self.recipe, self.recipe.latent_size
+
+        def predicted(output: Tensor, x: Tensor, t: float) -> None:
+            if watch is not None:
+                watch(self.objective.predicted_x0(output, x, t))
+
         latents = generate_latents(
             self.objective,
             recipe.evaluate.sampler,
@@ -95,8 +106,13 @@ class Generator:
             ImageNoise(keys, (recipe.autoencoder.latent_channels, size, size)),
             torch.tensor(labels, device=self.device),
             recipe.data.num_classes,
+            predicted,
         )
-        return self.autoencoder.decode(latents, recipe.evaluate.pixels)
+        return self.decode(latents)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Images (B, R, R, 3) uint8 of latents (B, C, h, w)."""
+        return self.autoencoder.decode(latents, self.recipe.evaluate.pixels)
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with arithmetic(self.recipe.evaluate.precision, self.device):

@@ -22,7 +22,7 @@ from diffit_train.config.evaluate import OWN
 from diffit_train.data.encode_plan import read_inputs
 from diffit_train.data.reading import read_batches
 from diffit_train.data.shards import MANIFEST, Manifest, latents_url, load_manifest
-from diffit_train.data.sources import ImageList, Item, SourceKind
+from diffit_train.data.sources import IMAGE_COLUMN, ImageList, Item, Source
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
 from diffit_train.evaluation.feature_networks import FeatureNetwork
@@ -111,8 +111,7 @@ class PartTask:
     """A part of a source, measured in one task; `kept` are indices into `items`."""
 
     number: int
-    url: str
-    kind: SourceKind
+    source: Source
     items: Sequence[Item]
     kept: Sequence[int]
     resolution: int
@@ -155,7 +154,7 @@ def encoded_identity(recipe: Recipe) -> str | None:
         known = KnownListing.model_validate_json(data)
     except (FileNotFoundError, ValidationError):
         return None  # listed, and written, again
-    if (known.input_sha256, known.source) != (manifest.input_sha256, recipe.data.source):
+    if (known.input_sha256, known.source) != (manifest.input_sha256, _source_name(recipe)):
         return None
     return source_identity(recipe, known.listing_sha256)
 
@@ -173,7 +172,7 @@ def remember_listing(recipe: Recipe, listing: ImageList) -> None:
         return
     known = KnownListing(
         input_sha256=manifest.input_sha256,
-        source=recipe.data.source,
+        source=_source_name(recipe),
         listing_sha256=listing.digest(),
     )
     storage.write_text(_listing_url(recipe, manifest), known.sealed())
@@ -199,8 +198,14 @@ def _manifest(recipe: Recipe) -> Manifest | None:
 
 
 def _listing_url(recipe: Recipe, manifest: Manifest) -> str:
-    name = storage.digest([manifest.input_sha256, recipe.data.source])[:12]
+    name = storage.digest([manifest.input_sha256, _source_name(recipe)])[:12]
     return storage.join(recipe.storage.root, "references", "listings", f"{name}.json")
+
+
+def _source_name(recipe: Recipe) -> str:
+    """The source, and the column of its images where the recipe names one."""
+    column = recipe.data.columns.image
+    return recipe.data.source + (f"#{column}" if column != IMAGE_COLUMN else "")
 
 
 def file_identity(recipe: Recipe, sha256: str) -> str:
@@ -231,7 +236,7 @@ def part_tasks(recipe: Recipe, listing: ImageList) -> Iterator[PartTask]:
         kept = indices[(indices >= start) & (indices < start + size)] - start
         items = listing.items[start : start + size]
         side = recipe.data.resolution
-        yield PartTask(number, listing.url, listing.kind, items, kept.tolist(), side)
+        yield PartTask(number, listing.source, items, kept.tolist(), side)
 
 
 def measure_part(
@@ -245,8 +250,8 @@ def measure_part(
     wanted, chosen = set(task.kept), []
     pool: FeatureStats | None = None
     spatial: FeatureStats | None = None
-    source = (task.url, task.kind, task.items, task.resolution)
-    for start, images in read_batches(*source, BATCH, decoders):
+    batches = read_batches(task.source, task.items, task.resolution, BATCH, decoders)
+    for start, images in batches:
         if not images.kept:
             continue
         rows = network.extract(images.pixels)

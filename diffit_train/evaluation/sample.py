@@ -18,6 +18,7 @@ from torch import Tensor
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
+from diffit_train.evaluation.animation import Animation
 from diffit_train.evaluation.generate import (
     Generator,
     class_names,
@@ -29,6 +30,7 @@ from diffit_train.progress import Progress, say
 
 # Maximum number of classes without --class, evenly spaced.
 DEFAULT_CLASSES = 8
+ANIMATION = "denoising.gif"
 # Images in a row of the grid of a model without labels.
 ROW = 10
 
@@ -86,12 +88,14 @@ def sample(
     out: str,
     batch_size: int,
     title: str,
+    animate: bool = False,
 ) -> dict[str, Any]:
     """Generate one image per class and seed: PNG files, a grid, and samples.json.
 
     Args:
         labels: the classes; ignored by a model without labels, which makes one image per seed.
         title: description of the weights, for the grid and samples.json.
+        animate: also write the denoising as denoising.gif, as `Animation` does.
     """
     names = class_names(recipe) if recipe.model.conditional else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,12 +103,23 @@ def sample(
     if saving := guidance_saving(recipe):
         say(saving)
     wanted = [(label, seed) for label in (labels if names else (0,)) for seed in seeds]
+    animation = None
+    if animate:
+        if names:
+            rows = [len(seeds)] * len(labels)
+        else:
+            rows = [min(ROW, len(seeds) - first) for first in range(0, len(seeds), ROW)]
+        animation = Animation(recipe, rows, [names[label] for label in labels] if names else None)
     shown: dict[int, list[np.ndarray]] = {}
     record: list[dict[str, Any]] = []
     with Progress("sample", len(wanted), "images") as progress:
         for start in range(0, len(wanted), batch_size):
             chunk = wanted[start : start + batch_size]
-            pixels = generator([(seed, 0) for _, seed in chunk], [label for label, _ in chunk])
+            watch = animation.watcher(generator.decode) if animation else None
+            keys = [(seed, 0) for _, seed in chunk]
+            pixels = generator(keys, [label for label, _ in chunk], watch)
+            if animation:
+                animation.finish(pixels)
             for image, (label, seed) in zip(pixels, chunk, strict=True):
                 name = f"class{label:04d}-seed{seed:06d}.png" if names else f"seed{seed:06d}.png"
                 with storage.atomic_file(storage.join(out, name)) as path:
@@ -126,6 +141,9 @@ def sample(
         "grid": grid,
         "images": record,
     }
+    if animation:
+        result["animation"] = file = storage.join(out, ANIMATION)
+        animation.write(file)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     storage.write_text(storage.join(out, "samples.json"), text)
     return result

@@ -21,7 +21,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import ray_session, storage
-from diffit_train.config import Recipe
+from diffit_train.config import Recipe, stored_text
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError, Interrupted, UserError
@@ -51,6 +51,7 @@ from diffit_train.tracking import (
     unreachable_errors,
 )
 from diffit_train.training.log import check_run_files
+from diffit_train.training.samples import Samples, SampleThread
 from diffit_train.training.supervisor import PLACEMENT_S, Supervisor, cause_of
 from diffit_train.training.watchdog import Watchdog
 from diffit_train.training.worker import (
@@ -75,6 +76,7 @@ def train(
     address: str | None = None,
     validate: Validate | None = None,
     *,
+    samples: Samples | None = None,
     wait: bool = False,
 ) -> int:
     """Train a run to its last step, resuming it if it exists; returns that step.
@@ -85,6 +87,7 @@ def train(
     Args:
         address: of the Ray cluster; None as in `ray_session.connected`.
         validate: evaluates a checkpoint every `train.validate_every` steps while training runs.
+        samples: draws a grid every `train.sample_every` steps while training runs.
         wait: whether to wait for another command that trains the run.
 
     Raises:
@@ -115,7 +118,7 @@ def train(
             identity = known or create_identity(recipe, run, manifest.samples_digest)
             identity = record_latents(run_url(recipe, run), identity, manifest)
             record_steps(recipe, run)
-            return _tracked_fit(recipe, identity, manifest, validate, held, stop)
+            return _tracked_fit(recipe, identity, manifest, validate, samples, held, stop)
 
 
 def _kernel(recipe: Recipe) -> str:
@@ -165,6 +168,7 @@ def _tracked_fit(
     identity: RunIdentity,
     manifest: Manifest,
     validate: Validate | None,
+    samples: Samples | None,
     held: lease.Lease,
     stop: Stop,
 ) -> int:
@@ -189,7 +193,9 @@ def _tracked_fit(
     live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say, held)
     try:
         with live_until_end(live):
-            step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, held, stop, live)
+            step = _run_ray_train(
+                recipe, identity.name, mlflow_run_id, validate, samples, held, stop, live
+            )
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -224,6 +230,11 @@ def _mlflow_run(
             raise kind(f"a new run needs MLflow: {first_line(error)}") from error
         say(f"Continuing without MLflow: {first_line(error)}")
         return read_state(url, steps[-1]).mlflow_run_id
+    say(f"Curves: {tracker.curves_link(run_id)}")
+    try:
+        tracker.log_text(run_id, stored_text(recipe), "recipe.yaml")
+    except unreachable_errors() as error:  # the server may be there without its artifacts
+        say(f"Could not store the recipe in MLflow: {first_line(error)}")
     return run_id
 
 
@@ -239,6 +250,7 @@ def _run_ray_train(
     run: str,
     mlflow_run_id: str,
     validate: Validate | None,
+    samples: Samples | None,
     held: lease.Lease,
     stop: Stop,
     live: LiveWriter,
@@ -275,12 +287,13 @@ def _run_ray_train(
         watchdog = Watchdog(status, url, recipe.scaling.hang_s, say)
         with (
             _on_signals(stop),
+            _drawing(recipe, samples, url, mlflow_run_id, status, stop),
             _progress(recipe, status, start, stop, live),
             watchdog.watching(),
         ):
             trainer.fit()
-        if reason := ray.get(status.why_failed.remote()):
-            raise DiffitError(f"training of {run!r} failed: {reason}")
+            if reason := ray.get(status.why_failed.remote()):
+                raise DiffitError(f"training of {run!r} failed: {reason}")
     except TrainingFailedError as error:
         if not stop.is_set():
             reason = ray.get(status.why_failed.remote()) or cause_of(error)
@@ -297,6 +310,26 @@ def _run_ray_train(
         raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
     say(f"Trained {step:,} steps of {recipe.train.batch_size} images")
     return step
+
+
+def _drawing(
+    recipe: Recipe,
+    samples: Samples | None,
+    url: str,
+    mlflow_run_id: str,
+    status: Any,
+    stop: Stop,
+) -> contextlib.AbstractContextManager[object]:
+    """What draws grids while training runs, if the recipe wants them."""
+    if samples is None or recipe.train.sample_every is None:
+        return contextlib.nullcontext()
+
+    def newest() -> int:
+        return int(ray.get(status.newest_checkpoint.remote()))
+
+    return SampleThread(
+        samples, url, mlflow_run_id, newest, stop, say, on_cpu=not recipe.scaling.gpus_per_worker
+    )
 
 
 def _trainer(

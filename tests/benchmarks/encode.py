@@ -87,7 +87,7 @@ def bare_loop(recipe: Recipe, skip: int) -> float:
         if start == skip:
             started_s = time.perf_counter()
         items = listing.items[start : start + batch]
-        pixels = read_items(listing.url, listing.kind, items, recipe.data.resolution).pixels
+        pixels = read_items(listing.source, items, recipe.data.resolution).pixels
         autoencoder.encode_moments(to_model_range(pixels)).astype(np.float16)
     return (len(listing) - skip) / (time.perf_counter() - started_s)
 
@@ -144,7 +144,7 @@ def main() -> None:
         recipe = recipe_for(root, source, options.classes, per_shard=8, batch=4)
         listing = list_images(recipe)
         start = time.perf_counter()
-        read_items(listing.url, listing.kind, listing.items, 256)
+        read_items(listing.source, listing.items, 256)
         reading = len(listing) / (time.perf_counter() - start)
         bare = bare_loop(recipe, skip=8)
         steady, total_s = pipeline(recipe, skip=8)

@@ -32,7 +32,8 @@ from diffit_train.config import load_recipe
 from diffit_train.data.encode_order import encode_order
 from diffit_train.data.preprocess import center_crop, decode
 from diffit_train.data.reading import ImageReader, read_items
-from diffit_train.data.sources import ImageList, Item, list_images, open_parquet
+from diffit_train.data.sources import ImageList, Item, list_images
+from diffit_train.data.sources.parquet import open_parquet
 from tests.benchmarks.common import print_table
 from tests.benchmarks.encode import make_images
 
@@ -166,12 +167,12 @@ def measured(kind: str, files: dict[str, bytes], few: int) -> list[list[str]]:
         return len(np.stack(pixels))
 
     def read_now() -> int:
-        reader = ImageReader(listing.url, listing.kind, shard)
+        reader = ImageReader(listing.source, shard)
         with ThreadPoolExecutor(16) as pool:
             return len(list(pool.map(lambda item: reader.read(item.location), shard)))
 
     def encode_now() -> int:
-        return len(read_items(listing.url, listing.kind, shard, 256).kept)
+        return len(read_items(listing.source, shard, 256).kept)
 
     rows, base = [], {}
     for what, way, body in (

@@ -46,7 +46,7 @@ from diffit_train.data.shards import (
     read_shard,
     write_shard,
 )
-from diffit_train.data.sources import Item, Location, list_images
+from diffit_train.data.sources import Item, Location, Source, list_images
 from diffit_train.data.verify import verify
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.training.driver import train
@@ -226,7 +226,7 @@ def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Pa
 
 def test_a_node_without_the_source_is_not_mistaken_for_unreadable_images(tmp_path: Path) -> None:
     row = {"spec": json.dumps(shard_spec(0, [0], [Item("a/1.png", 0, Location("a/1.png"))]))}
-    read = _read_shard_images(row, str(tmp_path / "unmounted"), "folder", 16)
+    read = _read_shard_images(row, Source(str(tmp_path / "unmounted"), "folder"), 16)
     assert "unmounted does not exist on node" in read["failure"]
     assert json.loads(read["rejected"]) == []
 
@@ -410,7 +410,7 @@ def test_latents_of_an_earlier_version_keep_their_order(
     assert stored.pop("order") == ""
     del stored["checksum"]
     plan.write_text(json.dumps(stored))
-    pixels = read_items(work.listing.url, "folder", work.listing.items[:5], 16).pixels
+    pixels = read_items(work.listing.source, work.listing.items[:5], 16).pixels
     moments = load_autoencoder(recipe, torch.device("cpu")).encode_moments(to_model_range(pixels))
     entry = write_shard(
         url, 0, range(5), moments[:, None], [i.label for i in work.listing.items[:5]]

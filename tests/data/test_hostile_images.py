@@ -20,13 +20,13 @@ import ray
 from PIL import Image
 
 from diffit_train import storage
-from diffit_train.data import cifar10, preprocess
 from diffit_train.data import encode as encode_module
+from diffit_train.data import preprocess
 from diffit_train.data.encode_plan import Rejected
 from diffit_train.data.isolated import IsolatedDecoder
 from diffit_train.data.preprocess import UnreadableImage, decode, pixels_from, read_images
 from diffit_train.data.reading import read_items
-from diffit_train.data.sources import list_images, source_kind
+from diffit_train.data.sources import Location, Source, cifar10, list_images, source_kind
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
 
@@ -105,7 +105,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         file.truncate(2**40)
     found = list_images(tiny_recipe(tmp_path))
     started = time.monotonic()
-    images = read_items(found.url, found.kind, found.items, 8)
+    images = read_items(found.source, found.items, 8)
     assert time.monotonic() - started < 30
     reasons = {found.items[n].name: reason for n, reason in images.rejected}
     assert reasons == {
@@ -129,7 +129,7 @@ def test_images_of_cifar10_are_decodable(monkeypatch: pytest.MonkeyPatch) -> Non
     planes = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
     record = b"\x07" + planes.tobytes()
     monkeypatch.setattr(cifar10, "_files", lambda url: {"data_batch_1.bin": record})
-    image = decode(cifar10.read_image("x", ("data_batch_1.bin", 0, -1)))
+    image = decode(cifar10.read_image("x", Location("data_batch_1.bin", 0)))
     assert np.array_equal(np.asarray(image), planes.transpose(1, 2, 0))
 
 
@@ -218,7 +218,7 @@ def test_a_reader_that_dies_again_and_again_ends_the_encoding(
     monkeypatch.setattr(encode_module.ray_session, "task_attempt", lambda: attempts)
     row = {"spec": json.dumps({"number": 7, "keys": [], "items": []})}
     failure = json.loads(
-        encode_module._read_shard_images(row, str(tmp_path), "folder", 8)["failure"]
+        encode_module._read_shard_images(row, Source(str(tmp_path), "folder"), 8)["failure"]
     )
     assert failure["user"] is False
     assert "shard-000007.tar" in failure["message"]

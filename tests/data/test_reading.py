@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from diffit_train import storage
-from diffit_train.data import reading
 from diffit_train.data.encode_order import encode_order
 from diffit_train.data.preprocess import read_images
 from diffit_train.data.reading import ImageReader, read_batches, read_items
 from diffit_train.data.sources import ImageList, list_images
+from diffit_train.data.sources import parquet as parquet_module
 from tests.conftest import tiny_recipe, write_images
 from tests.data.test_sources import write_as
 
@@ -123,25 +123,25 @@ def test_a_shard_reads_each_row_group_once(
     parquet: ImageList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    real = reading.open_parquet
+    real = parquet_module.open_parquet
 
     def counted(url: str):  # type: ignore[no-untyped-def]
         opened.append(url)
         return real(url)
 
-    monkeypatch.setattr(reading, "open_parquet", counted)
+    monkeypatch.setattr(parquet_module, "open_parquet", counted)
     items = [parquet.items[n] for n in encode_order(parquet.items, "parquet", 13, 0)]
     groups = {(item.location.file, item.location.size) for item in items}
-    found = read_items(parquet.url, "parquet", items, 8)
+    found = read_items(parquet.source, items, 8)
     assert found.kept == list(range(26))
     assert len(opened) == len(groups) == 8
-    in_order = read_items(parquet.url, "parquet", parquet.items, 8)
+    in_order = read_items(parquet.source, parquet.items, 8)
     where = {item.name: row for row, item in enumerate(parquet.items)}
     assert np.array_equal(found.pixels, in_order.pixels[[where[item.name] for item in items]])
 
 
 def test_rows_are_not_kept_once_they_are_taken(parquet: ImageList) -> None:
-    reader = ImageReader(parquet.url, "parquet", parquet.items[:3])
+    reader = ImageReader(parquet.source, parquet.items[:3])
     assert all(reader.read(item.location) for item in parquet.items[:3])
     (group,) = reader._groups.values()
     assert group._values == {}
@@ -177,7 +177,7 @@ def test_a_remote_image_is_one_request(
             return real(*args, **options)
 
         monkeypatch.setattr(fs, name, counted)
-    reader = ImageReader(url, listing.kind, listing.items)
+    reader = ImageReader(listing.source, listing.items)
     assert [reader.read(item.location) for item in listing.items] == list(files.values())
     # A memory file system opens a file for each range by itself.
     assert asked - Counter(open=6) == {"range": 6}
@@ -186,8 +186,8 @@ def test_a_remote_image_is_one_request(
 def test_batches_come_in_order_with_the_next_one_read(tmp_path: Path) -> None:
     write_images(tmp_path / "folder", count=10, classes=3)
     listing = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/folder"))
-    whole = read_items(listing.url, listing.kind, listing.items, 8)
-    found = list(read_batches(listing.url, listing.kind, listing.items, 8, 4))
+    whole = read_items(listing.source, listing.items, 8)
+    found = list(read_batches(listing.source, listing.items, 8, 4))
     assert [start for start, _ in found] == [0, 4, 8]
     assert np.array_equal(np.concatenate([images.pixels for _, images in found]), whole.pixels)
-    assert not list(read_batches(listing.url, listing.kind, [], 8, 4))
+    assert not list(read_batches(listing.source, [], 8, 4))

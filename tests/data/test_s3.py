@@ -185,7 +185,7 @@ def test_sources_are_read_from_s3(
         else:
             _upload(local, url)
     found = list_images(tiny_recipe(tmp_path, f"data.source={url}"))
-    reader = ImageReader(found.url, found.kind, found.items)
+    reader = ImageReader(found.source, found.items)
     assert [reader.read(item.location) for item in found.items] == list(files.values())
 
 

@@ -1,10 +1,11 @@
-"""Five source formats: the same images from each, and the problems they can have."""
+"""The source formats: the same images from each, and the problems they can have."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,10 @@ def write_as(kind: str, files: dict[str, bytes], target: Path) -> str:
     if kind == "tar":
         # Out of order: names are sorted regardless of the tar's order.
         target.write_bytes(_tar(list(reversed(files.items()))))
+    elif kind == "zip":
+        with zipfile.ZipFile(target, "w") as archive:
+            for number, (name, data) in enumerate(reversed(files.items())):
+                archive.writestr(name, data, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[number % 2])
     elif kind == "ilsvrc":
         inner = {}
         for name in classes:
@@ -82,8 +87,8 @@ def write_as(kind: str, files: dict[str, bytes], target: Path) -> str:
     return str(target)
 
 
-KINDS = ["tar", "ilsvrc", "webdataset", "parquet"]
-ENDINGS = {"tar": "x.tar", "ilsvrc": "x.tar", "webdataset": "x", "parquet": "x"}
+KINDS = ["tar", "zip", "ilsvrc", "webdataset", "parquet"]
+ENDINGS = {"tar": "x.tar", "zip": "x.zip", "ilsvrc": "x.tar", "webdataset": "x", "parquet": "x"}
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -104,14 +109,14 @@ def test_every_kind_holds_the_same_images(kind: str, remote: bool, tmp_path: Pat
     assert found.kind == kind
     assert found.labels == folder.labels
     assert not any(item.problem for item in found.items)
-    if kind in ("tar", "ilsvrc"):
+    if kind in ("tar", "zip", "ilsvrc"):
         assert found.paths == folder.paths
         assert found.classes == folder.classes == ("a", "b", "c")
     data = list(files.values())
     positions = np.random.default_rng(0).permutation(len(data))
     for order in (range(len(data)), positions, positions[:5]):
         items = [found.items[position] for position in order]
-        reader = ImageReader(found.url, found.kind, items)
+        reader = ImageReader(found.source, items)
         with ThreadPoolExecutor(4) as pool:
             read = list(pool.map(lambda item, reader=reader: reader.read(item.location), items))
         assert read == [data[position] for position in order]
@@ -180,9 +185,13 @@ def test_wrong_labels_of_parquet_carry_their_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": [b"x"], "label": [0]}, "has columns image, label; it needs `image`"),
-        ({"image": [b"x"], "label": [0]}, "has columns image, label; it needs `image`, a struct"),
-        ({"image": [{"bytes": b"x", "path": ""}]}, "has columns image; it needs"),
+        (
+            {"img": [b"x"], "label": [0]},
+            "no column 'image'; it has img, label: set",
+        ),
+        ({"image": ["x"], "label": [0]}, "column `image` has the type string; it needs binary, or"),
+        ({"image": [{"path": "x"}], "label": [0]}, r"type struct<path: string>; it needs binary"),
+        ({"image": [{"bytes": b"x", "path": ""}]}, "has no column 'label'; it has image: set"),
         (
             {"image": [{"bytes": b"x", "path": ""}], "label": ["cat"]},
             "does not have an integer type",
@@ -195,6 +204,66 @@ def test_parquet_without_the_columns_is_refused(
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=message):
         list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+
+
+def test_columns_of_parquet_are_named(tmp_path: Path) -> None:
+    info = {"info": {"features": {"fine": {"names": ["cat", "dog", "eel"]}}}}
+    rows = {"img": [{"bytes": b"x", "path": None}, {"bytes": b"y", "path": "y.png"}]}
+    rows |= {"raw": [b"1", b"2"], "fine": [2, 0], "label": [0, 1]}
+    table = pa.table(rows).replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    source = f"data.source={tmp_path}/x.parquet"
+    found = list_images(tiny_recipe(tmp_path, source, "data.columns={image: img, label: fine}"))
+    assert (found.classes, found.labels) == (("cat", "dog", "eel"), (2, 0))
+    assert found.paths == ("file:0:0", "y.png")
+    reader = ImageReader(found.source, found.items)
+    assert [reader.read(item.location) for item in found.items] == [b"x", b"y"]
+    plain = list_images(tiny_recipe(tmp_path, source, "data.columns.image=raw"))
+    assert (plain.labels, plain.paths) == ((0, 1), ("file:0:0", "file:0:1"))
+    reader = ImageReader(plain.source, plain.items)
+    assert [reader.read(item.location) for item in plain.items] == [b"1", b"2"]
+    images = [
+        list_images(tiny_recipe(tmp_path, source, f"data.columns.image={name}"))
+        for name in ("img", "raw")
+    ]
+    assert images[0].digest() != images[1].digest()
+
+
+def test_parquet_of_one_class_needs_no_labels(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "x.parquet")
+    changes = [f"data.source={tmp_path}/x.parquet", "data.columns.label=null"]
+    found = list_images(tiny_recipe(tmp_path, *changes, "data.num_classes=1"))
+    assert (found.labels, found.classes) == ((0, 0), ("0",))
+    reader = ImageReader(found.source, found.items)
+    assert [reader.read(item.location) for item in found.items] == [b"x", b"y"]
+    with pytest.raises(UserError, match="num_classes is 3; name the column: .* has image"):
+        list_images(tiny_recipe(tmp_path, *changes))
+
+
+def test_a_pattern_names_some_files_of_a_folder(tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "digits")
+    files = _files(tmp_path / "images" / "digits")
+    for split in ("train", "test"):
+        some = {name: data for name, data in files.items() if (split == "test") == ("1" in name)}
+        write_as("parquet", some, tmp_path / split)
+        (tmp_path / "all").mkdir(exist_ok=True)
+        (tmp_path / split / "part-0.parquet").rename(tmp_path / "all" / f"{split}-0.parquet")
+    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/all/train-*.parquet"))
+    assert sorted(found.paths) == sorted(name for name in files if "1" not in name)
+    reader = ImageReader(found.source, found.items)
+    assert all(reader.read(item.location) == files[item.name] for item in found.items)
+    both = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/all"))
+    assert sorted(both.paths) == sorted(files)
+    for pattern, message in (("dev-*.parquet", "matches no file"), ("*.png", "must be .parquet")):
+        with pytest.raises(UserError, match=message):
+            list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/all/{pattern}"))
+
+
+def test_a_folder_around_the_folders_of_an_archive_is_no_class(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(_tar([(f"digits/{label}/1.png", b"1") for label in "abc"]))
+    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
+    assert (found.classes, found.labels) == (("a", "b", "c"), (0, 1, 2))
+    assert found.paths == ("digits/a/1.png", "digits/b/1.png", "digits/c/1.png")
 
 
 def _gzipped(data: bytes) -> bytes:
@@ -211,7 +280,8 @@ def _gzipped(data: bytes) -> bytes:
         ("x.tar", lambda data: b"nothing like a tar" * 99, "not a complete uncompressed tar"),
         ("x.tar", _gzipped, "not a complete uncompressed tar"),
         ("x.parquet", lambda data: data, "not a complete parquet file"),
-        ("x.zip", lambda data: data, "neither a folder nor a .tar"),
+        ("x.zip", lambda data: data, "not a complete zip"),
+        ("x.rar", lambda data: data, "neither a folder nor a .tar"),
     ],
 )
 def test_broken_archives_are_refused(
@@ -267,6 +337,6 @@ def test_tars_round_trip(
     (root / "x.tar").write_bytes(_tar(list(files.items())))
     found = list_images(tiny_recipe(root, f"data.source={root}/x.tar"))
     assert list(found.paths) == sorted(files)
-    reader = ImageReader(found.url, found.kind, found.items)
+    reader = ImageReader(found.source, found.items)
     for item in found.items:
         assert reader.read(item.location) == files[item.name]

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.evaluate import Sampler
 from diffit_train.diffusion import samplers
+from diffit_train.diffusion.edm import EdmObjective
 from diffit_train.diffusion.flow import flow_loss, interpolate, score
 from diffit_train.diffusion.objective import build_objective, visited_levels
 from diffit_train.diffusion.schedule import evenly_spaced, linear_schedule, respace
@@ -296,3 +297,33 @@ def test_the_true_prediction_minimizes_the_objective(objective: str) -> None:
     # Noise left in an image costs bits only in the last step of ADM's diffusion.
     assert (best[t >= 1] < 1e-4).all()
     assert (made.loss(truth + 0.5, x0, t, noise) > best + 0.1).all()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"objective": "epsilon"},
+        {"objective": "flow"},
+        *({"objective": "edm", "edm": {"variant": name}} for name in ("edm", "vp", "ve")),
+    ],
+    ids=str,
+)
+def test_x0_is_what_the_models_output_says(section: dict[str, object]) -> None:
+    """The output of a model that knows x_0, at a noise level as the sampler gives it."""
+    objective = build_objective(Diffusion.model_validate(section))
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 3, 3, 4, 4).unbind()
+    t = 300 if section["objective"] != "edm" else 1.7
+    levels = torch.full((3,), t)
+    x = objective.noisy(x0, levels, noise)
+    if isinstance(objective, EdmObjective):
+        c_skip, c_out, *_ = objective.coefficients(float(t))
+        x = x.double()
+        output = ((x0 - c_skip * x) / c_out).float()
+    elif section["objective"] == "flow":
+        output = noise - x0
+    else:
+        output = torch.cat([noise, torch.randn_like(noise)], dim=1)
+    found = objective.predicted_x0(output, x, t)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, x0, atol=1e-4)

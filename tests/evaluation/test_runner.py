@@ -7,10 +7,12 @@ import itertools
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 import ray
+from mlflow.models import Model
 from PIL import Image
 
 from diffit_train import storage
@@ -307,7 +309,8 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     assert tags["diffit.best_step"] == str(best.step)
     assert tags["diffit.best_metric"] == "fd_digits"
     version = tracker.client.get_model_version_by_alias("demo-tiny", "best")
-    assert version.source == Path(found["file"]).as_uri()
+    file = Path(found["file"])
+    assert (version.source, version.tags["file"]) == (file.parent.as_uri(), file.name)
     assert version.run_id == best.mlflow_run_id
     assert "blocks.0.attn.qkv.weight" in read_weights_file(found["file"], False)
     # Nothing has improved since.
@@ -353,6 +356,19 @@ def test_best_never_moves_between_protocols(
     assert register_best(recipe, "tiny", results) is not None
     first = min(results, key=lambda r: r.metrics["fd_digits"]).step
     assert best() == first
+    version = tracker.client.get_model_version_by_alias("demo-tiny", "best")
+    assert version.description.startswith(f"Step {first:,}, weights ema: fd_digits ")
+    model = tracker.client.get_registered_model("demo-tiny")
+    assert "diffit on 4x4x4 latents of 16x16 images of digits (3 classes)" in model.description
+    folder = Path(unquote(urlsplit(version.source).path))
+    assert (folder / version.tags["file"]).is_file()
+    signature = Model.load(folder).signature  # as MLflow's page reads it
+    assert [(s.name, s.shape) for s in signature.inputs.inputs] == [
+        ("x", (-1, 4, 4, 4)),
+        ("t", (-1,)),
+        ("y", (-1,)),
+    ]
+    assert signature.outputs.inputs[0].shape == (-1, 8, 4, 4)
     for change in ("sampler.steps=2", "guidance.scale=1", "precision=bf16_autocast", "seed=3"):
         other = tiny_recipe(tmp_path, f"evaluate.{change}")
         assert register_best(other, "tiny", [stored(other, 4, 1e-6)]) is None

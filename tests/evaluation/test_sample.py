@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
 from diffit_train import storage
@@ -22,6 +22,7 @@ from diffit_train.commands.weights import (
 )
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
+from diffit_train.evaluation.animation import Animation
 from diffit_train.evaluation.sample import choose_classes, parse_seeds
 from diffit_train.runs.checkpoints import committed_steps, read_weights
 from tests.conftest import tiny_recipe
@@ -82,6 +83,57 @@ def test_a_run_and_its_export_give_the_same_images_in_any_batch(
         # Matrix products of another shape round differently, so a pixel may differ by one level.
         assert np.abs(second[name] - image).max() <= 1
     assert not np.array_equal(first["class0001-seed000000.png"], first["class0001-seed000001.png"])
+
+
+def test_the_denoising_is_written_as_a_gif(trained: Path, tmp_path: Path) -> None:
+    args = (WeightSource("tiny"), ["b", "2"], "0-1,7")
+    plain = sample_images(tiny_recipe(trained), *args, str(tmp_path / "plain"), 4)
+    result = sample_images(tiny_recipe(trained), *args, str(tmp_path / "moving"), 4, animate=True)
+    assert result["animation"] == str(tmp_path / "moving" / "denoising.gif")
+    assert "animation" not in plain
+    before, after = _images(tmp_path / "plain"), _images(tmp_path / "moving")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    with Image.open(result["animation"]) as gif:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
+        assert gif.info["loop"] == 0
+    assert len(frames) == 3 + 1  # DDIM of three steps, and the end
+    # Two rows of three images of 48x48 pixels, at the right and the bottom.
+    last = np.asarray(frames[-1]).astype(int)
+    for number, name in enumerate(after):
+        row, column = divmod(number, 3)
+        top = last.shape[0] - (2 - row) * 50 + 2
+        left = last.shape[1] - (3 - column) * 50 + 2
+        shown = last[top + 1 : top + 48 : 3, left + 1 : left + 48 : 3]
+        assert np.abs(shown - after[name]).mean() < 12  # 256 colors
+    assert np.abs(np.asarray(frames[0]).astype(int) - last).mean() > 3
+
+
+@pytest.mark.parametrize(
+    ("resolution", "rows", "side"),
+    [(16, [3, 3], 48), (32, [10] * 10, 64), (256, [4] * 8, 128), (512, [2], 512), (64, [100], 16)],
+)
+def test_animated_grids_have_a_fitting_size(
+    resolution: int, rows: list[int], side: int, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path, f"data.resolution={resolution}", "evaluate.sampler.steps=100")
+    animation = Animation(recipe, rows, None)
+    assert animation.side == side
+    decoded = 0
+
+    def decode(x0: torch.Tensor) -> np.ndarray:
+        nonlocal decoded
+        decoded += 1
+        return np.full((sum(rows), 8, 8, 3), decoded, np.uint8)
+
+    watch = animation.watcher(decode)
+    for _ in range(100):
+        watch(torch.zeros(sum(rows), 4, 2, 2))
+    animation.finish(np.zeros((sum(rows), 8, 8, 3), np.uint8))
+    assert decoded == 48
+    animation.write(str(tmp_path / "x.gif"))
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.n_frames == 49
+        assert gif.size[0] >= max(rows) * side
 
 
 def test_imported_weights_are_sampled_exported_and_not_trained_on(

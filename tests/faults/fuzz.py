@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -181,7 +182,7 @@ def image_case(dice: random.Random) -> str:
 
 
 def _archives() -> dict[str, bytes]:
-    """Small archives of each kind: an ImageFolder's tar, ImageNet's, WebDataset and parquet."""
+    """Small archives of each kind: an ImageFolder's, ImageNet's, WebDataset and parquet."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder, count=9, classes=3)
@@ -203,6 +204,7 @@ def _archives() -> dict[str, bytes]:
     pq.write_table(pa.table(rows), table, row_group_size=4)
     return {
         "tar": _tar(files),
+        "zip": _zip(files),
         "ilsvrc": _tar(inner),
         "webdataset": _tar(samples),
         "parquet": table.getvalue(),
@@ -220,17 +222,50 @@ def _tar(files: dict[str, bytes], dice: random.Random | None = None) -> bytes:
     return out.getvalue()
 
 
+def _zip(files: dict[str, bytes], dice: random.Random | None = None) -> bytes:
+    out = io.BytesIO()
+    methods = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2]
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data, dice.choice(methods) if dice else None)
+    return out.getvalue()
+
+
+NAMES = (
+    *("a/../../x.png", "/etc/x.png", "a/" + "d/" * 200 + "x.png", "a/\udcff.png", "a//b.png"),
+    *("./a/b.png", "0.cls", "0.json", "0.png", "", ".", "a", "b/" + "x" * 500 + ".png"),
+)
+TEXTS = (
+    *(b"", b"1e999", b"-1", b"9" * 5000, b"[" * 9999, b"\xff", b"{}", b"\0"),
+    *(b'{"label": Infinity}', b'{"label": [1]}', b'{"label": 1.5}', b'{"label": true}'),
+    *(b'{"labels": [["0.png", 1], ["1.png", 2]]}', b'{"labels": [["0.png", 1e999]]}'),
+)
+
+
+def _hostile_zip(dice: random.Random) -> bytes:
+    """A whole zip with odd members, headers and list."""
+    names = [name for name in (*NAMES, "dataset.json") if name and name.isprintable()]
+    files = {dice.choice(names): dice.choice(TEXTS) for _ in range(6)}
+    data = bytearray(_zip(files | {f"{n}.png": _seed_images()[0] for n in range(2)}, dice))
+    # Positions and sizes of the list, of members and of their headers.
+    for _ in range(dice.choice([0, 1, 2])):
+        signature, fields = dice.choice(
+            [
+                (b"PK\x05\x06", (8, 10, 12, 16, 20)),
+                (b"PK\x01\x02", (8, 10, 16, 20, 24, 28, 30, 42)),
+                (b"PK\x03\x04", (6, 8, 14, 18, 22, 26, 28)),
+            ]
+        )
+        at = data.find(signature, dice.randrange(len(data)))
+        if at >= 0:
+            field = at + dice.choice(fields)
+            data[field : field + 2] = dice.choice([b"\0\0", b"\1\0", b"\xff\xff", b"\x08\0"])
+    return bytes(data)
+
+
 def _hostile_tar(dice: random.Random) -> bytes:
     """A whole tar with odd members."""
-    names = (
-        *("a/../../x.png", "/etc/x.png", "a/" + "d/" * 200 + "x.png", "a/\udcff.png", "a//b.png"),
-        *("./a/b.png", "0.cls", "0.json", "0.png", "", ".", "a", "b/" + "x" * 500 + ".png"),
-    )
-    texts = (
-        *(b"", b"1e999", b"-1", b"9" * 5000, b"[" * 9999, b"\xff", b"{}", b"\0"),
-        *(b'{"label": Infinity}', b'{"label": [1]}', b'{"label": 1.5}', b'{"label": true}'),
-    )
-    files = {dice.choice(names): dice.choice(texts) for _ in range(6)}
+    files = {dice.choice(NAMES): dice.choice(TEXTS) for _ in range(6)}
     with_digits = {f"{n}.png": _seed_images()[0] for n in range(2)}
     data = bytearray(_tar(files | with_digits, dice))
     # A size by base 256: negative, or huge.
@@ -277,10 +312,11 @@ class ArchiveCases:
         if drawn < 0.6:
             data = mutated_bytes(self.whole[kind], dice)
         else:
-            data = _hostile_parquet(dice) if kind == "parquet" else _hostile_tar(dice)
+            hostile = {"parquet": _hostile_parquet, "zip": _hostile_zip}
+            data = hostile.get(kind, _hostile_tar)(dice)
             if drawn > 0.9:
                 data = mutated_bytes(data, dice)
-        file = self.folder / ("x.parquet" if kind == "parquet" else "x.tar")
+        file = self.folder / f"x.{kind if kind in ('parquet', 'zip') else 'tar'}"
         file.write_bytes(data)
         classes = dice.choice([1, 3])
         recipe = tiny_recipe(
@@ -298,7 +334,7 @@ class ArchiveCases:
 
 
 def _read(listing: ImageList) -> str:
-    found = read_items(listing.url, listing.kind, listing.items, 8)
+    found = read_items(listing.source, listing.items, 8)
     assert len(found.kept) + len(found.rejected) == len(listing)
     return "some rejected" if found.rejected else "all read"
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffit_train import storage
+from diffit_train.data.sources.listing import Found, Item, Location, usable_label
 from diffit_train.errors import UserError
 
 SIDE, RECORD = 32, 1 + 3 * 32 * 32
@@ -90,18 +91,24 @@ def _read_limited(url: str) -> bytes:
     return storage.read_bytes(url)
 
 
-def list_records(url: str) -> tuple[list[str], list[tuple[str, int, int]]]:
-    """Class names, and file, row and label of every training image, in order."""
+def list_images(url: str) -> Found:
+    """Class names and training images, in the order of the files.
+
+    Raises:
+        UserError: it is not the binary version, or damaged.
+    """
     files = _files(url)
     classes = files[CLASS_NAMES].decode("ascii", "replace").split()
-    rows = []
+    items = []
     for name in BATCHES:
         labels = np.frombuffer(files[name], np.uint8).reshape(-1, RECORD)[:, 0]
-        rows += [(name, row, label) for row, label in enumerate(labels.tolist())]
-    return classes, rows
+        for row, label in enumerate(labels.tolist()):
+            usable = usable_label(label, len(classes), Location(name, row))
+            items.append(Item(f"{name}:{row}", *usable))
+    return Found(classes, items)
 
 
-def read_image(url: str, location: tuple[str, int, int]) -> bytes:
+def read_image(url: str, location: Location) -> bytes:
     """An image in the BMP format, which decoders know.
 
     Args:

@@ -1,0 +1,186 @@
+"""Images in a zip: a packed folder, such as EDM's data sets. One request reads an image.
+
+A zip says at its end where its members are. A member is read at its own header, whose length only
+the header itself knows; so a little more than the contents is asked for.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+
+from diffit_train import storage
+from diffit_train.data.sources.labels import DATASET_JSON, MAX_FILE_BYTES
+from diffit_train.data.sources.listing import (
+    Files,
+    Location,
+    Row,
+    is_image,
+    name_problem,
+    named_once,
+)
+from diffit_train.data.sources.tar import open_archive
+from diffit_train.errors import UserError
+
+# A larger image has to be stored uncompressed. An image file hardly shrinks, but a thousand bytes
+# that inflate to a million each would fill the memory of a reader.
+MAX_INFLATED_BYTES = 2**26
+# A member's header: signature, version, flags, method, time, date, CRC-32, sizes, lengths of its
+# name and of further fields.
+_HEADER = struct.Struct("<4s5H3I2H")
+_SIGNATURE = b"PK\x03\x04"
+# Usual lengths of name and fields; where they are longer, a second request follows.
+_NAME_BYTES = 512
+# Flags: encrypted; sizes and CRC-32 stand behind the contents instead of in the header.
+_ENCRYPTED, _DESCRIPTOR = 1 << 0, 1 << 3
+_METHODS = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "lzma"}
+# Apple's archiver keeps resource forks there, under the names of the images.
+_RESOURCE_FORKS = "__MACOSX/"
+
+
+class DamagedMember(Exception):
+    """A member of a zip cannot be read; the message is the reason."""
+
+
+def list_zip(url: str) -> Files:
+    """The images of a packed folder, sorted by path.
+
+    Raises:
+        UserError: it is not a zip, is damaged, encrypted, or compressed in another way than by
+            deflate, or its members overlap.
+    """
+    members = [m for m in _members(url) if not m.is_dir() and _is_own(m.filename)]
+    images = [m for m in members if is_image(m.filename)]
+    _require_readable(images, url)
+    rows = [Row(m.filename, _location(m), _problem(m)) for m in images]
+    labels = [m for m in members if m.filename == DATASET_JSON]
+    if not labels:
+        return Files(named_once(rows))
+    _require_readable(labels, url)
+    return Files(named_once(rows), functools.partial(_read_labels, url, labels[-1]))
+
+
+def _is_own(name: str) -> bool:
+    return not name.startswith(_RESOURCE_FORKS)
+
+
+def _members(url: str) -> list[zipfile.ZipInfo]:
+    try:
+        with open_archive(url, read_ahead=False) as file, zipfile.ZipFile(file) as archive:
+            members, end = archive.infolist(), archive.start_dir
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a position before the beginning
+            raise
+        raise _damaged(url, error) from error
+    # For malformed entries, zipfile raises more than its own errors.
+    except Exception as error:
+        if storage.is_transient(error):
+            raise
+        raise _damaged(url, error) from error
+    _require_apart(members, end, url)
+    return members
+
+
+def _damaged(url: str, error: Exception) -> UserError:
+    return UserError(f"{url} is not a complete zip ({error}); download it again, or pack it again")
+
+
+def _require_apart(members: Iterable[zipfile.ZipInfo], end: int, url: str) -> None:
+    """Refuse members that share contents, by which a small file could hold endless ones."""
+    position, before = 0, ""
+    for member in sorted(members, key=lambda m: m.header_offset):
+        if member.header_offset < position:
+            raise UserError(
+                f"{url} is damaged, or made to expand without end: {member.filename} overlaps "
+                f"{before or 'its beginning'}; pack it again"
+            )
+        name = member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437")
+        position = member.header_offset + _HEADER.size + len(name) + member.compress_size
+        before = member.filename
+    if position > end:
+        raise UserError(f"{url} is damaged: {before} overlaps the list of members; pack it again")
+
+
+def _require_readable(members: Iterable[zipfile.ZipInfo], url: str) -> None:
+    for member in members:
+        if member.flag_bits & _ENCRYPTED:
+            raise UserError(
+                f"{url} is encrypted (such as {member.filename}); pack it again without a password"
+            )
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            method = _METHODS.get(member.compress_type, f"method {member.compress_type}")
+            raise UserError(
+                f"{url}: {member.filename} is compressed by {method}; pack it again, stored or "
+                "deflated"
+            )
+
+
+def _location(member: zipfile.ZipInfo) -> Location:
+    return Location("", member.header_offset, member.compress_size)
+
+
+def _problem(member: zipfile.ZipInfo) -> str:
+    mode = member.external_attr >> 16
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+        return "a link or device, which is not read"
+    deflated = member.compress_type == zipfile.ZIP_DEFLATED
+    if deflated and member.file_size > MAX_INFLATED_BYTES:
+        return _too_large(member.file_size, MAX_INFLATED_BYTES)
+    return name_problem(member.filename)
+
+
+def _too_large(size: int, limit: int) -> str:
+    return f"it inflates to {size:,} bytes, more than {limit:,}; store it uncompressed"
+
+
+def _read_labels(url: str, member: zipfile.ZipInfo) -> bytes:
+    try:
+        return read_member(url, _location(member), MAX_FILE_BYTES)
+    except DamagedMember as error:
+        raise UserError(f"{DATASET_JSON} in {url} cannot be read: {error}") from error
+
+
+def read_member(url: str, location: Location, limit: int = MAX_INFLATED_BYTES) -> bytes:
+    """The contents of a member of a zip.
+
+    Args:
+        location: position of its header, and size of its compressed contents.
+        limit: most bytes that they may inflate to.
+
+    Raises:
+        DamagedMember: it is damaged, or inflates to more than `limit` bytes.
+    """
+    _, start, size = location
+    data = storage.read_range(url, start, start + _HEADER.size + _NAME_BYTES + size)
+    if len(data) < _HEADER.size or not data.startswith(_SIGNATURE):
+        raise DamagedMember(f"no member of the zip begins at byte {start:,}")
+    _, _, flags, method, _, _, crc, _, _, *lengths = _HEADER.unpack_from(data)
+    begin = _HEADER.size + sum(lengths)
+    contents = data[begin : begin + size]
+    if sum(lengths) > _NAME_BYTES:
+        contents = storage.read_range(url, start + begin, start + begin + size) if size else b""
+    if len(contents) < size:
+        raise DamagedMember("the zip ends in it")
+    if method == zipfile.ZIP_DEFLATED:
+        contents = _inflated(contents, limit)
+    if not flags & _DESCRIPTOR and zlib.crc32(contents) != crc:
+        raise DamagedMember("its CRC-32 is not that of the zip")
+    return contents
+
+
+def _inflated(data: bytes, limit: int) -> bytes:
+    decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        out = decompressor.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise DamagedMember(f"its compressed contents are damaged ({error})") from error
+    if len(out) > limit:
+        raise DamagedMember(_too_large(len(out), limit))
+    if not decompressor.eof:
+        raise DamagedMember("its compressed contents are damaged (they end too early)")
+    return out
