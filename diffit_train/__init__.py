@@ -9,8 +9,9 @@ In Python:
     for batch in dt.Latents("my-project/latents/digits"): ...  # in training's exact order
     table = dt.compare("my-project")  # a pandas DataFrame
 
-These names are the surface; every module below is private. Importing the package imports none of
-them: torch and the others are imported when a name is first used.
+These names, and those of `diffit_train.extend` for classes of your own, are the surface; every
+other module is private. Importing the package imports none of them: torch and the others are
+imported when a name is first used.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ one quits at once.
 `sample`, `evaluate`, `export` and `ema reconstruct` take what they need from the run: its recipe is
 stored with it. RECIPE and `KEY=VALUE` only say what is to differ, and only keys that belong to the
 command can: `evaluate.*`, `scaling.*`, `tracking.*`, and, where images are generated,
-`model.attention` and a copy of the autoencoder. Without `--run`, RECIPE's name, or the only run of
-the project, is meant.
+`model.attention` and a copy of the autoencoder; for `export --format diffusers`, how it samples.
+Without `--run`, RECIPE's name, or the only run of the project, is meant.
 
 RECIPE is the name of a packaged recipe, or the path or URL of a YAML file; `KEY=VALUE` arguments
 change its keys, which are listed in [recipes.md](recipes.md).

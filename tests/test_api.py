@@ -28,16 +28,10 @@ PIXELS = ("autoencoder.kind=identity", "autoencoder.latent_channels=3", "autoenc
 PIXELS += ("autoencoder.fit.block_out_channels=[8]", "evaluate.guidance.channels=3")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a run on pixels, at steps 4 and 8."""
-    root = tmp_path_factory.mktemp("api")
-    recipe = tiny_recipe(root, *PIXELS)
-    create_identity(recipe, "mine")
-    for step in (4, 8):
-        torch.manual_seed(step)
-        weights = {n: p.detach() for n, p in build_model(recipe).named_parameters()}
-        shapes = {name: value.shape for name, value in weights.items()}
+def save_run(recipe: Recipe, name: str, weights: dict[int, dict[str, torch.Tensor]]) -> None:
+    """A run whose EMA are the weights at each step, and whose raw weights are beside them."""
+    create_identity(recipe, name)
+    for step, ema in weights.items():
         state = State(
             step=step,
             images_seen=8 * step,
@@ -47,8 +41,27 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             world_size=1,
             zero_stage=0,
         )
-        values = {"master": {n: v + 0.01 for n, v in weights.items()}, "ema": weights}
-        save_whole(values, shapes, str(root / "runs" / "mine"), state)
+        values = {"master": {n: v + 0.01 for n, v in ema.items()}, "ema": ema}
+        shapes = {n: v.shape for n, v in ema.items()}
+        save_whole(values, shapes, f"{recipe.storage.root}/runs/{name}", state)
+
+
+def make_run(root: Path, name: str, *overrides: str) -> Recipe:
+    """A run of random weights, at steps 4 and 8."""
+    recipe, found = tiny_recipe(root, *overrides), {}
+    for step in (4, 8):
+        torch.manual_seed(step)
+        start = {n: p.detach() for n, p in build_model(recipe).named_parameters()}
+        found[step] = {n: v + 0.05 * torch.randn(v.shape) for n, v in start.items()}
+    save_run(recipe, name, found)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a run on pixels."""
+    root = tmp_path_factory.mktemp("api")
+    make_run(root, "mine", *PIXELS)
     return root
 
 
@@ -80,7 +93,7 @@ def test_checkpoint_weights_and_sampler_can_be_chosen(root: Path) -> None:
         dt.load(str(root), changes=["train.lr=1.0"])
 
 
-def _latents(root: Path) -> str:
+def make_latents(root: Path) -> str:
     """A folder of 40 latents in four shards."""
     url = str(root / "latents" / "digits")
     random = np.random.default_rng(0)
@@ -116,7 +129,7 @@ def _latents(root: Path) -> str:
 
 
 def test_latents_come_in_the_order_of_training(tmp_path: Path) -> None:
-    url = _latents(tmp_path)
+    url = make_latents(tmp_path)
     latents = dt.Latents(url)
     recipe = tiny_recipe(tmp_path)
     order = SampleOrder([10] * 4, 8, recipe.data.lanes, 4, recipe.train.seed)
@@ -140,7 +153,7 @@ def test_latents_come_in_the_order_of_training(tmp_path: Path) -> None:
 
 
 def test_workers_of_a_data_loader_share_each_batch(tmp_path: Path) -> None:
-    latents = dt.Latents(_latents(tmp_path))
+    latents = dt.Latents(make_latents(tmp_path))
     loader = iter(DataLoader(latents, batch_size=None, num_workers=2))
     halves = [next(loader) for _ in range(4)]
     whole = iter(latents)

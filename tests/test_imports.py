@@ -19,6 +19,7 @@ BASE = {
     "redaction",
     "waiting",
     "disk_full",
+    "plugins",
     "config",
     "metric_names",
 }
@@ -35,7 +36,8 @@ ALLOWED = {
     "storage": {"errors", "redaction", "waiting", "disk_full", "s3_client"},
     "native_stderr": set(),
     "metric_names": set(),
-    "config": {"errors", "storage"},
+    "plugins": {"errors"},
+    "config": {"errors", "storage", "plugins"},
     "forwarded_env": {"errors"},
     "ray_session": {"errors", "forwarded_env", "progress", "waiting"},
     "preflight": set(),
@@ -53,6 +55,7 @@ ALLOWED = {
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session", "hang"},
     "evaluation": BASE | SCIENCE | {"tracking", "runs", "ray_session", "hang"},
     "compare": BASE | {"tracking"},
+    "export": BASE | SCIENCE | {"runs", "evaluation"},
     "commands": BASE
     | SCIENCE
     | {
@@ -60,6 +63,7 @@ ALLOWED = {
         "runs",
         "training",
         "evaluation",
+        "export",
         "compare",
         "ray_jobs",
         "ray_session",
@@ -70,6 +74,7 @@ ALLOWED = {
         "leftovers",
     },
     "api": BASE | SCIENCE | {"runs", "evaluation", "commands"},
+    "extend": SCIENCE | {"evaluation"},
     "cli": {"errors", "progress", "commands"},
     "entry": {"cli"},
 }
@@ -90,8 +95,14 @@ HOMES = {
     },
     "deepspeed": {"training/engine.py"},
     "mlflow": {"tracking.py"},
-    "diffusers": {"data/autoencoder.py", "data/autoencoder_fit.py"},
     "aiobotocore": {"s3_client.py"},
+    "diffusers": {
+        "data/autoencoder.py",
+        "data/autoencoder_fit.py",
+        "export/transformer.py",
+        "export/scheduler.py",
+        "export/pipeline.py",
+    },
     "typer": {"cli.py", "commands"},
     "sklearn": {"data/digits.py"},
 }

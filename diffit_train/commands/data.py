@@ -58,6 +58,11 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
     Raises:
         UserError: the folder holds another network, or the images cannot be read.
     """
+    if recipe.evaluate.features.plugged:
+        raise UserError(
+            f"evaluate.features.kind is {recipe.evaluate.features.kind!r}, which is not fitted; "
+            "only evaluate.features.kind=classifier is"
+        )
     url = features_url(recipe)
     identity = storage.digest(
         [

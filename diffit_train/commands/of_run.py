@@ -42,10 +42,14 @@ RunOverrides = Annotated[
 # copy of the autoencoder elsewhere counts as the same one.
 _WHERE = ("storage.", "tracking.")
 _GENERATION = ("evaluate.", "scaling.", "model.attention", "autoencoder.source", *_WHERE)
+# What a folder for diffusers samples by, where nothing else is asked for.
+_SAMPLING = tuple(f"evaluate.{key}" for key in ("sampler.", "guidance.", "pixels", "precision"))
+_SAMPLING += ("autoencoder.source", *_WHERE)
 OWN_KEYS = {
     "sample": _GENERATION,
     "evaluate": _GENERATION,
     "export": _WHERE,
+    "export --format diffusers": _SAMPLING,
     "ema reconstruct": _WHERE,
 }
 _SHOWN = 6

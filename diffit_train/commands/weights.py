@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,13 @@ from diffit_train.runs.start import starting_from
 
 # Warn if the relative error of a reconstructed profile is larger than this.
 POOR_PROFILE = 0.1
+
+
+class ExportFormat(StrEnum):
+    """What `diffit export` writes."""
+
+    SAFETENSORS = "safetensors"
+    DIFFUSERS = "diffusers"
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,23 @@ def export_checkpoint(
     return {"file": file, "run": run, "step": number, "weights": kind}
 
 
+def export_pipeline(
+    recipe: Recipe, run: str, step: str, kind: str, license_id: str, out: str | None
+) -> dict[str, Any]:
+    """Write a folder that diffusers samples from."""
+    from diffit_train.export import folder
+
+    recipe = starting_from(recipe, run)
+    _, number = find_checkpoint(recipe, run, step)
+    target = None if out is None else output("--out", out)
+    url = folder.export_folder(recipe, run, number, kind, license_id, target)
+    say(
+        f"wrote {storage.display_path(url)}: {kind} of {run}, step {number:,}; its README.md says "
+        "how diffusers samples from it"
+    )
+    return {"folder": url, "run": run, "step": number, "weights": kind}
+
+
 def reconstruct_run_ema(
     recipe: Recipe, run: str, sigma_rel: float, step: str, out: str | None
 ) -> dict[str, Any]:
@@ -259,17 +284,50 @@ def export_command(
     weights: Annotated[
         str, typer.Option(help="Weights to export: raw, or the name of an EMA.")
     ] = "ema",
+    format_name: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="safetensors: one file with the published names; diffusers: a folder that "
+            "diffusers samples from, without this package.",
+        ),
+    ] = ExportFormat.SAFETENSORS,
     out: Annotated[
-        str | None, typer.Option(help="Output file. Default: RUN/export/ema-STEP.safetensors.")
+        str | None,
+        typer.Option(
+            help="Output file or folder. Default: RUN/export/ema-STEP.safetensors, or "
+            "RUN/export/ema-STEP-diffusers."
+        ),
+    ] = None,
+    license_id: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            metavar="ID",
+            help="With --format diffusers: license of the weights for the model card, such as "
+            "cc-by-nc-4.0. Default: none stated.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint's weights to one safetensors file with the published names.
+    """Export a checkpoint's weights: one safetensors file, or a folder for diffusers.
 
     Example: `diffit export --run demo --root my-project --step newest`
+
+    Example: `diffit export --run demo --root my-project --format diffusers --out demo-pipeline`
     """
-    recipe, run = recipe_and_run("export", name, overrides, root, run)
-    result = export_checkpoint(recipe, run, step, weights, out)
+    diffusers = format_name is ExportFormat.DIFFUSERS
+    command = "export --format diffusers" if diffusers else "export"
+    recipe, run = recipe_and_run(command, name, overrides, root, run)
+    if diffusers:
+        result = export_pipeline(recipe, run, step, weights, license_id or "", out)
+    elif license_id is not None:
+        raise UserError(
+            f"--license is {license_id!r}, but only --format diffusers writes a model card; remove "
+            "it, or add --format diffusers"
+        )
+    else:
+        result = export_checkpoint(recipe, run, step, weights, out)
     print_result(result, as_json)
 
 

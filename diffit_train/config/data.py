@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from diffit_train.config.base import Fraction, Name, PositiveInt, Section, without_credentials
+from diffit_train.plugins import Plugged
+
+FORMATS = Plugged(
+    "data.format",
+    "diffit_train.sources",
+    ("auto", "folder", "tar", "zip", "ilsvrc", "webdataset", "parquet", "cifar10"),
+)
 
 
 class Columns(Section):
@@ -31,10 +38,10 @@ class Data(Section):
         description="images: folder, tar, zip or parquet files, or CIFAR-10's archive; a path, "
         "s3://…, hf://datasets/OWNER/NAME/… (`root:` means under ROOT)"
     )
-    format: Literal[
-        "auto", "folder", "tar", "zip", "ilsvrc", "webdataset", "parquet", "cifar10"
-    ] = Field(
-        default="auto", description="format of the source; auto: detect from its name and contents"
+    format: Annotated[str, FORMATS] = Field(
+        default="auto",
+        description="format of the source; auto: detect from its name and contents; or a class of "
+        "your own, to which data.source means what it likes",
     )
     columns: Columns = Field(
         default=Columns(),
@@ -77,11 +84,13 @@ class Data(Section):
     def image_identity(self) -> dict[str, Any]:
         """The keys that determine the images and their labels.
 
-        Keys that came later belong to it only where they are set.
+        Keys that came later belong to it only where they are set. Ours read the same images whether
+        the format is named or detected.
         """
         always = {"source", "resolution", "num_classes"}
         given = {key for key in ("columns", "labels") if getattr(self, key) != _default(key)}
-        return self.model_dump(mode="json", include=always | given)
+        named = {"format"} if FORMATS.is_plugged(self.format) else set()
+        return self.model_dump(mode="json", include=always | given | named)
 
 
 def _default(key: str) -> Any:

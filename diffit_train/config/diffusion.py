@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from diffit_train.config.base import Positive, Section
+from diffit_train.plugins import Plugged
+
+OBJECTIVES = Plugged("diffusion.objective", "diffit_train.objectives", ("epsilon", "flow", "edm"))
 
 
 class Edm(Section):
@@ -40,11 +43,13 @@ class Edm(Section):
 class Diffusion(Section):
     """The forward process and the prediction target."""
 
-    objective: Literal["epsilon", "flow", "edm"] = Field(
+    objective: Annotated[str, OBJECTIVES] = Field(
         default="epsilon",
         description="epsilon: noise prediction with learned variance (ADM); flow: velocity on the "
-        "linear path (SiT); edm: preconditioned denoising (EDM)",
+        "linear path (SiT); edm: preconditioned denoising (EDM); or a class of your own, with the "
+        "arguments in diffusion.options",
     )
+    options: dict[str, Any] = Field(default={}, description="arguments of an objective of your own")
     timesteps: Annotated[int, Field(gt=1)] = Field(
         default=1000, description="diffusion timesteps T; flow: the time range [0, T) of the model"
     )
@@ -57,7 +62,12 @@ class Diffusion(Section):
     edm: Edm = Edm()
 
     @model_validator(mode="after")
-    def _edm_belongs(self) -> Self:
+    def _options_belong(self) -> Self:
+        if self.options and not self.plugged:
+            raise ValueError(
+                f"diffusion.options has {', '.join(self.options)}, but diffusion.objective is "
+                f"{self.objective!r}; only an objective of your own has options"
+            )
         if self.objective != "edm" and self.edm != Edm():
             changed = self.edm.model_dump(exclude_defaults=True)
             raise ValueError(
@@ -65,6 +75,16 @@ class Diffusion(Section):
                 f"{self.objective!r}; set diffusion.objective=edm, or remove diffusion.edm"
             )
         return self
+
+    @property
+    def plugged(self) -> bool:
+        """Whether the objective is another package's."""
+        return OBJECTIVES.is_plugged(self.objective)
+
+    def unused_keys(self) -> set[str]:
+        """Keys that this objective does not have, which then belong to no hash."""
+        unused = set() if self.objective == "edm" else {"edm"}
+        return unused if self.plugged else {*unused, "options"}
 
     @property
     def learned_variance(self) -> bool:

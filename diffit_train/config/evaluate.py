@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from diffit_train.config.base import Fraction, Name, Positive, PositiveInt, Section
+from diffit_train.plugins import Plugged
 
 # Samplers of each objective.
 SAMPLERS = {
@@ -15,6 +16,8 @@ SAMPLERS = {
     "flow": ("euler", "heun", "sde"),
     "edm": ("heun",),
 }
+# That of an objective of another package.
+OWN_SAMPLER = "own"
 
 # Options of `evaluate.sampler`, and the only sampler that has each.
 SAMPLER_OPTIONS = {
@@ -24,6 +27,8 @@ SAMPLER_OPTIONS = {
     "last_step": "sde",
     "last_step_size": "sde",
 }
+
+FEATURES = Plugged("evaluate.features.kind", "diffit_train.features", ("inception", "classifier"))
 
 # The published feature network, and the source of its weights.
 INCEPTION = "inception"
@@ -75,10 +80,10 @@ class EdmSampling(Section):
 class Sampler(Section):
     """How latents are sampled."""
 
-    name: Literal["ddpm", "ddim", "dpmpp_2m", "heun", "euler", "sde"] = Field(
+    name: Literal["ddpm", "ddim", "dpmpp_2m", "heun", "euler", "sde", "own"] = Field(
         default="ddpm",
         description="for epsilon: ddpm, ddim, dpmpp_2m or heun; for flow: euler, heun or sde; for "
-        "edm: heun",
+        "edm: heun; for an objective of your own: own",
     )
     steps: PositiveInt = Field(default=250, description="sampling steps")
     eta: Fraction = Field(
@@ -180,24 +185,34 @@ class Features(Section):
         description="the Frechet distance is called fd_NAME; `inception` is reserved for the "
         "published network, whose distance is the FID"
     )
-    kind: Literal["inception", "classifier"] = Field(
+    kind: Annotated[str, FEATURES] = Field(
         default="classifier",
-        description="inception: Inception-2015; classifier: your own, from `diffit features fit`",
+        description="inception: Inception-2015; classifier: your own, from `diffit features fit`; "
+        "or a class of your own, with the arguments in evaluate.features.options",
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="arguments of a feature network of your own"
     )
     source: str = Field(
         default="published",
-        description="Inception weight file, or folder written by `diffit features fit` (`root:` "
-        "means under ROOT); published: download the published Inception weights once",
+        description="Inception weight file, folder written by `diffit features fit`, or weight "
+        "file of your own class (`root:` means under ROOT); published: download the published "
+        "Inception weights once; your own class has no file then",
     )
     fit: FeaturesFit = FeaturesFit()
 
     @model_validator(mode="after")
     def _name_matches_kind(self) -> Self:
-        if self.kind == "classifier" and self.name == INCEPTION:
+        if self.kind != "inception" and self.name == INCEPTION:
             raise ValueError(
                 "evaluate.features.name is 'inception', but that name is reserved for the "
                 "published network; give your classifier another name, or set "
                 "evaluate.features.kind=inception"
+            )
+        if self.options and not self.plugged:
+            raise ValueError(
+                f"evaluate.features.options has {', '.join(self.options)}, but "
+                f"evaluate.features.kind is {self.kind!r}; only a class of your own has options"
             )
         if self.kind == "classifier" and self.source == PUBLISHED:
             raise ValueError(
@@ -205,6 +220,11 @@ class Features(Section):
                 "to the folder written by `diffit features fit`, for example root:features/own"
             )
         return self
+
+    @property
+    def plugged(self) -> bool:
+        """Whether the network is another package's."""
+        return FEATURES.is_plugged(self.kind)
 
     @property
     def published(self) -> bool:

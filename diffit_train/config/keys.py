@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from diffit_train.config.recipe import Recipe
+from diffit_train.plugins import Plugged
 
 # How a value of a key is marked in a text.
 Code = Callable[[str], str]
@@ -153,6 +154,11 @@ def _type(annotation: Any, metadata: Sequence[Any], code: Code) -> str:
         return f"list of {inner[0]}" if Ellipsis in arguments or len(inner) == 1 else _pair(inner)
     if annotation is type(None):
         return code("null")
+    if annotation is Any:
+        return "value"
+    if plugged := [item for item in metadata if isinstance(item, Plugged)]:
+        own = " | ".join(code(name) for name in plugged[0].own)
+        return f"{own} | {code('MODULE:CLASS')} | entry point in {code(plugged[0].group)}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     return _NAMES.get(annotation, str(annotation)) + _bounds(_constraints(metadata), code)

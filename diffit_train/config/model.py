@@ -8,11 +8,15 @@ from pydantic import Field, model_validator
 
 from diffit_train.config.base import Positive, PositiveInt, Section
 from diffit_train.config.presets import PRESETS
+from diffit_train.plugins import Plugged
 
 # Architectures on pixels, and on latents.
 UNET_ARCHITECTURES = ("ddpmpp", "ncsnpp")
 IMAGE_ARCHITECTURES = ("image_diffit", *UNET_ARCHITECTURES)
 LATENT_ARCHITECTURES = ("diffit", "dit", "dit_tmsa")
+ARCHITECTURES = Plugged(
+    "model.architecture", "diffit_train.models", (*LATENT_ARCHITECTURES, *IMAGE_ARCHITECTURES)
+)
 
 # Keys of `model` that only latent architectures have.
 LATENT_KEYS = (
@@ -24,6 +28,10 @@ LATENT_KEYS = (
     "position_side",
     "label_init_std",
 )
+
+
+# Keys that a network of another package does not have.
+_OURS_ONLY = (*LATENT_KEYS, "mlp_ratio")
 
 
 class ImageModel(Section):
@@ -126,11 +134,15 @@ class Model(Section):
     preset: str | None = Field(
         default=None, description=f"named size: {', '.join(PRESETS)}; null: the keys below"
     )
-    architecture: Literal["diffit", "dit", "dit_tmsa", "image_diffit", "ddpmpp", "ncsnpp"] = Field(
+    architecture: Annotated[str, ARCHITECTURES] = Field(
         default="diffit",
         description="diffit: DiffiT; dit: DiT with adaLN-Zero; dit_tmsa: DiT with TMSA instead of "
         "adaLN-Zero; image_diffit: the U-shaped DiffiT on pixels, with the keys of model.image; "
-        "ddpmpp, ncsnpp: convolutional U-Nets on pixels, with the keys of model.unet",
+        "ddpmpp, ncsnpp: convolutional U-Nets on pixels, with the keys of model.unet; or a class "
+        "of your own, with the arguments in model.options",
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="arguments of an architecture of your own"
     )
     patch_size: PositiveInt = Field(
         default=2, description="side of a patch, in latent pixels; a patch is one token"
@@ -164,14 +176,22 @@ class Model(Section):
     @model_validator(mode="after")
     def _keys_belong(self) -> Self:
         fields = type(self).model_fields
-        if self.on_pixels:
-            for key in LATENT_KEYS:
-                value, default = getattr(self, key), fields[key].default
-                if value != default:
-                    raise ValueError(
-                        f"model.{key} is {value!r}, but model.architecture is "
-                        f"{self.architecture!r}; set the keys of model.image or model.unet instead"
-                    )
+        refused: tuple[str, ...] = LATENT_KEYS if self.on_pixels else ()
+        if self.plugged:
+            refused = _OURS_ONLY
+        elif self.options:
+            raise ValueError(
+                f"model.options has {', '.join(self.options)}, but model.architecture is "
+                f"{self.architecture!r}; only an architecture of your own has options"
+            )
+        instead = "model.options" if self.plugged else "the keys of model.image or model.unet"
+        for key in refused:
+            value, default = getattr(self, key), fields[key].default
+            if value != default:
+                raise ValueError(
+                    f"model.{key} is {value!r}, but model.architecture is "
+                    f"{self.architecture!r}; set {instead} instead"
+                )
         for key, section, owners in (
             ("image", self.image, ("image_diffit",)),
             ("unet", self.unet, UNET_ARCHITECTURES),
@@ -185,8 +205,13 @@ class Model(Section):
         return self
 
     @property
+    def plugged(self) -> bool:
+        """Whether the network is another package's."""
+        return ARCHITECTURES.is_plugged(self.architecture)
+
+    @property
     def on_pixels(self) -> bool:
-        """Whether the network works on pixels instead of latents."""
+        """Whether the network is one of ours that works on pixels instead of latents."""
         return self.architecture in IMAGE_ARCHITECTURES
 
     @property
@@ -198,10 +223,12 @@ class Model(Section):
 
     def unused_keys(self) -> set[str]:
         """Keys that this architecture does not have."""
+        if self.plugged:
+            return {*_OURS_ONLY, "image", "unet"}
         if not self.on_pixels:
-            return {"image", "unet"}
+            return {"image", "unet", "options"}
         other = "unet" if self.architecture == "image_diffit" else "image"
-        return {*LATENT_KEYS, other}
+        return {*LATENT_KEYS, other, "options"}
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from diffit_train.config.autoencoder import Autoencoder
 from diffit_train.config.base import Name, Section, flatten
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, ddim_stride
-from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, EdmSampling, Evaluate
+from diffit_train.config.evaluate import FREE_KEYS, OWN_SAMPLER, SAMPLERS, EdmSampling, Evaluate
 from diffit_train.config.model import Model
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
@@ -52,6 +52,8 @@ class Recipe(Section):
         if model.on_pixels:
             self._check_stages()
             return self
+        if model.plugged:
+            return self  # its own class knows
         _divides("model.patch_size", model.patch_size, "the latent size", self.latent_size)
         _divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
         return self
@@ -108,10 +110,14 @@ class Recipe(Section):
                 "position bias by atomic additions; set model.attention=sdpa"
             )
         if train.augment and not self.model.on_pixels:
+            why = (
+                "is not one of ours, which know the labels of the augmentation"
+                if self.model.plugged
+                else "works on latents, which cannot be augmented"
+            )
             raise ValueError(
                 f"train.augment is {train.augment}, but model.architecture "
-                f"{self.model.architecture!r} works on latents, which cannot be augmented; set it "
-                "to 0"
+                f"{self.model.architecture!r} {why}; set it to 0"
             )
         if train.warmup_steps >= train.steps:
             raise ValueError(
@@ -172,14 +178,15 @@ class Recipe(Section):
                 f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at least 2 when "
                 "diffusion.objective is 'edm'"
             )
-        if diffusion.objective != "edm" and evaluate.sampler.steps > diffusion.timesteps:
+        discrete = diffusion.objective != "edm" and not diffusion.plugged
+        if discrete and evaluate.sampler.steps > diffusion.timesteps:
             raise ValueError(
                 f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at most "
                 f"diffusion.timesteps ({diffusion.timesteps})"
             )
         if evaluate.sampler.spacing == "ddim":
             _check_ddim_stride(evaluate.sampler.steps, diffusion.timesteps)
-        samplers = SAMPLERS[diffusion.objective]
+        samplers = SAMPLERS.get(diffusion.objective, (OWN_SAMPLER,))
         if evaluate.sampler.name not in samplers:
             raise ValueError(
                 f"evaluate.sampler.name is {evaluate.sampler.name!r}, but must be one of "
@@ -236,13 +243,17 @@ class Recipe(Section):
             **self.encode_identity(),
             "order": self.data.model_dump(mode="json", include={"name", "lanes", "shuffle_window"}),
             "model": self.model.model_dump(mode="json", exclude=self._unused_model_keys()),
-            "diffusion": self.diffusion.model_dump(mode="json", exclude=self._unused_edm()),
+            "diffusion": self.diffusion.model_dump(
+                mode="json", exclude=self.diffusion.unused_keys()
+            ),
             "train": self.train.model_dump(mode="json", exclude=free),
         }
 
     def evaluate_identity(self) -> dict[str, Any]:
         """The keys that determine the metrics of a given checkpoint."""
         free: dict[str, Any] = {"features": {"fit"}, **dict.fromkeys(FREE_KEYS, True)}
+        if not self.evaluate.features.plugged:
+            free["features"].add("options")
         free["sampler"] = self._unused_edm()
         return self.evaluate.model_dump(mode="json", exclude=free)
 

@@ -51,6 +51,14 @@ def scaled_sample(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
     return scale * (mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)) * noise)
 
 
+def to_uint8(x: Tensor, pixels: Literal["round", "truncate"]) -> Tensor:
+    """Images (B, 3, R, R) in [-1, 1] to levels (B, R, R, 3), uint8."""
+    levels = (x.float() + 1.0) * 127.5
+    if pixels == "round":
+        levels = levels.round()
+    return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
 @dataclass
 class LoadedAutoencoder:
     """A frozen autoencoder on a device; `scale` multiplies its latents.
@@ -113,10 +121,7 @@ class LoadedAutoencoder:
         x = latents / self.scale
         if self.model is not None:
             x = self.model.decode(x.to(self.device, self.dtype)).sample
-        levels = (x.float() + 1.0) * 127.5
-        if pixels == "round":
-            levels = levels.round()
-        return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return to_uint8(x, pixels).cpu().numpy()
 
     def _slice_size(self, part: Part, images: int, pixels: int) -> int:
         """Images at once, of `pixels` pixels each."""

@@ -20,6 +20,7 @@ import ray
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
+from diffit_train.config.data import FORMATS
 from diffit_train.data.autoencoder import is_path
 from diffit_train.data.encode_plan import (
     REPAIR,
@@ -253,7 +254,8 @@ def _read_shard_images(row: dict[str, Any], source: Source, resolution: int) -> 
     decoded in a child process: one that kills its decoder is rejected.
     """
     spec, attempt = json.loads(row["spec"]), ray_session.task_attempt()
-    failure = _source_failure(source.url) or _repeated_failure(source.url, spec["number"], attempt)
+    missing = "" if FORMATS.is_plugged(source.kind) else _source_failure(source.url)
+    failure = missing or _repeated_failure(source.url, spec["number"], attempt)
     items = [] if failure else spec_items(spec)
     images = Images([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
     isolated = IsolatedDecoder() if attempt else None

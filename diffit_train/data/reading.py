@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from diffit_train import storage
-from diffit_train.data import preprocess
+from diffit_train.config.data import FORMATS
+from diffit_train.data import plugged, preprocess
 from diffit_train.data.sources import Item, Location, Source
 from diffit_train.data.sources.cifar10 import read_image
 from diffit_train.data.sources.parquet import read_rows
@@ -39,6 +40,8 @@ class ImageReader:
 
     def __init__(self, source: Source, items: Sequence[Item]) -> None:
         self.url, self.kind, column = source
+        own = FORMATS.is_plugged(self.kind)
+        self._plugged = plugged.open_source(self.kind, self.url) if own else None
         self._groups: dict[tuple[str, int], _RowGroup] = {}
         if self.kind == "parquet":
             rows = defaultdict(set)
@@ -57,6 +60,10 @@ class ImageReader:
             OSError: the file cannot be read.
             UnreadableImage: it is not a regular file, or too large for an image.
         """
+        if self._plugged is not None:
+            data = plugged.read_image(self.kind, self._plugged, location.start)
+            _check_size(len(data))
+            return data
         if self.kind == "parquet":
             return self._groups[location.file, location.size].take(location.start)
         if self.kind == "cifar10":

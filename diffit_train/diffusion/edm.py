@@ -21,8 +21,8 @@ from torch import Tensor
 
 from diffit_train.config.diffusion import Edm
 from diffit_train.config.evaluate import EdmSampling, Sampler
-from diffit_train.diffusion import samplers
 from diffit_train.diffusion.guidance import Denoiser
+from diffit_train.diffusion.samplers import Noise, SamplerFunction, edm_heun
 
 Sigma = TypeVar("Sigma", float, Tensor)
 
@@ -96,13 +96,11 @@ class EdmObjective(ABC):
         error = self.denoised(output, self.noisy(x0, t, noise), t) - x0
         return self.weight(t) * (error**2).flatten(1).mean(1)
 
-    def sample(
-        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
-    ) -> Tensor:
+    def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """Heun's method in float64 (Karras et al. 2022, algorithm 2), from standard normal x."""
         options = sampler.edm
-        run: samplers.SamplerFunction[list[float]] = functools.partial(
-            samplers.edm_heun,
+        run: SamplerFunction[list[float]] = functools.partial(
+            edm_heun,
             churn=options.churn,
             churn_range=(options.churn_min, options.churn_max or math.inf),
             churn_noise=options.churn_noise,

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 
-def _per_image(t: Tensor, like: Tensor) -> Tensor:
+def _times(t: Tensor, like: Tensor) -> Tensor:
     return t.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def interpolate(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """The point on the path at time t (SiT, equation 5, time reversed)."""
-    return torch.lerp(x0, noise, _per_image(t, x0))
+    return torch.lerp(x0, noise, _times(t, x0))
 
 
 def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
@@ -27,5 +27,5 @@ def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
 
 def score(velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Gradient of log p_t(x) for t > 0: -E[noise | x] / t (SiT, equation 9)."""
-    t = _per_image(t, x)
+    t = _times(t, x)
     return -(x + (1.0 - t) * velocity) / t

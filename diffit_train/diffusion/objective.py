@@ -17,12 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffit_train.config.diffusion import Diffusion
+from diffit_train.config.diffusion import OBJECTIVES, Diffusion
 from diffit_train.config.evaluate import Sampler
 from diffit_train.config.recipe import Recipe
-from diffit_train.diffusion import flow, gaussian, samplers
 from diffit_train.diffusion.edm import build_edm
+from diffit_train.diffusion.flow import flow_loss, interpolate
+from diffit_train.diffusion.gaussian import add_noise, predict_x0, training_loss
 from diffit_train.diffusion.guidance import Denoiser, build_weight, repeated, saved_share
+from diffit_train.diffusion.samplers import (
+    Noise,
+    SamplerFunction,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    flow_euler,
+    flow_heun,
+    flow_sde,
+    heun,
+)
 from diffit_train.diffusion.schedule import (
     Schedule,
     ddim_spaced,
@@ -30,6 +42,7 @@ from diffit_train.diffusion.schedule import (
     linear_schedule,
     respace,
 )
+from diffit_train.plugins import require
 
 # w(t) = this * sigma(t) in the flow's SDE.
 SDE_DIFFUSION = {"2sigma": 2.0, "sigma": 1.0}
@@ -40,7 +53,11 @@ Level = TypeVar("Level", float, Tensor)
 
 
 class Objective(Protocol):
-    """Interface of an objective to training and sampling."""
+    """Interface of an objective to training and sampling.
+
+    One of another package is made as `Objective(**options)`, with the recipe's
+    `diffusion.options`. The network predicts C channels.
+    """
 
     def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
         """Noise levels t of training images, (count,)."""
@@ -57,9 +74,7 @@ class Objective(Protocol):
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Loss per image, (B,)."""
 
-    def sample(
-        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
-    ) -> Tensor:
+    def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """x_0 from standard normal x; `denoise(x, t)` is the model's output at noise level t."""
 
     def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
@@ -89,28 +104,26 @@ class EpsilonObjective:
 
     def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `gaussian.add_noise`."""
-        return gaussian.add_noise(self.schedule, x0, t, noise)
+        return add_noise(self.schedule, x0, t, noise)
 
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `gaussian.training_loss`."""
-        return gaussian.training_loss(self.schedule, output, x0, t, noise).total
+        return training_loss(self.schedule, output, x0, t, noise).total
 
-    def sample(
-        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
-    ) -> Tensor:
+    def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """Run the recipe's sampler on the respaced schedule."""
-        run: dict[str, samplers.SamplerFunction[Schedule]] = {
-            "ddpm": samplers.ddpm,
-            "ddim": functools.partial(samplers.ddim, eta=sampler.eta),
-            "dpmpp_2m": samplers.dpmpp_2m,
-            "heun": samplers.heun,
+        run: dict[str, SamplerFunction[Schedule]] = {
+            "ddpm": ddpm,
+            "ddim": functools.partial(ddim, eta=sampler.eta),
+            "dpmpp_2m": dpmpp_2m,
+            "heun": heun,
         }
         return run[sampler.name](self._respaced(sampler), denoise, x, noise)
 
     def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
         """From the predicted noise, as `gaussian.predict_x0`."""
         noise, _ = output.chunk(2, dim=1)
-        return gaussian.predict_x0(self.schedule, x, repeated(int(t), x), noise)
+        return predict_x0(self.schedule, x, repeated(int(t), x), noise)
 
     def _respaced(self, sampler: Sampler) -> Schedule:
         """The sampler's schedule; kept, as its tables are copied to the device once."""
@@ -142,25 +155,23 @@ class FlowObjective:
 
     def noisy(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `flow.interpolate`."""
-        return flow.interpolate(x0, t / self.timesteps, noise)
+        return interpolate(x0, t / self.timesteps, noise)
 
     def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As `flow.flow_loss`."""
-        return flow.flow_loss(output, x0, noise)
+        return flow_loss(output, x0, noise)
 
-    def sample(
-        self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: samplers.Noise
-    ) -> Tensor:
+    def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """Run the recipe's sampler."""
 
         def velocity(x: Tensor, t: float) -> Tensor:
             return denoise(x, t * self.timesteps)
 
-        run: dict[str, samplers.SamplerFunction[Sequence[float]]] = {
-            "euler": samplers.flow_euler,
-            "heun": samplers.flow_heun,
+        run: dict[str, SamplerFunction[Sequence[float]]] = {
+            "euler": flow_euler,
+            "heun": flow_heun,
             "sde": functools.partial(
-                samplers.flow_sde,
+                flow_sde,
                 diffusion=SDE_DIFFUSION[sampler.diffusion],
                 last_step=sampler.last_step,
             ),
@@ -176,8 +187,24 @@ class FlowObjective:
         return x - (t / self.timesteps) * output
 
 
+METHODS = ("draw", "level", "noisy", "precondition", "loss", "sample", "predicted_x0")
+
+
+def load_objective(diffusion: Diffusion) -> Objective:
+    """The recipe's objective, one of ours or of another package.
+
+    Raises:
+        UserError: it cannot be made, or lacks methods.
+    """
+    if not diffusion.plugged:
+        return build_objective(diffusion)
+    made: Objective = OBJECTIVES.make(diffusion.objective, diffusion.options)
+    require(OBJECTIVES.key, diffusion.objective, made, METHODS)
+    return made
+
+
 def build_objective(diffusion: Diffusion) -> Objective:
-    """The recipe's objective."""
+    """The recipe's objective, one of ours."""
     if diffusion.objective == "edm":
         return build_edm(diffusion.edm)
     if diffusion.objective == "flow":
@@ -189,7 +216,7 @@ def build_objective(diffusion: Diffusion) -> Objective:
 
 def visited_levels(diffusion: Diffusion, sampler: Sampler) -> list[float]:
     """Levels in [0, 1] at which a sampler calls its denoiser, in order; used to count the NFE."""
-    objective, visited = build_objective(diffusion), []
+    objective, visited = load_objective(diffusion), []
 
     def denoise(x: Tensor, t: float) -> Tensor:
         visited.append(objective.level(float(t)))

@@ -5,6 +5,7 @@ A Frechet distance on the classifier's features is called fd_NAME, never FID.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,14 +15,22 @@ from torch import Tensor, nn
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.config.evaluate import FEATURES as FEATURE_KINDS
+from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.data.fit import fit
 from diffit_train.data.preprocess import to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, LOGITS, PREDICTIONS, SPATIAL
-from diffit_train.evaluation.features import FeaturesInfo, features_info, features_url
+from diffit_train.evaluation.features import (
+    FeaturesInfo,
+    features_digest,
+    features_info,
+    features_url,
+)
 from diffit_train.evaluation.inception import Inception, load_inception
+from diffit_train.plugins import require
 
 WEIGHTS = "model.safetensors"
 CLASSIFIER_STATE = "fit-state.safetensors"
@@ -51,7 +60,12 @@ class Classifier(nn.Module):
 
 
 class FeatureNetwork(Protocol):
-    """A network on a device."""
+    """A network on a device.
+
+    One of another package is made as `Network(source, device, **options)`: the local path of
+    `evaluate.features.source`, which may be gone later, or None without one; a torch device;
+    `evaluate.features.options`. Only its `features` are used.
+    """
 
     def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Images (B, R, R, 3) uint8 to named arrays with one row per image.
@@ -94,11 +108,44 @@ def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
         DiffitError: its weights are damaged.
     """
     section = recipe.evaluate.features
+    if section.plugged:
+        return _plugged_features(recipe, device)
     if section.kind == "inception":
         source = features_url(recipe)
         network, _ = load_inception(source, device, any_weights=not section.published)
         return _InceptionFeatures(network, device)
     return _ClassifierFeatures(_load_classifier(recipe), device)
+
+
+class _CheckedFeatures:
+    """A network of another package; what it returns is checked."""
+
+    def __init__(self, name: str, network: Any) -> None:
+        self.name, self.network = name, network
+
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = self.network.extract(pixels)
+        features = found.get(FEATURES) if isinstance(found, dict) else None
+        shape = getattr(features, "shape", None)
+        if features is None or len(features.shape) != 2 or len(features) != len(pixels):
+            raise UserError(
+                f"{FEATURE_KINDS.key} is {self.name!r}, whose extract returned "
+                f"{type(found).__name__ if shape is None else f'{FEATURES} of shape {shape}'} for "
+                f"{len(pixels)} images; it must return a dictionary with {FEATURES!r}, one row of "
+                "float32 per image"
+            )
+        return {FEATURES: np.asarray(features, np.float32)}
+
+
+def _plugged_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
+    section, url = recipe.evaluate.features, features_url(recipe)
+    # The hash of its file, if it has one, is that of its first use.
+    features_digest(recipe)
+    with nullcontext() if url == PUBLISHED else storage.local_copy(url) as path:
+        source = None if path is None else str(path)
+        network = FEATURE_KINDS.make(section.kind, section.options, source, device)
+    require(FEATURE_KINDS.key, section.kind, network, ["extract"])
+    return _CheckedFeatures(section.kind, network)
 
 
 def _load_classifier(recipe: Recipe) -> Classifier:

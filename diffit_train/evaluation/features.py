@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.evaluate import PUBLISHED
+from diffit_train.config.evaluate import FEATURES, PUBLISHED
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.first_use import require_as_before
 
@@ -78,8 +78,14 @@ def features_digest(recipe: Recipe) -> str:
     if section.published:
         return INCEPTION_SHA256
     url = features_url(recipe)
+    if section.plugged:
+        FEATURES.load(section.kind)  # named here, before anything starts
+    if section.plugged and url == PUBLISHED:
+        return storage.digest([section.kind, section.options])
     sha256 = _file_digest(url)
     require_as_before(recipe.storage.root, "evaluate.features.source", storage.redact(url), sha256)
+    if section.plugged:
+        return storage.digest([section.kind, section.options, sha256])
     return sha256
 
 

@@ -12,8 +12,9 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import LoadedAutoencoder, autoencoder_url, load_autoencoder
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
-from diffit_train.diffusion.guidance import Weight, build_weight, guided, saved_share
-from diffit_train.diffusion.objective import build_objective, visited_levels
+from diffit_train.diffusion.generation import ImageNoise, generate_latents, weight_of_noise
+from diffit_train.diffusion.guidance import build_weight, saved_share
+from diffit_train.diffusion.objective import load_objective, visited_levels
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.first_use import require_as_before
 from diffit_train.models.build import build_model
@@ -46,30 +47,6 @@ _AUTOENCODER_KEYS = (
 )
 
 
-class ImageNoise:
-    """Standard normal noise (B, C, h, w), with one generator per image.
-
-    Args:
-        keys: (seed, index) of each image, (B,).
-        shape: (C, h, w).
-    """
-
-    def __init__(self, keys: Sequence[tuple[int, int]], shape: tuple[int, int, int]) -> None:
-        self.shape = shape
-        self.generators = [
-            np.random.Generator(np.random.Philox(np.random.SeedSequence(key))) for key in keys
-        ]
-
-    def __call__(self, device: torch.device) -> Tensor:
-        """The next noise of every image."""
-        rows = [g.standard_normal(self.shape, dtype=np.float32) for g in self.generators]
-        drawn = torch.from_numpy(np.stack(rows))
-        if device.type == "cuda":
-            # From pageable memory the copy would wait for the step before.
-            drawn = drawn.pin_memory()
-        return drawn.to(device, non_blocking=True)
-
-
 class Generator:
     """A model with the recipe's sampler, guidance and autoencoder.
 
@@ -92,14 +69,13 @@ class Generator:
         if recipe.evaluate.compile:
             # Two batch sizes occur: with and without unconditional passes.
             compile_blocks(model, dynamic=False)
-        self.objective = build_objective(recipe.diffusion)
+        self.objective = load_objective(recipe.diffusion)
         self.use(recipe)
 
     def use(self, recipe: Recipe) -> None:
         """Take sampler, guidance and precision from a recipe of the same model."""
         self.recipe = recipe
-        weight, level = build_weight(recipe.evaluate.guidance), self.objective.level
-        self.weight: Weight = lambda t: weight(level(t))
+        self.weight = weight_of_noise(self.objective, recipe.evaluate.guidance)
 
     @torch.no_grad()
     def __call__(
@@ -115,30 +91,22 @@ class Generator:
             labels: their classes, (B,).
             watch: given the predicted latents x_0 (B, C, h, w) at each call of the denoiser.
         """
-        classes, size = self.recipe.data.num_classes, self.recipe.latent_size
-        channels = self.recipe.autoencoder.latent_channels
-        noise = ImageNoise(keys, (channels, size, size))
-        section = self.recipe.evaluate.guidance
-        denoise = guided(
-            self._predict,
-            torch.tensor(labels, device=self.device),
-            classes,
-            self.weight,
-            channels if section.channels == "all" else section.channels,
-            section.skip_within,
-        )
+        recipe, size = self.recipe, self.recipe.latent_size
 
-        def watched(x: Tensor, t: float) -> Tensor:
-            output = denoise(x, t)
+        def predicted(output: Tensor, x: Tensor, t: float) -> None:
             if watch is not None:
                 watch(self.objective.predicted_x0(output, x, t))
-            return output
 
-        latents = self.objective.sample(
-            self.recipe.evaluate.sampler,
-            watched,
-            noise(self.device),
-            lambda _: noise(self.device),
+        latents = generate_latents(
+            self.objective,
+            recipe.evaluate.sampler,
+            recipe.evaluate.guidance,
+            self.weight,
+            self._predict,
+            ImageNoise(keys, (recipe.autoencoder.latent_channels, size, size)),
+            torch.tensor(labels, device=self.device),
+            recipe.data.num_classes,
+            predicted,
         )
         return self.decode(latents)
 
@@ -147,7 +115,6 @@ class Generator:
         return self.autoencoder.decode(latents, self.recipe.evaluate.pixels)
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        x, t = self.objective.precondition(x, t)
         with arithmetic(self.recipe.evaluate.precision, self.device):
             return self.model(x, t, y).float()
 

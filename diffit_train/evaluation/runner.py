@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
+from diffit_train.config.model import ARCHITECTURES
 from diffit_train.diffusion.objective import nfe_per_image
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
@@ -98,6 +99,8 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: the features or the reference file cannot be used.
     """
+    if recipe.model.plugged:
+        ARCHITECTURES.load(recipe.model.architecture)
     features_digest(recipe)
     references.check_reference_file(recipe)
 

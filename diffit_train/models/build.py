@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from diffit_train.config import Recipe
-from diffit_train.config.model import UNET_ARCHITECTURES
+from diffit_train.config.model import ARCHITECTURES, UNET_ARCHITECTURES
 from diffit_train.config.train import AUGMENT_LABELS
-from diffit_train.models.backbone import Backbone
+from diffit_train.errors import UserError
+from diffit_train.models.backbone import Backbone, NetworkShape
 from diffit_train.models.dit import DiT, DiTWithTMSA
 from diffit_train.models.image import ImageDiffiT, ImageShape
 from diffit_train.models.latent import LatentDiffiT, Shape
@@ -64,8 +65,54 @@ def _image_sizes(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def network_shape(recipe: Recipe) -> NetworkShape:
+    """What the recipe's network gets and returns."""
+    channels, size = recipe.autoencoder.latent_channels, recipe.latent_size
+    return NetworkShape(
+        input_shape=(channels, size, size),
+        out_channels=2 * channels if recipe.diffusion.learned_variance else channels,
+        num_classes=recipe.data.num_classes if recipe.model.conditional else None,
+    )
+
+
+def _plugged_model(recipe: Recipe) -> Backbone:
+    """The network of another package.
+
+    Raises:
+        UserError: its class cannot be imported, is no `Backbone`, or does not fit the recipe.
+    """
+    name, shape = recipe.model.architecture, network_shape(recipe)
+    found = ARCHITECTURES.load(name)
+    if not issubclass(found, Backbone):
+        raise UserError(
+            f"model.architecture is {name!r}, but {found.__name__} does not derive from "
+            "diffit_train.extend.Backbone; docs/extend.md shows one that does"
+        )
+    model = ARCHITECTURES.make(name, recipe.model.options, shape)
+    if getattr(model, "blocks", None) is None or tuple(model.input_shape) != shape.input_shape:
+        raise UserError(
+            f"model.architecture is {name!r}, but its {found.__name__} has "
+            f"input_shape {getattr(model, 'input_shape', None)} and "
+            f"{'no' if getattr(model, 'blocks', None) is None else 'its'} blocks; it must set "
+            f"`blocks`, a ModuleList, and have input_shape {shape.input_shape}"
+        )
+    stored = model.state_dict().keys() - dict(model.named_parameters()).keys()
+    if stored:
+        raise UserError(
+            f"model.architecture is {name!r}, but checkpoints hold parameters only, and its buffer "
+            f"{min(stored)} would have to be stored; register it with persistent=False"
+        )
+    return model
+
+
 def build_model(recipe: Recipe) -> Backbone:
-    """The recipe's model, initialized from torch's current random state."""
+    """The recipe's model, initialized from torch's current random state.
+
+    Raises:
+        UserError: it is another package's, and cannot be made.
+    """
+    if recipe.model.plugged:
+        return _plugged_model(recipe)
     if recipe.model.architecture in UNET_ARCHITECTURES:
         return UNet(unet_shape(recipe))
     if recipe.model.on_pixels:

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe, stored_text
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
+from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError, Interrupted, UserError
 from diffit_train.hang.processes import FIRST_FACTOR
 from diffit_train.models.attention_kernels import kernel_name
@@ -106,6 +107,7 @@ def train(
         _check_start(recipe)
     tracking_uri(recipe)
     _kernel(recipe)
+    _require_own_classes(recipe)
     stop = Stop()
     with lease.held(run_url(recipe, run), wait, say, stop.set) as held:
         done = finished_step(recipe, run)  # by the command that was waited for
@@ -128,6 +130,14 @@ def _kernel(recipe: Recipe) -> str:
     """The workers' attention kernel; a UserError if their device does not support it."""
     device = torch.device("cuda" if recipe.scaling.gpus_per_worker else "cpu")
     return kernel_name(recipe.model.attention, device)
+
+
+def _require_own_classes(recipe: Recipe) -> None:
+    """Refuse a network or objective of another package that cannot be made, before Ray starts."""
+    if recipe.model.plugged:
+        with torch.device("meta"):
+            build_model(recipe)
+    load_objective(recipe.diffusion)
 
 
 def _check_resumable(url: str) -> None:

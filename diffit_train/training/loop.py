@@ -17,7 +17,7 @@ from diffit_train.data.augment import augment
 from diffit_train.data.cache import shard_cache
 from diffit_train.data.loader import LatentLoader, SampleOrder
 from diffit_train.data.shards import latents_url, load_manifest, read_shard
-from diffit_train.diffusion.objective import build_objective
+from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError
 from diffit_train.models.attention_kernels import compute_deterministically, kernel_name
 from diffit_train.models.backbone import Backbone
@@ -92,7 +92,7 @@ class Trainer:
         hooks.doing("starting", slow=True)
         self.control = ControlPlane(recipe.train, hooks)
         require_lease(self.control)
-        self.objective = build_objective(recipe.diffusion)
+        self.objective = load_objective(recipe.diffusion)
         self.latents_url = latents_url(recipe)
         self.manifest = load_manifest(self.latents_url)
         self.build_batch = BatchBuilder(recipe, self.manifest, self.objective, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -24,6 +25,7 @@ from diffit_train.errors import DataError
 from diffit_train.hang.processes import Process, this_process
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
+from diffit_train.plugins import OwnClassError
 from diffit_train.runs.lease import Lease
 from diffit_train.tracking import first_line
 from diffit_train.training.status import Polled
@@ -246,6 +248,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if hooks.rank == 0:
             ray.get(hooks.status.fail.remote(str(error)))
         return
+    except OwnClassError as error:  # this node lacks it, or has another version
+        ray.get(hooks.status.fail.remote(f"on node {socket.gethostname()}: {error}"))
+        raise
     except DataError as error:  # raised on one rank; its end ends the others
         ray.get(hooks.status.fail.remote(str(error)))
         raise

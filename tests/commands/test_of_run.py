@@ -33,6 +33,12 @@ def test_a_run_needs_no_recipe(root: Path) -> None:
 
 def test_what_belongs_to_the_command_can_differ(root: Path) -> None:
     words = ["evaluate.sampler.steps=2", "scaling.evaluate_batches=3"]
+    for other in ("export --format diffusers", "sample"):
+        assert (
+            recipe_and_run(other, None, words[:1], str(root), "mine")[0].evaluate.sampler.steps == 2
+        )
+    with pytest.raises(UserError, match=r"`diffit export` takes this from run 'mine'"):
+        recipe_and_run("export", None, words[:1], str(root), "mine")
     recipe, _ = recipe_and_run("evaluate", words[0], words[1:], str(root), "mine")
     assert recipe.evaluate.sampler.steps == 2
     assert recipe.scaling.evaluate_batches == 3

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import psutil
 import pytest
 import ray
+import ray.train.torch
 import ray.util.metrics
+import torch
 
+from diffit_train.config import Recipe
+from diffit_train.errors import UserError
+from diffit_train.models.build import build_model
 from diffit_train.runs.lease import Lease
-from diffit_train.training import worker
+from diffit_train.training import loop, worker
 from diffit_train.training.status import TrainingStatus
 from diffit_train.training.worker import RayHooks, choose_interface
+from tests.conftest import tiny_recipe
 
 
 def _chosen(named: str) -> tuple[str, str]:
@@ -98,6 +107,38 @@ def test_workers_answer_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ray.get(status.resize_answered.remote())
         _wait_for(lambda: not hooks.resize_wanted())
     ray.kill(status)
+
+
+def test_a_class_that_a_node_lacks_is_named_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    hooks = SimpleNamespace(
+        rank=1,
+        status=SimpleNamespace(fail=SimpleNamespace(remote=said.append)),
+        leave=lambda: None,
+        answer_resize=lambda: None,
+    )
+    context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(worker, "RayHooks", lambda *_: hooks)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+
+    def build(recipe: Recipe, *_: object) -> None:
+        build_model(recipe)
+
+    monkeypatch.setattr(loop, "train_until_done", build)
+    recipe = tiny_recipe(tmp_path, "model={architecture: 'nowhere.model:Net'}")
+    config = {"recipe": recipe.model_dump(), "run": "r", "mlflow_run_id": "m"}
+    config |= {"status": None, "lease": None}
+    threads = torch.get_num_threads()
+    with pytest.raises(UserError):
+        worker.train_worker(config)
+    torch.set_num_threads(threads)
+    (reason,) = said
+    assert reason.startswith(f"on node {socket.gethostname()}: model.architecture is 'nowhere.mod")
+    assert "on a cluster: on every node" in reason
 
 
 def _wait_for(what: Any) -> Any:

@@ -24,6 +24,8 @@ from pathlib import PurePosixPath
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.config.data import FORMATS
+from diffit_train.data import plugged
 from diffit_train.data.sources import cifar10
 from diffit_train.data.sources.folder import list_folder
 from diffit_train.data.sources.labels import (
@@ -46,6 +48,7 @@ from diffit_train.data.sources.listing import (
     cleaned,
     items_digest,
     unique,
+    usable_label,
 )
 from diffit_train.data.sources.parquet import list_parquet
 from diffit_train.data.sources.tar import list_ilsvrc, list_tar, open_archive, tar_members
@@ -85,7 +88,8 @@ def list_images(recipe: Recipe) -> ImageList:
     """
     data = recipe.data
     url = storage.resolve(recipe.storage.root, data.source)
-    kind = source_kind(url, data.format)
+    own = FORMATS.is_plugged(data.format)
+    kind: SourceKind = FORMATS.reference(data.format) if own else source_kind(url, data.format)  # type: ignore[assignment]
     if data.labels is not None and kind not in _LABELED_BY_FILE:
         raise UserError(
             f"data.labels is set, but data.source {url} was read as {kind}, which has its own "
@@ -110,6 +114,8 @@ def list_images(recipe: Recipe) -> ImageList:
 
 def _found(recipe: Recipe, url: str, kind: SourceKind) -> Found:
     classes = recipe.data.num_classes
+    if FORMATS.is_plugged(kind):
+        return _list_plugged(kind, url, classes)
     if kind == "cifar10":
         return cifar10.list_images(url)
     if kind == "parquet":
@@ -127,6 +133,16 @@ def _found(recipe: Recipe, url: str, kind: SourceKind) -> Found:
             say(f"Labels from {labels.origin}")
             return labeled(rows, labels, url, classes)
     return by_folder(rows, classes)
+
+
+def _list_plugged(name: str, url: str, num_classes: int) -> Found:
+    """The images of another package's source."""
+    source = plugged.open_source(name, url)
+    items = [
+        Item(image, *usable_label(label, num_classes, Location("", index)))
+        for index, (image, label) in enumerate(plugged.listed(name, source))
+    ]
+    return Found(list(source.classes), items)
 
 
 def _split_pattern(url: str) -> tuple[str, str | None]:

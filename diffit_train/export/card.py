@@ -1,0 +1,127 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+import yaml
+
+from diffit_train import __version__, storage
+from diffit_train.config import Recipe
+from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
+from diffit_train.evaluation.result import Result, run_results
+from diffit_train.models.backbone import trainable_parameters
+from diffit_train.models.build import build_model
+from diffit_train.runs.checkpoints import read_state
+from diffit_train.runs.identity import run_url, stored_recipe
+
+# Precisions of an autoencoder that are not diffusers' own, and the types that they are loaded in.
+_DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
+
+
+def model_card(recipe: Recipe, run: str, step: int, kind: str, license_id: str) -> str:
+    """The card in Markdown, with the metadata of the hub in front.
+
+    Args:
+        kind: name of the weights.
+        license_id: license of the weights; "" if it is not stated.
+    """
+    metadata = {
+        "license": license_id or "other",
+        "library_name": "diffusers",
+        "tags": ["diffit", "diffusion", "image-generation"],
+    }
+    own = stored_recipe(run_url(recipe, run))
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# {own.name}, run {run}",
+        _summary(own, run, step, kind),
+        f"## Use\n\n{_usage(recipe)}",
+        f"## Data\n\n{_data(recipe)}",
+        f"## Evaluation\n\n{_evaluation(recipe, run, step)}",
+        "## Recipe\n\n`recipe.yaml`, with which `diffit train` repeats the training. Hash of what "
+        f"determines the weights: `{own.train_hash()}`.",
+        f"## License\n\n{_license(license_id)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(own: Recipe, run: str, step: int, kind: str) -> str:
+    model, state = build_model(own), read_state(run_url(own, run), step)
+    where = "pixels" if own.autoencoder.kind == "identity" else "latents"
+    return (
+        f"A diffusion network `{own.model.architecture}` on {where} for images of "
+        f"{own.data.resolution}x{own.data.resolution} pixels: {model.summary}; "
+        f"{trainable_parameters(model):,} parameters. Objective `{own.diffusion.objective}`. "
+        f"Weights `{kind}` of step {step:,}, after {state.images_seen:,} images. Exported by "
+        f"diffit_train {__version__}."
+    )
+
+
+def _usage(recipe: Recipe) -> str:
+    labels = "class_labels=[0], " if recipe.model.conditional else ""
+    dtype = _DTYPES.get(recipe.autoencoder.precision)
+    typed = f'    dtype={{"vae": {dtype}, "default": torch.float32}},\n' if dtype else ""
+    sampler, guidance = recipe.evaluate.sampler, recipe.evaluate.guidance
+    guided = "" if guidance.kind == "none" else f", guidance {guidance.kind} {guidance.scale:g}"
+    return (
+        "```python\n"
+        + ("import torch\n" if dtype else "")
+        + "from diffusers import DiffusionPipeline\n\n"
+        "pipe = DiffusionPipeline.from_pretrained(\n"
+        '    "path/of/this/folder",\n'
+        '    custom_pipeline="path/of/this/folder/pipeline.py",\n'
+        f"    trust_remote_code=True,\n{typed})\n"
+        f"images = pipe({labels}seeds=range(4)).images\n"
+        "```\n\n"
+        "Needs diffusers 0.42 or later, torch and safetensors. Read `pipeline.py` and the other "
+        ".py files before you trust them. By default it samples by "
+        f"{sampler.name}, {sampler.steps} steps{guided}; an image depends on its class and seed "
+        "only."
+    )
+
+
+def _data(recipe: Recipe) -> str:
+    data, url = recipe.data, latents_url(recipe)
+    source = storage.redact(data.source)
+    text = f"`{data.name}`, {data.num_classes:,} classes, from `{source}`."
+    if not storage.exists(storage.join(url, MANIFEST)):
+        return f"{text} The encoded images were not there at the export."
+    manifest = load_manifest(url)
+    if manifest.recipe_hash != recipe.encode_hash():
+        return f"{text} The encoded images there at the export are of another recipe."
+    return (
+        f"{text} {manifest.totals.written:,} images encoded, {manifest.totals.rejected:,} "
+        f"rejected; digest `{manifest.digest}`."
+    )
+
+
+def _evaluation(recipe: Recipe, run: str, step: int) -> str:
+    found = [r for r in run_results(recipe.storage.root, run) if r.step == step]
+    if not found:
+        return "This step has not been evaluated."
+    rows = ["| weights | samples | sampler | guidance | features | metric | value |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for result in found:
+        rows += [_row(result, name, value) for name, value in sorted(result.metrics.items())]
+    return "\n".join(rows)
+
+
+def _row(result: Result, metric: str, value: float) -> str:
+    evaluate = result.evaluate
+    sampler, guidance = evaluate["sampler"], evaluate["guidance"]
+    cells = (
+        evaluate["weights"],
+        f"{result.samples:,}",
+        f"{sampler['name']} {sampler['steps']}",
+        guidance["kind"]
+        if guidance["kind"] == "none"
+        else f"{guidance['kind']} {guidance['scale']:g}",
+        evaluate["features"]["name"],
+        metric,
+        f"{value:.6g}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _license(license_id: str) -> str:
+    weights = f"The weights: {license_id}." if license_id else "None is stated for the weights."
+    return f"{weights} The code in this folder: Apache-2.0."

@@ -1,0 +1,198 @@
+"""`diffit export --format diffusers`: a folder that diffusers samples from without this package.
+
+model_index.json   components, names of the classes, scale; written last
+pipeline.py        `DiffiTPipeline`
+transformer/       the network: its code, sizes and weights
+scheduler/         the objective: its code, samplers and guidance
+vae/               the autoencoder, unless the network works on pixels
+recipe.yaml        the run's recipe
+README.md          the model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffit_train import __version__, storage
+from diffit_train.config import Recipe
+from diffit_train.config.diffusion import OBJECTIVES
+from diffit_train.config.model import ARCHITECTURES
+from diffit_train.diffusion.objective import load_objective
+from diffit_train.errors import UserError
+from diffit_train.evaluation.generate import class_names, fill_model, load_decoder
+from diffit_train.export.bundle import Target, bundle
+from diffit_train.export.card import model_card
+from diffit_train.export.own_code import own_code, require_same_network, require_same_samples
+from diffit_train.models.build import build_model, network_shape
+from diffit_train.models.published import require_finite
+from diffit_train.runs.checkpoints import read_weights
+from diffit_train.runs.identity import run_url
+from diffit_train.runs.import_export import export_metadata
+
+INDEX, PIPELINE = "model_index.json", "pipeline.py"
+# First line of the pipeline, by which a former export is recognized.
+_TITLE = "A pipeline of diffusers for a DiffiT network."
+# The lowest version of diffusers that the code has been run with.
+_DIFFUSERS = "0.42.0"
+
+
+def export_folder(
+    recipe: Recipe, run: str, step: int, kind: str, license_id: str, out: str | None = None
+) -> str:
+    """Write the folder of a checkpoint's weights; its URL.
+
+    Args:
+        kind: `raw`, or the name of an EMA.
+        license_id: license of the weights, for the model card; "" if it is not stated.
+        out: folder to write; None for RUN/export/KIND-STEP-diffusers. A former export is replaced.
+
+    Raises:
+        UserError: `out` holds something else, the weights are NaN or infinite, or the code of
+            another package does not run on its own.
+        DiffitError: the checkpoint is damaged.
+    """
+    url = run_url(recipe, run)
+    out = out or storage.join(url, "export", f"{kind}-{step:010d}-diffusers")
+    _require_replaceable(out)
+    weights = read_weights(url, step, kind)
+    require_finite(weights, f"what {out} is made from")
+    with tempfile.TemporaryDirectory(prefix="diffit-export-") as name:
+        folder = Path(name)
+        index = {
+            "_class_name": [PIPELINE.removesuffix(".py"), "DiffiTPipeline"],
+            "_diffusers_version": _DIFFUSERS,
+            "transformer": _write_transformer(recipe, weights, folder / "transformer"),
+            "scheduler": _write_scheduler(recipe, folder / "scheduler"),
+            **_write_vae(recipe, folder / "vae"),
+            "id2label": _labels(recipe),
+            "null_label": recipe.data.num_classes,
+            "pixels": recipe.evaluate.pixels,
+            "precision": recipe.evaluate.precision,
+        }
+        _write_code(folder / PIPELINE, "pipeline", "DiffiTPipeline", _TITLE)
+        about = export_metadata(recipe, run, step, kind)
+        (folder / "recipe.yaml").write_text(about["recipe"])
+        (folder / "README.md").write_text(model_card(recipe, run, step, kind, license_id))
+        _write_json(folder / INDEX, index)
+        _publish(folder, out)
+    return out
+
+
+def _require_replaceable(out: str) -> None:
+    """Refuse a folder that is not a former export.
+
+    Raises:
+        UserError: it is not empty, and no export.
+    """
+    if not storage.exists(out):
+        return
+    code = storage.join(out, PIPELINE)
+    former = storage.exists(code) and _TITLE in storage.read_bytes(code).decode(errors="replace")
+    if not former and (not storage.is_folder(out) or storage.list_names(out)):
+        raise UserError(
+            f"{out} exists and is not a folder that `diffit export --format diffusers` wrote; "
+            "choose another --out"
+        )
+
+
+def _publish(folder: Path, out: str) -> None:
+    """Copy the files, the pipeline first and the index last, without which nothing is loaded."""
+    storage.remove(out)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    order = {PIPELINE: -1, INDEX: 1}
+    for path in sorted(files, key=lambda path: order.get(str(path), 0)):
+        with storage.atomic_file(storage.join(out, *path.parts)) as target:
+            shutil.copyfile(folder / path, target)
+
+
+def _write_transformer(recipe: Recipe, weights: dict[str, Tensor], folder: Path) -> list[str]:
+    """Code, sizes and weights of the network; its entry in the index."""
+    model: Any = build_model(recipe)
+    fill_model(model, weights)
+    folder.mkdir()
+    tensors = {f"network.{n}": v.detach().contiguous() for n, v in model.state_dict().items()}
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, str(file), metadata={"format": "pt"})
+    plugged = recipe.model.plugged
+    shape: Any = network_shape(recipe) if plugged else model.shape
+    config = {"sizes": asdict(shape), "options": recipe.model.options or None}
+    name, kind = "diffit_transformer", "DiffiTTransformer"
+    _write_config(folder / "config.json", kind, config)
+    aliases = {"Network": _target(type(model)), "Sizes": _target(type(shape))}
+    title = "The network as a model of diffusers."
+    code = folder / f"{name}.py"
+    _write_code(code, "transformer", kind, title, aliases)
+    if plugged:
+        with own_code(ARCHITECTURES.key, recipe.model.architecture, code) as module:
+            require_same_network(getattr(module, kind)(**config), model)
+    return [name, kind]
+
+
+def _write_scheduler(recipe: Recipe, folder: Path) -> list[str]:
+    """Code and settings of the objective and its sampler; its entry in the index."""
+    folder.mkdir()
+    config = {
+        "diffusion": recipe.diffusion.model_dump(mode="json"),
+        "sampler": recipe.evaluate.sampler.model_dump(mode="json"),
+        "guidance": recipe.evaluate.guidance.model_dump(mode="json"),
+    }
+    name, kind = "diffit_scheduler", "DiffiTScheduler"
+    _write_config(folder / "scheduler_config.json", kind, config)
+    aliases, objective = {}, load_objective(recipe.diffusion)
+    if recipe.diffusion.plugged:
+        own = Target("diffit_train.export.own_objective", "build_own_objective")
+        aliases = {"build_objective": own, "Own": _target(type(objective))}
+    title = "The objective and its samplers as a scheduler of diffusers."
+    code = folder / f"{name}.py"
+    _write_code(code, "scheduler", kind, title, aliases)
+    if recipe.diffusion.plugged:
+        with own_code(OBJECTIVES.key, recipe.diffusion.objective, code) as module:
+            require_same_samples(getattr(module, kind)(**config), recipe, objective)
+    return [name, kind]
+
+
+def _target(found: type) -> Target:
+    return Target(found.__module__, found.__qualname__)
+
+
+def _write_config(file: Path, kind: str, values: dict[str, Any]) -> None:
+    """The configuration of a component, by which its class is made."""
+    _write_json(file, {"_class_name": kind, "_diffusers_version": _DIFFUSERS, **values})
+
+
+def _write_vae(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The autoencoder; its entry in the index, and the scale of its latents."""
+    loaded = load_decoder(recipe, torch.device("cpu"))
+    if loaded.model is None:
+        return {"vae": [None, None], "scale": loaded.scale}
+    loaded.model.save_pretrained(folder)
+    return {"vae": ["diffusers", type(loaded.model).__name__], "scale": loaded.scale}
+
+
+def _labels(recipe: Recipe) -> dict[str, str] | None:
+    """Names of the classes by number; None without labels."""
+    if not recipe.model.conditional:
+        return None
+    return {str(number): name for number, name in enumerate(class_names(recipe))}
+
+
+def _write_code(
+    file: Path, module: str, name: str, title: str, aliases: dict[str, Target] | None = None
+) -> None:
+    entry = Target(f"diffit_train.export.{module}", name)
+    packages = {"diffit_train", *(t.module.partition(".")[0] for t in (aliases or {}).values())}
+    text = bundle(entry, title, __version__, aliases, sorted(packages))
+    file.write_text(text, encoding="utf-8")
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
