@@ -6,6 +6,9 @@ import logging
 import math
 import os
 import socket
+import struct
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import psutil
+
+from diffit_train import waiting
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import FILE, SETUP_HOOK
 from diffit_train.progress import say
@@ -21,8 +27,11 @@ from diffit_train.progress import say
 NEW_CLUSTER = "local"
 CONNECT_TIMEOUT_S = 10.0
 NODE_TIMEOUT_S = 120.0
-# Between looks at a cluster that is to grow.
+# Between looks at a cluster that is to grow, and at the raylet of this machine.
 GROWTH_POLL_S = 5.0
+RAYLET_POLL_S = 2.0
+# The preface of a client, and an empty frame of settings (RFC 9113, sections 3.4 and 6.5).
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 T = TypeVar("T")
 # Environment for processes that compute on a CPU: keep freed memory. By default glibc returns each
 # freed block above 32 MiB to the kernel, which zeroes it again page by page: a fifth of the time in
@@ -39,12 +48,16 @@ KEEP_FREED_MEMORY = {
 def connected(address: str | None = None) -> Iterator[None]:
     """A Ray session for the block.
 
+    If the raylet of this machine dies meanwhile, the process says so and exits with status 1: calls
+    of Ray would wait forever, and the next command resumes.
+
     Args:
         address: `host:port`, `ray://host:port` or `auto`; None for RAY_ADDRESS (set inside a Ray
             job), or else a new cluster on this machine.
 
     Raises:
         UserError: no cluster is reachable at the address.
+        DiffitError: there is one, but this machine has no live raylet of it.
     """
     # No usage reports leave the machine; set to 1 to send them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -55,9 +68,10 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or NEW_CLUSTER
-    _require_listening(address)
+    _require_answer(address)
+    what = "Ray on this machine" if address == NEW_CLUSTER else f"the Ray cluster at {address}"
     try:
-        with _on_loopback() if address == NEW_CLUSTER else nullcontext():
+        with _on_loopback() if address == NEW_CLUSTER else nullcontext(), waiting.announced(what):
             ray.init(
                 address=address,
                 include_dashboard=False if address == NEW_CLUSTER else None,
@@ -66,27 +80,94 @@ def connected(address: str | None = None) -> Iterator[None]:
                 # Workers set the variables that were forwarded with a job.
                 runtime_env={"worker_process_setup_hook": SETUP_HOOK} if FILE.exists() else None,
             )
-    except (ConnectionError, ValueError) as error:
+    except ConnectionError as error:
+        raise DiffitError(
+            f"something listens at {address}, but no live raylet of this machine belongs to it: "
+            f"{waiting.first_line(error)}; start one with `ray start`, or fix --address"
+        ) from error
+    except ValueError as error:
         raise UserError(_unreachable(address, error)) from error
     if address == NEW_CLUSTER:
-        _close_session_folder()
+        folder = _session_folder()
+        if folder is not None:
+            # Ray makes it for everybody to write to: logs, sockets and packages included.
+            folder.chmod(0o700)
+            _expect_end(folder)
     try:
-        yield
+        with _exit_without_raylet():
+            yield
     finally:
         ray.shutdown()
 
 
-def _close_session_folder() -> None:
-    """Keep other users of the machine out of the folder of a cluster that was started here.
-
-    Ray makes it for everybody to write to, logs, sockets and packages included. There is no public
-    option for it, nor a public name of the folder.
-    """
+def _session_folder() -> Path | None:
+    """The folder of a cluster that was started here; there is no public name of it."""
     import ray
 
     node = ray._private.worker._global_node
-    if node is not None:
-        Path(node.get_session_dir_path()).chmod(0o700)
+    return None if node is None else Path(node.get_session_dir_path())
+
+
+def _expect_end(folder: Path) -> None:
+    """Let the agents of a cluster that was started here end as soon as it does.
+
+    If the command is killed, its raylet and GCS end with it. The two agents would then try for 60 s
+    to tell the GCS that the raylet was lost, unless its log says that it was told to end
+    (`report_raylet_error_logs` in Ray's `process_watcher.py`). There is no option for it.
+    """
+    with (folder / "logs" / "raylet.out").open("a") as log:
+        log.write("Raylet received SIGTERM if its command is gone (written by diffit)\n")
+
+
+@contextmanager
+def _exit_without_raylet() -> Iterator[None]:
+    """Exit if the raylet of this machine dies while the block runs."""
+    raylet = _raylet()
+    ended = threading.Event()
+
+    def watch(raylet: psutil.Process) -> None:
+        while not ended.wait(RAYLET_POLL_S):
+            if _alive(raylet) or ended.is_set():
+                continue
+            folder = _session_folder()
+            logs = f"; its logs are in {folder}/logs" if folder else ""
+            say(
+                f"failed: Ray on this machine has died (raylet, process {raylet.pid}){logs}; rerun "
+                "the same command to resume"
+            )
+            if sys.stderr.isatty():
+                sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor
+            sys.stderr.flush()
+            os._exit(1)  # as if killed: what cleans up would wait for Ray, too
+
+    if raylet is not None:
+        threading.Thread(target=watch, args=(raylet,), name="raylet", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _raylet() -> psutil.Process | None:
+    """The raylet that this process talks to; None if it is on another machine or in a container."""
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is None or not hasattr(socket, "SO_PEERCRED"):
+        return None
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(node.raylet_socket_name.removeprefix("unix:"))
+        size = struct.calcsize("3i")
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid = struct.unpack("3i", credentials)[0]
+    return psutil.Process(pid) if pid and psutil.pid_exists(pid) else None
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
@@ -108,14 +189,47 @@ def _on_loopback() -> Iterator[None]:
         setattr(ray_constants, switch, before)
 
 
-def _require_listening(address: str) -> None:
-    """Refuse an address where nothing listens: Ray itself would retry for many minutes."""
+def _require_answer(address: str) -> None:
+    """Refuse an address where nothing listens or answers: Ray itself would try for many minutes.
+
+    Raises:
+        UserError: nothing listens.
+        DiffitError: something accepts connections and does not answer.
+    """
     url = urlsplit(address if "://" in address else f"ray://{address}")
     try:
-        if url.port is not None:
-            socket.create_connection((url.hostname, url.port), CONNECT_TIMEOUT_S).close()
+        if url.port is None:
+            return
+        where = (url.hostname or "", url.port)
+        waiting.retried(
+            f"the Ray cluster at {address}",
+            lambda: _greet(where),
+            lambda error: isinstance(error, _NoGreetingError),
+        )
+    except _NoGreetingError as error:
+        raise DiffitError(
+            f"something at {address} accepts connections, but has not answered for "
+            f"{waiting.limit_s():g} s; restart that Ray cluster, or fix --address"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(_unreachable(address, error)) from error
+
+
+class _NoGreetingError(Exception):
+    """A server does not answer."""
+
+
+def _greet(where: tuple[str, int]) -> None:
+    """Begin to speak gRPC and wait for any answer: settings, an error, or the end."""
+    with socket.create_connection(where, CONNECT_TIMEOUT_S) as connection:
+        connection.settimeout(waiting.attempt_s())
+        connection.sendall(_HTTP2_GREETING)
+        try:
+            connection.recv(1)
+        except TimeoutError as error:
+            raise _NoGreetingError("no answer") from error
+        except ConnectionError:
+            return  # an answer, too; Ray says what is wrong
 
 
 def _unreachable(address: str, error: Exception) -> str:
@@ -187,6 +301,13 @@ def gpus_of_this_node() -> float | None:
     here = ray.get_runtime_context().get_node_id()
     (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
     return float(node["Resources"].get("GPU", 0))
+
+
+def has_state_api() -> bool:
+    """Whether the connected cluster tells the state of its actors: a private one does not."""
+    import ray
+
+    return bool(ray._private.worker.get_dashboard_url())
 
 
 def task_attempt() -> int:

@@ -3,15 +3,14 @@
 A file appears under its final name only when it is complete: locally through a temporary file,
 fsync and rename; on an object store through one upload, which is atomic there.
 
-Transient remote errors (a lost connection, a server that is busy or restarting) are retried with
-exponential backoff for DIFFIT_STORAGE_RETRY_S seconds, by default 120.
+Transient remote errors (a lost connection, a server that is busy, restarting or silent) are retried
+as `waiting` says, and only there: retries of s3fs and botocore are switched off.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -28,7 +27,9 @@ from typing import IO, Any, TypeVar
 import fsspec
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from diffit_train import disk_full, waiting
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.redaction import redact as redact
 
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
@@ -36,8 +37,6 @@ ROOT_PREFIX = "root:"
 CHECKSUM = "checksum"
 T = TypeVar("T")
 GIB = 2**30
-# Requests to S3 that a process has under way; botocore's default is 10.
-CONNECTIONS = 32
 
 # File system errors that a retry would not fix.
 _PERMANENT = (
@@ -79,12 +78,6 @@ class SealedRecord(Record):
 def is_local(url: str) -> bool:
     """Whether `url` is a file on this machine."""
     return "://" not in url or url.startswith("file://")
-
-
-def redact(text: str) -> str:
-    """The text without the credentials in any URI."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@", r"\1", text)
-    return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s]+", r"\1***", text)
 
 
 def missing_slash(url: str) -> str | None:
@@ -152,13 +145,26 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             raise ValueError("`::` would be a chain of file systems")
         # Never cache listings: other processes write the files this one looks for.
         options: dict[str, Any] = {"use_listings_cache": False}
-        if url.startswith("s3://"):
-            options["config_kwargs"] = {"max_pool_connections": CONNECTIONS}
-        return fsspec.core.url_to_fs(url, **options)
+        if not url.startswith("s3://"):
+            return fsspec.core.url_to_fs(url, **options)
+        from diffit_train import s3_client
+
+        options["config_kwargs"] = s3_client.client_config()
+        fs, path = fsspec.core.url_to_fs(url, **options)
+        fs.retries = 1  # requests of s3fs, within each of our attempts
+        return fs, path
     except (ValueError, ImportError) as error:
         raise UserError(
             f"cannot open {url!r}: {error}; use a local path or s3://bucket/prefix"
         ) from error
+
+
+def _place(url: str) -> str:
+    """The bucket of a URL, and the server that has it, if it is not AWS."""
+    scheme, _, rest = url.partition("://")
+    bucket = redact(f"{scheme}://{rest.partition('/')[0]}")
+    server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return f"{bucket} at {redact(server)}" if server and scheme == "s3" else bucket
 
 
 def is_transient(error: BaseException) -> bool:
@@ -183,17 +189,8 @@ def retried(url: str, call: Callable[[], T]) -> T:
     """
     if is_local(url):
         return call()
-    import tenacity
-
-    seconds = float(os.environ.get("DIFFIT_STORAGE_RETRY_S", "120"))
-    attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=10.0),
-        stop=tenacity.stop_after_delay(seconds),
-        reraise=True,
-    )
     try:
-        return attempts(call)
+        return waiting.retried(_place(url), call, is_transient)
     except Exception as error:
         raise _explained(url, error) from error
 
@@ -333,6 +330,10 @@ def open_file(url: str, read_ahead: bool = True) -> Iterator[IO[bytes]]:
     fs, path = filesystem(url)
     options = {} if read_ahead or is_local(url) else {"cache_type": "none"}
     with retried(url, lambda: fs.open(path, "rb", **options)) as file:
+        cache = getattr(file, "cache", None)  # of remote files, and what makes their requests
+        if cache is not None:
+            fetch = cache.fetcher
+            cache.fetcher = lambda *span: retried(url, lambda: fetch(*span))
         yield file
 
 
@@ -349,47 +350,64 @@ def read_json(url: str) -> Any:
 
 
 @contextmanager
-def atomic_file(url: str) -> Iterator[Path]:
+def atomic_file(url: str, needed: int | None = None) -> Iterator[Path]:
     """A local path to write to; becomes `url` on a clean exit, and is removed on an error.
+
+    Args:
+        needed: size of the file in bytes, if that is known before, for the message of a full disk.
 
     Raises:
         UserError: the path cannot be written.
+        DiskFullError: its disk, or that of the temporary folder for a remote one, is full.
     """
     if is_local(url):
         final = local_path(url).absolute()
+        with disk_full.told(final, needed):
+            temporary = _temporary(final)
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(
-                prefix=f"{final.name}{TEMPORARY_MARK}", dir=final.parent
-            )
-        except OSError as error:
-            raise UserError(
-                f"cannot write {final}: {error.strerror}; choose another --root"
-            ) from error
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(final)
+            with disk_full.told(temporary, needed, str(final)):
+                yield temporary
+                with temporary.open("rb") as written:
+                    os.fsync(written.fileno())
+                temporary.chmod(0o644)
+                temporary.replace(final)
         finally:
             temporary.unlink(missing_ok=True)
         return
     fs, path = filesystem(url)
-    folder = Path(tempfile.mkdtemp(prefix="diffit-upload-"))
-    try:
+    with _temporary_folder("diffit-upload-") as folder:
         temporary = folder / path.rsplit("/", 1)[-1]
-        yield temporary
+        with disk_full.told(temporary, needed):
+            yield temporary
         retried(url, lambda: fs.put_file(str(temporary), path))
+
+
+def _temporary(final: Path) -> Path:
+    """A new, empty file beside a file."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{final.name}{TEMPORARY_MARK}", dir=final.parent)
+    except OSError as error:
+        if disk_full.is_full(error, final):
+            raise
+        raise UserError(f"cannot write {final}: {error.strerror}; choose another --root") from error
+    os.close(handle)
+    return Path(name)
+
+
+@contextmanager
+def _temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder on this machine for what is sent or received."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file at once."""
-    with atomic_file(url) as path:
+    with atomic_file(url, len(data)) as path:
         path.write_bytes(data)
 
 
@@ -404,26 +422,31 @@ def create(url: str, data: bytes) -> bool:
     fs, path = filesystem(url)
     if is_local(url):
         final = local_path(url).absolute()
-        final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{uuid.uuid4().hex}")
-        temporary.write_bytes(data)
         try:
+            with disk_full.told(temporary, len(data), str(final)):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(data)
             os.link(temporary, final)  # a name and its contents in one step
         except FileExistsError:
             return False
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         return True
-    try:
-        fs.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
-    except OSError as error:
-        # What a lost answer to our own write looks like is found out by reading.
-        if fs.exists(path):
+
+    def attempt() -> bool:
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            # It may be ours all the same, if the answer to an earlier attempt was lost.
+            if is_transient(error) or not (isinstance(error, FileExistsError) or fs.exists(path)):
+                raise
+        try:
             return bool(fs.cat_file(path) == data)
-        raise error
-    return bool(fs.cat_file(path) == data)
+        except FileNotFoundError:  # another's, removed meanwhile
+            return False
+
+    return retried(url, attempt)
 
 
 def write_text(url: str, text: str) -> None:
@@ -443,13 +466,16 @@ def local_copy(url: str) -> Iterator[Path]:
         yield local_path(url)
         return
     fs, path = filesystem(url)
-    folder = Path(tempfile.mkdtemp(prefix="diffit-download-"))
-    try:
+    with _temporary_folder("diffit-download-") as folder:
         target = folder / path.rsplit("/", 1)[-1]
-        retried(url, lambda: fs.get_file(path, str(target)))
+        _download(fs, url, path, target)
         yield target
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(fs: fsspec.AbstractFileSystem, url: str, path: str, target: Path) -> None:
+    """Copy a remote file here."""
+    with disk_full.told(target):
+        retried(url, lambda: fs.get_file(path, str(target)))
 
 
 @contextmanager
@@ -458,15 +484,11 @@ def local_folder(url: str) -> Iterator[Path]:
     if is_local(url):
         yield local_path(url)
         return
-    folder = Path(tempfile.mkdtemp(prefix="diffit-download-"))
-    try:
+    with _temporary_folder("diffit-download-") as folder:
         fs, path = filesystem(url)
         for name in list_names(url):
-            source, target = join(path, name), str(folder / name)
-            retried(url, functools.partial(fs.get_file, source, target))
+            _download(fs, url, join(path, name), folder / name)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(url: str) -> None:

@@ -7,6 +7,7 @@ run; parameters are written once, when a run is created, since MLflow rejects ch
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import getpass
 import logging
@@ -17,13 +18,13 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from diffit_train import storage
+from diffit_train import disk_full, storage, waiting
 from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import DiffitError, UserError
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 # the user turns them on.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-# By default MLflow retries for minutes before it reports an unreachable server.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 # The variable that may hold `tracking.uri` with its credentials.
 CREDENTIALS = "MLFLOW_TRACKING_URI"
@@ -64,6 +62,11 @@ _LOCATIONS = (
 )
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
+# What requests and urllib3 raise where a server is away, overloaded or silent.
+_AWAY = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RetryError", "ChunkedEncodingError")
+_SILENT = ("ConnectTimeout", "ReadTimeout", "ConnectTimeoutError", "ReadTimeoutError")
+# Would make a second one if only the answer was lost.
+_NOT_TWICE = ("create_run",)
 # What SQLite says of a damaged file.
 _DAMAGE = ("malformed", "not a database", "no such table", "no such column", "disk I/O error")
 
@@ -194,33 +197,151 @@ def _root_cause(error: BaseException) -> str:
     return redact((str(error) or type(error).__name__).splitlines()[0])
 
 
-class _NamingDamage:
-    """An MLflow client that names its SQLite file if that is damaged."""
+def _comes_from(error: BaseException, kinds: Sequence[str]) -> bool:
+    """Whether an error comes from one of these of its requests, which MLflow nests in its own."""
+    inner: BaseException | None = error
+    while inner is not None:
+        kind = type(inner)
+        if kind.__module__.startswith(("requests.", "urllib3.")) and kind.__name__ in kinds:
+            return True
+        inner = inner.__cause__ or inner.__context__
+    return False
 
-    def __init__(self, client: MlflowClient, file: str) -> None:
-        self._client, self._path = client, file
+
+def _limit_requests() -> None:
+    """MLflow's own retries would multiply with ours; by default they take minutes.
+
+    Variables that the user has set stay.
+    """
+    for name, value in (
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, round(waiting.attempt_s())))),
+    ):
+        if name in _limited or name not in os.environ:
+            _limited.add(name)
+            os.environ[name] = value
+
+
+_limited: set[str] = set()
+
+
+class _Around:
+    """A client of MLflow with something around each call.
+
+    Args:
+        around: gets a method's name and the call of it.
+    """
+
+    def __init__(
+        self, client: MlflowClient, around: Callable[[str, Callable[[], Any]], Any]
+    ) -> None:
+        self._client, self._around = client, around
 
     def __getattr__(self, name: str) -> Any:
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
         method = getattr(self._client, name)
 
         @functools.wraps(method)
         def call(*args: Any, **options: Any) -> Any:
-            try:
-                return method(*args, **options)
-            except (MlflowException, SQLAlchemyError) as error:
-                reason = first_line(error)
-                if not any(sign in str(error) for sign in _DAMAGE):
-                    raise
-                raise UserError(
-                    f"{self._path} is damaged ({reason}); restore it from a backup or from "
-                    f"`sqlite3 {self._path} .recover`, or move it away: runs that train on log "
-                    "their curves again"
-                ) from error
+            return self._around(name, lambda: method(*args, **options))
 
         return call
+
+
+def _server_call(uri: str, name: str, call: Callable[[], Any]) -> Any:
+    """A call of a server, repeated while it is away."""
+    if name in _NOT_TWICE:
+        return call()
+    return waiting.retried(
+        f"MLflow at {redact(uri)}", call, lambda error: _comes_from(error, _AWAY)
+    )
+
+
+def _file_call(file: str, name: str, call: Callable[[], Any]) -> Any:
+    """A call on a SQLite file, repeated while others hold it; the file is named if damaged."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return waiting.retried(file, call, lambda error: "database is locked" in str(error))
+    except (MlflowException, SQLAlchemyError) as error:
+        if "disk is full" in str(error):
+            raise disk_full.growing(Path(file)) from error
+        reason = first_line(error)
+        if not any(sign in str(error) for sign in _DAMAGE):
+            raise
+        raise UserError(
+            f"{file} is damaged ({reason}); restore it from a backup or from `sqlite3 {file} "
+            ".recover`, or move it away: runs that train on log their curves again"
+        ) from error
+
+
+def _create(database: Path) -> None:
+    """Create a SQLite file unless it exists: one command at a time, and complete or not at all.
+
+    Raises:
+        UserError: its folder cannot be written to.
+        DiffitError: another command has been creating it for too long.
+    """
+    from mlflow import MlflowClient
+
+    if database.exists():
+        return
+    mark = f"{database.name}{storage.TEMPORARY_MARK}"
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(database.with_name(f"{database.name}.lock"), f"{database} to be created"):
+            for leftover in database.parent.glob(f"{mark}*"):  # of a killed command
+                leftover.unlink()
+            if database.exists():
+                return
+            temporary = database.with_name(f"{mark}{os.getpid()}")
+            try:
+                with disk_full.told(temporary, name=str(database)):
+                    client = MlflowClient(tracking_uri=f"{_SQLITE}{temporary}")
+                    client.search_experiments(max_results=1)
+                with contextlib.suppress(FileExistsError):  # by MLflow itself, without our lock
+                    os.link(temporary, database)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except disk_full.DiskFullError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot create {database}: {error.strerror or error}; set tracking.uri, or choose "
+            "another --root"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(file: Path, what: str) -> Iterator[None]:
+    """Hold a lock that one process has at a time; its file is removed at the end.
+
+    Raises:
+        DiffitError: another process has held it for too long.
+    """
+
+    def lock() -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _HeldError(f"another command holds {file}") from error
+
+    with file.open("a") as handle:
+        try:
+            waiting.retried(what, lock, lambda error: isinstance(error, _HeldError), 1.0)
+        except _HeldError as error:
+            raise DiffitError(
+                f"another command has held {file} for {waiting.limit_s():g} s; end it, and rerun "
+                "this command"
+            ) from error
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+class _HeldError(Exception):
+    """Another process has the lock."""
 
 
 class Tracker:
@@ -230,13 +351,15 @@ class Tracker:
         uri: a server, which has artifact locations of its own, or
             `sqlite:////absolute/path/mlflow.db`, which is created on first use, with artifacts
             beside it. If that file was copied or moved, what it records follows.
+        patient: whether calls are repeated while a server is away, for as long as `waiting` says.
+            One to which nothing connects at first is not waited for.
 
     Raises:
         UserError: the file cannot be opened.
         DiffitError: the server cannot be reached.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, patient: bool = True) -> None:
         # Creating a new SQLite file logs pages of migrations.
         for name in ("alembic", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -251,13 +374,22 @@ class Tracker:
         self.artifacts = (database.parent / ARTIFACTS).as_uri() if database else None
         try:
             if database:
-                database.parent.mkdir(parents=True, exist_ok=True)
+                _create(database)
                 _follow(database)
+            else:
+                _limit_requests()
             client: Any = MlflowClient(tracking_uri=uri)
             if database:
-                client = _NamingDamage(client, str(database))
+                client = _Around(client, functools.partial(_file_call, str(database)))
             self.client: MlflowClient = client
-            self.client.search_experiments(max_results=1)
+            waiting.retried(
+                f"MLflow at {redact(uri)}",
+                lambda: self.client.search_experiments(max_results=1),
+                lambda error: patient and _comes_from(error, _SILENT),
+            )
+            if patient and not database:
+                client = _Around(client, functools.partial(_server_call, uri))
+                self.client = client
         except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
             if "://" in uri and not uri.startswith("sqlite"):
                 raise DiffitError(
@@ -271,9 +403,9 @@ class Tracker:
             ) from error
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Tracker:
+    def of(cls, recipe: Recipe, patient: bool = True) -> Tracker:
         """The tracker for a recipe."""
-        return cls(tracking_uri(recipe))
+        return cls(tracking_uri(recipe), patient)
 
     # ---- Runs ----
 
@@ -327,12 +459,20 @@ class Tracker:
         return str(run_id)
 
     def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
         known = self.client.get_experiment_by_name(name)
         if known is not None:
             return str(known.experiment_id)
         # The kind determines which page MLflow opens first: curves instead of chats.
         tags = {"mlflow.experimentKind": "custom_model_development"}
-        return str(self.client.create_experiment(name, self.artifacts, tags))
+        try:
+            return str(self.client.create_experiment(name, self.artifacts, tags))
+        except MlflowException as error:
+            known = self.client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or known is None:
+                raise
+            return str(known.experiment_id)  # by another command meanwhile
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -531,7 +671,7 @@ class MetricsOutbox:
             while True:
                 try:
                     if tracker is None:
-                        tracker = Tracker.of(self.recipe)
+                        tracker = Tracker.of(self.recipe, patient=False)
                         sent = tracker.last_step(self.run_id, "perf/step_s")
                     if step > sent and self.may_send():
                         tracker.log_metrics(self.run_id, metrics, step)

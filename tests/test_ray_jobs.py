@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -16,11 +17,18 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 import diffit_train
+from diffit_train import waiting
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.machine_checks import differing_versions
 from diffit_train.preflight import Check
 from diffit_train.ray_jobs import follow
-from diffit_train.ray_jobs.client import CPU_INDEX, cancel_jobs, locked_packages, send_job
+from diffit_train.ray_jobs.client import (
+    CPU_INDEX,
+    NoAnswerError,
+    cancel_jobs,
+    locked_packages,
+    send_job,
+)
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
 from diffit_train.ray_jobs.follow import follow_job, submit
 from diffit_train.ray_jobs.job import Job, RuntimeEnv, job
@@ -28,6 +36,7 @@ from diffit_train.ray_jobs.listing import list_jobs, stop_job
 from diffit_train.ray_jobs.probe import check_cluster, on_checked_cluster
 from tests.conftest import tiny_recipe, write_images
 from tests.head import Head, free_port
+from tests.silent import silent_server
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -39,6 +48,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield head.address
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs_and_a_second_attempt(
     address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,6 +334,46 @@ def test_following_survives_a_lost_connection(
     said = capfd.readouterr().err
     assert said.count("one\n") == said.count("two\n") == 1
     assert "lost the connection" in said
+
+
+def test_a_log_is_followed_while_the_job_is_silent_but_not_its_server(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server:
+        """Says something, is silent for a while, answers twice, then not at all, then again."""
+
+        def __init__(self) -> None:
+            self.tails = self.asked = 0
+
+        async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
+            self.tails += 1
+            yield "one\n"
+            if self.tails == 1:
+                await asyncio.sleep(60.0)
+            yield "two\n"
+
+        def get_job_info(self, submission_id: str) -> SimpleNamespace:
+            self.asked += 1
+            if self.asked in (3, 4):
+                raise NoAnswerError("no answer")
+            return SimpleNamespace(status="RUNNING" if self.tails == 1 else "SUCCEEDED")
+
+    monkeypatch.setenv(waiting.LIMIT, "0.2")
+    monkeypatch.setattr(follow, "RECONNECT_S", 0.0)
+    server = Server()
+    assert follow_job(server, "x").status == "SUCCEEDED"  # type: ignore[arg-type]
+    said = capfd.readouterr().err
+    assert (server.tails, server.asked) == (2, 5)
+    assert said.count("one\n") == said.count("two\n") == 1
+    assert "lost the connection to the job server (NoAnswerError)" in said
+
+
+def test_a_silent_job_server_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(waiting.LIMIT, "2")
+    started_s = time.monotonic()
+    with silent_server() as url, pytest.raises(NoAnswerError, match=f"{url} has not answered for"):
+        list_jobs(url)
+    assert 2.0 <= time.monotonic() - started_s < 3.0
 
 
 class _Shell:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from subprocess import PIPE
 
+import psutil
 import pytest
 
-from diffit_train import ray_session
+from diffit_train import ray_session, waiting
 from diffit_train.data import encode
 from diffit_train.data.sources import ImageList
+from diffit_train.errors import DiffitError
 from diffit_train.evaluation.pool import EvaluationPool
 from diffit_train.training import driver
 from tests.conftest import tiny_recipe
+from tests.silent import silent_server
 
 # In its own process, because the tests of a process share one Ray session.
 LISTENERS = """
@@ -51,7 +57,7 @@ GROWING = """
 import threading, time
 import ray
 from ray.cluster_utils import Cluster
-from diffit_train import ray_session
+from diffit_train import ray_session, waiting
 from diffit_train.errors import UserError
 
 ray_session.GROWTH_POLL_S = 0.2
@@ -86,6 +92,78 @@ def test_work_waits_for_a_cluster_that_grows() -> None:
     assert "waits True" in done.stdout
     assert "goes on True" in done.stdout
     assert "waiting up to 120 s for nodes: training needs 3 CPUs" in done.stderr
+
+
+# A command whose Ray is at work.
+WORKING = """
+import sys, time
+import ray
+from diffit_train.cli import exit_status
+from diffit_train.ray_session import connected
+
+def command():
+    with connected():
+        working = ray.remote(lambda: time.sleep(1000)).remote()
+        time.sleep(1.0)
+        print("working", flush=True)
+        ray.get(working)
+
+sys.exit(exit_status(command))
+"""
+
+
+@contextmanager
+def _working() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """The command and the processes of its Ray."""
+    command = [sys.executable, "-c", WORKING]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "working\n"
+        processes = psutil.Process(driver.pid).children(recursive=True)
+        try:
+            yield driver, processes
+        finally:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            driver.kill()
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_killed_command_end_soon() -> None:
+    with _working() as (driver, processes):
+        names = {process.name() for process in processes}
+        assert {"raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= names
+        driver.kill()
+        deadline_s = time.monotonic() + 30.0
+        while left := [process for process in processes if ray_session._alive(process)]:
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_dead_raylet_is_one_line_and_status_1() -> None:
+    with _working() as (driver, processes):
+        (raylet,) = [process for process in processes if process.name() == "raylet"]
+        raylet.kill()
+        assert driver.wait(timeout=30.0) == 1
+        assert driver.stderr is not None
+        said = [line for line in driver.stderr if not line.startswith("waiting for Ray")]
+    assert len(said) == 1
+    assert said[0].startswith("failed: Ray on this machine has died (raylet, process ")
+
+
+def test_a_silent_cluster_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(waiting.LIMIT, "2")
+    started_s = time.monotonic()
+    with silent_server() as url:
+        address = url.removeprefix("http://")
+        with (
+            pytest.raises(DiffitError, match="accepts connections, but has not answered for 2 s"),
+            ray_session.connected(address),
+        ):
+            raise AssertionError("not reached")
+    assert 2.0 <= time.monotonic() - started_s < 3.0
 
 
 class _Asked(Exception):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from diffit_train import waiting
 from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.storage import redact
 from diffit_train.tracking import MetricsOutbox, Tracker, tracking_uri
 from tests.conftest import tiny_recipe
+from tests.silent import silent_server
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +150,88 @@ def test_a_server_that_is_down_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
     assert "refused" in said
     assert len(said) < 200
     assert "\n" not in said
+
+
+def _first_use(folder: str, number: int) -> str:
+    """What a command does first with MLflow."""
+    tracker = Tracker(f"sqlite:///{folder}/mlflow.db")
+    run_id = tracker.training_run("shared", f"uuid-{number}", f"run-{number}", {"a": 1}, {})
+    tracker.log_metrics(run_id, {"train/loss": float(number)}, 1)
+    return run_id
+
+
+def test_four_commands_use_a_new_store_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffit_train.tracking", "mlflow"])
+    with context.Pool(4) as pool:
+        runs = pool.starmap(_first_use, [(str(tmp_path / "new"), n) for n in range(4)], 1)
+    tracker = Tracker(f"sqlite:///{tmp_path}/new/mlflow.db")
+    assert [tracker.history(run_id, "train/loss") for run_id in runs] == [
+        [(1, float(number))] for number in range(4)
+    ]
+    assert tracker.experiments() == ["shared"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mlflow.db"]
+
+
+def test_a_killed_creation_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db.tmp-123").write_bytes(b"half of a database")
+    (tmp_path / "mlflow.db.lock").touch()
+    assert Tracker(f"sqlite:///{tmp_path}/mlflow.db").experiments() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_a_silent_server_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(waiting.LIMIT, "4")
+    started_s = time.monotonic()
+    with silent_server() as url, pytest.raises(DiffitError, match="could not reach MLflow at"):
+        Tracker(url)
+    assert 4.0 <= time.monotonic() - started_s < 6.0
+
+
+class _Busy(BaseHTTPRequestHandler):
+    """A server of MLflow that is busy at times: `busy` requests from now on, by their path."""
+
+    asked: ClassVar[list[str]] = []
+    busy: ClassVar[int] = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append(self.path.rpartition("2.0/")[2])
+        cls = type(self)
+        status = 503 if cls.busy else 200
+        cls.busy = max(0, cls.busy - 1)
+        self.send_response(status)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_POST
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_calls_of_a_busy_server_are_repeated_unless_they_would_make_a_second_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setenv(waiting.LIMIT, "20")
+    with HTTPServer(("127.0.0.1", 0), _Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            tracker = Tracker(f"http://127.0.0.1:{server.server_port}")
+            hasty = Tracker(tracker.uri, patient=False)
+            _Busy.asked, _Busy.busy = [], 2
+            tracker.log_metrics("run", {"train/loss": 1.0}, 1)
+            assert _Busy.asked == ["mlflow/runs/log-batch"] * 3
+            _Busy.asked, _Busy.busy = [], 1
+            with pytest.raises(MlflowException, match="503"):
+                hasty.log_metrics("run", {"train/loss": 1.0}, 1)
+            assert _Busy.asked == ["mlflow/runs/log-batch"]
+            _Busy.asked, _Busy.busy = [], 1
+            with pytest.raises(MlflowException, match="503"):
+                tracker.client.create_run("0")
+            assert _Busy.asked == ["mlflow/runs/create"]
+        finally:
+            server.shutdown()

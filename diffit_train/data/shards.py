@@ -196,6 +196,18 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
+def _tar_bytes(moments: np.ndarray) -> int:
+    """Size of a shard: two members for each image, a header and whole blocks of 512 bytes each."""
+
+    def blocks(size: int) -> int:
+        return 512 * (1 + -(-size // 512))
+
+    npy_header = 128
+    latents = (values.size * (1 if values.dtype == np.uint8 else 2) for values in moments)
+    size = sum(blocks(npy_header + latent) + blocks(1) for latent in latents)
+    return -(-(size + 1024) // 10240) * 10240  # the end of an archive, in whole records
+
+
 def write_shard(
     url: str, number: int, keys: Sequence[int], moments: np.ndarray, labels: Sequence[int]
 ) -> ShardEntry:
@@ -212,7 +224,7 @@ def write_shard(
     from webdataset import TarWriter
 
     name = shard_name(number)
-    with storage.atomic_file(storage.join(url, name)) as path:
+    with storage.atomic_file(storage.join(url, name), _tar_bytes(moments)) as path:
         with (
             path.open("wb") as file,
             TarWriter(

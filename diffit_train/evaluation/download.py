@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
-TIMEOUT_S = 60.0
+from diffit_train import waiting
+
 _PIECE_BYTES = 1 << 20
 
 
@@ -30,8 +33,13 @@ def download(url: str, target: Path, title: str, expected_bytes: int | None = No
     from diffit_train.progress import Progress
 
     request = urllib.request.Request(url, headers={"User-Agent": "diffit"})
+    seconds = waiting.attempt_s()
     with (
-        urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer,
+        waiting.retried(
+            str(urlsplit(url).hostname),
+            lambda: urllib.request.urlopen(request, timeout=seconds),
+            _is_silence,
+        ) as answer,
         target.open("wb") as file,
     ):
         announced = answer.headers.get("Content-Length")
@@ -43,3 +51,8 @@ def download(url: str, target: Path, title: str, expected_bytes: int | None = No
         # A connection closed early ends the stream without an error.
         if announced and file.tell() != total:
             raise OSError(f"the transfer broke off after {file.tell():,} of {total:,} bytes")
+
+
+def _is_silence(error: BaseException) -> bool:
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return isinstance(reason, TimeoutError)

@@ -27,7 +27,7 @@ class DamagedArrays(Exception):
 def write_arrays(url: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Commit a safetensors file."""
     rows = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    with storage.atomic_file(url) as path:
+    with storage.atomic_file(url, sum(values.nbytes for values in rows.values())) as path:
         save_file(rows, str(path), metadata={**metadata, SHA256: _digest(rows, metadata)})
 
 

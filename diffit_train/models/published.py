@@ -245,5 +245,5 @@ def write_published(
     }
     metadata = {"format": "pt", **metadata}
     metadata[CHECKSUM] = tensors_checksum(tensors, metadata)
-    with storage.atomic_file(url) as path:
+    with storage.atomic_file(url, sum(tensor.nbytes for tensor in tensors.values())) as path:
         save_file(tensors, str(path), metadata=metadata)

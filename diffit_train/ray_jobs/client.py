@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import diffit_train
+from diffit_train import waiting
 from diffit_train.config import dump_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import write_forwarded
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 LIVE = ("PENDING", "RUNNING")
 BAD_INPUT = 2
 READY_S = 60.0
+# Of the limit for a call: jobs go on without their server, whose node may be replaced meanwhile.
+FOLLOWING_LIMITS = 5
 # For how long a job that is asked to stop may save its work before Ray kills it; Ray's own default
 # is 3 s.
 STOP_WAIT_S = 900
@@ -36,6 +40,15 @@ PACKAGE_FOLDER = Path(diffit_train.__file__).parent
 # Where PyTorch publishes its CPU builds; those that the lock file for CPU nodes names.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+
+
+class NoAnswerError(DiffitError, TimeoutError):
+    """A job server accepts requests and does not answer."""
+
+
+def unreachable_s() -> float:
+    """For how long those who follow jobs wait for a job server that is away."""
+    return FOLLOWING_LIMITS * waiting.limit_s()
 
 
 def job_attempts(client: JobSubmissionClient) -> dict[str, list[JobDetails]]:
@@ -73,13 +86,13 @@ def connect(address: str) -> JobSubmissionClient:
 
     Raises:
         UserError: the address is malformed, unreachable, or requires a token.
+        NoAnswerError: it does not answer; the client's methods raise it, too.
     """
     # A cluster started on a machine with this file requires its token; clients send it only in
     # this mode.
     if TOKEN_FILE.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
 
     # Ray logs every upload; the module sets a level of its own.
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
@@ -87,7 +100,7 @@ def connect(address: str) -> JobSubmissionClient:
     if urlsplit(address).scheme not in ("http", "https"):
         raise UserError(f"--address is {address!r}, but must look like http://head:8265")
     try:
-        return JobSubmissionClient(address)
+        return _limited_client()(address)
     except AuthenticationError as error:
         raise UserError(
             f"{address} requires a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
@@ -98,6 +111,36 @@ def connect(address: str) -> JobSubmissionClient:
             f"could not reach a Ray job server at {address}; start one with `ray start --head`, or "
             "fix --address"
         ) from error
+
+
+@functools.cache
+def _limited_client() -> type[JobSubmissionClient]:
+    """Ray's client, whose requests have no time limit, with ours."""
+    import requests
+    from ray.job_submission import JobSubmissionClient
+
+    class LimitedClient(JobSubmissionClient):  # type: ignore[misc]
+        """Ends a request that is not answered."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            # Not a submission, which may have arrived, nor a package, which takes its time to send.
+            again = method not in ("POST", "PUT")
+            seconds = waiting.attempt_s() if again else waiting.limit_s()
+            request = functools.partial(super()._do_request, method, endpoint, **options)
+            address, started_s = redact(self.get_address()), time.monotonic()
+            try:
+                return waiting.retried(
+                    f"the job server at {address}",
+                    lambda: request(timeout=seconds),
+                    lambda error: again and isinstance(error, requests.Timeout),
+                )
+            except requests.Timeout as error:
+                raise NoAnswerError(
+                    f"the job server at {address} has not answered for "
+                    f"{time.monotonic() - started_s:.0f} s; rerun the same command to resume"
+                ) from error
+
+    return LimitedClient
 
 
 def send_job(

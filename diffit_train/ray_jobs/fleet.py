@@ -19,10 +19,9 @@ from diffit_train.ray_jobs.client import (
     failure_reason,
     job_attempts,
     send_job,
+    unreachable_s,
 )
 from diffit_train.ray_jobs.job import Job
-
-SILENT_S = 300.0
 
 
 @dataclass
@@ -90,10 +89,10 @@ def submit_fleet(jobs: Sequence[Job], address: str, plan: FleetPlan) -> list[Job
             if silent_s is None:
                 say(f"{address} is unreachable ({type(error).__name__}); waiting for it")
             silent_s = silent_s or now_s
-            if now_s - silent_s > SILENT_S:
+            if now_s - silent_s > unreachable_s():
                 raise DiffitError(
-                    f"{address} has been unreachable for {SILENT_S:g} s; its jobs may still be "
-                    "running; rerun the same command to follow them"
+                    f"{address} has been unreachable for {now_s - silent_s:.0f} s; its jobs may "
+                    "still be running; rerun the same command to follow them"
                 ) from error
         plan.show(states)
         if all(state.state in ("done", "failed", "cancelled") for state in states):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
+from diffit_train import waiting
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 from diffit_train.ray_jobs.client import (
@@ -16,15 +20,15 @@ from diffit_train.ray_jobs.client import (
     failure_reason,
     job_attempts,
     send_job,
+    unreachable_s,
 )
 from diffit_train.ray_jobs.job import Job
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-# Between attempts to reach a job server that does not answer, and for how long they go on.
+# Between attempts to reach a job server that is away.
 RECONNECT_S = 2.0
-UNREACHABLE_S = 600.0
 
 
 def submit(
@@ -112,9 +116,9 @@ def follow_job(client: JobSubmissionClient, submission_id: str) -> JobDetails:
             if silent_s is None:
                 say(f"lost the connection to the job server ({type(error).__name__}); reconnecting")
                 silent_s = now_s
-            if now_s - silent_s > UNREACHABLE_S:
+            if now_s - silent_s > unreachable_s():
                 raise DiffitError(
-                    f"the job server has been unreachable for {UNREACHABLE_S:g} s; job "
+                    f"the job server has been unreachable for {now_s - silent_s:.0f} s; job "
                     f"{submission_id} may still be running; rerun the same command to follow it"
                 ) from error
             time.sleep(RECONNECT_S)
@@ -126,12 +130,17 @@ def follow_job(client: JobSubmissionClient, submission_id: str) -> JobDetails:
 
 
 async def _print_log(client: JobSubmissionClient, submission_id: str, skip: int) -> int:
-    """Print the log as it grows, without its first `skip` characters; how many were printed."""
+    """Print the log as it grows, without its first `skip` characters; how many were printed.
+
+    Raises:
+        OSError: the connection was lost, or its server does not answer anymore.
+    """
     import aiohttp
 
     seen = printed = 0
+    log = client.tail_job_logs(submission_id)
     try:
-        async for text in client.tail_job_logs(submission_id):
+        while (text := await _next_text(client, submission_id, log)) is not None:
             new = text[max(0, skip - seen) :]
             seen += len(text)
             printed += len(new)
@@ -140,4 +149,48 @@ async def _print_log(client: JobSubmissionClient, submission_id: str, skip: int)
     except aiohttp.ClientError as error:
         if not printed:
             raise ConnectionError(str(error)) from error
+    except OSError:
+        if not printed:
+            raise
     return printed
+
+
+async def _next_text(
+    client: JobSubmissionClient, submission_id: str, log: AsyncIterator[str]
+) -> str | None:
+    """The next piece of a log; None at its end.
+
+    While there is none, the server is asked now and then, since a lost one is as silent as a job
+    that computes.
+    """
+    following = asyncio.ensure_future(anext(log, None))
+    try:
+        while True:
+            await asyncio.wait({following}, timeout=waiting.attempt_s())
+            if following.done():
+                return following.result()
+            await _in_thread(lambda: client.get_job_info(submission_id))
+    finally:
+        following.cancel()
+
+
+async def _in_thread(call: Callable[[], object]) -> None:
+    """Wait for a call in a thread; unlike asyncio's threads, it does not hold up Ctrl-C."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if not ended.done():
+            ended.set_exception(error) if error else ended.set_result(None)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            call()
+        except Exception as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="job-server", daemon=True).start()
+    await ended

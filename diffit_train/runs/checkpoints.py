@@ -427,6 +427,11 @@ def write_pieces(path: Path, slices: Iterable[OwnedSlice], kind: StateName) -> N
             values.contiguous().numpy().tofile(file)
 
 
+def pieces_bytes(slices: Iterable[OwnedSlice]) -> int:
+    """Size of a kind of a rank's slices, without the header."""
+    return sum(4 * part.slice.length for part in slices)
+
+
 def _header(slices: Sequence[OwnedSlice]) -> bytes:
     """The safetensors header of a file of 1-D float32 tensors."""
     header: dict[str, Any] = {}
@@ -467,7 +472,7 @@ def save_whole(
     files = {}
     for kind in values:
         file = f"{kind}/{name}"
-        with storage.atomic_file(storage.join(url, file)) as path:
+        with storage.atomic_file(storage.join(url, file), pieces_bytes(slices)) as path:
             write_pieces(path, slices, kind)
             files[file] = hash_blocks(path)
     part = Part(files, place_pieces(slices, name))

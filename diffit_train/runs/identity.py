@@ -102,15 +102,22 @@ def _differences(recipe: Recipe, url: str) -> str:
 
 
 def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
-    """Write recipe.yaml, then run.json, which marks the folder as a run."""
-    url = run_url(recipe, run)
-    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
-    return write_identity(
-        url,
-        RunIdentity(
-            uuid=uuid.uuid4().hex, name=run, recipe_hash=recipe.train_hash(), latents=latents
-        ),
+    """A new run's identity, stored."""
+    return store_run(recipe, new_identity(recipe, run, latents))
+
+
+def new_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
+    """A new run's identity; nothing is written."""
+    return RunIdentity(
+        uuid=uuid.uuid4().hex, name=run, recipe_hash=recipe.train_hash(), latents=latents
     )
+
+
+def store_run(recipe: Recipe, identity: RunIdentity) -> RunIdentity:
+    """Write recipe.yaml, then run.json, which marks the folder as a run."""
+    url = run_url(recipe, identity.name)
+    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
+    return write_identity(url, identity)
 
 
 def write_identity(url: str, identity: RunIdentity) -> RunIdentity:

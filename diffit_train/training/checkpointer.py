@@ -27,6 +27,7 @@ from diffit_train.runs.checkpoints import (
     committed_steps,
     fill_slices,
     piece_file,
+    pieces_bytes,
     place_pieces,
     read_state,
     write_pieces,
@@ -120,7 +121,7 @@ class CheckpointWriter:
         try:
             for kind in kinds:
                 file = f"{kind}/{name}"
-                atomic = storage.atomic_file(storage.join(url, file))
+                atomic = storage.atomic_file(storage.join(url, file), pieces_bytes(owned))
                 paths[file] = stack.enter_context(atomic)
                 write_pieces(paths[file], owned, kind)
         except Exception as problem:

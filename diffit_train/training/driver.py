@@ -36,11 +36,12 @@ from diffit_train.runs.identity import (
     RunIdentity,
     check_latents,
     check_recipe,
-    create_identity,
     finished_step,
+    new_identity,
     record_latents,
     record_steps,
     run_url,
+    store_run,
 )
 from diffit_train.runs.live import LiveWriter, live_until_end
 from diffit_train.tracking import (
@@ -51,12 +52,12 @@ from diffit_train.tracking import (
     unreachable_errors,
 )
 from diffit_train.training.log import check_run_files
+from diffit_train.training.status import TrainingStatus
 from diffit_train.training.supervisor import PLACEMENT_S, Supervisor, cause_of
 from diffit_train.training.watchdog import Watchdog
 from diffit_train.training.worker import (
     POLL_S,
     NodeNetwork,
-    TrainingStatus,
     Validate,
     ValidationTask,
     train_worker,
@@ -112,10 +113,14 @@ def train(
         with ray_session.connected(address):
             ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
             known = check_recipe(recipe, run)
-            identity = known or create_identity(recipe, run, manifest.samples_digest)
+            identity = known or new_identity(recipe, run, manifest.samples_digest)
+            # Before anything is written: a new run is refused without MLflow.
+            mlflow_run_id = _mlflow_run(recipe, identity, manifest)
+            if known is None:
+                store_run(recipe, identity)
             identity = record_latents(run_url(recipe, run), identity, manifest)
             record_steps(recipe, run)
-            return _tracked_fit(recipe, identity, manifest, validate, held, stop)
+            return _tracked_fit(recipe, run, mlflow_run_id, validate, held, stop)
 
 
 def _kernel(recipe: Recipe) -> str:
@@ -162,13 +167,33 @@ def _check_start(recipe: Recipe) -> None:
 
 def _tracked_fit(
     recipe: Recipe,
-    identity: RunIdentity,
-    manifest: Manifest,
+    run: str,
+    mlflow_run_id: str,
     validate: Validate | None,
     held: lease.Lease,
     stop: Stop,
 ) -> int:
     """Train, and give the MLflow run the final status of training."""
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    url = run_url(recipe, run)
+    live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say, held)
+    try:
+        with live_until_end(live):
+            step = _run_ray_train(recipe, run, mlflow_run_id, validate, held, stop, live)
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        try:
+            Tracker.of(recipe).finish(mlflow_run_id, status)
+        except unreachable_errors() as error:
+            say(f"Could not mark the MLflow run {status}: {first_line(error)}")
+    return step
+
+
+def _tags(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> dict[str, str]:
+    """What the run is found by in MLflow, and where it comes from."""
     tags = {
         "diffit.recipe_hash": identity.recipe_hash,
         "diffit.dataset_digest": manifest.digest,
@@ -183,28 +208,10 @@ def _tracked_fit(
     ):
         if value:
             tags[name] = value
-    mlflow_run_id = _mlflow_run(recipe, identity, manifest, tags)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    url = run_url(recipe, identity.name)
-    live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say, held)
-    try:
-        with live_until_end(live):
-            step = _run_ray_train(recipe, identity.name, mlflow_run_id, validate, held, stop, live)
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        try:
-            Tracker.of(recipe).finish(mlflow_run_id, status)
-        except unreachable_errors() as error:
-            say(f"Could not mark the MLflow run {status}: {first_line(error)}")
-    return step
+    return tags
 
 
-def _mlflow_run(
-    recipe: Recipe, identity: RunIdentity, manifest: Manifest, tags: dict[str, str]
-) -> str:
+def _mlflow_run(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> str:
     """The run's id in MLflow. A resumed run reads it from its checkpoint if MLflow is down.
 
     Raises:
@@ -213,7 +220,11 @@ def _mlflow_run(
     try:
         tracker = Tracker.of(recipe)
         run_id = tracker.training_run(
-            recipe.tracking.experiment, identity.uuid, identity.name, recipe.flat(), tags
+            recipe.tracking.experiment,
+            identity.uuid,
+            identity.name,
+            recipe.flat(),
+            _tags(recipe, identity, manifest),
         )
         tracker.log_dataset(run_id, recipe.data.name, manifest.digest, recipe.data.source)
     except unreachable_errors() as error:
@@ -315,13 +326,24 @@ def _trainer(
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
     from ray.train.v2.api.validation_config import ValidationConfig
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Leaves Ctrl-C to us: Ray Train would abort without saving."""
+        """Leaves Ctrl-C to us, and does not wait for an actor that cannot answer."""
 
         def _register_sigint_handler(self, controller: Any) -> None:
-            pass
+            pass  # Ray Train would abort without saving
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            if ray_session.has_state_api():
+                return callbacks
+            # It removes the workers' resources if the controller dies. Without the state API it
+            # cannot see that, and delays the end of training by 12 s.
+            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
     scaling = recipe.scaling
     resources = {"CPU": float(scaling.cpus_per_worker)}

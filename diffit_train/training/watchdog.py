@@ -12,7 +12,7 @@ import ray
 
 from diffit_train import storage
 from diffit_train.hang.processes import FIRST_FACTOR, FOLDER, end_processes, store_stacks
-from diffit_train.training.worker import Rank
+from diffit_train.training.status import Rank
 
 # The share of the limit between looks.
 LOOK_SHARE, MOST_LOOK_S = 0.1, 5.0

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffit_train.data.shards import load_manifest, read_shard, write_shard
+from diffit_train.data.shards import _tar_bytes, load_manifest, read_shard, write_shard
 from diffit_train.errors import DiffitError, UserError
 
 
@@ -33,6 +33,7 @@ def test_shards_round_trip(count: int, frames: int, side: int, first: int, seed:
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         entry = write_shard(one, 3, keys, moments, labels)
         assert write_shard(two, 3, keys, moments, labels) == entry
+        assert entry.bytes == _tar_bytes(moments)
         a, b = (Path(folder) / entry.name for folder in (one, two))
         assert a.read_bytes() == b.read_bytes()
         shard = read_shard(one, entry)

@@ -25,8 +25,8 @@ from diffit_train.evaluation import runner
 from diffit_train.hang.processes import end_here, end_processes, limit_s, this_process
 from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.training.driver import train
+from diffit_train.training.status import Rank
 from diffit_train.training.watchdog import stalled_s
-from diffit_train.training.worker import Rank
 from tests.conftest import tiny_recipe
 from tests.faults.driver import Driver
 from tests.training.test_train import _copy, _losses, _no_doubled_points

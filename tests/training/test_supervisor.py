@@ -29,8 +29,8 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError
 from diffit_train.training import supervisor
+from diffit_train.training.status import TrainingStatus
 from diffit_train.training.supervisor import Supervisor
-from diffit_train.training.worker import TrainingStatus
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -97,6 +97,18 @@ def test_bad_input_writes_nothing(trained: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_run_that_mlflow_refuses_leaves_no_folder(encoded: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "mlflow.db"
+    damaged.write_text("this is not a database, but long enough to be checked")
+    for uri, kind in (
+        ("http://127.0.0.1:1", DiffitError),
+        (f"sqlite:///{damaged}", UserError),
+    ):
+        with pytest.raises(kind, match="a new run needs MLflow"):
+            train(tiny_recipe(encoded, f"tracking.uri={uri}"), "refused")
+        assert not (encoded / "runs" / "refused").exists()
+
+
 @pytest.mark.slow
 def test_two_workers_give_the_same_curve(trained: Path) -> None:
     train(tiny_recipe(trained, "scaling.workers=2"), "two-workers")
@@ -145,6 +157,7 @@ def _kill_a_worker(process: subprocess.Popen[bytes]) -> None:
     os.kill(workers[0].pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_curve_is_unchanged_by_a_killed_worker_and_a_killed_command(
     encoded: Path, undisturbed: list[tuple[int, float]], tmp_path: Path
 ) -> None:

@@ -21,7 +21,8 @@ from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
 from diffit_train.runs.lease import Lease
 from diffit_train.training import loop, worker
-from diffit_train.training.worker import RayHooks, TrainingStatus, choose_interface
+from diffit_train.training.status import TrainingStatus
+from diffit_train.training.worker import RayHooks, choose_interface
 from tests.conftest import tiny_recipe
 
 

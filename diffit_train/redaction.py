@@ -1,0 +1,11 @@
+"""Messages and stored files without credentials."""
+
+from __future__ import annotations
+
+import re
+
+
+def redact(text: str) -> str:
+    """The text without the credentials in any URI."""
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@", r"\1", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s]+", r"\1***", text)

@@ -1,0 +1,176 @@
+"""The status actor of a training: what driver, supervisor, watchdog and workers tell each other.
+
+Its process imports this module, and with it neither torch nor Ray Train.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ray
+
+from diffit_train.hang.processes import Process
+from diffit_train.progress import counted
+
+
+class Polled(NamedTuple):
+    """What rank 0 of the workers asks for regularly.
+
+    Attributes:
+        stopping: save and exit.
+        resizing: save and wait to be replaced.
+        validating: steps whose evaluation was handed to Ray Train.
+        validated: those whose evaluation has ended.
+    """
+
+    stopping: bool
+    resizing: bool
+    validating: set[int]
+    validated: set[int]
+
+
+class Rank(NamedTuple):
+    """What is known of a rank of the current worker group.
+
+    Attributes:
+        number: its rank; -1 until it has begun.
+        doing: what it began last.
+        slow: whether that may take several times as long as a step.
+        idle_s: seconds since it last began anything.
+        left: whether its training has returned or failed.
+    """
+
+    process: Process
+    number: int
+    doing: str
+    slow: bool
+    idle_s: float
+    left: bool
+
+
+class _Heard:
+    """The last that a process said."""
+
+    def __init__(self) -> None:
+        self.number, self.doing, self.marks, self.slow = -1, "starting", 0, True
+        self.changed_s, self.left = time.monotonic(), False
+
+
+@ray.remote(num_cpus=0)
+class TrainingStatus:
+    """Shared by driver and workers: rank 0's newest record, and the driver's stop request."""
+
+    def __init__(self) -> None:
+        self.record: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.groups = 0
+        self.stopping = False
+        self.failure = ""
+        self.validating: set[int] = set()
+        self.validated: set[int] = set()
+        self.newest = -1
+        self.resizing = False
+        self.processes: dict[Process, _Heard] = {}
+        self.hang = ""
+
+    def begin_group(self, processes: Sequence[Process]) -> None:
+        """Note the processes of a new worker group."""
+        self.processes = {process: _Heard() for process in processes}
+
+    def beat(self, process: Process, number: int, doing: str, marks: int, slow: bool) -> None:
+        """Note what a process does, and how often it has begun something."""
+        heard = self.processes.get(process)
+        if heard is not None and marks != heard.marks:
+            heard.number, heard.doing, heard.marks, heard.slow = number, doing, marks, slow
+            heard.changed_s = time.monotonic()
+
+    def leave(self, process: Process) -> None:
+        """Note that a process has no more to do."""
+        if process in self.processes:
+            self.processes[process].left = True
+
+    def ranks(self) -> list[Rank]:
+        """The processes of the worker group."""
+        now_s = time.monotonic()
+        return [
+            Rank(process, h.number, h.doing, h.slow, now_s - h.changed_s, h.left)
+            for process, h in self.processes.items()
+        ]
+
+    def note_hang(self, reason: str) -> None:
+        """Note why the workers are being killed."""
+        self.hang = reason
+        self.processes = {}
+
+    def take_hang(self) -> str:
+        """Why the workers were killed, once; empty if they were not."""
+        reason, self.hang = self.hang, ""
+        return reason
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Take over the values of a record."""
+        self.record = {**self.record, **record}
+
+    def say(self, line: str) -> None:
+        """Add a line for the user."""
+        self.lines.append(line)
+
+    def begin(self, workers: int, step: int) -> None:
+        """Note that a worker group has started training."""
+        self.groups += 1
+        verb = "Resuming" if self.groups > 1 else "Training"
+        self.say(f"{verb} from step {step:,} on {counted(workers, 'worker')}")
+
+    def fail(self, reason: str) -> None:
+        """Note an unrecoverable error; restarting the workers would not help."""
+        self.failure = reason
+
+    def why_failed(self) -> str:
+        """The unrecoverable error; empty if there was none."""
+        return self.failure
+
+    def read(self, seen: int) -> tuple[dict[str, Any], list[str]]:
+        """The newest record, and all lines after the first `seen`."""
+        return self.record, self.lines[seen:]
+
+    def stop(self) -> None:
+        """Ask the workers to save and exit."""
+        self.stopping = True
+
+    def stop_wanted(self) -> bool:
+        """Whether the workers were asked to save and exit."""
+        return self.stopping
+
+    def saved(self, step: int) -> None:
+        """Note that a checkpoint was committed."""
+        self.newest = max(self.newest, step)
+
+    def newest_checkpoint(self) -> int:
+        """Step of the newest checkpoint of this attempt; -1 if there is none."""
+        return self.newest
+
+    def request_resize(self) -> None:
+        """Ask the workers to save and wait to be replaced."""
+        self.resizing = True
+
+    def answer_resize(self) -> None:
+        """Note that they have, or could not, or that nobody waits for it any longer."""
+        self.resizing = False
+
+    def resize_answered(self) -> bool:
+        """Whether no answer is outstanding."""
+        return not self.resizing
+
+    def begin_validation(self, step: int) -> None:
+        """Note that the evaluation of a checkpoint was handed to Ray Train."""
+        self.validating.add(step)
+
+    def end_validation(self, step: int) -> None:
+        """Note that it has ended, well or not."""
+        self.validated.add(step)
+
+    def poll(self) -> Polled:
+        """What rank 0 must know."""
+        return Polled(self.stopping, self.resizing, self.validating, self.validated)

@@ -1,0 +1,245 @@
+"""Kills and pauses over the whole chain, aimed at what is at work; then everything is compared.
+
+    python -m tests.faults.storm --strikes 200 --seed 1
+
+Encode, train and evaluate run as commands on a cluster of four raylets, again and again in new
+roots, while processes are killed (SIGKILL) or stopped and continued (SIGSTOP, SIGCONT): commands,
+training workers, encoding and evaluating actors, readers, also while they start. Some pauses are
+longer than `scaling.hang_s`. A command that ends is started again, as a user would. Each root must
+end with the shards, weights, log and metrics of an undisturbed one, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from diffit_train.commands.data import fit_features
+from diffit_train.config import dump_recipe
+from diffit_train.data.autoencoder_fit import fit_autoencoder
+from diffit_train.data.shards import latents_url
+from diffit_train.runs.checkpoints import read_weights
+from tests.benchmarks.common import print_table
+from tests.conftest import tiny_recipe, write_images
+from tests.faults.driver import Nodes
+
+NODES = 4
+HANG_S = 15.0
+# Kinds of victims by the name of their process.
+VICTIMS = {
+    "ray::RayTrainW": "training worker",
+    "ray::EvaluationA": "evaluating actor",
+    "ray::MapWorker": "encoding actor",
+    "ray::Map(": "reader",
+}
+CHANGES = (
+    "train.steps=400",
+    "train.checkpoint_every=50",
+    "train.log_every=10",
+    "scaling.workers=2",
+    "scaling.max_failures=-1",
+    f"scaling.hang_s={HANG_S:g}",
+    "evaluate.samples=240",
+)
+STAGES = (
+    ("encode", "recipe.yaml"),
+    ("train", "recipe.yaml", "--run", "storm"),
+    ("evaluate", "recipe.yaml", "--run", "storm"),
+)
+
+
+class Storm:
+    """Strikes processes, from a thread, at random moments.
+
+    Args:
+        chance: decides on everything.
+        strikes: how many there will be.
+    """
+
+    def __init__(self, chance: random.Random, strikes: int) -> None:
+        self.chance, self.left = chance, strikes
+        self.done: Counter[tuple[str, str]] = Counter()
+        self.command: subprocess.Popen[Any] | None = None
+        self._ended = threading.Event()
+        self._paused: list[tuple[float, psutil.Process]] = []
+        self._thread = threading.Thread(target=self._strike_all, daemon=True)
+        self._thread.start()
+
+    def _strike_all(self) -> None:
+        while self.left and not self._ended.wait(self.chance.uniform(1.5, 8.0)):
+            self._continue()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._strike()
+        while self._paused and not self._ended.wait(0.5):
+            self._continue()
+
+    def _strike(self) -> None:
+        found = _victims(self.command)
+        if not found:
+            return
+        kind = self.chance.choice(sorted(found))
+        victim = self.chance.choice(found[kind])
+        if self.chance.random() < 0.5:
+            victim.kill()
+            how = "killed"
+        else:
+            pause_s = self.chance.choice([1.0, 4.0, 2 * HANG_S])
+            victim.suspend()
+            self._paused.append((time.monotonic() + pause_s, victim))
+            how = f"stopped for {pause_s:g} s"
+        self.done[kind, how] += 1
+        self.left -= 1
+
+    def _continue(self) -> None:
+        now_s = time.monotonic()
+        for until_s, process in list(self._paused):
+            if now_s >= until_s:
+                self._paused.remove((until_s, process))
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    def close(self) -> None:
+        """End the strikes, and continue what is stopped."""
+        self._ended.set()
+        self._thread.join()
+        for _, process in self._paused:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def _victims(command: subprocess.Popen[Any] | None) -> dict[str, list[psutil.Process]]:
+    """Processes to strike, by kind."""
+    found: dict[str, list[psutil.Process]] = {}
+    if command is not None and command.poll() is None:
+        found["command"] = [psutil.Process(command.pid)]
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            name = process.name()
+            for prefix, kind in VICTIMS.items():
+                if name.startswith(prefix):
+                    found.setdefault(kind, []).append(process)
+    return found
+
+
+def _run(root: Path, address: str, words: tuple[str, ...], storm: Storm | None) -> list[str]:
+    """Run a command until it succeeds; what it said when it failed by itself."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", "from diffit_train.cli import main; main()", *words]
+    command += ["--address", address]
+    failures = []
+    while True:
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(
+                command, cwd=root, env=environment, stdout=said, stderr=subprocess.STDOUT
+            )
+            if storm is not None:
+                storm.command = process
+            status = process.wait()
+            said.seek(0)
+            text = said.read().decode(errors="replace")
+        if "Traceback" in text:
+            raise AssertionError(f"{' '.join(words)} printed a traceback:\n{text[-4000:]}")
+        if status == 0:
+            return failures
+        if storm is None or status not in (-signal.SIGKILL, 1):
+            raise AssertionError(f"{' '.join(words)} ended with {status}:\n{text[-4000:]}")
+        if status == 1:
+            failures.append(text.strip().splitlines()[-1][:160])
+
+
+def _chain(root: Path, address: str, storm: Storm | None) -> list[str]:
+    """All stages in a root that holds images and an autoencoder."""
+    (root / "recipe.yaml").write_text(dump_recipe(tiny_recipe(root, *CHANGES)))
+    return [line for words in STAGES for line in _run(root, address, words, storm)]
+
+
+def _differences(mine: Path, theirs: Path) -> list[str]:
+    """What differs between two roots."""
+    found = []
+    urls = [Path(latents_url(tiny_recipe(root, *CHANGES))) for root in (mine, theirs)]
+    for file in sorted(urls[1].glob("*.tar")):
+        if file.read_bytes() != (urls[0] / file.name).read_bytes():
+            found.append(file.name)
+    runs = [root / "runs" / "storm" for root in (mine, theirs)]
+    for kind in ("raw", "ema"):
+        a, b = (read_weights(str(run), 400, kind) for run in runs)
+        if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
+            found.append(f"{kind} weights")
+    logs = [_values(run / "log.jsonl") for run in runs]
+    if logs[0] != logs[1]:
+        found.append("log.jsonl")
+    results = [sorted(root.glob("evaluations/**/result.json")) for root in (mine, theirs)]
+    metrics = [[json.loads(f.read_text())["metrics"] for f in files] for files in results]
+    if metrics[0] != metrics[1] or not metrics[0]:
+        found.append("metrics")
+    return found
+
+
+def _values(log: Path) -> list[tuple[float, ...]]:
+    names = ("step", "loss", "grad_norm", "lr")
+    return [tuple(json.loads(line)[name] for name in names) for line in log.open()]
+
+
+def _prepared(root: Path) -> Path:
+    root.mkdir()
+    write_images(root / "images" / "digits")
+    fit_autoencoder(tiny_recipe(root))
+    fit_features(tiny_recipe(root))
+    return root
+
+
+def main() -> None:
+    """Strike until all strikes are done; exit with 1 if anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--strikes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    started_s, chance = time.monotonic(), random.Random(options.seed)
+    bad: list[str] = []
+    rounds, failures = 0, Counter[str]()
+    with tempfile.TemporaryDirectory(prefix="diffit-storm-") as folder, Nodes(NODES) as nodes:
+        undisturbed = _prepared(Path(folder) / "undisturbed")
+        _chain(undisturbed, nodes.address, None)
+        storm = Storm(chance, options.strikes)
+        try:
+            while storm.left:
+                rounds += 1
+                root = _prepared(Path(folder) / f"round-{rounds}")
+                failures.update(_chain(root, nodes.address, storm))
+                bad += [f"round {rounds}: {what}" for what in _differences(root, undisturbed)]
+                minutes = (time.monotonic() - started_s) / 60
+                done = sum(storm.done.values())
+                print(f"round {rounds}: {done} strikes, {minutes:.1f} min", file=sys.stderr)
+        finally:
+            storm.close()
+    rows = [[kind, how, str(count)] for (kind, how), count in sorted(storm.done.items())]
+    print_table(
+        f"{sum(storm.done.values())} strikes over {rounds} rounds of encode, train and evaluate in "
+        f"{(time.monotonic() - started_s) / 60:.0f} min; differences: {len(bad)}",
+        ["victim", "what was done", "times"],
+        rows,
+    )
+    for text, count in failures.most_common():
+        print(f"a command ended with status 1 and was run again, {count} times: {text}")
+    for what in bad:
+        print(f"DIFFERS: {what}")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
