@@ -39,6 +39,7 @@ from tests.conftest import tiny_recipe, write_images
 from tests.faults.driver import Nodes
 
 NODES = 4
+STEPS = 800
 HANG_S = 15.0
 # Kinds of victims by the name of their process.
 VICTIMS = {
@@ -48,13 +49,13 @@ VICTIMS = {
     "ray::Map(": "reader",
 }
 CHANGES = (
-    "train.steps=400",
+    f"train.steps={STEPS}",
     "train.checkpoint_every=50",
     "train.log_every=10",
     "scaling.workers=2",
     "scaling.max_failures=-1",
     f"scaling.hang_s={HANG_S:g}",
-    "evaluate.samples=240",
+    "evaluate.samples=600",
 )
 STAGES = (
     ("encode", "recipe.yaml"),
@@ -177,7 +178,7 @@ def _differences(mine: Path, theirs: Path) -> list[str]:
             found.append(file.name)
     runs = [root / "runs" / "storm" for root in (mine, theirs)]
     for kind in ("raw", "ema"):
-        a, b = (read_weights(str(run), 400, kind) for run in runs)
+        a, b = (read_weights(str(run), STEPS, kind) for run in runs)
         if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
             found.append(f"{kind} weights")
     logs = [_values(run / "log.jsonl") for run in runs]
