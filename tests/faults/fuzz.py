@@ -2,10 +2,12 @@
 
     python -m tests.faults.fuzz recipes --count 5000 --seed 1
     python -m tests.faults.fuzz images --count 1000
+    python -m tests.faults.fuzz encode --count 1000
     python -m tests.faults.fuzz archives --count 1000
 
 A case that raises anything but a user error, or takes too long, is printed with its number; a run
-of that number alone (`--first N --count 1`) repeats it.
+of that number alone (`--first N --count 1`) repeats it. `encode` encodes the images as one source
+instead, on a private Ray: each must be encoded, or rejected by name.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import datetime
 import io
 import json
 import random
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -34,8 +37,11 @@ from PIL import Image
 
 from diffit_train.config import dump_recipe, load_recipe, load_recipe_text
 from diffit_train.config.load import packaged_recipes
+from diffit_train.data.autoencoder_fit import fit_autoencoder
+from diffit_train.data.encode import encode
 from diffit_train.data.preprocess import UnreadableImage, pixels_from
 from diffit_train.data.reading import read_items
+from diffit_train.data.shards import latents_url
 from diffit_train.data.sources import ImageList, list_images
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
@@ -176,6 +182,36 @@ def image_case(dice: random.Random) -> str:
     assert pixels.shape == (16, 16, 3)
     assert pixels.dtype == np.uint8
     return "decoded"
+
+
+def encode_images(root: Path, seed: int, count: int) -> tuple[Counter[str], list[str]]:
+    """Encode the images of the cases as one source; outcomes, and what is unlike decoding alone."""
+    write_images(root / "images" / "digits")
+    recipe = tiny_recipe(root, "data.max_rejected_fraction=1.0", "data.images_per_shard=50")
+    fit_autoencoder(recipe)
+    shutil.rmtree(root / "images")
+    expected = {}
+    for number in range(count):
+        data = image_bytes(random.Random(f"{seed}/{number}"))
+        name = f"{number % 3}/{number:06d}.{('png', 'jpg', 'webp', 'bmp')[number % 4]}"
+        file = root / "images" / "digits" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        expected[name] = image_case(random.Random(f"{seed}/{number}"))
+    manifest = encode(recipe)
+    rejected = Path(latents_url(recipe), "rejected.jsonl").read_text().splitlines()
+    found = dict.fromkeys(expected, "decoded") | {
+        json.loads(line)["path"]: "rejected" for line in rejected
+    }
+    failures = [
+        f"{name}: {found[name]}, decoded alone {alone}"
+        for name, alone in expected.items()
+        if found[name] != alone
+    ]
+    encoded = sum(shard.count for shard in manifest.shards)
+    if encoded + len(rejected) != count:
+        failures.append(f"{encoded} encoded and {len(rejected)} rejected of {count}")
+    return Counter(found.values()), failures
 
 
 # ---- Archives ----
@@ -365,7 +401,7 @@ def run(
 def main() -> int:
     """Run a dose, print the outcomes; 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["recipes", "images", "archives"])
+    parser.add_argument("what", choices=["recipes", "images", "encode", "archives"])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
@@ -376,9 +412,12 @@ def main() -> int:
             "images": lambda: image_case,
             "archives": lambda: ArchiveCases(Path(folder)),
         }
-        case = cases[options.what]()
         _seed_images()  # takes seconds, which belong to no case
-        outcomes, failures = run(case, options.seed, options.count, options.first)
+        if options.what == "encode":
+            outcomes, failures = encode_images(Path(folder), options.seed, options.count)
+        else:
+            case = cases[options.what]()
+            outcomes, failures = run(case, options.seed, options.count, options.first)
     for failure in failures:
         print(failure)
     print(dict(outcomes), f"{len(failures)} failures")
