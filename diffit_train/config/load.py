@@ -317,19 +317,22 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    # The names of a union's members are pydantic's own.
-    location = [part for part in error["loc"] if "-" not in str(part) and "[" not in str(part)]
-    key = ".".join(str(part) for part in location)
+    # The names of a union's members are pydantic's own; an unknown key is the user's.
+    unknown = error["type"] == "extra_forbidden"
+    parts = [str(part) for part in error["loc"]]
+    kept = len(parts) - 1 if unknown else len(parts)
+    location = [part for i, part in enumerate(parts) if i >= kept or not set("-[") & set(part)]
+    key = ".".join(location)
     if key in renamed.KEYS:
         return f"key {key!r} was renamed to {renamed.KEYS[key]!r}"
     if (value := renamed.VALUES.get((key, str(error.get("input"))))) is not None:
         return f"{key} is {error['input']!r}, which was renamed to {value!r}"
-    if error["type"] == "extra_forbidden":
+    if unknown:
         known = _section_keys(location)
-        name, colon, value = str(location[-1]).partition(":")
+        name, colon, value = location[-1].partition(":")
         if colon and value:
             return f"unknown key {key!r}; YAML needs a space after the colon: {name}: {value}"
-        hint = _nearest(str(location[-1]), known) or f"; allowed here: {', '.join(known)}"
+        hint = _nearest(location[-1], known) or f"; allowed here: {', '.join(known)}"
         return f"unknown key {key!r}{hint}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"

@@ -97,6 +97,7 @@ def test_only_local_paths_are_made_absolute() -> None:
     [
         ("train.lrr=1", ["'train.lrr'", "did you mean 'lr'"]),
         ("trian.lr=1", ["'trian'", "did you mean 'train'"]),
+        ("tra-in.lr=1", ["'tra-in'", "did you mean 'train'"]),
         ("train.zzz=1", ["'train.zzz'", "allowed here", "batch_size"]),
         ("train.lr=fast", ["train.lr", "'fast'", "number"]),
         ("train.lr=.nan", ["train.lr", "nan"]),
