@@ -176,8 +176,10 @@ def test_standard_output_is_only_json(trained: Path) -> None:
 
 def test_ctrl_c_while_the_command_line_is_imported_prints_no_traceback() -> None:
     code = """
-import sys, time
+import signal, sys, time
 from diffit_train.entry import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 
 class Slow:
     def find_spec(self, name, path=None, target=None):

@@ -204,6 +204,10 @@ data:
   name: imagenet256
   source: root:images/imagenet/train
   format: auto
+  columns:
+    image: image
+    label: label
+  labels: null
   resolution: 256
   num_classes: 1000
   flip: true
@@ -237,6 +241,7 @@ autoencoder:
 model:
   preset: diffit_xl
   architecture: diffit
+  options: {}
   patch_size: 2
   hidden_size: 1152
   depth: 28
@@ -277,6 +282,7 @@ model:
     dropout: 0.0
 diffusion:
   objective: epsilon
+  options: {}
   timesteps: 1000
   beta_start: 0.0001
   beta_end: 0.02
@@ -324,6 +330,7 @@ train:
   keep_every: 100000
   validate_every: 100000
   validate_samples: 10000
+  sample_every: null
   log_every: 50
   loss_limit: null
   grad_norm_limit: null
@@ -367,6 +374,7 @@ evaluate:
   features:
     name: inception
     kind: inception
+    options: {}
     source: published
     fit:
       steps: 400

@@ -85,12 +85,14 @@ def end_here(pid: int, started: float, stacks: int) -> str:
     """
     try:
         process = psutil.Process(pid)
-        if abs(process.create_time() - started) > 1.0:
-            return ENDED
         state = process.status()
+        if abs(process.create_time() - started) > 1.0 or state == psutil.STATUS_ZOMBIE:
+            return ENDED
         text = f"its state is {state!r}, in which it writes no stack traces"
         if stacks >= 0 and state != psutil.STATUS_STOPPED:
             text = _dumped(process, Path(f"/proc/{pid}/fd/{stacks}"))
+        if not process.is_running():
+            return ENDED
         process.kill()
     except psutil.NoSuchProcess:
         return ENDED

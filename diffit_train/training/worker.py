@@ -95,6 +95,7 @@ class RayHooks:
         self.status, self.rank, self.world, self.run = status, rank, world, run
         self.beat_s = beat_s
         self._process, self._doing = this_process(), ("starting", 0, True)
+        self._left = threading.Event()
         self.lease = lease
         self.begun = False
         self.stopping = threading.Event()
@@ -112,14 +113,15 @@ class RayHooks:
         self._doing = (what, self._doing[1] + 1, slow)
 
     def _beat(self) -> None:
-        pause = threading.Event()
-        while True:
+        while ray.is_initialized():  # Ray would start again in a process that has left it
             what, marks, slow = self._doing
             self.status.beat.remote(self._process, self.rank, what, marks, slow)
-            pause.wait(self.beat_s)
+            if self._left.wait(self.beat_s):
+                return
 
     def leave(self) -> None:
         """Tell the watchdog that this rank has ended."""
+        self._left.set()
         self.status.leave.remote(self._process)
 
     def _watch(self) -> None:

@@ -220,7 +220,7 @@ def test_a_busy_hub_is_asked_again(
     hub.failing = 2
     found = list_images(tiny_recipe(tmp_path, f"data.source=hf://datasets/{OWNER_NAME}/images"))
     assert len(found) == 24
-    monkeypatch.setenv("DIFFIT_STORAGE_RETRY_S", "0")
+    monkeypatch.setenv("DIFFIT_RETRY_S", "0.1")
     storage._hub.cache_clear()
     hub.failing = 10**6
     with pytest.raises(DiffitError, match="could not reach hf://datasets"):

@@ -81,6 +81,9 @@ def test_a_process_is_ended_with_its_stack_traces_or_its_state() -> None:
     assert "'stopped'" in state
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(hanging, timeout=60)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(process.pid).wait(30)  # a killed process takes a moment to end
     assert [end_here(p.pid, p.started, p.stacks) for p in processes] == ["it has ended"] * 2
     # Another process may have got the number since.
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
