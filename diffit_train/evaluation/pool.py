@@ -101,7 +101,11 @@ class ActorPool:
                 running[call(actor, tasks[number])] = (actor, number, time.monotonic())
             calls = [*running, *self._starting, *self._loading]
             ray.wait(calls, num_returns=1, timeout=LOOK_S)
-            ended, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+            ended, going = ray.wait(calls, num_returns=len(calls), timeout=0)
+            # Before anything is yielded: what ends while the caller is busy does not hang.
+            since = {one: (actor, begun_s) for one, (actor, _, begun_s) in running.items()}
+            since |= self._loading
+            self._end_hanging([since[one] for one in going if one in since])
             for ready in ended:
                 if ready in self._starting or ready in self._loading:
                     self._started(ready)
@@ -121,16 +125,15 @@ class ActorPool:
                 self.idle.append(actor)
                 self._durations_s.setdefault(actor, []).append(time.monotonic() - begun_s)
                 yield tasks[number], value
-            self._end_hanging([(actor, begun_s) for actor, _, begun_s in running.values()])
 
     def _end_hanging(self, working: Sequence[tuple[Any, float]]) -> None:
         """Kill actors that take too long; their calls then fail.
 
         Args:
-            working: for each task, its actor and when it began.
+            working: actors that have a task or load, and since when.
         """
         taken = [duration_s for some in self._durations_s.values() for duration_s in some]
-        for actor, since_s in (*working, *self._loading.values()):
+        for actor, since_s in working:
             # An actor's first task loads weights and compiles.
             known_s = taken if actor in self._durations_s else []
             taken_s = time.monotonic() - since_s

@@ -109,6 +109,7 @@ class CheckpointWriter:
         """
         started_s = time.monotonic()
         self.wait()
+        self.doing("writing a checkpoint", True)
         if len(self.failures) >= FAILED_SAVES:
             raise UnrecoverableError(self.failures[-1])
         kinds = tuple(kinds or (*STATES, *self.engine.train.ema))
