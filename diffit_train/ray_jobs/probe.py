@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from diffit_train.config import Recipe
 from diffit_train.config.scaling import ClusterStage
@@ -17,14 +17,10 @@ from diffit_train.progress import counted, say
 from diffit_train.ray_jobs.client import LIVE, connect, failure_reason, job_attempts, send_job
 from diffit_train.ray_jobs.job import CLUSTER_STAGES, Job, RuntimeEnv
 
-if TYPE_CHECKING:
-    from ray.job_submission import JobDetails, JobSubmissionClient
-
 Choice = Literal["auto", RuntimeEnv]
 # Installs from the lock file alone; uv is installed by Ray, without a hash.
 FALLBACK: RuntimeEnv = "pip"
 POLL_S = 0.5
-LOST_PACKAGE = "Failed to download runtime_env file package"
 SLOW_S = 10.0
 # A runtime environment is installed in this time, too.
 REPORT_TIMEOUT_S = 1800.0
@@ -115,16 +111,16 @@ def _choice(runtime_env: str, python: str | None) -> Choice:
     return cast(Choice, runtime_env)
 
 
-def _probed(
-    client: JobSubmissionClient,
+def _report(
     recipe: Recipe,
     stages: Sequence[ClusterStage],
     address: str,
     python: str | None,
     runtime_env: RuntimeEnv,
     env: Sequence[str],
-) -> tuple[str, JobDetails]:
-    """Send a job that checks the cluster, and wait for its end."""
+) -> list[Check]:
+    """The checks of a job that is sent, waited for in silence, and not listed among ours."""
+    client = connect(address)
     run = uuid.uuid4().hex[:8]
     job = Job("doctor", recipe, run, env=env, runtime_env=runtime_env, checked=stages)
     submission_id = send_job(client, job, address, python, 1)
@@ -141,25 +137,7 @@ def _probed(
             say(f"waiting for job {submission_id}: {str(info.status).lower()}")
             told = True
         time.sleep(POLL_S)
-    return submission_id, info
-
-
-def _report(
-    recipe: Recipe,
-    stages: Sequence[ClusterStage],
-    address: str,
-    python: str | None,
-    runtime_env: RuntimeEnv,
-    env: Sequence[str],
-) -> list[Check]:
-    """The checks of a job that is sent, waited for in silence, and not listed among ours."""
-    client = connect(address)
-    submission_id, info = _probed(client, recipe, stages, address, python, runtime_env, env)
     log = client.get_job_logs(submission_id)
-    if LOST_PACKAGE in log:
-        # Ray removed the source that it had kept of an ended job while this one was being sent.
-        submission_id, info = _probed(client, recipe, stages, address, python, runtime_env, env)
-        log = client.get_job_logs(submission_id)
     checks = read_report(log)
     if checks is None:
         last = [line for line in log.splitlines() if line.strip()][-1:]

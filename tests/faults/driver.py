@@ -18,6 +18,8 @@ from typing import Any, Self
 
 import psutil
 
+from tests.head import free_port
+
 _BEGUN = re.compile(r"^(?:Training|Resuming) from step ([\d,]+) on (\d+) workers?")
 _PROGRESS = re.compile(r"^train +([\d,]+)/")
 
@@ -28,14 +30,18 @@ class Nodes:
     Args:
         count: nodes in addition to the head.
         head_cpus: CPUs of the head, which is never killed.
+        job_server: whether the head accepts jobs.
     """
 
-    def __init__(self, count: int, head_cpus: int = 0) -> None:
+    def __init__(self, count: int, head_cpus: int = 0, *, job_server: bool = False) -> None:
         from ray.cluster_utils import Cluster
 
         # The job's controller, which watches for preemptions, reads it from here.
         os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-        arguments = {"num_cpus": head_cpus, "include_dashboard": False}
+        arguments = {"num_cpus": head_cpus, "include_dashboard": job_server}
+        if job_server:
+            arguments["dashboard_port"] = free_port()
+            arguments["dashboard_agent_listen_port"] = free_port()
         self.cluster = Cluster(initialize_head=True, head_node_args=arguments)
         self.nodes = [self.add() for _ in range(count)]
 
@@ -43,6 +49,11 @@ class Nodes:
     def address(self) -> str:
         """The cluster's --address."""
         return str(self.cluster.address)
+
+    @property
+    def job_server(self) -> str:
+        """The --address of `diffit submit`."""
+        return f"http://{self.cluster.webui_url}"
 
     def add(self) -> Any:
         """Add a node; on a busy machine it may not be up within Ray's 30 s, so try again."""

@@ -2,11 +2,12 @@
 
     python -m tests.faults.storm --strikes 200 --seed 1
 
-Encode, train and evaluate run as commands on a cluster of four raylets, again and again in new
-roots, while processes are killed (SIGKILL) or stopped and continued (SIGSTOP, SIGCONT): commands,
-training workers, encoding and evaluating actors, readers, also while they start. Some pauses are
-longer than `scaling.hang_s`. A command that ends is started again, as a user would. Each root must
-end with the shards, weights, log and metrics of an undisturbed one, byte for byte.
+Encode, train and evaluate run on a cluster of four raylets, again and again in new roots, in turn
+as commands and as jobs of `diffit submit`, while processes are killed (SIGKILL) or stopped and
+continued (SIGSTOP, SIGCONT): commands, jobs, training workers, encoding and evaluating actors,
+readers, also while they start. Some pauses are longer than `scaling.hang_s`. A command that ends is
+started again, as a user would. Each root must end with the shards, weights, log and metrics of an
+undisturbed one, byte for byte.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ STAGES = (
     ("train", "recipe.yaml", "--run", "storm"),
     ("evaluate", "recipe.yaml", "--run", "storm"),
 )
+JOBS = {f"{words[0]}.py" for words in STAGES}
 
 
 class Storm:
@@ -131,17 +133,19 @@ def _victims(command: subprocess.Popen[Any] | None) -> dict[str, list[psutil.Pro
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             name = process.name()
+            # Its shell has the same words as one.
+            if JOBS & set(process.cmdline()[1:2]):
+                found.setdefault("job", []).append(process)
             for prefix, kind in VICTIMS.items():
                 if name.startswith(prefix):
                     found.setdefault(kind, []).append(process)
     return found
 
 
-def _run(root: Path, address: str, words: tuple[str, ...], storm: Storm | None) -> list[str]:
+def _run(root: Path, words: tuple[str, ...], storm: Storm | None) -> list[str]:
     """Run a command until it succeeds; what it said when it failed by itself."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-c", "from diffit_train.cli import main; main()", *words]
-    command += ["--address", address]
     failures = []
     while True:
         with tempfile.TemporaryFile() as said:
@@ -163,10 +167,14 @@ def _run(root: Path, address: str, words: tuple[str, ...], storm: Storm | None) 
             failures.append(text.strip().splitlines()[-1][:160])
 
 
-def _chain(root: Path, address: str, storm: Storm | None) -> list[str]:
+def _chain(root: Path, nodes: Nodes, storm: Storm | None, *, jobs: bool = False) -> list[str]:
     """All stages in a root that holds images and an autoencoder."""
     (root / "recipe.yaml").write_text(dump_recipe(tiny_recipe(root, *CHANGES)))
-    return [line for words in STAGES for line in _run(root, address, words, storm)]
+    before, after = (), ("--address", nodes.address)
+    if jobs:
+        before, after = ("submit",), ("--address", nodes.job_server, "--no-check")
+    commands = [(*before, *words, *after) for words in STAGES]
+    return [line for words in commands for line in _run(root, words, storm)]
 
 
 def _differences(mine: Path, theirs: Path) -> list[str]:
@@ -213,15 +221,18 @@ def main() -> None:
     started_s, chance = time.monotonic(), random.Random(options.seed)
     bad: list[str] = []
     rounds, failures = 0, Counter[str]()
-    with tempfile.TemporaryDirectory(prefix="diffit-storm-") as folder, Nodes(NODES) as nodes:
+    with (
+        tempfile.TemporaryDirectory(prefix="diffit-storm-") as folder,
+        Nodes(NODES, job_server=True) as nodes,
+    ):
         undisturbed = _prepared(Path(folder) / "undisturbed")
-        _chain(undisturbed, nodes.address, None)
+        _chain(undisturbed, nodes, None)
         storm = Storm(chance, options.strikes)
         try:
             while storm.left:
                 rounds += 1
                 root = _prepared(Path(folder) / f"round-{rounds}")
-                failures.update(_chain(root, nodes.address, storm))
+                failures.update(_chain(root, nodes, storm, jobs=rounds % 2 == 0))
                 bad += [f"round {rounds}: {what}" for what in _differences(root, undisturbed)]
                 minutes = (time.monotonic() - started_s) / 60
                 done = sum(storm.done.values())
