@@ -19,7 +19,8 @@ from diffit_train.config.scaling import ClusterStage
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.preflight import SHARED_VERSIONS, Check, check_packages
 from diffit_train.storage import redact
-from diffit_train.tracking import Tracker, first_line, unreachable_errors
+from diffit_train.tracking import Tracker, unreachable_errors
+from diffit_train.waiting import first_line
 
 LEAST_DISK_GIB = 10.0
 

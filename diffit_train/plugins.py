@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -82,7 +82,7 @@ class Plugged:
             what = "no" if found is None else f"a {type(found).__name__}, not a"
             raise OwnClassError(
                 f"{said}, but module {module_name} has {what} class {class_name}"
-                f"{_nearest(class_name, classes)}"
+                f"{nearest(class_name, classes)}"
             )
         return found
 
@@ -135,7 +135,7 @@ class Plugged:
             f"must be one of {', '.join(self.own)}, MODULE:CLASS, or an entry point in group "
             f"{self.group} of an installed package "
             f"({', '.join(installed) if installed else 'there is none'})"
-            f"{_nearest(name, [*self.own, *installed])}"
+            f"{nearest(name, [*self.own, *installed])}"
         )
 
 
@@ -157,6 +157,7 @@ def _entry_points(group: str) -> list[EntryPoint]:
     return sorted(entry_points(group=group), key=lambda point: point.name)
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like a misspelled one, as the end of a message; else empty."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -287,7 +287,7 @@ def _file_call(file: str, name: str, call: Callable[[], Any]) -> Any:
     except (MlflowException, SQLAlchemyError) as error:
         if "disk is full" in str(error):
             raise disk_full.growing(Path(file)) from error
-        reason = first_line(error)
+        reason = waiting.first_line(error)
         if not any(sign in str(error) for sign in _DAMAGE):
             raise
         raise UserError(
@@ -743,7 +743,7 @@ class MetricsOutbox:
                         away = True
                         self.say(
                             f"Could not reach MLflow; metrics are kept and sent later: "
-                            f"{first_line(error)}"
+                            f"{waiting.first_line(error)}"
                         )
                     if self._leaving.is_set():
                         self.unsent = 1 + sum(p is not None for p in self._drained())
@@ -776,11 +776,6 @@ def _signature_text(about: ModelNotes) -> str:
 
     signature = ModelSignature(schema(about.inputs), schema(about.outputs))
     return str(Model(signature=signature, flavors={"safetensors": {}}).to_yaml())
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error message, without credentials."""
-    return redact((str(error) or type(error).__name__).splitlines()[0])
 
 
 def _run_record(run: Run, experiments: dict[str, str]) -> RunRecord:

@@ -14,6 +14,7 @@ import diffit_train
 PACKAGE = Path(diffit_train.__file__).parent
 BASE = {
     "errors",
+    "background",
     "storage",
     "progress",
     "redaction",
@@ -28,6 +29,7 @@ SCIENCE = {"models", "diffusion", "data"}
 # The parts of the package that each part may import; a part is a folder or a top-level file.
 ALLOWED = {
     "errors": set(),
+    "background": set(),
     "progress": {"errors"},
     "redaction": set(),
     "waiting": {"errors", "progress", "redaction"},
@@ -46,7 +48,7 @@ ALLOWED = {
     "tracking": BASE,
     "models": BASE,
     "diffusion": BASE,
-    "hang": {"errors", "storage"},
+    "hang": {"errors", "storage", "background"},
     "data": BASE | {"models", "diffusion", "ray_session", "native_stderr", "hang"},
     "planning": BASE | SCIENCE,
     "provision": BASE | {"planning"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -17,6 +16,7 @@ from diffit_train.config.evaluate import OWN, PUBLISHED
 from diffit_train.config.presets import PRESETS
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
+from diffit_train.plugins import nearest
 
 YAML_SUFFIXES = (".yaml", ".yml")
 # Characters, levels and values of a recipe; the largest packaged one has 4,000, 3 and 120.
@@ -181,7 +181,7 @@ def _read_text(reference: str) -> str:
     known = packaged_recipes()
     if reference not in known:
         raise UserError(
-            f"no packaged recipe is named {reference!r}{_nearest(reference, known)}; known: "
+            f"no packaged recipe is named {reference!r}{nearest(reference, known)}; known: "
             f"{', '.join(known)}; for your own recipe, give its path or URL, for example "
             "my/recipe.yaml"
         )
@@ -311,11 +311,6 @@ def _section_keys(location: Sequence[str | int]) -> list[str]:
     return list(model.model_fields)
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _explain(error: dict[str, Any]) -> str:
     # The names of a union's members are pydantic's own; an unknown key is the user's.
     unknown = error["type"] == "extra_forbidden"
@@ -332,7 +327,7 @@ def _explain(error: dict[str, Any]) -> str:
         name, colon, value = location[-1].partition(":")
         if colon and value:
             return f"unknown key {key!r}; YAML needs a space after the colon: {name}: {value}"
-        hint = _nearest(location[-1], known) or f"; allowed here: {', '.join(known)}"
+        hint = nearest(location[-1], known) or f"; allowed here: {', '.join(known)}"
         return f"unknown key {key!r}{hint}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"

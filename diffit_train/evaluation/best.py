@@ -20,9 +20,9 @@ from diffit_train.tracking import (
     ModelNotes,
     Registered,
     Tracker,
-    first_line,
     unreachable_errors,
 )
+from diffit_train.waiting import first_line
 
 
 def best_metric(recipe: Recipe) -> str:

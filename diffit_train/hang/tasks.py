@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from diffit_train.background import beside
 from diffit_train.hang import processes
 from diffit_train.hang.processes import Process, this_process
 
@@ -45,7 +46,6 @@ class Task(NamedTuple):
         return f"{self.process.name} has been {doing} for {taken_s:.0f} s"
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """The tasks in progress, and how long others took."""
 
@@ -99,15 +99,18 @@ class Board:
 def new_board() -> Any:
     """A board on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
 
 
 @contextmanager
 def listed(board: Any, kind: str, name: str = "") -> Iterator[int]:
     """List a task on a board during the block; yields how often a process was killed over it."""
     token = uuid.uuid4().hex
-    yield ray.get(board.begin.remote(token, kind, name, this_process()))
-    board.end.remote(token)
+    kills = ray.get(board.begin.remote(token, kind, name, this_process()))
+    try:
+        yield kills
+    finally:
+        board.end.remote(token)
 
 
 @contextmanager
@@ -120,20 +123,16 @@ def ending_hanging(
         hang_s: what a task may take in any case; see `processes.limit_s`.
         stacks_url: folder for their stack traces.
     """
-    ended = threading.Event()
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         with suppress(RayActorError):  # the board's node is the driver's: the session is over
             while not ended.wait(min(LOOK_S, hang_s / 5)):
                 for task, taken_s in ray.get(board.take_hanging.remote(hang_s)):
                     said = task.said(taken_s)
                     processes.end_and_report(task.process, said, stacks_url, say)
 
-    thread = threading.Thread(target=watch, name="task-watch", daemon=True)
-    thread.start()
     try:
-        yield
+        with beside("task-watch", watch):
+            yield
     finally:
-        ended.set()
-        thread.join()
         ray.kill(board)

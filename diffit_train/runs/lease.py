@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from diffit_train import storage
+from diffit_train.background import beside
 from diffit_train.errors import DiffitError, UserError
 
 FOLDER = "lease"
@@ -162,16 +163,10 @@ def held(
     """
     me = Holder.me()
     lease = _acquire(url, me, wait, say)
-    ended = threading.Event()
-    beating = threading.Thread(
-        target=_beat, args=(lease, me, ended, say, lost), name="lease", daemon=True
-    )
-    beating.start()
     try:
-        yield lease
+        with beside("lease", lambda ended: _beat(lease, me, ended, say, lost)):
+            yield lease
     finally:
-        ended.set()
-        beating.join()
         _release(lease, me)
 
 

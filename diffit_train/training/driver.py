@@ -21,6 +21,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import ray_session, storage
+from diffit_train.background import beside
 from diffit_train.config import Recipe, stored_text
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.diffusion.objective import load_objective
@@ -44,13 +45,7 @@ from diffit_train.runs.identity import (
     store_run,
 )
 from diffit_train.runs.live import LiveWriter, live_until_end
-from diffit_train.tracking import (
-    Tracker,
-    first_line,
-    git_commit,
-    tracking_uri,
-    unreachable_errors,
-)
+from diffit_train.tracking import Tracker, git_commit, tracking_uri, unreachable_errors
 from diffit_train.training.log import check_run_files
 from diffit_train.training.samples import Samples, SampleThread
 from diffit_train.training.status import TrainingStatus
@@ -63,6 +58,7 @@ from diffit_train.training.worker import (
     ValidationTask,
     train_worker,
 )
+from diffit_train.waiting import first_line
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -480,7 +476,6 @@ def _progress(
     recipe: Recipe, status: Any, start: int, stop: Stop, live: LiveWriter
 ) -> Iterator[None]:
     """Show the status actor's record and lines while the block runs; forward a stop request."""
-    ended = threading.Event()
     steps = recipe.train.steps
     workers = recipe.scaling.workers  # a number or a range
     say(
@@ -503,7 +498,7 @@ def _progress(
             progress.update(record["step"], detail)
         return dict(record)
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         with Progress("train", steps, "steps", done=start) as progress:
             begun = stop_sent = False
             while not ended.wait(POLL_S):
@@ -517,10 +512,5 @@ def _progress(
                     progress.restart_clock()
             show(progress)
 
-    thread = threading.Thread(target=watch, name="training-progress", daemon=True)
-    thread.start()
-    try:
+    with beside("training-progress", watch):
         yield
-    finally:
-        ended.set()
-        thread.join()

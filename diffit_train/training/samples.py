@@ -12,7 +12,8 @@ import torch
 
 from diffit_train.errors import DiffitError
 from diffit_train.runs.checkpoints import committed_steps
-from diffit_train.tracking import first_line, unreachable_errors
+from diffit_train.tracking import unreachable_errors
+from diffit_train.waiting import first_line
 
 # Seconds between looks for a new checkpoint.
 POLL_S = 1.0

@@ -36,7 +36,7 @@ from diffit_train.runs.identity import (
     write_identity,
 )
 from diffit_train.runs.import_export import export_weights
-from diffit_train.tracking import TAG_RUN, Tracker, first_line, tracking_uri, unreachable_errors
+from diffit_train.tracking import TAG_RUN, Tracker, tracking_uri, unreachable_errors
 from diffit_train.training.log import (
     BAD_STEPS,
     PASSED_OVER,
@@ -44,6 +44,7 @@ from diffit_train.training.log import (
     SkippedSteps,
     TrainingLog,
 )
+from diffit_train.waiting import first_line
 
 IDENTITY, RECIPE, LOG, EXPORTS = "run.json", "recipe.yaml", "log.jsonl", "export"
 _EXPORT = re.compile(r"(?P<kind>.+)-(?P<step>[0-9]{10})\.safetensors")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ray
 
 from diffit_train import storage
+from diffit_train.background import beside
 from diffit_train.hang.processes import FIRST_FACTOR, FOLDER, end_processes, store_stacks
 from diffit_train.training.status import Rank
 
@@ -57,21 +58,13 @@ class Watchdog:
 
     def __init__(self, status: Any, url: str, hang_s: float, say: Callable[[str], None]) -> None:
         self.status, self.url, self.hang_s, self.say = status, url, hang_s, say
-        self._ended = threading.Event()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Look at the ranks, in a thread, while the block runs."""
-        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            thread.join()
+    def watching(self) -> AbstractContextManager[None]:
+        """Look at the ranks, in a thread, while a block runs."""
+        return beside("watchdog", self._watch)
 
-    def _watch(self) -> None:
-        while not self._ended.wait(min(MOST_LOOK_S, LOOK_SHARE * self.hang_s)):
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(min(MOST_LOOK_S, LOOK_SHARE * self.hang_s)):
             ranks: list[Rank] = ray.get(self.status.ranks.remote())
             idle_s = stalled_s(ranks, self.hang_s)
             if idle_s is not None:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, TypeVar
 
 from diffit_train import storage
+from diffit_train.config.data import Columns
 
 T = TypeVar("T")
 # Files of a source that are listed at once; each holds what its file system reads ahead.
@@ -21,7 +22,7 @@ SourceKind = Literal["folder", "tar", "zip", "ilsvrc", "webdataset", "parquet", 
 # Name of the only class, where the images of several folders are one class.
 ALL = "all"
 # Column of parquet that holds the images, unless the recipe names another.
-IMAGE_COLUMN = "image"
+IMAGE_COLUMN: str = Columns().image
 
 
 class Location(NamedTuple):
