@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,10 +58,12 @@ class Nodes:
 
     def add(self) -> Any:
         """Add a node; on a busy machine it may not be up within Ray's 30 s, so try again."""
+        # In one folder, a node would replace the working directory of a job under another's feet.
+        arguments = {"num_cpus": 1, "runtime_env_dir_name": f"runtime-{uuid.uuid4().hex[:8]}"}
         for _ in range(4):
             with contextlib.suppress(Exception):
-                return self.cluster.add_node(num_cpus=1)
-        return self.cluster.add_node(num_cpus=1)
+                return self.cluster.add_node(**arguments)
+        return self.cluster.add_node(**arguments)
 
     def kill(self, node: Any) -> None:
         """Kill a node's raylet and everything on it, without notice."""
