@@ -26,9 +26,9 @@ def say(message: str) -> None:
     _console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: `1 worker`, `2,000 workers`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def counted(number: int, noun: str, nouns: str = "") -> str:
+    """A number with its noun: `1 worker`, `2,000 workers`; `nouns` for another plural."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

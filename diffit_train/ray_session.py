@@ -70,6 +70,7 @@ def connected(address: str | None = None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or NEW_CLUSTER
     _require_answer(address)
     what = "Ray on this machine" if address == NEW_CLUSTER else f"the Ray cluster at {address}"
+    say(f"{'Starting' if address == NEW_CLUSTER else 'Connecting to'} {what}")
     try:
         with _on_loopback() if address == NEW_CLUSTER else nullcontext(), waiting.announced(what):
             ray.init(

@@ -361,6 +361,21 @@ def _locked(file: Path, what: str) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
+_ahead: threading.Thread | None = None
+
+
+def import_ahead() -> None:
+    """Import MLflow in a thread, which takes a second, while something else is waited for."""
+    global _ahead
+
+    def run() -> None:
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401, for its own sake
+
+    if _ahead is None:
+        _ahead = threading.Thread(target=run, name="mlflow", daemon=True)
+        _ahead.start()
+
+
 class _HeldError(Exception):
     """Another process has the lock."""
 
@@ -381,6 +396,8 @@ class Tracker:
     """
 
     def __init__(self, uri: str, patient: bool = True) -> None:
+        if _ahead is not None:
+            _ahead.join()
         # Creating a new SQLite file logs pages of migrations.
         for name in ("alembic", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.WARNING)

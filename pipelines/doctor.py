@@ -15,6 +15,6 @@ if __name__ == "__main__":
     if lacking:
         print_report(lacking)
     else:
-        from diffit_train.cli import main
+        from diffit_train.entry import main
 
         main(["doctor", *sys.argv[1:]])

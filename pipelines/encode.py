@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python pipelines/encode.py RECIPE [KEY=VALUE .
 
 import sys
 
-from diffit_train.cli import main
+from diffit_train.entry import main
 from diffit_train.forwarded_env import load_forwarded
 
 if __name__ == "__main__":

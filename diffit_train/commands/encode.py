@@ -28,6 +28,7 @@ def encode_latents(
 
     manifest = finished_manifest(recipe)
     if manifest is None or append:
+        say(f"Encoding {storage.display_path(recipe.data.source)}")
         from diffit_train.data import encode as stage
 
         manifest = stage.encode(recipe, address, append)

@@ -22,6 +22,9 @@ def evaluate_all(
     results = [finished_result(recipe, run, step) for recipe, step in wanted]
     missing = [number for number, result in enumerate(results) if result is None]
     if missing:
+        steps = dict.fromkeys(f"{wanted[number][1]:,}" for number in missing)
+        where = storage.display_path(run_url(wanted[0][0], run))
+        say(f"Evaluating step{'s' if len(steps) > 1 else ''} {', '.join(steps)} of {where}")
         from diffit_train.evaluation import runner
 
         for number in missing:

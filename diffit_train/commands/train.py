@@ -54,6 +54,7 @@ def train_run(
     recipe = starting_from(recipe, run, source, source_weights)
     step = finished_step(recipe, run)
     if step is None:
+        say(f"Training {storage.display_path(run_url(recipe, run))}")
         from diffit_train.training import driver
 
         validate, samples = _validation(recipe, run), _samples(recipe, run)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.diffusion.objective import visited_levels
+from diffit_train.evaluation.grid import cell_side, page, resized
 
 # Frames at most, before the last one, which shows the finished images.
 FRAMES = 48
 # Milliseconds of all frames but the last, of a frame at least, and of the last one.
 RUN_MS, FRAME_MS, LAST_MS = 4_000, 40, 2_000
-# Pixels: of the images of a row or column together at most, of an image at least, between images.
-WIDEST, SMALLEST, GAP = 1_024, 48, 2
-_CAPTION, _TEXT = 18, 11
+LONGEST = "NFE 000 of 000, noise level 00.00"
+# Pixels of the images of a row or column together, at most.
+WIDEST = 1_024
 
 
 class Animation:
@@ -35,7 +36,7 @@ class Animation:
         count = min(FRAMES, len(self.levels))
         self._calls = np.linspace(0, len(self.levels) - 1, count).round().astype(int).tolist()
         self.rows, self.names = rows, names
-        self.side = _cell_side(recipe.data.resolution, max(*rows, len(rows)))
+        self.side = cell_side(recipe.data.resolution, max(*rows, len(rows)), WIDEST)
         self._cells: list[list[np.ndarray]] = [[] for _ in range(count + 1)]
 
     def watcher(self, decode: Callable[[Tensor], np.ndarray]) -> Callable[[Tensor], None]:
@@ -59,7 +60,7 @@ class Animation:
         self._add(-1, images)
 
     def _add(self, frame: int, images: np.ndarray) -> None:
-        self._cells[frame] += [_resized(image, self.side) for image in images]
+        self._cells[frame] += [resized(image, self.side) for image in images]
 
     def write(self, url: str) -> None:
         """Write the GIF; it repeats without end."""
@@ -81,38 +82,7 @@ class Animation:
             )
 
     def _frame(self, cells: Sequence[np.ndarray], caption: str) -> Image.Image:
-        font = ImageFont.load_default(_TEXT)
-        left = 0
-        if self.names is not None:
-            left = 2 * GAP + round(max(font.getlength(name) for name in self.names))
-        step = self.side + GAP
-        size = (left + step * max(self.rows) - GAP, _CAPTION + step * len(self.rows) - GAP)
-        width = max(size[0], round(font.getlength("NFE 000 of 000, noise level 0.00")) + 2 * GAP)
-        page = Image.new("RGB", (width, size[1]), "white")
-        draw = ImageDraw.Draw(page)
-        draw.text((GAP, GAP), caption, fill="black", font=font)
-        position = 0
-        for row, count in enumerate(self.rows):
-            top = _CAPTION + row * step
-            if self.names is not None:
-                middle = (left - 2 * GAP, top + self.side // 2)
-                draw.text(middle, self.names[row], fill="black", font=font, anchor="rm")
-            for column in range(count):
-                page.paste(Image.fromarray(cells[position]), (left + column * step, top))
-                position += 1
-        return page.quantize(256)
-
-
-def _cell_side(resolution: int, most: int) -> int:
-    """Side of an image in the grid: small ones are enlarged by a whole number."""
-    widest = max(SMALLEST // 3, WIDEST // most)
-    if resolution > widest:
-        return widest
-    return resolution * max(1, min(-(-SMALLEST // resolution), widest // resolution))
-
-
-def _resized(image: np.ndarray, side: int) -> np.ndarray:
-    if len(image) == side:
-        return image
-    how = Image.Resampling.NEAREST if side > len(image) else Image.Resampling.BOX
-    return np.asarray(Image.fromarray(image).resize((side, side), how))
+        images, rows = iter(cells), []
+        for count in self.rows:
+            rows.append([next(images) for _ in range(count)])
+        return page(rows, self.names, caption, LONGEST).quantize(256)

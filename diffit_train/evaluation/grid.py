@@ -1,12 +1,17 @@
-"""A PNG grid of samples: one row per class, with its name on the left, if there are classes."""
+"""Pictures of samples: one row per class, with its name on the left, if there are classes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from diffit_train import storage
 
-CELL_INCHES = 0.55
+# Pixels: of the images of a row or column together at most, of an image at least, between images.
+WIDEST, SMALLEST, GAP = 2_048, 48, 2
+_TEXT, _LINE = 12, 16
 
 
 def draw_grid(
@@ -16,23 +21,64 @@ def draw_grid(
 
     Args:
         images: label, an index into `classes` or number of a row, to images (R, R, 3) uint8.
+        title: lines above the images.
         url: file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    labels = sorted(images)
+    rows = [images[label] for label in labels]
+    side = cell_side(len(rows[0][0]), max(len(rows), *(len(row) for row in rows)), WIDEST)
+    cells = [[resized(image, side) for image in row] for row in rows]
+    names = None if classes is None else [classes[label] for label in labels]
+    with storage.atomic_file(url) as path:
+        page(cells, names, title).save(path, format="PNG")
 
-    columns = max(len(row) for row in images.values())
-    size = (columns * CELL_INCHES + 1.0, len(images) * CELL_INCHES + 0.7)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(images), columns, squeeze=False)
-    for row, (label, chosen) in zip(axes, sorted(images.items()), strict=True):
-        for cell in row:
-            cell.set_axis_off()
-        for cell, image in zip(row, chosen, strict=False):
-            cell.imshow(image, interpolation="nearest")
-        if classes is not None:
-            within = row[0].transAxes
-            row[0].text(-0.15, 0.5, classes[label], transform=within, ha="right", va="center")
-    figure.suptitle(title, fontsize=9)
-    with storage.atomic_file(url) as path, path.open("wb") as file:
-        FigureCanvasAgg(figure).print_figure(file, format="png")
+
+def page(
+    rows: Sequence[Sequence[np.ndarray]], names: Sequence[str] | None, title: str, longest: str = ""
+) -> Image.Image:
+    """Rows of images (S, S, 3) uint8, all of one size, with their names and a title above them.
+
+    Args:
+        longest: the longest title, where several pages are to have one size.
+    """
+    font = ImageFont.load_default(_TEXT)
+    lines = title.splitlines()
+    left = GAP
+    if names is not None:
+        left += 3 * GAP + round(max(font.getlength(name) for name in names))
+    top, step = GAP + _LINE * len(lines), len(rows[0][0]) + GAP
+    text_width = round(max(font.getlength(line) for line in (*lines, longest))) + 2 * GAP
+    width = max(left + step * max(len(row) for row in rows), text_width)
+    made = Image.new("RGB", (width, top + step * len(rows)), "white")
+    draw = ImageDraw.Draw(made)
+    for number, line in enumerate(lines):
+        draw.text((GAP, GAP // 2 + number * _LINE), line, fill="black", font=font)
+    for number, row in enumerate(rows):
+        above = top + number * step
+        if names is not None:
+            middle = (left - 3 * GAP, above + step // 2)
+            draw.text(middle, names[number], fill="black", font=font, anchor="rm")
+        for column, image in enumerate(row):
+            made.paste(Image.fromarray(image), (left + column * step, above))
+    return made
+
+
+def cell_side(resolution: int, most: int, widest: int) -> int:
+    """Side of an image among others: small ones are enlarged by a whole number.
+
+    Args:
+        most: images of the longest row or column.
+        widest: pixels of these together at most, but for images that would be too small to see.
+    """
+    each = max(SMALLEST // 3, widest // most)
+    if resolution > each:
+        return each
+    return resolution * max(1, min(-(-SMALLEST // resolution), each // resolution))
+
+
+def resized(image: np.ndarray, side: int) -> np.ndarray:
+    """An image (R, R, 3) uint8 at another size."""
+    if len(image) == side:
+        return image
+    how = Image.Resampling.NEAREST if side > len(image) else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(image).resize((side, side), how))

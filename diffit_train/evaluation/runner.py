@@ -40,7 +40,7 @@ from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url
-from diffit_train.tracking import TAG_REFERENCE, Tracker, unreachable_errors
+from diffit_train.tracking import TAG_REFERENCE, Tracker, import_ahead, unreachable_errors
 from diffit_train.waiting import first_line
 
 # Threads that sum finished chunks while actors generate others.
@@ -86,6 +86,7 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
     for request in requests:
         check(request.recipe)
     results: list[Result] = []
+    import_ahead()
     with ray_session.connected(address):
         for together in _sharing_actors(requests):
             results += _evaluate_together(together)

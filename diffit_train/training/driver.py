@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +46,13 @@ from diffit_train.runs.identity import (
     store_run,
 )
 from diffit_train.runs.live import LiveWriter, live_until_end
-from diffit_train.tracking import Tracker, git_commit, tracking_uri, unreachable_errors
+from diffit_train.tracking import (
+    Tracker,
+    git_commit,
+    import_ahead,
+    tracking_uri,
+    unreachable_errors,
+)
 from diffit_train.training.log import check_run_files
 from diffit_train.training.samples import Samples, SampleThread
 from diffit_train.training.status import TrainingStatus
@@ -109,8 +116,11 @@ def train(
         done = finished_step(recipe, run)  # by the command that was waited for
         if done is not None:
             return done
+        import_ahead()
         with ray_session.connected(address):
             ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
+            # Ray Train asks this actor for resources; it starts while MLflow is opened.
+            _coordinator()
             known = check_recipe(recipe, run)
             identity = known or new_identity(recipe, run, manifest.samples_digest)
             # Before anything is written: a new run is refused without MLflow.
@@ -285,6 +295,10 @@ def _run_ray_train(
     trainer = _trainer(recipe, worker_config, scratch, validate, supervisor)
     if recipe.scaling.fewest_workers != recipe.scaling.most_workers:
         _renew_claim(url, trainer.train_run_context.run_id)
+    if not ray_session.has_state_api():
+        # No preemption is announced to a Ray of this command's own; its watcher takes a second to
+        # start, just when the workers do.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{PLACEMENT_S:g}")
     saved = "checkpoint saved"
     try:
@@ -353,6 +367,7 @@ def _trainer(
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import (
         PlacementGroupCleanerCallback,
     )
@@ -365,12 +380,14 @@ def _trainer(
             pass  # Ray Train would abort without saving
 
         def _create_default_callbacks(self) -> list[Any]:
+            # An actor for Ray Data, which is not used here, takes a second of two CPUs to start.
+            unwanted: list[type] = [DatasetsCallback]
+            if not ray_session.has_state_api():
+                # It removes the workers' resources if the controller dies. Without the state API
+                # it cannot see that, and delays the end of training by 12 s.
+                unwanted.append(PlacementGroupCleanerCallback)
             callbacks: list[Any] = super()._create_default_callbacks()
-            if ray_session.has_state_api():
-                return callbacks
-            # It removes the workers' resources if the controller dies. Without the state API it
-            # cannot see that, and delays the end of training by 12 s.
-            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+            return [c for c in callbacks if not isinstance(c, tuple(unwanted))]
 
     scaling = recipe.scaling
     resources = {"CPU": float(scaling.cpus_per_worker)}
@@ -412,20 +429,24 @@ def _trainer(
     )
 
 
+def _coordinator() -> Any:
+    """The actor that hands out the cluster's resources; it is started if need be."""
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    return get_or_create_autoscaling_coordinator()
+
+
 def _renew_claim(url: str, ray_run_id: str) -> None:
     """Cancel the resource request that an earlier attempt of an elastic run left in Ray.
 
     If that command was killed, Ray would hold the request for three minutes and make this attempt
     wait. Requests are named by Ray (`ScalingPolicy.after_controller_start`).
     """
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-        get_or_create_autoscaling_coordinator,
-    )
-
     claim_url = storage.join(url, "ray-claim.json")
     if storage.exists(claim_url):
-        coordinator = get_or_create_autoscaling_coordinator()
-        ray.get(coordinator.cancel_request.remote(requester_id=storage.read_json(claim_url)))
+        ray.get(_coordinator().cancel_request.remote(requester_id=storage.read_json(claim_url)))
     storage.write_json(claim_url, f"train-{ray_run_id}")
 
 
@@ -501,13 +522,16 @@ def _progress(
     def watch(ended: threading.Event) -> None:
         with Progress("train", steps, "steps", done=start) as progress:
             begun = stop_sent = False
+            begun_s = time.monotonic()
             while not ended.wait(POLL_S):
                 if stop.is_set() and not stop_sent:
                     stop_sent = True
                     again = "; Ctrl-C again quits at once" if stop.by_ctrl_c else ""
                     say(f"Stop requested; saving a checkpoint{again}")
                     status.stop.remote()
-                if show(progress) and not begun:
+                if not show(progress):
+                    progress.update(start, f"({time.monotonic() - begun_s:.0f} s)")
+                elif not begun:
                     begun = True
                     progress.restart_clock()
             show(progress)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -386,10 +388,27 @@ def _deepspeed_config(
     return config
 
 
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Let imports in the block do without an optional module, unless it is imported already.
+
+    DeepSpeed's autotuner, which nothing here uses, would spend a second on MLflow.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 def _quiet_deepspeed(device: torch.device) -> Any:
     # DeepSpeed picks its accelerator on import; a CPU run must not pick up an unused GPU.
     os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else device.type
-    import deepspeed
+    with _absent("mlflow"):
+        import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)

@@ -78,6 +78,8 @@ class TrainingStatus:
     def begin_group(self, processes: Sequence[Process]) -> None:
         """Note the processes of a new worker group."""
         self.processes = {process: _Heard() for process in processes}
+        started = counted(len(processes), "worker has", "workers have")
+        self.say(f"{started} started; loading the model")
 
     def beat(self, process: Process, number: int, doing: str, marks: int, slow: bool) -> None:
         """Note what a process does, and how often it has begun something."""
