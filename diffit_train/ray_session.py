@@ -72,7 +72,7 @@ def connected(address: str | None = None) -> Iterator[None]:
     what = "Ray on this machine" if address == NEW_CLUSTER else f"the Ray cluster at {address}"
     say(f"{'Starting' if address == NEW_CLUSTER else 'Connecting to'} {what}")
     try:
-        with _on_loopback() if address == NEW_CLUSTER else nullcontext(), waiting.announced(what):
+        with _of_its_own() if address == NEW_CLUSTER else nullcontext(), waiting.announced(what):
             ray.init(
                 address=address,
                 include_dashboard=False if address == NEW_CLUSTER else None,
@@ -172,22 +172,38 @@ def _alive(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Make a cluster started in the block listen on 127.0.0.1 only.
+def _of_its_own() -> Iterator[None]:
+    """Make a cluster started in the block listen on 127.0.0.1 only, with what it needs.
 
     Otherwise all its processes listen on all interfaces. There is no public option: Ray replaces
     `_node_ip_address="127.0.0.1"` with the network interface's address. This private switch keeps
-    it on loopback, as on macOS; if a later Ray drops the switch, this has no effect.
+    it on loopback, as on macOS. Nor is there one against its autoscaler, its reader of logs and
+    what is left of a dashboard, which have nothing to do, take seconds of a CPU to start, and one
+    to end. If a later Ray drops one of these names, it has no effect.
     """
     from ray._private import ray_constants
+    from ray._private.node import Node
 
-    switch = "ENABLE_RAY_CLUSTER"
-    before = getattr(ray_constants, switch, True)
-    setattr(ray_constants, switch, False)
+    changes: list[tuple[Any, str, Any]] = [
+        (ray_constants, "ENABLE_RAY_CLUSTER", False),
+        (Node, "start_monitor", lambda node: None),
+        (Node, "start_log_monitor", lambda node: None),
+    ]
+    if os.environ["RAY_USAGE_STATS_ENABLED"] == "0":  # the dashboard's process sends reports
+        changes.append((Node, "start_api_server", _no_dashboard))
+    before = [getattr(owner, name, None) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(ray_constants, switch, before)
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _no_dashboard(node: Any, **_: object) -> None:
+    """In place of `Node.start_api_server`."""
+    node._webui_url = ""
 
 
 def _require_answer(address: str) -> None:

@@ -297,8 +297,9 @@ def _run_ray_train(
         _renew_claim(url, trainer.train_run_context.run_id)
     if not ray_session.has_state_api():
         # No preemption is announced to a Ray of this command's own; its watcher takes a second to
-        # start, just when the workers do.
+        # start, just when the workers do. The end of training is noticed sooner.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{PLACEMENT_S:g}")
     saved = "checkpoint saved"
     try:

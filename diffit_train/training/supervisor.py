@@ -26,6 +26,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RunningState,
     SchedulingState,
 )
+from ray.train.v2._internal.execution.failure_handling import default
 from ray.train.v2.api.exceptions import PreemptionError
 
 from diffit_train.config.scaling import Scaling
@@ -58,6 +59,15 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         self.failures = 0
         self.waiting_since_s: float | None = None
         self.said_s = 0.0
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called by Ray Train, in its controller's process.
+
+        It retries after a worker has died while starting, but for the moment at which it is handed
+        the training function (`WorkerGroup._start_impl`).
+        """
+        if RayActorError not in default.RETRYABLE_CONTROLLER_ERRORS:
+            default.RETRYABLE_CONTROLLER_ERRORS += (RayActorError,)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Called by Ray Train after each iteration of its control loop.

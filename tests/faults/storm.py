@@ -40,7 +40,7 @@ from tests.conftest import tiny_recipe, write_images
 from tests.faults.driver import Nodes
 
 NODES = 4
-STEPS = 1600
+STEPS = 1200
 HANG_S = 15.0
 # Kinds of victims by the name of their process.
 VICTIMS = {
@@ -56,7 +56,7 @@ CHANGES = (
     "scaling.workers=2",
     "scaling.max_failures=-1",
     f"scaling.hang_s={HANG_S:g}",
-    "evaluate.samples=600",
+    "evaluate.samples=6000",
 )
 STAGES = (
     ("encode", "recipe.yaml"),

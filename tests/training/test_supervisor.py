@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +20,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     ReschedulingState,
     ResizingState,
@@ -28,9 +34,10 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError
-from diffit_train.training import supervisor
+from diffit_train.training import driver, supervisor
 from diffit_train.training.status import TrainingStatus
 from diffit_train.training.supervisor import Supervisor
+from tests.conftest import tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -76,6 +83,37 @@ def test_workers_that_do_not_start_are_failures(status: Any) -> None:
         watched.after_controller_state_update(
             SchedulingState(None), ReschedulingState(START_FAILED)
         )
+
+
+class _Killer(Supervisor, WorkerGroupCallback):
+    """Kills a worker of the first group just before it is handed the training function."""
+
+    def __init__(self, *args: Any, mark: Path) -> None:
+        super().__init__(*args)
+        self.mark = mark
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Called by Ray Train."""
+        if not self.mark.exists():
+            self.mark.touch()
+            os.kill(worker_group.get_workers()[0].metadata.pid, signal.SIGKILL)
+            time.sleep(1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_worker_that_dies_before_it_begins_is_replaced(
+    encoded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
+    killer = functools.partial(_Killer, mark=tmp_path / "killed")
+    monkeypatch.setattr(driver, "Supervisor", killer)
+    assert driver.train(tiny_recipe(tmp_path), "killed") == 12
+    assert (tmp_path / "killed").exists()
+    assert "(failure 1 of 3 allowed since the checkpoint of step 0)" in capfd.readouterr().err
 
 
 def test_every_restart_says_why(status: Any) -> None:
