@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.presets import PEERS, PRESETS
 from diffit_train.config.train import BUCKET_ELEMENTS, Train
+from diffit_train.counts import Counts, counts
 from diffit_train.data.loader import READERS
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
-
-if TYPE_CHECKING:
-    from diffit_train.models.backbone import Backbone
 
 # Bytes per value. Master weights, Adam's two moments and the EMAs are fp32.
 FP32, BF16 = 4, 2
@@ -175,64 +173,42 @@ def plan(
         measured: whether latents that exist are measured, which reads their manifest; else all
             numbers follow from the recipe alone.
     """
-    import torch
-
-    from diffit_train.models.backbone import trainable_parameters
-    from diffit_train.models.build import build_model
-    from diffit_train.models.cost import (
-        activation_bytes,
-        kernel_launches,
-        multiply_adds,
-        parameters_by_part,
-    )
-
     train, world = recipe.train, recipe.scaling.most_workers
     emas = len(train.ema) if emas is None else emas
-    with torch.device("meta"):
-        model = build_model(recipe)
-    parameters = trainable_parameters(model)
-    forward, products = multiply_adds(model)
+    share = math.ceil(train.batch_size / world)
+    batch = min(share, train.micro_batch_size or share)
+    model = counts(recipe, batch)
+    parameters, forward = model.parameters, model.forward
     blocks = train.activation_checkpointing == "blocks"
     again = forward / train.checkpoint_every_nth_block if blocks else 0
     of_image = round(3 * forward + again)
     bf16 = train.precision == "bf16"
-    share = math.ceil(train.batch_size / world)
-    batch = min(share, train.micro_batch_size or share)
-    dtype = torch.bfloat16 if "bf16" in train.precision else torch.float32
-    activations = activation_bytes(
-        model,
-        batch,
-        train.activation_checkpointing,
-        train.checkpoint_every_nth_block,
-        dtype,
-    )
     stages = {}
     gpu = GPUS[machine.gpu]
     for stage in range(4):
         states = state_bytes(parameters, stage, world, emas, bf16)
         host = _offloaded(states, stage, train.offload)
         bucket = (BF16 if bf16 else FP32) * BUCKET_ELEMENTS if stage else 0
-        total = states.total - host + bucket + activations
+        total = states.total - host + bucket + model.activations
         stages[str(stage)] = {
             **asdict(states),
             "states": states.total,
             "of_them_on_host": host,
             "bucket": bucket,
-            "activations": activations,
+            "activations": model.activations,
             "total": total,
             "fits": total < gpu.memory_gib * storage.GIB,
         }
     checkpoint = parameters * FP32 * (3 + emas)
     latents = (_measured_latents(recipe) if measured else None) or _expected_latents(recipe)
-    launches, moved = kernel_launches(model, batch, dtype)
     work = StepWork(
         parameters=parameters,
         forward=forward,
         of_image=of_image,
         share=share,
         micro_batches=math.ceil(share / batch),
-        launches=launches,
-        moved=moved + _bias_bytes(recipe, model, batch, dtype.itemsize),
+        launches=model.launches,
+        moved=model.moved,
         states=state_bytes(parameters, train.zero_stage, world, emas, bf16),
     )
     time = _time(recipe, machine, work, latents["images"])
@@ -244,10 +220,10 @@ def plan(
             "summary": model.summary,
             **model.sizes,
         },
-        "parameters": {"total": parameters, **parameters_by_part(model)},
+        "parameters": {"total": parameters, **model.by_part},
         "multiply_adds": {
             "forward": forward,
-            "forward_without_attention_products": forward - products,
+            "forward_without_attention_products": forward - model.products,
             "training_image": of_image,
             "training_step": of_image * train.batch_size,
         },
@@ -266,7 +242,7 @@ def plan(
             **latents,
         },
         "time": time,
-        "stages": _stages(recipe, machine, forward, time, latents["images"]),
+        "stages": _stages(recipe, machine, model, time, latents["images"]),
     }
 
 
@@ -336,24 +312,6 @@ class StepWork:
     launches: int
     moved: int
     states: States
-
-
-def _bias_bytes(recipe: Recipe, model: Backbone, batch: int, size: int) -> int:
-    """Bytes that sdpa moves for a dense position bias in training.
-
-    Its mask, forward and backward, and the mask's gradient: torch writes it for each image (or
-    window; `_efficient_attention_backward`) and then sums it over the batch.
-    """
-    from diffit_train.models.attention import TMSA
-
-    if recipe.model.attention not in ("auto", "sdpa"):
-        return 0
-    total = 0
-    for module in model.modules():
-        if isinstance(module, TMSA):
-            windows = batch * (module.side // module.window) ** 2
-            total += module.num_heads * module.window**4 * size * (2 + 2 * windows)
-    return total
 
 
 def _offloaded(states: States, stage: int, offload: str) -> int:
@@ -517,11 +475,9 @@ def _autoencoder_work(recipe: Recipe, per_pixel: int) -> int | None:
 
 
 def _stages(
-    recipe: Recipe, machine: Machine, forward: int, time: dict[str, Any], images: int | None
+    recipe: Recipe, machine: Machine, model: Counts, time: dict[str, Any], images: int | None
 ) -> list[dict[str, Any]]:
     """Hours, GPU-hours and cost of each stage of the project; None where the size is unknown."""
-    from diffit_train.diffusion.objective import nfe_per_image
-
     gpu, scaling, train = GPUS[machine.gpu], recipe.scaling, recipe.train
     bf16 = 1e12 * gpu.tflops_bf16
     tf32, fp32 = bf16 / 2, 1e12 * gpu.tflops_fp32
@@ -548,10 +504,10 @@ def _stages(
     evaluate_s = None
     if decode is not None:
         inception = INCEPTION_MULTIPLY_ADDS if recipe.evaluate.features.kind == "inception" else 0
-        model = 2 * forward * nfe_per_image(recipe) / products
+        network = 2 * model.forward * model.nfe / products
         rest = 2 * (decode / convolutions + inception / fp32)
         evaluate_s = [
-            model / e + rest / c
+            network / e + rest / c
             for e, c in zip(MATRIX_EFFICIENCY, CONVOLUTION_EFFICIENCY, strict=True)
         ]
     actors = scaling.evaluate_actors

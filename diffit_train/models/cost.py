@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffit_train.models.attention import TMSA
 from diffit_train.models.backbone import Backbone, trainable_parameters
 from diffit_train.models.wrap import KEPT_OPERATIONS, use_kernel
 
@@ -157,6 +158,23 @@ def _block_inputs(model: Backbone, batch: int) -> list[tuple[Tensor, ...]]:
     for hook in hooks:
         hook.remove()
     return [tuple(v.detach().requires_grad_(v.is_floating_point()) for v in g) for g in seen]
+
+
+def bias_bytes(model: Backbone, batch: int, size: int) -> int:
+    """Bytes that sdpa moves for a dense position bias in training.
+
+    Its mask, forward and backward, and the mask's gradient: torch writes it for each image (or
+    window; `_efficient_attention_backward`) and then sums it over the batch.
+
+    Args:
+        size: bytes of a value.
+    """
+    total = 0
+    for module in model.modules():
+        if isinstance(module, TMSA):
+            windows = batch * (module.side // module.window) ** 2
+            total += module.num_heads * module.window**4 * size * (2 + 2 * windows)
+    return total
 
 
 def training_flops_per_image(model: Backbone) -> float:
