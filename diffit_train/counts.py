@@ -61,7 +61,7 @@ def counts(recipe: Recipe, batch: int) -> Counts:
     found = count(recipe, batch)
     with contextlib.suppress(
         OSError, DiffitError
-    ):  # a home that cannot be written to costs time only
+    ):  # then it takes its time again
         storage.write_text(str(file), json.dumps(asdict(found)))
     return found
 
