@@ -59,9 +59,7 @@ def counts(recipe: Recipe, batch: int) -> Counts:
     with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or not ours: count again
         return Counts(**json.loads(file.read_text()))
     found = count(recipe, batch)
-    with contextlib.suppress(
-        OSError, DiffitError
-    ):  # then it takes its time again
+    with contextlib.suppress(OSError, DiffitError):  # then it takes its time again
         storage.write_text(str(file), json.dumps(asdict(found)))
     return found
 

@@ -200,7 +200,7 @@ def _tar_bytes(moments: np.ndarray) -> int:
     """Size of a shard: two members for each image, a header and whole blocks of 512 bytes each."""
 
     def blocks(size: int) -> int:
-        return 512 * (1 + -(-size // 512))
+        return BLOCK * (1 + -(-size // BLOCK))
 
     npy_header = 128
     latents = (values.size * (1 if values.dtype == np.uint8 else 2) for values in moments)
@@ -277,6 +277,8 @@ def parse_shard(name: str, entry: ShardEntry, data: bytes) -> Shard:
     return Shard(keys, np.stack(list(latents.values())), np.array([labels[k] for k in latents]))
 
 
+# Bytes of a tar's headers, and of what its members are padded to a multiple of.
+BLOCK = 512
 _FIX = "run `diffit verify latents FOLDER --repair` to re-encode it"
 
 
@@ -289,21 +291,51 @@ def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[
     latents: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
     header, like = b"", np.zeros(0)
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            key, _, kind = member.name.partition(".")
-            content = data[member.offset_data : member.offset_data + member.size]
-            if kind == "cls":
-                labels[key] = int(content)
-            elif kind != "latent.npy":
-                raise DataError(f"shard {name} has an unexpected member {member.name}; {_FIX}")
-            elif (
-                header and content.startswith(header) and len(content) - len(header) == like.nbytes
-            ):
-                # Fast path: parsing .npy headers is slow, and nearly all are identical.
-                values = np.frombuffer(content, like.dtype, offset=len(header))
-                latents[key] = values.reshape(like.shape)
-            else:
-                like = latents[key] = np.load(io.BytesIO(content), allow_pickle=False)
-                header = content[: len(content) - like.nbytes]
+    for member, start, size in _plain_members(data) or _members(data):
+        key, _, kind = member.partition(".")
+        content = data[start : start + size]
+        if kind == "cls":
+            labels[key] = int(content)
+        elif kind != "latent.npy":
+            raise DataError(f"shard {name} has an unexpected member {member}; {_FIX}")
+        elif header and content.startswith(header) and len(content) - len(header) == like.nbytes:
+            # Fast path: parsing .npy headers is slow, and nearly all are identical.
+            values = np.frombuffer(content, like.dtype, offset=len(header))
+            latents[key] = values.reshape(like.shape)
+        else:
+            like = latents[key] = np.load(io.BytesIO(content), allow_pickle=False)
+            header = content[: len(content) - like.nbytes]
     return latents, labels
+
+
+def _members(data: bytes) -> list[tuple[str, int, int]]:
+    """Name, start and size of each member of any tar."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar]
+
+
+def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
+    """As `_members` of a tar of plain files with short names, as `write_shard` makes; else None.
+
+    For such headers (POSIX ustar), tarfile would take most of the time of reading a shard. What
+    they say is not checked against their checksums: the hash of the whole shard is.
+    """
+    found, start = [], 0
+    while start + BLOCK <= len(data):
+        header = data[start : start + BLOCK]
+        if header == bytes(BLOCK):  # the end
+            break
+        plain = header[156:157] == b"0" and header[257:262] == b"ustar" and not header[345]
+        try:
+            name, size = (
+                header[:100].partition(b"\0")[0].decode(),
+                int(header[124:136].rstrip(b" \0"), 8),
+            )
+        except ValueError:
+            return None
+        start += BLOCK
+        if not plain or start + size > len(data):
+            return None
+        found.append((name, start, size))
+        start += -(-size // BLOCK) * BLOCK
+    return found
