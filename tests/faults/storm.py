@@ -40,6 +40,8 @@ from tests.conftest import tiny_recipe, write_images
 from tests.faults.driver import Nodes
 
 NODES = 4
+# In each stage of a round, so that all of them are struck.
+MOST_STRIKES = 20
 STEPS = 1200
 HANG_S = 15.0
 # Kinds of victims by the name of their process.
@@ -78,6 +80,7 @@ class Storm:
         self.chance, self.left = chance, strikes
         self.done: Counter[tuple[str, str]] = Counter()
         self.command: subprocess.Popen[Any] | None = None
+        self.of_stage = 0
         self._ended = threading.Event()
         self._paused: list[tuple[float, psutil.Process]] = []
         self._thread = threading.Thread(target=self._strike_all, daemon=True)
@@ -93,7 +96,7 @@ class Storm:
 
     def _strike(self) -> None:
         found = _victims(self.command)
-        if not found:
+        if not found or self.of_stage >= MOST_STRIKES:
             return
         # Starting takes longer than working; most strikes are for what works.
         if set(found) <= {"command", "job"} and self.chance.random() < 0.6:
@@ -110,6 +113,7 @@ class Storm:
             how = f"stopped for {pause_s:g} s"
         self.done[kind, how] += 1
         self.left -= 1
+        self.of_stage += 1
 
     def _continue(self) -> None:
         now_s = time.monotonic()
@@ -150,6 +154,8 @@ def _run(root: Path, words: tuple[str, ...], storm: Storm | None) -> list[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-c", "from diffit_train.cli import main; main()", *words]
     failures = []
+    if storm is not None:
+        storm.of_stage = 0
     while True:
         with tempfile.TemporaryFile() as said:
             process = subprocess.Popen(
