@@ -120,15 +120,14 @@ class RayHooks:
                 return
 
     def leave(self) -> None:
-        """Tell the watchdog that this rank has ended."""
+        """End this rank's threads, and tell the watchdog that it has ended."""
         self._left.set()
         self.status.leave.remote(self._process)
 
     def _watch(self) -> None:
         # In a thread, so that no training step waits for the actor to answer.
-        pause = threading.Event()
         with contextlib.suppress(RayActorError):  # the driver is gone; Ray ends this process
-            while not pause.wait(POLL_S):
+            while not self._left.wait(POLL_S):
                 polled: Polled = ray.get(self.status.poll.remote())
                 self._begun, self._ended = self._begun | polled.validating, polled.validated
                 self.resizing = polled.resizing

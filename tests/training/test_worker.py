@@ -83,6 +83,7 @@ def test_gauges_show_the_age_of_the_checkpoint_and_phases_by_rank(
     )
     assert shown["diffit_train_loss", "mine"] == [0.5]
     assert shown["diffit_train_rank_phase_s", "mine", "1", "forward"] == [0.5]
+    hooks.leave()
     ray.kill(status)
 
 
@@ -106,6 +107,7 @@ def test_workers_answer_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (time.monotonic() - started_s >= 0.3) == saved
         assert ray.get(status.resize_answered.remote())
         _wait_for(lambda: not hooks.resize_wanted())
+    hooks.leave()
     ray.kill(status)
 
 
