@@ -47,6 +47,6 @@ def _end() -> None:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # a closed pipe, which Python reports
+    except (OSError, ValueError):  # a closed pipe, which Python reports
         return
     os._exit(_status)

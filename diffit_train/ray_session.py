@@ -320,6 +320,14 @@ def gpus_of_this_node() -> float | None:
     return float(node["Resources"].get("GPU", 0))
 
 
+def is_private() -> bool:
+    """Whether the connected cluster was started by this process, and ends with it."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.head)
+
+
 def has_state_api() -> bool:
     """Whether the connected cluster tells the state of its actors: a private one does not."""
     import ray

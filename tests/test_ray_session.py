@@ -26,27 +26,33 @@ from tests.silent import silent_server
 # In its own process, because the tests of a process share one Ray session.
 LISTENERS = """
 import json, psutil, ray
-from diffit_train.ray_session import connected
+from diffit_train.ray_session import connected, is_private
 with connected():
     ray.get(ray.remote(lambda: None).remote())
     me = psutil.Process()
+    processes = (me, *me.children(recursive=True))
     found = {
         f"{process.name()} {socket.laddr.ip}"
-        for process in (me, *me.children(recursive=True))
+        for process in processes
         for socket in process.net_connections("tcp")
         if socket.status == psutil.CONN_LISTEN
     }
     folder = ray._private.worker._global_node.get_session_dir_path()
     mode = __import__("os").stat(folder).st_mode & 0o777
-print(json.dumps([mode, sorted(found)]))
+    words = [word for process in processes for word in process.cmdline()[:4]]
+    scripts = sorted({word.rsplit("/", 1)[-1] for word in words if word.endswith(".py")})
+    print(json.dumps([mode, sorted(found), is_private(), scripts]))
 """
 
 
 def test_a_private_cluster_is_for_its_user_on_loopback_only() -> None:
     command = [sys.executable, "-c", LISTENERS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    mode, found = json.loads(done.stdout.splitlines()[-1])
+    mode, found, private, scripts = json.loads(done.stdout.splitlines()[-1])
     assert oct(mode) == "0o700"
+    assert private
+    # Neither an autoscaler nor a reader of logs nor a dashboard.
+    assert not set(scripts) & {"monitor.py", "log_monitor.py", "dashboard.py"}
     listeners = [line.rsplit(" ", 1) for line in found]
     assert {"gcs_server", "raylet"} <= {name for name, _ in listeners}
     assert {address for _, address in listeners} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
@@ -63,6 +69,7 @@ from diffit_train.errors import UserError
 ray_session.GROWTH_POLL_S = 0.2
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+print("private", ray_session.is_private())
 try:
     ray_session.require(3, 0, "training")
 except UserError as error:
@@ -87,6 +94,7 @@ def test_work_waits_for_a_cluster_that_grows() -> None:
     done = subprocess.run(
         [sys.executable, "-c", GROWING], capture_output=True, text=True, check=True
     )
+    assert "private False" in done.stdout
     assert "refused: training needs 3 CPUs, but the Ray cluster has 1; lower" in done.stdout
     assert "gave up: training needs 1 GPUs, but the Ray cluster has 0; lower" in done.stdout
     assert "waits True" in done.stdout

@@ -327,10 +327,8 @@ def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
             break
         plain = header[156:157] == b"0" and header[257:262] == b"ustar" and not header[345]
         try:
-            name, size = (
-                header[:100].partition(b"\0")[0].decode(),
-                int(header[124:136].rstrip(b" \0"), 8),
-            )
+            name = header[:100].partition(b"\0")[0].decode()
+            size = int(header[124:136].rstrip(b" \0"), 8)
         except ValueError:
             return None
         start += BLOCK

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -295,12 +295,11 @@ def _run_ray_train(
     trainer = _trainer(recipe, worker_config, scratch, validate, supervisor)
     if recipe.scaling.fewest_workers != recipe.scaling.most_workers:
         _renew_claim(url, trainer.train_run_context.run_id)
-    if not ray_session.has_state_api():
-        # No preemption is announced to a Ray of this command's own; its watcher takes a second to
-        # start, just when the workers do. The end of training is noticed sooner.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{PLACEMENT_S:g}")
+    settings = {"WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_S:g}"}
+    if ray_session.is_private():
+        # No preemption is announced to a Ray of this command's own, and its watcher takes a second
+        # to start, just when the workers do. The end of training is noticed sooner.
+        settings |= {"ENABLE_PREEMPTION_WATCHER": "0", "HEALTH_CHECK_INTERVAL_S": "0.5"}
     saved = "checkpoint saved"
     try:
         start = max(committed_steps(url), default=0)
@@ -310,6 +309,7 @@ def _run_ray_train(
             _drawing(recipe, samples, url, mlflow_run_id, status, stop),
             _progress(recipe, status, start, stop, live),
             watchdog.watching(),
+            _ray_train_settings(settings),
         ):
             trainer.fit()
             if reason := ray.get(status.why_failed.remote()):
@@ -455,6 +455,19 @@ class Stop(threading.Event):
     """A request to save and exit."""
 
     by_ctrl_c = False
+
+
+@contextlib.contextmanager
+def _ray_train_settings(settings: Mapping[str, str]) -> Iterator[None]:
+    """Settings of Ray Train for the block, which has variables for them; yours come first."""
+    variables = {f"RAY_TRAIN_{name}": value for name, value in settings.items()}
+    variables = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
 
 
 @contextlib.contextmanager

@@ -116,6 +116,17 @@ def test_a_worker_that_dies_before_it_begins_is_replaced(
     assert "(failure 1 of 3 allowed since the checkpoint of step 0)" in capfd.readouterr().err
 
 
+def test_settings_of_ray_train_last_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
+    settings = {"HEALTH_CHECK_INTERVAL_S": "0.5", "ENABLE_PREEMPTION_WATCHER": "0"}
+    with driver._ray_train_settings(settings):
+        assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
+    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
+
+
 def test_every_restart_says_why(status: Any) -> None:
     watched = Supervisor(status, Scaling(max_failures=3), newest_checkpoint=100)
     _fail(watched, DIED)
