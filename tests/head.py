@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -37,6 +39,10 @@ class Head:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
         command += ["--num-cpus=2", f"--port={self.port}", f"--dashboard-port={dashboard}"]
         command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+        # Ray connects a job's driver to the newest cluster of this folder. The paths of sockets
+        # must be short.
+        self.folder = tempfile.mkdtemp(prefix="ray-")
+        command += [f"--temp-dir={self.folder}"]
         # Any other Ray session on this machine occupies the agent's default port, and an agent
         # without its port accepts no jobs.
         self.command = [*command, f"--dashboard-agent-listen-port={agent}"]
@@ -64,3 +70,4 @@ class Head:
         for process in [psutil.Process(self.process.pid), *self.children()]:
             process.kill()
         self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)  # processes that are ending may write there

@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import aiohttp
 import pytest
-from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.job_submission import JobSubmissionClient
 
 import diffit_train
@@ -295,7 +294,7 @@ def test_what_is_sent_with_a_job(tmp_path: Path, gpus: int, device: str) -> None
     for kind in get_args(RuntimeEnv):
         wanted = Named("train", recipe, "r", runtime_env=kind)
         send_job(Client(), wanted, "http://127.0.0.1:8265", None, 1)  # type: ignore[arg-type]
-    files = ["recipe.yaml", "requirements.txt", "submission.txt", "train.py"]
+    files = ["recipe.yaml", "requirements.txt", "train.py"]
     assert sent["none"] == ["diffit_train", *files]
     assert sent["image"] == files
     (lock,) = set(sent["pip"]) - set(sent["none"])
@@ -308,22 +307,6 @@ def test_what_is_sent_with_a_job(tmp_path: Path, gpus: int, device: str) -> None
     # The environment has a Python of its own, even on a cluster on this machine.
     assert requests["pip"]["entrypoint"].startswith("python train.py")
     assert requests["none"]["entrypoint"].startswith(sys.executable)
-
-
-def test_every_attempt_has_a_package_of_its_own(tmp_path: Path) -> None:
-    recipe, uris = tiny_recipe(tmp_path), []
-
-    class Client:
-        """Names the package as Ray does, by its contents."""
-
-        def submit_job(self, **request: Any) -> None:
-            folder = request["runtime_env"]["working_dir"]
-            uris.append(get_uri_for_directory(folder, include_gitignore=True))
-
-    for run, attempt in (("a", 1), ("a", 2), ("b", 1)):
-        wanted = Job("train", recipe, run)
-        send_job(Client(), wanted, "http://127.0.0.1:8265", None, attempt)  # type: ignore[arg-type]
-    assert len(set(uris)) == 3
 
 
 def test_following_survives_a_lost_connection(

@@ -169,8 +169,6 @@ def send_job(
     }
     try:
         _stage_files(job, folder)
-        # Ray removes the package of an ended job even while it accepts the same one again.
-        (folder / "submission.txt").write_text(submission_id)
         request["runtime_env"] |= locked_packages(job, folder)
         _send_when_ready(client, request)
     except RuntimeError as error:

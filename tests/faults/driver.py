@@ -6,9 +6,11 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -35,15 +37,21 @@ class Nodes:
     """
 
     def __init__(self, count: int, head_cpus: int = 0, *, job_server: bool = False) -> None:
+        from ray._private.utils import write_ray_address
         from ray.cluster_utils import Cluster
 
         # The job's controller, which watches for preemptions, reads it from here.
         os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-        arguments = {"num_cpus": head_cpus, "include_dashboard": job_server}
+        arguments: dict[str, Any] = {"num_cpus": head_cpus, "include_dashboard": job_server}
+        self.folder = ""
         if job_server:
+            # Ray connects a job's driver to the newest cluster of this folder.
+            self.folder = arguments["temp_dir"] = tempfile.mkdtemp(prefix="ray-")
             arguments["dashboard_port"] = free_port()
             arguments["dashboard_agent_listen_port"] = free_port()
         self.cluster = Cluster(initialize_head=True, head_node_args=arguments)
+        if job_server:
+            write_ray_address(self.cluster.gcs_address, self.folder)
         self.nodes = [self.add() for _ in range(count)]
 
     @property
@@ -94,6 +102,8 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         self.cluster.shutdown()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _name(process: psutil.Process) -> str:
