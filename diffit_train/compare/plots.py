@@ -364,7 +364,8 @@ def _mark_single(cell: Axes, panel: Panel) -> None:
             axis.set_ticks([value], [f"{value:,.6g}" if axis is cell.xaxis else f"{value:.4g}"])
             axis.set_ticks([], minor=True)
             if axis is cell.xaxis:
-                cell.set_xlim(*((value / 2, 2 * value) if value > 0 else (-1.0, 1.0)))
+                below = value / 2 if cell.get_xscale() == "log" else 0.0  # in the middle
+                cell.set_xlim(*((below, 2 * value) if value > 0 else (-1.0, 1.0)))
 
 
 def _legend(panel: Panel) -> list[str]:
