@@ -7,7 +7,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from pathlib import Path
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
 from diffit_train.config.scaling import ClusterStage
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import UserError
 from diffit_train.preflight import SHARED_VERSIONS, Check, check_packages
 from diffit_train.storage import redact
 from diffit_train.tracking import Tracker, unreachable_errors
@@ -102,13 +101,10 @@ def _check_disk(recipe: Recipe) -> tuple[str, str, str]:
 
 def _check_root(recipe: Recipe) -> tuple[str, str, str]:
     root = recipe.storage.root
-    url = storage.join(root, f".doctor-{uuid.uuid4().hex}")
     try:
-        storage.write_text(url, "diffit")
-        storage.read_bytes(url)
-        storage.remove(url)
-    except (OSError, DiffitError, UserError) as error:
-        return "root", redact(root), f"make it writable: {first_line(error)}"
+        storage.require_writable(root)
+    except UserError as error:
+        return "root", redact(root), first_line(error)
     return "root", f"{redact(root)} can be written and read", ""
 
 

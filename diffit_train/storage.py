@@ -490,6 +490,33 @@ def create(url: str, data: bytes) -> bool:
     return retried(url, attempt)
 
 
+def require_writable(root: str) -> None:
+    """Refuse a root that cannot be written to, before hours of work are lost; nothing remains.
+
+    Raises:
+        UserError: it names the reason.
+    """
+    name = f".writable-{uuid.uuid4().hex}"
+    try:
+        if is_local(root):
+            path = local_path(root).absolute()
+            probe = next(p for p in (path, *path.parents) if p.exists()) / name
+            probe.mkdir()
+            probe.rmdir()
+        else:
+            url = join(root, name)
+            write_text(url, "diffit")
+            read_bytes(url)
+            remove(url)
+    except (OSError, DiffitError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        reason = getattr(cause, "strerror", None) or waiting.first_line(error)
+        raise UserError(
+            f"cannot write to {display_path(root)}: {reason}; make it writable, or choose another "
+            "--root"
+        ) from error
+
+
 def write_text(url: str, text: str) -> None:
     """Write a whole UTF-8 file at once."""
     write_bytes(url, text.encode())

@@ -103,3 +103,15 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text(), json_values))
 def test_digest_ignores_the_order_of_keys(value: dict) -> None:
     assert storage.digest(value) == storage.digest(dict(reversed(value.items())))
+
+
+def test_a_root_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    storage.require_writable(str(tmp_path / "new" / "root"))
+    storage.require_writable("memory://new/root")
+    assert list(tmp_path.iterdir()) == []
+    assert storage.list_names("memory://new/root") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"cannot write to .*/file/x: Not a directory; make it writ"
+    ):
+        storage.require_writable(str(tmp_path / "file" / "x"))

@@ -81,6 +81,7 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
         return info
     from diffit_train.evaluation.feature_networks import fit_classifier
 
+    storage.require_writable(recipe.storage.root)
     info = fit_classifier(recipe, identity)
     accuracy = f"held-out accuracy {info.held_out_accuracy:.1%}"
     say(f"feature network {storage.display_path(url)}: {accuracy}")

@@ -154,4 +154,8 @@ def read_known_recipe(name: str, overrides: list[str] | None, root: str | None) 
     """The recipe of a command line; a copy of the latents' autoencoder counts as that one."""
     from diffit_train.data.known_autoencoder import recognized
 
-    return recognized(read_recipe(name, overrides, root))
+    recipe = read_recipe(name, overrides, root)
+    url = recipe.storage.root
+    if storage.is_local(url) and storage.local_path(url).is_file():
+        raise UserError(f"storage.root is {url}, a file; choose a folder by --root")
+    return recognized(recipe)

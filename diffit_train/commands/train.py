@@ -60,7 +60,7 @@ def train_run(
         validate, samples = _validation(recipe, run), _samples(recipe, run)
         step = driver.train(recipe, run, address, validate, samples=samples, wait=wait)
     else:
-        say("already trained")
+        say("already trained" + (f" to step {step:,}" if step > recipe.train.steps else ""))
         send_unsent(recipe, run, say)
         _send_samples(recipe, run)
     say(f"run {storage.display_path(run_url(recipe, run))} is at step {step:,}")
@@ -121,7 +121,7 @@ def train_command(
     source: Source = None,
     source_weights: SourceWeights = "ema",
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for another command that trains the run.")
+        bool, typer.Option("--wait", help="If another command trains this run, wait for it.")
     ] = False,
     address: Address = None,
     as_json: Json = False,

@@ -210,7 +210,9 @@ def sample_command(
     ] = None,
     classes: Annotated[
         list[str] | None,
-        typer.Option("--class", help="Name or number of a class; repeatable."),
+        typer.Option(
+            "--class", help="Name or number of a class; repeatable. Default: eight of them."
+        ),
     ] = None,
     seeds: Annotated[
         str, typer.Option(help="Seeds, e.g. 0-3,8; one image per class and seed.")

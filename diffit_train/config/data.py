@@ -59,7 +59,7 @@ class Data(Section):
     )
     images_per_shard: PositiveInt = Field(default=512, description="images per shard")
     max_rejected_fraction: Fraction = Field(
-        default=0.01, description="fail if a larger fraction of the images cannot be read"
+        default=0.01, description="fail if a larger fraction of the images cannot be used"
     )
     expected_images: PositiveInt | None = Field(
         default=None,

@@ -327,6 +327,9 @@ def _explain(error: dict[str, Any]) -> str:
         name, colon, value = location[-1].partition(":")
         if colon and value:
             return f"unknown key {key!r}; YAML needs a space after the colon: {name}: {value}"
+        whole = [f"{part}.{key}" for part in known if key in _section_keys([part, key])]
+        if len(parts) == 1 and whole:
+            return f"unknown key {key!r} (did you mean {' or '.join(map(repr, whole))}?)"
         hint = nearest(location[-1], known) or f"; allowed here: {', '.join(known)}"
         return f"unknown key {key!r}{hint}"
     if error["type"] == "missing":

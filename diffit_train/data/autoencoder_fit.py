@@ -50,6 +50,7 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
         say(f"autoencoder {storage.display_path(url)} is already fitted")
         return report
     _check_target(recipe, url)
+    storage.require_writable(recipe.storage.root)
     report = {"identity": identity, **_train_autoencoder(recipe, url, identity)}
     storage.write_json(marker, report)
     storage.remove(storage.join(url, AUTOENCODER_STATE))

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +84,9 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
         assert done is not None
         say("No new images to append")
         return done
+    _check_listed(recipe, work.listing)
     _require_autoencoder(recipe)
+    storage.require_writable(recipe.storage.root)
     url = latents_url(recipe)
     work = in_order_of_plan(url, work)
     with _cluster(recipe, address):
@@ -436,13 +438,31 @@ def _check_rejected(recipe: Recipe, url: str, parts: dict[int, EncodedPart], tot
         UserError: with the first reasons; a rerun reads the affected shards again.
     """
     rejected = [item for part in parts.values() for item in part.rejected]
-    limit = recipe.data.max_rejected_fraction
-    if len(rejected) <= limit * total:
+    if len(rejected) <= recipe.data.max_rejected_fraction * total:
         return
     # A marker for the rerun: actors may still be writing parts with rejected images.
     storage.write_text(storage.join(url, "parts", RETRY), "")
-    first = "".join(f"\n  {item.path}: {item.reason}" for item in rejected[:5])
-    raise UserError(
-        f"{len(rejected):,} of {total:,} images cannot be read, more than "
-        f"data.max_rejected_fraction={limit:g} allows; fix them or raise the limit:{first}"
+    raise _too_many(recipe, [(item.path, item.reason) for item in rejected], total)
+
+
+def _check_listed(recipe: Recipe, listing: ImageList) -> None:
+    """Stop before anything starts if the listing shows too many problems, such as wrong labels.
+
+    Raises:
+        UserError: with the first ones.
+    """
+    wrong = [(item.name, item.problem) for item in listing.items if item.problem]
+    if len(wrong) > recipe.data.max_rejected_fraction * len(listing.items):
+        raise _too_many(recipe, wrong, len(listing.items))
+
+
+def _too_many(recipe: Recipe, wrong: Sequence[tuple[str, str]], total: int) -> UserError:
+    """An error for too many unusable images, given by name and reason."""
+    data, shown = recipe.data, wrong[:5]
+    labels = any(reason.startswith("label ") for _, reason in shown)
+    fix = f"data.num_classes is {data.num_classes}" if labels else "fix them or raise the limit"
+    return UserError(
+        f"{len(wrong):,} of {total:,} images cannot be used, more than "
+        f"data.max_rejected_fraction={data.max_rejected_fraction:g} allows; {fix}:"
+        + "".join(f"\n  {name}: {reason}" for name, reason in shown)
     )

@@ -171,8 +171,9 @@ def require_recipe(recipe: Recipe, recipe_hash: str) -> None:
     if recipe_hash != recipe.encode_hash():
         raise UserError(
             f"latents {latents_url(recipe)} were encoded with another recipe (hash "
-            f"{recipe_hash[:12]}, this recipe's is {recipe.encode_hash()[:12]}); choose another "
-            "data.name, or use the data and autoencoder sections they were encoded with"
+            f"{recipe_hash[:12]}, this recipe's is {recipe.encode_hash()[:12]}); use the data and "
+            "autoencoder sections they were encoded with, choose another data.name, or delete that "
+            "folder to encode again"
         )
 
 

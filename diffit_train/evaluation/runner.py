@@ -292,8 +292,8 @@ def _finish(
     write_result(url, result)
     if usage.idle_share is not None:
         say(
-            f"step {step:,}: the actors existed for {usage.existed_s:,.0f} s, and did not generate "
-            f"in {usage.idle_share:.1%} of it"
+            f"step {step:,}: the actors were idle for {usage.idle_share:.1%} of their "
+            f"{usage.existed_s:,.0f} s"
         )
     return result
 

@@ -59,9 +59,11 @@ def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
     identity = read_identity(url)
     if identity is None or identity.recipe_hash == recipe.train_hash():
         return identity
+    empty = not committed_steps(url)
+    fix = f", or, since it has no checkpoint, remove it: diffit runs remove {run}" if empty else ""
     raise UserError(
         f"run {run!r} in {recipe.storage.root} was trained with another recipe"
-        f"{_differences(recipe, url)}; choose another --run, or use the same recipe"
+        f"{_differences(recipe, url)}; choose another --run, or use the same recipe{fix}"
     )
 
 

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from diffit_train import ray_session, storage
 from diffit_train.background import beside
 from diffit_train.config import Recipe, stored_text
+from diffit_train.data.loader import SampleOrder
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError, Interrupted, UserError
@@ -103,12 +104,14 @@ def train(
         return done
     _check_resumable(run_url(recipe, run))
     manifest = _check_latents(recipe)
+    _check_order(recipe, manifest)
     if known := check_recipe(recipe, run):
         check_latents(run_url(recipe, run), known, manifest)
         check_run_files(run_url(recipe, run))
     if not committed_steps(run_url(recipe, run)):
         _check_start(recipe)
     tracking_uri(recipe)
+    storage.require_writable(recipe.storage.root)
     _kernel(recipe)
     _require_own_classes(recipe)
     stop = Stop()
@@ -251,6 +254,14 @@ def _mlflow_run(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> st
     except unreachable_errors() as error:  # the server may be there without its artifacts
         say(f"Could not store the recipe in MLflow: {first_line(error)}")
     return run_id
+
+
+def _check_order(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuse a batch that is larger than the data, or more workers than lanes."""
+    counts = [entry.count for entry in manifest.shards]
+    data, train = recipe.data, recipe.train
+    order = SampleOrder(counts, train.batch_size, data.lanes, data.shuffle_window, train.seed)
+    order.rank_lanes(0, recipe.scaling.most_workers)
 
 
 def _check_latents(recipe: Recipe) -> Manifest:

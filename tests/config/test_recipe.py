@@ -96,6 +96,8 @@ def test_only_local_paths_are_made_absolute() -> None:
     ("override", "words"),
     [
         ("train.lrr=1", ["'train.lrr'", "did you mean 'lr'"]),
+        ("lr=1", ["'lr'", "did you mean 'train.lr'"]),
+        ("seed=1", ["'seed'", "did you mean 'train.seed' or 'evaluate.seed'"]),
         ("trian.lr=1", ["'trian'", "did you mean 'train'"]),
         ("tra-in.lr=1", ["'tra-in'", "did you mean 'train'"]),
         ("train.zzz=1", ["'train.zzz'", "allowed here", "batch_size"]),

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffit_train import storage
+from diffit_train import ray_session, storage
 from diffit_train.commands.verify import check_latents
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
@@ -127,6 +127,36 @@ def test_two_actors_produce_the_same_bytes(encoded: Path, tmp_path: Path) -> Non
     recipe = tiny_recipe(_copy(encoded, tmp_path), "scaling.encode_actors=2")
     encode(recipe)
     assert _hashes(recipe) == _hashes(tiny_recipe(encoded))
+
+
+def test_what_must_fail_is_refused_before_ray_starts(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(address: str | None) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray_session, "connected", start)
+    root = _copy(project, tmp_path)
+    folder = root / "images" / "digits"
+    files = {f"{f.parent.name}/{f.name}": f.read_bytes() for f in folder.glob("*/*")}
+    source = write_as("parquet", files, root / "other")
+    one = tiny_recipe(
+        root, f"data.source={source}", "data.num_classes=1", "data.columns.label=label"
+    )
+    wanted = r"16 of 24 images cannot be used.*; data\.num_classes is 1:\n.*label 1 is not between"
+    with pytest.raises(UserError, match=wanted):
+        encode(one)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    elsewhere = [
+        f"data.source={root}/images/digits",
+        f"autoencoder.source={root}/autoencoders/digits",
+    ]
+    with pytest.raises(UserError, match="cannot write to .*file/x: Not a directory; make it writ"):
+        encode(tiny_recipe(blocked / "x", *elsewhere))
+    with pytest.raises(AssertionError, match="Ray was started"):
+        encode(tiny_recipe(root))
+    assert not list(root.glob(".writable-*"))
 
 
 def test_unreadable_images_are_rejected(project: Path, tmp_path: Path) -> None:

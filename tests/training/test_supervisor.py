@@ -33,7 +33,7 @@ from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from diffit_train.config.scaling import Scaling
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, UserError
 from diffit_train.training import driver, supervisor
 from diffit_train.training.status import TrainingStatus
 from diffit_train.training.supervisor import Supervisor
@@ -114,6 +114,23 @@ def test_a_worker_that_dies_before_it_begins_is_replaced(
     assert driver.train(tiny_recipe(tmp_path), "killed") == 12
     assert (tmp_path / "killed").exists()
     assert "(failure 1 of 3 allowed since the checkpoint of step 0)" in capfd.readouterr().err
+
+
+def test_a_batch_that_is_too_large_is_refused_before_ray_starts(
+    encoded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(address: str | None) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(driver.ray_session, "connected", start)
+    many = ("data.lanes=8", "train.batch_size=8", "scaling.workers=8")
+    for changes, wanted in (
+        (("train.batch_size=1000",), "train.batch_size is 1000, but there are only 24 images"),
+        (many, "8 workers cannot share the 4 lanes of 5 shards"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            driver.train(tiny_recipe(encoded, *changes), "refused")
+    assert not (encoded / "runs" / "refused").exists()
 
 
 def test_settings_of_ray_train_last_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
