@@ -195,7 +195,7 @@ def test_stages_ask_for_what_the_recipe_says_they_need(
 
     monkeypatch.setattr(ray_session, "require", require)
     monkeypatch.setattr(ray_session, "connected", lambda *_: nullcontext())
-    for name in ("_check_latents", "tracking_uri", "_kernel"):
+    for name in ("_check_latents", "_check_order", "tracking_uri", "_kernel"):
         monkeypatch.setattr(driver, name, lambda *_: None)
     changes = ["workers=3..4", "cpus_per_worker=4", "gpus_per_worker=1", "evaluate_actors=4"]
     changes += ["encode_min_actors=2", "encode_actors=3", "gpus_per_actor=0.5", "wait_s=600"]
