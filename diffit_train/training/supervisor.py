@@ -132,7 +132,10 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         limit_s = float("inf") if elastic else max(LOST_NODE_WAIT_S, scaling.wait_s)
         cpus, gpus = scaling.needs("train")
         missing = missing_resources(cpus, gpus)
-        full = "the cluster has the CPUs and GPUs that training needs, but they are in use"
+        full = (
+            "the cluster has the CPUs and GPUs that training needs, but they are in use or on a "
+            "node that is about to end"
+        )
         what = f"training needs {missing}" if missing else full
         if waited_s > limit_s:
             raise DiffitError(
