@@ -6,6 +6,7 @@ What is not exported there is private and may change.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -175,15 +176,10 @@ class Latents(IterableDataset[LatentBatch]):
         self.url = storage.absolute(url)
         self.manifest, recipe = load_manifest(self.url), recipe_of(self.url)
         self.start_step, self.rank, self.world = start_step, rank, world
-        self._order = (
-            [entry.count for entry in self.manifest.shards],
-            batch_size or recipe.train.batch_size,
-            recipe.data.lanes,
-            recipe.data.shuffle_window,
-            recipe.train.seed if seed is None else seed,
-            self.manifest.shuffled,
-        )
-        self.steps_per_epoch = SampleOrder(*self._order).steps_per_epoch
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, but must be at least 1")
+        self._new_order = partial(SampleOrder.of, recipe, self.manifest, batch_size, seed)
+        self.steps_per_epoch = self._new_order().steps_per_epoch
 
     @property
     def classes(self) -> list[str]:
@@ -194,7 +190,7 @@ class Latents(IterableDataset[LatentBatch]):
         info, rank, world = get_worker_info(), self.rank, self.world
         if info is not None:
             rank, world = rank * info.num_workers + info.id, world * info.num_workers
-        order = SampleOrder(*self._order)
+        order = self._new_order()
         lanes = order.rank_lanes(rank, world)
         with LatentLoader(
             self.url, self.manifest, order, lanes, self.start_step, _as_tensors

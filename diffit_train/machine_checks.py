@@ -17,9 +17,8 @@ from diffit_train.config import Recipe
 from diffit_train.config.scaling import ClusterStage
 from diffit_train.errors import UserError
 from diffit_train.preflight import SHARED_VERSIONS, Check, check_packages
-from diffit_train.storage import redact
+from diffit_train.redaction import first_line, redact
 from diffit_train.tracking import Tracker, unreachable_errors
-from diffit_train.waiting import first_line
 
 LEAST_DISK_GIB = 10.0
 

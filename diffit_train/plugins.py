@@ -18,6 +18,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from diffit_train.errors import UserError
+from diffit_train.redaction import first_line
 
 
 class OwnClassError(UserError):
@@ -65,7 +66,7 @@ class Plugged:
             missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
                 f"{error.name}."
             )
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             fix = (
                 "install the package that has it where this runs (on a cluster: on every node), "
                 "put its folder on PYTHONPATH, or fix the name"
@@ -111,7 +112,7 @@ class Plugged:
         except UserError:
             raise
         except Exception as error:  # the class's own code may raise anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             given = f" with options {options}" if options else ""
             raise OwnClassError(
                 f"{self.key} is {name!r}, but making a {found.__name__}{given} failed: "

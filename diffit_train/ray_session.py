@@ -22,6 +22,7 @@ from diffit_train import waiting
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import FILE, SETUP_HOOK
 from diffit_train.progress import say
+from diffit_train.redaction import first_line
 
 # Without it, Ray would join any cluster that happens to run on this machine.
 NEW_CLUSTER = "local"
@@ -84,7 +85,7 @@ def connected(address: str | None = None) -> Iterator[None]:
     except ConnectionError as error:
         raise DiffitError(
             f"something listens at {address}, but no live raylet of this machine belongs to it: "
-            f"{waiting.first_line(error)}; start one with `ray start`, or fix --address"
+            f"{first_line(error)}; start one with `ray start`, or fix --address"
         ) from error
     except ValueError as error:
         raise UserError(_unreachable(address, error)) from error

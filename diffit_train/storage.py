@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from diffit_train import disk_full, waiting
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.redaction import redact as redact
+from diffit_train.redaction import first_line, redact
 
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
@@ -510,7 +510,7 @@ def require_writable(root: str) -> None:
             remove(url)
     except (OSError, DiffitError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        reason = getattr(cause, "strerror", None) or waiting.first_line(error)
+        reason = getattr(cause, "strerror", None) or first_line(error)
         raise UserError(
             f"cannot write to {display_path(root)}: {reason}; make it writable, or choose another "
             "--root"

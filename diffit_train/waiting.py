@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from diffit_train.errors import UserError
-from diffit_train.redaction import redact
+from diffit_train.redaction import first_line
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -93,12 +93,6 @@ def retried(
             reraise=True,
         )
         return attempts(call)
-
-
-def first_line(error: BaseException | None) -> str:
-    """An error in one line, without credentials."""
-    text = (str(error) if error else "").strip()
-    return redact(text.splitlines()[0]) if text else type(error).__name__
 
 
 # ---- A word while waiting ----

@@ -145,6 +145,8 @@ def test_latents_come_in_the_order_of_training(tmp_path: Path) -> None:
         assert batch.moments.dtype == torch.float32
         seen.append(batch.keys)
     assert len(set(torch.cat(seen[:5]).tolist())) == 40
+    with pytest.raises(dt.UserError, match="batch_size is 0, but must be at least 1"):
+        dt.Latents(url, batch_size=0)
     # From a later step, and shared by two processes.
     later = next(iter(dt.Latents(url, start_step=7)))
     assert later.keys.tolist() == seen[7].tolist()

@@ -15,7 +15,7 @@ import pytest
 from diffit_train import waiting
 from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.storage import redact
+from diffit_train.redaction import redact
 from diffit_train.tracking import MetricsOutbox, Tracker, tracking_uri
 from tests.conftest import tiny_recipe
 from tests.silent import silent_server

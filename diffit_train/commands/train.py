@@ -25,11 +25,11 @@ from diffit_train.config import Recipe
 from diffit_train.config.evaluate import OWN
 from diffit_train.evaluation.best import register_best
 from diffit_train.progress import say
+from diffit_train.redaction import first_line
 from diffit_train.runs.identity import finished_step, run_url
 from diffit_train.runs.start import starting_from
 from diffit_train.tracking import unreachable_errors
 from diffit_train.training.log import send_unsent
-from diffit_train.waiting import first_line
 
 if TYPE_CHECKING:
     from diffit_train.evaluation.training_samples import TrainingSamples

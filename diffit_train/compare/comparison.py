@@ -23,7 +23,7 @@ from diffit_train.compare.ranking import (
 )
 from diffit_train.compare.tables import csv_text, markdown_table, markdown_text, rich_table, sheets
 from diffit_train.errors import UserError
-from diffit_train.storage import redact
+from diffit_train.redaction import redact
 from diffit_train.tracking import Tracker
 
 __all__ = ["Comparison", "collect", "compare_store"]

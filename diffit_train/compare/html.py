@@ -17,9 +17,8 @@ from diffit_train.compare.plots import Panel, draw_panels
 from diffit_train.compare.ranking import Compared, best_by_protocol, protocols_of
 from diffit_train.compare.tables import Cell, Sheet, sheets
 from diffit_train.progress import counted
-from diffit_train.storage import redact
+from diffit_train.redaction import first_line, redact
 from diffit_train.tracking import Tracker
-from diffit_train.waiting import first_line
 
 MAX_GRIDS = 24
 # Larger grids are embedded at reduced size, so that a page with many still opens on a phone.

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from diffit_train import storage
 from diffit_train.errors import UserError
+from diffit_train.redaction import redact
 
 # Names become folders of a root.
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -28,7 +28,7 @@ CREDENTIALS_IN_URL = (
 
 def without_credentials(url: str) -> str:
     """The URL of a source; a ValueError if it holds credentials."""
-    if storage.redact(url) != url:
+    if redact(url) != url:
         raise ValueError(CREDENTIALS_IN_URL)
     return url
 

@@ -17,6 +17,7 @@ from diffit_train.config.presets import PRESETS
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
 from diffit_train.plugins import nearest
+from diffit_train.redaction import redact
 
 YAML_SUFFIXES = (".yaml", ".yml")
 # Characters, levels and values of a recipe; the largest packaged one has 4,000, 3 and 120.
@@ -148,7 +149,7 @@ def dump_recipe(recipe: Recipe) -> str:
         (evaluate["features"], "source"),
     ):
         if section[key]:
-            section[key] = storage.redact(section[key])
+            section[key] = redact(section[key])
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -339,5 +340,5 @@ def _explain(error: dict[str, Any]) -> str:
         return message
     if isinstance(error["input"], dict):
         return message if key in message else f"{key}: {message}"
-    value = _shortened(storage.redact(repr(error["input"])))
+    value = _shortened(redact(repr(error["input"])))
     return f"{key} is {value}: {message[0].lower()}{message[1:]}"

@@ -26,6 +26,7 @@ from diffit_train.data.autoencoder_memory import (
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 from diffit_train.models.precision import searched_convolutions, tf32
+from diffit_train.redaction import first_line
 
 T = TypeVar("T", np.ndarray, Tensor)
 # diffusers' bounds on the posterior's log-variance.
@@ -240,7 +241,7 @@ def _load_model(url: str, kind: str, dtype: torch.dtype, hub: bool) -> Any:
             return model_class.from_pretrained(folder, **options)
     # For damaged files, diffusers raises nearly everything.
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"autoencoder.source {url} cannot be loaded: {reason}; set it to a folder in "
             f"diffusers' format or the hub id of an {model_class.__name__}"

@@ -19,6 +19,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 
+from diffit_train.config import Recipe
 from diffit_train.data.shards import Manifest, Shard, ShardEntry, as_float, read_shard
 from diffit_train.errors import UserError
 
@@ -83,6 +84,24 @@ class SampleOrder:
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         # By lane: epoch, number and permutation of the window read last.
         self._last: dict[int, tuple[int, int, np.ndarray]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        manifest: Manifest,
+        batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> Self:
+        """The order of a recipe's training on latents, or that with another batch size or seed."""
+        return cls(
+            [entry.count for entry in manifest.shards],
+            recipe.train.batch_size if batch_size is None else batch_size,
+            recipe.data.lanes,
+            recipe.data.shuffle_window,
+            recipe.train.seed if seed is None else seed,
+            manifest.shuffled,
+        )
 
     def lane_samples(self, step: int, lane: int) -> list[tuple[int, int]]:
         """(shard, offset in the shard) of each sample of a lane in a step's batch."""

@@ -12,6 +12,7 @@ from diffit_train.errors import UserError
 from diffit_train.evaluation.result import Result, evaluated_identity, run_results
 from diffit_train.metric_names import distance_name
 from diffit_train.progress import say
+from diffit_train.redaction import first_line
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
 from diffit_train.runs.identity import run_url, stored_recipe
 from diffit_train.tracking import (
@@ -22,7 +23,6 @@ from diffit_train.tracking import (
     Tracker,
     unreachable_errors,
 )
-from diffit_train.waiting import first_line
 
 
 def best_metric(recipe: Recipe) -> str:

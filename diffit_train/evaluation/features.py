@@ -14,6 +14,7 @@ from diffit_train.config import Recipe
 from diffit_train.config.evaluate import FEATURES, PUBLISHED
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.first_use import require_as_before
+from diffit_train.redaction import redact
 
 # Published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -83,7 +84,7 @@ def features_digest(recipe: Recipe) -> str:
     if section.plugged and url == PUBLISHED:
         return storage.digest([section.kind, section.options])
     sha256 = _file_digest(url)
-    require_as_before(recipe.storage.root, "evaluate.features.source", storage.redact(url), sha256)
+    require_as_before(recipe.storage.root, "evaluate.features.source", redact(url), sha256)
     if section.plugged:
         return storage.digest([section.kind, section.options, sha256])
     return sha256

@@ -21,6 +21,7 @@ from diffit_train.models.build import build_model
 from diffit_train.models.precision import arithmetic
 from diffit_train.models.published import FIXED, check_published, read_weights_file
 from diffit_train.models.wrap import compile_blocks, use_kernel
+from diffit_train.redaction import redact
 from diffit_train.runs.checkpoints import read_weights, reconstructed_url
 
 # What decides how a decoder of diffusers computes; a later version may know more keys.
@@ -129,14 +130,14 @@ def load_decoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
     if loaded.model is None:
         return loaded
     weights, encoded = loaded.weight_hash(), ""
-    url, source = latents_url(recipe), storage.redact(recipe.autoencoder.name)
+    url, source = latents_url(recipe), redact(recipe.autoencoder.name)
     if storage.exists(storage.join(url, MANIFEST)):
         manifest = load_manifest(url)
         if manifest.recipe_hash == recipe.encode_hash():
             encoded = manifest.autoencoder_sha256
             if (weights, loaded.scale) != (encoded, manifest.scale):
                 raise UserError(
-                    f"the autoencoder in {storage.redact(autoencoder_url(recipe))} is not the one "
+                    f"the autoencoder in {redact(autoencoder_url(recipe))} is not the one "
                     f"that {url} was encoded with: its weights or its scale differ; restore it"
                 )
     config = {name: loaded.model.config.get(name) for name in _AUTOENCODER_KEYS}

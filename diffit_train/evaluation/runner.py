@@ -38,10 +38,10 @@ from diffit_train.evaluation.result import (
 from diffit_train.evaluation.scoring import Scorer, grid_rows, read_grid
 from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.progress import Progress, say
+from diffit_train.redaction import first_line
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url
 from diffit_train.tracking import TAG_REFERENCE, Tracker, import_ahead, unreachable_errors
-from diffit_train.waiting import first_line
 
 # Threads that sum finished chunks while actors generate others.
 SUMMING_THREADS = 2

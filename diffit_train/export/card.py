@@ -10,6 +10,7 @@ from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.evaluation.result import Result, run_results
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.build import build_model
+from diffit_train.redaction import redact
 from diffit_train.runs.checkpoints import read_state
 from diffit_train.runs.identity import run_url, stored_recipe
 
@@ -81,7 +82,7 @@ def _usage(recipe: Recipe) -> str:
 
 def _data(recipe: Recipe) -> str:
     data, url = recipe.data, latents_url(recipe)
-    source = storage.redact(data.source)
+    source = redact(data.source)
     text = f"`{data.name}`, {data.num_classes:,} classes, from `{source}`."
     if not storage.exists(storage.join(url, MANIFEST)):
         return f"{text} The encoded images were not there at the export."

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffit_train import storage
 from diffit_train.errors import UserError
+from diffit_train.redaction import first_line
 
 # Computed, not learned: the release includes them, training checkpoints do not.
 FIXED = ("pos_embed", "relative_position_index")
@@ -120,7 +121,7 @@ def _read_pickle(path: Path, url: str) -> dict[str, Tensor]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if type(error).__name__ == "UnpicklingError":
             # Torch's message recommends weights_only=False, which would run the pickle's code.
             reason = "it holds more than tensors, or is truncated"

@@ -22,7 +22,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import write_forwarded
 from diffit_train.preflight import write_requirements
 from diffit_train.ray_jobs.job import Job, RuntimeEnv
-from diffit_train.storage import redact
+from diffit_train.redaction import redact
 from diffit_train.tracking import require_forwarded
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.scaling import ClusterStage
 from diffit_train.errors import UserError
-from diffit_train.storage import redact
+from diffit_train.redaction import redact
 from diffit_train.tracking import git_commit
 
 # What `diffit submit` sends, and the check of a cluster.

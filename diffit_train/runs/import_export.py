@@ -15,6 +15,7 @@ from diffit_train.models.published import (
     require_finite,
     write_published,
 )
+from diffit_train.redaction import redact
 from diffit_train.runs.checkpoints import (
     STEP_DIGITS,
     State,
@@ -24,7 +25,6 @@ from diffit_train.runs.checkpoints import (
     save_whole,
 )
 from diffit_train.runs.identity import check_recipe, create_identity, run_url, stored_recipe
-from diffit_train.storage import redact
 from diffit_train.tracking import Tracker
 
 

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
+from diffit_train.redaction import first_line
 from diffit_train.runs.lease import Lease, LostLeaseError
-from diffit_train.waiting import first_line
 
 LiveState = Literal["training", "finished", "stopped", "failed"]
 # Seconds between writes, and after which a training that has written nothing is taken for dead.

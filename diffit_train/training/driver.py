@@ -1,21 +1,14 @@
-"""`diffit train`: Ray Train starts and restarts the workers; this process shows progress.
-
-Ray Train's own checkpoints and resumption are not used: it would resume an old name with another
-recipe, and its snapshot may be truncated. Workers that start, for whatever reason, resume from the
-newest committed checkpoint of the run; Ray gets a fresh name each time.
-"""
+"""`diffit train`: Ray Train starts and restarts the workers; this process shows progress."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import threading
 import time
-import uuid
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import ray
 import torch
@@ -28,11 +21,11 @@ from diffit_train.data.loader import SampleOrder
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError, Interrupted, UserError
-from diffit_train.hang.processes import FIRST_FACTOR
 from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import Progress, say
+from diffit_train.redaction import first_line
 from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import checkpoint_digest, committed_steps, read_index, read_state
 from diffit_train.runs.identity import (
@@ -54,22 +47,13 @@ from diffit_train.tracking import (
     tracking_uri,
     unreachable_errors,
 )
+from diffit_train.training import ray_train
 from diffit_train.training.log import check_run_files
 from diffit_train.training.samples import Samples, SampleThread
 from diffit_train.training.status import TrainingStatus
-from diffit_train.training.supervisor import PLACEMENT_S, Supervisor, cause_of
+from diffit_train.training.supervisor import Supervisor, cause_of
 from diffit_train.training.watchdog import Watchdog
-from diffit_train.training.worker import (
-    POLL_S,
-    NodeNetwork,
-    Validate,
-    ValidationTask,
-    train_worker,
-)
-from diffit_train.waiting import first_line
-
-if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
+from diffit_train.training.worker import POLL_S, Validate
 
 # 128 + SIGTERM or SIGINT, the shell's status for a process ended by it.
 STOPPED, INTERRUPTED = 143, 130
@@ -123,7 +107,7 @@ def train(
         with ray_session.connected(address):
             ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
             # Ray Train asks this actor for resources; it starts while MLflow is opened.
-            _coordinator()
+            ray_train.coordinator()
             known = check_recipe(recipe, run)
             identity = known or new_identity(recipe, run, manifest.samples_digest)
             # Before anything is written: a new run is refused without MLflow.
@@ -258,10 +242,7 @@ def _mlflow_run(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> st
 
 def _check_order(recipe: Recipe, manifest: Manifest) -> None:
     """Refuse a batch that is larger than the data, or more workers than lanes."""
-    counts = [entry.count for entry in manifest.shards]
-    data, train = recipe.data, recipe.train
-    order = SampleOrder(counts, train.batch_size, data.lanes, data.shuffle_window, train.seed)
-    order.rank_lanes(0, recipe.scaling.most_workers)
+    SampleOrder.of(recipe, manifest).rank_lanes(0, recipe.scaling.most_workers)
 
 
 def _check_latents(recipe: Recipe) -> Manifest:
@@ -303,14 +284,9 @@ def _run_ray_train(
         "lease": held,
     }
     supervisor = Supervisor(status, recipe.scaling, max(committed_steps(url), default=0))
-    trainer = _trainer(recipe, worker_config, scratch, validate, supervisor)
+    trainer = ray_train.new_trainer(recipe, worker_config, scratch, validate, supervisor)
     if recipe.scaling.fewest_workers != recipe.scaling.most_workers:
-        _renew_claim(url, trainer.train_run_context.run_id)
-    settings = {"WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_S:g}"}
-    if ray_session.is_private():
-        # No preemption is announced to a Ray of this command's own, and its watcher takes a second
-        # to start, just when the workers do. The end of training is noticed sooner.
-        settings |= {"ENABLE_PREEMPTION_WATCHER": "0", "HEALTH_CHECK_INTERVAL_S": "0.5"}
+        ray_train.renew_claim(url, trainer.train_run_context.run_id)
     saved = "checkpoint saved"
     try:
         start = max(committed_steps(url), default=0)
@@ -320,7 +296,7 @@ def _run_ray_train(
             _drawing(recipe, samples, url, mlflow_run_id, status, stop),
             _progress(recipe, status, start, stop, live),
             watchdog.watching(),
-            _ray_train_settings(settings),
+            ray_train.settings(),
         ):
             trainer.fit()
             if reason := ray.get(status.why_failed.remote()):
@@ -363,122 +339,10 @@ def _drawing(
     )
 
 
-def _trainer(
-    recipe: Recipe,
-    worker_config: dict[str, Any],
-    scratch: str,
-    validate: Validate | None,
-    supervisor: Supervisor,
-) -> TorchTrainer:
-    """Ray Train's trainer of a recipe.
-
-    Args:
-        worker_config: what each worker gets.
-        scratch: URL for Ray Train's own state.
-        supervisor: counts failures and limits waiting, in place of Ray Train.
-    """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,
-    )
-    from ray.train.v2.api.validation_config import ValidationConfig
-
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Leaves Ctrl-C to us, and does not wait for an actor that cannot answer."""
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            pass  # Ray Train would abort without saving
-
-        def _create_default_callbacks(self) -> list[Any]:
-            # An actor for Ray Data, which is not used here, takes a second of two CPUs to start.
-            unwanted: list[type] = [DatasetsCallback]
-            if not ray_session.has_state_api():
-                # It removes the workers' resources if the controller dies. Without the state API
-                # it cannot see that, and delays the end of training by 12 s.
-                unwanted.append(PlacementGroupCleanerCallback)
-            callbacks: list[Any] = super()._create_default_callbacks()
-            return [c for c in callbacks if not isinstance(c, tuple(unwanted))]
-
-    scaling = recipe.scaling
-    resources = {"CPU": float(scaling.cpus_per_worker)}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = float(scaling.gpus_per_worker)
-    environment = {} if scaling.gpus_per_worker else {"env_vars": ray_session.KEEP_FREED_MEMORY}
-    fewest, most = scaling.fewest_workers, scaling.most_workers
-    validation = None
-    if validate is not None and recipe.train.validate_every:
-        # The task only waits for the evaluation's actors, which reserve their own resources.
-        validation = ValidationConfig(
-            ValidationTask(worker_config["status"], validate),
-            ray_remote_kwargs={"num_cpus": 0, "max_retries": 0},
-        )
-    return Trainer(
-        train_worker,
-        torch_config=NodeNetwork(
-            status=worker_config["status"], timeout_s=math.ceil(FIRST_FACTOR * scaling.hang_s)
-        ),
-        validation_config=validation,
-        train_loop_config=worker_config,
-        scaling_config=ScalingConfig(
-            num_workers=most if fewest == most else (fewest, most),
-            elastic_resize_monitor_interval_s=scaling.resize_check_s,
-            use_gpu=scaling.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{uuid.uuid4().hex[:12]}",
-            worker_runtime_env=environment,
-            failure_config=FailureConfig(
-                max_failures=-1,
-                max_preemption_failures=scaling.max_preemptions,
-                controller_failure_limit=-1,
-            ),
-            callbacks=[supervisor],
-            **_ray_storage(scratch),
-        ),
-    )
-
-
-def _coordinator() -> Any:
-    """The actor that hands out the cluster's resources; it is started if need be."""
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-        get_or_create_autoscaling_coordinator,
-    )
-
-    return get_or_create_autoscaling_coordinator()
-
-
-def _renew_claim(url: str, ray_run_id: str) -> None:
-    """Cancel the resource request that an earlier attempt of an elastic run left in Ray.
-
-    If that command was killed, Ray would hold the request for three minutes and make this attempt
-    wait. Requests are named by Ray (`ScalingPolicy.after_controller_start`).
-    """
-    claim_url = storage.join(url, "ray-claim.json")
-    if storage.exists(claim_url):
-        ray.get(_coordinator().cancel_request.remote(requester_id=storage.read_json(claim_url)))
-    storage.write_json(claim_url, f"train-{ray_run_id}")
-
-
 class Stop(threading.Event):
     """A request to save and exit."""
 
     by_ctrl_c = False
-
-
-@contextlib.contextmanager
-def _ray_train_settings(settings: Mapping[str, str]) -> Iterator[None]:
-    """Settings of Ray Train for the block, which has variables for them; yours come first."""
-    variables = {f"RAY_TRAIN_{name}": value for name, value in settings.items()}
-    variables = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[name]
 
 
 @contextlib.contextmanager
@@ -505,16 +369,6 @@ def _on_signals(stop: Stop) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, ended)
         signal.signal(signal.SIGINT, broken)
-
-
-def _ray_storage(url: str) -> dict[str, Any]:
-    """RunConfig arguments for where Ray Train keeps its own state."""
-    if storage.is_local(url):
-        return {"storage_path": str(storage.local_path(url).absolute())}
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    fs, path = storage.filesystem(url)
-    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
 @contextlib.contextmanager

@@ -96,14 +96,7 @@ class Trainer:
         self.latents_url = latents_url(recipe)
         self.manifest = load_manifest(self.latents_url)
         self.build_batch = BatchBuilder(recipe, self.manifest, self.objective, device)
-        self.order = SampleOrder(
-            [entry.count for entry in self.manifest.shards],
-            recipe.train.batch_size,
-            recipe.data.lanes,
-            recipe.data.shuffle_window,
-            recipe.train.seed,
-            self.manifest.shuffled,
-        )
+        self.order = SampleOrder.of(recipe, self.manifest)
         self.profiler = StepProfiler(recipe.train.profile_steps, self.url, hooks.say)
         self._start_engine()
         self.guard = BadStepGuard(self.url, self.control, self.writer.wait)

@@ -11,9 +11,9 @@ from typing import Protocol, Self
 import torch
 
 from diffit_train.errors import DiffitError
+from diffit_train.redaction import first_line
 from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.tracking import unreachable_errors
-from diffit_train.waiting import first_line
 
 # Seconds between looks for a new checkpoint.
 POLL_S = 1.0

@@ -19,6 +19,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.metric_names import TRAINING
 from diffit_train.models.published import read_weights_file
 from diffit_train.progress import say
+from diffit_train.redaction import first_line
 from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import (
     SNAPSHOTS,
@@ -44,7 +45,6 @@ from diffit_train.training.log import (
     SkippedSteps,
     TrainingLog,
 )
-from diffit_train.waiting import first_line
 
 IDENTITY, RECIPE, LOG, EXPORTS = "run.json", "recipe.yaml", "log.jsonl", "export"
 _EXPORT = re.compile(r"(?P<kind>.+)-(?P<step>[0-9]{10})\.safetensors")

@@ -26,9 +26,9 @@ from diffit_train.hang.processes import Process, this_process
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
 from diffit_train.plugins import OwnClassError
+from diffit_train.redaction import first_line
 from diffit_train.runs.lease import Lease
 from diffit_train.training.status import Polled
-from diffit_train.waiting import first_line
 
 POLL_S = 0.5
 # For how long workers wait to be replaced, once they have saved a checkpoint for it.

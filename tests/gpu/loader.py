@@ -68,13 +68,7 @@ def fed(
         time.sleep(shard_s)
         return read_shard(url, entry)
 
-    order = SampleOrder(
-        [entry.count for entry in manifest.shards],
-        recipe.train.batch_size,
-        recipe.data.lanes,
-        recipe.data.shuffle_window,
-        recipe.train.seed,
-    )
+    order = SampleOrder.of(recipe, manifest)
     build = BatchBuilder(recipe, manifest, steps.objective, device)
     started_s = time.perf_counter()
     with LatentLoader(

@@ -32,9 +32,10 @@ from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from diffit_train import ray_session
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.training import driver, supervisor
+from diffit_train.training import driver, ray_train, supervisor
 from diffit_train.training.status import TrainingStatus
 from diffit_train.training.supervisor import Supervisor
 from tests.conftest import tiny_recipe
@@ -136,8 +137,8 @@ def test_a_batch_that_is_too_large_is_refused_before_ray_starts(
 def test_settings_of_ray_train_last_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
     monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
-    settings = {"HEALTH_CHECK_INTERVAL_S": "0.5", "ENABLE_PREEMPTION_WATCHER": "0"}
-    with driver._ray_train_settings(settings):
+    monkeypatch.setattr(ray_session, "is_private", lambda: True)
+    with ray_train.settings():
         assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
         assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"

@@ -1,48 +1,34 @@
-"""MLflow: one run per training, a child run per evaluation. Only this module imports it.
-
-Runs are looked up by our own tags, never by name, so a command that is killed and rerun finds its
-run; parameters are written once, when a run is created, since MLflow rejects changed ones.
-"""
+"""A connection to MLflow: its runs, their values and files, and registered models."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import getpass
 import logging
 import os
-import queue
 import re
 import sqlite3
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import unquote, urlsplit
 
-from diffit_train import disk_full, storage, waiting
+from diffit_train import storage, waiting
 from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.storage import redact
+from diffit_train.redaction import first_line, redact
+from diffit_train.tracking import server, sqlite_file
+from diffit_train.tracking.address import tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from PIL.Image import Image
 
-# Set on import, since DeepSpeed imports MLflow, too. No usage statistics leave the machine unless
-# the user turns them on.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-
-# The variable that may hold `tracking.uri` with its credentials.
-CREDENTIALS = "MLFLOW_TRACKING_URI"
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
 # Digest of the reference that an evaluation was measured against, independent of its path.
@@ -54,25 +40,10 @@ BEST = "best"
 BEST_VALIDATED = "best-validated"
 # MLflow's name of the file that holds a model's signature.
 SIGNATURE = "MLmodel"
-# Folder of artifacts beside a SQLite file.
-ARTIFACTS = "mlflow-artifacts"
-_SQLITE = "sqlite:///"
-# Columns of MLflow's database that hold URLs below the folder of the file.
-_LOCATIONS = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
 _PARAM_LIMIT = 6000
 _BATCH_LIMIT = 100
-# What requests and urllib3 raise where a server is away, overloaded or silent.
-_AWAY = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RetryError", "ChunkedEncodingError")
-_SILENT = ("ConnectTimeout", "ReadTimeout", "ConnectTimeoutError", "ReadTimeoutError")
-# Would make a second one if only the answer was lost.
-_NOT_TWICE = ("create_run",)
-# What SQLite says of a damaged file.
-_DAMAGE = ("malformed", "not a database", "no such table", "no such column", "disk I/O error")
+
+_ahead: threading.Thread | None = None
 
 
 @dataclass(frozen=True)
@@ -115,94 +86,6 @@ class ModelNotes:
     outputs: dict[str, tuple[str, tuple[int, ...]]]
 
 
-def tracking_uri(recipe: Recipe) -> str:
-    """The recipe's MLflow URI, by default a SQLite file under the root.
-
-    Raises:
-        UserError: the root is remote, which SQLite does not support, and no URI is set.
-    """
-    if recipe.tracking.uri is not None:
-        return _with_credentials(recipe.tracking.uri)
-    root = recipe.storage.root
-    if not storage.is_local(root):
-        raise UserError(
-            f"storage.root is {redact(root)}, which cannot hold MLflow's SQLite file; set a "
-            "server, such as tracking.uri=http://mlflow:5000, or a local file, such as "
-            "tracking.uri=sqlite:////absolute/path/mlflow.db"
-        )
-    return f"sqlite:///{storage.local_path(root).absolute()}/mlflow.db"
-
-
-def _follow(database: Path) -> None:
-    """Let the locations that a copied or moved database records follow it.
-
-    Otherwise MLflow would read and write artifacts in the folder that it was copied from.
-    """
-    if not database.exists():
-        return
-    here = database.parent
-    with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection, connection:
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-        if "experiments" not in tables:
-            return  # being created
-        rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
-        formers = {folder for (location,) in rows if (folder := _folder_of(location))}
-        for former in formers - {here}:
-            if former.exists() and former.samefile(here):
-                continue  # by another path, such as a symbolic link
-            old, new = f"{former.as_uri()}/", f"{here.as_uri()}/"
-            for table, column in _LOCATIONS:
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                    f"WHERE substr({column}, 1, ?) = ?",
-                    (new, len(old) + 1, len(old), old),
-                )
-
-
-def _folder_of(location: str | None) -> Path | None:
-    """The folder of the database whose artifacts these are; None if another tool set them."""
-    parts = urlsplit(location or "")
-    path = Path(unquote(parts.path))
-    return path.parent if parts.scheme == "file" and path.name == ARTIFACTS else None
-
-
-def _with_credentials(uri: str) -> str:
-    """A stored URI has none; MLFLOW_TRACKING_URI may be the same with them."""
-    whole = os.environ.get(CREDENTIALS, "")
-    return whole if whole and redact(whole) == uri else uri
-
-
-def require_forwarded(recipe: Recipe, what: str, names: Sequence[str]) -> None:
-    """Refuse a recipe whose MLflow password would be needed where it is not stored.
-
-    Args:
-        what: stores the recipe, and reads it again.
-        names: variables that are handed on.
-
-    Raises:
-        UserError: `tracking.uri` holds a password that is not among them.
-    """
-    uri = recipe.tracking.uri
-    if uri is None or redact(uri) == uri:
-        return
-    if redact(os.environ.get(CREDENTIALS, "")) != redact(uri) or CREDENTIALS not in names:
-        raise UserError(
-            f"tracking.uri {redact(uri)} holds a password, which is not stored with {what}; export "
-            f"{CREDENTIALS} with the whole URI, and pass tracking.uri={redact(uri)}"
-            + (f" and --env {CREDENTIALS}" if CREDENTIALS not in names else "")
-        )
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from; None outside a checkout."""
-    folder = Path(__file__).parent
-    answer = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() if answer.returncode == 0 else None
-
-
 def unreachable_errors() -> tuple[type[Exception], ...]:
     """Errors raised when MLflow is unreachable."""
     from mlflow.exceptions import MlflowException
@@ -211,39 +94,16 @@ def unreachable_errors() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError, DiffitError)
 
 
-def _root_cause(error: BaseException) -> str:
-    """The first line of the innermost error, without credentials: MLflow nests several."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return redact((str(error) or type(error).__name__).splitlines()[0])
+def import_ahead() -> None:
+    """Import MLflow in a thread, which takes a second, while something else is waited for."""
+    global _ahead
 
+    def run() -> None:
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401, for its own sake
 
-def _comes_from(error: BaseException, kinds: Sequence[str]) -> bool:
-    """Whether an error comes from one of these of its requests, which MLflow nests in its own."""
-    inner: BaseException | None = error
-    while inner is not None:
-        kind = type(inner)
-        if kind.__module__.startswith(("requests.", "urllib3.")) and kind.__name__ in kinds:
-            return True
-        inner = inner.__cause__ or inner.__context__
-    return False
-
-
-def _limit_requests() -> None:
-    """MLflow's own retries would multiply with ours; by default they take minutes.
-
-    Variables that the user has set stay.
-    """
-    for name, value in (
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, round(waiting.attempt_s())))),
-    ):
-        if name in _limited or name not in os.environ:
-            _limited.add(name)
-            os.environ[name] = value
-
-
-_limited: set[str] = set()
+    if _ahead is None:
+        _ahead = threading.Thread(target=run, name="mlflow", daemon=True)
+        _ahead.start()
 
 
 class _Around:
@@ -266,118 +126,6 @@ class _Around:
             return self._around(name, lambda: method(*args, **options))
 
         return call
-
-
-def _server_call(uri: str, name: str, call: Callable[[], Any]) -> Any:
-    """A call of a server, repeated while it is away."""
-    if name in _NOT_TWICE:
-        return call()
-    return waiting.retried(
-        f"MLflow at {redact(uri)}", call, lambda error: _comes_from(error, _AWAY)
-    )
-
-
-def _file_call(file: str, name: str, call: Callable[[], Any]) -> Any:
-    """A call on a SQLite file, repeated while others hold it; the file is named if damaged."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        return waiting.retried(file, call, lambda error: "database is locked" in str(error))
-    except (MlflowException, SQLAlchemyError) as error:
-        if "disk is full" in str(error):
-            raise disk_full.growing(Path(file)) from error
-        reason = waiting.first_line(error)
-        if not any(sign in str(error) for sign in _DAMAGE):
-            raise
-        raise UserError(
-            f"{file} is damaged ({reason}); restore it from a backup or from `sqlite3 {file} "
-            ".recover`, or move it away: runs that train on log their curves again"
-        ) from error
-
-
-def _create(database: Path) -> None:
-    """Create a SQLite file unless it exists: one command at a time, and complete or not at all.
-
-    Raises:
-        UserError: its folder cannot be written to.
-        DiffitError: another command has been creating it for too long.
-    """
-    from mlflow import MlflowClient
-
-    if database.exists():
-        return
-    mark = f"{database.name}{storage.TEMPORARY_MARK}"
-    try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(database.with_name(f"{database.name}.lock"), f"{database} to be created"):
-            for leftover in database.parent.glob(f"{mark}*"):  # of a killed command
-                leftover.unlink()
-            if database.exists():
-                return
-            temporary = database.with_name(f"{mark}{os.getpid()}")
-            try:
-                with disk_full.told(temporary, name=str(database)):
-                    client = MlflowClient(tracking_uri=f"{_SQLITE}{temporary}")
-                    client.search_experiments(max_results=1)
-                with contextlib.suppress(FileExistsError):  # by MLflow itself, without our lock
-                    os.link(temporary, database)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except disk_full.DiskFullError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"cannot create {database}: {error.strerror or error}; set tracking.uri, or choose "
-            "another --root"
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(file: Path, what: str) -> Iterator[None]:
-    """Hold a lock that one process has at a time; its file is removed at the end.
-
-    Raises:
-        DiffitError: another process has held it for too long.
-    """
-
-    def lock() -> None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _HeldError(f"another command holds {file}") from error
-
-    with file.open("a") as handle:
-        try:
-            waiting.retried(what, lock, lambda error: isinstance(error, _HeldError), 1.0)
-        except _HeldError as error:
-            raise DiffitError(
-                f"another command has held {file} for {waiting.limit_s():g} s; end it, and rerun "
-                "this command"
-            ) from error
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-
-
-_ahead: threading.Thread | None = None
-
-
-def import_ahead() -> None:
-    """Import MLflow in a thread, which takes a second, while something else is waited for."""
-    global _ahead
-
-    def run() -> None:
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401, for its own sake
-
-    if _ahead is None:
-        _ahead = threading.Thread(target=run, name="mlflow", daemon=True)
-        _ahead.start()
-
-
-class _HeldError(Exception):
-    """Another process has the lock."""
 
 
 class Tracker:
@@ -408,33 +156,33 @@ class Tracker:
         from sqlalchemy.exc import SQLAlchemyError
 
         self.uri = uri
-        database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
-        self.artifacts = (database.parent / ARTIFACTS).as_uri() if database else None
+        database = sqlite_file.path_of(uri)
+        self.artifacts = (database.parent / sqlite_file.ARTIFACTS).as_uri() if database else None
         try:
             if database:
-                _create(database)
-                _follow(database)
+                sqlite_file.create(database)
+                sqlite_file.follow(database)
             else:
-                _limit_requests()
+                server.limit_requests()
             client: Any = MlflowClient(tracking_uri=uri)
             if database:
-                client = _Around(client, functools.partial(_file_call, str(database)))
+                client = _Around(client, functools.partial(sqlite_file.on_file, str(database)))
             self.client: MlflowClient = client
             waiting.retried(
                 f"MLflow at {redact(uri)}",
                 lambda: self.client.search_experiments(max_results=1),
-                lambda error: patient and _comes_from(error, _SILENT),
+                lambda error: patient and server.comes_from(error, server.SILENT),
             )
             if patient and not database:
-                client = _Around(client, functools.partial(_server_call, uri))
+                client = _Around(client, functools.partial(server.on_server, uri))
                 self.client = client
         except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
             if "://" in uri and not uri.startswith("sqlite"):
                 raise DiffitError(
-                    f"could not reach MLflow at {redact(uri)} ({_root_cause(error)}); check "
+                    f"could not reach MLflow at {redact(uri)} ({server.root_cause(error)}); check "
                     "tracking.uri and its server, and rerun the same command to resume"
                 ) from error
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"cannot open MLflow at {redact(uri)}: {reason}; fix tracking.uri, or move that "
                 "file away"
@@ -661,7 +409,7 @@ class Tracker:
     def artifact(self, run_id: str, name: str) -> bytes | None:
         """A file stored with a run; None if it does not exist."""
         # Otherwise MLflow shows a progress bar for each file.
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_ENABLE_sqlite_file.ARTIFACTS_PROGRESS_BAR", "false")
         if name not in (file.path for file in self.client.list_artifacts(run_id)):
             return None
         with tempfile.TemporaryDirectory(prefix="diffit-artifact-") as folder:
@@ -694,90 +442,6 @@ class Tracker:
             token = page.token
             if not token:
                 return records
-
-
-class MetricsOutbox:
-    """Sends a run's metrics from a thread, so that training never waits for MLflow.
-
-    Points that MLflow already has are dropped. While MLflow is unreachable, points are kept and
-    sent once it is back.
-
-    Args:
-        recipe: determines the MLflow URI.
-        run_id: the MLflow run.
-        say: told when MLflow becomes unreachable, and when it is back.
-        pause_s: seconds between attempts.
-        may_send: asked before each point, which is dropped if not.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        run_id: str,
-        say: Callable[[str], None],
-        pause_s: float = 10.0,
-        may_send: Callable[[], bool] = lambda: True,
-    ) -> None:
-        self.recipe, self.run_id, self.say, self.pause_s = recipe, run_id, say, pause_s
-        self.may_send = may_send
-        self._points: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
-        self._leaving = threading.Event()
-        self.unsent = 0
-        self._thread = threading.Thread(target=self._send_all, name="metrics", daemon=True)
-        self._thread.start()
-
-    def put(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queue the values at a step; steps must ascend."""
-        self._points.put((step, dict(metrics)))
-
-    def close(self) -> int:
-        """Try once more to send what is left; returns the number of points not sent."""
-        self._leaving.set()
-        self._points.put(None)
-        self._thread.join()
-        if self.unsent:
-            self.say(
-                f"MLflow at {redact(tracking_uri(self.recipe))} is unreachable: {self.unsent} "
-                "points are kept in log.jsonl; rerun the same command later to send them"
-            )
-        return self.unsent
-
-    def _send_all(self) -> None:
-        tracker: Tracker | None = None
-        sent, away = -1, False
-        while (point := self._points.get()) is not None:
-            step, metrics = point
-            while True:
-                try:
-                    if tracker is None:
-                        tracker = Tracker.of(self.recipe, patient=False)
-                        sent = tracker.last_step(self.run_id, "perf/step_s")
-                    if step > sent and self.may_send():
-                        tracker.log_metrics(self.run_id, metrics, step)
-                        sent = step
-                except unreachable_errors() as error:
-                    if not away:
-                        away = True
-                        self.say(
-                            f"Could not reach MLflow; metrics are kept and sent later: "
-                            f"{waiting.first_line(error)}"
-                        )
-                    if self._leaving.is_set():
-                        self.unsent = 1 + sum(p is not None for p in self._drained())
-                        return
-                    self._leaving.wait(self.pause_s)
-                    continue
-                if away:
-                    away = False
-                    self.say("MLflow is reachable again")
-                break
-
-    def _drained(self) -> list[tuple[int, dict[str, float]] | None]:
-        left = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                left.append(self._points.get_nowait())
-        return left
 
 
 def _signature_text(about: ModelNotes) -> str:
