@@ -183,22 +183,6 @@ def plan(
     again = forward / train.checkpoint_every_nth_block if blocks else 0
     of_image = round(3 * forward + again)
     bf16 = train.precision == "bf16"
-    stages = {}
-    gpu = GPUS[machine.gpu]
-    for stage in range(4):
-        states = state_bytes(parameters, stage, world, emas, bf16)
-        host = _offloaded(states, stage, train.offload)
-        bucket = (BF16 if bf16 else FP32) * BUCKET_ELEMENTS if stage else 0
-        total = states.total - host + bucket + model.activations
-        stages[str(stage)] = {
-            **asdict(states),
-            "states": states.total,
-            "of_them_on_host": host,
-            "bucket": bucket,
-            "activations": model.activations,
-            "total": total,
-            "fits": total < gpu.memory_gib * storage.GIB,
-        }
     checkpoint = parameters * FP32 * (3 + emas)
     latents = (_measured_latents(recipe) if measured else None) or _expected_latents(recipe)
     work = StepWork(
@@ -214,6 +198,7 @@ def plan(
     time = _time(recipe, machine, work, latents["images"])
     return {
         "recipe": recipe.name,
+        "on_gpus": recipe.scaling.gpus_per_worker > 0,
         "zero_stage": train.zero_stage,
         "model": {
             "architecture": recipe.model.architecture,
@@ -234,7 +219,7 @@ def plan(
             "precision": train.precision,
             "activation_checkpointing": train.activation_checkpointing,
             "latents_on_host": loader_bytes(recipe, latents["images"]),
-            "zero_stage": stages,
+            "zero_stage": _memory(recipe, machine, model, world, emas),
         },
         "storage": {
             "checkpoint": checkpoint,
@@ -244,6 +229,29 @@ def plan(
         "time": time,
         "stages": _stages(recipe, machine, model, time, latents["images"]),
     }
+
+
+def _memory(
+    recipe: Recipe, machine: Machine, model: Counts, world: int, emas: int
+) -> dict[str, dict[str, Any]]:
+    """Bytes on each GPU, by ZeRO stage."""
+    train, stages = recipe.train, {}
+    bf16 = train.precision == "bf16"
+    for stage in range(4):
+        states = state_bytes(model.parameters, stage, world, emas, bf16)
+        host = _offloaded(states, stage, train.offload)
+        bucket = (BF16 if bf16 else FP32) * BUCKET_ELEMENTS if stage else 0
+        total = states.total - host + bucket + model.activations
+        stages[str(stage)] = {
+            **asdict(states),
+            "states": states.total,
+            "of_them_on_host": host,
+            "bucket": bucket,
+            "activations": model.activations,
+            "total": total,
+            "fits": total < GPUS[machine.gpu].memory_gib * storage.GIB,
+        }
+    return stages
 
 
 def compare(

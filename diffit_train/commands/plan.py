@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,10 @@ from diffit_train.commands.options import (
 )
 from diffit_train.config.presets import PAPER_COSTS
 from diffit_train.planning import GPUS_PER_NODE, NODE_LINK_GB_PER_S, Machine, plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 def quantity(value: float, digits: int = 1) -> str:
@@ -36,6 +40,12 @@ def significant(value: float) -> str:
     return f"{value:.{max(1, 1 - math.floor(math.log10(value)))}f}"
 
 
+def gib(size: int) -> str:
+    """Bytes in GiB: two decimals, or for little two significant digits."""
+    value = size / storage.GIB
+    return significant(value) if value < 0.1 else f"{value:,.2f}"
+
+
 def between(values: Sequence[float] | None) -> str:
     """A range, best first."""
     if values is None:
@@ -47,59 +57,76 @@ def between(values: Sequence[float] | None) -> str:
 def print_plan(result: dict[str, Any]) -> None:
     """Print the plan as tables to standard output."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=110)
-    parameters, work, memory = result["parameters"], result["multiply_adds"], result["memory"]
-    time, disk = result["time"], result["storage"]
-    model = result["model"]
+    _print_model(console, result)
+    if not result["on_gpus"]:
+        gpu = result["time"]["gpu"]
+        console.print(
+            "This recipe trains on CPUs, whose speed is not estimated. What follows is for "
+            f"{gpu} GPUs in their place."
+        )
+    _print_memory(console, result)
+    _print_training(console, result)
+    _print_project(console, result)
 
-    def table(title: str, *columns: str) -> Table:
-        console.print(title)  # rich would wrap a table's own title to the table's width
-        made = Table(*columns, show_header=len(columns) > 2)
-        for column in made.columns[1:]:
-            column.justify = "right"
-        return made
 
+def _table(console: Console, title: str, *columns: str) -> Table:
+    """A table whose title is printed first: rich would wrap its own to the table's width."""
+    from rich.table import Table
+
+    console.print(title)
+    made = Table(*columns, show_header=len(columns) > 2)
+    for column in made.columns[1:]:
+        column.justify = "right"
+    return made
+
+
+def _print_model(console: Console, result: dict[str, Any]) -> None:
+    model, work = result["model"], result["multiply_adds"]
     sizes = f"{model['architecture']}, {model['summary']}"
-    counts = table(f"{result['recipe']}: {sizes}", "", "")
-    for name, value in parameters.items():
-        counts.add_row("parameters" if name == "total" else f"  {name}", f"{value:,}")
-    counts.add_row("multiply-adds per image, forward pass", quantity(work["forward"]))
+    rows = _table(console, f"{result['recipe']}: {sizes}", "", "")
+    for name, value in result["parameters"].items():
+        rows.add_row("parameters" if name == "total" else f"  {name}", f"{value:,}")
+    rows.add_row("multiply-adds per image, forward pass", quantity(work["forward"]))
     plain = work["forward_without_attention_products"]
-    counts.add_row("  without attention products", quantity(plain))
-    counts.add_row("multiply-adds per training step", quantity(work["training_step"]))
-    console.print(counts)
+    rows.add_row("  without attention products", quantity(plain))
+    rows.add_row("multiply-adds per training step", quantity(work["training_step"]))
+    console.print(rows)
 
+
+def _print_memory(console: Console, result: dict[str, Any]) -> None:
+    memory = result["memory"]
     title = (
         f"GiB per GPU, world size {memory['world_size']}, {memory['batch_per_gpu']} images per "
         f"GPU, {memory['precision']}, EMAs: {memory['emas']}, activation checkpointing: "
         f"{memory['activation_checkpointing']}"
     )
     parts = ("weights", "gradients", "master", "moments", "ema", "bucket", "activations", "total")
-    rows = table(title, "ZeRO stage", *parts, f"fits {time['gpu']}")
+    rows = _table(console, title, "ZeRO stage", *parts, f"fits {result['time']['gpu']}")
     for stage, values in memory["zero_stage"].items():
-        shown = [f"{values[part] / storage.GIB:,.2f}" for part in parts]
-        rows.add_row(stage, *shown, "yes" if values["fits"] else "no")
+        rows.add_row(stage, *(gib(values[part]) for part in parts), "yes" if values["fits"] else "no")
     console.print(rows)
 
+
+def _print_training(console: Console, result: dict[str, Any]) -> None:
+    time, disk = result["time"], result["storage"]
     assumed = f", {time['assumed_mfu']:.0%} MFU while computing" if time["assumed_mfu"] else ""
-    rest = table(f"Training on {time['gpus']} {time['gpu']}{assumed}; estimated ranges", "", "")
-    rest.add_row("images/s", between(time["images_per_s"]))
-    rest.add_row("  per GPU", between(time["images_per_s_per_gpu"]))
-    rest.add_row("seconds per step", between(time["step_s"]))
-    for part, title in STEP_PARTS.items():
-        rest.add_row(f"  {title}", between(time["step_parts_s"][part]))
-    rest.add_row("MFU, %", between([100 * value for value in time["mfu"]]))
-    rest.add_row("checkpoint, GiB", f"{disk['checkpoint'] / storage.GIB:,.2f}")
-    held = memory["latents_on_host"] / storage.GIB
-    rest.add_row("latents in the host memory of a worker, GiB", f"{held:,.2f}")
+    title = f"Training on {time['gpus']} {time['gpu']}{assumed}; estimated ranges"
+    rows = _table(console, title, "", "")
+    rows.add_row("images/s", between(time["images_per_s"]))
+    rows.add_row("  per GPU", between(time["images_per_s_per_gpu"]))
+    rows.add_row("seconds per step", between(time["step_s"]))
+    for part, words in STEP_PARTS.items():
+        rows.add_row(f"  {words}", between(time["step_parts_s"][part]))
+    rows.add_row("MFU, %", between([100 * value for value in time["mfu"]]))
+    rows.add_row("checkpoint, GiB", gib(disk["checkpoint"]))
+    held = result["memory"]["latents_on_host"]
+    rows.add_row("latents in the host memory of a worker, GiB", gib(held))
     if disk["latents"] is not None:
-        rest.add_row(
-            f"latents of {disk['images']:,} images, GiB", f"{disk['latents'] / storage.GIB:,.1f}"
-        )
-    console.print(rest)
-    if time["images_per_gpu"] < time["images_to_keep_a_gpu_busy"]:
+        rows.add_row(f"latents of {disk['images']:,} images, GiB", gib(disk["latents"]))
+    console.print(rows)
+    if result["on_gpus"] and time["images_per_gpu"] < time["images_to_keep_a_gpu_busy"]:
         console.print(
             f"Warning: {time['images_per_gpu']} images per GPU and step leave it idle while the "
             f"host launches kernels; about {time['images_to_keep_a_gpu_busy']} keep it busy. Use "
@@ -107,16 +134,19 @@ def print_plan(result: dict[str, Any]) -> None:
             soft_wrap=True,
         )
 
+
+def _print_project(console: Console, result: dict[str, Any]) -> None:
+    time = result["time"]
     epochs = "" if time["epochs"] is None else f", {time['epochs']:,.0f} epochs"
     title = f"The whole project; training takes {time['steps']:,} steps{epochs}"
     price = time["price_per_gpu_hour"]
     columns = ["stage", "GPUs", "hours", "GPU-hours"]
     columns += [] if price is None else [f"cost at {price:g} per GPU-hour"]
-    stages = table(title, *columns)
+    rows = _table(console, title, *columns)
     for row in result["stages"]:
         cells = [row["stage"], f"{row['gpus']:g}", between(row["hours"]), between(row["gpu_hours"])]
-        stages.add_row(*cells, *([] if price is None else [between(row["cost"])]))
-    console.print(stages)
+        rows.add_row(*cells, *([] if price is None else [between(row["cost"])]))
+    console.print(rows)
     unknown = [row["stage"] for row in result["stages"] if row["hours"] is None]
     if unknown:
         console.print(
@@ -167,8 +197,8 @@ def _comparison(
     forward, total = planned["multiply_adds"]["forward"], planned["parameters"]["total"]
     cells = {"parameters": f"{total:,}", "multiply-adds per image": quantity(forward)}
     time, memory = planned.get("time"), planned.get("memory")
-    resident = f"{memory['zero_stage'][stage]['total'] / storage.GIB:,.2f}" if memory else "-"
-    cells[f"GiB per GPU, ZeRO {stage}"] = resident
+    resident = memory["zero_stage"][stage]["total"] if memory else None
+    cells[f"GiB per GPU, ZeRO {stage}"] = "-" if resident is None else gib(resident)
     for title, key in (
         ("seconds per step", "step_s"),
         ("images/s", "images_per_s"),

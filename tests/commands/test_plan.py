@@ -142,8 +142,19 @@ def test_small_models_have_visible_numbers(capsys: pytest.CaptureFixture[str]) -
     print_plan(plan(load_recipe("demo"), H100))
     out = capsys.readouterr().out
     assert " 0.0 " not in out
+    assert " 0.00 " not in out
     assert "3.4 M" in out
     assert "Not estimated: encode, evaluate" in out
+
+
+def test_a_recipe_for_cpus_is_planned_as_if_for_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(plan(load_recipe("demo"), H100))
+    out = capsys.readouterr().out
+    assert "This recipe trains on CPUs" in out
+    assert "keep it busy" not in out
+    print_plan(plan(load_recipe("demo", ["scaling.gpus_per_worker=1"]), H100))
+    out = capsys.readouterr().out
+    assert "This recipe trains on CPUs" not in out
     assert "keep it busy" in out
 
 
