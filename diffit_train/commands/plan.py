@@ -105,7 +105,9 @@ def _print_memory(console: Console, result: dict[str, Any]) -> None:
     parts = ("weights", "gradients", "master", "moments", "ema", "bucket", "activations", "total")
     rows = _table(console, title, "ZeRO stage", *parts, f"fits {result['time']['gpu']}")
     for stage, values in memory["zero_stage"].items():
-        rows.add_row(stage, *(gib(values[part]) for part in parts), "yes" if values["fits"] else "no")
+        rows.add_row(
+            stage, *(gib(values[part]) for part in parts), "yes" if values["fits"] else "no"
+        )
     console.print(rows)
 
 

@@ -78,27 +78,52 @@ def this_process() -> Process:
     )
 
 
-def end_here(pid: int, started: float, stacks: int) -> str:
-    """Kill a process of this node; returns the stack traces of its threads, or why there are none.
+class Ending(NamedTuple):
+    """How a process was ended.
+
+    Attributes:
+        text: the stack traces of its threads, or why there are none.
+        of_itself: whether it had ended before it was killed.
+    """
+
+    text: str
+    of_itself: bool
+
+
+def stacks_here(pid: int, started: float, stacks: int) -> str:
+    """The stack traces of a process of this node, or why there are none.
 
     It is named by what `Process` says of it.
     """
     try:
-        process = psutil.Process(pid)
+        process = _running(pid, started)
         state = process.status()
-        if abs(process.create_time() - started) > 1.0 or state == psutil.STATUS_ZOMBIE:
-            return ENDED
-        text = f"its state is {state!r}, in which it writes no stack traces"
-        if stacks >= 0 and state != psutil.STATUS_STOPPED:
-            text = _dumped(process, Path(f"/proc/{pid}/fd/{stacks}"))
-        if not process.is_running():
-            return ENDED
-        process.kill()
+        if stacks < 0 or state == psutil.STATUS_STOPPED:
+            return f"its state is {state!r}, in which it writes no stack traces"
+        return _dumped(process, Path(f"/proc/{pid}/fd/{stacks}"))
+    except psutil.NoSuchProcess:
+        return ENDED
+    except psutil.AccessDenied as error:
+        return f"its stack traces cannot be asked for: {error}"
+
+
+def kill_here(pid: int, started: float, _: int) -> str:
+    """Kill a process of this node, named likewise; returns why not, or nothing."""
+    try:
+        _running(pid, started).kill()
     except psutil.NoSuchProcess:
         return ENDED
     except psutil.AccessDenied as error:
         return f"it could not be killed: {error}"
-    return text
+    return ""
+
+
+def _running(pid: int, started: float) -> psutil.Process:
+    process = psutil.Process(pid)
+    other = abs(process.create_time() - started) > 1.0
+    if other or process.status() == psutil.STATUS_ZOMBIE:
+        raise psutil.NoSuchProcess(pid)
+    return process
 
 
 def _dumped(process: psutil.Process, file: Path) -> str:
@@ -120,15 +145,25 @@ def _dumped(process: psutil.Process, file: Path) -> str:
     return text or "it wrote no stack traces"
 
 
-def end_processes(processes: Sequence[Process]) -> list[str]:
-    """Kill processes on the nodes of the connected cluster; what `end_here` says of each.
+def end_processes(processes: Sequence[Process]) -> list[Ending]:
+    """Kill processes on the nodes of the connected cluster, once all have written stack traces.
 
-    A node that does not answer is named, not waited for.
+    The end of one may end others that wait for it. A node that does not answer is named, not
+    waited for.
     """
+    texts, faults = _asked(stacks_here, processes), _asked(kill_here, processes)
+    return [
+        Ending(text if fault in ("", ENDED) else fault, fault == ENDED)
+        for text, fault in zip(texts, faults, strict=True)
+    ]
+
+
+def _asked(function: Callable[[int, float, int], str], processes: Sequence[Process]) -> list[str]:
+    """What a function says of each process, called on its node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote = ray.remote(num_cpus=0, max_retries=0)(end_here)
+    remote = ray.remote(num_cpus=0, max_retries=0)(function)
     calls = [
         remote.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(p.node, soft=False)
@@ -155,10 +190,10 @@ def end_and_report(process: Process, what: str, url: str, say: Callable[[str], N
         what: the reason, in words.
         url: folder for its stack traces.
     """
-    (found,) = end_processes([process])
-    if found == ENDED:  # of itself; whoever waits for it learns of that
+    (ending,) = end_processes([process])
+    if ending.of_itself:  # whoever waits for it learns of that
         return
-    stored = store_stacks(url, f"{what}\n{found}", say)
+    stored = store_stacks(url, f"{what}\n{ending.text}", say)
     say(f"{what}; replacing it{stored}")
 
 

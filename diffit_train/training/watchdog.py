@@ -73,11 +73,11 @@ class Watchdog:
     def _end(self, ranks: Sequence[Rank], idle_s: float) -> None:
         reason = f"no rank has made progress for {idle_s:.0f} s ({_last_words(ranks)})"
         ray.get(self.status.note_hang.remote(reason))
-        answers = end_processes([rank.process for rank in ranks])
-        self.say(f"Ended the training workers: {reason}{self._stored(reason, ranks, answers)}")
+        texts = [ending.text for ending in end_processes([rank.process for rank in ranks])]
+        self.say(f"Ended the training workers: {reason}{self._stored(reason, ranks, texts)}")
 
-    def _stored(self, reason: str, ranks: Sequence[Rank], answers: Sequence[str]) -> str:
+    def _stored(self, reason: str, ranks: Sequence[Rank], texts: Sequence[str]) -> str:
         parts = [f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {reason}\n"]
-        for rank, answer in zip(ranks, answers, strict=True):
-            parts.append(f"---- {_name(rank)}, {rank.process.name}: {rank.doing}\n{answer}\n")
+        for rank, text in zip(ranks, texts, strict=True):
+            parts.append(f"---- {_name(rank)}, {rank.process.name}: {rank.doing}\n{text}\n")
         return store_stacks(storage.join(self.url, FOLDER), "\n".join(parts), self.say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,8 @@ from diffit_train.evaluation import runner
 from diffit_train.hang import tasks
 from diffit_train.hang.processes import (
     Process,
-    end_here,
     end_processes,
+    kill_here,
     limit_s,
     this_process,
 )
@@ -141,6 +142,13 @@ class Sleeper:
         """Hang."""
         time.sleep(600)
 
+    def wait_here(self, pid: int) -> None:
+        """Hang until another process has ended, as in a collective, and end then."""
+        other = psutil.Process(pid)
+        while other.is_running() and other.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        os._exit(1)
+
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_process_is_ended_with_its_stack_traces_or_its_state() -> None:
@@ -151,19 +159,34 @@ def test_a_process_is_ended_with_its_stack_traces_or_its_state() -> None:
     psutil.Process(processes[1].pid).suspend()
     time.sleep(0.5)
     traces, state = end_processes(processes)
-    assert "in sleep_here" in traces
-    assert "'stopped'" in state
+    assert "in sleep_here" in traces.text
+    assert "'stopped'" in state.text
+    assert not traces.of_itself
+    assert not state.of_itself
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(hanging, timeout=60)
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(process.pid).wait(30)  # a killed process takes a moment to end
-    assert [end_here(p.pid, p.started, p.stacks) for p in processes] == ["it has ended"] * 2
+    assert end_processes(processes) == [("it has ended", True)] * 2
     # Another process may have got the number since.
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    assert end_here(other.pid, processes[0].started, -1) == "it has ended"
+    assert kill_here(other.pid, processes[0].started, -1) == "it has ended"
     assert other.poll() is None
     other.kill()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_process_that_ends_with_another_leaves_its_stack_traces() -> None:
+    remote: Any = ray.remote(num_cpus=0)(Sleeper)
+    stopped, waiting = remote.remote(), remote.remote()
+    processes = ray.get([stopped.introduce.remote(), waiting.introduce.remote()])
+    waiting.wait_here.remote(processes[0].pid)
+    psutil.Process(processes[0].pid).suspend()
+    time.sleep(0.5)
+    state, traces = end_processes(processes)
+    assert "'stopped'" in state.text
+    assert "in wait_here" in traces.text
 
 
 @pytest.mark.slow
