@@ -28,9 +28,10 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
     unchanged; an interrupted fit resumes.
 
     Raises:
-        UserError: the folder holds another autoencoder, or the sizes are inconsistent.
+        UserError: the recipe has no autoencoder to fit, the folder holds another one, or the sizes
+            are inconsistent.
     """
-    url = storage.resolve(recipe.storage.root, recipe.autoencoder.source)
+    url = _target(recipe)
     identity = storage.digest(
         [
             renamed.hashed(recipe.image_identity()),
@@ -57,6 +58,30 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
     metrics = f"reconstruction mse {report['reconstruction_mse']:.5f}, scale {report['scale']:.4f}"
     say(f"autoencoder {storage.display_path(url)}: {metrics}")
     return report
+
+
+def _target(recipe: Recipe) -> str:
+    """The folder to fit the recipe's autoencoder into."""
+    from diffit_train.data.autoencoder import autoencoder_url, is_path
+
+    section = recipe.autoencoder
+    if section.kind == "identity":
+        raise UserError(
+            "autoencoder.kind is 'identity': the recipe trains on pixels and has no autoencoder to "
+            "fit; go on with `diffit encode`"
+        )
+    if section.kind != "kl":
+        raise UserError(
+            f"autoencoder.kind is {section.kind!r}, but only an AutoencoderKL is fitted; set "
+            "autoencoder.kind=kl"
+        )
+    url = autoencoder_url(recipe)
+    if url == section.source and not is_path(url):
+        raise UserError(
+            f"autoencoder.source is {url!r}, a model of the Hugging Face Hub; name a folder to fit "
+            "one into, such as autoencoder.source=root:autoencoders/mine"
+        )
+    return url
 
 
 def _check_target(recipe: Recipe, url: str) -> None:

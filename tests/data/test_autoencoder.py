@@ -123,6 +123,28 @@ def test_impossible_and_foreign_autoencoders_are_refused(project: Path, tmp_path
         fit_autoencoder(tiny_recipe(tmp_path))
 
 
+PIXELS = ["autoencoder.kind=identity", "autoencoder.latent_channels=3", "autoencoder.downsample=1"]
+PIXELS += ["evaluate.guidance.channels=3"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (PIXELS, "'identity': the recipe trains on pixels"),
+        (["autoencoder.kind=tiny"], "'tiny', but only an AutoencoderKL is fitted"),
+        (["autoencoder.source=stabilityai/sd-vae-ft-ema"], "a model of the Hugging Face Hub; name"),
+    ],
+)
+def test_only_a_kl_autoencoder_of_ones_own_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: str
+) -> None:
+    write_images(tmp_path / "images" / "digits")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        fit_autoencoder(tiny_recipe(tmp_path, *overrides))
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
