@@ -31,6 +31,10 @@ def counted(number: int, noun: str, nouns: str = "") -> str:
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
+# Longer texts in a table may be broken into lines.
+WORD = 40
+
+
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table for the user to standard error; all rows have the keys of the first."""
     # A pipe has no width for the table to fit into.
@@ -42,7 +46,8 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     for name, value in rows[0].items():
         number = isinstance(value, (int, float))
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        sentence = max(len(f"{row[name]}") for row in rows) > WORD
+        table.add_column(name, justify="right" if number else "left", no_wrap=not sentence)
     for row in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else f"{v}" for v in row.values()))
     return table

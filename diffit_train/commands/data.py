@@ -58,7 +58,7 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
     Raises:
         UserError: the folder holds another network, or the images cannot be read.
     """
-    if recipe.evaluate.features.plugged:
+    if recipe.evaluate.features.kind != "classifier":
         raise UserError(
             f"evaluate.features.kind is {recipe.evaluate.features.kind!r}, which is not fitted; "
             "only evaluate.features.kind=classifier is"

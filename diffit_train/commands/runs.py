@@ -25,6 +25,7 @@ from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import committed_steps, read_index, step_name, weights_of
 from diffit_train.runs.identity import read_identity, stored_recipe
 from diffit_train.runs.live import Live, read_live
+from diffit_train.tracking import Tracker
 
 GB = 1e9
 POLL_S = 1.0
@@ -145,11 +146,16 @@ def _evaluation(result: Result) -> dict[str, Any]:
     }
 
 
-def remove_run(root: str, run: str, yes: bool) -> dict[str, Any]:
+def remove_run(root: str, run: str, yes: bool, keep_curves: bool) -> dict[str, Any]:
     """List a run's files and evaluations, ask, and remove them.
+
+    Args:
+        yes: whether not to ask.
+        keep_curves: whether MLflow keeps the run, and `compare` shows it.
 
     Raises:
         UserError: it is being trained.
+        DiffitError: MLflow is unreachable; nothing was removed.
     """
     root = _existing(root)
     url = _found(root, run)
@@ -167,10 +173,15 @@ def remove_run(root: str, run: str, yes: bool) -> dict[str, Any]:
             for place, files in found
         ],
     )
-    say("MLflow keeps the run's curves, but a registered model loses its weights with the run")
+    curves = "MLflow keeps the run's curves" if keep_curves else "The run is deleted in MLflow, too"
+    say(f"{curves}; a registered model loses its weights with the run")
     agreed = yes or _agreed(run, total)
     if agreed:
         with lease.held(url, False, say, lambda: None):
+            identity = read_identity(url)
+            if identity is not None and not keep_curves:
+                deleted = Tracker.of(stored_recipe(url)).forget(identity.uuid)
+                say(f"deleted {counted(deleted, 'run')} in MLflow")
             # The run last, so that a killed removal can be repeated.
             for place, _ in reversed(found):
                 storage.remove(place)
@@ -224,6 +235,23 @@ def watch_training(
         reason = "it failed" if state == "failed" else f"no sign of life for {silent}"
         raise DiffitError(f"training of {run!r} has ended: {reason}")
     return {"run": run, "state": state, "step": live.step, "steps": live.steps}
+
+
+def newest_training(root: str) -> str:
+    """The run that is being trained, or else the one that was trained last.
+
+    Raises:
+        UserError: there is none, or several are being trained.
+    """
+    root = _existing(root)
+    found = {run: read_live(storage.join(root, "runs", run)) for run in _names(root)}
+    lives = {run: live for run, live in found.items() if live is not None}
+    training = [run for run, live in lives.items() if live.is_training()]
+    if len(training) > 1:
+        raise UserError(f"several runs are being trained; name one: {', '.join(training)}")
+    if not lives:
+        raise UserError(f"{storage.display_path(root)} has no run that was trained")
+    return training[0] if training else max(lives, key=lambda run: lives[run].written_s)
 
 
 def _ago(written_s: float | None) -> str:
@@ -313,6 +341,8 @@ def runs_show_command(run: RunArgument, root: ProjectRoot = ".", as_json: Json =
     for metrics in dict.fromkeys(tuple(one) for one in found["evaluations"]):
         rows = [one for one in found["evaluations"] if tuple(one) == metrics]
         print_rows(counted(len(rows), "evaluation"), rows)
+    if found["said"]:
+        say("last lines of its training:")
     for line in found["said"][-10:]:
         say(f"  {line}")
 
@@ -321,18 +351,40 @@ def runs_remove_command(
     run: RunArgument,
     root: ProjectRoot = ".",
     yes: Annotated[bool, typer.Option("--yes", metavar="", help="Remove without asking.")] = False,
+    keep_curves: Annotated[
+        bool,
+        typer.Option(
+            "--keep-curves",
+            metavar="",
+            help="Keep the run in MLflow, so that `diffit compare` still shows it. Else it is "
+            "deleted there, too, and can be restored until `mlflow gc`.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List a run's files and evaluations with sizes, and ask to remove them.
 
     Example: `diffit runs remove first --root my-project`
     """
-    print_result(remove_run(root, run, yes), as_json)
+    print_result(remove_run(root, run, yes, keep_curves), as_json)
 
 
-def watch_command(run: RunArgument, root: ProjectRoot = ".", as_json: Json = False) -> None:
+def watch_command(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            callback=checked_name,
+            autocompletion=complete_run,
+            help="Name of a run. Default: the one that is being trained, or was last.",
+            show_default=False,
+        ),
+    ] = None,
+    root: ProjectRoot = ".",
+    as_json: Json = False,
+) -> None:
     """Follow a training from another terminal or machine until it ends.
 
     Example: `diffit watch first --root my-project`
     """
-    print_result(watch_training(root, run), as_json)
+    print_result(watch_training(root, run or newest_training(root)), as_json)

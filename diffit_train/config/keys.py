@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import takewhile
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, MultipleOf
@@ -50,8 +51,9 @@ def recipe_text(name: str) -> str:
 
 
 def recipe_title(text: str) -> str:
-    """What a recipe is, from the comment in its first line."""
-    return text.partition("\n")[0].lstrip("# ").rstrip(".")
+    """What a recipe is, from the first paragraph of the comment at its head."""
+    lines = (line.strip("# ") for line in text.splitlines() if line.startswith("#"))
+    return " ".join(takewhile(bool, lines)).rstrip(".")
 
 
 def sections(

@@ -318,6 +318,18 @@ class Tracker:
         """Set a run's final status."""
         self.client.set_terminated(run_id, status)
 
+    def forget(self, run_uuid: str) -> int:
+        """Delete a training's run and those of its evaluations; returns how many there were.
+
+        `mlflow gc` removes them for good; until then MLflow can restore them.
+        """
+        records = self.runs()
+        own = {one.run_id for one in records if one.tags.get(TAG_RUN) == run_uuid}
+        found = [one.run_id for one in records if one.parent_id in own] + sorted(own)
+        for run_id in found:
+            self.client.delete_run(run_id)
+        return len(found)
+
     # ---- The best checkpoint ----
 
     def tag_best(

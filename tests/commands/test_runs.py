@@ -12,14 +12,23 @@ from typer.testing import CliRunner
 
 from diffit_train import storage
 from diffit_train.cli import app
-from diffit_train.commands.runs import list_runs, remove_run, show_run, watch_training
+from diffit_train.commands.runs import (
+    list_runs,
+    newest_training,
+    remove_run,
+    show_run,
+    watch_training,
+)
+from diffit_train.config import stored_text
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs import lease
-from diffit_train.runs.checkpoints import State, save_whole
-from diffit_train.runs.identity import create_identity
+from diffit_train.runs.checkpoints import State, committed_steps, save_whole
+from diffit_train.runs.identity import create_identity, read_identity
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.live import LiveWriter, live_until_end, read_live
+from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
+from tests.head import free_port
 
 RECORD = {"loss": 0.25, "images_per_s": 40.0}
 
@@ -106,16 +115,65 @@ def test_a_run_is_removed_only_when_agreed_and_idle(
     url = _run(tmp_path, "mine", 4)
     _run(tmp_path, "other", 4)
     storage.write_text(str(tmp_path / "evaluations" / "mine" / "step-0000000004" / "x"), "x")
-    assert not remove_run(str(tmp_path), "mine", yes=False)["removed"]
+    assert not remove_run(str(tmp_path), "mine", yes=False, keep_curves=False)["removed"]
     assert "rerun with --yes" in capsys.readouterr().err
     assert Path(url).exists()
     training = lease.held(url, False, print, lambda: None)
     with training, pytest.raises(UserError, match="is training .*; stop it"):
-        remove_run(str(tmp_path), "mine", yes=True)
-    assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
+        remove_run(str(tmp_path), "mine", yes=True, keep_curves=True)
+    assert remove_run(str(tmp_path), "mine", yes=True, keep_curves=True)["removed"]
     assert not (tmp_path / "runs" / "mine").exists()
     assert not (tmp_path / "evaluations" / "mine").exists()
     assert (tmp_path / "runs" / "other" / "run.json").exists()
+
+
+def test_a_removed_run_leaves_mlflow_unless_its_curves_are_kept(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    tracker = Tracker.of(recipe)
+    for run in ("mine", "kept", "other"):
+        url = _run(tmp_path, run, 4)
+        identity = read_identity(url)
+        assert identity is not None
+        parent = tracker.training_run("e", identity.uuid, run, {}, {})
+        tracker.evaluation_run("e", parent, "key", f"evaluation of {run}", {}, {})
+    words = ["runs", "remove", "mine", "--yes", "--root", str(tmp_path)]
+    assert "deleted 2 runs in MLflow" in CliRunner().invoke(app, words).stderr
+    words = ["runs", "remove", "kept", "--keep-curves", "--yes", "--root", str(tmp_path)]
+    assert "MLflow keeps the run's curves" in CliRunner().invoke(app, words).stderr
+    assert not (tmp_path / "runs" / "kept").exists()
+    left = {record.name for record in tracker.runs()}
+    assert left == {"kept", "evaluation of kept", "other", "evaluation of other"}
+    # Restored as MLflow does it.
+    (deleted,) = tracker.client.search_runs(
+        ["1"], "tags.`mlflow.runName` = 'mine'", run_view_type=2
+    )
+    tracker.client.restore_run(deleted.info.run_id)
+    assert "mine" in {record.name for record in tracker.runs()}
+
+
+def test_nothing_is_removed_while_mlflow_is_away(tmp_path: Path) -> None:
+    away = f"tracking.uri=http://127.0.0.1:{free_port()}"
+    url = _run(tmp_path, "mine", 4)
+    storage.write_text(f"{url}/recipe.yaml", stored_text(tiny_recipe(tmp_path, away)))
+    with pytest.raises(DiffitError, match="could not reach MLflow"):
+        remove_run(str(tmp_path), "mine", yes=True, keep_curves=False)
+    assert committed_steps(url) == [4]
+    assert remove_run(str(tmp_path), "mine", yes=True, keep_curves=True)["removed"]
+
+
+def test_the_newest_training_is_watched(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no run that was trained"):
+        newest_training(str(tmp_path))
+    _writer(_run(tmp_path, "first", 4)).write("stopped")
+    _writer(_run(tmp_path, "second", 4)).write("stopped")
+    _run(tmp_path, "imported", 4)
+    assert newest_training(str(tmp_path)) == "second"
+    _writer(str(tmp_path / "runs" / "first")).update({"step": 7, **RECORD})
+    _writer(str(tmp_path / "runs" / "second")).write("stopped")
+    assert newest_training(str(tmp_path)) == "first"
+    _writer(str(tmp_path / "runs" / "second")).update({"step": 7, **RECORD})
+    with pytest.raises(UserError, match="several runs are being trained; name one: first, second"):
+        newest_training(str(tmp_path))
 
 
 def test_a_training_is_followed_to_its_end(

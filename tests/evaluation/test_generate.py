@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffit_train.commands.data import fit_features
-from diffit_train.config import Recipe
+from diffit_train.config import Recipe, load_recipe
 from diffit_train.config.evaluate import SAMPLERS
 from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
@@ -120,6 +120,8 @@ def test_features_are_deterministic_and_guarded(project: Path, tmp_path: Path) -
     assert 0 <= features_info(recipe).held_out_accuracy <= 1
     with pytest.raises(UserError, match="feature network of another recipe"):
         fit_features(tiny_recipe(project, "evaluate.features.fit.steps=11"))
+    with pytest.raises(UserError, match="'inception', which is not fitted"):
+        fit_features(load_recipe("imagenet256"))
     with pytest.raises(UserError, match="diffit features fit"):
         load_features(tiny_recipe(tmp_path), CPU)
     with pytest.raises(UserError, match=r"data\.resolution is 32, .* is for 16"):

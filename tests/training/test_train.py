@@ -133,7 +133,14 @@ def _start(root: Path) -> subprocess.Popen[bytes]:
     # A root relative to this directory, which is not the workers' directory.
     command += ["recipe.yaml", "--root", ".", "--run", "killed"]
     with (root / "stderr").open("wb") as said:
-        return subprocess.Popen(command, env=environment, cwd=root, stderr=said)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            cwd=root,
+            stderr=said,
+            # A background job of a shell, which the tests may be, ignores Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def _wait_for_step(root: Path, step: int, process: subprocess.Popen[bytes]) -> None:
