@@ -16,7 +16,7 @@ from diffit_train import waiting
 from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.redaction import redact
-from diffit_train.tracking import MetricsOutbox, Tracker, tracking_uri
+from diffit_train.tracking import TAG_STEPS, MetricsOutbox, Tracker, tracking_uri
 from tests.conftest import tiny_recipe
 from tests.silent import silent_server
 
@@ -40,6 +40,14 @@ def test_a_run_is_found_again_by_its_identity(tracker: Tracker) -> None:
     assert records[first].tags["diffit.attempt"] == "2"
     assert records[child].parent_id == first
     assert records[first].parent_id is None
+
+
+def test_an_extended_run_has_its_new_steps(tracker: Tracker) -> None:
+    first = {"train.steps": 400, "train.lr": 1}
+    run = tracker.training_run("extended", "uuid-8", "name", first, {TAG_STEPS: "400"})
+    tracker.training_run("extended", "uuid-8", "name", first, {TAG_STEPS: "1000"})
+    (record,) = tracker.runs("extended")
+    assert record.params == tracker.params(run) == {"train.steps": "1000", "train.lr": "1"}
 
 
 def test_metrics_by_step(tracker: Tracker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -27,6 +28,9 @@ SAMPLER_OPTIONS = {
     "last_step": "sde",
     "last_step_size": "sde",
 }
+
+# Options of `evaluate.guidance`, and the only kind that has each.
+GUIDANCE_OPTIONS = {"power": "power_cosine", "low": "interval", "high": "interval"}
 
 FEATURES = Plugged("evaluate.features.kind", "diffit_train.features", ("inception", "classifier"))
 
@@ -157,6 +161,25 @@ class Guidance(Section):
                 f"evaluate.guidance.high ({self.high})"
             )
         return self
+
+
+def without_effect(key: str, settings: Mapping[str, str], objective: str | None) -> bool:
+    """Whether a key changes nothing beside the others, as that of another sampler.
+
+    Args:
+        key: dotted, below `evaluate`.
+        settings: the values of such keys.
+        objective: `diffusion.objective`; None if unknown.
+    """
+    section, _, name = key.rpartition(".")
+    if section == "sampler" and name in SAMPLER_OPTIONS:
+        return settings.get("sampler.name") != SAMPLER_OPTIONS[name]
+    if section == "sampler.edm":
+        return objective not in (None, "edm")
+    kind = settings.get("guidance.kind")
+    if section != "guidance" or name == "kind" or kind is None:
+        return False
+    return kind == "none" or GUIDANCE_OPTIONS.get(name, kind) != kind
 
 
 class FeaturesFit(Section):

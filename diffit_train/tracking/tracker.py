@@ -34,6 +34,8 @@ TAG_EVALUATION = "diffit.evaluation"
 # Digest of the reference that an evaluation was measured against, independent of its path.
 TAG_REFERENCE = "diffit.reference_digest"
 TAG_ATTEMPT = "diffit.attempt"
+# `train.steps` of the newest attempt: a run can be extended, but MLflow keeps its first params.
+TAG_STEPS = "diffit.train_steps"
 # Aliases of a registered model's best versions: by the protocol of the run's recipe, and by the
 # smaller one of validation during training.
 BEST = "best"
@@ -408,7 +410,7 @@ class Tracker:
 
     def params(self, run_id: str) -> dict[str, str]:
         """A run's parameters under today's names."""
-        return renamed.current_params(self.client.get_run(run_id).data.params)
+        return _current_params(self.client.get_run(run_id))
 
     def tag(self, run_id: str, name: str) -> str | None:
         """A run's tag; None if it has none."""
@@ -471,13 +473,20 @@ def _signature_text(about: ModelNotes) -> str:
     return str(Model(signature=signature, flavors={"safetensors": {}}).to_yaml())
 
 
+def _current_params(run: Run) -> dict[str, str]:
+    params = renamed.current_params(run.data.params)
+    if steps := run.data.tags.get(TAG_STEPS):
+        params["train.steps"] = steps
+    return params
+
+
 def _run_record(run: Run, experiments: dict[str, str]) -> RunRecord:
     return RunRecord(
         run_id=run.info.run_id,
         name=run.info.run_name,
         parent_id=run.data.tags.get("mlflow.parentRunId"),
         status=run.info.status,
-        params=renamed.current_params(run.data.params),
+        params=_current_params(run),
         metrics={renamed.METRICS.get(k, k): v for k, v in run.data.metrics.items()},
         tags=dict(run.data.tags),
         start_time_ms=run.info.start_time,

@@ -41,6 +41,7 @@ from diffit_train.runs.identity import (
 )
 from diffit_train.runs.live import LiveWriter, live_until_end
 from diffit_train.tracking import (
+    TAG_STEPS,
     Tracker,
     git_commit,
     import_ahead,
@@ -194,6 +195,7 @@ def _tags(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> dict[str
     tags = {
         "diffit.recipe_hash": identity.recipe_hash,
         "diffit.dataset_digest": manifest.digest,
+        TAG_STEPS: str(recipe.train.steps),
         "mlflow.source.name": "diffit train",
     }
     start = recipe.train.start

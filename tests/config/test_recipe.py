@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from diffit_train import storage
 from diffit_train.config import dump_recipe, load_recipe, packaged_recipes, validate
+from diffit_train.config.evaluate import without_effect
 from diffit_train.errors import UserError
 
 
@@ -179,6 +180,28 @@ def test_sampler_options_are_accepted() -> None:
     overrides = ["diffusion.objective=flow", *(f"evaluate.sampler.{text}" for text in sde)]
     sampler = load_recipe("demo", overrides).evaluate.sampler
     assert (sampler.diffusion, sampler.last_step) == ("sigma", "euler")
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective", "names"),
+    [
+        (["heun", "none"], "epsilon", {"kind"}),
+        (["heun", "none"], "edm", {"kind", "rho"}),
+        (["heun", "none"], None, {"kind", "rho"}),
+        (["ddim", "constant"], "epsilon", {"kind", "scale", "eta"}),
+        (["sde", "power_cosine"], "flow", {"kind", "scale", "power", "last_step"}),
+        (["sde", "interval"], "flow", {"kind", "scale", "low", "last_step"}),
+    ],
+)
+def test_settings_without_effect(
+    settings: list[str], objective: str | None, names: set[str]
+) -> None:
+    keys = ["sampler.eta", "sampler.last_step", "sampler.edm.rho"]
+    keys += [f"guidance.{name}" for name in ("kind", "scale", "power", "low")]
+    values = dict.fromkeys(keys, "1") | {"sampler.name": settings[0], "guidance.kind": settings[1]}
+    left = {key for key in keys if not without_effect(key, values, objective)}
+    assert {key.rsplit(".", 1)[1] for key in left} == names
+    assert not without_effect("samples", values, objective)
 
 
 def test_every_error_of_a_recipe_is_reported_at_once() -> None:
