@@ -17,12 +17,13 @@ from diffit_train import storage
 from diffit_train.commands.weights import WeightSource, sample_images
 from diffit_train.config import Recipe, stored_text
 from diffit_train.data.loader import SampleOrder
-from diffit_train.data.shards import MANIFEST, Manifest, Totals, write_shard
+from diffit_train.data.shards import MANIFEST
 from diffit_train.models.build import build_model
-from diffit_train.runs.checkpoints import State, save_whole
+from diffit_train.runs.checkpoints import save_whole
 from diffit_train.runs.identity import create_identity
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
+from tests.made import make_manifest, make_shards, make_state
 
 PIXELS = ("autoencoder.kind=identity", "autoencoder.latent_channels=3", "autoencoder.downsample=1")
 PIXELS += ("autoencoder.fit.block_out_channels=[8]", "evaluate.guidance.channels=3")
@@ -32,15 +33,7 @@ def save_run(recipe: Recipe, name: str, weights: dict[int, dict[str, torch.Tenso
     """A run whose EMA are the weights at each step, and whose raw weights are beside them."""
     create_identity(recipe, name)
     for step, ema in weights.items():
-        state = State(
-            step=step,
-            images_seen=8 * step,
-            optimizer_steps=step,
-            recipe_hash=recipe.train_hash(),
-            mlflow_run_id="none",
-            world_size=1,
-            zero_stage=0,
-        )
+        state = make_state(step, recipe_hash=recipe.train_hash())
         values = {"master": {n: v + 0.01 for n, v in ema.items()}, "ema": ema}
         shapes = {n: v.shape for n, v in ema.items()}
         save_whole(values, shapes, f"{recipe.storage.root}/runs/{name}", state)
@@ -96,33 +89,8 @@ def test_checkpoint_weights_and_sampler_can_be_chosen(root: Path) -> None:
 def make_latents(root: Path) -> str:
     """A folder of 40 latents in four shards."""
     url = str(root / "latents" / "digits")
-    random = np.random.default_rng(0)
-    shards = []
-    for number in range(4):
-        keys = list(range(10 * number, 10 * number + 10))
-        moments = random.normal(size=(10, 1, 4, 2, 2)).astype(np.float16)
-        shards.append(write_shard(url, number, keys, moments, [k % 3 for k in keys]))
     recipe = tiny_recipe(root)
-    manifest = Manifest(
-        schema_version=1,
-        recipe_hash=recipe.encode_hash(),
-        autoencoder="a",
-        autoencoder_sha256="s",
-        scale=1.0,
-        channels=2,
-        height=2,
-        width=2,
-        frames=1,
-        images_per_shard=10,
-        segments=[40],
-        orders=["sha256"],
-        classes=["a", "b", "c"],
-        input_sha256="i",
-        shards=shards,
-        totals=Totals(input=40, written=40, rejected=0),
-        mean=[0, 0],
-        std=[1, 1],
-    )
+    manifest = make_manifest(make_shards(url, [10] * 4), recipe_hash=recipe.encode_hash())
     storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
     storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json())
     return url

@@ -17,8 +17,9 @@ from diffit_train.data.shards import write_shard
 from diffit_train.disk_full import DiskFullError
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.stored_arrays import write_arrays, write_images
-from diffit_train.runs.checkpoints import State, save_whole
+from diffit_train.runs.checkpoints import save_whole
 from diffit_train.tracking import Tracker
+from tests.made import make_state
 
 DISK_BYTES = 512 * 1024
 # Of each output below.
@@ -41,16 +42,8 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def _save_checkpoint(folder: str) -> None:
     values = {"weight": torch.zeros(NEEDED // 4)}
-    state = State(
-        step=1,
-        images_seen=8,
-        optimizer_steps=1,
-        recipe_hash="",
-        mlflow_run_id="",
-        world_size=1,
-        zero_stage=0,
-    )
-    save_whole({"master": values}, {"weight": values["weight"].shape}, folder, state)
+    shapes = {"weight": values["weight"].shape}
+    save_whole({"master": values}, shapes, folder, make_state(1))
 
 
 WRITERS: dict[str, Callable[[str], object]] = {

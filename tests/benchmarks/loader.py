@@ -27,8 +27,9 @@ import numpy as np
 
 from diffit_train import storage
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder
-from diffit_train.data.shards import Manifest, Shard, ShardEntry, Totals, write_shard
+from diffit_train.data.shards import Manifest, Shard, ShardEntry, write_shard
 from tests.benchmarks.common import print_table
+from tests.made import make_manifest
 from tests.s3 import BUCKET, S3Server
 
 BATCH, LANES, PER_SHARD = 256, 64, 512
@@ -45,31 +46,7 @@ def write_latents(url: str, images: int) -> Manifest:
         moments = random.standard_normal((PER_SHARD, 1, 8, 32, 32)).astype(np.float16)
         keys = range(number * PER_SHARD, (number + 1) * PER_SHARD)
         shards.append(write_shard(url, number, keys, moments, [0] * PER_SHARD))
-    return empty_manifest(images, shards)
-
-
-def empty_manifest(images: int, shards: list[ShardEntry]) -> Manifest:
-    """A manifest of these shards."""
-    return Manifest(
-        schema_version=1,
-        recipe_hash="",
-        autoencoder="",
-        autoencoder_sha256="",
-        scale=1.0,
-        channels=4,
-        height=32,
-        width=32,
-        frames=1,
-        images_per_shard=PER_SHARD,
-        segments=[images],
-        orders=["sha256"],
-        classes=["0"],
-        input_sha256="",
-        shards=shards,
-        totals=Totals(input=images, written=images, rejected=0),
-        mean=[0.0] * 4,
-        std=[1.0] * 4,
-    )
+    return make_manifest(shards, channels=4, side=32)
 
 
 def with_loader(url: str, manifest: Manifest) -> float:
@@ -142,7 +119,7 @@ def paced_loader(
         time.sleep(SHARD_S)
         return shard
 
-    manifest = empty_manifest(sum(s.count for s in shards), shards)
+    manifest = make_manifest(shards, channels=4, side=32)
     order = SampleOrder([s.count for s in shards], BATCH, lanes, 1024, 0, staggered)
     return LatentLoader(
         "",

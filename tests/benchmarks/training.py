@@ -37,7 +37,6 @@ from diffit_train.runs.checkpoints import (
     OwnedSlice,
     Part,
     Slice,
-    State,
     checkpoint_url,
     commit_checkpoint,
     piece_file,
@@ -49,6 +48,7 @@ from diffit_train.training.checkpointer import CheckpointWriter, load_checkpoint
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import interleaved_seconds, print_table
 from tests.benchmarks.full_step import tensor_bytes
+from tests.made import make_state
 from tests.runs import schema_1
 from tests.training import ranks
 
@@ -167,10 +167,7 @@ def _checkpoint(rank: int, world: int, size: str) -> None:
     train = Train(steps=10**6, batch_size=world, zero_stage=2)
     engine = Engine(_model(size), train, rank, world, torch.device("cpu"))
     writer = CheckpointWriter(engine)
-    state = State(
-        step=1, images_seen=1, optimizer_steps=0, recipe_hash="", mlflow_run_id="",
-        world_size=world, zero_stage=2,
-    )  # fmt: skip
+    state = make_state(1, world_size=world, zero_stage=2)
     folder: list[Any] = [tempfile.mkdtemp(prefix="diffit-bench-") if rank == 0 else None]
     torch.distributed.broadcast_object_list(folder)
     rows = []
@@ -251,10 +248,7 @@ def _write_both(rank: int, world: int, size: str, folder: str) -> None:
     train = Train(steps=9, batch_size=world, zero_stage=2)
     engine = Engine(_model(size), train, rank, world, torch.device("cpu"))
     _take_step(engine, 0)
-    state = State(
-        step=1, images_seen=1, optimizer_steps=1, recipe_hash="", mlflow_run_id="",
-        world_size=world, zero_stage=2,
-    )  # fmt: skip
+    state = make_state(1, world_size=world, zero_stage=2)
     CheckpointWriter(engine).save_now(f"{folder}/schema-2", state)
     old, kinds = f"{folder}/schema-1", (*STATES, *train.ema)
     mine = schema_1.write_rank(old, 1, rank, world, engine.owned(), kinds)
@@ -313,10 +307,7 @@ def _write_shares(
 ) -> None:
     """Write the same values in both formats, as that number of ranks would."""
     kinds = tuple(values)
-    state = State(
-        step=1, images_seen=1, optimizer_steps=1, recipe_hash="", mlflow_run_id="",
-        world_size=world, zero_stage=2,
-    )  # fmt: skip
+    state = make_state(1, world_size=world, zero_stage=2)
     old, parts, old_parts = f"{folder}/schema-1", [], []
     url = checkpoint_url(f"{folder}/schema-2", 1)
     for rank, share in enumerate(_shares(shapes, world)):

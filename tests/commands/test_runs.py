@@ -22,13 +22,14 @@ from diffit_train.commands.runs import (
 from diffit_train.config import stored_text
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs import lease
-from diffit_train.runs.checkpoints import State, committed_steps, save_whole
+from diffit_train.runs.checkpoints import committed_steps, save_whole
 from diffit_train.runs.identity import create_identity, read_identity
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.live import LiveWriter, live_until_end, read_live
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.head import free_port
+from tests.made import make_state
 
 RECORD = {"loss": 0.25, "images_per_s": 40.0}
 
@@ -40,15 +41,7 @@ def _run(root: Path, run: str, *steps: int) -> str:
     create_identity(recipe, run)
     values = {"w": torch.arange(1000.0)}
     for step in steps:
-        state = State(
-            step=step,
-            images_seen=8 * step,
-            optimizer_steps=step,
-            recipe_hash=recipe.train_hash(),
-            mlflow_run_id="none",
-            world_size=1,
-            zero_stage=0,
-        )
+        state = make_state(step, recipe_hash=recipe.train_hash())
         save_whole({"ema": values}, {"w": torch.Size([1000])}, url, state)
     return url
 

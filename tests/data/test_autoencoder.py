@@ -25,9 +25,10 @@ from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.autoencoder_memory import Part, activation_values, slice_size
 from diffit_train.data.fit import fit
 from diffit_train.data.known_autoencoder import recognized
-from diffit_train.data.shards import MANIFEST, Manifest, Totals, finished_manifest, latents_url
+from diffit_train.data.shards import MANIFEST, finished_manifest, latents_url
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
+from tests.made import make_manifest
 
 
 class _Killed(Exception):
@@ -317,25 +318,13 @@ def encoded_recipe(project: Path, tmp_path: Path) -> Recipe:
     """The recipe of a root with latents of no images."""
     shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")
     recipe = tiny_recipe(tmp_path)
-    manifest = Manifest(
-        schema_version=1,
+    manifest = make_manifest(
+        [],
+        channels=4,
+        side=4,
         recipe_hash=recipe.encode_hash(),
         autoencoder=recipe.autoencoder.name,
         autoencoder_sha256=load_autoencoder(recipe, torch.device("cpu")).weight_hash(),
-        scale=1.0,
-        channels=4,
-        height=4,
-        width=4,
-        frames=1,
-        images_per_shard=8,
-        segments=[0],
-        orders=["x"],
-        classes=["a", "b", "c"],
-        input_sha256="",
-        shards=[],
-        totals=Totals(input=0, written=0, rejected=0),
-        mean=[0.0] * 4,
-        std=[1.0] * 4,
     )
     storage.write_text(storage.join(latents_url(recipe), MANIFEST), manifest.model_dump_json())
     return recipe

@@ -10,8 +10,9 @@ import pytest
 
 from diffit_train import storage
 from diffit_train.data.encode_plan import _write_inputs, read_inputs
-from diffit_train.data.shards import Manifest, Totals
+from diffit_train.data.shards import Totals
 from diffit_train.errors import DiffitError
+from tests.made import make_manifest
 
 INPUTS = [("a/0.png", 0), ("b/1.png", 1)]
 
@@ -19,25 +20,12 @@ INPUTS = [("a/0.png", 0), ("b/1.png", 1)]
 @pytest.fixture
 def latents(tmp_path: Path) -> Path:
     """A folder of latents without shards."""
-    manifest = Manifest(
-        schema_version=1,
-        recipe_hash="x",
-        autoencoder="x",
-        autoencoder_sha256="x",
-        scale=1.0,
-        channels=4,
-        height=4,
-        width=4,
-        frames=1,
-        images_per_shard=5,
+    manifest = make_manifest(
+        [],
         segments=[2],
         orders=[""],
-        classes=["a", "b"],
         input_sha256=storage.digest(INPUTS),
-        shards=[],
         totals=Totals(input=2, written=2, rejected=0),
-        mean=[0.0] * 4,
-        std=[1.0] * 4,
     )
     storage.write_text(str(tmp_path / "manifest.json"), manifest.sealed())
     _write_inputs(str(tmp_path), INPUTS)

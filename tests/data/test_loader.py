@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
-from diffit_train.data.shards import Manifest, Shard, ShardEntry, Totals, read_shard, write_shard
+from diffit_train.data.shards import Manifest, Shard, ShardEntry, read_shard
 from diffit_train.errors import DiffitError, UserError
 from tests.benchmarks.loader import virtual_wait
 from tests.benchmarks.order import (
@@ -23,6 +23,7 @@ from tests.benchmarks.order import (
     permuted,
     sorted_labels,
 )
+from tests.made import make_manifest, make_shards
 
 FORMER = [
     [(3, 1), (3, 3), (3, 2), (3, 5)],
@@ -228,34 +229,7 @@ def test_draws_have_the_right_distributions() -> None:
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
     url = str(tmp_path_factory.mktemp("latents"))
-    random = np.random.default_rng(0)
-    shards, first = [], 0
-    for number, count in enumerate([9, 12, 8, 11]):
-        keys = list(range(first, first + count))
-        moments = random.normal(size=(count, 1, 4, 2, 2)).astype(np.float16)
-        shards.append(write_shard(url, number, keys, moments, [k % 3 for k in keys]))
-        first += count
-    manifest = Manifest(
-        schema_version=1,
-        recipe_hash="h",
-        autoencoder="a",
-        autoencoder_sha256="s",
-        scale=1.0,
-        channels=2,
-        height=2,
-        width=2,
-        frames=1,
-        images_per_shard=10,
-        segments=[40],
-        orders=["sha256"],
-        classes=["a", "b", "c"],
-        input_sha256="i",
-        shards=shards,
-        totals=Totals(input=40, written=40, rejected=0),
-        mean=[0, 0],
-        std=[1, 1],
-    )
-    return url, manifest
+    return url, make_manifest(make_shards(url, [9, 12, 8, 11]))
 
 
 def _keys(latents: tuple[str, Manifest], world: int, first: int, last: int) -> list[list[int]]:

@@ -68,13 +68,14 @@ from diffit_train.evaluation.result import (
 from diffit_train.evaluation.sweep import open_sweep, plan_sweep, read_sweep
 from diffit_train.models.build import build_model
 from diffit_train.models.published import read_weights_and_step
-from diffit_train.runs.checkpoints import State, read_state, read_weights, save_whole
+from diffit_train.runs.checkpoints import read_state, read_weights, save_whole
 from diffit_train.runs.identity import create_identity, read_identity, stored_recipe
 from diffit_train.runs.import_export import export_weights
 from diffit_train.tracking import Tracker
 from diffit_train.training.log import SkippedSteps, TrainingLog, as_metrics
 from tests.conftest import tiny_recipe, write_images
 from tests.faults.fuzz import mutated_bytes
+from tests.made import make_state
 
 CPU = torch.device("cpu")
 # Files whose other values nobody can notice.
@@ -149,14 +150,11 @@ def _run(recipe: Recipe) -> None:
     SkippedSteps().adding(3, 4).adding(27, 28).write(folder)
     model = build_model(recipe)
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = State(
-        step=40,
-        images_seen=320,
+    state = make_state(
+        40,
         optimizer_steps=36,
         recipe_hash=identity.recipe_hash,
         mlflow_run_id=mlflow_run_id,
-        world_size=1,
-        zero_stage=0,
         log=log.mark(),
     )
     shapes = {name: value.shape for name, value in weights.items()}

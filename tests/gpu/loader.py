@@ -15,11 +15,12 @@ import numpy as np
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.loader import LatentLoader, SampleOrder
-from diffit_train.data.shards import Manifest, Shard, ShardEntry, Totals, read_shard, shard_name
+from diffit_train.data.shards import Manifest, Shard, ShardEntry, read_shard, shard_name
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
 from tests.benchmarks.common import synchronize
 from tests.gpu.kit import Report, start_ranks
 from tests.gpu.training import WARMUP, Steps, fixed_batch, token_count, variants
+from tests.made import make_manifest
 
 # Seconds that a shard takes from remote storage.
 REMOTE_S = 0.25
@@ -114,24 +115,5 @@ def write_latents(recipe: Recipe, folder: Path, shards: int) -> Manifest:
         entries.append(
             ShardEntry(name=file.name, count=count, bytes=size, sha256=sha256, first_index=first)
         )
-    images = shards * count
-    return Manifest(
-        schema_version=1,
-        recipe_hash="",
-        autoencoder="",
-        autoencoder_sha256="",
-        scale=1.0,
-        channels=channels,
-        height=side,
-        width=side,
-        frames=frames,
-        images_per_shard=count,
-        segments=[images],
-        orders=["sha256"],
-        classes=[str(number) for number in range(recipe.data.num_classes)],
-        input_sha256="",
-        shards=entries,
-        totals=Totals(input=images, written=images, rejected=0),
-        mean=[0.0] * channels,
-        std=[1.0] * channels,
-    )
+    classes = [str(number) for number in range(recipe.data.num_classes)]
+    return make_manifest(entries, channels, side, frames=frames, classes=classes)

@@ -17,21 +17,18 @@ from diffit_train.runs.checkpoints import (
     STATES,
     OwnedSlice,
     Slice,
-    State,
     checkpoint_url,
     damage,
     read_slices,
     read_weights,
     save_whole,
 )
+from tests.made import make_state
 from tests.runs import schema_1
 
 KINDS = (*STATES, "ema")
 SHAPES = {"a": torch.Size((7, 11)), "b": torch.Size((300,)), "c": torch.Size(())}
-STATE = State(
-    step=3, images_seen=12, optimizer_steps=3, recipe_hash="hash", mlflow_run_id="run",
-    world_size=2, zero_stage=2,
-)  # fmt: skip
+STATE = make_state(3, recipe_hash="hash", mlflow_run_id="run", world_size=2, zero_stage=2)
 BLOCK = 64
 
 

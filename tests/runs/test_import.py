@@ -10,19 +10,12 @@ from safetensors.torch import save_file
 
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
-from diffit_train.runs.checkpoints import State, committed_steps, read_weights, save_whole
+from diffit_train.runs.checkpoints import committed_steps, read_weights, save_whole
 from diffit_train.runs.import_export import import_weights
 from tests.conftest import tiny_recipe
+from tests.made import make_state
 
-STATE = State(
-    step=3,
-    images_seen=24,
-    optimizer_steps=3,
-    recipe_hash="x",
-    mlflow_run_id="y",
-    world_size=1,
-    zero_stage=0,
-)
+STATE = make_state(3)
 
 
 def _file(folder: Path, **metadata: str) -> str:

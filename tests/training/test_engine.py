@@ -36,6 +36,7 @@ from diffit_train.training.checkpointer import (
     load_newest,
 )
 from diffit_train.training.engine import AcceptStep, Engine, accept_finite, learning_rate
+from tests.made import make_state
 from tests.training.ranks import on_ranks
 
 BATCH = 4
@@ -71,12 +72,10 @@ def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _state(step: int, engine: Engine, world: int) -> State:
-    return State(
-        step=step,
+    return make_state(
+        step,
         images_seen=step * BATCH,
         optimizer_steps=engine.optimizer_steps(),
-        recipe_hash="hash",
-        mlflow_run_id="run",
         world_size=world,
         zero_stage=engine.train.zero_stage,
     )

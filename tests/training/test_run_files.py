@@ -12,7 +12,7 @@ import pytest
 from diffit_train import storage
 from diffit_train.commands.verify import check_root, check_run
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.runs.checkpoints import LogMark, State, committed_steps, save_whole
+from diffit_train.runs.checkpoints import LogMark, committed_steps, save_whole
 from diffit_train.runs.identity import create_identity, read_identity, stored_recipe
 from diffit_train.runs.import_export import export_weights
 from diffit_train.tracking import Tracker
@@ -26,6 +26,7 @@ from diffit_train.training.log import (
 )
 from diffit_train.training.verify import verify_run
 from tests.conftest import tiny_recipe
+from tests.made import make_state
 
 
 def _record(step: int) -> dict[str, Any]:
@@ -49,15 +50,8 @@ def run(tmp_path: Path) -> Path:
         tracker.log_metrics(mlflow_run_id, as_metrics(_record(step)), step)
     storage.write_text(log.url, log.text())
     weights = {n: p.detach() for n, p in build_model(recipe).named_parameters() if p.requires_grad}
-    state = State(
-        step=6,
-        images_seen=48,
-        optimizer_steps=6,
-        recipe_hash=identity.recipe_hash,
-        mlflow_run_id=mlflow_run_id,
-        world_size=1,
-        zero_stage=0,
-        log=log.mark(),
+    state = make_state(
+        6, recipe_hash=identity.recipe_hash, mlflow_run_id=mlflow_run_id, log=log.mark()
     )
     shapes = {name: value.shape for name, value in weights.items()}
     save_whole({"master": weights, "ema": weights}, shapes, str(folder), state)
