@@ -70,7 +70,9 @@ def _key(recipe: Recipe, batch: int) -> str:
     dumped = recipe.model_dump(mode="json", include=sections)
     train = recipe.train.model_dump(mode="json", exclude=_OTHER_TRAINING)
     package = Path(__file__).parent
-    files = [file for part in ("models", "diffusion") for file in (package / part).glob("*.py")]
+    files = [
+        file for part in ("models", "diffusion", "config") for file in (package / part).glob("*.py")
+    ]
     code = [storage.sha256_file(file) for file in sorted([*files, Path(__file__)])]
     return storage.digest([dumped, train, batch, code, metadata.version("torch")])[:32]
 

@@ -73,7 +73,10 @@ def connected(address: str | None = None) -> Iterator[None]:
     what = "Ray on this machine" if address == NEW_CLUSTER else f"the Ray cluster at {address}"
     say(f"{'Starting' if address == NEW_CLUSTER else 'Connecting to'} {what}")
     try:
-        with _of_its_own() if address == NEW_CLUSTER else nullcontext(), waiting.announced(what):
+        with (
+            _minimal_private_cluster() if address == NEW_CLUSTER else nullcontext(),
+            waiting.announced(what),
+        ):
             ray.init(
                 address=address,
                 include_dashboard=False if address == NEW_CLUSTER else None,
@@ -173,14 +176,14 @@ def _alive(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def _of_its_own() -> Iterator[None]:
-    """Make a cluster started in the block listen on 127.0.0.1 only, with what it needs.
+def _minimal_private_cluster() -> Iterator[None]:
+    """Make a cluster started in the block listen on 127.0.0.1 only, with few processes.
 
     Otherwise all its processes listen on all interfaces. There is no public option: Ray replaces
     `_node_ip_address="127.0.0.1"` with the network interface's address. This private switch keeps
-    it on loopback, as on macOS. Nor is there one against its autoscaler, its reader of logs and
-    what is left of a dashboard, which have nothing to do, take seconds of a CPU to start, and one
-    to end. If a later Ray drops one of these names, it has no effect.
+    it on loopback, as on macOS. A private cluster does not need the autoscaler, the log monitor and
+    the dashboard process either; they cost seconds of CPU, and one at the end. If a later Ray drops
+    one of these names, changing it has no effect.
     """
     from ray._private import ray_constants
     from ray._private.node import Node

@@ -490,6 +490,11 @@ def create(url: str, data: bytes) -> bool:
     return retried(url, attempt)
 
 
+def existing(path: Path) -> Path:
+    """A local path, or the nearest above it that exists."""
+    return next(one for one in (path, *path.parents) if one.exists())
+
+
 def require_writable(root: str) -> None:
     """Refuse a root that cannot be written to, before hours of work are lost; nothing remains.
 
@@ -498,16 +503,16 @@ def require_writable(root: str) -> None:
     """
     name = f".writable-{uuid.uuid4().hex}"
     try:
+        folder = root
         if is_local(root):
-            path = local_path(root).absolute()
-            probe = next(p for p in (path, *path.parents) if p.exists()) / name
-            probe.mkdir()
-            probe.rmdir()
-        else:
-            url = join(root, name)
-            write_text(url, "diffit")
-            read_bytes(url)
-            remove(url)
+            above = existing(local_path(root).absolute())
+            if not above.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{above} is not a folder")
+            folder = str(above)
+        url = join(folder, name)
+        write_text(url, "diffit")
+        read_bytes(url)
+        remove(url)
     except (OSError, DiffitError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         reason = getattr(cause, "strerror", None) or first_line(error)

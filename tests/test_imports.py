@@ -15,6 +15,7 @@ PACKAGE = Path(diffit_train.__file__).parent
 BASE = {
     "errors",
     "background",
+    "pids",
     "storage",
     "progress",
     "redaction",
@@ -30,6 +31,7 @@ SCIENCE = {"models", "diffusion", "data"}
 ALLOWED = {
     "errors": set(),
     "background": set(),
+    "pids": set(),
     "progress": {"errors"},
     "redaction": set(),
     "waiting": {"errors", "progress", "redaction"},
@@ -48,7 +50,7 @@ ALLOWED = {
     "tracking": BASE,
     "models": BASE,
     "diffusion": BASE,
-    "hang": {"errors", "storage", "background"},
+    "hang": {"errors", "storage", "background", "pids"},
     "data": BASE | {"models", "diffusion", "ray_session", "native_stderr", "hang"},
     "counts": BASE | SCIENCE,
     "planning": BASE | SCIENCE | {"counts"},

@@ -112,6 +112,6 @@ def test_a_root_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert storage.list_names("memory://new/root") == []
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        UserError, match=r"cannot write to .*/file/x: Not a directory; make it writ"
+        UserError, match=r"cannot write to .*/file/x: .*/file is not a folder; make it writ"
     ):
         storage.require_writable(str(tmp_path / "file" / "x"))

@@ -130,7 +130,7 @@ def output(option: str, value: str) -> str:
     url = storage.absolute(value)
     if storage.is_local(url):
         path = storage.local_path(url)
-        above = next(folder for folder in path.parents if folder.exists())
+        above = storage.existing(path.parent)
         problem = "is not a folder" if not above.is_dir() else "cannot be written to"
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise UserError(

@@ -41,7 +41,7 @@ def significant(value: float) -> str:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB: two decimals, or for little two significant digits."""
+    """Bytes in GiB: two decimals; below 0.1, two significant digits."""
     value = size / storage.GIB
     return significant(value) if value < 0.1 else f"{value:,.2f}"
 

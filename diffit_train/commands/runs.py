@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -21,11 +22,12 @@ from diffit_train.commands.options import (
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import Result, run_results
 from diffit_train.progress import Progress, counted, print_rows, say
+from diffit_train.redaction import first_line, redact
 from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import committed_steps, read_index, step_name, weights_of
-from diffit_train.runs.identity import read_identity, stored_recipe
+from diffit_train.runs.identity import IDENTITY, read_identity, stored_recipe
 from diffit_train.runs.live import Live, read_live
-from diffit_train.tracking import Tracker
+from diffit_train.tracking import Tracker, unreachable_errors
 
 GB = 1e9
 POLL_S = 1.0
@@ -146,20 +148,20 @@ def _evaluation(result: Result) -> dict[str, Any]:
     }
 
 
-def remove_run(root: str, run: str, yes: bool, keep_curves: bool) -> dict[str, Any]:
+def remove_run(root: str, run: str, yes: bool, in_mlflow: bool = False) -> dict[str, Any]:
     """List a run's files and evaluations, ask, and remove them.
 
     Args:
         yes: whether not to ask.
-        keep_curves: whether MLflow keeps the run, and `compare` shows it.
+        in_mlflow: whether to delete the run and its evaluations in MLflow as well.
 
     Raises:
         UserError: it is being trained.
-        DiffitError: MLflow is unreachable; nothing was removed.
+        DiffitError: MLflow did not delete its runs; no file was removed.
     """
     root = _existing(root)
     url = _found(root, run)
-    places = [url, storage.join(root, "evaluations", run)]
+    places = [storage.join(root, "evaluations", run), url]
     found = [(place, storage.walk(place)) for place in places if storage.exists(place)]
     total = sum(file.bytes for _, files in found for file in files.values())
     print_rows(
@@ -173,20 +175,51 @@ def remove_run(root: str, run: str, yes: bool, keep_curves: bool) -> dict[str, A
             for place, files in found
         ],
     )
-    curves = "MLflow keeps the run's curves" if keep_curves else "The run is deleted in MLflow, too"
-    say(f"{curves}; a registered model loses its weights with the run")
+    delete = _deletion_in_mlflow(url) if in_mlflow else None
+    if delete is None:
+        say("MLflow keeps the run's curves")
+    say("A registered model loses its weights with the run")
     agreed = yes or _agreed(run, total)
     if agreed:
         with lease.held(url, False, say, lambda: None):
-            identity = read_identity(url)
-            if identity is not None and not keep_curves:
-                deleted = Tracker.of(stored_recipe(url)).forget(identity.uuid)
-                say(f"deleted {counted(deleted, 'run')} in MLflow")
-            # The run last, so that a killed removal can be repeated.
-            for place, _ in reversed(found):
-                storage.remove(place)
+            if delete is not None:
+                delete()
+            storage.remove(places[0])
+            # Without it the folder is no run any more; a killed removal can be repeated.
+            storage.remove(storage.join(url, IDENTITY))
+            storage.remove(url)
         say(f"removed {total / GB:.3f} GB")
     return {"run": run, "bytes": total, "removed": agreed}
+
+
+def _deletion_in_mlflow(url: str) -> Callable[[], None] | None:
+    """What deletes a run and its evaluations in MLflow; None if the folder does not say which."""
+    identity = read_identity(url)
+    if identity is None:
+        return None
+    with _saying_how_without():
+        tracker = Tracker.of(stored_recipe(url))
+        found = tracker.with_evaluations(identity.uuid)
+    say(f"{counted(len(found), 'run')} in MLflow at {redact(tracker.uri)} will be deleted as well")
+
+    def delete() -> None:
+        with _saying_how_without():
+            tracker.delete(found)
+
+    return delete
+
+
+@contextmanager
+def _saying_how_without() -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except unreachable_errors() as error:
+        raise DiffitError(
+            f"the run cannot be deleted in MLflow: {first_line(error)}; rerun the command, or "
+            "without --mlflow to remove the files alone"
+        ) from error
 
 
 def _agreed(run: str, total: int) -> bool:
@@ -351,13 +384,13 @@ def runs_remove_command(
     run: RunArgument,
     root: ProjectRoot = ".",
     yes: Annotated[bool, typer.Option("--yes", metavar="", help="Remove without asking.")] = False,
-    keep_curves: Annotated[
+    in_mlflow: Annotated[
         bool,
         typer.Option(
-            "--keep-curves",
+            "--mlflow",
             metavar="",
-            help="Keep the run in MLflow, so that `diffit compare` still shows it. Else it is "
-            "deleted there, too, and can be restored until `mlflow gc`.",
+            help="Delete it in MLflow as well, so that `diffit compare` no longer shows it. MLflow "
+            "can restore it until `mlflow gc` runs.",
         ),
     ] = False,
     as_json: Json = False,
@@ -366,7 +399,7 @@ def runs_remove_command(
 
     Example: `diffit runs remove first --root my-project`
     """
-    print_result(remove_run(root, run, yes, keep_curves), as_json)
+    print_result(remove_run(root, run, yes, in_mlflow), as_json)
 
 
 def watch_command(

@@ -458,11 +458,9 @@ def _check_listed(recipe: Recipe, listing: ImageList) -> None:
 
 def _too_many(recipe: Recipe, wrong: Sequence[tuple[str, str]], total: int) -> UserError:
     """An error for too many unusable images, given by name and reason."""
-    data, shown = recipe.data, wrong[:5]
-    labels = any(reason.startswith("label ") for _, reason in shown)
-    fix = f"data.num_classes is {data.num_classes}" if labels else "fix them or raise the limit"
     return UserError(
-        f"{len(wrong):,} of {total:,} images cannot be used, more than "
-        f"data.max_rejected_fraction={data.max_rejected_fraction:g} allows; {fix}:"
-        + "".join(f"\n  {name}: {reason}" for name, reason in shown)
+        f"{len(wrong):,} of {total:,} images cannot be used, more than data.max_rejected_fraction="
+        f"{recipe.data.max_rejected_fraction:g} allows; fix them, data.num_classes "
+        f"({recipe.data.num_classes}) or the limit:"
+        + "".join(f"\n  {name}: {reason}" for name, reason in wrong[:5])
     )

@@ -333,7 +333,7 @@ def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
         except ValueError:
             return None
         start += BLOCK
-        if not plain or start + size > len(data):
+        if not plain or size < 0 or start + size > len(data):
             return None
         found.append((name, start, size))
         start += -(-size // BLOCK) * BLOCK

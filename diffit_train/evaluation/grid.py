@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -41,7 +44,7 @@ def page(
     Args:
         longest: the longest title, where several pages are to have one size.
     """
-    font = ImageFont.load_default(_TEXT)
+    font = _font()
     lines = title.splitlines()
     left = GAP
     if names is not None:
@@ -61,6 +64,16 @@ def page(
         for column, image in enumerate(row):
             made.paste(Image.fromarray(image), (left + column * step, above))
     return made
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    # Pillow's own font has ASCII alone; matplotlib's has Latin, Greek and Cyrillic letters.
+    package = importlib.util.find_spec("matplotlib")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), _TEXT)
 
 
 def cell_side(resolution: int, most: int, widest: int) -> int:

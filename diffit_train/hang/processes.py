@@ -24,6 +24,7 @@ import psutil
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
+from diffit_train.pids import running
 
 # Of a run or a root, for stack traces of processes that hung.
 FOLDER = "stacks"
@@ -90,40 +91,34 @@ class Ending(NamedTuple):
     of_itself: bool
 
 
-def stacks_here(pid: int, started: float, stacks: int) -> str:
-    """The stack traces of a process of this node, or why there are none.
-
-    It is named by what `Process` says of it.
-    """
+def stacks_here(process: Process) -> str:
+    """The stack traces of a process of this node, or why there are none."""
+    found = running(process.pid, process.started)
+    if found is None:
+        return ENDED
     try:
-        process = _running(pid, started)
-        state = process.status()
-        if stacks < 0 or state == psutil.STATUS_STOPPED:
+        state = found.status()
+        if process.stacks < 0 or state == psutil.STATUS_STOPPED:
             return f"its state is {state!r}, in which it writes no stack traces"
-        return _dumped(process, Path(f"/proc/{pid}/fd/{stacks}"))
+        return _dumped(found, Path(f"/proc/{process.pid}/fd/{process.stacks}"))
     except psutil.NoSuchProcess:
         return ENDED
     except psutil.AccessDenied as error:
         return f"its stack traces cannot be asked for: {error}"
 
 
-def kill_here(pid: int, started: float, _: int) -> str:
-    """Kill a process of this node, named likewise; returns why not, or nothing."""
+def kill_here(process: Process) -> str:
+    """Kill a process of this node; returns why not, or nothing."""
+    found = running(process.pid, process.started)
+    if found is None:
+        return ENDED
     try:
-        _running(pid, started).kill()
+        found.kill()
     except psutil.NoSuchProcess:
         return ENDED
     except psutil.AccessDenied as error:
         return f"it could not be killed: {error}"
     return ""
-
-
-def _running(pid: int, started: float) -> psutil.Process:
-    process = psutil.Process(pid)
-    other = abs(process.create_time() - started) > 1.0
-    if other or process.status() == psutil.STATUS_ZOMBIE:
-        raise psutil.NoSuchProcess(pid)
-    return process
 
 
 def _dumped(process: psutil.Process, file: Path) -> str:
@@ -148,17 +143,16 @@ def _dumped(process: psutil.Process, file: Path) -> str:
 def end_processes(processes: Sequence[Process]) -> list[Ending]:
     """Kill processes on the nodes of the connected cluster, once all have written stack traces.
 
-    The end of one may end others that wait for it. A node that does not answer is named, not
-    waited for.
+    The end of one may end others that wait for it. A node that does not answer is named.
     """
     texts, faults = _asked(stacks_here, processes), _asked(kill_here, processes)
     return [
-        Ending(text if fault in ("", ENDED) else fault, fault == ENDED)
+        Ending(text if fault in ("", ENDED) else f"{fault}\n{text}", fault == ENDED)
         for text, fault in zip(texts, faults, strict=True)
     ]
 
 
-def _asked(function: Callable[[int, float, int], str], processes: Sequence[Process]) -> list[str]:
+def _asked(function: Callable[[Process], str], processes: Sequence[Process]) -> list[str]:
     """What a function says of each process, called on its node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -166,9 +160,9 @@ def _asked(function: Callable[[int, float, int], str], processes: Sequence[Proce
     remote = ray.remote(num_cpus=0, max_retries=0)(function)
     calls = [
         remote.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(p.node, soft=False)
-        ).remote(p.pid, p.started, p.stacks)
-        for p in processes
+            scheduling_strategy=NodeAffinitySchedulingStrategy(process.node, soft=False)
+        ).remote(process)
+        for process in processes
     ]
     ray.wait(calls, num_returns=len(calls), timeout=ANSWER_S)
     return [_answer(call) for call in calls]

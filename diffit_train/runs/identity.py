@@ -17,6 +17,10 @@ from diffit_train.runs.checkpoints import committed_steps, require_step
 NEWEST = "newest"
 
 
+# Marks a folder as a run.
+IDENTITY = "run.json"
+
+
 class RunIdentity(storage.SealedRecord):
     """run.json; `uuid` distinguishes two successive runs of the same name.
 
@@ -38,7 +42,7 @@ def run_url(recipe: Recipe, run: str) -> str:
 def read_identity(url: str) -> RunIdentity | None:
     """The identity of the run in a folder; None if there is no run."""
     try:
-        return RunIdentity.model_validate_json(storage.read_bytes(storage.join(url, "run.json")))
+        return RunIdentity.model_validate_json(storage.read_bytes(storage.join(url, IDENTITY)))
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -59,8 +63,10 @@ def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
     identity = read_identity(url)
     if identity is None or identity.recipe_hash == recipe.train_hash():
         return identity
-    empty = not committed_steps(url)
-    fix = f", or, since it has no checkpoint, remove it: diffit runs remove {run}" if empty else ""
+    fix = ""
+    if not committed_steps(url):
+        remove = f"diffit runs remove {run} --root {storage.display_path(recipe.storage.root)}"
+        fix = f", or, since it has no checkpoint, remove it: {remove}"
     raise UserError(
         f"run {run!r} in {recipe.storage.root} was trained with another recipe"
         f"{_differences(recipe, url)}; choose another --run, or use the same recipe{fix}"
@@ -124,7 +130,7 @@ def store_run(recipe: Recipe, identity: RunIdentity) -> RunIdentity:
 
 def write_identity(url: str, identity: RunIdentity) -> RunIdentity:
     """Store the identity of the run in a folder."""
-    storage.write_text(storage.join(url, "run.json"), identity.sealed())
+    storage.write_text(storage.join(url, IDENTITY), identity.sealed())
     return identity
 
 

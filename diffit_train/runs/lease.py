@@ -25,6 +25,7 @@ import psutil
 from diffit_train import storage
 from diffit_train.background import beside
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.pids import running
 
 FOLDER = "lease"
 BEAT_S = 10.0
@@ -72,12 +73,7 @@ class Holder(storage.Record):
         """Whether it is of this machine, and its process is gone."""
         if self.boot != _boot():
             return False
-        try:
-            process = psutil.Process(self.pid)
-            gone = process.status() == psutil.STATUS_ZOMBIE
-            return gone or abs(process.create_time() - self.started) > 1.0
-        except psutil.NoSuchProcess:
-            return True
+        return running(self.pid, self.started) is None
 
 
 def _boot() -> str:

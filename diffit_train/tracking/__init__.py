@@ -44,7 +44,6 @@ __all__ = [
     "unreachable_errors",
 ]
 
-# Set on import, since DeepSpeed imports MLflow, too. No usage statistics leave the machine unless
-# the user turns them on.
+# Before anything imports MLflow: it sends no usage statistics unless the user turns them on.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

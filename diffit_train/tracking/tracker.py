@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -320,17 +320,28 @@ class Tracker:
         """Set a run's final status."""
         self.client.set_terminated(run_id, status)
 
-    def forget(self, run_uuid: str) -> int:
-        """Delete a training's run and those of its evaluations; returns how many there were.
+    def with_evaluations(self, run_uuid: str) -> list[str]:
+        """Ids of the runs of a training's evaluations and, last, of its own."""
+        own = self._tagged(TAG_RUN, run_uuid)
+        return [child for run in own for child in self._tagged("mlflow.parentRunId", run)] + own
 
-        `mlflow gc` removes them for good; until then MLflow can restore them.
-        """
-        records = self.runs()
-        own = {one.run_id for one in records if one.tags.get(TAG_RUN) == run_uuid}
-        found = [one.run_id for one in records if one.parent_id in own] + sorted(own)
-        for run_id in found:
+    def _tagged(self, name: str, value: str) -> list[str]:
+        experiments = [e.experiment_id for e in self.client.search_experiments()]
+        found: list[str] = []
+        token = None
+        while True:
+            page = self.client.search_runs(
+                experiments, f"tags.`{name}` = '{value}'", page_token=token
+            )
+            found += [str(run.info.run_id) for run in page]
+            token = page.token
+            if not token:
+                return found
+
+    def delete(self, run_ids: Sequence[str]) -> None:
+        """Delete runs. MLflow can restore them until `mlflow gc` runs."""
+        for run_id in run_ids:
             self.client.delete_run(run_id)
-        return len(found)
 
     # ---- The best checkpoint ----
 
@@ -423,7 +434,7 @@ class Tracker:
     def artifact(self, run_id: str, name: str) -> bytes | None:
         """A file stored with a run; None if it does not exist."""
         # Otherwise MLflow shows a progress bar for each file.
-        os.environ.setdefault("MLFLOW_ENABLE_sqlite_file.ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         if name not in (file.path for file in self.client.list_artifacts(run_id)):
             return None
         with tempfile.TemporaryDirectory(prefix="diffit-artifact-") as folder:

@@ -61,10 +61,10 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         self.said_s = 0.0
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Called by Ray Train, in its controller's process.
+        """Let Ray Train, which calls this in its controller, retry at any moment of start-up.
 
-        It retries after a worker has died while starting, but for the moment at which it is handed
-        the training function (`WorkerGroup._start_impl`).
+        It retries after a worker has died while starting, except as the worker is handed the
+        training function (`WorkerGroup._start_impl`).
         """
         if RayActorError not in default.RETRYABLE_CONTROLLER_ERRORS:
             default.RETRYABLE_CONTROLLER_ERRORS += (RayActorError,)
@@ -134,7 +134,7 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         missing = missing_resources(cpus, gpus)
         full = (
             "the cluster has the CPUs and GPUs that training needs, but they are in use or on a "
-            "node that is about to end"
+            "node that is shutting down"
         )
         what = f"training needs {missing}" if missing else full
         if waited_s > limit_s:

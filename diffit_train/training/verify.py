@@ -31,6 +31,7 @@ from diffit_train.runs.checkpoints import (
     step_name,
 )
 from diffit_train.runs.identity import (
+    IDENTITY,
     RunIdentity,
     read_identity,
     stored_recipe,
@@ -46,7 +47,7 @@ from diffit_train.training.log import (
     TrainingLog,
 )
 
-IDENTITY, RECIPE, LOG, EXPORTS = "run.json", "recipe.yaml", "log.jsonl", "export"
+RECIPE, LOG, EXPORTS = "recipe.yaml", "log.jsonl", "export"
 _EXPORT = re.compile(r"(?P<kind>.+)-(?P<step>[0-9]{10})\.safetensors")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
 from diffit_train import storage
@@ -108,50 +110,75 @@ def test_a_run_is_removed_only_when_agreed_and_idle(
     url = _run(tmp_path, "mine", 4)
     _run(tmp_path, "other", 4)
     storage.write_text(str(tmp_path / "evaluations" / "mine" / "step-0000000004" / "x"), "x")
-    assert not remove_run(str(tmp_path), "mine", yes=False, keep_curves=False)["removed"]
+    assert not remove_run(str(tmp_path), "mine", yes=False)["removed"]
     assert "rerun with --yes" in capsys.readouterr().err
     assert Path(url).exists()
     training = lease.held(url, False, print, lambda: None)
     with training, pytest.raises(UserError, match="is training .*; stop it"):
-        remove_run(str(tmp_path), "mine", yes=True, keep_curves=True)
-    assert remove_run(str(tmp_path), "mine", yes=True, keep_curves=True)["removed"]
+        remove_run(str(tmp_path), "mine", yes=True)
+    assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
     assert not (tmp_path / "runs" / "mine").exists()
     assert not (tmp_path / "evaluations" / "mine").exists()
     assert (tmp_path / "runs" / "other" / "run.json").exists()
 
 
-def test_a_removed_run_leaves_mlflow_unless_its_curves_are_kept(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path)
-    tracker = Tracker.of(recipe)
+def test_a_run_is_removed_from_mlflow_if_asked(tmp_path: Path) -> None:
+    tracker = Tracker.of(tiny_recipe(tmp_path))
     for run in ("mine", "kept", "other"):
-        url = _run(tmp_path, run, 4)
-        identity = read_identity(url)
+        identity = read_identity(_run(tmp_path, run, 4))
         assert identity is not None
         parent = tracker.training_run("e", identity.uuid, run, {}, {})
         tracker.evaluation_run("e", parent, "key", f"evaluation of {run}", {}, {})
-    words = ["runs", "remove", "mine", "--yes", "--root", str(tmp_path)]
-    assert "deleted 2 runs in MLflow" in CliRunner().invoke(app, words).stderr
-    words = ["runs", "remove", "kept", "--keep-curves", "--yes", "--root", str(tmp_path)]
-    assert "MLflow keeps the run's curves" in CliRunner().invoke(app, words).stderr
-    assert not (tmp_path / "runs" / "kept").exists()
+    remove = ["runs", "remove", "--root", str(tmp_path)]
+    said = CliRunner().invoke(app, [*remove, "mine", "--mlflow"]).stderr
+    assert "2 runs in MLflow at sqlite:///" in said
+    assert len(tracker.runs()) == 6  # nobody has agreed
+    CliRunner().invoke(app, [*remove, "mine", "--mlflow", "--yes"])
+    said = CliRunner().invoke(app, [*remove, "kept", "--yes"]).stderr
+    assert "MLflow keeps the run's curves" in said
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
     left = {record.name for record in tracker.runs()}
     assert left == {"kept", "evaluation of kept", "other", "evaluation of other"}
-    # Restored as MLflow does it.
-    (deleted,) = tracker.client.search_runs(
-        ["1"], "tags.`mlflow.runName` = 'mine'", run_view_type=2
-    )
-    tracker.client.restore_run(deleted.info.run_id)
-    assert "mine" in {record.name for record in tracker.runs()}
 
 
-def test_nothing_is_removed_while_mlflow_is_away(tmp_path: Path) -> None:
-    away = f"tracking.uri=http://127.0.0.1:{free_port()}"
+def test_a_removal_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    url, remove = _run(tmp_path, "mine", 4), storage.remove
+
+    def killed(place: str) -> None:
+        if place == url:
+            raise Killed
+        remove(place)
+
+    monkeypatch.setattr(storage, "remove", killed)
+    with pytest.raises(Killed):
+        remove_run(str(tmp_path), "mine", yes=True, in_mlflow=True)
+    monkeypatch.undo()
+    assert list_runs(str(tmp_path)) == []
+    assert remove_run(str(tmp_path), "mine", yes=True, in_mlflow=True)["removed"]
+    assert not Path(url).exists()
+
+
+def test_nothing_is_removed_while_mlflow_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = _run(tmp_path, "mine", 4)
+    away = f"tracking.uri=http://127.0.0.1:{free_port()}"
     storage.write_text(f"{url}/recipe.yaml", stored_text(tiny_recipe(tmp_path, away)))
-    with pytest.raises(DiffitError, match="could not reach MLflow"):
-        remove_run(str(tmp_path), "mine", yes=True, keep_curves=False)
+    with pytest.raises(DiffitError, match="could not reach MLflow .* without --mlflow to remove"):
+        remove_run(str(tmp_path), "mine", yes=True, in_mlflow=True)
+    storage.write_text(f"{url}/recipe.yaml", stored_text(tiny_recipe(tmp_path)))
+
+    def forbid(tracker: Tracker, run_ids: Sequence[str]) -> None:
+        raise MlflowException("Permission denied")
+
+    monkeypatch.setattr(Tracker, "delete", forbid)
+    with pytest.raises(DiffitError, match="Permission denied; rerun the command, or without"):
+        remove_run(str(tmp_path), "mine", yes=True, in_mlflow=True)
     assert committed_steps(url) == [4]
-    assert remove_run(str(tmp_path), "mine", yes=True, keep_curves=True)["removed"]
+    assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
 
 
 def test_the_newest_training_is_watched(tmp_path: Path) -> None:

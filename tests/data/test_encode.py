@@ -143,7 +143,7 @@ def test_what_must_fail_is_refused_before_ray_starts(
     one = tiny_recipe(
         root, f"data.source={source}", "data.num_classes=1", "data.columns.label=label"
     )
-    wanted = r"16 of 24 images cannot be used.*; data\.num_classes is 1:\n.*label 1 is not between"
+    wanted = r"16 of 24 images cannot be used.* data\.num_classes \(1\) or the limit:\n.*label 1 is"
     with pytest.raises(UserError, match=wanted):
         encode(one)
     blocked = tmp_path / "file"

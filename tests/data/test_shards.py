@@ -80,6 +80,17 @@ def test_members_are_those_that_tarfile_finds(data: st.DataObject) -> None:
             assert found == _members(bytes(text))
 
 
+def test_a_member_of_negative_size_is_left_to_tarfile() -> None:
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as tar:
+        member = tarfile.TarInfo("a.cls")
+        member.size = 600
+        tar.addfile(member, io.BytesIO(bytes(600)))
+    text = bytearray(written.getvalue())
+    text[124:136] = b"-0000001130\0"
+    assert _plain_members(bytes(text)) is None
+
+
 def test_shards_are_read_without_tarfile(tmp_path: Path) -> None:
     moments = np.arange(16, dtype=np.float16).reshape(2, 1, 8, 1, 1)
     entry = write_shard(str(tmp_path), 12, [5, 7], moments, [3, 9])

@@ -171,7 +171,7 @@ def test_a_process_is_ended_with_its_stack_traces_or_its_state() -> None:
     assert end_processes(processes) == [("it has ended", True)] * 2
     # Another process may have got the number since.
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    assert kill_here(other.pid, processes[0].started, -1) == "it has ended"
+    assert kill_here(processes[0]._replace(pid=other.pid)) == "it has ended"
     assert other.poll() is None
     other.kill()
 
