@@ -18,6 +18,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
     ReschedulingState,
@@ -27,6 +28,7 @@ from ray.train.v2._internal.execution.controller.state import (
     SchedulingState,
 )
 from ray.train.v2._internal.execution.failure_handling import default
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import PreemptionError
 
 from diffit_train.config.scaling import Scaling
@@ -42,6 +44,23 @@ SAY_FIRST_S, SAY_EVERY_S = 5.0, 60.0
 POLL_S = 0.5
 # Ray Train forgets a claim on resources that its controller has not renewed for three minutes.
 SAVE_LIMIT_S = 120.0
+
+
+class ReleasingWorkerGroup(WorkerGroup):  # type: ignore[misc]
+    """Frees what it holds if it cannot start.
+
+    Ray Train's own does not, if a worker dies after the group's state has been built. Its resources
+    would be missing for the next attempt, and for other stages, as long as the command lives.
+    """
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
 
 
 class Supervisor(ControllerCallback):  # type: ignore[misc]
@@ -66,6 +85,7 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         It retries after a worker has died while starting, except as the worker is handed the
         training function (`WorkerGroup._start_impl`).
         """
+        TrainController.worker_group_cls = ReleasingWorkerGroup
         if RayActorError not in default.RETRYABLE_CONTROLLER_ERRORS:
             default.RETRYABLE_CONTROLLER_ERRORS += (RayActorError,)
 

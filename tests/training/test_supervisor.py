@@ -87,11 +87,15 @@ def test_workers_that_do_not_start_are_failures(status: Any) -> None:
 
 
 class _Killer(Supervisor, WorkerGroupCallback):
-    """Kills a worker of the first group just before it is handed the training function."""
+    """Kills a worker of the first group just before it is handed the training function.
 
-    def __init__(self, *args: Any, mark: Path) -> None:
+    Args:
+        noticed: whether it is noticed before that.
+    """
+
+    def __init__(self, *args: Any, mark: Path, noticed: bool) -> None:
         super().__init__(*args)
-        self.mark = mark
+        self.mark, self.noticed = mark, noticed
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Called by Ray Train."""
@@ -99,22 +103,29 @@ class _Killer(Supervisor, WorkerGroupCallback):
             self.mark.touch()
             os.kill(worker_group.get_workers()[0].metadata.pid, signal.SIGKILL)
             time.sleep(1.0)
+            if self.noticed:
+                worker_group.execute(os.getpid)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("noticed", [False, True])
 def test_a_worker_that_dies_before_it_begins_is_replaced(
     encoded: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    noticed: bool,
 ) -> None:
     shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
-    killer = functools.partial(_Killer, mark=tmp_path / "killed")
+    killer = functools.partial(_Killer, mark=tmp_path / "killed", noticed=noticed)
     monkeypatch.setattr(driver, "Supervisor", killer)
-    assert driver.train(tiny_recipe(tmp_path), "killed") == 12
+    # All CPUs of the cluster, so that the second group needs those of the first.
+    assert driver.train(tiny_recipe(tmp_path, "scaling.workers=2"), "killed") == 12
     assert (tmp_path / "killed").exists()
     assert "(failure 1 of 3 allowed since the checkpoint of step 0)" in capfd.readouterr().err
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} == {"REMOVED"}
 
 
 def test_a_batch_that_is_too_large_is_refused_before_ray_starts(
