@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from diffit_train.errors import UserError
+from diffit_train.progress import say
 from diffit_train.redaction import first_line
 
 if TYPE_CHECKING:
@@ -150,8 +151,6 @@ class _Announcer:
         while True:
             time.sleep(LOOK_S)
             for line in self._due(time.monotonic()):
-                from diffit_train.progress import say  # rich is missing on a machine for GPU tests
-
                 say(line)
 
     def _due(self, now_s: float) -> list[str]:

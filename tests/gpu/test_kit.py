@@ -39,7 +39,7 @@ class Missing(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Missing())
 """
-ABSENT = ("ray", "mlflow", "typer", "rich", "webdataset", "s3fs", "tenacity")
+ABSENT = ("ray", "mlflow", "typer", "webdataset", "s3fs", "tenacity")
 
 
 def _kit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -490,7 +490,7 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     for wrong, words in (
         (("larger", "whole@17", "ema"), r"no committed checkpoint at step 17"),
         (("new", "nobody", "ema"), r"run 'nobody' does not exist"),
-        (("new", "whole", "slow"), r"--from-weights is 'slow', but whole holds master"),
+        (("new", "whole", "slow"), r"--from-weights is 'slow', but whole holds raw, ema"),
         (("new", "whole@x", "ema"), r"must be RUN or RUN@STEP"),
         (("whole", "whole", "ema"), r"--from is run 'whole' itself"),
     ):
