@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from diffit_train import progress, storage, waiting
+from diffit_train import storage, waiting
 from diffit_train.errors import DiffitError, UserError
 from tests.silent import silent_server
 
@@ -65,7 +65,7 @@ def test_what_is_waited_for_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch
         if len(said) == 2:
             heard.set()
 
-    monkeypatch.setattr(progress, "say", say)
+    monkeypatch.setattr(waiting, "say", say)
     monkeypatch.setattr(waiting, "FIRST_WORD_S", 0.1)
     monkeypatch.setattr(waiting, "LOOK_S", 0.05)
     with waiting.announced("another command"):  # lets the thread look more often from now on

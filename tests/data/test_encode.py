@@ -152,7 +152,7 @@ def test_what_must_fail_is_refused_before_ray_starts(
         f"data.source={root}/images/digits",
         f"autoencoder.source={root}/autoencoders/digits",
     ]
-    with pytest.raises(UserError, match="cannot write to .*file/x: Not a directory; make it writ"):
+    with pytest.raises(UserError, match=r"cannot write to .*file is not a folder; make it"):
         encode(tiny_recipe(blocked / "x", *elsewhere))
     with pytest.raises(AssertionError, match="Ray was started"):
         encode(tiny_recipe(root))
