@@ -127,5 +127,6 @@ def test_a_silent_object_store_is_given_up_at_the_limit(monkeypatch: pytest.Monk
         with ThreadPoolExecutor(len(S3_CALLS)) as pool:
             results = dict(zip(S3_CALLS, pool.map(seconds, S3_CALLS.values()), strict=True))
     for name, (waited_s, message) in results.items():
-        assert LIMIT_S <= waited_s < 1.5 * LIMIT_S, (name, waited_s)
+        # Botocore alone would take minutes; nine requests at once on a busy machine take a few s more.
+        assert LIMIT_S <= waited_s < 4 * LIMIT_S, (name, waited_s)
         assert message.startswith("could not reach s3://bucket/x (")
