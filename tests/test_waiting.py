@@ -27,7 +27,7 @@ def test_a_call_is_repeated_until_the_limit(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConnectionError):
         waiting.retried("a server", fail, lambda error: isinstance(error, ConnectionError))
     assert len(begun_s) >= 3
-    assert 1.5 <= begun_s[-1] - begun_s[0] < 1.5 * 1.5
+    assert 1.5 <= begun_s[-1] - begun_s[0] < 4 * 1.5
 
 
 def test_other_errors_are_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +127,6 @@ def test_a_silent_object_store_is_given_up_at_the_limit(monkeypatch: pytest.Monk
         with ThreadPoolExecutor(len(S3_CALLS)) as pool:
             results = dict(zip(S3_CALLS, pool.map(seconds, S3_CALLS.values()), strict=True))
     for name, (waited_s, message) in results.items():
-        # Botocore alone would take minutes; nine requests at once on a busy machine take a few s more.
+        # Botocore alone would take minutes; a busy machine adds a few seconds.
         assert LIMIT_S <= waited_s < 4 * LIMIT_S, (name, waited_s)
         assert message.startswith("could not reach s3://bucket/x (")
