@@ -62,7 +62,7 @@ class Record(BaseModel):
 
 
 class SealedRecord(Record):
-    """A record whose file also holds a SHA-256 of the rest; files of earlier versions do not."""
+    """A record whose file also holds a SHA-256 of the rest."""
 
     @model_validator(mode="before")
     @classmethod

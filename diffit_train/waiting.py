@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 LIMIT = "DIFFIT_RETRY_S"
-FORMER_LIMIT = "DIFFIT_STORAGE_RETRY_S"
 DEFAULT_S = 120.0
 # Of the limit, for one attempt that gets no answer.
 ATTEMPT_SHARE = 0.25
@@ -40,8 +39,7 @@ def limit_s() -> float:
     Raises:
         UserError: the variable is not a positive number.
     """
-    name = LIMIT if LIMIT in os.environ else FORMER_LIMIT
-    text = os.environ.get(name)
+    text = os.environ.get(LIMIT)
     if text is None:
         return DEFAULT_S
     try:
@@ -49,7 +47,7 @@ def limit_s() -> float:
     except ValueError:
         seconds = 0.0
     if not 0.0 < seconds < 1e6:
-        raise UserError(f"{name} is {text!r}, but must be a number of seconds above 0")
+        raise UserError(f"{LIMIT} is {text!r}, but must be a number of seconds above 0")
     return seconds
 
 

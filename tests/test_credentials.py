@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffit_train.config import dump_recipe, load_recipe, load_stored_recipe
+from diffit_train.config import dump_recipe, load_recipe, load_recipe_text
 from diffit_train.errors import UserError
 from diffit_train.evaluation.sweep import plan_sweep
 from diffit_train.ray_jobs import client
@@ -43,7 +43,7 @@ def test_a_stored_recipe_has_no_password(tmp_path: Path) -> None:
 
 def test_the_environment_has_the_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(tmp_path, f"tracking.uri={URI}")
-    stored = load_stored_recipe(dump_recipe(recipe), "stored")
+    stored = load_recipe_text(dump_recipe(recipe), "stored")
     monkeypatch.delenv(CREDENTIALS, raising=False)
     assert (tracking_uri(recipe), tracking_uri(stored)) == (URI, BARE)
     monkeypatch.setenv(CREDENTIALS, URI)

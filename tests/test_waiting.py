@@ -42,13 +42,6 @@ def test_other_errors_are_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == [1]
 
 
-def test_the_limit_has_a_former_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(waiting.FORMER_LIMIT, "10")
-    assert (waiting.limit_s(), waiting.attempt_s()) == (10.0, 2.5)
-    monkeypatch.setenv(waiting.LIMIT, "40")
-    assert waiting.limit_s() == 40.0
-
-
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
 def test_a_wrong_limit_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(waiting.LIMIT, value)

@@ -8,7 +8,7 @@ import typer
 
 from diffit_train import storage
 from diffit_train.commands.options import Overrides, RecipeName, Root, read_recipe
-from diffit_train.config import Recipe, renamed
+from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.evaluation.features import FeaturesInfo, features_info, features_url
 from diffit_train.progress import say
@@ -66,7 +66,7 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
     url = features_url(recipe)
     identity = storage.digest(
         [
-            renamed.hashed(recipe.image_identity()),
+            recipe.image_identity(),
             recipe.evaluate.features.fit.model_dump(mode="json"),
         ]
     )

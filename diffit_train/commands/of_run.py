@@ -12,7 +12,7 @@ import typer
 
 from diffit_train import storage
 from diffit_train.commands.options import complete_recipe
-from diffit_train.config import Recipe, load_recipe, load_stored_recipe, packaged_recipes, validate
+from diffit_train.config import Recipe, load_recipe, load_recipe_text, packaged_recipes, validate
 from diffit_train.config.base import flatten
 from diffit_train.errors import UserError
 from diffit_train.progress import say
@@ -116,7 +116,7 @@ def _own_recipe(
 
     stored = stored_recipe(url)
     text = storage.read_bytes(storage.join(url, "recipe.yaml")).decode()
-    asked = recognized(load_stored_recipe(text, f"of run {run!r}", overrides, root))
+    asked = recognized(load_recipe_text(text, f"of run {run!r}", overrides, root))
     _refuse_others(command, overrides, asked, stored, run)
     return asked, run
 

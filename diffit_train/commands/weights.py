@@ -25,7 +25,7 @@ from diffit_train.commands.options import (
     output,
     print_result,
 )
-from diffit_train.config import Recipe, load_recipe, load_stored_recipe
+from diffit_train.config import Recipe, load_recipe, load_recipe_text
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.runs.identity import NEWEST, find_checkpoint, parse_step
@@ -111,7 +111,7 @@ def recipe_of_weights(
         )
     text, reference = found
     if text:
-        return load_stored_recipe(text, reference, overrides, root)
+        return load_recipe_text(text, reference, overrides, root)
     say(f"{file} has the shapes of recipe {reference}")
     return load_recipe(reference, overrides, root)
 

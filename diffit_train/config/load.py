@@ -11,7 +11,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffit_train import storage
-from diffit_train.config import renamed
 from diffit_train.config.evaluate import OWN, PUBLISHED
 from diffit_train.config.presets import PRESETS
 from diffit_train.config.recipe import Recipe
@@ -68,19 +67,12 @@ def _root_around(reference: str) -> str | None:
 def load_recipe_text(
     text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
 ) -> Recipe:
-    """Like `load_recipe`, but from YAML text; errors name `reference`."""
-    return _resolve(_parse(text, reference), reference, overrides, root)
-
-
-def load_stored_recipe(
-    text: str, reference: str, overrides: Sequence[str] = (), root: str | None = None
-) -> Recipe:
-    """Like `load_recipe_text`, but from what this or an earlier version stored.
+    """Like `load_recipe`, but from YAML text; errors name `reference`.
 
     Args:
-        root: where it was read from: a project may have been moved since.
+        root: where a stored one was read from: a project may have been moved since.
     """
-    return _resolve(renamed.current(_parse(text, reference)), reference, overrides, root)
+    return _resolve(_parse(text, reference), reference, overrides, root)
 
 
 def _resolve(
@@ -319,10 +311,6 @@ def _explain(error: dict[str, Any]) -> str:
     kept = len(parts) - 1 if unknown else len(parts)
     location = [part for i, part in enumerate(parts) if i >= kept or not set("-[") & set(part)]
     key = ".".join(location)
-    if key in renamed.KEYS:
-        return f"key {key!r} was renamed to {renamed.KEYS[key]!r}"
-    if (value := renamed.VALUES.get((key, str(error.get("input"))))) is not None:
-        return f"{key} is {error['input']!r}, which was renamed to {value!r}"
     if unknown:
         known = _section_keys(location)
         name, colon, value = location[-1].partition(":")

@@ -11,7 +11,6 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from diffit_train import storage
-from diffit_train.config import renamed
 from diffit_train.config.autoencoder import Autoencoder
 from diffit_train.config.base import Name, Section, flatten
 from diffit_train.config.data import Data
@@ -267,11 +266,11 @@ class Recipe(Section):
 
     def encode_hash(self) -> str:
         """SHA-256 of `encode_identity`."""
-        return storage.digest(renamed.hashed(self.encode_identity()))
+        return storage.digest(self.encode_identity())
 
     def train_hash(self) -> str:
         """SHA-256 of `train_identity`: the recipe hash of a run."""
-        return storage.digest(renamed.hashed(self.train_identity()))
+        return storage.digest(self.train_identity())
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys to values, as logged to MLflow."""

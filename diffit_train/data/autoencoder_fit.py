@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffit_train import storage
-from diffit_train.config import Recipe, renamed
+from diffit_train.config import Recipe
 from diffit_train.data.reading import read_items
 from diffit_train.data.sources import list_images
 from diffit_train.errors import UserError
@@ -34,7 +34,7 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
     url = _target(recipe)
     identity = storage.digest(
         [
-            renamed.hashed(recipe.image_identity()),
+            recipe.image_identity(),
             recipe.autoencoder.model_dump(
                 mode="json", include={"fit", "latent_channels", "downsample"}
             ),

@@ -70,7 +70,7 @@ def _check_written(folder: str, marker: dict[str, Any], size: int) -> int:
             f"size {size}; choose another folder"
         )
     say(f"digits are already in {folder}")
-    return int(marker.get("images") or marker["pictures"])  # the key of earlier versions
+    return int(marker["images"])
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:

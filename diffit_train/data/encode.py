@@ -32,7 +32,6 @@ from diffit_train.data.encode_plan import (
     commit_manifest,
     count_images,
     find_work,
-    in_order_of_plan,
     make_plan,
     read_encoded_parts,
     spec_items,
@@ -88,7 +87,6 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
     _require_autoencoder(recipe)
     storage.require_writable(recipe.storage.root)
     url = latents_url(recipe)
-    work = in_order_of_plan(url, work)
     with _cluster(recipe, address):
         parts = _encode_parts(recipe, url, work)
     return commit_manifest(recipe, url, work, parts)
@@ -99,7 +97,7 @@ def encode_again(
 ) -> list[EncodedPart]:
     """Re-encode and commit the given shards; their parts stay in `parts/`."""
     _require_autoencoder(recipe)
-    plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=REPAIR, appended_to=0)
+    plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=REPAIR, appended_to=0, order="")
     made = []
     with (
         _cluster(recipe, address),

@@ -16,8 +16,6 @@ from diffit_train.data.sources import Item, SourceKind
 
 # Shards of a block of row groups. Each shard reads the whole block: more mix better, and read more.
 BLOCK_SHARDS = 8
-# Digest of a segment that the version before 0.1.0 encoded in the order of its listing.
-SORTED = ""
 _IMAGES, _ROW_GROUPS = 0, 1
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe, stored_text
-from diffit_train.data.encode_order import SORTED, encode_order, order_digest
+from diffit_train.data.encode_order import encode_order, order_digest
 from diffit_train.data.shards import (
     INPUTS,
     MANIFEST,
@@ -47,14 +47,13 @@ RETRY = "retry-rejected"
 class Plan(storage.SealedRecord):
     """parts/plan.json: recipe, input and order of the encoding.
 
-    `appended_to` images came before it. `order` is as in the manifest's `orders`; a plan of the
-    version before 0.1.0 has none, and its images are encoded in the order of their listing.
+    `appended_to` images came before it. `order` is as in the manifest's `orders`.
     """
 
     recipe_hash: str
     input_sha256: str
     appended_to: int
-    order: str = SORTED
+    order: str
 
 
 class Rejected(storage.Record):
@@ -88,13 +87,11 @@ class EncodeJob:
         listing: the images to encode.
         before: names and labels of the images encoded earlier, whose keys come first.
         base: the manifest to append to.
-        shuffled: whether the images are permuted.
     """
 
     listing: ImageList
     before: list[tuple[str, int]] = field(default_factory=list, repr=False)
     base: Manifest | None = None
-    shuffled: bool = True
 
     @property
     def inputs(self) -> list[tuple[str, int]]:
@@ -103,15 +100,11 @@ class EncodeJob:
 
     def positions(self, images_per_shard: int) -> np.ndarray:
         """Positions in the listing, (n,), in the order of the shards."""
-        if not self.shuffled:
-            return np.arange(len(self.listing))
         items, first = self.listing.items, len(self.before)
         return encode_order(items, self.listing.kind, images_per_shard, first)
 
     def order(self, images_per_shard: int) -> str:
         """Entry in the manifest's `orders`."""
-        if not self.shuffled:
-            return SORTED
         return order_digest(self.positions(images_per_shard) + len(self.before))
 
 
@@ -160,7 +153,7 @@ def make_plan(recipe: Recipe, url: str, work: EncodeJob) -> Plan:
     """The plan, checked against that of an encoding in progress; `write_plan` stores it.
 
     A stored plan without a finished shard is ignored, so that a recipe that failed immediately
-    can be fixed. Where its order is `SORTED`, so must be that of `work`; see `in_order_of_plan`.
+    can be fixed.
 
     Raises:
         UserError: other images or another recipe are being encoded there.
@@ -181,15 +174,6 @@ def make_plan(recipe: Recipe, url: str, work: EncodeJob) -> Plan:
             f"choose another data.name, or delete {storage.join(url, 'parts')}"
         )
     return plan
-
-
-def in_order_of_plan(url: str, work: EncodeJob) -> EncodeJob:
-    """The job in the order in which an encoding in progress has begun."""
-    found = read_plan(url)
-    if found is None or found.input_sha256 == REPAIR or found.order != SORTED:
-        return work
-    say("Continuing in sorted order, as an earlier version began; only new latents are shuffled")
-    return replace(work, shuffled=False)
 
 
 def read_plan(url: str) -> Plan | None:
@@ -278,15 +262,13 @@ def repair_specs(
     keys, first, size = [], 0, manifest.images_per_shard
     for count, order in zip(manifest.segments, manifest.orders, strict=True):
         items = listing.items[first : first + count]
-        positions = np.arange(count)
-        if order != SORTED:
-            positions = encode_order(items, listing.kind, size, first)
-            if order_digest(positions + first) != order:
-                raise UserError(
-                    f"the row groups of {listing.url} are not those that were encoded, so the "
-                    "images of a shard cannot be found again; restore the files, or re-encode "
-                    "under another data.name"
-                )
+        positions = encode_order(items, listing.kind, size, first)
+        if order_digest(positions + first) != order:
+            raise UserError(
+                f"the row groups of {listing.url} are not those that were encoded, so the "
+                "images of a shard cannot be found again; restore the files, or re-encode "
+                "under another data.name"
+            )
         keys += (positions + first).tolist()
         first += count
     return [

@@ -54,8 +54,6 @@ class SampleOrder:
         lanes: maximum number of lanes; reduced to its largest divisor not above the shard count.
         window: samples of a lane that are shuffled together.
         seed: the run's seed.
-        staggered: whether lanes turn over their windows at different steps; not so for latents
-            that the version before 0.1.0 encoded, whose runs keep their order.
 
     Raises:
         UserError: there are fewer samples than a batch needs.
@@ -68,11 +66,10 @@ class SampleOrder:
         lanes: int,
         window: int,
         seed: int,
-        staggered: bool = True,
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.samples, self.batch_size = int(self.counts.sum()), batch_size
-        self.window, self.seed, self.staggered = window, seed, staggered
+        self.window, self.seed = window, seed
         self.lanes = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(counts))
         self.steps_per_epoch = self.samples // batch_size
         if not self.steps_per_epoch:
@@ -100,7 +97,6 @@ class SampleOrder:
             recipe.data.lanes,
             recipe.data.shuffle_window,
             recipe.train.seed if seed is None else seed,
-            manifest.shuffled,
         )
 
     def lane_samples(self, step: int, lane: int) -> list[tuple[int, int]]:
@@ -152,7 +148,7 @@ class SampleOrder:
 
     def _shift(self, lane: int) -> int:
         """How much shorter than the others a lane's first window is."""
-        if not self.staggered or self._lane_length() <= self.window:
+        if self._lane_length() <= self.window:
             return 0
         return (lane * _GOLDEN % 2**64) * self.window >> 64
 

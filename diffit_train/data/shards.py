@@ -15,10 +15,9 @@ import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
@@ -54,7 +53,7 @@ class Manifest(storage.SealedRecord):
 
     `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of
     input images of the first encoding and of each append; `orders` has for each the SHA-256 of its
-    keys in the order of the shards, empty where they ascend, as in the version before 0.1.0.
+    keys in the order of the shards.
     """
 
     schema_version: int
@@ -76,23 +75,6 @@ class Manifest(storage.SealedRecord):
     totals: Totals
     mean: list[float]
     std: list[float]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _former_names(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        former = {"pictures_per_shard": "images_per_shard"}
-        values = {former.get(name, name): value for name, value in values.items()}
-        segments = values.get("segments")
-        if isinstance(segments, list):
-            values.setdefault("orders", [""] * len(segments))
-        return values
-
-    @property
-    def shuffled(self) -> bool:
-        """Whether the first encoding was in shuffled order."""
-        return bool(self.orders[0])
 
     @property
     def member_shape(self) -> tuple[int, int, int, int]:

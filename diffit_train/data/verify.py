@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffit_train import storage
-from diffit_train.config import Recipe, load_stored_recipe
+from diffit_train.config import Recipe, load_recipe_text
 from diffit_train.data.encode_plan import (
     REPAIR,
     read_inputs,
@@ -120,12 +120,10 @@ def _read_good(url: str, manifest: Manifest, entry: ShardEntry) -> Shard | str:
 
 
 def _keys_fit(manifest: Manifest, keys: np.ndarray) -> bool:
-    """Whether keys are all of one segment, and ascend if it is not shuffled."""
+    """Whether keys are all of one segment."""
     ends = np.cumsum(manifest.segments)
     segments = np.unique(np.searchsorted(ends, keys, side="right"))
-    if len(segments) != 1 or segments[0] == len(ends):
-        return False
-    return bool(manifest.orders[segments[0]]) or bool((np.diff(keys) > 0).all())
+    return len(segments) == 1 and bool(segments[0] < len(ends))
 
 
 def _add(report: Report, manifest: Manifest, shard: Shard) -> None:
@@ -166,7 +164,7 @@ def recipe_of(url: str) -> Recipe:
     name = storage.join(url, "recipe.yaml")
     try:
         text = storage.read_bytes(name).decode()
-        recipe = load_stored_recipe(text, name, root=storage.parent(url, 2))
+        recipe = load_recipe_text(text, name, root=storage.parent(url, 2))
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing, so the images cannot be located") from error
     except (UnicodeDecodeError, UserError) as error:

@@ -28,10 +28,9 @@ class Result(storage.SealedRecord):
     classifier it has `classifier_accuracy`, the fraction of images classified as the requested
     class. `idle_share` is the fraction of the time in which actors existed but did not work, since
     the images of the evaluation before were complete; null if no actor was needed.
-    `keep_images` is evaluate.keep_images; "" in results of earlier versions, which kept all.
-    `reference_digest` identifies the reference: the SHA-256 of a reference file, else a hash of
-    images and features, or "" in results of earlier versions. `features_digest` is that of the
-    feature network's weights, likewise.
+    `keep_images` is evaluate.keep_images. `reference_digest` identifies the reference: the SHA-256
+    of a reference file, else a hash of images and features. `features_digest` is that of the
+    feature network's weights.
     """
 
     run: str
@@ -42,27 +41,21 @@ class Result(storage.SealedRecord):
     grid: str
     seconds: float
     idle_share: float | None = None
-    keep_images: str = ""
+    keep_images: str
     nfe: float
     evaluate: dict[str, Any]
-    reference_digest: str = ""
-    features_digest: str = ""
+    reference_digest: str
+    features_digest: str
     recipe_hash: str
     mlflow_run_id: str
 
     def same_protocol(self, other: Result) -> bool:
-        """Whether both measured the same run in the same way, so that their metrics rank steps.
-
-        A digest that an earlier version did not store is not compared.
-        """
-        digests = (
-            (self.reference_digest, other.reference_digest),
-            (self.features_digest, other.features_digest),
-        )
+        """Whether both measured the same run in the same way, so that their metrics rank steps."""
         return (
             self.recipe_hash == other.recipe_hash
             and self.evaluate == other.evaluate
-            and all(mine == theirs or not (mine and theirs) for mine, theirs in digests)
+            and self.reference_digest == other.reference_digest
+            and self.features_digest == other.features_digest
         )
 
 
@@ -104,7 +97,7 @@ def read_result(url: str) -> Result:
 
     Raises:
         FileNotFoundError: the evaluation is not finished.
-        ValidationError: it is damaged, or of an earlier version.
+        ValidationError: it is damaged.
     """
     result = Result.model_validate_json(storage.read_bytes(storage.join(url, RESULT)))
     return result.model_copy(update={"grid": storage.join(url, GRID)})
@@ -132,4 +125,4 @@ def run_results(root: str, run: str) -> Iterator[Result]:
             try:
                 yield read_result(storage.join(run_folder, step, key))
             except (FileNotFoundError, ValidationError):
-                continue  # unfinished, or written by an earlier version
+                continue  # unfinished or damaged

@@ -1,7 +1,7 @@
 """Arrays in safetensors files, and images in .npy files, each with a SHA-256 of its contents.
 
 A safetensors file holds it in its metadata; a .npy file behind the array, where NumPy does not
-look. Files of earlier versions have none.
+look.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from diffit_train import storage
 from diffit_train.config import (
     Recipe,
-    load_stored_recipe,
+    load_recipe_text,
     stored_text,
     with_overrides,
 )
@@ -56,7 +56,7 @@ class Sweep(storage.SealedRecord):
 
     def loaded(self, root: str) -> Recipe:
         """The recipe of the sweep, of the project at `root`."""
-        return load_stored_recipe(self.recipe, f"the recipe of sweep {self.name!r}", root=root)
+        return load_recipe_text(self.recipe, f"the recipe of sweep {self.name!r}", root=root)
 
     def url(self, root: str) -> str:
         """Folder of the sweep."""

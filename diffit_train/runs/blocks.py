@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
-
 from diffit_train import storage
 
 # Small, so that a rank which needs a part of a file reads little else; large enough for one request
@@ -25,22 +23,11 @@ class DamagedFile(Exception):
 
 
 class FileEntry(storage.Record):
-    """Size of a file, and the SHA-256 of each of its blocks; the last block may be shorter.
-
-    Checkpoints of schema 1 have one hash of the whole file, which is then a single block.
-    """
+    """Size of a file, and the SHA-256 of each of its blocks; the last block may be shorter."""
 
     bytes: int
     block_bytes: int
     blocks: tuple[str, ...]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_schema_1(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "sha256" in data:
-            rest = {key: value for key, value in data.items() if key != "sha256"}
-            return rest | {"block_bytes": max(1, rest["bytes"]), "blocks": (data["sha256"],)}
-        return data
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,6 @@
 KIND is a state name. A piece is a slice of a flattened parameter, so a checkpoint can be read at
 any world size. Only the blocks of 16 MiB that hold what is wanted are read, and each is verified.
 Training writes it, evaluation reads it; neither imports the other. No pickle.
-
-Schema 1, which is still read, has one file per rank with all kinds, tensors named KIND/PARAMETER,
-and one hash per file, so that whoever wants a part of a file reads all of it.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CHECKPOINT_SCHEMA = 2
+CHECKPOINT_SCHEMA = 1
 STEP_DIGITS = 10
 # What a piece holds: one of STATES, or the name of an EMA.
 StateName = str
@@ -56,13 +53,13 @@ class Piece(storage.Record):
 
     Attributes:
         file: name of the file in the folder of each kind.
-        start: byte of the file at which they begin; None in schema 1.
+        start: byte of the file at which they begin.
     """
 
     file: str
     offset: int
     length: int
-    start: int | None = None
+    start: int
 
 
 class Parameter(storage.Record):
@@ -82,7 +79,7 @@ class Index(storage.Record):
 
     def file(self, kind: StateName, piece: Piece) -> str:
         """The file that holds a kind of a piece."""
-        return piece.file if self.schema_version == 1 else f"{kind}/{piece.file}"
+        return f"{kind}/{piece.file}"
 
 
 class LogMark(storage.SealedRecord):
@@ -98,7 +95,7 @@ class State(storage.Record):
     Attributes:
         optimizer_steps: Adam's own step count.
         interval: loss sums since the last log record, if the checkpoint falls between two.
-        log: what recognizes its log; None in checkpoints of earlier versions and imported ones.
+        log: what recognizes its log; None in imported ones.
     """
 
     step: int
@@ -194,10 +191,10 @@ def read_index(run_url: str, step: int) -> Index:
     """index.json of a committed checkpoint, its hash verified."""
     url = checkpoint_url(run_url, step)
     index = _read_model(Index, url, "index.json", _commit(url).index_sha256)
-    if not 1 <= index.schema_version <= CHECKPOINT_SCHEMA:
+    if index.schema_version != CHECKPOINT_SCHEMA:
         raise DiffitError(
-            f"{url} has schema {index.schema_version}, but this version reads up to "
-            f"{CHECKPOINT_SCHEMA}; install the version that wrote it"
+            f"{url} has schema {index.schema_version}, but this version reads {CHECKPOINT_SCHEMA}; "
+            "install the version that wrote it"
         )
     return index
 
@@ -300,7 +297,6 @@ def fill_slices(
             f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
             + ("" if "master" in index.kinds else ": its weights were imported")
         )
-    start_of = _StartOfPieces(url, index)
     ranges: dict[str, list[Range]] = defaultdict(list)
     for part, targets in wanted:
         if part.name not in index.parameters:
@@ -310,7 +306,7 @@ def fill_slices(
             if length <= 0:
                 continue
             for kind in kinds:
-                first = start_of(kind, part.name, piece) + 4 * (start - piece.offset)
+                first = piece.start + 4 * (start - piece.offset)
                 target = targets[kind][start - part.offset :][:length]
                 taken = Range(first, first + 4 * length, _copier(target))
                 ranges[index.file(kind, piece)].append(taken)
@@ -335,39 +331,6 @@ def _copier(target: Tensor) -> Callable[[int, bytes], None]:
             target[offset // 4 :][: len(values)].copy_(values)
 
     return copy
-
-
-class _StartOfPieces:
-    """Where the bytes of a piece begin in its file; in schema 1, the file's header says it."""
-
-    def __init__(self, url: str, index: Index) -> None:
-        self.url, self.index = url, index
-        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
-
-    def __call__(self, kind: StateName, name: str, piece: Piece) -> int:
-        """The piece's first byte."""
-        if piece.start is not None:
-            return piece.start
-        file = self.index.file(kind, piece)
-        if file not in self._headers:
-            self._headers[file] = self._header(file)
-        data_start, header = self._headers[file]
-        try:
-            return data_start + int(header[f"{kind}/{name}"]["data_offsets"][0])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise DamagedCheckpoint(self.url, f"{file} holds no {kind}/{name}") from error
-
-    def _header(self, file: str) -> tuple[int, dict[str, Any]]:
-        """Where a safetensors file's data starts, and its header."""
-        url, most = storage.join(self.url, file), self.index.files[file].bytes
-        try:
-            size = int.from_bytes(storage.read_range(url, 0, 8), "little")
-            header = json.loads(storage.read_range(url, 8, 8 + min(size, most)))
-        except FileNotFoundError as error:
-            raise DamagedCheckpoint(self.url, f"{file} is missing") from error
-        except ValueError as error:
-            raise DamagedCheckpoint(self.url, f"{file} differs from its recorded sha256") from error
-        return 8 + size, dict(header)
 
 
 def _commit(url: str) -> Commit:

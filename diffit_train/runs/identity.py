@@ -7,7 +7,7 @@ import uuid
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe, load_stored_recipe, stored_text
+from diffit_train.config import Recipe, load_recipe_text, stored_text
 from diffit_train.config.base import flatten
 from diffit_train.data.shards import Manifest
 from diffit_train.errors import DiffitError, UserError
@@ -24,14 +24,13 @@ IDENTITY = "run.json"
 class RunIdentity(storage.SealedRecord):
     """run.json; `uuid` distinguishes two successive runs of the same name.
 
-    `latents` is the `samples_digest` of the latents it trains on, empty before training. A run of
-    the version before 0.1.0 has none; the latents of that version are sorted.
+    `latents` is the `samples_digest` of the latents it trains on, empty before training.
     """
 
     uuid: str
     name: str
     recipe_hash: str
-    latents: str | None = None
+    latents: str
 
 
 def run_url(recipe: Recipe, run: str) -> str:
@@ -83,7 +82,7 @@ def stored_recipe(url: str) -> Recipe:
     repair = f"`diffit verify run {url} --repair` makes it again from MLflow"
     try:
         text = storage.read_bytes(name).decode()
-        recipe = load_stored_recipe(text, name, root=storage.parent(url, 2))
+        recipe = load_recipe_text(text, name, root=storage.parent(url, 2))
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing; {repair}") from error
     except (UnicodeDecodeError, UserError) as error:
@@ -150,12 +149,7 @@ def check_latents(url: str, identity: RunIdentity, manifest: Manifest) -> None:
     Raises:
         UserError: they were encoded again or appended to, so that the order of samples is another.
     """
-    sorted_before = identity.latents is None and not manifest.shuffled
-    if (
-        sorted_before
-        or identity.latents in ("", manifest.samples_digest)
-        or not committed_steps(url)
-    ):
+    if identity.latents in ("", manifest.samples_digest) or not committed_steps(url):
         return
     raise UserError(
         f"the latents of run {identity.name!r} were encoded again or appended to since it began, "

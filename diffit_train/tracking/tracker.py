@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffit_train import storage, waiting
-from diffit_train.config import renamed
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.redaction import first_line, redact
@@ -309,9 +308,9 @@ class Tracker:
 
     def image_steps(self, run_id: str, key: str) -> set[int]:
         """Steps at which images of a key were logged."""
-        # `log_image` names files KEY+step+STEP+timestamp+…, in earlier versions with % for +.
+        # `log_image` names files KEY+step+STEP+timestamp+….
         files = self.client.list_artifacts(run_id, "images")
-        found = (re.search(rf"/{re.escape(key)}[+%]step[+%](\d+)[+%]", f.path) for f in files)
+        found = (re.search(rf"/{re.escape(key)}\+step\+(\d+)\+", f.path) for f in files)
         return {int(match[1]) for match in found if match}
 
     def finish(
@@ -396,8 +395,6 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            if not self.client.get_registered_model(name).description:  # by an earlier version
-                self.client.update_registered_model(name, about.model)
         plain = {key: str(value) for key, value in tags.items()}
         plain["file"] = file.rsplit("/", 1)[-1]
         folder = storage.parent(file)
@@ -485,7 +482,7 @@ def _signature_text(about: ModelNotes) -> str:
 
 
 def _current_params(run: Run) -> dict[str, str]:
-    params = renamed.current_params(run.data.params)
+    params = dict(run.data.params)
     if steps := run.data.tags.get(TAG_STEPS):
         params["train.steps"] = steps
     return params
@@ -498,7 +495,7 @@ def _run_record(run: Run, experiments: dict[str, str]) -> RunRecord:
         parent_id=run.data.tags.get("mlflow.parentRunId"),
         status=run.info.status,
         params=_current_params(run),
-        metrics={renamed.METRICS.get(k, k): v for k, v in run.data.metrics.items()},
+        metrics=dict(run.data.metrics),
         tags=dict(run.data.tags),
         start_time_ms=run.info.start_time,
         experiment=experiments[run.info.experiment_id],

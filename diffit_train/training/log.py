@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
@@ -137,14 +137,9 @@ class TrainingLog:
 
 
 class _Ranges(storage.SealedRecord):
-    """passed-over.json; earlier versions wrote the list alone."""
+    """passed-over.json."""
 
     ranges: tuple[tuple[int, int], ...]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_list(cls, data: Any) -> Any:
-        return {"ranges": data} if isinstance(data, list) else data
 
 
 @dataclass(frozen=True)

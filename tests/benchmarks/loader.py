@@ -6,7 +6,7 @@ Members are those of ImageNet at 256x256: (1, 8, 32, 32) float16. The loader ver
 hash, shuffles, and assembles batches; the other two only iterate. S3 is a SeaweedFS server.
 
 Then one rank of eight at a fixed pace: batches of 256 over ImageNet's 2,503 shards, where reading a
-shard only sleeps. Reading ahead and staggered windows against one shard after another; first on a
+shard only sleeps. Reading ahead against one shard after another; first on a
 virtual clock, then measured.
 """
 
@@ -106,9 +106,7 @@ def with_tarfile(url: str, manifest: Manifest) -> float:
     return count / (time.perf_counter() - start)
 
 
-def paced_loader(
-    lanes: int, staggered: bool, readers: int, look_ahead: bool, steps: int
-) -> LatentLoader[Batch]:
+def paced_loader(lanes: int, readers: int, look_ahead: bool, steps: int) -> LatentLoader[Batch]:
     """The loader of one of 8 ranks, amid an epoch and over its end; a read only sleeps."""
     entry = ShardEntry(name="shard-000000.tar", count=PER_SHARD, bytes=0, sha256="", first_index=0)
     shards = [entry] * 2502 + [entry.model_copy(update={"count": 143})]
@@ -120,7 +118,7 @@ def paced_loader(
         return shard
 
     manifest = make_manifest(shards, channels=4, side=32)
-    order = SampleOrder([s.count for s in shards], BATCH, lanes, 1024, 0, staggered)
+    order = SampleOrder([s.count for s in shards], BATCH, lanes, 1024, 0)
     return LatentLoader(
         "",
         manifest,
@@ -150,9 +148,9 @@ class VirtualPool:
         return future
 
 
-def virtual_wait(lanes: int, staggered: bool, readers: int, look_ahead: bool, steps: int) -> float:
+def virtual_wait(lanes: int, readers: int, look_ahead: bool, steps: int) -> float:
     """Share of time that a rank waits if nothing but reading takes time."""
-    loader = paced_loader(lanes, staggered, readers, look_ahead, steps)
+    loader = paced_loader(lanes, readers, look_ahead, steps)
     loader._pool.shutdown()
     pool = VirtualPool(readers)
     loader._pool = pool  # type: ignore[assignment]
@@ -171,11 +169,9 @@ def virtual_wait(lanes: int, staggered: bool, readers: int, look_ahead: bool, st
     return waited / (taken[-1] - taken[0])
 
 
-def data_wait(
-    lanes: int, staggered: bool, readers: int, look_ahead: bool, steps: int
-) -> tuple[float, float]:
+def data_wait(lanes: int, readers: int, look_ahead: bool, steps: int) -> tuple[float, float]:
     """Share of time one of 8 ranks waits at a fixed pace, and seconds to its first batch."""
-    loader = paced_loader(lanes, staggered, readers, look_ahead, steps)
+    loader = paced_loader(lanes, readers, look_ahead, steps)
     begun_s = time.perf_counter()
     with loader:
         for number, _ in enumerate(loader):
@@ -199,11 +195,10 @@ def main() -> None:
     parser.add_argument("--virtual-steps", type=int, default=4000)
     options = parser.parse_args()
     ways_to_wait = {
-        "64 lanes, windows together, one reader": (64, False, 1, False),
-        "256 lanes, windows together, one reader": (256, False, 1, False),
-        "256 lanes, staggered, one reader": (256, True, 1, False),
-        "256 lanes, staggered, 16 readers ahead": (256, True, 16, True),
-        "64 lanes, windows together, 16 readers ahead": (64, False, 16, True),
+        "64 lanes, one reader": (64, 1, False),
+        "256 lanes, one reader": (256, 1, False),
+        "64 lanes, 16 readers ahead": (64, 16, True),
+        "256 lanes, 16 readers ahead": (256, 16, True),
     }
     # The lowest of some rounds: other work on this machine holds up the loader's threads, too.
     rounds = [

@@ -3,7 +3,6 @@
     python -m tests.benchmarks.training step          overhead of a step, and of the EMA
     python -m tests.benchmarks.training checkpoint    how long training is blocked
     python -m tests.benchmarks.training states        bytes per rank by ZeRO stage, against the plan
-    python -m tests.benchmarks.training restart       bytes read per rank, seconds to the first step
 
 Each table names its baseline, which is interleaved with it in the same process.
 """
@@ -12,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import os
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffit_train import storage
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.train import BUCKET_ELEMENTS, EmaProfile, Train
 from diffit_train.diffusion.objective import build_objective
@@ -31,25 +27,11 @@ from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import use_kernel
 from diffit_train.planning import state_bytes
 from diffit_train.ray_session import KEEP_FREED_MEMORY
-from diffit_train.runs.blocks import hash_blocks
-from diffit_train.runs.checkpoints import (
-    STATES,
-    OwnedSlice,
-    Part,
-    Slice,
-    checkpoint_url,
-    commit_checkpoint,
-    piece_file,
-    place_pieces,
-    read_slices,
-    write_pieces,
-)
-from diffit_train.training.checkpointer import CheckpointWriter, load_checkpoint
+from diffit_train.training.checkpointer import CheckpointWriter
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import interleaved_seconds, print_table
 from tests.benchmarks.full_step import tensor_bytes
 from tests.made import make_state
-from tests.runs import schema_1
 from tests.training import ranks
 
 GIB = 2**30
@@ -234,147 +216,11 @@ def _states(rank: int, world: int, size: str) -> None:
         )
 
 
-def _take_step(engine: Engine, step: int) -> None:
-    x0, t, noise, y = _batch(1, torch.device("cpu"))
-    objective = build_objective(Diffusion())
-    output = engine.forward(objective.noisy(x0, t, noise), t, y)
-    engine.backward(objective.loss(output, x0, t, noise).sum() / engine.world_size)
-    engine.step(step)
-    engine.update_ema(step)
-
-
-def _write_both(rank: int, world: int, size: str, folder: str) -> None:
-    """The same checkpoint in both formats, below `folder`."""
-    train = Train(steps=9, batch_size=world, zero_stage=2)
-    engine = Engine(_model(size), train, rank, world, torch.device("cpu"))
-    _take_step(engine, 0)
-    state = make_state(1, world_size=world, zero_stage=2)
-    CheckpointWriter(engine).save_now(f"{folder}/schema-2", state)
-    old, kinds = f"{folder}/schema-1", (*STATES, *train.ema)
-    mine = schema_1.write_rank(old, 1, rank, world, engine.owned(), kinds)
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, mine)
-    if rank == 0:
-        schema_1.commit(old, state, engine.shapes, parts, kinds)
-    torch.distributed.barrier()
-    engine.destroy()
-
-
-def _first_step(rank: int, world: int, size: str, folder: str) -> None:
-    """Seconds from an engine's creation to its first step after loading each of them."""
-    rows = []
-    for schema in ("schema-1", "schema-2"):
-        torch.distributed.barrier()
-        started_s = time.perf_counter()
-        train = Train(steps=9, batch_size=world, zero_stage=2)
-        engine = Engine(_model(size), train, rank, world, torch.device("cpu"))
-        built_s = time.perf_counter()
-        load_checkpoint(engine, f"{folder}/{schema}", 1)
-        loaded_s = time.perf_counter()
-        _take_step(engine, 1)
-        marks = (started_s, built_s, loaded_s, time.perf_counter())
-        parts = [f"{b - a:.2f}" for a, b in itertools.pairwise(marks)]
-        rows.append([schema, *parts, f"{marks[-1] - started_s:.2f}"])
-        engine.destroy()
-        del engine
-        gc.collect()
-    if rank == 0:
-        print_table(
-            f"From an engine's creation to the first step, {size}, ZeRO 2, {world} ranks, a local "
-            "disk",
-            ["checkpoint", "engine, s", "loading, s", "a step, s", "together, s"],
-            rows,
-        )
-
-
-def _shares(shapes: dict[str, torch.Size], world: int) -> list[list[Slice]]:
-    """What each rank owns at ZeRO stages 0 to 2: all parameters in a row, cut into equal parts."""
-    total, found = sum(shape.numel() for shape in shapes.values()), []
-    for rank in range(world):
-        first, last = (total * r // world for r in (rank, rank + 1))
-        start, mine = 0, []
-        for name, shape in shapes.items():
-            begin, end = max(first, start), min(last, start + shape.numel())
-            if begin < end:
-                mine.append(Slice(name, begin - start, end - begin))
-            start += shape.numel()
-        found.append(mine)
-    return found
-
-
-def _write_shares(
-    folder: str, world: int, values: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]
-) -> None:
-    """Write the same values in both formats, as that number of ranks would."""
-    kinds = tuple(values)
-    state = make_state(1, world_size=world, zero_stage=2)
-    old, parts, old_parts = f"{folder}/schema-1", [], []
-    url = checkpoint_url(f"{folder}/schema-2", 1)
-    for rank, share in enumerate(_shares(shapes, world)):
-        owned = [
-            OwnedSlice(
-                part,
-                {k: values[k][part.name].narrow(0, part.offset, part.length) for k in kinds},
-            )
-            for part in share
-        ]
-        old_parts.append(schema_1.write_rank(old, 1, rank, world, owned, kinds))
-        name, files = piece_file(rank, world), {}
-        for kind in kinds:
-            path = Path(url, kind, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_pieces(path, owned, kind)
-            files[f"{kind}/{name}"] = hash_blocks(path)
-        parts.append(Part(files, place_pieces(owned, name)))
-    schema_1.commit(old, state, shapes, old_parts, kinds)
-    commit_checkpoint(url, state, shapes, parts, kinds)
-
-
-def _most_read(run: str, shares: list[list[Slice]], kinds: tuple[str, ...]) -> int:
-    """Bytes that the rank with most reads, to get its share of all kinds."""
-    read, real = [0] * len(shares), storage.read_range
-    for rank, share in enumerate(shares):
-
-        def counted(url: str, start: int, stop: int, rank: int = rank) -> bytes:
-            data = real(url, start, stop)
-            read[rank] += len(data)
-            return data
-
-        storage.read_range = counted
-        try:
-            read_slices(run, 1, share, kinds)
-        finally:
-            storage.read_range = real
-    return max(read)
-
-
-def _restart_bytes(size: str) -> None:
-    """Checkpoints of both formats, written at one world size and read at others."""
-    shapes = {n: p.shape for n, p in _model(size).named_parameters() if p.requires_grad}
-    kinds, rows = (*STATES, "ema"), []
-    values = {kind: {n: torch.randn(s.numel()) for n, s in shapes.items()} for kind in kinds}
-    total = 4 * len(kinds) * sum(shape.numel() for shape in shapes.values())
-    for wrote in (1, 2, 4):
-        with tempfile.TemporaryDirectory(prefix="diffit-bench-") as folder:
-            _write_shares(folder, wrote, values, shapes)
-            for world in (1, 2, 4):
-                shares = _shares(shapes, world)
-                old, new = (_most_read(f"{folder}/schema-{n}", shares, kinds) for n in (1, 2))
-                cells = [f"{n / MIB:,.0f}" for n in (total / world, old, new)]
-                rows.append([str(wrote), str(world), *cells, f"{new / old:.2f}"])
-    print_table(
-        f"MiB that a rank reads to resume {size}, of the rank with most; baseline: schema 1, a "
-        "file per rank with all states and one hash",
-        ["written by", "read by", "its share", "schema 1", "schema 2", "ratio"],
-        rows,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("step", "checkpoint", "states", "restart"))
+    parser.add_argument("what", choices=("step", "checkpoint", "states"))
     parser.add_argument("--size", choices=SIZES, default="S")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
@@ -389,11 +235,6 @@ def main() -> None:
         ranks.on_ranks(1, _step, *arguments)
     elif options.what == "checkpoint":
         ranks.on_ranks(options.world, _checkpoint, options.size)
-    elif options.what == "restart":
-        _restart_bytes(options.size)
-        with tempfile.TemporaryDirectory(prefix="diffit-bench-") as folder:
-            for body in (_write_both, _first_step):
-                ranks.on_ranks(options.world, body, options.size, folder)
     else:
         for world in (1, 2, 4):
             ranks.on_ranks(world, _states, options.size)

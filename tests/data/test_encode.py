@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +28,12 @@ from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
 from diffit_train.data.encode import _read_shard_images, encode
 from diffit_train.data.encode_order import encode_order, order_digest
 from diffit_train.data.encode_plan import (
-    EncodedPart,
     find_work,
     make_plan,
     shard_spec,
     write_plan,
 )
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
-from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
     Manifest,
     as_float,
@@ -422,61 +419,6 @@ def test_bad_shards_are_found_and_repaired(encoded: Path, tmp_path: Path) -> Non
     assert _hashes(recipe) == hashes
     assert (Path(url) / "shard-000002.tar").stat().st_mtime_ns == kept
     assert not (Path(url) / "parts").exists()
-
-
-@pytest.mark.slow
-def test_latents_of_an_earlier_version_keep_their_order(
-    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Half encoded in sorted order, they are finished, verified, repaired and appended to in it."""
-    recipe = tiny_recipe(_copy(project, tmp_path))
-    url = latents_url(recipe)
-    encode(recipe)
-    work = replace(find_work(recipe, None), shuffled=False)
-    storage.remove(storage.join(url, "manifest.json"))
-    write_plan(url, make_plan(recipe, url, work))
-    plan = Path(url, "parts", "plan.json")
-    stored = json.loads(plan.read_text())
-    assert stored.pop("order") == ""
-    del stored["checksum"]
-    plan.write_text(json.dumps(stored))
-    pixels = read_items(work.listing.source, work.listing.items[:5], 16).pixels
-    moments = load_autoencoder(recipe, torch.device("cpu")).encode_moments(to_model_range(pixels))
-    entry = write_shard(
-        url, 0, range(5), moments[:, None], [i.label for i in work.listing.items[:5]]
-    )
-    part = EncodedPart(
-        number=0,
-        entry=entry,
-        rejected=[],
-        autoencoder_sha256=load_autoencoder(recipe, torch.device("cpu")).weight_hash(),
-        scale=1.0,
-        shape=(1, 8, 4, 4),
-        total=[0.0] * 4,
-        squares=[1e3] * 4,
-    )
-    Path(url, "parts", "shard-000000.tar.json").write_text(part.model_dump_json())
-    manifest = encode(recipe)
-    assert "Continuing in sorted order" in capsys.readouterr().err
-    assert manifest.shards[0] == entry
-    assert manifest.orders == [""]
-    assert not manifest.shuffled
-    keys = [k for e in manifest.shards for k in read_shard(url, e).keys.tolist()]
-    assert keys == list(range(24))
-    former = json.loads(Path(url, "manifest.json").read_text())
-    del former["orders"], former["checksum"]
-    Path(url, "manifest.json").write_text(json.dumps(former))
-    assert load_manifest(url) == manifest
-    assert verify(url).bad == {}
-    Path(url, "shard-000002.tar").unlink()
-    check_latents(url, None, True)
-    assert load_manifest(url).shards == manifest.shards
-    source = tmp_path / "images" / "digits"
-    for name in ("a/+.png", "b/0015.png", "c/999.png"):
-        shutil.copy(source / "a" / "000.png", source / name)
-    appended = encode(recipe, append=True)
-    assert appended.orders[0] == "" != appended.orders[1]
-    assert not appended.shuffled
 
 
 def test_parquet_is_shuffled_by_row_groups_and_within_blocks_of_them() -> None:

@@ -25,13 +25,6 @@ from tests.benchmarks.order import (
 )
 from tests.made import make_manifest, make_shards
 
-FORMER = [
-    [(3, 1), (3, 3), (3, 2), (3, 5)],
-    [(2, 5), (2, 1), (2, 4), (2, 3)],
-    [(3, 9), (5, 2), (5, 5), (5, 3)],
-    [(2, 9), (1, 2), (1, 0), (2, 8)],
-]
-
 
 @st.composite
 def orders(drawing: st.DrawFn) -> SampleOrder:
@@ -97,22 +90,19 @@ def test_samples_are_shuffled_but_each_lane_reads_few_shards() -> None:
 @settings(max_examples=60, deadline=None)
 @given(orders(), st.integers(0, 3))
 def test_no_window_touches_more_shards_than_are_cached(order: SampleOrder, epoch: int) -> None:
-    order.staggered = False
     for lane in range(order.lanes):
         first = epoch * order.steps_per_epoch
         steps = range(first, first + order.steps_per_epoch)
         row = [sample for step in steps for sample in order.lane_samples(step, lane)]
-        for start in range(0, len(row), order.window):
-            touched = {shard for shard, _ in row[start : start + order.window]}
+        begin = order.window - order._shift(lane)
+        for start, stop in itertools.pairwise([0, *range(begin, len(row), order.window), len(row)]):
+            touched = {shard for shard, _ in row[start:stop]}
             assert len(touched) <= order.shards_per_window()
 
 
 @settings(max_examples=60, deadline=None)
-@given(orders(), st.booleans(), st.integers(0, 40))
-def test_windows_tell_which_shards_a_step_needs(
-    order: SampleOrder, staggered: bool, first: int
-) -> None:
-    order.staggered = staggered
+@given(orders(), st.integers(0, 40))
+def test_windows_tell_which_shards_a_step_needs(order: SampleOrder, first: int) -> None:
     for lane in range(order.lanes):
         windows, current = order.windows(lane, first), []
         for step in range(first, first + 3 * order.steps_per_epoch):
@@ -125,21 +115,11 @@ def test_windows_tell_which_shards_a_step_needs(
 
 
 def test_lanes_turn_over_their_windows_at_different_steps() -> None:
-    def most_at_once(staggered: bool) -> int:
-        order = SampleOrder([512] * 2502, 256, 256, 1024, 0, staggered)
-        for rank in (0, 5):
-            windows = [order.windows(lane, 0) for lane in order.rank_lanes(rank, 8)]
-            starts = [w.first_step for row in windows for w in itertools.islice(row, 4)]
-        return max(starts.count(step) for step in set(starts) - {0})
-
-    assert most_at_once(False) == 32
-    assert most_at_once(True) <= 2
-
-
-def test_the_order_of_earlier_latents_is_unchanged() -> None:
-    """The first samples of lanes 0 and 3 as the version before 0.1.0 gave them."""
-    order = SampleOrder([10] * 7, 16, 4, 8, 0, staggered=False)
-    assert [order.lane_samples(step, lane) for step in (0, 3) for lane in (0, 3)] == FORMER
+    order = SampleOrder([512] * 2502, 256, 256, 1024, 0)
+    for rank in (0, 5):
+        windows = [order.windows(lane, 0) for lane in order.rank_lanes(rank, 8)]
+        starts = [w.first_step for row in windows for w in itertools.islice(row, 4)]
+        assert max(starts.count(step) for step in set(starts) - {0}) <= 2
 
 
 def test_shards_are_read_ahead_within_memory_and_at_once_after_a_restart(
@@ -277,11 +257,11 @@ def test_batches_of_a_sorted_source_hold_its_classes_like_a_uniform_draw() -> No
     labels = sorted_labels(200_000, 400)
     expected = expected_classes(400, 4 * BATCH)
     for first in (0, 300):
-        assert classes_seen(labels, 64, False, first, 4) < 0.7 * expected
-        found = classes_seen(permuted(labels), 64, True, first, 4)
+        assert classes_seen(labels, 64, first, 4) < 0.7 * expected
+        found = classes_seen(permuted(labels), 64, first, 4)
         assert found == pytest.approx(expected, rel=0.04)
 
 
 def test_a_rank_of_eight_hardly_waits_for_shards_that_take_a_quarter_of_a_second() -> None:
-    assert virtual_wait(64, False, readers=1, look_ahead=False, steps=600) > 0.1
-    assert virtual_wait(256, True, readers=16, look_ahead=True, steps=600) < 0.01
+    assert virtual_wait(64, readers=1, look_ahead=False, steps=600) > 0.1
+    assert virtual_wait(256, readers=16, look_ahead=True, steps=600) < 0.01

@@ -197,10 +197,10 @@ def test_a_temporary_outage_is_waited_out(
     storage.write_text(url, "here")
     server.stop()
     try:
-        monkeypatch.setenv("DIFFIT_STORAGE_RETRY_S", "1")
+        monkeypatch.setenv("DIFFIT_RETRY_S", "1")
         with pytest.raises(DiffitError, match="could not reach.*rerun the same command"):
             storage.read_bytes(url)
-        monkeypatch.setenv("DIFFIT_STORAGE_RETRY_S", "120")
+        monkeypatch.setenv("DIFFIT_RETRY_S", "120")
         again = threading.Timer(2.0, server.start)
         again.start()
         assert storage.read_bytes(url) == b"here"

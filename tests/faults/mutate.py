@@ -208,7 +208,10 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
         grid="grid.png",
         seconds=1.0,
         nfe=3.0,
+        keep_images="all",
         evaluate=evaluated_identity(recipe),
+        reference_digest="r",
+        features_digest="f",
         recipe_hash=recipe.train_hash(),
         mlflow_run_id="x",
     )

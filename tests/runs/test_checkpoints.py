@@ -1,9 +1,8 @@
-"""The checkpoint format: what a reader of one kind reads, and checkpoints of schema 1."""
+"""The checkpoint format: what a reader of one kind reads."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffit_train import storage
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError
 from diffit_train.runs import blocks
 from diffit_train.runs.checkpoints import (
     STATES,
-    OwnedSlice,
     Slice,
     checkpoint_url,
     damage,
@@ -24,7 +22,6 @@ from diffit_train.runs.checkpoints import (
     save_whole,
 )
 from tests.made import make_state
-from tests.runs import schema_1
 
 KINDS = (*STATES, "ema")
 SHAPES = {"a": torch.Size((7, 11)), "b": torch.Size((300,)), "c": torch.Size(())}
@@ -46,24 +43,6 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
     save_whole(_values(), SHAPES, str(tmp_path), STATE)
     return str(tmp_path)
-
-
-def _schema_1(run: Path) -> None:
-    """The same checkpoint as schema 1 stored it, in two ranks' files."""
-    parts = []
-    for rank in range(2):
-        slices = []
-        for name, shape in SHAPES.items():
-            half = math.ceil(shape.numel() / 2)
-            length = min(half, shape.numel() - rank * half)
-            if length:
-                values = {
-                    kind: named[name].reshape(-1)[rank * half :][:length]
-                    for kind, named in _values().items()
-                }
-                slices.append(OwnedSlice(Slice(name, rank * half, length), values))
-        parts.append(schema_1.write_rank(str(run), 3, rank, 2, slices, KINDS))
-    schema_1.commit(str(run), STATE, SHAPES, parts, KINDS)
 
 
 @pytest.fixture
@@ -108,32 +87,6 @@ def test_a_part_is_read_and_verified_by_blocks(saved: str, read: dict[str, int])
     assert "master/rank-00000-of-00001.safetensors differs" in (damage(saved, 3) or "")
 
 
-def test_schema_1_is_read(tmp_path: Path, read: dict[str, int]) -> None:
-    _schema_1(tmp_path)
-    run = str(tmp_path)
-    for kind in ("master", "ema"):
-        weights = read_weights(run, 3, "raw" if kind == "master" else kind)
-        assert all(torch.equal(weights[name], value) for name, value in _values()[kind].items())
-    with pytest.raises(UserError, match="has no weights 'exp_avg', only raw, ema"):
-        read_weights(run, 3, "exp_avg")
-    assert damage(run, 3) is None
-    part = read_slices(run, 3, [Slice("b", 140, 20)], KINDS)
-    assert all(torch.equal(part[kind][0], _values()[kind]["b"][140:160]) for kind in KINDS)
-
-    # One hash covers a file, so all of it is read, to verify what is wanted of it.
-    files = sorted(Path(checkpoint_url(run, 3)).glob("*.safetensors"))
-    read.clear()
-    read_weights(run, 3, "ema")
-    assert sum(read.values()) >= sum(file.stat().st_size for file in files)
-
-    whole = files[1].read_bytes()
-    for broken in (whole[:-1], b"\xff" * len(whole), whole[:-1] + b"x", b""):
-        files[1].write_bytes(broken)
-        with pytest.raises(DiffitError, match=r"is damaged: rank-00001"):
-            read_weights(run, 3, "ema")
-        assert "rank-00001" in (damage(run, 3) or "")
-
-
 def test_a_later_schema_is_refused(saved: str) -> None:
     folder = Path(checkpoint_url(saved, 3))
     index = json.loads((folder / "index.json").read_text()) | {"schema_version": 9}
@@ -141,5 +94,5 @@ def test_a_later_schema_is_refused(saved: str) -> None:
     commit = json.loads((folder / "commit.json").read_text())
     commit["index_sha256"] = storage.sha256_file(folder / "index.json")
     (folder / "commit.json").write_text(json.dumps(commit))
-    with pytest.raises(DiffitError, match=r"schema 9, but this version reads up to 2; install"):
+    with pytest.raises(DiffitError, match=r"schema 9, but this version reads 1; install"):
         read_weights(saved, 3, "ema")

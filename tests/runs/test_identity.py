@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from diffit_train import storage
 from diffit_train.data.shards import Manifest, ShardEntry
 from diffit_train.errors import UserError
 from diffit_train.runs import identity as identity_module
 from diffit_train.runs.identity import (
     check_latents,
     create_identity,
-    read_identity,
-    record_latents,
     run_url,
 )
 from tests.conftest import tiny_recipe
@@ -53,24 +49,6 @@ def test_latents_in_another_order_are_noticed(tmp_path: Path) -> None:
     for other in (_manifest(["y"]), _manifest([""]), _manifest(["x", "z"], segments=(4, 4))):
         with pytest.raises(UserError, match="latents of run 'it' were encoded again or appended"):
             check_latents(url, identity, other)
-
-
-@pytest.mark.usefixtures("begun")
-def test_a_run_of_an_earlier_version_continues_on_its_sorted_latents(tmp_path: Path) -> None:
-    recipe, manifest = tiny_recipe(tmp_path), _manifest([""])
-    url = run_url(recipe, "it")
-    name = storage.join(url, "run.json")
-    create_identity(recipe, "it")
-    values = json.loads(Path(name).read_text())
-    del values["latents"], values["checksum"]
-    Path(name).write_text(json.dumps(values))
-    former = read_identity(url)
-    assert former is not None
-    check_latents(url, former, manifest)
-    with pytest.raises(UserError, match="encoded again"):
-        check_latents(url, former, _manifest(["x"]))
-    assert record_latents(url, former, manifest).latents == manifest.samples_digest
-    assert read_identity(url) == former.model_copy(update={"latents": manifest.samples_digest})
 
 
 def test_a_run_that_has_not_begun_takes_the_latents_there_are(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_damaged_log_is_named_and_comes_back(how: str, run: Path) -> None:
         assert TrainingLog(str(run), 6, mark).records == [_record(step) for step in (2, 4, 6)]
 
 
-def test_a_log_of_an_earlier_version_has_no_mark(run: Path) -> None:
+def test_without_a_mark_any_log_is_read(run: Path) -> None:
     (run / "log.jsonl").write_text("".join(json.dumps(_record(s)) + "\n" for s in (2, 4)))
     assert len(TrainingLog(str(run), 6, None).records) == 2
 
@@ -127,14 +127,6 @@ def test_a_worker_can_send_the_error_to_the_driver(tmp_path: Path) -> None:
     error = DamagedRunFile.of(f"{tmp_path}/log.jsonl", "it is empty", "MLflow")
     again = cloudpickle.loads(cloudpickle.dumps(error))
     assert (str(again), again.reason) == (str(error), "it is empty")
-
-
-def test_ranges_of_an_earlier_version_are_read(tmp_path: Path) -> None:
-    (tmp_path / "passed-over.json").write_text("[[3, 4], [9, 12]]")
-    assert SkippedSteps.read(str(tmp_path)).ranges == ((3, 4), (9, 12))
-    with pytest.raises(DamagedRunFile):
-        (tmp_path / "passed-over.json").write_text("null")
-        SkippedSteps.read(str(tmp_path))
 
 
 @pytest.mark.parametrize(

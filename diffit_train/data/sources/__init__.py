@@ -206,11 +206,7 @@ def _missing_hint(url: str) -> str:
             "set it to a folder or file of a data set, hf://datasets/OWNER/NAME/PATH; a private or "
             "gated one needs HF_TOKEN"
         )
-    former = url.replace("/images/", "/pictures/")
-    hint = f"; earlier versions kept images in {former}: rename that folder" * (
-        former != url and storage.exists(former)
-    )
-    return f"set it to a folder with one subfolder per class, a tar, zip or parquet files{hint}"
+    return "set it to a folder with one subfolder per class, a tar, zip or parquet files"
 
 
 def _kind_of_pattern(url: str, wanted: str) -> SourceKind:
