@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffit_train.config.diffusion import ddim_stride
-
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -136,10 +134,10 @@ def ddim_spaced(timesteps: int, steps: int) -> np.ndarray:
     Raises:
         ValueError: no integer stride gives this many.
     """
-    stride = ddim_stride(timesteps, steps)
-    if stride is None:
+    kept = np.arange(0, timesteps, -(-timesteps // steps))
+    if steps == 1 or len(kept) != steps:
         raise ValueError(f"no integer stride gives {steps} of {timesteps} timesteps")
-    return np.arange(0, timesteps, stride)
+    return kept
 
 
 def respace(schedule: Schedule, kept: np.ndarray) -> Schedule:

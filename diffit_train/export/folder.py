@@ -22,16 +22,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffit_train import __version__, storage
+from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.diffusion import OBJECTIVES
 from diffit_train.config.model import ARCHITECTURES
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import UserError
 from diffit_train.evaluation.generate import class_names, fill_model, load_decoder
-from diffit_train.export.bundle import Target, bundle
 from diffit_train.export.card import model_card
-from diffit_train.export.own_code import own_code, require_same_network, require_same_samples
+from diffit_train.export.code import (
+    join_modules,
+    require_same_network,
+    require_same_samples,
+    running,
+)
 from diffit_train.models.build import build_model, network_shape
 from diffit_train.models.published import require_finite
 from diffit_train.runs.checkpoints import read_weights
@@ -41,6 +45,8 @@ from diffit_train.runs.import_export import export_metadata
 INDEX, PIPELINE = "model_index.json", "pipeline.py"
 # First line of the pipeline, by which a former export is recognized.
 _TITLE = "A pipeline of diffusers for a DiffiT network."
+# Whose classes `transformer` imports, in place of the recipe's.
+_LATENT = "diffit_train.models.latent"
 # The lowest version of diffusers that the code has been run with.
 _DIFFUSERS = "0.42.0"
 
@@ -78,7 +84,7 @@ def export_folder(
             "pixels": recipe.evaluate.pixels,
             "precision": recipe.evaluate.precision,
         }
-        _write_code(folder / PIPELINE, "pipeline", "DiffiTPipeline", _TITLE)
+        (folder / PIPELINE).write_text(join_modules("diffit_train.export.pipeline", _TITLE))
         about = export_metadata(recipe, run, step, kind)
         (folder / "recipe.yaml").write_text(about["recipe"])
         (folder / "README.md").write_text(model_card(recipe, run, step, kind, license_id))
@@ -127,13 +133,16 @@ def _write_transformer(recipe: Recipe, weights: dict[str, Tensor], folder: Path)
     config = {"sizes": asdict(shape), "options": recipe.model.options or None}
     name, kind = "diffit_transformer", "DiffiTTransformer"
     _write_config(folder / "config.json", kind, config)
-    aliases = {"Network": _target(type(model)), "Sizes": _target(type(shape))}
-    title = "The network as a model of diffusers."
+    own = {
+        f"from {_LATENT} import LatentDiffiT as Network": _import(type(model), "Network"),
+        f"from {_LATENT} import Shape as Sizes": _import(type(shape), "Sizes"),
+    }
     code = folder / f"{name}.py"
-    _write_code(code, "transformer", kind, title, aliases)
+    title = "The network as a model of diffusers."
+    code.write_text(join_modules("diffit_train.export.transformer", title, own))
     if plugged:
-        with own_code(ARCHITECTURES.key, recipe.model.architecture, code) as module:
-            require_same_network(getattr(module, kind)(**config), model)
+        with running(ARCHITECTURES.key, recipe.model.architecture, code, kind, config) as exported:
+            require_same_network(exported, model)
     return [name, kind]
 
 
@@ -147,21 +156,26 @@ def _write_scheduler(recipe: Recipe, folder: Path) -> list[str]:
     }
     name, kind = "diffit_scheduler", "DiffiTScheduler"
     _write_config(folder / "scheduler_config.json", kind, config)
-    aliases, objective = {}, load_objective(recipe.diffusion)
-    if recipe.diffusion.plugged:
-        own = Target("diffit_train.export.own_objective", "build_own_objective")
-        aliases = {"build_objective": own, "Own": _target(type(objective))}
-    title = "The objective and its samplers as a scheduler of diffusers."
+    own, objective = {}, load_objective(recipe.diffusion)
+    if plugged := recipe.diffusion.plugged:
+        own = {
+            "from diffit_train.diffusion.objective import build_objective": _import(
+                type(objective), "Own"
+            ),
+            "build_objective(_section(diffusion))": 'Own(**diffusion["options"])',
+        }
     code = folder / f"{name}.py"
-    _write_code(code, "scheduler", kind, title, aliases)
-    if recipe.diffusion.plugged:
-        with own_code(OBJECTIVES.key, recipe.diffusion.objective, code) as module:
-            require_same_samples(getattr(module, kind)(**config), recipe, objective)
+    title = "The objective and its samplers as a scheduler of diffusers."
+    code.write_text(join_modules("diffit_train.export.scheduler", title, own))
+    if plugged:
+        key = OBJECTIVES.key
+        with running(key, recipe.diffusion.objective, code, kind, config) as exported:
+            require_same_samples(exported, recipe, objective)
     return [name, kind]
 
 
-def _target(found: type) -> Target:
-    return Target(found.__module__, found.__qualname__)
+def _import(found: type, name: str) -> str:
+    return f"from {found.__module__} import {found.__qualname__} as {name}"
 
 
 def _write_config(file: Path, kind: str, values: dict[str, Any]) -> None:
@@ -183,15 +197,6 @@ def _labels(recipe: Recipe) -> dict[str, str] | None:
     if not recipe.model.conditional:
         return None
     return {str(number): name for number, name in enumerate(class_names(recipe))}
-
-
-def _write_code(
-    file: Path, module: str, name: str, title: str, aliases: dict[str, Target] | None = None
-) -> None:
-    entry = Target(f"diffit_train.export.{module}", name)
-    packages = {"diffit_train", *(t.module.partition(".")[0] for t in (aliases or {}).values())}
-    text = bundle(entry, title, __version__, aliases, sorted(packages))
-    file.write_text(text, encoding="utf-8")
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -9,7 +9,6 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
-from diffit_train.data.autoencoder import to_uint8
 from diffit_train.models.precision import arithmetic
 
 
@@ -119,7 +118,9 @@ class DiffiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         x = latents / self.config.scale
         if self.vae is not None:
             x = self.vae.decode(x.to(self.vae.dtype)).sample
-        return to_uint8(x, self.config.pixels).cpu().numpy()
+        levels = (x.float() + 1.0) * 127.5
+        levels = levels.round() if self.config.pixels == "round" else levels
+        return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def _labels(self, wanted: int | str | list[int | str] | None) -> list[int]:
         names = self.config.id2label

@@ -8,7 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-# The export replaces these by the class of the recipe's network and that of its sizes.
+# Replaced by the class of the recipe's network and that of its sizes.
 from diffit_train.models.latent import LatentDiffiT as Network
 from diffit_train.models.latent import Shape as Sizes
 

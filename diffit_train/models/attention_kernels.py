@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from diffit_train.errors import UserError
 
@@ -150,10 +150,13 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 _biased_attention.register_autograd(_backward, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.diffit.biased_attention)
 def _flops(q: Any, *args: Any, **kwargs: Any) -> int:
     batch, heads, count, size = q
     return 4 * batch * heads * count * count * size
+
+
+if torch.ops.diffit.biased_attention not in flop_registry:  # a copy in an exported folder
+    register_flop_formula(torch.ops.diffit.biased_attention)(_flops)
 
 
 def flex_attention(
