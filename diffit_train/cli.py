@@ -15,7 +15,6 @@ import diffit_train
 from diffit_train.commands.ablate import ablate_command
 from diffit_train.commands.attention import attention_command
 from diffit_train.commands.clean import clean_command
-from diffit_train.commands.cluster import cluster_render_command
 from diffit_train.commands.compare import compare_command
 from diffit_train.commands.data import (
     autoencoder_fit_command,
@@ -101,7 +100,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_command,
     "export": export_command,
     "clean": clean_command,
-    "cluster render": cluster_render_command,
     "submit": submit_command,
     "jobs list": jobs_list_command,
     "jobs follow": jobs_follow_command,
@@ -116,7 +114,6 @@ GROUPS = {
     "runs": "The runs of a project; `diffit runs` lists them.",
     "jobs": "Jobs that `diffit submit` sent to a cluster.",
     "sweep": "Sweeps started by `diffit evaluate --sweep`.",
-    "cluster": "Files that run a recipe on a cluster.",
     "ema": "Exponential moving averages (EMA) of the weights.",
 }
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -156,10 +156,10 @@ class Slurm:
             raise RuntimeError(f"{command}: {done.stderr}")
         return done.stdout
 
-    def submit(self, script: Path, *options: str) -> str:
+    def submit(self, script: Path, *options: str, arguments: Sequence[str] = ()) -> str:
         """Send a job from the script's folder; its id."""
         done = subprocess.run(
-            ["sbatch", "--parsable", *options, str(script)],
+            ["sbatch", "--parsable", *options, str(script), *arguments],
             cwd=script.parent,
             env=self.environment,
             capture_output=True,

@@ -122,11 +122,9 @@ def test_a_run_cannot_be_outside_its_root(
     words: str, name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     required = {"submit": ["train", "demo", "--address", "http://127.0.0.1:1"]}
-    required |= {"import": ["weights.safetensors"], "cluster render": ["demo"]}
+    required |= {"import": ["weights.safetensors"]}
     required |= {"ema reconstruct": ["demo", "--sigma-rel", "0.1"], "sweep show": ["a"]}
     required |= {"sweep cancel": ["a", "--address", "http://127.0.0.1:1"]}
-    if words == "cluster render":
-        required[words] += ["--out", str(tmp_path / "out")]
     given = [*words.split(), *required.get(words, ["demo"]), "--run", name]
     assert exit_status(lambda: app([*given, "--root", str(tmp_path / "root")])) == 2
     assert f"--run is {name!r}, but must consist of at most 80" in capfd.readouterr().err

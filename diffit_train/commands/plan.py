@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from diffit_train.commands.options import (
     read_recipe,
 )
 from diffit_train.config.presets import PAPER_COSTS
+from diffit_train.node_sizes import NodeSize, node_sizes
 from diffit_train.planning import GPUS_PER_NODE, NODE_LINK_GB_PER_S, Machine, plan
 
 if TYPE_CHECKING:
@@ -214,6 +216,24 @@ def _comparison(
     return cells
 
 
+def print_nodes(sizes: Mapping[str, NodeSize]) -> None:
+    """Print what each node needs to standard output."""
+    from rich.console import Console
+
+    console = Console(width=110)
+    columns = ["nodes", "CPUs", "GPUs", "memory", "/dev/shm", "object store", "disk", "shard cache"]
+    rows = _table(
+        console, "Nodes, and each one's GiB; `workers` suits every stage", "", *columns, "grace, s"
+    )
+    for name, size in sizes.items():
+        parts = (size.memory, size.shm, size.object_store, size.disk, size.shard_cache)
+        cells = [size.nodes, size.cpus, size.gpus, *(part // storage.GIB for part in parts)]
+        rows.add_row(name, *map(str, [*cells, size.grace_s]))
+    console.print(rows)
+    cache = sizes["train"].shard_cache // storage.GIB
+    console.print(f"Train with scaling.shard_cache_gib={cache} scaling.shard_cache_folder=FOLDER")
+
+
 def plan_command(
     name: RecipeName,
     overrides: Overrides = None,
@@ -239,6 +259,13 @@ def plan_command(
         list[str] | None,
         typer.Option(help="A model preset to compare with, such as dit_xl; may be repeated."),
     ] = None,
+    nodes: Annotated[
+        bool,
+        typer.Option(
+            help="Show what nodes each stage needs instead, for the files in cluster/. Without "
+            "GPUs, --gpus-per-node is the number of training workers of a node."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Estimate what a run needs: compute, memory per GPU, storage, hours and cost.
@@ -248,6 +275,13 @@ def plan_command(
     recipe = read_recipe(name, overrides, root)
     machine = Machine(gpu, mfu, price, link, node_link, gpus_per_node)
     result = plan(recipe, machine, emas)
+    if nodes:
+        sizes = node_sizes(recipe, result, gpus_per_node)
+        if as_json:
+            print_result({name: asdict(size) for name, size in sizes.items()}, as_json)
+        else:
+            print_nodes(sizes)
+        return
     others = {each: planning.compare(recipe, each, machine, emas) for each in compare or ()}
     if as_json:
         print_result({**result, "compared": others} if others else result, as_json)

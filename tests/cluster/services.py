@@ -1,6 +1,6 @@
 """What runs on the machines: Ray nodes, an S3 server, Postgres and MLflow, Prometheus.
 
-MLflow, Postgres and Prometheus are configured by what `diffit cluster render` writes.
+MLflow, Postgres and Prometheus are configured by the files in `cluster/`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from diffit_train.config import load_recipe
-from diffit_train.provision.render import render
-from diffit_train.provision.target import MLFLOW_PORT, MLFLOW_SERVICE, Target
-from diffit_train.provision.tracking_server import POSTGRES_SERVICE, tracking_server
+import yaml
+
 from tests.cluster.machines import PATH, Machine, Network, wait_until
 from tests.s3 import BUCKET, S3Server
 
 BIN = Path(sys.executable).parent
+FILES = Path(__file__).resolve().parents[2] / "cluster"
+POSTGRES_SERVICE, MLFLOW_SERVICE, MLFLOW_PORT = "diffit-postgres", "diffit-mlflow", 5000
 POSTGRES_BINARIES = [str(path) for path in Path("/usr/lib/postgresql").glob("*/bin")]
 SEARCH = ":".join([*sorted(POSTGRES_BINARIES, reverse=True), PATH])
 HEAD, STORAGE, USER = "head", "storage", "user"
@@ -66,7 +66,7 @@ class Cluster:
         self.logs.mkdir()
         self.token = secrets.token_hex(32)
         self.password = secrets.token_hex(16)
-        self.rendered = _rendered()
+        self.configured = _configured()
 
     # ---- Servers ----
 
@@ -85,7 +85,7 @@ class Cluster:
 
     def start_tracking(self) -> None:
         """Postgres and MLflow, as in Kubernetes."""
-        postgres, mlflow = self.rendered[POSTGRES_SERVICE], self.rendered[MLFLOW_SERVICE]
+        postgres, mlflow = self.configured[POSTGRES_SERVICE], self.configured[MLFLOW_SERVICE]
         secret = {"POSTGRES_PASSWORD": self.password}
         database = self.network.add(POSTGRES_SERVICE)
         log = self.logs / "postgres.log"
@@ -120,7 +120,7 @@ class Cluster:
     def start_prometheus(self) -> None:
         """Prometheus on the head, where a `ray up` cluster has it."""
         head = self.network.machines[HEAD]
-        (head.tmp / "prometheus.yml").write_text(self.rendered["prometheus.yml"])
+        (head.tmp / "prometheus.yml").write_text(self.configured["prometheus.yml"])
         log = self.logs / "prometheus.log"
         command = ["prometheus", "--config.file=/tmp/prometheus.yml"]
         command += ["--storage.tsdb.path=/tmp/prometheus"]
@@ -219,15 +219,17 @@ exec setpriv --reuid=postgres --regid=postgres --init-groups \
 """
 
 
-def _rendered() -> dict[str, Any]:
-    """From the files of a cluster for the demo: the servers' containers by name; prometheus.yml."""
-    target = Target(load_recipe("demo", root=ROOT), "demo")
+def _configured() -> dict[str, Any]:
+    """From `cluster/`: the servers' containers by name; prometheus.yml for `ray up`."""
+    documents = yaml.safe_load_all((FILES / "kuberay/base/mlflow.yaml").read_text())
     found: dict[str, Any] = {
         item["metadata"]["name"]: item["spec"]["template"]["spec"]["containers"][0]
-        for item in tracking_server(target)
+        for item in documents
         if item["kind"] == "Deployment"
     }
-    found["prometheus.yml"] = render(target, "ray-up")["monitoring/prometheus.yml"]
+    scrape = yaml.safe_load((FILES / "monitoring/prometheus.yml").read_text())
+    jobs = [job for job in scrape["scrape_configs"] if job["job_name"] == "diffit-ray-up"]
+    found["prometheus.yml"] = yaml.safe_dump({**scrape, "scrape_configs": jobs})
     return found
 
 

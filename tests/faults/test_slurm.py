@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffit_train.provision.slurm import Site, slurm_script
+from diffit_train.config import dump_recipe
 from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.training.driver import train
 from tests.conftest import tiny_recipe
@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("ray_session"),
 ]
 
+SCRIPT = Path(__file__).resolve().parents[2] / "cluster/slurm/diffit.sbatch"
 # One worker on each node of one CPU; long enough for three interruptions.
 LONGER = (*LONG, "train.steps=3000", "scaling.workers=2", "scaling.max_failures=5")
 STOP_S = 119
@@ -45,17 +46,11 @@ def slurm() -> Iterator[Slurm]:
 
 
 def _submit(slurm: Slurm, root: Path, *changes: str, restarts: int = 100) -> str:
-    site = Site(
-        workers_per_node=1,
-        memory_gib=2,
-        shared_folder=str(root / "shared"),
-        stop_s=STOP_S,
-        restarts=restarts,
-        time_limit="59:00",
-    )
-    script, recipe = root / "train.sh", tiny_recipe(root, *LONGER, *changes)
-    script.write_text(slurm_script(recipe, "train", site, run="killed"))
-    return slurm.submit(script, "--output=job.log")
+    (root / "recipe.yaml").write_text(dump_recipe(tiny_recipe(root, *LONGER, *changes)))
+    slurm.environment |= {"DIFFIT_SHARED": str(root / "shared"), "DIFFIT_RESTARTS": str(restarts)}
+    options = ["--nodes=2", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=2G", "--time=59:00"]
+    options += [f"--signal=B:TERM@{STOP_S}", "--output=job.log", f"--chdir={root}"]
+    return slurm.submit(SCRIPT, *options, arguments=["train", "recipe.yaml", "--run", "killed"])
 
 
 def _wait(slurm: Slurm, job: str, root: Path, what: Callable[[], object]) -> None:
@@ -112,7 +107,7 @@ def test_a_job_is_requeued_and_resumes(
     _wait(slurm, job, tmp_path, lambda: slurm.state(job) == "COMPLETED")
     log = _log(tmp_path)
     print(log)
-    assert log.count("all 2 nodes have joined") == 4
+    assert len(re.findall("attempt [1-4]: Ray on node1 node2", log)) == 4
     assert log.count("requeued: it was stopped") == 3
     assert _resumed(tmp_path) == [0, *_saved(tmp_path)]
     mine = _losses(tmp_path, "killed")
@@ -145,7 +140,7 @@ def test_a_lost_node_requeues_the_job(slurm: Slurm, encoded: Path, tmp_path: Pat
     raylets = [process for process in slurm.processes_of(job) if process.name() == "raylet"]
     assert len(raylets) == 2
     raylets[1].kill()
-    _wait(slurm, job, tmp_path, lambda: "requeued: a node was lost" in _log(tmp_path))
+    _wait(slurm, job, tmp_path, lambda: "requeued: Ray ended on a node" in _log(tmp_path))
     _wait(slurm, job, tmp_path, lambda: len(_resumed(tmp_path)) == 2)
     assert _resumed(tmp_path)[1] >= 300
 
