@@ -271,6 +271,7 @@ def test_nodes_suit_what_runs_on_them(name: str) -> None:
     assert need.nodes <= worker["maxReplicas"]
     assert need.gpus <= gpus and need.cpus <= int(limits["cpu"])
     assert need.memory <= _bytes(limits["memory"])
+    assert need.object_store <= int(worker["rayStartParams"]["object-store-memory"])
     assert need.disk <= _bytes(limits["ephemeral-storage"])
     assert need.shard_cache / GIB == (recipe.scaling.shard_cache_gib or 0) or stage != "train"
     assert need.grace_s <= worker["template"]["spec"]["terminationGracePeriodSeconds"]

@@ -19,7 +19,7 @@ STUBS = {
     "srun": """[[ $* == *ray_node* ]] || exit 0
         echo "$RAY_AUTH_MODE $(stat -c '%a %s' "$RAY_AUTH_TOKEN_PATH")"
         [[ $ENDED ]] && touch "$folder/ended"
-        echo Ray is up >"$folder/ray-0.log"
+        echo Ray runtime started >"$folder/ray-0.log"
         trap 'echo Ray ended; exit 0' TERM; while sleep 0.05; do :; done""",
     "diffit": """trap 'echo saved; exit 143' TERM; echo "diffit $*"; cat "$shared"/metrics/*
         touch begun; [[ $STATUS == never ]] && while sleep 0.05; do :; done
@@ -46,8 +46,8 @@ def shared() -> Iterator[Path]:
     ("variables", "status", "said", "never"),
     [
         ({"STATUS": "0"}, 0, ["diffit train ended with status 0", "Ray ended"], "requeue"),
-        ({"STATUS": "1"}, 1, ["ended with status 1", "Ray is up", "Ray's logs stay"], "requeue"),
-        ({"STATUS": "2", "ENDED": "1"}, 2, ["ended with status 2", "Ray is up"], "requeue"),
+        ({"STATUS": "1"}, 1, ["ended with status 1", "Ray's logs stay"], "requeue"),
+        ({"STATUS": "2", "ENDED": "1"}, 2, ["status 2", "Ray runtime started"], "requeue"),
         ({"STATUS": "1", "ENDED": "1"}, 1, ["requeued: Ray ended", "requeue 77"], "ended with"),
         ({"STATUS": "never"}, 143, ["saved", "Ray ended", "requeue 77"], "not requeued"),
         ({"STATUS": "never", "STATE": "COMPLETING"}, 143, ["job is COMPLETING"], "requeue 77"),
@@ -68,7 +68,7 @@ def test_what_follows_what(
         (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
         (stubs / name).chmod(0o755)
     environment = {
-        **{"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "DIFFIT_JOIN_S": "1"},
+        **{"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "DIFFIT_JOIN_S": "9"},
         **{"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1", "DIFFIT_RESTARTS": "7"},
         **{"DIFFIT_SHARED": str(shared), "ENDED": "", "STATE": "RUNNING", **variables},
     }
@@ -83,7 +83,7 @@ def test_what_follows_what(
     assert job.wait(timeout=60) == status
     text = (tmp_path / "log").read_text()
     head = "--address 127.0.0.1:22310"
-    assert f"diffit train imagenet256 scaling.wait_s=1 --run a run {head}" in text
+    assert f"diffit train imagenet256 scaling.wait_s=9 --run a run {head}" in text
     assert '[{"targets": ["node1:22313","node2:22314"]}]' in text
     assert "token 600 64" in text
     assert all(line in text for line in said), text
