@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffit_train.api import LatentBatch, Latents, Model, load
-    from diffit_train.compare.frame import compare
     from diffit_train.errors import DiffitError, UserError
+    from diffit_train.reports.compare import compare
 
 __version__ = "0.1.0"
 
@@ -48,8 +48,8 @@ def __getattr__(name: str) -> object:
         return getattr(import_module("diffit_train.api"), name)
     if name in _ERRORS:
         return getattr(import_module("diffit_train.errors"), name)
-    if name == "compare":  # the package, which is callable: importing it binds the name for good
-        return import_module("diffit_train.compare")
+    if name == "compare":
+        return import_module("diffit_train.reports.compare").compare
     raise AttributeError(f"module 'diffit_train' has no attribute {name!r}")
 
 

@@ -59,7 +59,7 @@ ALLOWED = {
     "runs": BASE | SCIENCE | {"tracking"},
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session", "hang"},
     "evaluation": BASE | SCIENCE | {"tracking", "runs", "ray_session", "hang"},
-    "compare": BASE | {"tracking"},
+    "reports": BASE | {"tracking"},
     "export": BASE | SCIENCE | {"runs", "evaluation"},
     "commands": BASE
     | SCIENCE
@@ -69,7 +69,7 @@ ALLOWED = {
         "training",
         "evaluation",
         "export",
-        "compare",
+        "reports",
         "ray_jobs",
         "ray_session",
         "planning",
@@ -139,7 +139,7 @@ def _part(dotted: str) -> str | None:
 def test_imports_point_one_way(path: Path) -> None:
     mine = path.parts[0].removesuffix(".py")
     if mine == "__init__":  # when a name is first used
-        assert {_part(name) for name in _imports(path)} <= {None, "api", "compare", "errors"}
+        assert {_part(name) for name in _imports(path)} <= {None, "api", "reports", "errors"}
         return
     parts = {_part(name) for name in _imports(path)} - {None, mine, "__version__"}
     assert parts <= ALLOWED[mine], f"{path} may not import {sorted(parts - ALLOWED[mine])}"

@@ -14,9 +14,9 @@ from diffit_train.cli import app, exit_status
 from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.verify import check_latents
 from diffit_train.commands.weights import export_checkpoint
-from diffit_train.compare.comparison import compare_store
 from diffit_train.config import load_recipe
 from diffit_train.evaluation.result import finished_result
+from diffit_train.reports.compare import compare_store
 from diffit_train.runs.identity import run_url, stored_recipe
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe

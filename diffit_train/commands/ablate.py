@@ -6,7 +6,6 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -24,25 +23,15 @@ from diffit_train.commands.options import (
     print_result,
 )
 from diffit_train.commands.pipeline import run_pipeline
-from diffit_train.commands.sweep import FleetOptions
-from diffit_train.compare.ablation import draw_ablation
+from diffit_train.commands.sweep import FleetOptions, run_fleet
 from diffit_train.config import Recipe
-from diffit_train.config.ablations import (
-    ABLATIONS,
-    SCALES,
-    Ablation,
-    Row,
-    Scale,
-    find_ablation,
-    row_recipe,
-)
+from diffit_train.config.ablations import SCALES, Ablation, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import Result, finished_result
 from diffit_train.metric_names import distance_name
-from diffit_train.progress import StatesTable, print_rows, say
-from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
+from diffit_train.progress import print_rows, say
 from diffit_train.ray_jobs.job import Job
-from diffit_train.ray_jobs.probe import on_checked_cluster
+from diffit_train.reports.plots import draw_ablation
 from diffit_train.runs.identity import finished_step
 
 SEEN, NOT_SEEN, WITHIN = "seen", "not seen", "within the spread over seeds"
@@ -50,7 +39,7 @@ SEEN, NOT_SEEN, WITHIN = "seen", "not seen", "within the spread over seeds"
 
 def run_ablation(
     ablation: Ablation,
-    scale: Scale,
+    scale: str,
     seeds: int,
     overrides: Sequence[str] = (),
     root: str | None = None,
@@ -68,86 +57,74 @@ def run_ablation(
     Returns:
         The rows with mean and spread, and whether the paper's order was seen.
     """
-    members = [(row, seed) for seed in range(seeds) for row in ablation.rows]
     # All rows are checked before anything runs.
-    recipes = [row_recipe(ablation, row, scale, seed, overrides, root) for row, seed in members]
-    runs = [run_name(ablation, row, scale, seed) for row, seed in members]
+    members = [
+        (
+            row,
+            ablation.run_of(row, scale, seed),
+            ablation.recipe_of(row, scale, seed, overrides, root),
+        )
+        for seed in range(seeds)
+        for row in ablation.rows
+    ]
+    recipe = members[0][2]
     if fleet is not None:
-        run_as_jobs(list(zip(recipes, runs, strict=True)), ablation.trains, fleet)
-    found: dict[str, list[float]] = {row.name: [] for row in ablation.rows}
-    for number, ((row, seed), recipe, run) in enumerate(
-        zip(members, recipes, runs, strict=True), start=1
-    ):
-        say(f"{ablation.name}: run {number} of {len(members)}, {row.title}, seed {seed}")
-        found[row.name].append((run_one or _distance)(recipe, run, address))
+        jobs = [Job("pipeline", recipe, run) for _, run, recipe in members]
+        run_as_jobs(ablation.name, jobs, ablation.trains, fleet)
+    found: dict[str, list[float]] = {row: [] for row in ablation.rows}
+    for number, (row, run, own) in enumerate(members, start=1):
+        say(f"{ablation.name}: run {number} of {len(members)}, {run}")
+        found[row].append((run_one or _distance)(own, run, address))
     result = {
         "ablation": ablation.name,
         "title": ablation.title,
         "scale": scale,
         "seeds": seeds,
-        "metric": _metric(recipes[0]),
-        "rows": [_summary(row, found[row.name]) for row in ablation.rows],
+        "metric": _metric(recipe),
+        "rows": [_summary(name, ablation, values) for name, values in found.items()],
         "order": paper_order(ablation, found),
     }
-    folder = storage.join(recipes[0].storage.root, "ablations")
-    storage.write_json(storage.join(folder, f"{ablation.name}-{scale}.json"), result)
-    picture = storage.join(folder, f"{ablation.name}-{scale}.png")
-    with storage.atomic_file(picture) as path, path.open("wb") as file:
+    out = storage.join(recipe.storage.root, "ablations", f"{ablation.name}-{scale}")
+    storage.write_json(f"{out}.json", result)
+    with storage.atomic_file(f"{out}.png") as path, path.open("wb") as file:
         draw_ablation(result, file)
-    say(f"wrote {storage.display_path(picture)}")
+    say(f"wrote {storage.display_path(f'{out}.png')}")
     return result
 
 
-def run_name(ablation: Ablation, row: Row, scale: Scale, seed: int) -> str:
-    """The run of a row; the unchanged recipe has one run for all tables."""
-    if not row.changes:
-        return f"{ablation.recipe}-{scale}-seed{seed}"
-    name = row.name if ablation.trains else "run"
-    return f"{ablation.name}-{scale}-{name}-seed{seed}"
-
-
-def run_as_jobs(members: list[tuple[Recipe, str]], parallel: bool, fleet: FleetOptions) -> None:
+def run_as_jobs(name: str, jobs: list[Job], parallel: bool, fleet: FleetOptions) -> None:
     """Run pipelines as Ray jobs, several at a time, until each is done.
 
     The first one runs alone, as all share its latents and reference.
 
     Args:
-        members: recipe and run.
         parallel: whether the runs are different ones.
 
     Raises:
         DiffitError: some failed for good; the others are kept.
     """
-    if members[0][0].evaluate.features.kind == "classifier":
-        fit_features(members[0][0])
-    jobs = [Job("pipeline", recipe, run) for recipe, run in members]
+    if jobs[0].recipe.evaluate.features.kind == "classifier":
+        fit_features(jobs[0].recipe)
     waiting = [job for job in jobs if not _is_done(job)]
-    if not waiting:
-        return
-    checked = on_checked_cluster(
-        waiting[0], fleet.address, fleet.python, fleet.runtime_env, check=fleet.check
-    )
-    jobs = [replace(job, runtime_env=checked.runtime_env) for job in waiting]
-    batches = [jobs[:1], jobs[1:]] if parallel else [[job] for job in jobs]
-    failed: list[JobState] = []
-    with StatesTable("ablation") as table:
-
-        def show(states: list[JobState]) -> None:
-            table.show(
-                [{"run": s.job.run, "state": s.state, "job": s.submission_id} for s in states]
-            )
-
-        for batch in filter(None, batches):
-            plan = FleetPlan(
-                fleet.at_most, fleet.retries, _is_done, lambda: False, show, fleet.python
-            )
-            states = submit_fleet(batch, fleet.address, plan)
-            failed += [state for state in states if state.state != "done"]
+    batches = [waiting[:1], waiting[1:]] if parallel else [[job] for job in waiting]
+    states = [
+        state
+        for batch in batches
+        if batch
+        for state in run_fleet(
+            f"ablation {name}",
+            batch,
+            fleet,
+            _is_done,
+            lambda s: {"run": s.job.run, "state": s.state, "job": s.submission_id},
+        )
+    ]
+    failed = [state for state in states if state.state != "done"]
     if failed:
         reasons = "; ".join(f"{state.job.run}: {state.reason}" for state in failed[:3])
         raise DiffitError(
-            f"{len(failed)} of {len(members)} runs did not finish: {reasons}; rerun the same "
-            "command to retry them"
+            f"{len(failed)} of {len(jobs)} runs did not finish: {reasons}; rerun the same command "
+            "to retry them"
         )
 
 
@@ -178,9 +155,10 @@ def _metric(recipe: Recipe) -> str:
     return distance_name("fd", features.name, features.published)
 
 
-def _summary(row: Row, values: list[float]) -> dict[str, Any]:
+def _summary(name: str, ablation: Ablation, values: list[float]) -> dict[str, Any]:
+    row = ablation.rows[name]
     return {
-        "name": row.name,
+        "name": name,
         "title": row.title,
         "values": values,
         "mean": statistics.fmean(values),
@@ -233,7 +211,9 @@ def print_ablation(result: dict[str, Any]) -> None:
 
 
 def ablate_command(
-    name: Annotated[str, typer.Argument(metavar="TABLE", help=f"One of: {', '.join(ABLATIONS)}.")],
+    name: Annotated[
+        str, typer.Argument(metavar="TABLE", help=f"One of: {', '.join(ablation_names())}.")
+    ],
     overrides: Overrides = None,
     scale: Annotated[
         str,

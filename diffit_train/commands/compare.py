@@ -77,7 +77,7 @@ def compare_command(
 
     Example: `diffit compare first@400000 second@400000 --root my-project --html comparison.html`
     """
-    from diffit_train.compare.comparison import compare_store
+    from diffit_train.reports.compare import compare_store
 
     if markdown and as_json:
         raise UserError("--markdown and --json exclude each other; choose one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -98,7 +98,7 @@ def run_sweep(
 
 def _write_outputs(plan: Sweep, recipe: Recipe) -> dict[str, str]:
     """Write sweep.csv and sweep.png as `diffit compare` does; return their URLs."""
-    from diffit_train.compare.comparison import compare_store
+    from diffit_train.reports.compare import compare_store
 
     url = plan.url(recipe.storage.root)
     state = read_state(run_url(recipe, plan.run), plan.members[0].step)
@@ -141,34 +141,47 @@ def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str
     def is_done(job: Job) -> bool:
         return finished_result(job.recipe, plan.run, plan.members[job.number].step) is not None
 
-    waiting = [job for job in todo if not is_done(job)]
-    if waiting:
-        checked = on_checked_cluster(
-            waiting[0], fleet.address, fleet.python, fleet.runtime_env, check=fleet.check
-        )
-        todo = [replace(job, runtime_env=checked.runtime_env) for job in todo]
-    with StatesTable(f"sweep {plan.name}") as table:
-
-        def show(states: list[JobState]) -> None:
-            table.show([_state_row(plan.members[s.job.number], s) for s in states])
-
-        states = submit_fleet(
-            todo,
-            fleet.address,
-            FleetPlan(
-                fleet.at_most,
-                fleet.retries,
-                is_done,
-                lambda: stage.is_cancelled(plan.url(recipe.storage.root)),
-                show,
-                fleet.python,
-            ),
-        )
+    states = run_fleet(
+        f"sweep {plan.name}",
+        todo,
+        fleet,
+        is_done,
+        lambda state: _state_row(plan.members[state.job.number], state),
+        lambda: stage.is_cancelled(plan.url(recipe.storage.root)),
+    )
     return [
         state.reason or f"{state.job.name} was canceled"
         for state in states
         if state.state != "done"
     ]
+
+
+def run_fleet(
+    title: str,
+    jobs: Sequence[Job],
+    fleet: FleetOptions,
+    is_done: Callable[[Job], bool],
+    row: Callable[[JobState], dict[str, str]],
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> list[JobState]:
+    """Run Ray jobs, several at a time, and show a table of their states; finished ones are kept.
+
+    Args:
+        row: of the table.
+    """
+    todo = [job for job in jobs if not is_done(job)]
+    if todo:
+        checked = on_checked_cluster(
+            todo[0], fleet.address, fleet.python, fleet.runtime_env, check=fleet.check
+        )
+        jobs = [replace(job, runtime_env=checked.runtime_env) for job in jobs]
+    with StatesTable(title) as table:
+
+        def show(states: list[JobState]) -> None:
+            table.show([row(state) for state in states])
+
+        plan = FleetPlan(fleet.at_most, fleet.retries, is_done, is_cancelled, show, fleet.python)
+        return submit_fleet(jobs, fleet.address, plan)
 
 
 def _state_row(member: Member, state: JobState) -> dict[str, str]:

@@ -9,22 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from diffit_train.commands import ablate
-from diffit_train.commands.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation, run_name
+from diffit_train.commands import ablate, sweep
+from diffit_train.commands.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation
 from diffit_train.commands.sweep import FleetOptions
 from diffit_train.config import Recipe
-from diffit_train.config.ablations import ABLATIONS, SCALES, find_ablation, row_recipe
+from diffit_train.config.ablations import SCALES, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.build import build_model
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState
 from diffit_train.ray_jobs.job import Job
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("name", ablation_names())
 def test_every_row_is_a_recipe_of_its_own(name: str) -> None:
-    ablation = ABLATIONS[name]
+    ablation = find_ablation(name)
     for scale in SCALES:
-        recipes = [row_recipe(ablation, row, scale, 1) for row in ablation.rows]
+        recipes = [ablation.recipe_of(row, scale, 1) for row in ablation.rows]
         hashes = {r.train_hash() for r in recipes}
         assert len(hashes) == (len(recipes) if ablation.trains else 1)
         keys = {json.dumps(r.evaluate_identity(), sort_keys=True) for r in recipes}
@@ -39,37 +39,33 @@ def test_every_row_is_a_recipe_of_its_own(name: str) -> None:
 
 def test_the_papers_best_row_is_the_recipe_itself() -> None:
     for name in ("table3", "table4", "table6", "table7", "table8"):
-        ablation = ABLATIONS[name]
-        best = next(row for row in ablation.rows if row.name == ablation.order()[0])
+        ablation = find_ablation(name)
+        best = ablation.rows[ablation.order()[0]]
         assert best.fid == 1.95
-        assert not best.overrides
-    assert ABLATIONS["table4"].order() == ["E", "D", "C", "B", "A"]
-    assert ABLATIONS["figure8"].order() == ["8", "4", "2"]
-    assert ABLATIONS["figure7b"].order() == ["tmsa", "modulation"]
+        assert not best.set
+    assert find_ablation("table4").order() == ["E", "D", "C", "B", "A"]
+    assert find_ablation("figure8").order() == ["8", "4", "2"]
+    assert find_ablation("figure7b").order() == ["tmsa", "modulation"]
 
 
 def test_tables_share_the_runs_of_the_recipe_itself() -> None:
-    tables = ("table3", "table4", "table6", "table7", "table8", "figure8")
-    names = {
-        run_name(ABLATIONS[table], row, "tiny", 2)
-        for table in tables
-        for row in ABLATIONS[table].rows
-        if row_recipe(ABLATIONS[table], row, "tiny", 2)
-        == row_recipe(ABLATIONS["table6"], ABLATIONS["table6"].rows[2], "tiny", 2)
-    }
-    assert names == {"cifar10-tiny-seed2"}
-    everything = [
-        run_name(ablation, row, "tiny", 0)
-        for ablation in ABLATIONS.values()
-        if ablation.trains
-        for row in ablation.rows
-    ]
-    assert len(set(everything)) == len(everything) - len(tables) + 1
+    tables = [find_ablation(name) for name in ablation_names()]
+    shared = {"table3", "table4", "table6", "table7", "table8", "figure8"}
+    names = [t.run_of(row, "tiny", 2) for t in tables if t.trains for row in t.rows]
+    assert names.count("cifar10-tiny-seed2") == len(shared)
+    assert len({*names}) == len(names) - len(shared) + 1
+    for table in tables:
+        for row in table.rows:
+            if table.run_of(row, "tiny", 2) == "cifar10-tiny-seed2":
+                assert table.name in shared
+                assert table.recipe_of(row, "tiny", 2) == tables[0].recipe_of(
+                    "time512-dim256", "tiny", 2
+                )
 
 
 def test_dimensions_of_table_3() -> None:
-    ablation = ABLATIONS["table3"]
-    sizes = [row_recipe(ablation, row, "full", 0).model.image for row in ablation.rows]
+    table = find_ablation("table3")
+    sizes = [table.recipe_of(row, "full", 0).model.image for row in table.rows]
     assert [(s.time_size, s.channels) for s in sizes] == [
         (512, (128, 512, 512)),
         (256, (128, 256, 256)),
@@ -91,7 +87,7 @@ def test_dimensions_of_table_3() -> None:
 def test_the_order_is_judged_against_the_spread(
     f: list[float], g: list[float], h: list[float], verdict: str
 ) -> None:
-    assert paper_order(ABLATIONS["table6"], {"F": f, "G": g, "H": h}) == verdict
+    assert paper_order(find_ablation("table6"), {"F": f, "G": g, "H": h}) == verdict
 
 
 def test_an_interrupted_ablation_goes_on(tmp_path: Path) -> None:
@@ -104,7 +100,7 @@ def test_an_interrupted_ablation_goes_on(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return {"bias": 4.0, "mlp": 3.0, "tmsa": 2.0}[recipe.model.image.time] + recipe.train.seed
 
-    table, root = ABLATIONS["table6"], str(tmp_path)
+    table, root = find_ablation("table6"), str(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run_ablation(table, "tiny", 2, root=root, run_one=run_one)
     assert not (tmp_path / "ablations").exists()
@@ -134,19 +130,19 @@ def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.Mo
             for job in jobs
         ]
 
-    monkeypatch.setattr(ablate, "submit_fleet", submit)
-    monkeypatch.setattr(ablate, "on_checked_cluster", lambda job, *_, **__: job)
+    monkeypatch.setattr(sweep, "submit_fleet", submit)
+    monkeypatch.setattr(sweep, "on_checked_cluster", lambda job, *_, **__: job)
     monkeypatch.setattr(ablate, "fit_features", lambda recipe: None)
     fleet = FleetOptions("http://head:8265", at_most=3)
     with pytest.raises(
         DiffitError, match="1 of 6 runs did not finish: table6-tiny-G-seed1: killed"
     ):
-        run_ablation(ABLATIONS["table6"], "tiny", 2, root=str(tmp_path), fleet=fleet)
+        run_ablation(find_ablation("table6"), "tiny", 2, root=str(tmp_path), fleet=fleet)
     assert sent[0] == (["table6-tiny-F-seed0"], 3)
     assert len(sent[1][0]) == 5
     # The rows of a figure that trains only once share a run, so they follow each other.
     sent.clear()
-    figure, root = ABLATIONS["figure7a"], str(tmp_path)
+    figure, root = find_ablation("figure7a"), str(tmp_path)
     run_ablation(figure, "tiny", 1, root=root, fleet=fleet, run_one=lambda *_: 1.0)
     assert [runs for runs, _ in sent] == [["figure7a-tiny-run-seed0"]] * 4
 
@@ -155,4 +151,4 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ablation 'table1' does not exist; known: table3"):
         find_ablation("table1")
     with pytest.raises(UserError, match=r"window is 3, but must divide"):
-        run_ablation(ABLATIONS["table6"], "tiny", 1, ["model.image.window=3"], str(tmp_path))
+        run_ablation(find_ablation("table6"), "tiny", 1, ["model.image.window=3"], str(tmp_path))

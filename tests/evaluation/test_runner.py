@@ -18,7 +18,6 @@ from PIL import Image
 from diffit_train import storage
 from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.sweep import run_sweep, show_sweep
-from diffit_train.compare.comparison import collect, compare_store
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
@@ -37,6 +36,8 @@ from diffit_train.evaluation.result import (
 )
 from diffit_train.evaluation.runner import Request, make_reference
 from diffit_train.evaluation.scoring import grid_images
+from diffit_train.reports.collect import collect
+from diffit_train.reports.compare import compare_store
 from diffit_train.runs.checkpoints import checkpoint_digest, read_state
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe

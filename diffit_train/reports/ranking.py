@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffit_train.compare.collect import (
+from diffit_train.config.train import EXECUTION_KEYS, KEEPING_KEYS
+from diffit_train.metric_names import lower_is_better, sort_key
+from diffit_train.reports.collect import (
     LOCATION_KEYS,
     Evaluation,
     Protocol,
@@ -25,8 +27,6 @@ from diffit_train.compare.collect import (
     plain,
     unknown,
 )
-from diffit_train.config.train import EXECUTION_KEYS, KEEPING_KEYS
-from diffit_train.metric_names import lower_is_better, sort_key
 from diffit_train.tracking import RunRecord
 
 _SEED = "train.seed"

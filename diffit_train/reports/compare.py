@@ -5,28 +5,36 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from io import StringIO
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from diffit_train import storage
-from diffit_train.compare.collect import RunRow, collect
-from diffit_train.compare.html import write_html
-from diffit_train.compare.plots import draw_panels, panels
-from diffit_train.compare.ranking import (
+from diffit_train.errors import UserError
+from diffit_train.redaction import redact
+from diffit_train.reports.collect import RunRow, collect
+from diffit_train.reports.html import write_html
+from diffit_train.reports.plots import draw_panels, panels
+from diffit_train.reports.ranking import (
     Compared,
     best_by_protocol,
     fronts,
     main_metric,
     pareto_axes,
 )
-from diffit_train.compare.tables import csv_text, markdown_table, markdown_text, rich_table, sheets
-from diffit_train.errors import UserError
-from diffit_train.redaction import redact
+from diffit_train.reports.tables import (
+    csv_text,
+    markdown_table,
+    markdown_text,
+    rich_table,
+    sheets,
+)
 from diffit_train.tracking import Tracker
 
-__all__ = ["Comparison", "collect", "compare_store"]
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Output to a pipe need not fit any width.
 TABLE_WIDTH = 1000
@@ -41,13 +49,16 @@ class Comparison(Compared):
     csv: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; metrics of the Pareto fronts are means over seeds."""
+        axes = pareto_axes(self.replicates, self.metric)
+        members = fronts(self.replicates, axes).values() if axes else ()
+        points = [r.as_json() for front in members for r in front]
         return {
             "runs": [{**run.as_json(), "best": self._best(run)} for run in self.runs],
             "plot": self.plot,
             "metric": self.metric,
             "seeds": [r.as_json() for r in self.replicates if len(r.by_seeds) > 1],
-            "front": self._front(),
+            "front": {"axes": axes, "points": points} if axes else None,
             "notes": self.notes(),
             "html": self.html,
             "csv": self.csv,
@@ -67,14 +78,6 @@ class Comparison(Compared):
             }
             for protocol, top in best_by_protocol(run, self.metric).items()
         ]
-
-    def _front(self) -> dict[str, Any] | None:
-        """The points of the Pareto fronts; metrics are means over seeds."""
-        axes = pareto_axes(self.replicates, self.metric)
-        if axes is None:
-            return None
-        members = [r for front in fronts(self.replicates, axes).values() for r in front]
-        return {"axes": axes, "points": [r.as_json() for r in members]}
 
     def _lines(self) -> list[str]:
         files = {"curves": self.plot, "report": self.html, "table": self.csv}
@@ -124,7 +127,8 @@ def compare_store(
         UserError: there is no store or training run, or no such experiment, run, sweep, step or
             metric; nothing was written.
     """
-    tracker, runs = read_runs(root, uri, experiment, selection)
+    tracker = Tracker(uri if uri is not None else _store_of(root))
+    runs = collect(tracker, experiment, selection)
     ranked = main_metric([e for run in runs for e in run.evaluations], metric)
     target = plot if plot is not None else storage.join(root, "compare.png")
     comparison = Comparison(runs, ranked, target, html, csv)
@@ -138,12 +142,27 @@ def compare_store(
     return comparison
 
 
-def read_runs(
-    root: str, uri: str | None, experiment: str | None, selection: Sequence[str]
-) -> tuple[Tracker, list[RunRow]]:
-    """The store and the runs of `compare_store`; arguments and errors as there."""
-    tracker = Tracker(uri if uri is not None else _store_of(root))
-    return tracker, collect(tracker, experiment, selection)
+def compare(
+    root: str,
+    selection: Sequence[str] = (),
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+) -> pd.DataFrame:
+    """The evaluations of a project: run, step, settings that differ, NFE, metrics; one per row.
+
+    Args:
+        root: project folder.
+        selection: RUN, RUN@STEP or RUN/SWEEP; every run by default.
+        tracking_uri: of MLflow; None for ROOT/mlflow.db.
+        experiment: of MLflow; None for all.
+
+    Raises:
+        UserError: there is no store, training run or selected run.
+    """
+    import pandas as pd
+
+    tracker = Tracker(tracking_uri if tracking_uri is not None else _store_of(root))
+    return pd.read_csv(StringIO(csv_text(collect(tracker, experiment, selection))))
 
 
 def _store_of(root: str) -> str:

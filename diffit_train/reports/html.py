@@ -6,18 +6,19 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
+import pandas as pd
 from PIL import Image
 
 from diffit_train import __version__, storage
-from diffit_train.compare.collect import Evaluation, RunRow
-from diffit_train.compare.plots import Panel, draw_panels
-from diffit_train.compare.ranking import Compared, best_by_protocol, protocols_of
-from diffit_train.compare.tables import Cell, Sheet, sheets
 from diffit_train.progress import counted
 from diffit_train.redaction import first_line, redact
+from diffit_train.reports.collect import Evaluation, RunRow
+from diffit_train.reports.plots import Panel, draw_panels
+from diffit_train.reports.ranking import Compared, best_by_protocol, protocols_of
+from diffit_train.reports.tables import Sheet, sheets
 from diffit_train.tracking import Tracker
 
 MAX_GRIDS = 24
@@ -28,8 +29,7 @@ GRID_NAME = "grid.png"
 HASH_CHARACTERS = 12
 
 
-@dataclass(frozen=True)
-class EmbeddedImage:
+class EmbeddedImage(NamedTuple):
     """An image as a data URI."""
 
     caption: str
@@ -40,7 +40,7 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
     """Write tables, panels and the grids of samples that MLflow holds as one HTML file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("diffit_train.compare", "")
+    loader = PackageLoader("diffit_train.reports", "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     labels = [run.label for run in compared.runs]
     experiments = dict.fromkeys(run.record.experiment for run in compared.runs)
@@ -145,13 +145,13 @@ def _data_uri(data: bytes, kind: str) -> str:
 
 def _origins_sheet(runs: Sequence[RunRow]) -> Sheet:
     """Where each run comes from, with shortened hashes."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.origin()))
     rows = []
     for run in runs:
         started = datetime.fromtimestamp(run.record.start_time_ms / 1000, UTC)
-        origin = {"mlflow_run": run.record.run_id, **run.origin()}
-        texts = [origin.get(key, "-") for key in ("mlflow_run", *keys)]
-        texts = [t[:HASH_CHARACTERS] if re.fullmatch("[0-9a-f]+", t) else t for t in texts]
-        rows.append([Cell(text) for text in (run.label, f"{started:%Y-%m-%d %H:%M}", *texts)])
-    names = [key.replace("_", " ") for key in keys]
-    return Sheet("origin of the runs", ["run", "started (UTC)", "MLflow run", *names], rows)
+        origin = {"MLflow run": run.record.run_id, **run.origin()}
+        short = {
+            key.replace("_", " "): t[:HASH_CHARACTERS] if re.fullmatch("[0-9a-f]+", t) else t
+            for key, t in origin.items()
+        }
+        rows.append({"run": run.label, "started (UTC)": f"{started:%Y-%m-%d %H:%M}", **short})
+    return Sheet("origin of the runs", pd.DataFrame(rows).fillna("-"))
