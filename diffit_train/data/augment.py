@@ -10,6 +10,7 @@ Shapes: n images, C channels, H x H pixels.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,30 +108,58 @@ def joined_augmentation(parts: list[Augmentation]) -> Augmentation:
     return Augmentation(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 
 
-def augment(images: Tensor, what: Augmentation) -> Tensor:
+@dataclass(frozen=True)
+class Resampling:
+    """An `Augmentation` as the device needs it.
+
+    Attributes:
+        flip: (n, 2) bool, horizontally and vertically.
+        moved: (m,) int64, images that are not only flipped.
+        inverse: (m, 2, 3) float64, theirs as in `Augmentation`, translations in pixels.
+        pad: pixels of padding that any of them needs.
+    """
+
+    flip: Tensor
+    moved: Tensor
+    inverse: Tensor
+    pad: int
+
+    @classmethod
+    def of(cls, what: Augmentation, side: int) -> Resampling:
+        """On the host, for images of `side` pixels."""
+        moved = np.flatnonzero(what.labels[:, 2:].any(1))
+        inverse = what.inverse[moved] * np.array([1.0, 1.0, side])
+        pad = _margin(inverse, side) if len(moved) else 0
+        flip, rows, matrices = map(torch.from_numpy, (what.flip, moved, inverse))
+        return cls(flip, rows, matrices, pad)
+
+    def pin_memory(self) -> Resampling:
+        """In pinned memory, from which a copy to a GPU does not wait for the GPU."""
+        flip, moved, inverse = (p.pin_memory() for p in (self.flip, self.moved, self.inverse))
+        return Resampling(flip, moved, inverse, self.pad)
+
+
+def augment(images: Tensor, what: Resampling) -> Tensor:
     """Images (n, C, H, H) as described by `what`, on their device."""
-    flip = torch.from_numpy(what.flip).to(images.device)
+    parts = (what.flip, what.moved, what.inverse)
+    flip, moved, inverse = (part.to(images.device, non_blocking=True) for part in parts)
     for column, axis in ((0, 3), (1, 2)):
         images = torch.where(flip[:, column].view(-1, 1, 1, 1), images.flip(axis), images)
-    moved = np.flatnonzero(what.labels[:, 2:].any(1))
     if len(moved):
-        rows = torch.from_numpy(moved).to(images.device)
-        result = transform(images.index_select(0, rows), what.inverse[moved])
-        images = images.index_copy(0, rows, result)
+        result = transform(images.index_select(0, moved), inverse, what.pad)
+        images = images.index_copy(0, moved, result)
     return images
 
 
-def transform(images: Tensor, inverse: np.ndarray) -> Tensor:
+def transform(images: Tensor, inverse: Tensor, pad: int) -> Tensor:
     """Resample images (n, C, H, H) affinely: upsampled, transformed and downsampled by sym6.
 
     Beyond their edges images are reflected, up to their own size, and then black.
 
     Args:
-        inverse: as in `Augmentation`.
+        inverse, pad: as in `Resampling`.
     """
     side = images.shape[-1]
-    inverse = inverse * np.array([1.0, 1.0, side])
-    pad = _margin(inverse, side)
     fine = _upsample(F.pad(images, [pad] * 4, mode="reflect"))
     # Fine sample k lies at pixel (k - 0.5) / 2: the filter is even, so it delays by half a sample.
     center, count = (side - 1) / 2.0, 2 * (side + 2 * REACH)
@@ -138,7 +167,7 @@ def transform(images: Tensor, inverse: np.ndarray) -> Tensor:
     position = position / 2.0 - REACH - center
     x, y = torch.meshgrid(position, position, indexing="xy")
     points = torch.stack([x, y, torch.ones_like(x)], dim=-1)
-    found = torch.einsum("nij,hwj->nhwi", torch.from_numpy(inverse).to(images.device), points)
+    found = torch.einsum("nij,hwj->nhwi", inverse, points)
     index = 2.0 * (found + center + pad) + 0.5
     grid = (2.0 * index / (fine.shape[-1] - 1) - 1.0).to(images.dtype)
     moved = F.grid_sample(fine, grid, "bilinear", "zeros", align_corners=True)
@@ -176,9 +205,15 @@ def _downsample(images: Tensor) -> Tensor:
 
 def _kernel(images: Tensor, axis: int, reverse: bool) -> Tensor:
     """The filter along an axis, for each channel: (C, 1, 12, 1) or (C, 1, 1, 12)."""
-    taps = torch.tensor(SYM6[::-1] if reverse else SYM6, dtype=images.dtype, device=images.device)
+    taps = _taps(reverse, images.dtype, images.device)
     shape = (1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1)
     return taps.view(shape).expand(images.shape[1], -1, -1, -1)
+
+
+@functools.cache
+def _taps(reverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The filter's taps, copied to the device once: the host waits for such a copy."""
+    return torch.tensor(SYM6[::-1] if reverse else SYM6, dtype=dtype, device=device)
 
 
 def _rotation(angle: np.ndarray) -> np.ndarray:

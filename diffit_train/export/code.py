@@ -63,7 +63,9 @@ def join_modules(module: str, title: str, replaced: Mapping[str, str] | None = N
     owners: dict[str, str] = {}
     for name, part in parts.items():
         symbols = symtable(part, name, "exec").get_symbols()
-        for defined in {s.get_name() for s in symbols if s.is_assigned() and not s.is_imported()}:
+        for defined in sorted(
+            s.get_name() for s in symbols if s.is_assigned() and not s.is_imported()
+        ):
             if (other := owners.setdefault(defined, name)) != name and defined != "_":
                 raise DiffitError(f"{other} and {name} both define {defined!r}; rename one")
     sections = [f"# ---- {name} ----\n\n{part}" for name, part in parts.items()]

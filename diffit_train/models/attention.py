@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffit_train.models.attention_kernels import Kernel, sdpa_attention
+from diffit_train.models.attention_kernels import Kernel, position_bias, sdpa_attention
 
 
 def relative_position_index(side: int) -> Tensor:
@@ -141,10 +141,8 @@ class TimeInBias(TMSA):
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None):  # type: ignore[no-untyped-def]
             assert table is not None and index is not None
-            tables = table + offsets
-            bias = tables[:, index.view(-1)].unflatten(1, index.shape).permute(0, 3, 1, 2)
             # Windows of an image follow each other.
-            bias = bias.repeat_interleave(len(q) // len(c), dim=0)
+            bias = position_bias(table + offsets, index).repeat_interleave(len(q) // len(c), dim=0)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
         return self.proj(self.attend(self.qkv(x), kernel))

@@ -16,7 +16,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,60 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor
 CHUNK_WEIGHTS = 1 << 20
 
 
+def _gather_bias(table: Tensor, index: Tensor) -> Tensor:
+    # Not `table[index]`, permuted: on GPUs, torch refuses every fused attention kernel for a mask
+    # whose last stride is not 1.
+    bias = table.mT.index_select(-1, index.view(-1))
+    return bias.view(*bias.shape[:-1], *index.shape)
+
+
+class _PositionBias(torch.autograd.Function):
+    """Gathers the bias; sums its gradient over pairs of equal offset in fp32, in a fixed order.
+
+    The gradient of plain indexing is a scatter, which compilers turn into unordered atomic
+    additions in the table's dtype.
+    """
+
+    @staticmethod
+    def forward(table: Tensor, index: Tensor) -> Tensor:
+        return _gather_bias(table, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        side = math.isqrt(grad.shape[-1])
+        # (..., H, N, N) to (..., H, row i, row j, column i, column j), tokens j reversed.
+        pairs = grad.reshape(*grad.shape[:-2], side, side, side, side)
+        by_column = _diagonal_sums(pairs.transpose(-2, -3).flip(-1, -3))
+        by_offset = _diagonal_sums(by_column.movedim(-1, -3))
+        return by_offset.mT.flatten(-2).mT.to(ctx.dtype), None
+
+
+def _diagonal_sums(x: Tensor) -> Tensor:
+    """(..., n, n) to the sums of its 2n - 1 antidiagonals in fp32 or wider, (..., 2n - 1).
+
+    With rows n wider, row i begins i elements later in rows of 2n - 1: sums of columns.
+    """
+    count = x.shape[-1]
+    skewed = F.pad(x, (0, count)).flatten(-2)[..., :-count]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return skewed.view(*skewed.shape[:-1], count, 2 * count - 1).sum(-2, dtype=dtype)
+
+
 def position_bias(table: Tensor, index: Tensor) -> Tensor:
-    """The bias B for every pair of tokens, (H, N, N)."""
-    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
+    """The bias B for every pair of tokens of a square grid.
+
+    Args:
+        table: (..., R, H), with R = (2 sqrt(N) - 1)^2.
+        index: `relative_position_index`, (N, N).
+
+    Returns:
+        (..., H, N, N), contiguous.
+    """
+    return cast(Tensor, _PositionBias.apply(table, index))  # type: ignore[no-untyped-call]
 
 
 def reference_attention(
@@ -55,9 +106,9 @@ def sdpa_attention(
     """
     if table is None or index is None:
         return F.scaled_dot_product_attention(q, k, v)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=position_bias(table, index).to(q.dtype)
-    )
+    # Four dimensions: cuDNN's kernel refuses a mask of three.
+    bias = position_bias(table, index).to(q.dtype)[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def chunked_attention(
@@ -90,7 +141,7 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("diffit::biased_attention", mutates_args=())
 def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
     batch, heads, count, size = q.shape
-    bias = position_bias(table, index).to(q.dtype).contiguous()
+    bias = _gather_bias(table, index).to(q.dtype)
     out = q.new_empty(batch, count, heads, size).transpose(1, 2)
     for rows, some in _chunks(batch, heads, count):
         out[rows, some] = _weights(q[rows, some], k[rows, some], bias[some]) @ v[rows, some]
@@ -110,7 +161,7 @@ def _biased_attention_backward(
     """Gradients of q, k, v in the layout of their projection, (B, N, 3, H, K), and of the table."""
     batch, heads, count, size = q.shape
     scale = 1.0 / math.sqrt(size)
-    bias = position_bias(table, index).to(q.dtype).contiguous()
+    bias = _gather_bias(table, index).to(q.dtype)
     grad_qkv = q.new_empty(batch, count, 3, heads, size)
     grad_q, grad_k, grad_v = grad_qkv.permute(2, 0, 3, 1, 4)
     grad_bias = torch.zeros_like(bias, dtype=table.dtype)

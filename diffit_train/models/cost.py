@@ -96,10 +96,15 @@ class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+# Kernels of a position bias, besides those of attention: to gather and cast it; to sum its gradient
+# over the batch, and over the pairs of each offset.
+BIAS_LAUNCHES = 12
+
+
 def kernel_launches(model: Backbone, batch: int, dtype: torch.dtype) -> tuple[int, int]:
     """Kernels of a forward and backward pass in eager mode, and bytes that they move.
 
-    Without the operands of matrix products and of attention, which is one kernel here.
+    Bytes without the operands of matrix products and of attention, and without `bias_bytes`.
 
     Args:
         model: on the meta device.
@@ -107,7 +112,8 @@ def kernel_launches(model: Backbone, batch: int, dtype: torch.dtype) -> tuple[in
     model = _prepared(model, dtype)
     with _Launches() as launched:
         model(*_inputs(model, batch)).sum().backward()
-    return launched.count, launched.bytes
+    biased = sum(isinstance(module, TMSA) for module in model.modules())
+    return launched.count + BIAS_LAUNCHES * biased, launched.bytes
 
 
 def activation_bytes(

@@ -30,6 +30,7 @@ from diffit_train.models.layers import (
     TimestepEmbedder,
     keyed_dropout,
     layer_norm,
+    layer_seeds,
 )
 
 Time = Literal["tmsa", "separate", "bias", "mlp", "none"]
@@ -140,22 +141,22 @@ class TransformerBlock(nn.Module):
 class ResBlock(nn.Module):
     """The residual cell: x + DiffiT-Block(Conv3x3(Swish(GN(x))), c), equations 9 and 10."""
 
-    def __init__(self, shape: ImageShape, width: int, side: int, number: int) -> None:
+    def __init__(self, shape: ImageShape, width: int, side: int) -> None:
         super().__init__()
         self.norm = group_norm(width)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
         self.block = TransformerBlock(shape, width, side, shape.window, shape.time)
-        self.dropout, self.number = shape.dropout, number
+        self.dropout = shape.dropout
 
     def forward(self, x: Tensor, c: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Features x (B, D, h, w), time token c (B, T) to (B, D, h, w).
 
         Args:
-            seeds: (B,) int64, of the dropout of each image; None for no dropout.
+            seeds: (B,) of `layer_seeds`, of the dropout of each image; None for no dropout.
         """
         inner = F.silu(self.norm(x))
         if seeds is not None and self.dropout:
-            inner = keyed_dropout(inner, self.dropout, seeds, self.number)
+            inner = keyed_dropout(inner, self.dropout, seeds)
         inner = self.conv(inner)
         return x + to_image(self.block(to_tokens(inner), c), x.shape[-1])
 
@@ -339,7 +340,7 @@ class ImageDiffiT(Backbone):
         kind = shape.encoder if side == "encoder" else shape.decoder
         for _ in range(shape.blocks[stage]):
             self.blocks.append(
-                ResBlock(shape, width, shape.side(stage), len(self.blocks))
+                ResBlock(shape, width, shape.side(stage))
                 if kind == "diffit"
                 else PlainBlock(shape, width, shape.side(stage), shape.window)
             )
@@ -401,22 +402,31 @@ class ImageDiffiT(Backbone):
         # Tokenized in the input's precision: see PatchEmbed.
         x = x.to(self.norm.weight.dtype)
         features: list[Tensor] = []
+        # What each block takes after x and c.
+        rest: Sequence[tuple[Tensor, ...]] = [()] * len(self.blocks)
+        if dropout_seeds is not None:
+            rest = [(seeds,) for seeds in layer_seeds(dropout_seeds, len(self.blocks))]
         for stage in self.encoder:
-            x = self._run(stage, x, c, None, dropout_seeds)
+            x = self._run(stage, x, c, None, rest)
             features.append(x)
         if self.aggregate is not None:
             x = self.aggregate(features)
         for stage, skip in zip(self.decoder, reversed(features[:-1]), strict=False):
-            x = self._run(stage, x, c, skip, dropout_seeds)
+            x = self._run(stage, x, c, skip, rest)
         return self.head(F.silu(self.norm(x)))
 
     def _run(
-        self, stage: nn.Module, x: Tensor, c: Tensor, skip: Tensor | None, seeds: Tensor | None
+        self,
+        stage: nn.Module,
+        x: Tensor,
+        c: Tensor,
+        skip: Tensor | None,
+        rest: Sequence[tuple[Tensor, ...]],
     ) -> Tensor:
         assert isinstance(stage, Stage)
         x = stage(x, c, skip)
-        for block in self.blocks[stage.first : stage.first + stage.count]:
-            x = block(x, c) if seeds is None else block(x, c, seeds)
+        for number in range(stage.first, stage.first + stage.count):
+            x = self.blocks[number](x, c, *rest[number])
         return x
 
 

@@ -152,20 +152,29 @@ class TimedMlp(Mlp):
         return self.fc2(self.act(self.fc1(x) + self.temb(c)[:, None, :]))
 
 
-def keyed_dropout(x: Tensor, probability: float, seeds: Tensor, layer: int) -> Tensor:
-    """Dropout whose mask depends only on the image's seed, the layer and the element.
+def layer_seeds(seeds: Tensor, layers: int) -> Tensor:
+    """Seeds of dropout (layers, B) int32 of each layer, from those of the images (B,) int64.
+
+    Args:
+        seeds: less than 2^31.
+    """
+    layer = torch.arange(layers, dtype=torch.int32, device=seeds.device)
+    return _mixed(_mixed(seeds.to(torch.int32)) + layer[:, None])
+
+
+def keyed_dropout(x: Tensor, probability: float, seeds: Tensor) -> Tensor:
+    """Dropout whose mask depends only on the image's seed for this layer, and on the element.
 
     So it is the same for any batch, number of workers and recomputation of activations.
 
     Args:
         x: (B, ...).
-        seeds: (B,) int64, less than 2^31.
-        layer: number of the layer; layers drop independently.
+        seeds: (B,), of `layer_seeds`. A layer does not mix in its own number, which would be a
+            constant of its compiled graph, so that no two blocks could share one.
     """
     count = x[0].numel()
-    start = _mixed(_mixed(seeds.to(torch.int32)) + layer)
     element = torch.arange(count, dtype=torch.int32, device=x.device) * _int32(0x9E3779B1)
-    bits = _mixed(start[:, None] + element[None, :]) & 0x7FFFFFFF
+    bits = _mixed(seeds[:, None] + element[None, :]) & 0x7FFFFFFF
     kept = (bits >= int(probability * 2**31)).view(x.shape)
     return x * kept / (1.0 - probability)
 

@@ -10,6 +10,7 @@ Shapes: B images, C channels, h x w pixels, E size of the embedding.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,12 @@ from torch import Tensor, nn
 from diffit_train.models.attention import TMSA, SelfAttention
 from diffit_train.models.backbone import Backbone
 from diffit_train.models.image import fourier_frequencies, group_norm, to_image, to_tokens
-from diffit_train.models.layers import FullPrecisionConv2d, LabelEmbedder, keyed_dropout
+from diffit_train.models.layers import (
+    FullPrecisionConv2d,
+    LabelEmbedder,
+    keyed_dropout,
+    layer_seeds,
+)
 
 Attention = Literal["plain", "tmsa"]
 
@@ -99,12 +105,11 @@ class UNetBlock(nn.Module):
         into: int,
         out: int,
         side: int,
-        number: int,
         resample: Literal["up", "down"] | None = None,
         attention: bool = False,
     ) -> None:
         super().__init__()
-        self.dropout, self.number = shape.dropout, number
+        self.dropout = shape.dropout
         self.resample = Resample(shape.taps, up=resample == "up") if resample else nn.Identity()
         self.norm0, self.norm1 = group_norm(into), group_norm(out)
         self.conv0 = nn.Conv2d(into, out, 3, padding=1)
@@ -125,12 +130,12 @@ class UNetBlock(nn.Module):
         """Features (B, C, h, w) and embedding c (B, E) to (B, C', h', w').
 
         Args:
-            seeds: (B,) int64, of the dropout of each image; None for no dropout.
+            seeds: (B,) of `layer_seeds`, of the dropout of each image; None for no dropout.
         """
         inner = self.conv0(self.resample(F.silu(self.norm0(x))))
         inner = F.silu(self.norm1(inner + self.affine(c)[:, :, None, None]))
         if seeds is not None and self.dropout:
-            inner = keyed_dropout(inner, self.dropout, seeds, self.number)
+            inner = keyed_dropout(inner, self.dropout, seeds)
         x = (self.conv1(inner) + self.skip(self.resample(x))) * SKIP_SCALE
         if self.attn is None or self.norm2 is None:
             return x
@@ -177,7 +182,7 @@ class UNet(Backbone):
         self._initialize()
 
     def _add(self, into: int, out: int, side: int, **options: Any) -> int:
-        self.blocks.append(UNetBlock(self.shape, into, out, side, len(self.blocks), **options))
+        self.blocks.append(UNetBlock(self.shape, into, out, side, **options))
         return out
 
     def _build_encoder(self) -> tuple[int, list[int]]:
@@ -275,18 +280,23 @@ class UNet(Backbone):
         if self.a_embedder is not None and augment is not None:
             c = c + self.a_embedder(augment.to(dtype))
         c = self.mapping(c)
-        rest = () if dropout_seeds is None else (dropout_seeds,)
+        # What each block takes after x and c.
+        rest: Sequence[tuple[Tensor, ...]] = [()] * len(self.blocks)
+        if dropout_seeds is not None:
+            rest = [(seeds,) for seeds in layer_seeds(dropout_seeds, len(self.blocks))]
         image = x.to(dtype)
         x = self.stem(x).to(dtype)
         skips, joins = [x], iter(self.image_path)
-        for block in self.blocks[: self._encoder_blocks]:
-            x = block(x, c, *rest)
+        for number in range(self._encoder_blocks):
+            block = self.blocks[number]
+            x = block(x, c, *rest[number])
             if self.shape.kind == "ncsnpp" and isinstance(block.resample, Resample):
                 x = image = (x + next(joins)(image)) * SKIP_SCALE
             skips.append(x)
-        for block in self.blocks[self._encoder_blocks :]:
+        for number in range(self._encoder_blocks, len(self.blocks)):
+            block = self.blocks[number]
             assert isinstance(block, UNetBlock)
             if block.norm0.num_channels != x.shape[1]:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, c, *rest)
+            x = block(x, c, *rest[number])
         return self.head(F.silu(self.norm(x)))

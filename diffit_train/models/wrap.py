@@ -1,4 +1,4 @@
-"""Applied to a plain model: attention kernel, activation checkpointing, compilation.
+"""Applied to a plain model: attention kernel, activation checkpointing, autocast, compilation.
 
 None of them changes results beyond rounding, or parameter names.
 """
@@ -73,12 +73,23 @@ def _checkpointed(forward: Any, options: dict[str, Any], *inputs: Tensor) -> Ten
     return checkpoint(forward, *inputs, **options)
 
 
-def compile_blocks(model: Backbone, dynamic: bool | None = None) -> None:
+def autocast_forward(model: nn.Module, device: torch.device) -> None:
+    """Compute the model's forward pass, wherever it is called from, under bf16 autocast."""
+    model.forward = functools.partial(_autocast, model.forward, device.type)
+
+
+def _autocast(forward: Any, device_type: str, *inputs: Tensor, **extras: Tensor) -> Tensor:
+    with torch.autocast(device_type, torch.bfloat16):
+        return forward(*inputs, **extras)
+
+
+def compile_blocks(model: Backbone, dynamic: bool | None = None, backend: str = "inductor") -> None:
     """Compile each block; identical blocks share one compilation.
 
     Args:
         dynamic: False compiles for each batch size; None makes one compilation for all sizes once
             a second one occurs.
+        backend: of torch.compile.
     """
     for block in model.blocks:
-        block.compile(dynamic=dynamic)
+        block.compile(dynamic=dynamic, backend=backend)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffit_train.config import Recipe
-from diffit_train.data.augment import Augmentation, draw_augmentation, joined_augmentation
+from diffit_train.data.augment import Resampling, draw_augmentation, joined_augmentation
 from diffit_train.data.autoencoder import scaled_sample
 from diffit_train.data.loader import Batch, draw
 from diffit_train.data.shards import Manifest
@@ -41,7 +41,7 @@ class TrainingBatch:
     noise: Tensor
     y: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
-    augmentation: Augmentation | None = None
+    augmentation: Resampling | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x0, t, noise, y)."""
@@ -94,8 +94,9 @@ class BatchBuilder:
                 )
                 for lane in batch.lanes
             ]
-            augmentation = joined_augmentation(drawn)
-            extras["augment"] = torch.from_numpy(augmentation.labels)
+            joint = joined_augmentation(drawn)
+            extras["augment"] = torch.from_numpy(joint.labels)
+            augmentation = Resampling.of(joint, manifest.height)
         if self.recipe.model.dropout:
             seeds = [
                 _stream(train.seed, _DROPOUT, batch.step, lane).integers(2**31, size=count)
@@ -106,6 +107,7 @@ class BatchBuilder:
         if self.device.type == "cuda":
             tensors = tuple(v.pin_memory() for v in tensors)  # type: ignore[assignment]
             extras = {name: v.pin_memory() for name, v in extras.items()}
+            augmentation = augmentation.pin_memory() if augmentation else None
         return TrainingBatch(batch, *tensors, extras, augmentation)
 
 

@@ -135,7 +135,8 @@ class ControlPlane:
 
         Args:
             loss_sum: loss summed over this rank's samples, float64.
-            grad_norm: global, before clipping; the same on every rank; negative if not finite.
+            grad_norm: global, before clipping; the same on every rank; negative if not finite; on
+                any device.
         """
         flags = torch.zeros(5, dtype=torch.float64)
         if self.rank == 0:
@@ -153,7 +154,8 @@ class ControlPlane:
             flags = flags.pin_memory().to(loss_sum.device, non_blocking=True)
         shared = torch.cat([(loss_sum / self.train.batch_size).view(1), flags])
         dist.all_reduce(shared)
-        read = torch.cat([shared, grad_norm.double().view(1)]).to("cpu", copy=True)
+        norms = grad_norm.to(shared.device, torch.double).view(1)  # on the CPU with offload
+        read = torch.cat([shared, norms]).to("cpu", copy=True)
         loss, stop, poll, validate, save, resize, norm = read.tolist()
         norm = positive_norm(norm)
         return Decision(

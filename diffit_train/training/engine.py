@@ -14,9 +14,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffit_train.config.train import BUCKET_ELEMENTS, Train
 from diffit_train.errors import DiffitError
+from diffit_train.models.wrap import autocast_forward
 from diffit_train.runs.checkpoints import OwnedSlice, Slice, StateName
 from diffit_train.training.ema import ShardedEMA
 
@@ -82,6 +84,7 @@ class Engine:
         self.train, self.device, self.micro_batches = train, device, micro_batches
         self.rank, self.world_size = rank, world_size
         deepspeed = _quiet_deepspeed(device)
+        self._linear = functional.linear
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self.shapes = {n: p.shape for p, n in self.names.items()}
         self.base_optimizer = torch.optim.AdamW(
@@ -91,6 +94,11 @@ class Engine:
             weight_decay=train.weight_decay,
             fused=True,
         )
+        if train.precision == "bf16_autocast":
+            # Inside the model, because DeepSpeed turns off autocast that is entered outside of it.
+            # Its own `torch_autocast` would reduce the gradients of linear layers in bf16, in
+            # buckets apart from the others'.
+            autocast_forward(model, device)
         exact = self._exact_weights() if train.precision == "bf16" else {}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -118,9 +126,7 @@ class Engine:
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, **extras: Tensor) -> Tensor:
         """The model's output in fp32, for noisy latents x in fp32, which are never rounded."""
-        autocast = self.train.precision == "bf16_autocast"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            return cast(Tensor, self.engine(x, t, y, **extras)).float()
+        return cast(Tensor, self.engine(x, t, y, **extras)).float()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Accumulate a micro-batch's gradients; `micro_batches` of them make a step.
@@ -171,8 +177,10 @@ class Engine:
             self._adam(piece.flat)["step"].fill_(float(steps))
 
     def destroy(self) -> None:
-        """Remove DeepSpeed's hooks from the model, so that its memory can be freed."""
+        """Undo what DeepSpeed did to the model and to torch, and free its memory."""
         self.engine.destroy()
+        # Stage 3 replaces it for the life of the process.
+        functional.linear = self._linear
 
     # ---- State, by slices ----
 

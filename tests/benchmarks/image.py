@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffit_train.config import load_recipe, packaged_recipes
-from diffit_train.data.augment import augment, draw_augmentation
+from diffit_train.data.augment import Resampling, augment, draw_augmentation
 from diffit_train.models.attention import TMSA
 from diffit_train.models.backbone import Backbone, trainable_parameters
 from diffit_train.models.build import build_model
 from diffit_train.models.cost import multiply_adds
-from diffit_train.models.layers import keyed_dropout
+from diffit_train.models.layers import keyed_dropout, layer_seeds
 from diffit_train.models.wrap import use_kernel
 from tests.benchmarks.common import interleaved_seconds, peak_bytes, print_table
 
@@ -131,13 +131,13 @@ def _steps(device: torch.device, batch: int) -> None:
 
 def _small_parts(device: torch.device, batch: int) -> None:
     x = torch.randn(batch, 128, 32, 32, device=device)
-    seeds = torch.arange(batch, device=device)
+    seeds = layer_seeds(torch.arange(batch, device=device), 1)[0]
     images = torch.rand(batch, 3, 32, 32, device=device)
-    what = draw_augmentation(np.random.default_rng(0), batch, 0.12)
+    what = Resampling.of(draw_augmentation(np.random.default_rng(0), batch, 0.12), 32)
     weight = torch.randn(128, 128, 3, 3, device=device)
     bodies: dict[str, Callable[[], object]] = {
         "3x3 convolution": lambda: F.conv2d(x, weight, padding=1),
-        "keyed dropout": lambda: keyed_dropout(x, 0.13, seeds, 0),
+        "keyed dropout": lambda: keyed_dropout(x, 0.13, seeds),
         "torch dropout": lambda: F.dropout(x, 0.13),
         "augmentation": lambda: augment(images, what),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffit_train.data.augment import (
     SYM6,
     Augmentation,
+    Resampling,
     augment,
     draw_augmentation,
     joined_augmentation,
@@ -46,6 +47,14 @@ def test_the_filter_is_an_orthogonal_wavelet_of_six_moments() -> None:
     assert np.abs([high @ position**k for k in range(6)]).max() < 1e-6
 
 
+def _transform(images: Tensor, inverse: np.ndarray) -> Tensor:
+    """Images transformed by `inverse`, translations relative to the image's side."""
+    count, side = len(inverse), images.shape[-1]
+    all_moved = Augmentation(np.zeros((count, 2), bool), inverse, np.ones((count, 9)))
+    what = Resampling.of(all_moved, side)
+    return transform(images, what.inverse, what.pad)
+
+
 def _inverse(matrix: list[list[float]], shift: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
     return np.concatenate([np.array(matrix), np.array(shift)[:, None]], axis=1)
 
@@ -53,10 +62,10 @@ def _inverse(matrix: list[list[float]], shift: tuple[float, float] = (0.0, 0.0))
 def test_whole_pixels_are_moved_exactly() -> None:
     images = torch.rand(2, 3, SIDE, SIDE, dtype=torch.float64)
     still = np.stack([np.eye(2, 3)] * 2)
-    torch.testing.assert_close(transform(images, still), images, rtol=0, atol=1e-9)
+    torch.testing.assert_close(_transform(images, still), images, rtol=0, atol=1e-9)
     # The result's pixel (x, y) is the image's (x + 3, y - 2).
     moved = still + _inverse([[0, 0], [0, 0]], (3 / SIDE, -2 / SIDE))
-    found = transform(images, moved)
+    found = _transform(images, moved)
     expected = images[:, :, : SIDE - 2, 3:]
     torch.testing.assert_close(found[:, :, 2:, :-3], expected, rtol=0, atol=1e-9)
     # What comes in is the reflection.
@@ -73,7 +82,7 @@ def test_whole_pixels_are_moved_exactly() -> None:
     ids=["scale", "rotate", "shear"],
 )
 def test_smooth_images_are_resampled_by_the_formula(inverse: np.ndarray) -> None:
-    found = transform(_image(), inverse[None])
+    found = _transform(_image(), inverse[None])
     inside = slice(10, -10)
     error = (found - _image(inverse))[..., inside, inside].abs().max()
     # The filter is not quite symmetric. Half a pixel of misplacement would be 0.1.
@@ -119,7 +128,7 @@ def test_probabilities() -> None:
     # Images that were only flipped are exact.
     images = torch.rand(200, 3, 8, 8)
     what = draw_augmentation(np.random.default_rng(2), 200, 0.12)
-    found = augment(images, what)
+    found = augment(images, Resampling.of(what, 8))
     still = (what.labels[:, 1:] == 0).all(1)
     assert 60 < still.sum() < 180
     flip = torch.from_numpy(what.flip[:, 0]).view(-1, 1, 1, 1)
@@ -131,9 +140,9 @@ def test_probabilities() -> None:
 def test_an_image_is_augmented_alike_in_any_batch() -> None:
     images = torch.rand(12, 3, 16, 16)
     parts = [draw_augmentation(np.random.default_rng(lane), 4, 0.7) for lane in range(3)]
-    whole = augment(images, joined_augmentation(parts))
+    whole = augment(images, Resampling.of(joined_augmentation(parts), 16))
     for lane, part in enumerate(parts):
-        alone = augment(images[4 * lane : 4 * lane + 4], part)
+        alone = augment(images[4 * lane : 4 * lane + 4], Resampling.of(part, 16))
         torch.testing.assert_close(whole[4 * lane : 4 * lane + 4], alone, rtol=0, atol=1e-5)
     none = Augmentation(np.zeros((12, 2), bool), np.stack([np.eye(2, 3)] * 12), np.zeros((12, 9)))
-    assert torch.equal(augment(images, none), images)
+    assert torch.equal(augment(images, Resampling.of(none, 16)), images)

@@ -306,12 +306,14 @@ def _engine(report: Report, stage: int, precision: str) -> None:
     mine = [found[name].view(start[name].shape) - start[name] for name in start]
     true = [expected[name] - start[name] for name in start]
     of_losses = max(abs(a - b) / abs(b) for a, b in zip(losses, expected_losses, strict=True))
-    fp32 = precision == "fp32"
+    # Stage 3 adds a linear layer's bias after it has rounded the product.
+    exact = precision == "fp32" or stage < 3
+    limit, of_loss = (0.02, FP32_LIMIT) if exact else (0.1, 0.02)
     report.check(
         f"engine against a plain loop, {_STEPS} steps", f"ZeRO {stage}, {precision}",
-        norm_error(mine, true), 0.02 if fp32 else 0.1, losses=of_losses,
+        norm_error(mine, true), limit, losses=of_losses,
     )  # fmt: skip
-    if not of_losses <= (FP32_LIMIT if fp32 else 0.02):
+    if not of_losses <= of_loss:
         report.fail(f"ZeRO {stage}, {precision}: losses differ by {of_losses:.3g}")
 
 

@@ -18,7 +18,7 @@ from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.build import build_model
 from diffit_train.models.cost import activation_bytes, multiply_adds
 from diffit_train.models.image import ImageDiffiT, ImageShape, ResBlock
-from diffit_train.models.layers import keyed_dropout
+from diffit_train.models.layers import keyed_dropout, layer_seeds
 from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
 
 SMALL = ImageShape(
@@ -146,7 +146,7 @@ def _by_hand(block: ResBlock, x: Tensor, c: Tensor, window: int) -> Tensor:
 @pytest.mark.parametrize("kernel", ["reference", "sdpa", "chunked"])
 def test_the_residual_cell_follows_the_equations(kernel: str) -> None:
     shape = replace(SMALL, window=2)
-    block = _randomized(ResBlock(shape, 16, 4, 0)).double()
+    block = _randomized(ResBlock(shape, 16, 4)).double()
     use_kernel(block, kernel, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 16, 4, 4, generator=generator, dtype=torch.float64)
@@ -238,13 +238,14 @@ def test_labels_and_augmentation_condition_the_model() -> None:
 
 
 def test_dropout_depends_on_the_image_alone() -> None:
-    x, seeds = torch.ones(3, 8, 40, 40), torch.tensor([5, 6, 2**31 - 1])
-    dropped = keyed_dropout(x, 0.2, seeds, 3)
+    x, images = torch.ones(3, 8, 40, 40), torch.tensor([5, 6, 2**31 - 1])
+    seeds = layer_seeds(images, 5)
+    dropped = keyed_dropout(x, 0.2, seeds[3])
     assert set(dropped.unique().tolist()) == {0.0, 1.25}
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
-    torch.testing.assert_close(keyed_dropout(x[:1], 0.2, seeds[1:2], 3), dropped[1:2])
+    torch.testing.assert_close(keyed_dropout(x[:1], 0.2, seeds[3, 1:2]), dropped[1:2])
     # Masks of other images and layers agree as often as independent ones: 0.8^2 + 0.2^2.
-    others = [dropped[1], keyed_dropout(x[:1], 0.2, seeds[:1], 4)[0]]
+    others = [dropped[1], keyed_dropout(x[:1], 0.2, seeds[4, :1])[0]]
     others += [dropped[0].flatten().roll(shift).view(8, 40, 40) for shift in (1, 40, 1600)]
     for other in others:
         assert float((other == dropped[0]).float().mean()) == pytest.approx(0.68, abs=0.02)
