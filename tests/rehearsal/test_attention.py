@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from diffit_train.models import attention_kernels
@@ -96,3 +97,19 @@ def test_the_gradient_of_a_bf16_bias_is_summed_in_fp32() -> None:
     exact.index_add_(0, index.view(-1), grad.double().flatten(1).T)
     error = (found.double() - exact).norm() / exact.norm()
     assert error < 0.0024
+
+
+def test_the_gradient_of_a_bias_is_summed_in_a_fixed_order() -> None:
+    """A scatter would be compiled to atomic additions in the table's dtype."""
+    index = relative_position_index(4)
+
+    def gradient(table: Tensor, grad: Tensor) -> Tensor:
+        return torch.autograd.grad(position_bias(table, index), table, grad)[0]
+
+    table = torch.zeros(49, 2, dtype=torch.bfloat16, requires_grad=True)
+    graph = make_fx(gradient)(table, torch.ones(2, 16, 16, dtype=torch.bfloat16)).graph
+    operations = [node for node in graph.nodes if node.op == "call_function"]
+    names = {node.target.overloadpacket.__name__ for node in operations}
+    assert not {name for name in names if "index_" in name or "scatter" in name} - {"index_select"}
+    sums = [node for node in operations if node.target.overloadpacket.__name__ == "sum"]
+    assert [node.kwargs["dtype"] for node in sums] == [torch.float32] * 2

@@ -87,6 +87,12 @@ def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(name: str, on_c
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_torch_is_left_as_it_was(name: str, on_cuda: Any) -> None:
+    """ZeRO 3 replaces `torch.nn.functional.linear`, with which other models would go on."""
+    assert on_cuda[name]["linear_restored"]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_attention_is_fused(name: str, on_cuda: Any) -> None:
     counted = on_cuda[name]["counters"]
     found = [Attention.parse(key) for key in counted if key.startswith("attention")]

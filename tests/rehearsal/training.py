@@ -132,11 +132,14 @@ def run(device_type: str, rank: int, world: int, root: Path, names: list[str]) -
 
 
 def _train(device: Any, rank: int, world: int, root: Path, name: str) -> dict[str, Any]:
+    from torch.nn import functional
+
     from diffit_train.config import load_recipe
     from diffit_train.runs.identity import run_url
     from diffit_train.training import loop, recorder
     from tests.gpu.loader import write_latents
 
+    linear = functional.linear
     packaged, *changes = CASES[name]
     gpus = int(device.type == "cuda")
     changes += [f"scaling.workers={world}", f"scaling.gpus_per_worker={gpus}"]
@@ -177,6 +180,7 @@ def _train(device: Any, rank: int, world: int, root: Path, name: str) -> dict[st
         "losses": [record["loss"] for record in records],
         "grad_norms": [record["grad_norm"] for record in records],
         "counters": counted,
+        "linear_restored": functional.linear is linear,
     }
 
 
