@@ -1,7 +1,8 @@
 """Generation on a device: `python -m tests.rehearsal.sampling DEVICE ROOT OUT`
 
-Every sampler with guidance, and a chunk of an evaluation of ROOT's run `tiny`, written to OUT.
-DEVICE is cpu, or cuda for the stand-in. The last line of output is JSON: what the host waited for.
+Every sampler with guidance, an autoencoder in slices, and a chunk of an evaluation of ROOT's run
+`tiny`, written to OUT. DEVICE is cpu, or cuda for the stand-in. The last line of output is JSON:
+what reached attention, what the host waited for, and differences of slices.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,29 @@ def chunk(device: str, root: Path, out: Path) -> dict[str, int]:
     return stand_in.counters("attention") if device == "cuda" else {}
 
 
+def autoencoder_slices() -> dict[str, float]:
+    """Largest differences of slices of a batch on the device from the whole batch on the CPU."""
+    import numpy as np
+    import torch
+
+    from tests.gpu.autoencoder import WAYS, loaded, stable_diffusion_autoencoder
+    from tests.gpu.kit import Machine
+
+    torch.manual_seed(0)
+    plain = stable_diffusion_autoencoder(Machine.of("cpu", tiny=True))
+    random = np.random.default_rng(0)
+    pixels = random.uniform(-1, 1, (5, 3, 32, 32)).astype(np.float32)
+    latents = torch.from_numpy(random.standard_normal((5, 4, 4, 4), np.float32))
+    whole = loaded(plain, WAYS["fp32"], torch.device("cpu"))
+    # Less than one image needs: as many slices as images.
+    sliced = replace(loaded(plain, WAYS["fp32"], torch.device("cuda")), budget=1)
+    encoded = sliced.encode_moments(pixels) - whole.encode_moments(pixels)
+    decoded = sliced.decode(latents.cuda()).astype(int) - whole.decode(latents)
+    return {"encode": float(np.abs(encoded).max()), "decode": float(np.abs(decoded).max())}
+
+
 def main() -> None:
-    """Both, on the device."""
+    """All of it."""
     device, root, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if device == "cuda":
         stand_in.install()
@@ -87,7 +110,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result = {"attention": chunk(device, root, out)}
     if device == "cuda":
-        result["waits"] = samplers()  # type: ignore[assignment]
+        result |= {"waits": samplers(), "slices": autoencoder_slices()}  # type: ignore[dict-item]
     print(json.dumps(result), flush=True)
     os._exit(0)
 

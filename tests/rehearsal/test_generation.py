@@ -52,6 +52,11 @@ def test_no_sampler_waits_for_the_device(made: dict[str, Any]) -> None:
     assert {name: waits for name, waits in made["waits"].items() if waits} == {}
 
 
+def test_an_autoencoder_works_in_slices(made: dict[str, Any]) -> None:
+    assert made["slices"]["encode"] < 1e-3  # float16 moments
+    assert made["slices"]["decode"] <= 1  # rounding of a pixel
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_kit_ends_well(part: str) -> None:
     report = rehearse("kit", part)[part]
