@@ -19,8 +19,7 @@ from diffit_train.commands.of_run import recipe_and_run
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder
-from diffit_train.data.shards import load_manifest
-from diffit_train.data.verify import recipe_of
+from diffit_train.data.shards import load_manifest, recipe_of
 from diffit_train.errors import UserError
 from diffit_train.evaluation.generate import Generator, class_names, run_weights
 from diffit_train.evaluation.sample import choose_classes

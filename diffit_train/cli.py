@@ -14,7 +14,6 @@ from typer.core import TyperGroup
 import diffit_train
 from diffit_train.commands.ablate import ablate_command
 from diffit_train.commands.attention import attention_command
-from diffit_train.commands.clean import clean_command
 from diffit_train.commands.compare import compare_command
 from diffit_train.commands.data import (
     autoencoder_fit_command,
@@ -47,12 +46,7 @@ from diffit_train.commands.runs import (
 from diffit_train.commands.submit import submit_command
 from diffit_train.commands.sweep import sweep_cancel_command, sweep_show_command
 from diffit_train.commands.train import train_command
-from diffit_train.commands.verify import (
-    verify_evaluation_command,
-    verify_latents_command,
-    verify_root_command,
-    verify_run_command,
-)
+from diffit_train.commands.verify import verify_command
 from diffit_train.commands.weights import (
     ema_reconstruct_command,
     export_command,
@@ -78,10 +72,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan_command,
     "doctor": doctor_command,
     "encode": encode_command,
-    "verify latents": verify_latents_command,
-    "verify run": verify_run_command,
-    "verify evaluation": verify_evaluation_command,
-    "verify root": verify_root_command,
+    "verify": verify_command,
     "train": train_command,
     "watch": watch_command,
     "runs list": runs_list_command,
@@ -99,7 +90,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ema reconstruct": ema_reconstruct_command,
     "import": import_command,
     "export": export_command,
-    "clean": clean_command,
     "submit": submit_command,
     "jobs list": jobs_list_command,
     "jobs follow": jobs_follow_command,
@@ -110,7 +100,6 @@ GROUPS = {
     "data": "Data sets that need no download.",
     "autoencoder": "Fit your own autoencoder.",
     "features": "Fit your own feature network.",
-    "verify": "Check written data.",
     "runs": "The runs of a project; `diffit runs` lists them.",
     "jobs": "Jobs that `diffit submit` sent to a cluster.",
     "sweep": "Sweeps started by `diffit evaluate --sweep`.",

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from diffit_train import disk_full, waiting
 from diffit_train.errors import DiffitError, UserError
@@ -36,8 +36,6 @@ TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
 # Data sets of the Hugging Face Hub: hf://datasets/OWNER/NAME/PATH; read only.
 HUB = "hf://"
-# Key of the SHA-256 of what stands beside it.
-CHECKSUM = "checksum"
 T = TypeVar("T")
 GIB = 2**30
 
@@ -59,25 +57,6 @@ class Record(BaseModel):
     """A JSON document under the root: immutable, unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SealedRecord(Record):
-    """A record whose file also holds a SHA-256 of the rest."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unsealed(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or CHECKSUM not in data:
-            return data
-        rest = {key: value for key, value in data.items() if key != CHECKSUM}
-        if data[CHECKSUM] != digest(rest):
-            raise ValueError(f"the contents differ from their {CHECKSUM}")
-        return rest
-
-    def sealed(self) -> str:
-        """The text of the file."""
-        value = json.loads(self.model_dump_json())
-        return json.dumps(value | {CHECKSUM: digest(value)}, indent=1, allow_nan=False) + "\n"
 
 
 def is_local(url: str) -> bool:
@@ -386,7 +365,7 @@ def read_json(url: str) -> Any:
     """
     try:
         return json.loads(read_bytes(url))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise DiffitError(f"{url} is not valid JSON ({error}); delete it and rerun") from error
 
 

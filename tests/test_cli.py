@@ -21,7 +21,7 @@ from diffit_train.ray_session import connected
 
 RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
 COMMANDS = ["plan", "encode", "train", "evaluate", "sample", "compare", "import", "export"]
-COMMANDS += ["submit", "verify latents", "references", "sweep show", "sweep cancel"]
+COMMANDS += ["submit", "verify", "references", "sweep show", "sweep cancel"]
 COMMANDS += ["data digits", "autoencoder fit", "features fit"]
 
 

@@ -73,7 +73,7 @@ def test_a_sweep_has_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         plan_sweep(recipe, "one", [4], ["seed=1,2"], "s")
     monkeypatch.setenv(CREDENTIALS, URI)
     sweep = plan_sweep(recipe, "one", [4], ["seed=1,2"], "s")
-    assert "hunter2" not in sweep.sealed()
+    assert "hunter2" not in sweep.model_dump_json()
     assert tracking_uri(sweep.loaded(recipe.storage.root)) == URI
 
 

@@ -16,7 +16,7 @@ from diffit_train.cli import FAILED, exit_status
 from diffit_train.data.shards import write_shard
 from diffit_train.disk_full import DiskFullError
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.stored_arrays import write_arrays, write_images
+from diffit_train.evaluation.committed import commit
 from diffit_train.runs.checkpoints import save_whole
 from diffit_train.tracking import Tracker
 from tests.made import make_state
@@ -49,8 +49,7 @@ def _save_checkpoint(folder: str) -> None:
 WRITERS: dict[str, Callable[[str], object]] = {
     "bytes": lambda folder: storage.write_bytes(f"{folder}/x", bytes(NEEDED)),
     "lease": lambda folder: storage.create(f"{folder}/x", bytes(NEEDED)),
-    "chunk": lambda folder: write_arrays(f"{folder}/x", {"a": np.zeros(NEEDED, np.uint8)}, {}),
-    "images": lambda folder: write_images(f"{folder}/x", np.zeros((IMAGES, 32, 32, 3), np.uint8)),
+    "chunk": lambda folder: commit(f"{folder}/x.json", {"x": bytes(NEEDED)}, {}),
     "shard": lambda folder: write_shard(
         folder, 0, list(range(1024)), np.zeros((1024, 1, 8, 16, 16), np.float16), [0] * 1024
     ),

@@ -211,7 +211,7 @@ def test_command_lines_are_found() -> None:
     assert len(text) > 60
     assert "diffit evaluate --conformance FOLDER" in text  # a code block
     assert "python -m tests.benchmarks.block" in text
-    assert "diffit verify latents" in text  # inline
+    assert "diffit verify" in text  # inline
     assert any("--fleet --at-most 8" in line for line in text)  # continued by a backslash
 
 

@@ -55,12 +55,12 @@ ALLOWED = {
     "counts": BASE | SCIENCE,
     "planning": BASE | SCIENCE | {"counts"},
     "node_sizes": {"config", "storage", "planning"},
-    "leftovers": {"errors", "storage"},
     "runs": BASE | SCIENCE | {"tracking"},
     "training": BASE | SCIENCE | {"tracking", "runs", "ray_session", "hang"},
     "evaluation": BASE | SCIENCE | {"tracking", "runs", "ray_session", "hang"},
     "reports": BASE | {"tracking"},
     "export": BASE | SCIENCE | {"runs", "evaluation"},
+    "verify": BASE | SCIENCE | {"runs", "training", "evaluation"},
     "commands": BASE
     | SCIENCE
     | {
@@ -76,7 +76,7 @@ ALLOWED = {
         "node_sizes",
         "machine_checks",
         "preflight",
-        "leftovers",
+        "verify",
     },
     "api": BASE | SCIENCE | {"runs", "evaluation", "commands"},
     "extend": SCIENCE | {"evaluation"},

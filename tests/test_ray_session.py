@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from subprocess import PIPE
 
@@ -16,7 +16,6 @@ import pytest
 
 from diffit_train import ray_session, waiting
 from diffit_train.data import encode
-from diffit_train.data.sources import ImageList, Source
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.pool import EvaluationPool
 from diffit_train.training import driver
@@ -200,9 +199,8 @@ def test_stages_ask_for_what_the_recipe_says_they_need(
     changes = ["workers=3..4", "cpus_per_worker=4", "gpus_per_worker=1", "evaluate_actors=4"]
     changes += ["encode_min_actors=2", "encode_actors=3", "gpus_per_actor=0.5", "wait_s=600"]
     recipe = tiny_recipe(tmp_path, *(f"scaling.{change}" for change in changes))
-    images = ImageList(Source("", "folder"), (), [])
     run = {
-        "encode": lambda: encode.encode_again(recipe, "", images, [], None),
+        "encode": lambda: ExitStack().enter_context(encode._cluster(recipe, None)),
         "train": lambda: driver.train(recipe, "tiny"),
         "evaluate": lambda: EvaluationPool(recipe).actors,
     }[stage]

@@ -24,10 +24,10 @@ def encode_latents(
     recipe: Recipe, address: str | None = None, append: bool = False
 ) -> dict[str, Any]:
     """Encode the recipe's images; return a summary of the latents."""
-    from diffit_train.data.shards import finished_manifest, latents_url
+    from diffit_train.data.shards import finished_manifest, latents_url, missing_files
 
     manifest = finished_manifest(recipe)
-    if manifest is None or append:
+    if manifest is None or append or missing_files(latents_url(recipe), manifest):
         say(f"Encoding {storage.display_path(recipe.data.source)}")
         from diffit_train.data import encode as stage
 

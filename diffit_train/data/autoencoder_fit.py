@@ -48,6 +48,7 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
                 f"{url} holds the autoencoder of another recipe; set autoencoder.source to "
                 "another folder, or delete that one"
             )
+        storage.remove(storage.join(url, AUTOENCODER_STATE))  # of a killed command
         say(f"autoencoder {storage.display_path(url)} is already fitted")
         return report
     _check_target(recipe, url)

@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from diffit_train import ray_session, storage
-from diffit_train.config import Recipe
+from diffit_train.config import Recipe, stored_text
 from diffit_train.config.data import FORMATS
 from diffit_train.data.autoencoder import is_path
 from diffit_train.data.encode_plan import (
@@ -31,9 +31,13 @@ from diffit_train.data.encode_plan import (
     Rejected,
     commit_manifest,
     count_images,
+    encoded_items,
     find_work,
     make_plan,
     read_encoded_parts,
+    read_plan,
+    repair_specs,
+    restore_inputs,
     spec_items,
     work_specs,
     write_plan,
@@ -43,14 +47,19 @@ from diffit_train.data.isolated import IsolatedDecoder
 from diffit_train.data.preprocess import Images, to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
+    INPUTS,
+    MANIFEST,
+    RECIPE,
     Manifest,
+    ShardEntry,
     as_float,
     finished_manifest,
     latents_url,
+    missing_files,
     shard_name,
     write_shard,
 )
-from diffit_train.data.sources import ImageList, Source
+from diffit_train.data.sources import ImageList, Source, list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.hang.processes import FOLDER
 from diffit_train.hang.tasks import ending_hanging, listed, new_board
@@ -76,8 +85,10 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
         DiffitError: a shard could not be encoded.
     """
     done = finished_manifest(recipe)
-    if done is not None and not append:
-        return done
+    if done is not None:
+        done = _restore(recipe, done, address)
+        if not append:
+            return done
     work = find_work(recipe, done)
     if work is None:
         assert done is not None
@@ -92,22 +103,63 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
     return commit_manifest(recipe, url, work, parts)
 
 
-def encode_again(
-    recipe: Recipe, url: str, listing: ImageList, specs: list[dict[str, Any]], address: str | None
-) -> list[EncodedPart]:
-    """Re-encode and commit the given shards; their parts stay in `parts/`."""
+def _restore(recipe: Recipe, manifest: Manifest, address: str | None) -> Manifest:
+    """Write again what was removed of finished latents.
+
+    Raises:
+        UserError: the images have changed since they were encoded.
+    """
+    url = latents_url(recipe)
+    missing = missing_files(url, manifest)
+    if missing:
+        say(f"Writing again what is missing: {', '.join(missing[:8])}")
+    if RECIPE in missing:
+        storage.write_text(storage.join(url, RECIPE), stored_text(recipe))
+    if not set(missing) - {RECIPE}:
+        return manifest
+    listing = list_images(recipe)
+    if INPUTS in missing:
+        restore_inputs(url, manifest, listing)
+    shards = [name for name in missing if name not in (RECIPE, INPUTS)]
+    return _restore_shards(recipe, manifest, listing, shards, address) if shards else manifest
+
+
+def _restore_shards(
+    recipe: Recipe, manifest: Manifest, listing: ImageList, names: list[str], address: str | None
+) -> Manifest:
+    """Encode shards again, and write the manifest if other hardware gave other bytes."""
+    url = latents_url(recipe)
+    plan = read_plan(url)
+    if plan is not None and plan.input_sha256 != REPAIR:
+        raise UserError(f"encoding to {url} is in progress; finish it first with --append")
+    listing = encoded_items(url, listing)
+    specs = repair_specs(manifest, listing, names)
     _require_autoencoder(recipe)
     plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=REPAIR, appended_to=0, order="")
-    made = []
+    restored: dict[str, ShardEntry] = {}
+    known = {manifest.autoencoder_sha256}
     with (
         _cluster(recipe, address),
         Progress("encode", count_images(specs), "images") as progress,
     ):
-        for part in _encode_missing(recipe, listing, plan, specs, set()):
-            made.append(part)
-            done = sum((p.entry.count if p.entry else 0) + len(p.rejected) for p in made)
-            progress.update(done)
-    return made
+        for part in _encode_missing(recipe, listing, plan, specs, known):
+            if part.entry is not None:
+                restored[part.entry.name] = part.entry
+            progress.update(sum(entry.count for entry in restored.values()))
+    shards = [restored.get(entry.name, entry) for entry in manifest.shards]
+    for before in manifest.shards:
+        after = restored.get(before.name)
+        if before.name in names and (after is None or after.count != before.count):
+            raise DiffitError(
+                f"{before.name} held {before.count} images, but {after.count if after else 0} are "
+                "readable now; restore the source and run the same command again"
+            )
+        if after is not None and before.sha256 != after.sha256:
+            say(f"{before.name} has other bytes than before (different hardware?)")
+    manifest = manifest.model_copy(update={"shards": shards})
+    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1))
+    storage.remove(storage.join(url, "parts"))
+    return manifest
 
 
 @contextmanager
@@ -379,7 +431,7 @@ class _Encoder:
             total=total,
             squares=squares,
         )
-        text = part.sealed()
+        text = part.model_dump_json()
         storage.write_text(storage.join(self.url, "parts", f"{shard_name(number)}.json"), text)
         return text
 

@@ -23,6 +23,7 @@ from diffit_train.data.shards import (
     INPUTS,
     MANIFEST,
     MANIFEST_SCHEMA,
+    RECIPE,
     REJECTED,
     Manifest,
     ShardEntry,
@@ -44,7 +45,7 @@ REPAIR = "repair"
 RETRY = "retry-rejected"
 
 
-class Plan(storage.SealedRecord):
+class Plan(storage.Record):
     """parts/plan.json: recipe, input and order of the encoding.
 
     `appended_to` images came before it. `order` is as in the manifest's `orders`.
@@ -63,7 +64,7 @@ class Rejected(storage.Record):
     reason: str
 
 
-class EncodedPart(storage.SealedRecord):
+class EncodedPart(storage.Record):
     """A finished shard; `entry` is None if none of its images could be read.
 
     `total` and `squares` are per-channel sums over the scaled, sampled latents.
@@ -187,7 +188,7 @@ def read_plan(url: str) -> Plan | None:
 
 def write_plan(url: str, plan: Plan) -> None:
     """Store the plan that the following parts belong to; idempotent."""
-    storage.write_text(storage.join(url, "parts", PLAN), plan.sealed())
+    storage.write_text(storage.join(url, "parts", PLAN), plan.model_dump_json(indent=1))
 
 
 def read_encoded_parts(url: str) -> dict[int, EncodedPart]:
@@ -300,9 +301,39 @@ def read_inputs(url: str) -> list[tuple[str, int]]:
         return inputs
     except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
         raise DiffitError(
-            f"{name} is missing or damaged ({error}); latents cannot be appended or repaired "
-            "without it; the shards themselves are intact"
+            f"{name} is missing or damaged ({error}); delete it, and run `diffit encode` again"
         ) from error
+
+
+def restore_inputs(url: str, manifest: Manifest, listing: ImageList) -> None:
+    """Write the list of encoded images again.
+
+    Raises:
+        UserError: the source does not list what was encoded.
+    """
+    inputs = [(item.name, item.label) for item in listing.items]
+    if storage.digest(inputs) != manifest.input_sha256:
+        raise UserError(
+            f"{url}/{INPUTS} is missing, and {listing.url} does not list what was encoded; the "
+            "shards can be trained on, but re-encode under another data.name to append to them"
+        )
+    _write_inputs(url, inputs)
+
+
+def encoded_items(url: str, listing: ImageList) -> ImageList:
+    """The listing of what was encoded, in key order.
+
+    Raises:
+        UserError: encoded images were removed or relabeled.
+    """
+    here, inputs = {item.name: item for item in listing.items}, read_inputs(url)
+    gone = [name for name, label in inputs if name not in here or here[name].label != label]
+    if gone:
+        raise UserError(
+            f"{len(gone):,} encoded images were removed from {listing.url} or relabeled, such as "
+            f"{gone[0]}; restore them, or re-encode under another data.name"
+        )
+    return replace(listing, items=[here[name] for name, _ in inputs])
 
 
 def _write_inputs(url: str, inputs: list[tuple[str, int]]) -> None:
@@ -370,8 +401,8 @@ def commit_manifest(
     )
     storage.write_text(storage.join(url, REJECTED), lines)
     _write_inputs(url, inputs)
-    storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
-    storage.write_text(storage.join(url, MANIFEST), manifest.sealed())
+    storage.write_text(storage.join(url, RECIPE), stored_text(recipe))
+    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1))
     storage.remove(storage.join(url, "parts"))
     if rejected:
         name = storage.display_path(storage.join(url, REJECTED))

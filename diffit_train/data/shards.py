@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe
+from diffit_train.config import Recipe, load_recipe_text
 from diffit_train.errors import DataError, DiffitError, UserError
 
 MANIFEST_SCHEMA = 1
@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 # Names and labels of all input images in key order, one JSON pair per line.
 INPUTS = "inputs.jsonl.gz"
 REJECTED = "rejected.jsonl"
+RECIPE = "recipe.yaml"
 
 
 class ShardEntry(storage.Record):
@@ -48,7 +49,7 @@ class Totals(storage.Record):
     rejected: int
 
 
-class Manifest(storage.SealedRecord):
+class Manifest(storage.Record):
     """Contents and provenance of the shards.
 
     `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of
@@ -128,20 +129,44 @@ def finished_manifest(recipe: Recipe) -> Manifest | None:
 
     Raises:
         UserError: the folder holds the latents of another recipe.
-        DiffitError: a shard is missing.
     """
     url = latents_url(recipe)
     if not storage.exists(storage.join(url, MANIFEST)):
         return None
     manifest = load_manifest(url)
     require_recipe(recipe, manifest.recipe_hash)
-    sizes = {shard.name: shard.bytes for shard in manifest.shards}
-    missing = sorted(set(sizes) - set(storage.list_names(url)))
-    if missing:
-        raise DiffitError(
-            f"{url} is missing {missing[0]}; run `diffit verify latents {url} --repair`"
-        )
     return manifest
+
+
+def missing_files(url: str, manifest: Manifest) -> list[str]:
+    """Names of files of finished latents that were removed; `diffit encode` writes them again."""
+    names = {RECIPE, INPUTS, *(shard.name for shard in manifest.shards)}
+    return sorted(names - set(storage.list_names(url)))
+
+
+def recipe_of(url: str) -> Recipe:
+    """The recipe stored in a folder ROOT/latents/NAME; its root and `data.name` are these.
+
+    Raises:
+        UserError: it is missing or damaged, or the folder is not in a project.
+    """
+    if not storage.parent(url).endswith("/latents"):
+        raise UserError(
+            f"{url} is not in ROOT/latents/, so its images and autoencoder cannot be located; move "
+            "it there"
+        )
+    name, fix = storage.join(url, RECIPE), "delete it, and run `diffit encode` again"
+    try:
+        text = storage.read_bytes(name).decode()
+        recipe = load_recipe_text(text, name, root=storage.parent(url, 2))
+    except FileNotFoundError as error:
+        raise UserError(f"{name} is missing; run `diffit encode` again") from error
+    except (UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{name} is damaged: {error}; {fix}") from error
+    if recipe.encode_hash() != load_manifest(url).recipe_hash:
+        raise UserError(f"{name} is damaged: its hash is not that of {MANIFEST}; {fix}")
+    data = recipe.data.model_copy(update={"name": url.rstrip("/").rsplit("/", 1)[-1]})
+    return recipe.model_copy(update={"data": data})
 
 
 def require_recipe(recipe: Recipe, recipe_hash: str) -> None:
@@ -262,7 +287,7 @@ def parse_shard(name: str, entry: ShardEntry, data: bytes) -> Shard:
 
 # Bytes of a tar's headers, and of what its members are padded to a multiple of.
 BLOCK = 512
-_FIX = "run `diffit verify latents FOLDER --repair` to re-encode it"
+_FIX = "run `diffit verify FOLDER --remove`, then `diffit encode` again"
 
 
 def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[str, int]]:

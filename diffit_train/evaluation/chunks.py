@@ -1,12 +1,12 @@
 """The chunks that an evaluation is generated, stored and read in; and samples.npz from them.
 
-A chunk is a range of whole batches, named by its first image and the one after its last. Its images
-are committed before their measurements, so a chunk with measurements is complete. The ranges may
-change between runs: existing chunks are kept, the rest is generated.
+A chunk is a range of whole batches, named by its first image and the one after its last. The ranges
+may change between runs: existing chunks are kept, the rest is generated.
 
-    chunk-FIRST-STOP.safetensors   measurements, one row per image
     images-FIRST-STOP.npy          all images, if they are kept
     grid-FIRST-STOP.npy            else those of the grid, if the chunk has any
+    chunk-FIRST-STOP.safetensors   measurements, one row per image
+    chunk-FIRST-STOP.json          the record that commits them
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.stored_arrays import (
-    DamagedArrays,
-    read_arrays,
+from diffit_train.evaluation.committed import (
+    Committed,
+    commit,
+    images_bytes,
+    read_committed,
     read_images,
-    write_arrays,
-    write_images,
+    read_record,
+    write_record,
 )
 
 # Measured arrays: labels and features always, the others if the feature network provides them.
@@ -35,7 +38,7 @@ FEATURES = "features"
 SPATIAL = "spatial"
 LOGITS = "logits"
 PREDICTIONS = "seen"
-_CHUNK_NAME = re.compile(r"chunk-(\d{7})-(\d{7})\.safetensors")
+_CHUNK_NAME = re.compile(r"chunk-(\d{7})-(\d{7})\.json")
 
 
 class Range(NamedTuple):
@@ -77,7 +80,7 @@ class Layout:
             if part.first < covered:
                 raise DiffitError(
                     f"images {part.first} to {covered - 1} are in two chunks; delete "
-                    f"{chunk_name(part)}"
+                    f"{record_name(part)}"
                 )
             found += self._cut(covered, part.first)
             covered = part.stop
@@ -87,6 +90,11 @@ class Layout:
         size = self.batch_size * self.batches
         for start in range(first, stop, size):
             yield Range(start, min(start + size, stop))
+
+
+def record_name(part: Range) -> str:
+    """File of a chunk's record."""
+    return f"chunk-{part.first:07d}-{part.stop:07d}.json"
 
 
 def chunk_name(part: Range) -> str:
@@ -133,11 +141,14 @@ def write_chunk(
         measured: arrays with one row per image.
         kept: rows of `pixels` to keep; None for all.
     """
+    files = {}
     if kept is None:
-        write_images(storage.join(url, images_name(part)), pixels)
+        files[images_name(part)] = images_bytes(pixels)
     elif len(kept):
-        write_images(storage.join(url, grid_name(part)), pixels[list(kept)])
-    write_arrays(storage.join(url, chunk_name(part)), measured, {"key": key})
+        files[grid_name(part)] = images_bytes(pixels[list(kept)])
+    rows = {name: np.ascontiguousarray(values) for name, values in measured.items()}
+    files[chunk_name(part)] = save(rows)
+    commit(storage.join(url, record_name(part)), files, {"key": key})
 
 
 def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
@@ -146,19 +157,11 @@ def read_chunk(url: str, part: Range, key: str) -> dict[str, np.ndarray]:
     Raises:
         DiffitError: they are damaged, or belong to another evaluation.
     """
-    name = storage.join(url, chunk_name(part))
-    try:
-        rows, metadata = read_arrays(name)
-    except (FileNotFoundError, DamagedArrays) as error:
-        raise DiffitError(f"{name} is damaged ({error}); delete it and evaluate again") from error
-    if metadata != {"key": key}:
+    record = _record(url, part)
+    if record.about != {"key": key}:
+        name = storage.join(url, record_name(part))
         raise DiffitError(f"{name} belongs to another evaluation; delete it and evaluate again")
-    for tensor, values in rows.items():
-        if values.ndim == 0 or len(values) != part.size:
-            raise DiffitError(
-                f"{name} holds {tensor} of shape {values.shape}, not {part.size} rows; delete it "
-                "and evaluate again"
-            )
+    rows: dict[str, np.ndarray] = load(read_committed(storage.join(url, chunk_name(part)), record))
     return rows
 
 
@@ -168,7 +171,7 @@ def read_chunk_images(url: str, part: Range) -> np.ndarray:
     Raises:
         DiffitError: they are damaged.
     """
-    return _read_images(url, images_name(part), part, part.size)
+    return read_images(storage.join(url, images_name(part)), _record(url, part))
 
 
 def read_grid_images(url: str, part: Range, rows: Sequence[int]) -> np.ndarray:
@@ -180,41 +183,42 @@ def read_grid_images(url: str, part: Range, rows: Sequence[int]) -> np.ndarray:
     Raises:
         DiffitError: they are damaged.
     """
-    if storage.exists(storage.join(url, grid_name(part))):
-        return _read_images(url, grid_name(part), part, len(rows))
+    record = _record(url, part)
+    if grid_name(part) in record.files:
+        return read_images(storage.join(url, grid_name(part)), record)
     return np.asarray(read_chunk_images(url, part)[list(rows)])
 
 
 def keep_only(url: str, part: Range, rows: Sequence[int]) -> None:
     """Remove a chunk's images, except for those in some rows."""
-    images = storage.join(url, images_name(part))
-    if not storage.exists(images):
+    record = _record(url, part)
+    files = dict(record.files)
+    if images_name(part) not in files:
         return
     if len(rows):
-        write_images(storage.join(url, grid_name(part)), read_chunk_images(url, part)[list(rows)])
-    storage.remove(images)
+        grid = images_bytes(read_chunk_images(url, part)[list(rows)])
+        storage.write_bytes(storage.join(url, grid_name(part)), grid)
+        files[grid_name(part)] = storage.sha256_bytes(grid)
+    del files[images_name(part)]
+    record = Committed(files=files, about=record.about)
+    write_record(storage.join(url, record_name(part)), record)
+    storage.remove(storage.join(url, images_name(part)))
 
 
-def _read_images(url: str, file: str, part: Range, count: int) -> np.ndarray:
-    name = storage.join(url, file)
-    try:
-        pixels = read_images(name)
-    except (FileNotFoundError, DamagedArrays) as error:
-        raise DiffitError(
-            f"{name} is damaged ({error}); delete it and {chunk_name(part)}, and evaluate again"
-        ) from error
-    if len(pixels) != count:
-        raise DiffitError(
-            f"{name} holds {len(pixels)} images, not {count}; delete it and {chunk_name(part)}, "
-            "and evaluate again"
-        )
-    return pixels
+def remove_chunk(url: str, part: Range) -> None:
+    """Remove a chunk, its record first."""
+    for name in (record_name(part), chunk_name(part), images_name(part), grid_name(part)):
+        storage.remove(storage.join(url, name))
 
 
-def write_samples(url: str, target: str, samples: int, labels: list[np.ndarray]) -> None:
+def _record(url: str, part: Range) -> Committed:
+    return read_record(storage.join(url, record_name(part)))
+
+
+def write_samples(url: str, target: str, samples: int, labels: list[np.ndarray]) -> str:
     """Write a samples file in ADM's format: `arr_0`, uint8 (N, R, R, 3), and `arr_1`, the labels.
 
-    Holds one chunk in memory at a time.
+    Holds one chunk in memory at a time. Returns the file's SHA-256.
 
     Args:
         labels: labels of each chunk.
@@ -230,14 +234,13 @@ def write_samples(url: str, target: str, samples: int, labels: list[np.ndarray])
             "are generated again"
         )
     shape = (samples, *read_chunk_images(url, parts[0]).shape[1:])
-    with (
-        storage.atomic_file(target) as path,
-        zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-    ):
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in parts:
-                file.write(read_chunk_images(url, part).tobytes())
-        with archive.open("arr_1.npy", "w") as file:
-            np.save(file, np.concatenate(labels))
+    with storage.atomic_file(target) as path:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    file.write(read_chunk_images(url, part).tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.save(file, np.concatenate(labels))
+        return storage.sha256_file(path)

@@ -214,6 +214,6 @@ def _save_classifier(
         held_out_accuracy=accuracy,
         sha256=sha256,
     )
-    storage.write_text(storage.join(url, "features.json"), info.sealed())
+    storage.write_text(storage.join(url, "features.json"), info.model_dump_json(indent=1))
     storage.remove(storage.join(url, CLASSIFIER_STATE))
     return info

@@ -5,6 +5,7 @@ This does not import torch; the networks themselves are in `feature_networks`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 from pydantic import ValidationError
@@ -13,14 +14,13 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import FEATURES, PUBLISHED
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.first_use import require_as_before
 from diffit_train.redaction import redact
 
 # Published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-class FeaturesInfo(storage.SealedRecord):
+class FeaturesInfo(storage.Record):
     """features.json, the commit marker of a fitted feature network."""
 
     identity: str
@@ -84,7 +84,7 @@ def features_digest(recipe: Recipe) -> str:
     if section.plugged and url == PUBLISHED:
         return storage.digest([section.kind, section.options])
     sha256 = _file_digest(url)
-    require_as_before(recipe.storage.root, "evaluate.features.source", redact(url), sha256)
+    check_pinned_hash(recipe.storage.root, "evaluate.features.source", redact(url), sha256)
     if section.plugged:
         return storage.digest([section.kind, section.options, sha256])
     return sha256
@@ -96,3 +96,30 @@ def _file_digest(url: str) -> str:
         raise UserError(f"evaluate.features.source {url} does not exist")
     with storage.local_copy(url) as path:
         return storage.sha256_file(path)
+
+
+def check_pinned_hash(root: str, key: str, source: str, sha256: str, also: str = "") -> None:
+    """Pin weights at their first use under a root; compare them with the pin at each later one.
+
+    Without it, other weights under the same path would only show as other metrics.
+
+    Args:
+        key: of the recipe, for messages.
+        source: where the weights are, without credentials.
+        also: what else the pin is for, such as the precision.
+
+    Raises:
+        UserError: they are not those of their first use.
+    """
+    name = storage.digest([key, source, also])[:12]
+    url = storage.join(root, "references", "weights", f"{name}.json")
+    pin = {"source": source, "sha256": sha256}
+    if not storage.exists(url):
+        with contextlib.suppress(UserError):  # images can be sampled of a root that is read-only
+            storage.write_json(url, pin)
+    elif storage.read_json(url) != pin:
+        raise UserError(
+            f"{key} {source} holds other weights than at its first use under {root}: its hash is "
+            f"not that of {url}; restore them, or, if you replaced them on purpose, delete that "
+            "file: metrics before and after cannot be compared"
+        )

@@ -16,7 +16,7 @@ from diffit_train.diffusion.generation import ImageNoise, generate_latents, weig
 from diffit_train.diffusion.guidance import build_weight, saved_share
 from diffit_train.diffusion.objective import load_objective, visited_levels
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.first_use import require_as_before
+from diffit_train.evaluation.features import check_pinned_hash
 from diffit_train.models.build import build_model
 from diffit_train.models.precision import arithmetic
 from diffit_train.models.published import FIXED, check_published, read_weights_file
@@ -143,7 +143,7 @@ def load_decoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
     config = {name: loaded.model.config.get(name) for name in _AUTOENCODER_KEYS}
     identity = storage.digest([weights, loaded.scale, config])
     also = f"{loaded.dtype} {encoded}"
-    require_as_before(recipe.storage.root, "autoencoder.source", source, identity, also)
+    check_pinned_hash(recipe.storage.root, "autoencoder.source", source, identity, also)
     return loaded
 
 

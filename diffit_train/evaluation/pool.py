@@ -328,7 +328,7 @@ class EvaluationPool:
         assert digest is not None, "the reference was downloaded when the recipe was checked"
         identity = references.file_identity(self.recipe, digest)
         url = references.reference_url(self.recipe, identity)
-        if not storage.exists(url):
+        if not references.is_stored(url):
             ((_, found),) = self.actors.run(
                 [file], lambda actor, task: actor.npz_reference.remote(task), str
             )
@@ -339,7 +339,8 @@ class EvaluationPool:
         known = references.encoded_identity(self.recipe)
         if known is not None:
             url = references.reference_url(self.recipe, known)
-            if storage.exists(url):
+            if references.is_stored(url):
+                storage.remove(f"{url}.parts")  # of a killed command
                 return FoundReference(url, known, known)
         listing = list_images(self.recipe)
         identity = references.source_identity(self.recipe, listing.digest())
@@ -347,7 +348,7 @@ class EvaluationPool:
         url = references.reference_url(self.recipe, identity)
         parts = f"{url}.parts"
         tasks = list(references.part_tasks(self.recipe, listing))
-        while not storage.exists(url):
+        while not references.is_stored(url):
             self._measure(tasks, parts)
             try:
                 found = references.joined(
@@ -362,7 +363,7 @@ class EvaluationPool:
 
     def _measure(self, tasks: Sequence[PartTask], url: str) -> None:
         there = set(storage.list_names(url))
-        missing = [task for task in tasks if references.part_name(task) not in there]
+        missing = [task for task in tasks if f"{references.part_name(task)}.json" not in there]
 
         def call(actor: Any, task: PartTask) -> Any:
             return actor.reference_part.remote(task, storage.join(url, references.part_name(task)))

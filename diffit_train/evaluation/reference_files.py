@@ -1,7 +1,7 @@
 """Path and digest of a reference file. Published files are downloaded once, under the root.
 
-ROOT/references/NAME.npz is the file, NAME.npz.json its commit marker with the SHA-256 at download;
-each later use is verified against it.
+ROOT/references/NAME.npz is the file, NAME.npz.json its record with the SHA-256 at download; each
+later use is verified against it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,12 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import OWN
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import UserError
+from diffit_train.evaluation.committed import Committed, DamagedFile, find_record, write_record
 from diffit_train.evaluation.download import download, is_web
-
-
-class Downloaded(storage.SealedRecord):
-    """NAME.npz.json, the commit marker of a downloaded reference file."""
-
-    url: str
-    bytes: int
-    sha256: str
 
 
 def reference_file(recipe: Recipe) -> str | None:
@@ -56,8 +47,8 @@ def reference_identity(recipe: Recipe) -> str | None:
     if file is None:
         return OWN
     if is_web(recipe.evaluate.reference):
-        record = _read_marker(file)
-        return record.sha256 if record else None
+        record = find_record(f"{file}.json")
+        return _recorded(file, record) if record else None
     if not storage.exists(file):
         raise UserError(f"evaluate.reference {file} does not exist")
     return _sha256(file, storage.fingerprint(file))
@@ -70,17 +61,18 @@ def opened_reference(recipe: Recipe, file: str) -> Iterator[Path]:
     Raises:
         DiffitError: a downloaded one is damaged.
     """
-    record = _read_marker(file) if is_web(recipe.evaluate.reference) else None
+    record = find_record(f"{file}.json") if is_web(recipe.evaluate.reference) else None
     with storage.local_copy(file) as path:
         if record is not None:
-            found = storage.sha256_file(path) if path.is_file() else "missing"
-            if found != record.sha256:
-                raise DiffitError(
-                    f"{file} is damaged: its SHA-256 is {found}, but was {record.sha256} at "
-                    f"download; delete {_marker(file)} and rerun the same command to download it "
-                    "again"
-                )
+            if not path.is_file():
+                raise DamagedFile(file, "it is missing")
+            if storage.sha256_file(path) != _recorded(file, record):
+                raise DamagedFile(file, "it differs from its recorded sha256")
         yield path
+
+
+def _recorded(file: str, record: Committed) -> str:
+    return record.files.get(file.rsplit("/", 1)[-1], "")
 
 
 def fetch_reference(recipe: Recipe) -> None:
@@ -90,16 +82,14 @@ def fetch_reference(recipe: Recipe) -> None:
         UserError: it cannot be downloaded; says what to do instead.
     """
     file, url = reference_file(recipe), recipe.evaluate.reference
-    if file is None or not is_web(url) or _read_marker(file) is not None:
+    if file is None or not is_web(url) or find_record(f"{file}.json") is not None:
         return
     try:
         with storage.atomic_file(file) as path:
             download(url, path, "reference file")
             if not zipfile.is_zipfile(path):
                 raise OSError(f"received {path.stat().st_size:,} bytes, not an .npz file")
-            record = Downloaded(
-                url=_redacted_url(url), bytes=path.stat().st_size, sha256=storage.sha256_file(path)
-            )
+            sha256 = storage.sha256_file(path)
     except (OSError, HTTPException) as error:
         raise UserError(
             f"cannot download evaluate.reference {_redacted_url(url)} ({error}); try again, or "
@@ -108,7 +98,8 @@ def fetch_reference(recipe: Recipe) -> None:
             f"set evaluate.reference={OWN} to compare with statistics of data.source, which is not "
             "comparable with published results"
         ) from error
-    storage.write_text(_marker(file), record.sealed())
+    record = Committed(files={file.rsplit("/", 1)[-1]: sha256}, about={"url": _redacted_url(url)})
+    write_record(f"{file}.json", record)
 
 
 def _kept_at(recipe: Recipe) -> str:
@@ -119,26 +110,10 @@ def _kept_at(recipe: Recipe) -> str:
     return storage.join(recipe.storage.root, "references", kept)
 
 
-def _marker(file: str) -> str:
-    return f"{file}.json"
-
-
 def _redacted_url(url: str) -> str:
     """A URL without credentials."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], query="").geturl()
-
-
-def _read_marker(file: str) -> Downloaded | None:
-    try:
-        return Downloaded.model_validate_json(storage.read_bytes(_marker(file)))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise DiffitError(
-            f"{_marker(file)} is damaged; delete it and rerun the same command to download the "
-            "reference again"
-        ) from error
 
 
 @functools.cache

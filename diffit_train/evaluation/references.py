@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
+from safetensors.numpy import load, save
 
 from diffit_train import storage
 from diffit_train.config import Recipe
@@ -25,6 +26,7 @@ from diffit_train.data.shards import MANIFEST, Manifest, latents_url, load_manif
 from diffit_train.data.sources import IMAGE_COLUMN, ImageList, Item, Source
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
+from diffit_train.evaluation.committed import commit, read_committed, read_record
 from diffit_train.evaluation.feature_networks import FeatureNetwork
 from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.metrics import FeatureStats
@@ -33,7 +35,6 @@ from diffit_train.evaluation.reference_files import (
     opened_reference,
     reference_file,
 )
-from diffit_train.evaluation.stored_arrays import DamagedArrays, read_arrays, write_arrays
 from diffit_train.progress import Progress, say
 
 # Maximum number of parts of a source, and minimum number of images per part: the sums of 2048
@@ -95,7 +96,7 @@ class FoundReference(NamedTuple):
         return read_reference(self.url, self.identity)
 
 
-class KnownListing(storage.SealedRecord):
+class KnownListing(storage.Record):
     """references/listings/INPUT.json: the digest of the source that latents were encoded from.
 
     With it, nobody has to list a million images to name their reference.
@@ -175,7 +176,7 @@ def remember_listing(recipe: Recipe, listing: ImageList) -> None:
         source=_source_name(recipe),
         listing_sha256=listing.digest(),
     )
-    storage.write_text(_listing_url(recipe, manifest), known.sealed())
+    storage.write_text(_listing_url(recipe, manifest), known.model_dump_json())
 
 
 def _lists_what_was_encoded(recipe: Recipe, manifest: Manifest, listing: ImageList) -> bool:
@@ -281,23 +282,17 @@ def write_part(target: str, part: ReferencePart | None) -> None:
         for name, sums in (("pool", part.pool), ("spatial", part.spatial)):
             if sums is not None:
                 tensors |= {f"{name}_total": sums.total, f"{name}_outer": sums.outer}
-    write_arrays(target, tensors, {"count": str(part.pool.count if part else 0)})
+    _commit(target, tensors, {"count": str(part.pool.count if part else 0)})
 
 
 def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[ReferencePart]:
     """The parts of all tasks, in order; FileNotFoundError if one is missing."""
     for task in tasks:
         file = storage.join(url, part_name(task))
-        if not storage.exists(file):
+        if not is_stored(file):
             raise FileNotFoundError(file)
-        try:
-            rows, metadata = read_arrays(file)
-            count = int(metadata["count"])
-        except (DamagedArrays, KeyError, ValueError) as error:
-            raise DiffitError(
-                f"{file} is damaged ({error}); delete it and rerun the same command"
-            ) from error
-        if count:
+        rows, about = _read(file)
+        if count := int(about["count"]):
             sums = {
                 key: FeatureStats(count, rows[f"{key}_total"], rows[f"{key}_outer"])
                 for key in ("pool", "spatial")
@@ -516,24 +511,35 @@ def write_reference(url: str, identity: str, reference: Reference) -> None:
         tensors["spatial_covariance"] = reference.spatial.covariance
     if reference.features is not None:
         tensors["features"] = reference.features
-    write_arrays(url, tensors, {"identity": identity, "count": str(reference.count or "")})
+    _commit(url, tensors, {"identity": identity, "count": str(reference.count or "")})
 
 
-def read_reference(url: str, identity: str | None) -> Reference:
-    """Read a stored reference; with None, whichever it is.
+def read_reference(url: str, identity: str) -> Reference:
+    """Read a stored reference.
 
     Raises:
         DiffitError: it is damaged, or has another identity.
     """
-    try:
-        rows, metadata = read_arrays(url)
-        theirs, count = metadata["identity"], int(metadata["count"] or 0) or None
-        pool = Statistics(rows["mean"], rows["covariance"])
-        spatial = None
-        if "spatial_mean" in rows:
-            spatial = Statistics(rows["spatial_mean"], rows["spatial_covariance"])
-    except (DamagedArrays, KeyError, ValueError) as error:
-        raise DiffitError(f"{url} is damaged ({error}); delete it and evaluate again") from error
-    if identity is not None and theirs != identity:
+    rows, about = _read(url)
+    if about["identity"] != identity:
         raise DiffitError(f"{url} is for other images; delete it and evaluate again")
-    return Reference(pool, spatial, rows.get("features"), count)
+    spatial = None
+    if "spatial_mean" in rows:
+        spatial = Statistics(rows["spatial_mean"], rows["spatial_covariance"])
+    pool = Statistics(rows["mean"], rows["covariance"])
+    return Reference(pool, spatial, rows.get("features"), int(about["count"] or 0) or None)
+
+
+def is_stored(url: str) -> bool:
+    """Whether a reference, or a part of one, is complete."""
+    return storage.exists(f"{url}.json")
+
+
+def _commit(url: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+    rows = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    commit(f"{url}.json", {url.rsplit("/", 1)[-1]: save(rows)}, about)
+
+
+def _read(url: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    record = read_record(f"{url}.json")
+    return load(read_committed(url, record)), record.about

@@ -17,9 +17,10 @@ from diffit_train.runs.identity import run_url
 
 RESULT = "result.json"
 GRID = "grid.png"
+SAMPLES = "samples.npz"
 
 
-class Result(storage.SealedRecord):
+class Result(storage.Record):
     """result.json, the commit marker of an evaluation.
 
     `metrics` has `fid`, `sfid`, `inception_score` and `kid` for the published Inception, else
@@ -30,7 +31,7 @@ class Result(storage.SealedRecord):
     the images of the evaluation before were complete; null if no actor was needed.
     `keep_images` is evaluate.keep_images. `reference_digest` identifies the reference: the SHA-256
     of a reference file, else a hash of images and features. `features_digest` is that of the
-    feature network's weights.
+    feature network's weights. `files` holds the SHA-256 of the grid, and of samples.npz if there.
     """
 
     run: str
@@ -48,6 +49,7 @@ class Result(storage.SealedRecord):
     features_digest: str
     recipe_hash: str
     mlflow_run_id: str
+    files: dict[str, str]
 
     def same_protocol(self, other: Result) -> bool:
         """Whether both measured the same run in the same way, so that their metrics rank steps."""
@@ -89,7 +91,7 @@ def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
 def write_result(url: str, result: Result) -> None:
     """Commit the result of the evaluation in a folder, with its grid's name there."""
     stored = result.model_copy(update={"grid": GRID})
-    storage.write_text(storage.join(url, RESULT), stored.sealed())
+    storage.write_text(storage.join(url, RESULT), stored.model_dump_json(indent=1))
 
 
 def read_result(url: str) -> Result:

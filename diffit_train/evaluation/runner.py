@@ -28,11 +28,13 @@ from diffit_train.evaluation.pool import EvaluationPool, Generation, Usage
 from diffit_train.evaluation.references import FoundReference, Reference
 from diffit_train.evaluation.result import (
     GRID,
+    SAMPLES,
     Result,
     evaluated_identity,
     evaluation_key,
     evaluation_url,
     finished_result,
+    read_result,
     write_result,
 )
 from diffit_train.evaluation.scoring import Scorer, grid_rows, read_grid
@@ -204,7 +206,7 @@ def _usable_chunks(url: str, keep_all: bool) -> list[Range]:
             f"{len(there) - len(whole)}; generating them again"
         )
     for part in set(there) - set(whole):
-        storage.remove(storage.join(url, chunks.chunk_name(part)))
+        chunks.remove_chunk(url, part)
     return whole
 
 
@@ -262,8 +264,7 @@ def _finish(
     title = f"{run}, step {step:,}\n{numbers}"
     names = class_names(recipe) if recipe.model.conditional else None
     draw_grid(read_grid(recipe, url), names, title, grid)
-    if request.npz:
-        write_npz(recipe, url)
+    grid_sha256 = storage.sha256_bytes(storage.read_bytes(grid))
     cost = nfe_per_image(recipe)
     try:
         child = _track(request, state, target.key, metrics, cost, grid, reference)
@@ -288,8 +289,11 @@ def _finish(
         features_digest=features_digest(recipe),
         recipe_hash=recipe.train_hash(),
         mlflow_run_id=child,
+        files={GRID: grid_sha256},
     )
     write_result(url, result)
+    if request.npz:
+        write_npz(recipe, url)
     if usage.idle_share is not None:
         say(
             f"step {step:,}: the actors were idle for {usage.idle_share:.1%} of their "
@@ -299,17 +303,18 @@ def _finish(
 
 
 def write_npz(recipe: Recipe, url: str) -> str:
-    """Write an evaluation's images as samples.npz in ADM's format, unless it exists; its URL.
+    """Write a finished evaluation's images as samples.npz in ADM's format, once; its URL.
 
     Raises:
         UserError: its images were not kept.
     """
-    target = storage.join(url, "samples.npz")
-    if not storage.exists(target):
-        key = url.rstrip("/").rsplit("/", 1)[-1]
+    target, result = storage.join(url, SAMPLES), read_result(url)
+    if SAMPLES not in result.files:
         parts = chunks.committed_chunks(url)
-        labels = [chunks.read_chunk(url, part, key)[LABELS] for part in parts]
-        chunks.write_samples(url, target, recipe.evaluate.samples, labels)
+        labels = [chunks.read_chunk(url, part, result.key)[LABELS] for part in parts]
+        sha256 = chunks.write_samples(url, target, recipe.evaluate.samples, labels)
+        files = {**result.files, SAMPLES: sha256}
+        write_result(url, result.model_copy(update={"files": files}))
         if recipe.evaluate.keep_images == "grid":
             for part in parts:
                 chunks.keep_only(url, part, grid_rows(recipe, part))

@@ -44,7 +44,7 @@ class Member(storage.Record):
         return with_overrides(recipe, overrides, "the sweep's recipe")
 
 
-class Sweep(storage.SealedRecord):
+class Sweep(storage.Record):
     """sweep.json: the definition of a sweep."""
 
     schema_version: Literal[1] = 1
@@ -191,7 +191,7 @@ def open_sweep(sweep: Sweep, root: str) -> None:
                 f"{len(existing.members)} evaluations; choose another name with --name"
             )
     storage.remove(storage.join(url, CANCELLED))
-    storage.write_text(definition, sweep.sealed())
+    storage.write_text(definition, sweep.model_dump_json(indent=1))
 
 
 def read_sweep(url: str) -> Sweep:

@@ -37,7 +37,7 @@ from diffit_train.export.code import (
     running,
 )
 from diffit_train.models.build import build_model, network_shape
-from diffit_train.models.published import require_finite
+from diffit_train.models.published import CHECKSUM, require_finite, tensors_checksum
 from diffit_train.runs.checkpoints import read_weights
 from diffit_train.runs.identity import run_url
 from diffit_train.runs.import_export import export_metadata
@@ -127,7 +127,9 @@ def _write_transformer(recipe: Recipe, weights: dict[str, Tensor], folder: Path)
     folder.mkdir()
     tensors = {f"network.{n}": v.detach().contiguous() for n, v in model.state_dict().items()}
     file = folder / "diffusion_pytorch_model.safetensors"
-    save_file(tensors, str(file), metadata={"format": "pt"})
+    metadata = {"format": "pt"}
+    metadata[CHECKSUM] = tensors_checksum(tensors, metadata)
+    save_file(tensors, str(file), metadata=metadata)
     plugged = recipe.model.plugged
     shape: Any = network_shape(recipe) if plugged else model.shape
     config = {"sizes": asdict(shape), "options": recipe.model.options or None}

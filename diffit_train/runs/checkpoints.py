@@ -2,31 +2,32 @@
 
     runs/RUN/checkpoints/step-0000001000/
         KIND/rank-00000-of-00002.safetensors   1-D float32 pieces named by parameter
-        index.json     files with size and hashes, and where the pieces of every parameter lie
+        index.json     where the pieces of every parameter lie, and the sha256 of each
         state.json     step, images seen, recipe hash, MLflow run
         commit.json    sha256 of the two above; written last
 
 KIND is a state name. A piece is a slice of a flattened parameter, so a checkpoint can be read at
-any world size. Only the blocks of 16 MiB that hold what is wanted are read, and each is verified.
+any world size. A reader of a part reads and verifies the pieces that hold some of it, and no other.
 Training writes it, evaluation reads it; neither imports the other. No pickle.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.runs.blocks import DamagedFile, FileEntry, Range, hash_blocks, read_ranges, verify
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 CHECKPOINT_SCHEMA = 1
 STEP_DIGITS = 10
+# Neighboring pieces of a file are read together, up to this size: one request to an object store.
+READ_BYTES = 16 * 2**20
+# Requests in flight per reader; each holds that much in memory.
+READERS = 8
 # What a piece holds: one of STATES, or the name of an EMA.
 StateName = str
 STATES: tuple[StateName, ...] = ("master", "exp_avg", "exp_avg_sq")
@@ -54,12 +59,14 @@ class Piece(storage.Record):
     Attributes:
         file: name of the file in the folder of each kind.
         start: byte of the file at which they begin.
+        sha256: of their bytes, by kind.
     """
 
     file: str
     offset: int
     length: int
     start: int
+    sha256: dict[StateName, str] = Field(default_factory=dict)
 
 
 class Parameter(storage.Record):
@@ -74,15 +81,10 @@ class Index(storage.Record):
 
     schema_version: int
     kinds: tuple[StateName, ...]
-    files: dict[str, FileEntry]
     parameters: dict[str, Parameter]
 
-    def file(self, kind: StateName, piece: Piece) -> str:
-        """The file that holds a kind of a piece."""
-        return f"{kind}/{piece.file}"
 
-
-class LogMark(storage.SealedRecord):
+class LogMark(storage.Record):
     """The number of records of log.jsonl up to the checkpoint, and the SHA-256 of their lines."""
 
     records: int
@@ -207,13 +209,18 @@ def damage(run_url: str, step: int) -> str | None:
     """
     try:
         read_state(run_url, step)
-        index, url = read_index(run_url, step), checkpoint_url(run_url, step)
-        try:
-            verify(url, index.files)
-        except DamagedFile as error:
-            raise DamagedCheckpoint(url, str(error)) from error
+        index = read_index(run_url, step)
+        _read_pieces(
+            checkpoint_url(run_url, step),
+            [
+                _Wanted(kind, piece)
+                for parameter in index.parameters.values()
+                for piece in parameter.pieces
+                for kind in index.kinds
+            ],
+        )
     except DamagedCheckpoint as error:
-        return str(error)
+        return error.what
     return None
 
 
@@ -297,7 +304,7 @@ def fill_slices(
             f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
             + ("" if "master" in index.kinds else ": its weights were imported")
         )
-    ranges: dict[str, list[Range]] = defaultdict(list)
+    pieces: dict[tuple[StateName, str, int], _Wanted] = {}
     for part, targets in wanted:
         if part.name not in index.parameters:
             raise DiffitError(f"{url} has no parameter {part.name!r}: it holds a different model")
@@ -306,14 +313,11 @@ def fill_slices(
             if length <= 0:
                 continue
             for kind in kinds:
-                first = piece.start + 4 * (start - piece.offset)
                 target = targets[kind][start - part.offset :][:length]
-                taken = Range(first, first + 4 * length, _copier(target))
-                ranges[index.file(kind, piece)].append(taken)
-    try:
-        read_ranges(url, index.files, ranges)
-    except DamagedFile as error:
-        raise DamagedCheckpoint(url, str(error)) from error
+                key = (kind, piece.file, piece.start)
+                found = pieces.setdefault(key, _Wanted(kind, piece))
+                found.targets.append((start - piece.offset, target))
+    _read_pieces(url, list(pieces.values()))
 
 
 def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:
@@ -321,16 +325,72 @@ def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:
     return start, min(part.offset + part.length, piece.offset + piece.length) - start
 
 
-def _copier(target: Tensor) -> Callable[[int, bytes], None]:
-    """Copies float32 bytes from an offset, in bytes, into a 1-D tensor."""
+@dataclass(frozen=True)
+class _Wanted:
+    """A kind of a piece to read, and 1-D tensors to fill from an element of it on."""
+
+    kind: StateName
+    piece: Piece
+    targets: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    @property
+    def file(self) -> str:
+        """Its file, relative to the checkpoint."""
+        return f"{self.kind}/{self.piece.file}"
+
+    @property
+    def stop(self) -> int:
+        """The byte of the file behind it."""
+        return self.piece.start + 4 * self.piece.length
+
+
+def _read_pieces(url: str, wanted: Sequence[_Wanted]) -> None:
+    """Read pieces in threads, verify each, and fill its tensors; the first error is raised."""
+    rows = _rows([one for one in wanted if one.piece.length])
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for _ in pool.map(lambda row: _read_row(url, row), rows):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _rows(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
+    """Pieces that follow each other in a file, together up to `READ_BYTES`."""
+    row: list[_Wanted] = []
+    for one in sorted(wanted, key=lambda one: (one.file, one.piece.start)):
+        follows = row and (row[-1].file, row[-1].stop) == (one.file, one.piece.start)
+        if row and not (follows and one.stop - row[0].piece.start <= READ_BYTES):
+            yield row
+            row = []
+        row.append(one)
+    if row:
+        yield row
+
+
+def _read_row(url: str, row: Sequence[_Wanted]) -> None:
     import torch
 
-    def copy(offset: int, data: bytes) -> None:
-        values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    file, start = row[0].file, row[0].piece.start
+    try:
+        data = storage.read_range(storage.join(url, file), start, row[-1].stop)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(url, f"{file} is missing") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it ends before
+            raise
+        data = b""
+    for one in row:
+        part = data[one.piece.start - start : one.stop - start]
+        if storage.sha256_bytes(part) != one.piece.sha256.get(one.kind):
+            raise DamagedCheckpoint(url, f"{file} differs from its recorded sha256")
+        if not one.targets:
+            continue
+        values = torch.frombuffer(bytearray(part), dtype=torch.float32)
         with torch.no_grad():  # this mode belongs to the thread
-            target[offset // 4 :][: len(values)].copy_(values)
-
-    return copy
+            for offset, target in one.targets:
+                target.copy_(values[offset : offset + len(target)])
 
 
 def _commit(url: str) -> Commit:
@@ -390,6 +450,17 @@ def write_pieces(path: Path, slices: Iterable[OwnedSlice], kind: StateName) -> N
             values.contiguous().numpy().tofile(file)
 
 
+def hash_pieces(pieces: Mapping[str, Piece], files: Mapping[StateName, Path]) -> dict[str, Piece]:
+    """The pieces with the hashes of their bytes in a rank's files, one for each kind."""
+    hashes: dict[str, dict[StateName, str]] = {name: {} for name in pieces}
+    for kind, path in files.items():
+        with path.open("rb") as file:
+            for name, piece in pieces.items():
+                file.seek(piece.start)
+                hashes[name][kind] = storage.sha256_bytes(file.read(4 * piece.length))
+    return {name: p.model_copy(update={"sha256": hashes[name]}) for name, p in pieces.items()}
+
+
 def pieces_bytes(slices: Iterable[OwnedSlice]) -> int:
     """Size of a kind of a rank's slices, without the header."""
     return sum(4 * part.slice.length for part in slices)
@@ -412,14 +483,6 @@ def _header(slices: Sequence[OwnedSlice]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a rank wrote of a checkpoint: its files by name, and where its pieces lie in them."""
-
-    files: dict[str, FileEntry]
-    pieces: dict[str, Piece]
-
-
 def save_whole(
     values: dict[StateName, dict[str, Tensor]],
     shapes: dict[str, torch.Size],
@@ -432,14 +495,14 @@ def save_whole(
         OwnedSlice(Slice(key, 0, shape.numel()), {k: v[key].reshape(-1) for k, v in values.items()})
         for key, shape in shapes.items()
     ]
-    files = {}
-    for kind in values:
-        file = f"{kind}/{name}"
-        with storage.atomic_file(storage.join(url, file), pieces_bytes(slices)) as path:
-            write_pieces(path, slices, kind)
-            files[file] = hash_blocks(path)
-    part = Part(files, place_pieces(slices, name))
-    commit_checkpoint(url, state, shapes, [part], tuple(values))
+    with ExitStack() as stack:
+        files: dict[StateName, Path] = {}
+        for kind in values:
+            file = storage.atomic_file(storage.join(url, kind, name), pieces_bytes(slices))
+            files[kind] = stack.enter_context(file)
+            write_pieces(files[kind], slices, kind)
+        pieces = hash_pieces(place_pieces(slices, name), files)
+    commit_checkpoint(url, state, shapes, [pieces], tuple(values))
 
 
 def remove_old(
@@ -462,22 +525,30 @@ def remove_old(
         storage.remove(url)
 
 
+def remove_unfinished(run_url: str) -> None:
+    """Remove the checkpoints and snapshots of a run that were never committed."""
+    for base in (run_url, storage.join(run_url, SNAPSHOTS)):
+        folder, committed = storage.join(base, "checkpoints"), map(step_name, committed_steps(base))
+        for name in set(storage.list_names(folder)).difference(committed):
+            storage.remove(storage.join(folder, name))
+    storage.remove_temporary(run_url)
+
+
 def commit_checkpoint(
     url: str,
     state: State,
     shapes: dict[str, torch.Size],
-    parts: Sequence[Part],
+    ranks: Sequence[Mapping[str, Piece]],
     kinds: tuple[StateName, ...],
 ) -> None:
-    """Write the index, the state and, last, the commit marker for the files the ranks wrote."""
+    """Write the index, the state and, last, the commit marker for the pieces the ranks wrote."""
     by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
-    for part in parts:
-        for name, piece in part.pieces.items():
+    for pieces in ranks:
+        for name, piece in pieces.items():
             by_name[name].append(piece)
     index = Index(
         schema_version=CHECKPOINT_SCHEMA,
         kinds=kinds,
-        files={name: entry for part in parts for name, entry in part.files.items()},
         parameters={
             name: Parameter(
                 shape=tuple(shapes[name]),

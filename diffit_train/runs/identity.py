@@ -21,7 +21,7 @@ NEWEST = "newest"
 IDENTITY = "run.json"
 
 
-class RunIdentity(storage.SealedRecord):
+class RunIdentity(storage.Record):
     """run.json; `uuid` distinguishes two successive runs of the same name.
 
     `latents` is the `samples_digest` of the latents it trains on, empty before training.
@@ -47,8 +47,8 @@ def read_identity(url: str) -> RunIdentity | None:
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise DiffitError(
-            f"{url}/run.json is damaged: {reason}; `diffit verify run {url} --repair` makes it "
-            "again from the newest checkpoint and MLflow"
+            f"{url}/run.json is damaged: {reason}; delete it and train the run again with its "
+            "recipe: training resumes, as another run in MLflow"
         ) from error
 
 
@@ -79,20 +79,20 @@ def stored_recipe(url: str) -> Recipe:
         UserError: it is missing, damaged, or not the one that the run was begun with.
     """
     name = storage.join(url, "recipe.yaml")
-    repair = f"`diffit verify run {url} --repair` makes it again from MLflow"
+    repair = "`diffit train` with the recipe of the run writes it again"
     try:
         text = storage.read_bytes(name).decode()
         recipe = load_recipe_text(text, name, root=storage.parent(url, 2))
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing; {repair}") from error
     except (UnicodeDecodeError, UserError) as error:
-        raise UserError(f"{name} is damaged: {error}; {repair}") from error
+        raise UserError(f"{name} is damaged: {error}; delete it; {repair}") from error
     try:
         identity = read_identity(url)
     except DiffitError:  # said where the identity is needed
         return recipe
     if identity is not None and identity.recipe_hash != recipe.train_hash():
-        raise UserError(f"{name} is damaged: its hash is not that of run.json; {repair}")
+        raise UserError(f"{name} is damaged: its hash is not that of run.json; delete it; {repair}")
     return recipe
 
 
@@ -129,13 +129,15 @@ def store_run(recipe: Recipe, identity: RunIdentity) -> RunIdentity:
 
 def write_identity(url: str, identity: RunIdentity) -> RunIdentity:
     """Store the identity of the run in a folder."""
-    storage.write_text(storage.join(url, IDENTITY), identity.sealed())
+    storage.write_text(storage.join(url, IDENTITY), identity.model_dump_json(indent=1))
     return identity
 
 
 def record_steps(recipe: Recipe, run: str) -> None:
     """Store the `train.steps` that an existing run is extended to in its recipe."""
     url = run_url(recipe, run)
+    if not storage.exists(storage.join(url, "recipe.yaml")):  # removed, as it was damaged
+        storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
     stored = stored_recipe(url)
     if stored.train.steps != recipe.train.steps:
         train = stored.train.model_copy(update={"steps": recipe.train.steps})

@@ -14,11 +14,9 @@ import torch.distributed as dist
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
-from diffit_train.runs.blocks import hash_blocks
 from diffit_train.runs.checkpoints import (
     STATES,
     DamagedCheckpoint,
-    Part,
     Piece,
     State,
     StateName,
@@ -26,6 +24,7 @@ from diffit_train.runs.checkpoints import (
     commit_checkpoint,
     committed_steps,
     fill_slices,
+    hash_pieces,
     piece_file,
     pieces_bytes,
     place_pieces,
@@ -118,13 +117,12 @@ class CheckpointWriter:
         pieces = place_pieces(owned, name)
         saving = _Saving(url, state, kinds, pieces, before_parts, before_commit, after_commit)
         stack, error = contextlib.ExitStack(), None
-        paths: dict[str, Path] = {}
+        paths: dict[StateName, Path] = {}
         try:
             for kind in kinds:
-                file = f"{kind}/{name}"
-                atomic = storage.atomic_file(storage.join(url, file), pieces_bytes(owned))
-                paths[file] = stack.enter_context(atomic)
-                write_pieces(paths[file], owned, kind)
+                atomic = storage.atomic_file(storage.join(url, kind, name), pieces_bytes(owned))
+                paths[kind] = stack.enter_context(atomic)
+                write_pieces(paths[kind], owned, kind)
         except Exception as problem:
             error = problem
         self._thread = threading.Thread(
@@ -178,11 +176,11 @@ class CheckpointWriter:
         self,
         saving: _Saving,
         stack: contextlib.ExitStack,
-        paths: dict[str, Path],
+        paths: dict[StateName, Path],
         error: Exception | None,
     ) -> None:
         """Hash, upload, agree, commit; runs in a thread on every rank."""
-        mine: Part | str
+        mine: dict[str, Piece] | str
         refused, final = self._refused(saving)
         try:
             with stack:
@@ -190,11 +188,8 @@ class CheckpointWriter:
                     raise DiffitError(refused)
                 if error is not None:
                     raise error
-                files = {}
-                for file, path in paths.items():
-                    self.doing(f"writing {file} of {saving.url}", True)
-                    files[file] = hash_blocks(path)
-                mine = Part(files, saving.pieces)
+                self.doing(f"writing {saving.url}", True)
+                mine = hash_pieces(saving.pieces, paths)
         except Exception as problem:
             mine = f"rank {self.rank}: {problem}"
         everyone: list[Any] = [None] * self.world

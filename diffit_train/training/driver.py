@@ -27,7 +27,13 @@ from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import Progress, say
 from diffit_train.redaction import first_line
 from diffit_train.runs import lease
-from diffit_train.runs.checkpoints import checkpoint_digest, committed_steps, read_index, read_state
+from diffit_train.runs.checkpoints import (
+    checkpoint_digest,
+    committed_steps,
+    read_index,
+    read_state,
+    remove_unfinished,
+)
 from diffit_train.runs.identity import (
     RunIdentity,
     check_latents,
@@ -104,6 +110,7 @@ def train(
         done = finished_step(recipe, run)  # by the command that was waited for
         if done is not None:
             return done
+        remove_unfinished(run_url(recipe, run))
         import_ahead()
         with ray_session.connected(address):
             ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)

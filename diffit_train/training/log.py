@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -24,8 +24,11 @@ from diffit_train.runs.identity import run_url
 
 PASSED_OVER = "passed-over.json"
 BAD_STEPS = "bad-steps.jsonl"
-# Mark of a log that was made again from MLflow, whose records have fewer fields.
-REBUILT = "log-rebuilt.json"
+# How to get the ranges back: training without them would be another one.
+WRITE_RANGES = (
+    f'writing {{"ranges": [[FIRST, LAST], …]}} to it: {BAD_STEPS} has the steps, and each row of '
+    "train.max_consecutive_bad_steps of them is a range"
+)
 
 
 def as_metrics(record: dict[str, Any]) -> dict[str, float]:
@@ -33,28 +36,12 @@ def as_metrics(record: dict[str, Any]) -> dict[str, float]:
     return {TRAINING[key]: value for key, value in record.items() if key in TRAINING}
 
 
-class DamagedRunFile(UserError):
-    """A file of a run does not hold what was written; the message says how to get it back."""
-
-    reason = ""
-
-    @classmethod
-    def of(cls, url: str, reason: str, source: str) -> Self:
-        """The error for a file that can be made again from `source`."""
-        run = url.rsplit("/", 1)[0]
-        error = cls(
-            f"{url} is damaged: {reason}; `diffit verify run {run} --repair` makes it again from "
-            f"{source}"
-        )
-        error.reason = reason
-        return error
-
-
 class TrainingLog:
     """log.jsonl: one record every `log_every` steps.
 
     The file is rewritten before each checkpoint, so the records up to a checkpoint's step belong
-    to that checkpoint; a resumed run drops any later ones.
+    to that checkpoint; a resumed run drops any later ones. If the file was removed, it begins with
+    the records after the checkpoint that training resumed from; MLflow has those before.
 
     Args:
         url: folder of the run.
@@ -62,7 +49,7 @@ class TrainingLog:
         mark: the checkpoint's mark of its records; None: not compared.
 
     Raises:
-        DamagedRunFile: it is not a log, or not the one that was written.
+        UserError: it is not a log, or not the one that was written.
     """
 
     def __init__(self, url: str, up_to_step: int, mark: LogMark | None = None) -> None:
@@ -70,26 +57,19 @@ class TrainingLog:
         self.records: list[dict[str, Any]] = []
         self._lines: list[str] = []  # so that a checkpoint does not serialize the whole log
         self._sha256 = hashlib.sha256()
-        for record in self._read():
+        removed = not storage.exists(self.url)
+        for record in () if removed else self._read():
             if record["step"] <= up_to_step:
                 self.append(record)
-        if mark is not None and self.mark() != mark and not self._is_rebuilt(url):
+            elif not self.records:
+                removed = True
+        if mark is not None and self.mark() != mark and not removed:
             raise self._damaged(
                 f"its {len(self.records)} records up to step {up_to_step:,} are not the "
                 f"{mark.records} of the checkpoint"
             )
 
-    @classmethod
-    def empty(cls, url: str) -> Self:
-        """A log without records, whatever the file holds."""
-        log = cls.__new__(cls)
-        log.url, log.records, log._lines = storage.join(url, "log.jsonl"), [], []
-        log._sha256 = hashlib.sha256()
-        return log
-
     def _read(self) -> Iterator[dict[str, Any]]:
-        if not storage.exists(self.url):
-            return
         before = -1
         try:
             text = storage.read_bytes(self.url).decode()
@@ -108,18 +88,11 @@ class TrainingLog:
             before = step
             yield record
 
-    def _damaged(self, reason: str) -> DamagedRunFile:
-        return DamagedRunFile.of(self.url, reason, "MLflow")
-
-    def _is_rebuilt(self, url: str) -> bool:
-        """Whether the records begin with those that were rebuilt."""
-        try:
-            data = storage.read_bytes(storage.join(url, REBUILT))
-            rebuilt = LogMark.model_validate_json(data)
-        except (FileNotFoundError, ValidationError):
-            return False
-        begun = "".join(self._lines[: rebuilt.records]).encode()
-        return storage.sha256_bytes(begun) == rebuilt.sha256
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(
+            f"{self.url} is damaged: {reason}; remove it, and training begins another one where "
+            "it resumes (MLflow has the records)"
+        )
 
     def mark(self) -> LogMark:
         """What a checkpoint keeps to recognize its records."""
@@ -136,7 +109,7 @@ class TrainingLog:
         return "".join(self._lines[:count])
 
 
-class _Ranges(storage.SealedRecord):
+class _Ranges(storage.Record):
     """passed-over.json."""
 
     ranges: tuple[tuple[int, int], ...]
@@ -153,7 +126,7 @@ class SkippedSteps:
         """The skipped steps of the run at `url`.
 
         Raises:
-            DamagedRunFile: the file is damaged; training without it would be another one.
+            UserError: the file is damaged; training without it would be another one.
         """
         name = storage.join(url, PASSED_OVER)
         if not storage.exists(name):
@@ -161,8 +134,9 @@ class SkippedSteps:
         try:
             return cls(_Ranges.model_validate_json(storage.read_bytes(name)).ranges)
         except ValidationError as error:
-            reason = str(error.errors()[0]["msg"])
-            raise DamagedRunFile.of(name, reason, BAD_STEPS) from error
+            raise UserError(
+                f"{name} is damaged: {error.errors()[0]['msg']}; get it back by {WRITE_RANGES}"
+            ) from error
 
     def __contains__(self, step: int) -> bool:
         return any(first <= step <= last for first, last in self.ranges)
@@ -173,14 +147,15 @@ class SkippedSteps:
 
     def write(self, url: str) -> None:
         """Replace the file."""
-        storage.write_text(storage.join(url, PASSED_OVER), _Ranges(ranges=self.ranges).sealed())
+        text = _Ranges(ranges=self.ranges).model_dump_json()
+        storage.write_text(storage.join(url, PASSED_OVER), text)
 
 
 def check_run_files(url: str) -> None:
     """Check what a resumed run reads before any worker starts.
 
     Raises:
-        DamagedRunFile: a file is damaged.
+        UserError: a file is damaged.
     """
     SkippedSteps.read(url)
     steps = committed_steps(url)

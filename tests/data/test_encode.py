@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from diffit_train import ray_session, storage
-from diffit_train.commands.verify import check_latents
+from diffit_train.commands.encode import encode_latents
+from diffit_train.commands.verify import check
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
 from diffit_train.data.encode import _read_shard_images, encode
@@ -34,19 +35,21 @@ from diffit_train.data.encode_plan import (
     write_plan,
 )
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
+from diffit_train.data.reconstructions import draw_reconstructions
 from diffit_train.data.shards import (
     Manifest,
     as_float,
     finished_manifest,
     latents_url,
     load_manifest,
+    missing_files,
     read_shard,
     write_shard,
 )
 from diffit_train.data.sources import Item, Location, Source, list_images
-from diffit_train.data.verify import verify
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.training.driver import train
+from diffit_train.verify import verify
 from tests.conftest import tiny_recipe
 from tests.data.test_sources import write_as
 
@@ -258,13 +261,6 @@ def test_a_node_without_the_source_is_not_mistaken_for_unreadable_images(tmp_pat
     assert json.loads(read["rejected"]) == []
 
 
-def test_a_missing_shard_is_reported(encoded: Path, tmp_path: Path) -> None:
-    shutil.copytree(encoded / "latents", tmp_path / "latents")
-    (tmp_path / "latents" / "digits" / "shard-000002.tar").unlink()
-    with pytest.raises(DiffitError, match=r"is missing shard-000002\.tar"):
-        finished_manifest(tiny_recipe(tmp_path))
-
-
 def test_a_killed_encoding_resumes_to_the_same_bytes(encoded: Path, tmp_path: Path) -> None:
     """SIGKILL of the whole command after its first shard."""
     recipe = tiny_recipe(_copy(encoded, tmp_path))
@@ -313,7 +309,7 @@ def test_a_killed_actor_is_replaced(encoded: Path, tmp_path: Path) -> None:
     watcher.join()
     assert 1 <= killed[0] < 24
     assert manifest.totals.written == 24
-    assert verify(latents_url(recipe)).bad == {}
+    assert verify(latents_url(recipe)) == []
     (tmp_path / "undisturbed").mkdir()
     undisturbed = tiny_recipe(_copy(encoded, tmp_path / "undisturbed"), "data.images_per_shard=1")
     encode(undisturbed)
@@ -373,7 +369,7 @@ def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) 
     (first,) = (s.moments[s.keys == 0][0, 0, :4].astype(float) for s in shards if 0 in s.keys)
     expected = (np.array(before.mean) * 24 + first.mean((1, 2)) * before.scale * 6) / 30
     np.testing.assert_allclose(after.mean, expected, atol=0.15)
-    assert verify(latents_url(recipe)).bad == {}
+    assert verify(latents_url(recipe)) == []
     # A commit killed before writing the manifest is redone with the same result.
     rejected_lines = (tmp_path / "latents/digits/rejected.jsonl").read_text()
     Path(latents_url(recipe), "manifest.json").write_text(before.model_dump_json())
@@ -384,41 +380,37 @@ def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) 
         encode(recipe, append=True)
 
 
-def test_bad_shards_are_found_and_repaired(encoded: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_named_removed_and_encoded_again(encoded: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(encoded, tmp_path))
     shutil.copytree(encoded / "latents", tmp_path / "latents")
-    # The stored recipe locates the images.
     url = latents_url(recipe)
-    (Path(url) / "recipe.yaml").write_text(dump_recipe(recipe))
-    good = verify(url)
-    assert (good.bad, good.images, good.shards) == ({}, 24, 5)
-    manifest = load_manifest(url)
-    means = np.concatenate([read_shard(url, e).moments[:, 0, :4] for e in manifest.shards])
-    means = means.astype(float) * manifest.scale
-    np.testing.assert_allclose(good.as_json()["mean"], means.mean((0, 2, 3)))
-    np.testing.assert_allclose(good.as_json()["std"], means.std((0, 2, 3)))
-    assert (good.lowest, good.highest) == (means.min(), means.max())
-    hashes = _hashes(recipe)
-    data = bytearray((Path(url) / "shard-000001.tar").read_bytes())
-    data[700] ^= 1
-    (Path(url) / "shard-000001.tar").write_bytes(data)
-    (Path(url) / "shard-000003.tar").unlink()
-    bad = verify(url).bad
-    assert list(bad) == ["shard-000001.tar", "shard-000003.tar"]
-    assert "differs from its recorded size or sha256" in bad["shard-000001.tar"]
-    assert "is missing" in bad["shard-000003.tar"]
+    folder, hashes = Path(url), _hashes(recipe)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert verify(url) == []
+    for name in ("shard-000001.tar", "inputs.jsonl.gz", "recipe.yaml"):
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+    (folder / "shard-000003.tar").unlink()
+    damaged = {one.check.name: one.reason for one in verify(url)}
+    names = ["inputs.jsonl.gz", "recipe.yaml", "shard-000001.tar", "shard-000003.tar"]
+    assert list(damaged) == names
+    assert "differs from its recorded size or sha256" in damaged["shard-000001.tar"]
+    assert "is missing" in damaged["shard-000003.tar"]
     with pytest.raises(
-        DiffitError, match=r"2 of 5 shards .* are bad: .*--repair to re-encode them"
+        DiffitError, match=r"4 damaged parts in (.|\n)*diffit encode(.|\n)*--remove"
     ):
-        check_latents(url, None, False)
-    kept = (Path(url) / "shard-000002.tar").stat().st_mtime_ns
-    found = check_latents(url, str(tmp_path / "check.png"), True)
-    assert found["bad"] == {}
-    assert 0 < found["reconstruction_mse"] < 2
-    assert Image.open(tmp_path / "check.png").size[0] > 500
+        check(url, remove=False)
+    kept = (folder / "shard-000002.tar").stat().st_mtime_ns
+    assert list(check(url, remove=True)["removed"]) == names
+    assert missing_files(url, load_manifest(url)) == names
+    encode_latents(recipe)
+    assert verify(url) == []
     assert _hashes(recipe) == hashes
-    assert (Path(url) / "shard-000002.tar").stat().st_mtime_ns == kept
-    assert not (Path(url) / "parts").exists()
+    assert (folder / "shard-000002.tar").stat().st_mtime_ns == kept
+    assert not (folder / "parts").exists()
+    assert 0 < draw_reconstructions(url, str(tmp_path / "check.png")) < 2
+    assert Image.open(tmp_path / "check.png").size[0] > 500
 
 
 def test_parquet_is_shuffled_by_row_groups_and_within_blocks_of_them() -> None:
@@ -435,36 +427,6 @@ def test_parquet_is_shuffled_by_row_groups_and_within_blocks_of_them() -> None:
     assert (with_others != order).any()
 
 
-def test_invalid_members_with_a_valid_hash_are_found(encoded: Path, tmp_path: Path) -> None:
-    shutil.copytree(encoded / "latents", tmp_path / "latents")
-    url = str(tmp_path / "latents" / "digits")
-    manifest = load_manifest(url)
-    moments = np.zeros((2, 1, 8, 4, 4), np.float16)
-    spoiled = moments.copy()
-    spoiled[1, 0, 0, 0, 0] = np.nan
-    changes = {
-        0: ("latents are NaN or infinite", [0, 1], spoiled, [0, 1]),
-        1: (r"latents have shape \(1, 8, 2, 4\)", [5, 6], moments[..., :2, :], [0, 1]),
-        2: ("labels are out of range", [10, 11], moments, [0, 3]),
-        3: ("keys are not those that were encoded", [16, 24], moments, [0, 1]),
-    }
-    shards = list(manifest.shards)
-    again = read_shard(url, shards[0]).keys[:2].tolist()
-    shards[4] = write_shard(url, 4, again, moments, [0, 1])
-    twice = manifest.model_copy(update={"shards": shards})
-    (Path(url) / "manifest.json").write_text(twice.model_dump_json())
-    assert "an image that is in another shard" in verify(url).bad["shard-000004.tar"]
-    for number, (_, keys, values, labels) in changes.items():
-        shards[number] = write_shard(url, number, keys, values, labels)
-    (Path(url) / "manifest.json").write_text(
-        manifest.model_copy(update={"shards": shards}).model_dump_json()
-    )
-    bad = verify(url).bad
-    for number, (reason, *_) in changes.items():
-        assert re.search(reason, bad[f"shard-{number:06d}.tar"])
-    assert "totals do not add up" in bad["manifest.json"]
-
-
 PIXELS = (
     "autoencoder={kind: identity, latent_channels: 3, downsample: 1, batch_size: 4}",
     "model.patch_size=4",
@@ -479,7 +441,7 @@ def test_pixels_can_be_the_latents(project: Path, tmp_path: Path) -> None:
     shard = read_shard(latents_url(recipe), manifest.shards[0])
     assert shard.moments.shape == (5, 1, 3, 16, 16)
     assert shard.moments.dtype == np.uint8
-    assert verify(latents_url(recipe)).bad == {}
+    assert verify(latents_url(recipe)) == []
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     floats = torch.from_numpy(as_float(shard.moments[:, 0]))
     sampled = scaled_sample(floats, torch.randn(5, 3, 16, 16), 1.0)
@@ -492,14 +454,6 @@ def test_pixels_can_be_the_latents(project: Path, tmp_path: Path) -> None:
 def _pixel_means(recipe: Recipe, manifest: Manifest) -> list[float]:
     shards = [read_shard(latents_url(recipe), entry).moments for entry in manifest.shards]
     return (np.concatenate(shards).mean((0, 1, 3, 4)) / 127.5 - 1.0).tolist()
-
-
-def test_pixels_of_an_earlier_version_are_read() -> None:
-    """It stored them in float16."""
-    levels = np.arange(256, dtype=np.uint8)
-    former = (levels.astype(np.float32) / 127.5 - 1.0).astype(np.float16)
-    np.testing.assert_allclose(as_float(levels), as_float(former), atol=5e-4)
-    assert as_float(levels).dtype == as_float(former).dtype == np.float32
 
 
 @pytest.mark.slow

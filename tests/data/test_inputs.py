@@ -27,7 +27,7 @@ def latents(tmp_path: Path) -> Path:
         input_sha256=storage.digest(INPUTS),
         totals=Totals(input=2, written=2, rejected=0),
     )
-    storage.write_text(str(tmp_path / "manifest.json"), manifest.sealed())
+    storage.write_text(str(tmp_path / "manifest.json"), manifest.model_dump_json())
     _write_inputs(str(tmp_path), INPUTS)
     return tmp_path
 

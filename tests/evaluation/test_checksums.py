@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.shards import load_manifest
 from diffit_train.errors import DiffitError, UserError
@@ -26,7 +24,6 @@ from diffit_train.evaluation.chunks import (
     read_chunk_images,
     write_chunk,
 )
-from diffit_train.evaluation.first_use import require_as_before
 from diffit_train.evaluation.generate import load_decoder
 from diffit_train.evaluation.node_weights import _read
 from diffit_train.evaluation.references import (
@@ -39,7 +36,6 @@ from diffit_train.evaluation.references import (
     write_part,
     write_reference,
 )
-from diffit_train.evaluation.stored_arrays import DamagedArrays, read_images, write_images
 from tests.conftest import tiny_recipe
 
 PART = Range(0, 6)
@@ -91,35 +87,9 @@ def test_no_other_byte_is_read_as_good(kind: str, tmp_path: Path) -> None:
     assert refused >= len(cases) - 10
 
 
-def test_files_of_an_earlier_version_keep_loading(tmp_path: Path) -> None:
-    """They have no checksum."""
-    file, read = _chunk(tmp_path)
-    rows = read_chunk(str(tmp_path), PART, "key")
-    pixels = read_chunk_images(str(tmp_path), PART)
-    save_file(rows, str(file), metadata={"key": "key"})
-    np.save(tmp_path / images_name(PART), pixels)
-    assert repr(read()) == repr(rows)
-    assert np.array_equal(read_chunk_images(str(tmp_path), PART), pixels)
-    url, _ = _reference(tmp_path)
-    kept = read_reference(str(url), "identity")
-    assert kept.features is not None
-    tensors = {"mean": kept.pool.mean, "covariance": kept.pool.covariance}
-    save_file(
-        {**tensors, "features": kept.features},
-        str(url),
-        metadata={"identity": "identity", "count": "6"},
-    )
-    assert repr(read_reference(str(url), "identity")) == repr(kept)
-
-
 def test_numpy_reads_the_images(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
-    write_images(str(tmp_path / "x.npy"), pixels)
-    assert np.array_equal(np.load(tmp_path / "x.npy"), pixels)
-    assert np.array_equal(read_images(str(tmp_path / "x.npy")), pixels)
-    np.save(tmp_path / "y.npy", pixels.astype(np.float32))
-    with pytest.raises(DamagedArrays, match=r"float32 of shape \(3, 4, 4, 3\), not images"):
-        read_images(str(tmp_path / "y.npy"))
+    file, read = _images(tmp_path)
+    assert np.array_equal(np.load(file), read())
 
 
 def test_parts_of_a_reference_are_checked(project: Path, tmp_path: Path) -> None:
@@ -136,42 +106,20 @@ def test_parts_of_a_reference_are_checked(project: Path, tmp_path: Path) -> None
     whole = bytearray(file.read_bytes())
     whole[-3] ^= 4
     file.write_bytes(whole)
-    with pytest.raises(DiffitError, match=f"{file} is damaged .*; delete it and rerun"):
+    with pytest.raises(DiffitError, match=f"{file} is damaged: it differs from"):
         list(read_reference_parts(str(tmp_path), tasks))
 
 
-class Sealed(storage.SealedRecord):
-    """A record of a test."""
-
-    name: str
-    value: float
-
-
-def test_records_are_sealed(tmp_path: Path) -> None:
-    text = Sealed(name="ab", value=0.1).sealed()
-    assert Sealed.model_validate_json(text) == Sealed(name="ab", value=0.1)
-    without = {key: value for key, value in json.loads(text).items() if key != "checksum"}
-    assert Sealed.model_validate_json(json.dumps(without)) == Sealed(name="ab", value=0.1)
-    for other in (
-        text.replace("0.1", "0.2"),
-        text.replace("ab", "b"),
-        text.replace("checksum", "checksun"),
-    ):
-        with pytest.raises(ValueError, match="differ from their checksum|Extra inputs"):
-            Sealed.model_validate_json(other)
-
-
-def test_weights_are_compared_with_their_first_use(tmp_path: Path) -> None:
+def test_weights_are_pinned_at_their_first_use(tmp_path: Path) -> None:
     root = str(tmp_path)
-    require_as_before(root, "autoencoder.source", "a", "1" * 64)
-    require_as_before(root, "autoencoder.source", "a", "1" * 64)
-    require_as_before(root, "autoencoder.source", "b", "2" * 64)
+    for source, sha256 in (("a", "1"), ("a", "1"), ("b", "2")):
+        features.check_pinned_hash(root, "autoencoder.source", source, sha256 * 64)
     with pytest.raises(UserError, match=r"autoencoder.source a holds other weights .* delete "):
-        require_as_before(root, "autoencoder.source", "a", "2" * 64)
+        features.check_pinned_hash(root, "autoencoder.source", "a", "2" * 64)
     for record in (tmp_path / "references" / "weights").iterdir():
-        record.write_bytes(record.read_bytes().replace(b'"a"', b'"c"').replace(b'"b"', b'"d"'))
-    with pytest.raises(DiffitError, match="is damaged; delete it"):
-        require_as_before(root, "autoencoder.source", "a", "1" * 64)
+        record.write_bytes(b"half")
+    with pytest.raises(DiffitError, match="is not valid JSON .*; delete it"):
+        features.check_pinned_hash(root, "autoencoder.source", "a", "1" * 64)
 
 
 def _with_autoencoder(project: Path, root: Path) -> tuple[Recipe, Path]:

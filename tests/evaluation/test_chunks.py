@@ -93,9 +93,6 @@ def test_broken_chunks_are_named(tmp_path: Path) -> None:
     images.write_bytes(images.read_bytes()[:-5])
     with pytest.raises(DiffitError, match=r"images-0000000-0000004.npy is damaged"):
         read_chunk_images(str(tmp_path), part)
-    np.save(images, np.zeros((3, 4, 4, 3), np.uint8))
-    with pytest.raises(DiffitError, match=r"holds 3 images, not 4"):
-        read_chunk_images(str(tmp_path), part)
     file = tmp_path / chunk_name(part)
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(DiffitError, match=r"chunk-0000000-0000004\S* is damaged"):

@@ -160,9 +160,8 @@ def test_two_actors_and_an_interruption_give_the_same_metrics(
     assert np.array_equal(_images(again), _images(result))
 
     folder = Path(again.grid).parent
-    for name in ("result.json", "chunk-0000000-0000004.safetensors"):
-        (folder / name).unlink()
-    (folder / "chunk-0000004-0000008.safetensors").unlink()
+    for name in ("result", "chunk-0000000-0000004", "chunk-0000004-0000008"):
+        (folder / f"{name}.json").unlink()
     (folder / "chunk-0000008-0000012.safetensors.tmp-killed").write_bytes(b"half")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("chunk-*")}
     # With another chunk size, both missing batches form one chunk.
@@ -229,7 +228,7 @@ def test_only_the_grids_images_stay_unless_all_are_wanted(
 
     # Interrupted, and continued with other wishes: what was not kept is generated again.
     (folder / "result.json").unlink()
-    (folder / "chunk-0000000-0000004.safetensors").unlink()
+    (folder / "chunk-0000000-0000004.json").unlink()
     wide = tiny_recipe(
         tmp_path,
         "evaluate.grid_columns=1",
@@ -510,7 +509,7 @@ def test_a_chunk_of_another_evaluation_is_rejected(
     recipe = tiny_recipe(_copy(root, tmp_path))
     folder = Path(evaluation_url(recipe, "tiny", 12, last.key))
     folder.mkdir(parents=True)
-    for name in ("chunk-0000004-0000008.safetensors", "images-0000004-0000008.npy"):
+    for name in ("chunk-0000004-0000008.json", "chunk-0000004-0000008.safetensors"):
         shutil.copy(Path(first.grid).parent / name, folder)
     with pytest.raises(
         DiffitError, match=r"chunk-0000004-0000008\S* belongs to another evaluation"

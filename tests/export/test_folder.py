@@ -99,6 +99,7 @@ def add_evaluation(recipe: Recipe, run: str) -> None:
         evaluate=evaluated_identity(recipe),
         reference_digest="r",
         features_digest="f",
+        files={},
         recipe_hash=recipe.train_hash(),
         mlflow_run_id="m",
     )

@@ -36,9 +36,8 @@ from diffit_train.data.encode_plan import (
     read_inputs,
     work_specs,
 )
-from diffit_train.data.shards import load_manifest, read_shard, write_shard
+from diffit_train.data.shards import load_manifest, read_shard, recipe_of, write_shard
 from diffit_train.data.sources import list_images
-from diffit_train.data.verify import recipe_of
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.chunks import (
     FEATURES,
@@ -78,8 +77,20 @@ from tests.faults.fuzz import mutated_bytes
 from tests.made import make_state
 
 CPU = torch.device("cpu")
-# Files whose other values nobody can notice.
-UNPROTECTED = frozenset({"mlflow.db"})
+# Records, which hold the checksums of other files, and are read as they are.
+UNPROTECTED = frozenset(
+    {
+        "mlflow.db",
+        "manifest",
+        "run.json",
+        "skipped steps",
+        "chunk record",
+        "result",
+        "listing",
+        "sweep",
+        "features.json",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -212,10 +223,11 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
         evaluate=evaluated_identity(recipe),
         reference_digest="r",
         features_digest="f",
+        files={},
         recipe_hash=recipe.train_hash(),
         mlflow_run_id="x",
     )
-    storage.write_text(f"{url}/result.json", result.sealed())
+    storage.write_text(f"{url}/result.json", result.model_dump_json())
     reference = root / "references" / "digits.safetensors"
     pool = Statistics(dice.normal(size=5), np.eye(5))
     write_reference(str(reference), "i", Reference(pool, None, dice.normal(size=(9, 5)), 24))
@@ -242,7 +254,8 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
         return load_features(recipe, CPU).extract(pixels)
 
     return {
-        "chunk": Kind(next(folder.glob("chunk-*")), lambda: read_chunk(url, part, key)),
+        "chunk": Kind(next(folder.glob("chunk-*.safe*")), lambda: read_chunk(url, part, key)),
+        "chunk record": Kind(next(folder.glob("chunk-*.json")), lambda: read_chunk(url, part, key)),
         "images": Kind(next(folder.glob("images-*")), lambda: read_chunk_images(url, part)),
         "result": Kind(folder / "result.json", lambda: finished_result(recipe, "one", 40)),
         "reference": Kind(reference, lambda: read_reference(str(reference), "i")),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
-from diffit_train.runs import blocks
+from diffit_train.runs import checkpoints
 from diffit_train.runs.checkpoints import (
     STATES,
     Slice,
@@ -26,7 +26,6 @@ from tests.made import make_state
 KINDS = (*STATES, "ema")
 SHAPES = {"a": torch.Size((7, 11)), "b": torch.Size((300,)), "c": torch.Size(())}
 STATE = make_state(3, recipe_hash="hash", mlflow_run_id="run", world_size=2, zero_stage=2)
-BLOCK = 64
 
 
 def _values() -> dict[str, dict[str, torch.Tensor]]:
@@ -38,9 +37,8 @@ def _values() -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A checkpoint of step 3 in small blocks."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
+def saved(tmp_path: Path) -> str:
+    """A checkpoint of step 3."""
     save_whole(_values(), SHAPES, str(tmp_path), STATE)
     return str(tmp_path)
 
@@ -66,25 +64,49 @@ def test_a_reader_of_one_kind_reads_its_bytes_once(saved: str, read: dict[str, i
     file = Path(checkpoint_url(saved, 3), "ema", "rank-00000-of-00001.safetensors")
     assert read.keys() == {"ema/rank-00000-of-00001.safetensors"}
     # What no parameter lies in, such as the header, need not be read.
-    data = 4 * sum(shape.numel() for shape in SHAPES.values())
-    assert data <= sum(read.values()) < data + 2 * BLOCK < file.stat().st_size + 2 * BLOCK
+    assert sum(read.values()) == 4 * sum(shape.numel() for shape in SHAPES.values())
     # Other tools can read the file, too.
     assert torch.equal(load_file(file)["a"], weights["a"].reshape(-1))
 
 
-def test_a_part_is_read_and_verified_by_blocks(saved: str, read: dict[str, int]) -> None:
+def test_a_part_is_read_and_verified_by_pieces(saved: str, read: dict[str, int]) -> None:
     (found,) = read_slices(saved, 3, [Slice("b", 100, 50)], ("master",))["master"]
     assert torch.equal(found, _values()["master"]["b"][100:150])
-    assert sum(read.values()) <= 200 + 2 * BLOCK
+    assert sum(read.values()) == 4 * 300
     file = Path(checkpoint_url(saved, 3), "master", "rank-00000-of-00001.safetensors")
     data = bytearray(file.read_bytes())
-    data[-8] ^= 1  # in the last blocks, which a part of `a` does not touch
+    data[-8] ^= 1  # in `b`
     file.write_bytes(data)
     (again,) = read_slices(saved, 3, [Slice("a", 0, 5)], ("master",))["master"]
     assert torch.equal(again, _values()["master"]["a"].reshape(-1)[:5])
     with pytest.raises(DiffitError, match=r"is damaged: master/rank-0.* its recorded sha256"):
         read_weights(saved, 3, "raw")
     assert "master/rank-00000-of-00001.safetensors differs" in (damage(saved, 3) or "")
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_truncated_file_is_damaged(saved: str, kept: int) -> None:
+    file = Path(checkpoint_url(saved, 3), "ema", "rank-00000-of-00001.safetensors")
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(DiffitError, match=r"is damaged: ema/rank-0.* its recorded sha256"):
+        read_weights(saved, 3, "ema")
+    file.unlink()
+    assert damage(saved, 3) == "ema/rank-00000-of-00001.safetensors is missing"
+
+
+@pytest.mark.parametrize("most", [1, 64, 2**20])
+def test_pieces_that_follow_each_other_are_read_together(
+    saved: str, most: int, monkeypatch: pytest.MonkeyPatch, read: dict[str, int]
+) -> None:
+    monkeypatch.setattr(checkpoints, "READ_BYTES", most)
+    wanted = [Slice("c", 0, 1), Slice("a", 3, 40), Slice("a", 40, 20), Slice("b", 0, 300)]
+    found = read_slices(saved, 3, wanted, KINDS)
+    for kind in KINDS:
+        for part, tensor in zip(wanted, found[kind], strict=True):
+            whole = _values()[kind][part.name].reshape(-1)
+            assert torch.equal(tensor, whole[part.offset :][: part.length])
+    data = 4 * sum(shape.numel() for shape in SHAPES.values())
+    assert sum(read.values()) == data * len(KINDS)
 
 
 def test_a_later_schema_is_refused(saved: str) -> None:

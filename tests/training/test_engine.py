@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -272,7 +271,7 @@ def test_a_damaged_checkpoint_is_reported(
     with pytest.raises(DiffitError, match=rf"step-0000000002 is damaged: {file}"):
         read_state(run, 2)
         read_weights(run, 2, "ema")
-    assert re.search(rf"step-0000000002 is damaged: {file}", damage(run, 2) or "")
+    assert (damage(run, 2) or "").startswith(file)
     if file.startswith("ema/"):  # the other kinds are in other files
         assert read_weights(run, 2, "raw")
 
@@ -439,7 +438,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) ->
     name = "rank-00001-of-00002.safetensors"
     file = Path(checkpoint_url(str(run), 2)) / "exp_avg" / name
     file.write_bytes(file.read_bytes()[:-3])
-    on_ranks(2, _find_newest, str(run), 0, f"exp_avg/{name} has")
+    on_ranks(2, _find_newest, str(run), 0, f"exp_avg/{name} differs")
     assert committed_steps(str(run)) == [0]
     (Path(checkpoint_url(str(run), 0)) / "master" / name).unlink()
     on_ranks(2, _all_damaged, str(run))

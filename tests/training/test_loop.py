@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from diffit_train import storage
 from diffit_train.commands.encode import encode_latents
 from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.train import train_run
@@ -309,7 +308,7 @@ def test_too_many_consecutive_bad_batches_cause_a_rollback(
     assert len((run / "bad-steps.jsonl").read_text().splitlines()) == 3
     # A run that skips them from the start ends with the same weights.
     knowing = encoded / "runs" / "knowing"
-    storage.write_json(str(knowing / "passed-over.json"), [[10, 12]])
+    SkippedSteps(((10, 12),)).write(str(knowing))
     assert _run(encoded, "knowing", 2, 24) == knowing
     _same_weights(run, knowing, 24)
     assert read_state(str(run), 24).optimizer_steps == 21

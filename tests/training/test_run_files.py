@@ -1,4 +1,4 @@
-"""Damaged files of a run: one message that names the file and the way back, and the way back."""
+"""Damaged files of a run: one message that names the file, and what removing it costs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,31 @@ from typing import Any
 import pytest
 
 from diffit_train import storage
-from diffit_train.commands.verify import check_root, check_run
+from diffit_train.commands.verify import check
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.runs.checkpoints import LogMark, committed_steps, save_whole
-from diffit_train.runs.identity import create_identity, read_identity, stored_recipe
+from diffit_train.runs.checkpoints import (
+    committed_steps,
+    read_state,
+    remove_unfinished,
+    save_whole,
+)
+from diffit_train.runs.identity import (
+    check_recipe,
+    create_identity,
+    read_identity,
+    record_steps,
+    stored_recipe,
+)
 from diffit_train.runs.import_export import export_weights
 from diffit_train.tracking import Tracker
 from diffit_train.training.log import (
-    DamagedRunFile,
     SkippedSteps,
     TrainingLog,
     append_bad_step,
     as_metrics,
     check_run_files,
 )
-from diffit_train.training.verify import verify_run
+from diffit_train.verify import verify
 from tests.conftest import tiny_recipe
 from tests.made import make_state
 
@@ -62,10 +72,13 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def _names(run: Path) -> list[str]:
+    return [one.check.name for one in verify(str(run))]
+
+
 def test_an_undamaged_run_is_good(run: Path) -> None:
     check_run_files(str(run))
-    assert verify_run(str(run)) == {}
-    assert check_run(str(run), repair=False)["bad"] == {}
+    assert _names(run) == []
 
 
 DAMAGE = {
@@ -83,19 +96,24 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_log_is_named_and_comes_back(how: str, run: Path) -> None:
-    file = run / "log.jsonl"
+def test_a_damaged_log_is_named_and_begins_again(how: str, run: Path) -> None:
+    file, mark = run / "log.jsonl", read_state(str(run), 6).log
     text = DAMAGE[how](file.read_text())
     file.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=f"{file} is damaged: .*`diffit verify run {run} --rep"):
+    with pytest.raises(UserError, match=f"{file} is damaged: .*; remove it"):
         check_run_files(str(run))
-    with pytest.raises(DiffitError, match=r"1 damaged part in (.|\n)*log\.jsonl: (.|\n)*--repair"):
-        check_run(str(run), repair=False)
-    if how in ("emptied", "binary"):  # the way back does not depend on the damage
-        assert check_run(str(run), repair=True)["bad"] == {}
-        check_run_files(str(run))
-        mark = LogMark.model_validate_json((run / "log-rebuilt.json").read_bytes())
-        assert TrainingLog(str(run), 6, mark).records == [_record(step) for step in (2, 4, 6)]
+    with pytest.raises(DiffitError, match=r"(?s)1 damaged part in .*log\.jsonl: .*--remove"):
+        check(str(run), remove=False)
+    check(str(run), remove=True)
+    assert not file.exists()
+    assert _names(run) == []
+    check_run_files(str(run))
+    log = TrainingLog(str(run), 6, mark)
+    log.append(_record(8))
+    storage.write_text(log.url, log.text())
+    # Resumed again from the same checkpoint, or from one that knows the new log.
+    assert TrainingLog(str(run), 6, mark).records == []
+    assert TrainingLog(str(run), 8, log.mark()).records == [_record(8)]
 
 
 def test_without_a_mark_any_log_is_read(run: Path) -> None:
@@ -103,30 +121,16 @@ def test_without_a_mark_any_log_is_read(run: Path) -> None:
     assert len(TrainingLog(str(run), 6, None).records) == 2
 
 
-@pytest.mark.parametrize("text", ["", "[[3,", "[[3]]", '{"ranges": [[3, 9]], "checksum": "0"}'])
-def test_damaged_ranges_are_named_and_come_back(text: str, run: Path) -> None:
+@pytest.mark.parametrize("text", ["", "[[3,", "[[3]]", "null", '{"ranges": [[3, 9, 1]]}'])
+def test_damaged_ranges_are_named_and_stay(text: str, run: Path) -> None:
+    """Training without them would be another one."""
     file = run / "passed-over.json"
     file.write_text(text)
-    with pytest.raises(DamagedRunFile, match=f"{file} is damaged: .* from bad-steps.jsonl"):
+    with pytest.raises(UserError, match=f"{file} is damaged: .*bad-steps.jsonl"):
         SkippedSteps.read(str(run))
-    # The recipe rolls back after so many consecutive bad steps.
-    recipe = run / "recipe.yaml"
-    most = stored_recipe(str(run)).train.max_consecutive_bad_steps
-    recipe.write_text(
-        recipe.read_text().replace(
-            f"max_consecutive_bad_steps: {most}", "max_consecutive_bad_steps: 2"
-        )
-    )
-    check_run(str(run), repair=True)
-    assert SkippedSteps.read(str(run)).ranges == ((3, 4), (7, 8))
-
-
-def test_a_worker_can_send_the_error_to_the_driver(tmp_path: Path) -> None:
-    from ray import cloudpickle
-
-    error = DamagedRunFile.of(f"{tmp_path}/log.jsonl", "it is empty", "MLflow")
-    again = cloudpickle.loads(cloudpickle.dumps(error))
-    assert (str(again), again.reason) == (str(error), "it is empty")
+    with pytest.raises(DiffitError, match=r"passed-over\.json: .*bad-steps.jsonl"):
+        check(str(run), remove=True)
+    assert file.exists()
 
 
 @pytest.mark.parametrize(
@@ -138,58 +142,66 @@ def test_a_worker_can_send_the_error_to_the_driver(tmp_path: Path) -> None:
         lambda text: "\udcff" + text,
     ],
 )
-def test_a_damaged_recipe_is_named_and_comes_back(change: Any, run: Path) -> None:
+def test_a_damaged_recipe_is_named_and_comes_back(change: Any, run: Path, tmp_path: Path) -> None:
     before, file = stored_recipe(str(run)), run / "recipe.yaml"
     file.write_bytes(change(file.read_text()).encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=rf"{file} is damaged: (.|\n)*verify run {run} --repair"):
+    with pytest.raises(UserError, match=rf"(?s){file} is damaged: .*delete it; `diffit train`"):
         stored_recipe(str(run))
-    check_run(str(run), repair=True)
+    check(str(run), remove=True)
+    record_steps(tiny_recipe(tmp_path), "one")  # as training does
     assert stored_recipe(str(run)) == before
 
 
-def test_a_damaged_identity_is_named_and_comes_back(run: Path) -> None:
-    before, file = read_identity(str(run)), run / "run.json"
-    assert before is not None
-    file.write_text(file.read_text().replace(before.uuid, before.uuid[::-1]))
-    with pytest.raises(DiffitError, match=f"{file} is damaged: .*verify run {run} --repair"):
+def test_a_damaged_identity_is_named_and_removed(run: Path, tmp_path: Path) -> None:
+    file = run / "run.json"
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(DiffitError, match=f"{file} is damaged: .*train the run again"):
         read_identity(str(run))
-    check_run(str(run), repair=True)
-    assert read_identity(str(run)) == before
-
-
-def test_a_damaged_export_is_written_again_and_a_checkpoint_is_not(run: Path) -> None:
-    export = next((run / "export").iterdir())
-    before = export.read_bytes()
-    export.write_bytes(before[:-3] + b"xyz")
-    assert list(verify_run(str(run))) == [f"export/{export.name}"]
-    check_run(str(run), repair=True)
-    assert len(export.read_bytes()) == len(before)
-    weights = next((run / "checkpoints").rglob("ema/*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(DiffitError, match="step-0000000006: .*differs from its recorded sha256"):
-        check_run(str(run), repair=True)
+    assert list(check(str(run), remove=True)["removed"]) == ["run.json"]
+    assert check_recipe(tiny_recipe(tmp_path), "one") is None
     assert committed_steps(str(run)) == [6]
 
 
+def test_damaged_exports_and_checkpoints_are_removed(run: Path) -> None:
+    export = next((run / "export").iterdir())
+    export.write_bytes(export.read_bytes()[:-3] + b"xyz")
+    assert [one.check.name for one in verify(str(export))] == [export.name]
+    weights = next((run / "checkpoints").rglob("ema/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(DiffitError, match="step-0000000006: .*differs from its recorded sha256"):
+        check(str(run), remove=False)
+    removed = check(str(run), remove=True)["removed"]
+    assert list(removed) == ["step-0000000006", f"export/{export.name}"]
+    assert committed_steps(str(run)) == []
+    assert not list((run / "export").iterdir())
+
+
+def test_unfinished_checkpoints_are_removed(run: Path) -> None:
+    kept = {path for path in run.rglob("*") if path.is_file()}
+    for folder in ("", "ema-snapshots/"):
+        half = run / f"{folder}checkpoints" / "step-0000000008" / "ema" / "rank.safetensors"
+        half.parent.mkdir(parents=True)
+        half.write_bytes(b"half")
+    (run / "log.jsonl.tmp-killed").write_bytes(b"half")
+    remove_unfinished(str(run))
+    assert {path for path in run.rglob("*") if path.is_file()} == kept
+
+
 def test_a_root_is_checked_as_a_whole(run: Path, tmp_path: Path) -> None:
-    assert check_root(str(tmp_path), repair=False)["bad"] == {}
+    assert verify(str(tmp_path)) == []
     (run / "log.jsonl").write_text("")
-    with pytest.raises(DiffitError, match=r"runs/one: 1 damaged part"):
-        check_root(str(tmp_path), repair=False)
-    check_root(str(tmp_path), repair=True)
+    with pytest.raises(DiffitError, match=r"runs/one/log.jsonl: "):
+        check(str(tmp_path), remove=False)
+    check(str(tmp_path), remove=True)
     database = tmp_path / "mlflow.db"
     whole = bytearray(database.read_bytes())
     whole[4096:20000] = b"\xff" * (20000 - 4096)
     database.write_bytes(whole)
-    with pytest.raises(DiffitError, match=r"mlflow\.db: .*restore .*mlflow\.db from a backup"):
-        check_root(str(tmp_path), repair=False)
-    with pytest.raises(UserError, match="is not a root"):
-        check_root(str(tmp_path / "runs"), repair=False)
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not the folder of a run"):
-        verify_run(str(tmp_path / "none"))
+    with pytest.raises(DiffitError, match=r"mlflow\.db: .*rebuilt by a backup"):
+        check(str(tmp_path), remove=True)
+    for other in ("runs", "none"):
+        with pytest.raises(UserError, match="is neither latents, a run"):
+            verify(str(tmp_path / other))
 
 
 def test_a_damaged_database_is_named(run: Path, tmp_path: Path) -> None:
