@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Set before importing them: no network access for Ray, MLflow and the hubs.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+# Tests run side by side. Threads of OpenMP spin while they wait for one that has no core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ignore a token left by an earlier cluster on this machine.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
