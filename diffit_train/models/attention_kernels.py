@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 from diffit_train.errors import UserError
 
@@ -121,7 +121,7 @@ def chunked_attention(
     """
     if table is None or index is None:
         return F.scaled_dot_product_attention(q, k, v)
-    return _biased_attention(q, k, v, table, index)
+    return cast(Tensor, torch.ops.diffit.biased_attention(q, k, v, table, index))
 
 
 def _chunks(batch: int, heads: int, count: int) -> Iterator[tuple[slice, slice]]:
@@ -137,8 +137,6 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1)).mul_(1.0 / math.sqrt(q.shape[-1])).add_(bias).softmax(-1)
 
 
-# A custom op, so that selective checkpointing can save its result and compilers do not touch it.
-@torch.library.custom_op("diffit::biased_attention", mutates_args=())
 def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
     batch, heads, count, size = q.shape
     bias = _gather_bias(table, index).to(q.dtype)
@@ -148,13 +146,11 @@ def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Ten
     return out
 
 
-@_biased_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
     batch, heads, count, size = q.shape
     return q.new_empty(batch, count, heads, size).transpose(1, 2)
 
 
-@torch.library.custom_op("diffit::biased_attention_backward", mutates_args=())
 def _biased_attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -181,8 +177,7 @@ def _biased_attention_backward(
     return grad_qkv, torch.zeros_like(table).index_add_(0, index.view(-1), by_pair)
 
 
-@_biased_attention_backward.register_fake
-def _(
+def _fake_attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     batch, heads, count, size = q.shape
@@ -194,11 +189,9 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grad_qkv, grad_table = _biased_attention_backward(grad_out, *ctx.saved_tensors)
+    backward = torch.ops.diffit.biased_attention_backward
+    grad_qkv, grad_table = backward(grad_out, *ctx.saved_tensors)
     return *grad_qkv.permute(2, 0, 3, 1, 4), grad_table, None
-
-
-_biased_attention.register_autograd(_backward, setup_context=_keep)
 
 
 def _flops(q: Any, *args: Any, **kwargs: Any) -> int:
@@ -206,8 +199,27 @@ def _flops(q: Any, *args: Any, **kwargs: Any) -> int:
     return 4 * batch * heads * count * count * size
 
 
-if torch.ops.diffit.biased_attention not in flop_registry:  # a copy in an exported folder
+def _register_operators() -> None:
+    """Make both functions operators of torch.
+
+    So compilers leave them alone, and selective checkpointing can save their results. Once a
+    process: a copy of this module, in an exported folder, would take the names from the first.
+    """
+    if hasattr(torch.ops.diffit, "biased_attention"):
+        return
+    attention = torch.library.custom_op(
+        "diffit::biased_attention", _biased_attention, mutates_args=()
+    )
+    attention.register_fake(_fake_attention)
+    backward = torch.library.custom_op(
+        "diffit::biased_attention_backward", _biased_attention_backward, mutates_args=()
+    )
+    backward.register_fake(_fake_attention_backward)
+    attention.register_autograd(_backward, setup_context=_keep)
     register_flop_formula(torch.ops.diffit.biased_attention)(_flops)
+
+
+_register_operators()
 
 
 def flex_attention(

@@ -83,13 +83,13 @@ def _autocast(forward: Any, device_type: str, *inputs: Tensor, **extras: Tensor)
         return forward(*inputs, **extras)
 
 
-def compile_blocks(model: Backbone, dynamic: bool | None = None, backend: str = "inductor") -> None:
+def compile_blocks(model: Backbone, dynamic: bool | None = None, **options: Any) -> None:
     """Compile each block; identical blocks share one compilation.
 
     Args:
         dynamic: False compiles for each batch size; None makes one compilation for all sizes once
             a second one occurs.
-        backend: of torch.compile.
+        options: others of torch.compile.
     """
     for block in model.blocks:
-        block.compile(dynamic=dynamic, backend=backend)
+        block.compile(dynamic=dynamic, **options)

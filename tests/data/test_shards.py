@@ -130,7 +130,7 @@ def test_damage_is_found_and_reported(tmp_path: Path, damage: str) -> None:
     else:
         data[600] ^= 1
         path.write_bytes(data)
-    with pytest.raises(DiffitError, match=r"shard-000000\.tar .*--repair"):
+    with pytest.raises(DiffitError, match=r"shard-000000\.tar .*diffit verify"):
         read_shard(str(tmp_path), entry)
 
 

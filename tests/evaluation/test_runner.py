@@ -439,6 +439,7 @@ def test_a_reference_is_computed_in_parts_and_resumes(
     assert whole.features is not None
     assert whole.features.shape == (10, 5)
     Path(place).unlink()
+    Path(f"{place}.json").unlink()
     # As if killed with one of four parts done.
     fleet = EvaluationPool(recipe)
     listing = list_images(recipe)
@@ -509,7 +510,8 @@ def test_a_chunk_of_another_evaluation_is_rejected(
     recipe = tiny_recipe(_copy(root, tmp_path))
     folder = Path(evaluation_url(recipe, "tiny", 12, last.key))
     folder.mkdir(parents=True)
-    for name in ("chunk-0000004-0000008.json", "chunk-0000004-0000008.safetensors"):
+    part = "0000004-0000008"
+    for name in (f"chunk-{part}.json", f"chunk-{part}.safetensors", f"images-{part}.npy"):
         shutil.copy(Path(first.grid).parent / name, folder)
     with pytest.raises(
         DiffitError, match=r"chunk-0000004-0000008\S* belongs to another evaluation"
