@@ -363,7 +363,12 @@ class EvaluationPool:
 
     def _measure(self, tasks: Sequence[PartTask], url: str) -> None:
         there = set(storage.list_names(url))
-        missing = [task for task in tasks if f"{references.part_name(task)}.json" not in there]
+
+        def is_there(task: PartTask) -> bool:
+            name = references.part_name(task)
+            return {name, f"{name}.json"} <= there
+
+        missing = [task for task in tasks if not is_there(task)]
 
         def call(actor: Any, task: PartTask) -> Any:
             return actor.reference_part.remote(task, storage.join(url, references.part_name(task)))

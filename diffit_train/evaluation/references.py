@@ -26,7 +26,7 @@ from diffit_train.data.shards import MANIFEST, Manifest, latents_url, load_manif
 from diffit_train.data.sources import IMAGE_COLUMN, ImageList, Item, Source
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
-from diffit_train.evaluation.committed import commit, read_committed, read_record
+from diffit_train.evaluation.committed import DamagedFile, commit, read_committed, read_record
 from diffit_train.evaluation.feature_networks import FeatureNetwork
 from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.metrics import FeatureStats
@@ -289,9 +289,13 @@ def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[Refere
     """The parts of all tasks, in order; FileNotFoundError if one is missing."""
     for task in tasks:
         file = storage.join(url, part_name(task))
-        if not is_stored(file):
-            raise FileNotFoundError(file)
-        rows, about = _read(file)
+        try:
+            rows, about = _read(file)
+        except DamagedFile as error:
+            if is_stored(file) and storage.exists(file):
+                raise
+            # Not measured yet, or removed by a concurrent evaluation that has finished.
+            raise FileNotFoundError(file) from error
         if count := int(about["count"]):
             sums = {
                 key: FeatureStats(count, rows[f"{key}_total"], rows[f"{key}_outer"])
