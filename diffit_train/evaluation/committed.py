@@ -1,4 +1,4 @@
-"""Files that a record commits: it is written last, beside them, and holds the SHA-256 of each.
+"""Files that a record commits: it is written last, next to them, and holds the SHA-256 of each.
 
 Arrays are safetensors files, images .npy files. Without its record a file counts as not written.
 """
@@ -19,7 +19,7 @@ class Committed(storage.Record):
     """A record.
 
     Attributes:
-        files: SHA-256 of the files beside it, by name.
+        files: SHA-256 of the files next to it, by name.
         about: what their writer notes of them.
     """
 
@@ -39,7 +39,7 @@ class DamagedFile(DiffitError):
 
 
 def commit(record: str, files: Mapping[str, bytes], about: Mapping[str, str]) -> None:
-    """Write files by name, and last the record that commits them, beside it."""
+    """Write files by name, and last the record that commits them, next to it."""
     for name, data in files.items():
         storage.write_bytes(storage.join(storage.parent(record), name), data)
     hashes = {name: storage.sha256_bytes(data) for name, data in files.items()}
