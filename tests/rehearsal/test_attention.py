@@ -32,7 +32,6 @@ def test_the_rules_for_sm90() -> None:
 def _seen(monkeypatch: pytest.MonkeyPatch) -> list[Attention]:
     """What a forward pass gives to attention."""
     found: list[Attention] = []
-    real = functional.scaled_dot_product_attention
 
     def note(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         given = Attention(
@@ -47,7 +46,7 @@ def _seen(monkeypatch: pytest.MonkeyPatch) -> list[Attention]:
                 mask_dtype=str(attn_mask.dtype),
             )
         found.append(given)
-        return real(q, k, v, attn_mask=attn_mask)
+        return v  # of the right shape; not every CPU computes attention in bf16
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", note)
     return found
