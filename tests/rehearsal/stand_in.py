@@ -51,9 +51,9 @@ def missing() -> str | None:
     """Why there can be no stand-in on this machine; None if there can."""
     if shutil.which("g++") is None:
         return "g++, which builds the stand-in for CUDA, is not installed"
-    if importlib.util.find_spec("torch.version") and _torch_version().endswith("+cpu"):
-        return None
-    return f"torch {_torch_version()} is not a CPU build"
+    if not _torch_version().endswith("+cpu"):
+        return f"torch {_torch_version()} is not a CPU build"
+    return None
 
 
 def _torch_version() -> str:
