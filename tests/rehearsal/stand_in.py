@@ -62,15 +62,17 @@ def _torch_version() -> str:
 
 def library() -> Path:
     """The shared library, built on first use with this torch (20 s), then kept for the user."""
-    key = hashlib.sha256(SOURCE.read_bytes() + _torch_version().encode()).hexdigest()[:16]
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    include, libraries = (Path(spec.origin).parent / name for name in ("include", "lib"))
+    # It finds torch's libraries where it was linked to them.
+    built_for = f"{_torch_version()} {libraries}".encode()
+    key = hashlib.sha256(SOURCE.read_bytes() + built_for).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"diffit-rehearsal-{os.getuid()}"
     file = folder / f"stand-in-{key}.so"
     if file.exists():
         return file
     folder.mkdir(mode=0o700, exist_ok=True)
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
-    include, libraries = (Path(spec.origin).parent / name for name in ("include", "lib"))
     unfinished = file.with_suffix(f".{os.getpid()}")
     command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", str(unfinished)]
     command += [f"-I{include}", f"-I{include}/torch/csrc/api/include"]
