@@ -82,7 +82,7 @@ def _check_gpus(recipe: Recipe) -> tuple[str, str, str]:
 
 def _training_bytes(recipe: Recipe) -> int:
     """Memory that `diffit plan` expects on each GPU."""
-    from diffit_train.planning import GPUS, Machine, plan
+    from diffit_train.plan import GPUS, Machine, plan
 
     estimate = plan(recipe, Machine(next(iter(GPUS)), mfu=1.0), measured=False)
     return int(estimate["memory"]["zero_stage"][str(recipe.train.zero_stage)]["total"])

@@ -30,7 +30,7 @@ from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import features_digest
 from diffit_train.export.folder import export_folder
 from diffit_train.models.build import build_model, network_shape
-from diffit_train.planning import Machine, plan
+from diffit_train.plan import Machine, plan
 from tests.conftest import tiny_recipe
 from tests.test_api import save_run
 

@@ -27,13 +27,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"dit_tmsa_{size}": _preset("dit_tmsa", size) for size in _SIZES},
 }
 
-# Models that can only be compared with.
-PEERS = ("mdt_xl",)
-
 # Table 9 of the paper, at 256x256: million parameters, GFLOPs (multiply-adds), FID.
 PAPER_COSTS: dict[str, tuple[float, float, float]] = {
     "dit_xl": (675, 119, 2.27),
     "sit_xl": (675, 119, 2.06),
-    "mdt_xl": (700, 121, 1.79),
     "diffit_xl": (561, 114, 1.73),
 }

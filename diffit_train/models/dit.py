@@ -5,10 +5,9 @@ Shapes as in latent.py. Parameter names are those of DiT's published weights.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from diffit_train.models.attention import SelfAttention, Untimed
+from diffit_train.models.attention import SelfAttention
 from diffit_train.models.latent import Block, FinalLayer, LatentTransformer, Shape
 from diffit_train.models.layers import Mlp, layer_norm
 
@@ -25,14 +24,10 @@ class DiTBlock(nn.Module):
         super().__init__()
         width = shape.hidden_size
         self.norm1 = layer_norm(width)
-        self.attn = self.make_attention(shape)
+        self.attn = SelfAttention(width, shape.num_heads)
         self.norm2 = layer_norm(width)
         self.mlp = Mlp(width, shape.mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def make_attention(self, shape: Shape) -> nn.Module:
-        """Self-attention without position."""
-        return SelfAttention(shape.hidden_size, shape.num_heads)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (B, N, D) and conditioning c (B, D) to (B, N, D)."""
@@ -73,53 +68,6 @@ class DiT(LatentTransformer):
         for name, parameter in self.named_parameters():
             if "adaLN_modulation" in name or name == "final_layer.linear.weight":
                 nn.init.zeros_(parameter)
-
-
-class MDTBlock(DiTBlock):
-    """A DiT block whose attention has a relative-position bias.
-
-    Attributes:
-        positions: learned, added to the tokens; None except in the decoder's first block.
-    """
-
-    positions: nn.Parameter | None
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        self.register_parameter("positions", None)
-
-    def make_attention(self, shape: Shape) -> nn.Module:
-        """Self-attention with relative-position bias."""
-        return Untimed(shape.hidden_size, shape.num_heads, shape.side)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """As DiT's."""
-        return super().forward(x if self.positions is None else x + self.positions, c)
-
-
-class MDT(DiT):
-    """The Masked Diffusion Transformer (Gao et al. 2023) as it samples, for its size and cost.
-
-    Training masks tokens and lets `sideblock` fill them in; sampling masks none and skips it.
-    Training with masks is not implemented, so no recipe builds this model.
-    """
-
-    DECODER = 2  # blocks that also see the filled-in tokens
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        positions = self.pos_embed
-        del self.pos_embed
-        self.pos_embed = nn.Parameter(positions)  # learned, unlike DiT's
-        first = self.blocks[shape.depth - self.DECODER]
-        assert isinstance(first, MDTBlock)
-        first.positions = nn.Parameter(positions.clone())
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, shape.hidden_size))
-        self.sideblock = self.make_block(shape)
-
-    def make_block(self, shape: Shape) -> nn.Module:
-        """An MDT block."""
-        return MDTBlock(shape)
 
 
 class DiTWithTMSA(LatentTransformer):

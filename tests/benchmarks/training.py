@@ -25,7 +25,7 @@ from diffit_train.diffusion.objective import build_objective
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import use_kernel
-from diffit_train.planning import state_bytes
+from diffit_train.plan import state_bytes
 from diffit_train.ray_session import KEEP_FREED_MEMORY
 from diffit_train.training.checkpointer import CheckpointWriter
 from diffit_train.training.engine import Engine

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from diffit_train import planning
 from diffit_train.config import Recipe
 from diffit_train.diffusion.objective import build_objective
 from diffit_train.models.build import build_model
 from diffit_train.models.cost import training_flops_per_image
 from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
+from diffit_train.plan import Machine as PlannedMachine
+from diffit_train.plan import plan
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import matrix_rate, peak_bytes, synchronize
 from tests.benchmarks.full_step import tensor_bytes
@@ -160,7 +161,7 @@ def held_bytes(device: torch.device) -> int:
 
 def planned_bytes(recipe: Recipe) -> int:
     """What `diffit plan` counts for a GPU."""
-    memory = planning.plan(recipe, planning.Machine("H100"), measured=False)["memory"]
+    memory = plan(recipe, PlannedMachine("H100"), measured=False)["memory"]
     return int(memory["zero_stage"][str(recipe.train.zero_stage)]["total"])
 
 
