@@ -52,13 +52,19 @@ TINY = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first; started last, one of them would run on alone at the end.
+    """Order and group the tests for pytest-xdist.
 
-    These use a Ray cluster, other ranks, servers or processes of their own, which shows in their
-    fixtures and in what their module imports. Within a file the order stays.
+    One worker runs all files that use the Ray cluster, so that there is one, and one of each
+    fixture that it makes. Files that take long come first; started last, one of them would run on
+    alone at the end. Those use a Ray cluster, other ranks, servers or processes of their own, which
+    shows in their fixtures and in what their module imports. Within a file the order stays.
     """
     slow = sorted({item.path for item in items if _starts_processes(item)}, reverse=True)
     items.sort(key=lambda item: slow.index(item.path) if item.path in slow else len(slow))
+    on_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "ray" if item.path in on_ray else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _starts_processes(item: pytest.Item) -> bool:
@@ -99,6 +105,15 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def here() -> Iterator[None]:
+    """Encode and evaluate in this process, without Ray."""
+    from tests.in_process import in_process
+
+    with in_process():
+        yield
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with images, a fitted autoencoder and fitted features; read-only."""
@@ -116,8 +131,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoded(project: Path, ray_session: None) -> Path:
     """The project with its latents."""
     from diffit_train.data.encode import encode
+    from tests.in_process import in_process
 
-    encode(tiny_recipe(project))
+    with in_process():
+        encode(tiny_recipe(project))
     return project
 
 

@@ -22,6 +22,7 @@ from diffit_train.reports.compare import compare_store
 from diffit_train.runs.identity import run_url, stored_recipe
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
+from tests.in_process import in_process
 
 FEW = ("evaluate.samples=4",)
 
@@ -51,11 +52,13 @@ def original(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with an evaluation and a registered model."""
     root = tmp_path_factory.mktemp("of users") / "original"
     shutil.copytree(trained, root)
-    evaluate_run(tiny_recipe(root, *FEW), "tiny", ["0"])
-    evaluate_run(tiny_recipe(root), "tiny", ["12"])
+    with in_process():
+        evaluate_run(tiny_recipe(root, *FEW), "tiny", ["0"])
+        evaluate_run(tiny_recipe(root), "tiny", ["12"])
     return root
 
 
+@pytest.mark.usefixtures("here")
 def test_every_command_keeps_to_a_copy(original: Path, tmp_path: Path) -> None:
     copy = tmp_path / "a copy"
     shutil.copytree(original, copy)

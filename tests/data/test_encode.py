@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -52,8 +53,7 @@ from diffit_train.training.driver import train
 from diffit_train.verify import verify
 from tests.conftest import tiny_recipe
 from tests.data.test_sources import write_as
-
-pytestmark = pytest.mark.usefixtures("ray_session")
+from tests.in_process import in_process
 
 
 def _copy(project: Path, root: Path) -> Path:
@@ -101,6 +101,7 @@ def test_latents_are_those_of_the_autoencoder(encoded: Path) -> None:
     assert not (encoded / "latents" / "digits" / "parts").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_flips_follow_the_image(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), "data.flip=true")
     manifest = encode(recipe)
@@ -159,6 +160,7 @@ def test_what_must_fail_is_refused_before_ray_starts(
     assert not list(root.glob(".writable-*"))
 
 
+@pytest.mark.usefixtures("here")
 def test_unreadable_images_are_rejected(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path))
     paths = sorted((tmp_path / "images" / "digits").rglob("*.png"))
@@ -176,6 +178,7 @@ def test_unreadable_images_are_rejected(project: Path, tmp_path: Path) -> None:
     assert sorted(keys) == [i for i in range(24) if i not in (3, 20, 21)]
 
 
+@pytest.mark.usefixtures("here")
 def test_too_many_unreadable_images_fail_and_can_be_fixed(
     project: Path, encoded: Path, tmp_path: Path
 ) -> None:
@@ -193,6 +196,7 @@ def test_too_many_unreadable_images_fail_and_can_be_fixed(
     assert _hashes(recipe) == _hashes(tiny_recipe(encoded))
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         encode(tiny_recipe(tmp_path))
@@ -210,6 +214,7 @@ def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "latents").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -247,6 +252,7 @@ def test_a_plan_is_binding_once_a_shard_is_finished(encoded: Path, tmp_path: Pat
         make_plan(mine, url, find_work(mine, None))
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path))
     (tmp_path / "latents" / "digits" / "shard-000000.tar").mkdir(parents=True)
@@ -267,15 +273,16 @@ def test_a_killed_encoding_resumes_to_the_same_bytes(encoded: Path, tmp_path: Pa
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     parts = tmp_path / "latents" / "digits" / "parts"
     command = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
-    command += ["encode", str(tmp_path / "recipe.yaml")]
-    process = subprocess.Popen(command, start_new_session=True, env=_environment())
+    address = ray.get_runtime_context().gcs_address
+    command += ["encode", str(tmp_path / "recipe.yaml"), "--address", address]
+    process = subprocess.Popen(command, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(parts.glob("shard*.json")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(1)  # workers of the killed cluster exit on their own
+    time.sleep(1)  # the workers of a killed driver exit on their own
     made = len(list(parts.glob("shard*.json")))
     assert made >= 1
     before = {p: p.stat().st_mtime_ns for p in parts.parent.glob("*.tar")}
@@ -312,22 +319,13 @@ def test_a_killed_actor_is_replaced(encoded: Path, tmp_path: Path) -> None:
     assert verify(latents_url(recipe)) == []
     (tmp_path / "undisturbed").mkdir()
     undisturbed = tiny_recipe(_copy(encoded, tmp_path / "undisturbed"), "data.images_per_shard=1")
-    encode(undisturbed)
+    with in_process():
+        encode(undisturbed)
     assert _hashes(recipe) == _hashes(undisturbed)
 
 
-def _environment() -> dict[str, str]:
-    # The command starts its own cluster in addition to that of the tests.
-    return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_JOB_ID")}
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "parquet",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("tar", "ilsvrc", "webdataset")),
-    ],
-)
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", ["parquet", "tar", "ilsvrc", "webdataset"])
 def test_every_kind_of_source_gives_the_same_bytes(
     encoded: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -341,6 +339,7 @@ def test_every_kind_of_source_gives_the_same_bytes(
     assert _hashes(recipe) == _hashes(tiny_recipe(encoded))
 
 
+@pytest.mark.usefixtures("here")
 def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(encoded, tmp_path))
     shutil.copytree(encoded / "latents", tmp_path / "latents")
@@ -380,6 +379,7 @@ def test_new_images_are_appended_on_request_only(encoded: Path, tmp_path: Path) 
         encode(recipe, append=True)
 
 
+@pytest.mark.usefixtures("here")
 def test_damaged_files_are_named_removed_and_encoded_again(encoded: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(encoded, tmp_path))
     shutil.copytree(encoded / "latents", tmp_path / "latents")
@@ -434,6 +434,7 @@ PIXELS = (
 )
 
 
+@pytest.mark.usefixtures("here")
 def test_pixels_can_be_the_latents(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), *PIXELS)
     manifest = encode(recipe)
@@ -457,12 +458,14 @@ def _pixel_means(recipe: Recipe, manifest: Manifest) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_pixels_can_be_trained_on(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), *PIXELS)
     encode(recipe)
     assert train(recipe, "pixels") == 12
 
 
+@pytest.mark.usefixtures("here")
 def test_a_tiny_autoencoder_works(project: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
 
@@ -491,6 +494,7 @@ def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.usefixtures("here")
 def test_a_folder_with_every_kind_of_odd_image(project: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(_copy(project, tmp_path), "data.max_rejected_fraction=0.3")
     folder = tmp_path / "images" / "digits" / "b"

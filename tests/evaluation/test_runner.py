@@ -41,6 +41,7 @@ from diffit_train.reports.compare import compare_store
 from diffit_train.runs.checkpoints import checkpoint_digest, read_state
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
+from tests.in_process import in_process
 
 _TWO_BATCHES = ["scaling.evaluate_batches=2"]
 
@@ -56,8 +57,9 @@ def _images(result: Result) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def evaluated(trained: Path) -> tuple[Path, list[Result]]:
-    """The project, with evaluations of its first and last checkpoint."""
-    return trained, evaluate(tiny_recipe(trained), "tiny", [0, 12])
+    """The project, with evaluations of its first and last checkpoint, made in this process."""
+    with in_process():
+        return trained, evaluate(tiny_recipe(trained), "tiny", [0, 12])
 
 
 def _copy(root: Path, target: Path) -> Path:
@@ -116,14 +118,15 @@ def test_metrics_match_the_images(evaluated: tuple[Path, list[Result]]) -> None:
     assert _images(result).shape == (12, 16, 16, 3)
 
 
-def test_random_labels_do_not_depend_on_chunks_and_actors(
+@pytest.mark.usefixtures("here")
+def test_random_labels_do_not_depend_on_chunks(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file
 
     root, _ = evaluated
     made = []
-    for number, scaling in enumerate(([], ["scaling.evaluate_actors=2", *_TWO_BATCHES])):
+    for number, scaling in enumerate(([], _TWO_BATCHES)):
         project = _copy(root, tmp_path / str(number))
         recipe = tiny_recipe(project, "evaluate.labels=random", *scaling)
         (result,) = evaluate(recipe, "tiny", [12])
@@ -197,6 +200,7 @@ def test_a_dead_actors_chunks_go_to_another_actor(
     assert again.metrics == result.metrics
 
 
+@pytest.mark.usefixtures("here")
 def test_more_samples_start_with_the_same_images(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
@@ -209,6 +213,7 @@ def test_more_samples_start_with_the_same_images(
         assert file["arr_1"].tolist() == [i % 3 for i in range(15)]
 
 
+@pytest.mark.usefixtures("here")
 def test_only_the_grids_images_stay_unless_all_are_wanted(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
@@ -387,6 +392,7 @@ def test_best_never_moves_between_protocols(
     assert tags["diffit.best_step"] == str(first)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_sweep_runs_locally_and_resumes(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
@@ -503,6 +509,7 @@ def test_the_key_depends_on_the_content_of_the_reference_not_its_path(
         key(tmp_path / "none.npz")
 
 
+@pytest.mark.usefixtures("here")
 def test_a_chunk_of_another_evaluation_is_rejected(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:

@@ -13,13 +13,7 @@ from tests.rehearsal.attention_rules import Attention, kernel_on_sm90
 from tests.rehearsal.run import needs_stand_in, rehearse
 
 pytestmark = needs_stand_in
-PARTS = [
-    "correctness",
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("autoencoder", "generation", "loader")
-    ),
-]
+PARTS = ["correctness", "autoencoder", "generation", "loader"]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +51,7 @@ def test_an_autoencoder_works_in_slices(made: dict[str, Any]) -> None:
     assert made["slices"]["decode"] <= 1  # rounding of a pixel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_kit_ends_well(part: str) -> None:
     report = rehearse("kit", part)[part]

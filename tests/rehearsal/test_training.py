@@ -19,7 +19,22 @@ LIMITS = {"Float": 1e-5, "BFloat16": 5e-3}
 DEEPSPEED_COPY = "to_device:blocking:4"
 # With offload, DeepSpeed's optimizer is on the host and waits for gradients.
 WAITING = [name for name in CASES if "offload" in name]
-IN_ORDER = [name for name in CASES if name not in WAITING]
+# Each differs from one of the others in one way that others show.
+SLOW = [
+    "latent stage 1, autocast",
+    "latent stage 1, bf16",
+    "latent stage 2, bf16",
+    "latent stage 2, bf16, selective",
+    "latent stage 2, bf16, deterministic",
+    "latent stage 2, bf16, offload",
+    "latent stage 3, autocast",
+    "flow fp32",
+    "pixels fp32",
+    "pixels stage 2",
+    "pixels stage 3",
+]
+ALL = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+IN_ORDER = [case for case in ALL if case.values[0] not in WAITING]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +46,16 @@ def on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def on_cuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """All cases on one device."""
-    return rehearse("training", "cuda", "1", str(tmp_path_factory.mktemp("cuda")), *CASES)
+def on_cuda(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
+    """The selected cases on one device: they share a process, whose start takes long."""
+    mine = [i for i in request.session.items if isinstance(i, pytest.Function)]
+    selected = {
+        item.callspec.params["name"]
+        for item in mine
+        if item.module is request.module and "on_cuda" in item.fixturenames
+    }
+    names = [name for name in CASES if name in selected]
+    return rehearse("training", "cuda", "1", str(tmp_path_factory.mktemp("cuda")), *names)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +77,7 @@ def _check_losses(name: str, result: Any, expected: list[float]) -> None:
     assert result["losses"] == pytest.approx(expected, rel=LIMITS[_dtype(name)])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_it_trains_resumes_and_learns_as_on_a_cpu(name: str, on_cuda: Any, on_a_cpu: Any) -> None:
     _check_losses(name, on_cuda[name], on_a_cpu[name.split()[0]])
 
@@ -65,7 +87,7 @@ def test_two_ranks_learn_the_same(name: str, on_two_ranks: Any, on_a_cpu: Any) -
     _check_losses(name, on_two_ranks[name], on_a_cpu[name.split()[0]])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_matrix_products_have_the_dtype_of_the_precision(name: str, on_cuda: Any) -> None:
     products = {
         tuple(key.split(":")[1:]) for key in on_cuda[name]["counters"] if key.startswith("product:")
@@ -86,13 +108,13 @@ def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(name: str, on_c
     assert not copies
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_torch_is_left_as_it_was(name: str, on_cuda: Any) -> None:
     """ZeRO 3 replaces `torch.nn.functional.linear`, with which other models would go on."""
     assert on_cuda[name]["linear_restored"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_attention_is_fused(name: str, on_cuda: Any) -> None:
     counted = on_cuda[name]["counters"]
     found = [Attention.parse(key) for key in counted if key.startswith("attention")]

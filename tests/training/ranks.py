@@ -31,8 +31,21 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
+    groups: list[dist.ProcessGroup] = []
+    new_group = dist.new_group
+
+    def recorded(*args: Any, **options: Any) -> dist.ProcessGroup:
+        group = new_group(*args, **options)
+        if "backend" in options:  # DeepSpeed keeps those that it makes, which name none
+            groups.append(group)
+        return group
+
+    dist.new_group = recorded
     while True:
         body, args = pipe.recv()
+        # Each gloo group has threads that poll. Every rank has left the groups of the last run.
+        while groups:
+            dist.destroy_process_group(groups.pop())
         try:
             body(rank, world, *args)
             pipe.send(None)

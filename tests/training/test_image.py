@@ -21,6 +21,7 @@ from diffit_train.runs.identity import create_identity
 from diffit_train.tracking import Tracker
 from diffit_train.training import loop
 from tests.data.test_cifar10 import write_cifar10
+from tests.in_process import in_process
 from tests.training.ranks import on_ranks
 from tests.training.test_loop import Hooks
 
@@ -76,12 +77,13 @@ def _curve(run: Path) -> list[tuple[float, ...]]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Recipe:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A tiny cifar10 whose pixels are encoded."""
     root = tmp_path_factory.mktemp("pixels")
     write_cifar10(root / "images" / "cifar-10-batches-bin", per_batch=16)
     recipe = load_recipe("cifar10", TINY, root=str(root))
-    manifest = encode(recipe)
+    with in_process():
+        manifest = encode(recipe)
     assert (manifest.posterior, manifest.totals.written, manifest.channels) == (False, 80, 3)
     shard = read_shard(latents_url(recipe), manifest.shards[0])
     assert (shard.moments.dtype, shard.moments.shape) == (np.uint8, (20, 1, 3, 16, 16))
@@ -119,6 +121,7 @@ def test_more_workers_give_the_same_curve(recipe: Recipe, whole: Path) -> None:
         assert mine == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.usefixtures("here")
 def test_metrics_are_computed(recipe: Recipe, whole: Path) -> None:
     fit_features(recipe)
     assert read_state(str(whole), 60).images_seen == 960

@@ -45,6 +45,7 @@ def test_checkpoints_are_evaluated_during_training(
     assert not (tmp_path / "runs" / "other").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_every_checkpoint_of_a_run_is_watched(trained: Path, tmp_path: Path) -> None:
     for name in ("images", "autoencoders", "features", "latents", "runs"):
         shutil.copytree(trained / name, tmp_path / name)
