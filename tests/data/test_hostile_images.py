@@ -104,9 +104,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     with (folder / "b" / "sparse.png").open("wb") as file:
         file.truncate(2**40)
     found = list_images(tiny_recipe(tmp_path))
-    started = time.monotonic()
     images = read_items(found.source, found.items, 8)
-    assert time.monotonic() - started < 30
     reasons = {found.items[n].name: reason for n, reason in images.rejected}
     assert reasons == {
         "a/fifo.png": "not a regular file",
