@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,6 +16,7 @@ from diffit_train.errors import DiffitError
 from diffit_train.models.wrap import autocast_forward
 from diffit_train.runs.checkpoints import OwnedSlice, Slice, StateName
 from diffit_train.training.ema import ShardedEMA
+from diffit_train.training.zero import FlatSlice, Zero, import_deepspeed
 
 # From a step's gradient norm on the device, negative or not finite where a gradient is not finite:
 # whether to take the step, and the norm, read from the device; all ranks must return the same.
@@ -49,15 +45,6 @@ def learning_rate(train: Train, step: int) -> float:
     return lr
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A slice and its location: `start` elements into the flat tensor `flat`."""
-
-    slice: Slice
-    flat: Tensor
-    start: int
-
-
 class Engine:
     """A model under ZeRO stage 0 to 3, with AdamW and sharded EMA.
 
@@ -83,7 +70,7 @@ class Engine:
     ) -> None:
         self.train, self.device, self.micro_batches = train, device, micro_batches
         self.rank, self.world_size = rank, world_size
-        deepspeed = _quiet_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         self._linear = functional.linear
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self.shapes = {n: p.shape for p, n in self.names.items()}
@@ -100,7 +87,7 @@ class Engine:
             # buckets apart from the others'.
             autocast_forward(model, device)
         exact = self._exact_weights() if train.precision == "bf16" else {}
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+        self.engine, optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self.base_optimizer,
             config=_deepspeed_config(
@@ -109,19 +96,22 @@ class Engine:
         )
         self._norm = float("nan")
         self._accept: AcceptStep = accept_finite
-        self._install_accept()
+        self.zero = Zero(optimizer, train.zero_stage, rank, self.names)
+        if train.zero_stage:
+            self.zero.check_norm(self._checked)
         # At stage 0 the parameters are their own master weights and hold Adam's state.
         replicas = list(self.names) if train.zero_stage == 0 else []
         self._replicas = [(p.detach().view(-1), self.names[p]) for p in replicas]
         owners = zip(self._replicas, replicas, strict=True)
         self._flat_owner = {id(flat): parameter for (flat, _), parameter in owners}
-        self._pieces = list(self._own_pieces())
+        stage0 = train.zero_stage == 0
+        self._owned = list(self._shares_of_replicas(rank) if stage0 else self.zero.owned())
         self._start_moments()
-        masters = [self._adam_values(piece)["master"] for piece in self._pieces]
+        masters = [self._adam_values(part)["master"] for part in self._owned]
         if exact:
-            for piece, master in zip(self._pieces, masters, strict=True):
-                start, length = piece.slice.offset, piece.slice.length
-                master.copy_(exact[piece.slice.name].narrow(0, start, length))
+            for part, master in zip(self._owned, masters, strict=True):
+                start, length = part.slice.offset, part.slice.length
+                master.copy_(exact[part.slice.name].narrow(0, start, length))
         self.ema = ShardedEMA(masters, train.ema, train.batch_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, **extras: Tensor) -> Tensor:
@@ -154,7 +144,7 @@ class Engine:
         if self.train.zero_stage == 0:
             return self._replicated_step()
         self.engine.step()
-        return not self.optimizer.overflow
+        return not self.zero.skipped
 
     def update_ema(self, step: int) -> None:
         """Update the EMA with the current weights; called after every step, taken or not."""
@@ -166,15 +156,15 @@ class Engine:
 
     def optimizer_steps(self) -> int:
         """Adam's step count, used for bias correction."""
-        steps = {int(self._adam(piece.flat)["step"]) for piece in self._pieces}
+        steps = {int(self._adam(part.flat)["step"]) for part in self._owned}
         if len(steps) > 1:
             raise DiffitError(f"Adam's parameter groups disagree on their step: {sorted(steps)}")
         return steps.pop() if steps else 0
 
     def set_optimizer_steps(self, steps: int) -> None:
         """Set Adam's step count."""
-        for piece in self._held_pieces():
-            self._adam(piece.flat)["step"].fill_(float(steps))
+        for part in self._held_slices():
+            self._adam(part.flat)["step"].fill_(float(steps))
 
     def destroy(self) -> None:
         """Undo what DeepSpeed did to the model and to torch, and free its memory."""
@@ -187,9 +177,9 @@ class Engine:
     def owned(self) -> list[OwnedSlice]:
         """The slices that only this rank owns; all ranks together cover every parameter."""
         out = []
-        for number, piece in enumerate(self._pieces):
+        for number, part in enumerate(self._owned):
             averages = {name: parts[number] for name, parts in self.ema.averages.items()}
-            out.append(OwnedSlice(piece.slice, self._adam_values(piece) | averages))
+            out.append(OwnedSlice(part.slice, self._adam_values(part) | averages))
         return out
 
     @torch.no_grad()
@@ -198,32 +188,26 @@ class Engine:
 
         At stage 0, where every rank holds everything, the moments are shared, too.
         """
-        stage = self.train.zero_stage
-        if stage == 0:
+        if self.train.zero_stage == 0:
             self._broadcast_shares()
-        elif stage == 3:
-            for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if persistent := self.optimizer.persistent_parameters:
-                persistent[0].all_gather(persistent)
         else:
-            self.optimizer.update_lp_params()
+            self.zero.publish()
 
     def _broadcast_shares(self) -> None:
         """Each rank's share of every replicated tensor, to all ranks."""
         for rank in range(self.world_size):
-            for piece in self._shares_of_replicas(rank):
-                for values in self._adam_values(piece).values():
+            for part in self._shares_of_replicas(rank):
+                for values in self._adam_values(part).values():
                     dist.broadcast(values, src=rank)
 
-    def _adam_values(self, piece: _Piece) -> dict[StateName, Tensor]:
-        state = self._adam(piece.flat)
+    def _adam_values(self, part: FlatSlice) -> dict[StateName, Tensor]:
+        state = self._adam(part.flat)
         flats = {
-            "master": piece.flat.detach(),
+            "master": part.flat.detach(),
             "exp_avg": state["exp_avg"].view(-1),
             "exp_avg_sq": state["exp_avg_sq"].view(-1),
         }
-        return {kind: f.narrow(0, piece.start, piece.slice.length) for kind, f in flats.items()}
+        return {kind: f.narrow(0, part.start, part.slice.length) for kind, f in flats.items()}
 
     def _adam(self, flat: Tensor) -> dict[str, Tensor]:
         """Adam's state for a flat tensor; at stage 0, for the parameter it views."""
@@ -242,57 +226,23 @@ class Engine:
 
     def _start_moments(self) -> None:
         """Create zero moments, as Adam itself does at its first step."""
-        for piece in self._held_pieces():
-            master = self._flat_owner.get(id(piece.flat), piece.flat)
+        for part in self._held_slices():
+            master = self._flat_owner.get(id(part.flat), part.flat)
             state = self.base_optimizer.state[master]
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
 
-    def _own_pieces(self) -> Iterator[_Piece]:
-        stage = self.train.zero_stage
-        if stage == 0:
-            yield from self._shares_of_replicas(self.rank)
-        elif stage == 3:
-            yield from self._partitions_of_parameters()
-        else:
-            yield from self._partitions_of_groups()
-
-    def _partitions_of_groups(self) -> Iterator[_Piece]:
-        """Stages 1 and 2: a group's parameters concatenated and split into one part per rank."""
-        masters = self.optimizer.single_partition_of_fp32_groups
-        for group, flat in zip(self.optimizer.bit16_groups, masters, strict=True):
-            for parameter in group:
-                part = parameter._hp_mapping
-                if part is None:  # entirely on other ranks
-                    continue
-                source = part.lp_fragment_address
-                slice_ = Slice(self.names[parameter], source.start, source.numel)
-                yield _Piece(slice_, flat, part.hp_fragment_address.start)
-
-    def _partitions_of_parameters(self) -> Iterator[_Piece]:
-        """Stage 3: each parameter split into one part per rank, the last ones padded."""
-        flats = self.optimizer.fp32_partitioned_groups_flat
-        for group, flat in zip(self.optimizer.fp16_groups, flats, strict=True):
-            start = 0
-            for parameter in group:
-                size = parameter.partition_numel()
-                offset = self.rank * size
-                length = min(size, parameter.ds_numel - offset)
-                if length > 0:
-                    yield _Piece(Slice(self.names[parameter], offset, length), flat, start)
-                start += size
-
-    def _held_pieces(self) -> Iterator[_Piece]:
+    def _held_slices(self) -> Iterator[FlatSlice]:
         """Whole parameters at stage 0, otherwise what this rank owns."""
         if self.train.zero_stage:
-            yield from self._pieces
+            yield from self._owned
             return
         for flat, name in self._replicas:
-            yield _Piece(Slice(name, 0, flat.numel()), flat, 0)
+            yield FlatSlice(Slice(name, 0, flat.numel()), flat, 0)
 
-    def _shares_of_replicas(self, rank: int) -> Iterator[_Piece]:
+    def _shares_of_replicas(self, rank: int) -> Iterator[FlatSlice]:
         """A rank's part at stage 0: all parameters concatenated and split into one per rank."""
         total = sum(p.numel() for p in self.names)
         first, last = (total * r // self.world_size for r in (rank, rank + 1))
@@ -300,28 +250,10 @@ class Engine:
         for flat, name in self._replicas:
             start, end = max(first, offset), min(last, offset + flat.numel())
             if start < end:
-                yield _Piece(Slice(name, start - offset, end - start), flat, start - offset)
+                yield FlatSlice(Slice(name, start - offset, end - start), flat, start - offset)
             offset += flat.numel()
 
     # ---- Accepting a step ----
-
-    def _install_accept(self) -> None:
-        """Hook `accept` in where DeepSpeed checks that the gradient norm is finite.
-
-        DeepSpeed skips a step with a non-finite norm on all ranks, and clears its gradients.
-        """
-        stage = self.train.zero_stage
-        if stage in (1, 2):
-            norm = self.optimizer.scaled_global_norm
-            self.optimizer.scaled_global_norm = lambda *args, **kwargs: self._checked(
-                norm(*args, **kwargs)
-            )
-            # In bf16, DeepSpeed looks for non-finite gradients and skips the step before it
-            # computes the norm, so that `accept` would never see it. The norm shows them, too.
-            self.optimizer.check_overflow = lambda *args, **kwargs: None
-        elif stage == 3:
-            groups = self.optimizer._get_norm_groups
-            self.optimizer._get_norm_groups = lambda: [self._checked(_total_norm(groups()))]
 
     def _checked(self, norm: Tensor) -> Tensor:
         """The norm if the step is accepted, else infinity; on the host, where DeepSpeed checks it.
@@ -344,13 +276,6 @@ class Engine:
                 torch._foreach_mul_(gradients, factor)
         self.engine.step()
         return good
-
-
-def _total_norm(norms: list[Any]) -> Tensor:
-    """The norm of all groups together; not finite or negative if one of them is."""
-    values = torch.stack([torch.as_tensor(n, dtype=torch.float32) for n in norms])
-    bad = (~torch.isfinite(values) | (values < 0)).any()
-    return torch.where(bad, float("inf"), torch.linalg.vector_norm(values))
 
 
 def bucket_elements(train: Train, elements: int) -> int:
@@ -394,33 +319,3 @@ def _deepspeed_config(
         if train.zero_stage in (2, 3):
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-@contextlib.contextmanager
-def _absent(module: str) -> Iterator[None]:
-    """Let imports in the block do without an optional module, unless it is imported already.
-
-    DeepSpeed's autotuner, which nothing here uses, would spend a second on MLflow.
-    """
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-def _quiet_deepspeed(device: torch.device) -> Any:
-    # DeepSpeed picks its accelerator on import; a CPU run must not pick up an unused GPU.
-    os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else device.type
-    with _absent("mlflow"):
-        import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    # With a cold extension cache, DeepSpeed would spend most of a minute compiling a shared-memory
-    # all-reduce for CPUs; gloo is good enough.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
