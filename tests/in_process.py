@@ -6,7 +6,6 @@ For tests of what a stage computes and stores. That Ray changes nothing about it
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,8 +17,9 @@ import pytest
 from diffit_train import ray_session
 from diffit_train.config import Recipe
 from diffit_train.data import encode as encoding
-from diffit_train.data.encode_plan import EncodedPart, Plan
+from diffit_train.data.encode_plan import EncodedPart, Plan, ShardTask
 from diffit_train.data.sources import ImageList
+from diffit_train.errors import DiffitError
 from diffit_train.evaluation import pool
 from diffit_train.evaluation.actors import EvaluationActor
 
@@ -29,7 +29,6 @@ def in_process() -> Iterator[None]:
     """Encode and evaluate here, one shard or chunk after another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "_encode_missing", _encode_missing)
-        patch.setattr(encoding, "listed", lambda *args: nullcontext(0))
         patch.setattr(pool, "ActorPool", _OneActor)
         patch.setattr(pool.ray, "remote", lambda **options: _Remote)
         patch.setattr(ray_session, "connected", lambda address: nullcontext())
@@ -39,17 +38,15 @@ def in_process() -> Iterator[None]:
 
 
 def _encode_missing(
-    recipe: Recipe, listing: ImageList, plan: Plan, specs: list[dict[str, Any]], known: set[str]
+    recipe: Recipe, listing: ImageList, plan: Plan, tasks: Sequence[ShardTask], known: set[str]
 ) -> Iterator[EncodedPart]:
-    encoder = encoding._Encoder(
-        recipe.model_dump(mode="json"), plan.model_dump(), sorted(known), None
-    )
-    for spec in specs:
-        row = {"spec": json.dumps(spec)}
-        read = encoding._read_shard_images(row, listing.source, recipe.data.resolution)
-        encoded = encoder(read)
-        encoding._raise_failure(encoded["failure"])
-        yield EncodedPart.model_validate_json(encoded["part"])
+    encoder = encoding._Encoder(recipe, plan, known)
+    for task in tasks:
+        read = encoding._read_shard_images({"task": task}, listing.source, recipe.data.resolution)
+        part = encoder(read)["part"]
+        if isinstance(part, DiffitError):
+            raise part
+        yield part
 
 
 class _Remote:

@@ -7,12 +7,12 @@ encodes only the shards without one. The manifest, written last, merges and repl
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from diffit_train.data.encode_plan import (
     EncodeJob,
     Plan,
     Rejected,
+    ShardTask,
     commit_manifest,
     count_images,
     encoded_items,
@@ -36,10 +37,9 @@ from diffit_train.data.encode_plan import (
     make_plan,
     read_encoded_parts,
     read_plan,
-    repair_specs,
+    repair_tasks,
     restore_inputs,
-    spec_items,
-    work_specs,
+    shard_tasks,
     write_plan,
 )
 from diffit_train.data.hub import require_from_hub
@@ -61,16 +61,13 @@ from diffit_train.data.shards import (
 )
 from diffit_train.data.sources import ImageList, Source, list_images
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.hang.processes import FOLDER
-from diffit_train.hang.tasks import ending_hanging, listed, new_board
 from diffit_train.native_stderr import without_lines
 from diffit_train.progress import Progress, say
 
 # Shards of images being read for each actor. On a GPU it encodes faster than one core decodes.
 READ_SHARDS, GPU_READ_SHARDS = 1, 3
-# A lost node counts as an attempt, too.
+# A lost node counts as an attempt.
 READER_ATTEMPTS = 8
-ENCODER_ATTEMPTS = 3
 MIN_QUEUED_BYTES = 256 * 2**20
 
 
@@ -133,16 +130,16 @@ def _restore_shards(
     if plan is not None and plan.input_sha256 != REPAIR:
         raise UserError(f"encoding to {url} is in progress; finish it first with --append")
     listing = encoded_items(url, listing)
-    specs = repair_specs(manifest, listing, names)
+    tasks = repair_tasks(manifest, listing, names)
     _require_autoencoder(recipe)
     plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=REPAIR, appended_to=0, order="")
     restored: dict[str, ShardEntry] = {}
     known = {manifest.autoencoder_sha256}
     with (
         _cluster(recipe, address),
-        Progress("encode", count_images(specs), "images") as progress,
+        Progress("encode", count_images(tasks), "images") as progress,
     ):
-        for part in _encode_missing(recipe, listing, plan, specs, known):
+        for part in _encode_missing(recipe, listing, plan, tasks, known):
             if part.entry is not None:
                 restored[part.entry.name] = part.entry
             progress.update(sum(entry.count for entry in restored.values()))
@@ -176,13 +173,13 @@ def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, Encode
     """All parts: those of earlier runs, and those encoded now."""
     plan = make_plan(recipe, url, work)
     parts, total = read_encoded_parts(url), len(work.listing)
-    specs = [s for s in work_specs(recipe, work) if s["number"] not in parts]
+    tasks = [task for task in shard_tasks(recipe, work) if task.number not in parts]
     known = {part.autoencoder_sha256 for part in parts.values()}
     if work.base:
         known.add(work.base.autoencoder_sha256)
-    done = total - count_images(specs)
+    done = total - count_images(tasks)
     with Progress("encode", total, "images", done) as progress:
-        for part in _encode_missing(recipe, work.listing, plan, specs, known):
+        for part in _encode_missing(recipe, work.listing, plan, tasks, known):
             parts[part.number] = part
             done += (part.entry.count if part.entry else 0) + len(part.rejected)
             progress.update(done)
@@ -209,16 +206,16 @@ def _encode_missing(
     recipe: Recipe,
     listing: ImageList,
     plan: Plan,
-    specs: list[dict[str, Any]],
+    tasks: Sequence[ShardTask],
     known_autoencoders: set[str],
 ) -> Iterator[EncodedPart]:
     """Run the pipeline over these shards; yields parts in completion order."""
-    if not specs:
+    if not tasks:
         return
     scaling, data = recipe.scaling, recipe.data
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    _quiet_ray_data()
     # Backpressure: readers pause while this many bytes of images wait for actors, so that memory
     # does not grow with the input. Per actor: the shard it encodes, the next, and those being read;
     # Ray Data counts each row twice in the pipeline.
@@ -233,25 +230,15 @@ def _encode_missing(
     actors, cpus = scaling.encode_actors, ray.cluster_resources()["CPU"]
     actor_cpus = min(0.9, cpus / (2 * actors))
     reader_cpus = min(1.0, cpus - actors * actor_cpus)
-    board = new_board()
-    rows = ray.data.from_items(
-        [{"spec": json.dumps(spec)} for spec in specs], override_num_blocks=len(specs)
-    )
+    rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
     encoded = rows.map(
-        _read_listed,
-        fn_args=(board, _read_shard_images, listing.source, data.resolution),
-        num_cpus=reader_cpus,
+        _read_shard_images, fn_args=(listing.source, data.resolution), num_cpus=reader_cpus
     ).map(
         _Encoder,
-        fn_constructor_args=(
-            recipe.model_dump(mode="json"),
-            plan.model_dump(),
-            sorted(known_autoencoders),
-            board,
-        ),
+        fn_constructor_args=(recipe, plan, known_autoencoders),
         compute=ray.data.ActorPoolStrategy(
-            min_size=min(scaling.encode_min_actors, len(specs)),
-            max_size=min(actors, len(specs)),
+            min_size=min(scaling.encode_min_actors, len(tasks)),
+            max_size=min(actors, len(tasks)),
         ),
         num_cpus=actor_cpus,
         num_gpus=scaling.gpus_per_actor or None,
@@ -261,27 +248,29 @@ def _encode_missing(
             else {"runtime_env": {"env_vars": ray_session.KEEP_FREED_MEMORY}}
         ),
     )
-    stacks = storage.join(recipe.storage.root, FOLDER)
     try:
-        with ending_hanging(board, scaling.hang_s, stacks, say):
-            for row in encoded.iter_rows():
-                _raise_failure(row["failure"])
-                yield EncodedPart.model_validate_json(row["part"])
+        for row in encoded.iter_rows():
+            if isinstance(row["part"], DiffitError):
+                raise row["part"]
+            yield row["part"]
     except ray.exceptions.RayError as error:
         raise DiffitError(
             f"a shard could not be encoded: {_reason(error)}; rerun the same command to resume"
         ) from error
 
 
-def _failure(error: DiffitError) -> str:
-    """An error as a column of a row: Ray Data would wrap a raised one beyond recognition."""
-    return json.dumps({"user": isinstance(error, UserError), "message": str(error)})
+def _quiet_ray_data() -> None:
+    """Ray Data would report for every process that rows hold Python objects."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _raise_failure(text: str) -> None:
-    if text:
-        failure = json.loads(text)
-        raise (UserError if failure["user"] else DiffitError)(failure["message"])
+@dataclass(frozen=True)
+class ReadShard:
+    """The images of a shard, and why there are none if its source cannot be read."""
+
+    task: ShardTask
+    images: Images
+    error: DiffitError | None = None
 
 
 def _reason(error: ray.exceptions.RayError) -> str:
@@ -291,88 +280,64 @@ def _reason(error: ray.exceptions.RayError) -> str:
     return (named or lines[-1:] or [type(error).__name__])[0]
 
 
-def _read_listed(
-    row: dict[str, Any], board: Any, read: Callable[..., dict[str, Any]], *args: Any
-) -> dict[str, Any]:
-    """CPU task: `read(row, *args)`, listed on the board, so that it is ended if it hangs."""
-    with listed(board, "reading", shard_name(json.loads(row["spec"])["number"])):
-        return read(row, *args)
-
-
 def _read_shard_images(row: dict[str, Any], source: Source, resolution: int) -> dict[str, Any]:
-    """Read, decode and crop the images of one shard.
+    """Read, decode and crop the images of one shard: {"task"} to {"read"}.
 
     Ray repeats a task whose process dies, without limit. From the second attempt on, images are
-    decoded in a child process: one that kills its decoder is rejected.
+    decoded in a child process: one that kills its decoder is rejected. An error is returned: Ray
+    Data would wrap a raised one beyond recognition.
     """
-    spec, attempt = json.loads(row["spec"]), ray_session.task_attempt()
-    missing = "" if FORMATS.is_plugged(source.kind) else _source_failure(source.url)
-    failure = missing or _repeated_failure(source.url, spec["number"], attempt)
-    items = [] if failure else spec_items(spec)
-    images = Images([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
+    _quiet_ray_data()
+    task, attempt = row["task"], ray_session.task_attempt()
     isolated = IsolatedDecoder() if attempt else None
     try:
-        images = read_items(source, items, resolution, decoder=isolated)
+        if not FORMATS.is_plugged(source.kind):
+            _require_source(source.url)
+        _require_few_attempts(source.url, task.number, attempt)
+        images = read_items(source, task.items, resolution, decoder=isolated)
+        return {"read": ReadShard(task, images)}
     except DiffitError as error:
-        failure = _failure(error)
+        none = Images([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
+        return {"read": ReadShard(task, none, error)}
     finally:
         if isolated:
             isolated.close()
-    return {
-        "spec": row["spec"],
-        "kept": json.dumps(images.kept),
-        "rejected": json.dumps(images.rejected),
-        "pixels": images.pixels.tobytes(),
-        "failure": failure,
-    }
 
 
-def _source_failure(source: str) -> str:
-    """A failure if this node lacks the source; otherwise every image would look unreadable."""
-    if not storage.is_local(source) or storage.exists(source):
-        return ""
-    return _failure(
-        UserError(
+def _require_source(source: str) -> None:
+    """Fail if this node lacks the source; otherwise every image would look unreadable."""
+    if storage.is_local(source) and not storage.exists(source):
+        raise UserError(
             f"data.source {source} does not exist on node {socket.gethostname()} of the cluster; "
             "set it to a path that every node can read, such as s3://bucket/prefix"
         )
-    )
 
 
-def _repeated_failure(source: str, number: int, attempt: int) -> str:
-    if attempt < READER_ATTEMPTS:
-        return ""
-    return _failure(
-        DiffitError(
+def _require_few_attempts(source: str, number: int, attempt: int) -> None:
+    if attempt >= READER_ATTEMPTS:
+        raise DiffitError(
             f"the process that reads the images of {shard_name(number)} from {source} died "
             f"{attempt} times; see its log and the memory of its node, then rerun the command"
         )
-    )
 
 
 class _Encoder:
     """Actor: runs the autoencoder and writes shards."""
 
-    def __init__(
-        self,
-        recipe: dict[str, Any],
-        plan: dict[str, Any],
-        known_autoencoders: list[str],
-        board: Any,
-    ) -> None:
-        self.recipe, self.board = Recipe.model_validate(recipe), board
-        self.failure: DiffitError | None = None
+    def __init__(self, recipe: Recipe, plan: Plan, known_autoencoders: set[str]) -> None:
+        _quiet_ray_data()
+        self.recipe = recipe
+        self.error: DiffitError | None = None
         try:
-            with listed(board, "loading the autoencoder"):
-                self._load(known_autoencoders)
+            self._load(known_autoencoders)
         # Raised from the constructor, it would reach the driver only as a dead actor.
         except DiffitError as error:
-            self.failure = error
+            self.error = error
         else:
             # Only now, so that an unusable autoencoder leaves nothing behind.
-            write_plan(self.url, Plan.model_validate(plan))
+            write_plan(self.url, plan)
 
-    def _load(self, known_autoencoders: list[str]) -> None:
+    def _load(self, known_autoencoders: set[str]) -> None:
         import torch
 
         from diffit_train.data.autoencoder import load_autoencoder
@@ -383,38 +348,29 @@ class _Encoder:
         self.autoencoder = load_autoencoder(self.recipe, torch.device("cuda" if gpu else "cpu"))
         self.sha256 = self.autoencoder.weight_hash()
         self.url = latents_url(self.recipe)
-        if set(known_autoencoders) - {self.sha256}:
+        if known_autoencoders - {self.sha256}:
             raise UserError(
                 f"autoencoder {self.autoencoder.id} has changed since encoding to {self.url} "
                 f"started; delete {self.url} to start over"
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encode a shard: {"read"} to {"part"}, which is an error if it failed."""
+        read: ReadShard = row["read"]
         try:
-            _raise_failure(row["failure"])
-            if self.failure is not None:
-                raise self.failure
-            name = shard_name(json.loads(row["spec"])["number"])
-            with listed(self.board, "encoding", name) as attempt:
-                if attempt >= ENCODER_ATTEMPTS:
-                    raise DiffitError(
-                        f"encoding {name} hung {attempt} times; see the stack traces under "
-                        f"{storage.join(self.recipe.storage.root, FOLDER)}, then rerun the command"
-                    )
-                return {"part": self._encode(row), "failure": ""}
+            if error := read.error or self.error:
+                raise error
+            return {"part": self._encode(read.task, read.images)}
         except DiffitError as error:
-            return {"part": "", "failure": _failure(error)}
+            return {"part": error}
 
-    def _encode(self, row: dict[str, Any]) -> str:
-        """Encode and commit a shard; returns its part as JSON."""
-        spec, kept = json.loads(row["spec"]), json.loads(row["kept"])
-        number, size = spec["number"], self.recipe.data.resolution
-        items = spec_items(spec)
-        pixels = np.frombuffer(row["pixels"], dtype=np.uint8).reshape(len(kept), size, size, 3)
-        moments = self._moments(pixels)
+    def _encode(self, task: ShardTask, images: Images) -> EncodedPart:
+        """Encode and commit a shard."""
+        number, items, kept = task.number, task.items, images.kept
+        moments = self._moments(images.pixels)
         entry = None
         if kept:
-            keys = [spec["keys"][position] for position in kept]
+            keys = [task.keys[position] for position in kept]
             labels = [items[position].label for position in kept]
             entry = write_shard(self.url, number, keys, moments, labels)
         total, squares = self._statistics(number, moments)
@@ -423,7 +379,7 @@ class _Encoder:
             entry=entry,
             rejected=[
                 Rejected(path=_readable(items[position].name), reason=reason)
-                for position, reason in json.loads(row["rejected"])
+                for position, reason in images.rejected
             ],
             autoencoder_sha256=self.sha256,
             scale=self.autoencoder.scale,
@@ -431,9 +387,9 @@ class _Encoder:
             total=total,
             squares=squares,
         )
-        text = part.model_dump_json()
-        storage.write_text(storage.join(self.url, "parts", f"{shard_name(number)}.json"), text)
-        return text
+        url = storage.join(self.url, "parts", f"{shard_name(number)}.json")
+        storage.write_text(url, part.model_dump_json())
+        return part
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
         """(n, R, R, 3) uint8 to (n, F, 2C, h, w) float16, in batches of a fixed size.

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -33,7 +33,7 @@ from diffit_train.data.shards import (
     require_recipe,
     shard_name,
 )
-from diffit_train.data.sources import ImageList, Item, Location, list_images
+from diffit_train.data.sources import ImageList, Item, list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 
@@ -78,6 +78,15 @@ class EncodedPart(storage.Record):
     shape: tuple[int, int, int, int]  # of an image's member
     total: list[float]
     squares: list[float]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to encode: its images in the order of the file, and their keys."""
+
+    number: int
+    keys: list[int]
+    items: list[Item]
 
 
 @dataclass(frozen=True)
@@ -223,36 +232,21 @@ def _is_whole(url: str, entry: ShardEntry) -> bool:
     return storage.exists(shard) and storage.size_bytes(shard) == entry.bytes
 
 
-def shard_spec(number: int, keys: Sequence[int], items: Sequence[Item]) -> dict[str, Any]:
-    """Description of a shard, as sent to a task."""
-    return {"number": number, "keys": list(keys), "items": [list(item) for item in items]}
-
-
-def spec_items(spec: dict[str, Any]) -> list[Item]:
-    """The images of a shard."""
-    return [
-        Item(name, label, Location(*location), problem)
-        for name, label, location, problem in spec["items"]
-    ]
-
-
-def work_specs(recipe: Recipe, work: EncodeJob) -> list[dict[str, Any]]:
-    """Descriptions of all shards of the job."""
+def shard_tasks(recipe: Recipe, work: EncodeJob) -> list[ShardTask]:
+    """All shards of the job."""
     skip, items, size = len(work.before), work.listing.items, recipe.data.images_per_shard
     positions = work.positions(size)
     segments = work.base.segments if work.base else []
-    specs = []
+    tasks = []
     for number, first, end in shard_ranges([*segments, len(items)], size):
         if first >= skip:
             here = positions[first - skip : end - skip].tolist()
-            specs.append(shard_spec(number, [skip + p for p in here], [items[p] for p in here]))
-    return specs
+            tasks.append(ShardTask(number, [skip + p for p in here], [items[p] for p in here]))
+    return tasks
 
 
-def repair_specs(
-    manifest: Manifest, listing: ImageList, names: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Descriptions of these shards of finished latents.
+def repair_tasks(manifest: Manifest, listing: ImageList, names: Sequence[str]) -> list[ShardTask]:
+    """These shards of finished latents.
 
     Args:
         listing: all encoded images, in key order.
@@ -273,15 +267,15 @@ def repair_specs(
         keys += (positions + first).tolist()
         first += count
     return [
-        shard_spec(number, keys[start:end], [listing.items[key] for key in keys[start:end]])
+        ShardTask(number, keys[start:end], [listing.items[key] for key in keys[start:end]])
         for number, start, end in shard_ranges(manifest.segments, size)
         if shard_name(number) in names
     ]
 
 
-def count_images(specs: list[dict[str, Any]]) -> int:
+def count_images(tasks: Sequence[ShardTask]) -> int:
     """Number of images in these shards."""
-    return sum(len(spec["items"]) for spec in specs)
+    return sum(len(task.items) for task in tasks)
 
 
 def read_inputs(url: str) -> list[tuple[str, int]]:

@@ -30,9 +30,9 @@ from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
 from diffit_train.data.encode import _read_shard_images, encode
 from diffit_train.data.encode_order import encode_order, order_digest
 from diffit_train.data.encode_plan import (
+    ShardTask,
     find_work,
     make_plan,
-    shard_spec,
     write_plan,
 )
 from diffit_train.data.preprocess import center_crop, decode, to_model_range
@@ -261,10 +261,10 @@ def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Pa
 
 
 def test_a_node_without_the_source_is_not_mistaken_for_unreadable_images(tmp_path: Path) -> None:
-    row = {"spec": json.dumps(shard_spec(0, [0], [Item("a/1.png", 0, Location("a/1.png"))]))}
-    read = _read_shard_images(row, Source(str(tmp_path / "unmounted"), "folder"), 16)
-    assert "unmounted does not exist on node" in read["failure"]
-    assert json.loads(read["rejected"]) == []
+    row = {"task": ShardTask(0, [0], [Item("a/1.png", 0, Location("a/1.png"))])}
+    read = _read_shard_images(row, Source(str(tmp_path / "unmounted"), "folder"), 16)["read"]
+    assert "unmounted does not exist on node" in str(read.error)
+    assert read.images.rejected == []
 
 
 def test_a_killed_encoding_resumes_to_the_same_bytes(encoded: Path, tmp_path: Path) -> None:

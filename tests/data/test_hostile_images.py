@@ -22,7 +22,7 @@ from PIL import Image
 from diffit_train import storage
 from diffit_train.data import encode as encode_module
 from diffit_train.data import preprocess
-from diffit_train.data.encode_plan import Rejected
+from diffit_train.data.encode_plan import Rejected, ShardTask
 from diffit_train.data.isolated import IsolatedDecoder
 from diffit_train.data.preprocess import UnreadableImage, decode, pixels_from, read_images
 from diffit_train.data.reading import read_items
@@ -214,10 +214,8 @@ def test_a_reader_that_dies_again_and_again_ends_the_encoding(
 ) -> None:
     attempts = encode_module.READER_ATTEMPTS
     monkeypatch.setattr(encode_module.ray_session, "task_attempt", lambda: attempts)
-    row = {"spec": json.dumps({"number": 7, "keys": [], "items": []})}
-    failure = json.loads(
-        encode_module._read_shard_images(row, Source(str(tmp_path), "folder"), 8)["failure"]
-    )
-    assert failure["user"] is False
-    assert "shard-000007.tar" in failure["message"]
-    assert f"died {attempts} times" in failure["message"]
+    row = {"task": ShardTask(7, [], [])}
+    error = encode_module._read_shard_images(row, Source(str(tmp_path), "folder"), 8)["read"].error
+    assert not isinstance(error, UserError)
+    assert "shard-000007.tar" in str(error)
+    assert f"died {attempts} times" in str(error)

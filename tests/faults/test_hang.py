@@ -20,12 +20,8 @@ import pytest
 import ray
 
 from diffit_train.config import dump_recipe
-from diffit_train.data.encode import encode
-from diffit_train.data.shards import latents_url
 from diffit_train.evaluation import runner
-from diffit_train.hang import tasks
 from diffit_train.hang.processes import (
-    Process,
     end_processes,
     kill_here,
     limit_s,
@@ -62,73 +58,6 @@ def test_a_task_may_take_a_multiple_of_what_others_took() -> None:
     assert limit_s(300.0, []) == 1200.0
     assert limit_s(300.0, [1.0, 2.0, 3.0]) == 300.0
     assert limit_s(300.0, [50.0, 40.0, 900.0]) == 500.0
-
-
-def _process(pid: int) -> Process:
-    return Process(node="node", host="host", pid=pid, started=0.0, stacks=-1)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time on the board's clock, in its only element."""
-    now = [0.0]
-    monkeypatch.setattr(tasks.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_a_task_that_takes_far_longer_than_others_hangs(clock: list[float]) -> None:
-    board = tasks.Board()
-    for number in range(3):
-        board.begin(f"done {number}", "encoding", f"shard {number}", _process(1))
-        clock[0] += 4.0
-        board.end(f"done {number}")
-    assert board.begin("slow", "encoding", "shard 3", _process(1)) == 0
-    clock[0] += 5.0
-    board.begin("first", "reading", "shard 4", _process(2))  # the first of its kind
-    clock[0] += 34.0  # of ten times the median
-    assert board.take_hanging(10.0) == []
-    clock[0] += 2.0
-    ((task, taken_s),) = board.take_hanging(10.0)
-    assert (task.process.pid, taken_s) == (1, 41.0)
-    assert task.said(taken_s) == "process 1 on host has been encoding shard 3 for 41 s"
-    clock[0] += 5.0  # four times the limit
-    assert [task.process.pid for task, _ in board.take_hanging(10.0)] == [2]
-    assert board.begin("again", "encoding", "shard 3", _process(3)) == 1
-    assert board.begin("other", "encoding", "shard 5", _process(4)) == 0
-
-
-def test_a_task_begun_again_replaces_that_of_a_dead_process(clock: list[float]) -> None:
-    board = tasks.Board()
-    board.begin("dead", "reading", "shard 1", _process(1))
-    clock[0] += 30.0
-    board.begin("alive", "reading", "shard 1", _process(2))
-    clock[0] += 20.0
-    assert board.take_hanging(10.0) == []
-
-
-def test_idle_processes_are_taken_once_if_nothing_is_begun(clock: list[float]) -> None:
-    board = tasks.Board()
-    board.begin("a", "encoding", "shard 1", _process(1))
-    clock[0] += 2.0
-    board.end("a")
-    board.end("a")  # twice, as after a kill
-    clock[0] += 19.0
-    assert board.take_hanging(10.0) == []  # twenty seconds are ten times the median
-    clock[0] += 2.0
-    ((task, idle_s),) = board.take_hanging(10.0)
-    assert (task.process.pid, idle_s) == (1, 21.0)
-    assert board.take_hanging(10.0) == []
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_a_task_that_raises_is_off_the_board() -> None:
-    board = tasks.new_board()
-    with pytest.raises(ValueError, match="bad image"), tasks.listed(board, "reading", "shard 1"):
-        raise ValueError("bad image")
-    with tasks.listed(board, "reading", "shard 2"):
-        names = board.__ray_call__.remote(lambda self: [t.name for t in self.tasks.values()])
-        assert ray.get(names) == ["shard 2"]
-    ray.kill(board)
 
 
 class Sleeper:
@@ -282,22 +211,3 @@ def test_an_evaluation_replaces_a_stopped_actor(
     other = tiny_recipe(trained, "evaluate.samples=48")
     (undisturbed,) = runner.evaluate([runner.Request(other, "tiny", 12)])
     assert found.metrics == undisturbed.metrics
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("prefix", ["ray::MapWorker", "ray::Map(_read_listed"])
-def test_an_encode_replaces_a_stopped_process(
-    encoded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], prefix: str
-) -> None:
-    for name in ("images", "autoencoders"):
-        shutil.copytree(encoded / name, tmp_path / name)
-    recipe = tiny_recipe(tmp_path, "scaling.hang_s=2")
-    with _suspending(prefix) as stopped:
-        found = encode(recipe)
-    assert stopped, "no process was caught at work"
-    assert "; replacing it" in capfd.readouterr().err
-    mine, theirs = Path(latents_url(recipe)), Path(latents_url(tiny_recipe(encoded)))
-    for entry in found.shards:
-        assert (mine / entry.name).read_bytes() == (theirs / entry.name).read_bytes()
