@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
 # Tests run side by side. Threads of OpenMP spin while they wait for one that has no core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# An MLflow that is not there is told at once.
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 # Ignore a token left by an earlier cluster on this machine.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 

@@ -43,7 +43,7 @@ from diffit_train.progress import Progress, say
 from diffit_train.redaction import first_line
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url
-from diffit_train.tracking import TAG_REFERENCE, Tracker, import_ahead, unreachable_errors
+from diffit_train.tracking import TAG_REFERENCE, Tracker, unreachable_errors
 
 # Threads that sum finished chunks while actors generate others.
 SUMMING_THREADS = 2
@@ -88,7 +88,6 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
     for request in requests:
         check(request.recipe)
     results: list[Result] = []
-    import_ahead()
     with ray_session.connected(address):
         for together in _sharing_actors(requests):
             results += _evaluate_together(together)

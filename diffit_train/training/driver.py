@@ -50,7 +50,6 @@ from diffit_train.tracking import (
     TAG_STEPS,
     Tracker,
     git_commit,
-    import_ahead,
     tracking_uri,
     unreachable_errors,
 )
@@ -111,7 +110,6 @@ def train(
         if done is not None:
             return done
         remove_unfinished(run_url(recipe, run))
-        import_ahead()
         with ray_session.connected(address):
             ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
             # Ray Train asks this actor for resources; it starts while MLflow is opened.

@@ -185,14 +185,14 @@ def send_unsent(recipe: Recipe, run: str, say: Callable[[str], None]) -> None:
     mark = storage.join(url, "metrics-unsent")
     if not storage.exists(mark):
         return
-    from diffit_train.tracking import MetricsOutbox
+    from diffit_train.tracking import Curves
 
     steps = committed_steps(url)
     if not steps:
         return
-    outbox = MetricsOutbox(recipe, read_state(url, steps[-1]).mlflow_run_id, say)
+    curves = Curves(recipe, read_state(url, steps[-1]).mlflow_run_id, say)
     for record in TrainingLog(url, steps[-1]).records:
-        outbox.put(record["step"], as_metrics(record))
-    if not outbox.close():
+        curves.put(record["step"], as_metrics(record))
+    if curves.close():
         storage.remove(mark)
         say("Sent the missing metrics to MLflow")

@@ -16,7 +16,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.runs.checkpoints import LogMark
 from diffit_train.runs.lease import LostLeaseError
-from diffit_train.tracking import MetricsOutbox
+from diffit_train.tracking import Curves
 from diffit_train.training.control import TrainerHooks
 from diffit_train.training.engine import learning_rate
 from diffit_train.training.log import TrainingLog, as_metrics, mark_unsent
@@ -109,14 +109,12 @@ class Recorder:
         self.watch = Stopwatch(self.device, begins)
         self.log = TrainingLog(url, step, mark)
         self._grad_norm = float("nan")
-        self._outbox: MetricsOutbox | None = None
+        self._curves: Curves | None = None
         if dist.get_rank() == 0:
-            # A restarted run repeats the steps after its checkpoint; the outbox drops duplicates.
-            self._outbox = MetricsOutbox(
-                recipe, mlflow_run_id, hooks.say, may_send=lambda: _is_held(hooks)
-            )
+            # A restarted run repeats the steps after its checkpoint; MLflow has some of them.
+            self._curves = Curves(recipe, mlflow_run_id, hooks.say, lambda: _is_held(hooks))
             for record in self.log.records:
-                self._outbox.put(record["step"], as_metrics(record))
+                self._curves.put(record["step"], as_metrics(record))
 
     def add(self, losses: Tensor, noise_levels: Tensor, grad_norm: float) -> None:
         """Add a taken step: its losses, noise levels in [0, 1], and the gradient norm."""
@@ -143,7 +141,7 @@ class Recorder:
         values |= {f"{name}_s": value for name, value in slowest.items()}
         values["checkpoint_s"] = checkpoint_s
         self.speed.restart(waited_s)
-        if self._outbox is None:
+        if self._curves is None:
             return
         values["lr"] = learning_rate(train, step - 1)
         values["memory_gib"] = peak_memory_bytes(self.device) / storage.GIB
@@ -153,10 +151,10 @@ class Recorder:
             values["skipped_steps"] = bad_steps
         record = {"step": step, **values}
         self.log.append(record)
-        self._outbox.put(step, as_metrics(record))
+        self._curves.put(step, as_metrics(record))
         self.hooks.report(record)
 
     def close(self) -> None:
         """Send the remaining points; leave a note in the run if MLflow is unreachable."""
-        if self._outbox is not None and self._outbox.close():
+        if self._curves is not None and not self._curves.close():
             mark_unsent(self.url)

@@ -1,33 +1,53 @@
-"""A connection to MLflow: its runs, their values and files, and registered models."""
+"""MLflow: one run per training, a child run per evaluation. Only this module imports it.
+
+Runs are looked up by our own tags, never by name, so a command that is killed and rerun finds its
+run; parameters are written once, when a run is created, since MLflow rejects changed ones.
+
+Requests are retried by MLflow itself, as its MLFLOW_HTTP_REQUEST_… variables say.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import logging
 import os
 import re
 import sqlite3
+import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote, urlsplit
 
-from diffit_train import storage, waiting
+from diffit_train import disk_full, storage
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.redaction import first_line, redact
-from diffit_train.tracking import server, sqlite_file
-from diffit_train.tracking.address import tracking_uri
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
     from PIL.Image import Image
 
+# Before anything imports MLflow: no usage statistics; a server that is away is reported after some
+# seconds, and one that never answers after a minute and a half. What the user has set stays.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "GIT_PYTHON_REFRESH": "quiet",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+# The variable that may hold `tracking.uri` with its credentials.
+CREDENTIALS = "MLFLOW_TRACKING_URI"
 TAG_RUN = "diffit.run_id"
 TAG_EVALUATION = "diffit.evaluation"
 # Digest of the reference that an evaluation was measured against, independent of its path.
@@ -41,10 +61,21 @@ BEST = "best"
 BEST_VALIDATED = "best-validated"
 # MLflow's name of the file that holds a model's signature.
 SIGNATURE = "MLmodel"
+# Metric that every record of training has.
+_EVERY_RECORD = "perf/step_s"
 _PARAM_LIMIT = 6000
-_BATCH_LIMIT = 100
-
-_ahead: threading.Thread | None = None
+_SQLITE = "sqlite:///"
+# Folder of artifacts beside a SQLite file.
+_ARTIFACTS = "mlflow-artifacts"
+# Columns of MLflow's database that hold URLs below the folder of the file.
+_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+# How long a process waits for another one that writes to a SQLite file, or creates it.
+_SQLITE_WAIT_S = 60
 
 
 @dataclass(frozen=True)
@@ -59,7 +90,7 @@ class RunRecord:
     metrics: dict[str, float]
     tags: dict[str, str]
     start_time_ms: int = 0
-    experiment: str = field(default="")
+    experiment: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,38 +126,127 @@ def unreachable_errors() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError, DiffitError)
 
 
-def import_ahead() -> None:
-    """Import MLflow in a thread, which takes a second, while something else is waited for."""
-    global _ahead
-
-    def run() -> None:
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401, for its own sake
-
-    if _ahead is None:
-        _ahead = threading.Thread(target=run, name="mlflow", daemon=True)
-        _ahead.start()
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from; None outside a checkout."""
+    folder = Path(__file__).parent
+    answer = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-class _Around:
-    """A client of MLflow with something around each call.
+def tracking_uri(recipe: Recipe) -> str:
+    """The recipe's MLflow URI, by default a SQLite file under the root.
+
+    Raises:
+        UserError: the root is remote, which SQLite does not support, and no URI is set.
+    """
+    if recipe.tracking.uri is not None:
+        return _with_credentials(recipe.tracking.uri)
+    root = recipe.storage.root
+    if not storage.is_local(root):
+        raise UserError(
+            f"storage.root is {redact(root)}, which cannot hold MLflow's SQLite file; set a "
+            "server, such as tracking.uri=http://mlflow:5000, or a local file, such as "
+            "tracking.uri=sqlite:////absolute/path/mlflow.db"
+        )
+    return f"sqlite:///{storage.local_path(root).absolute()}/mlflow.db"
+
+
+def _with_credentials(uri: str) -> str:
+    """A stored URI has none; MLFLOW_TRACKING_URI may be the same with them."""
+    whole = os.environ.get(CREDENTIALS, "")
+    return whole if whole and redact(whole) == uri else uri
+
+
+def require_forwarded(recipe: Recipe, what: str, names: Sequence[str]) -> None:
+    """Refuse a recipe whose MLflow password would be needed where it is not stored.
 
     Args:
-        around: gets a method's name and the call of it.
+        what: stores the recipe, and reads it again.
+        names: variables that are handed on.
+
+    Raises:
+        UserError: `tracking.uri` holds a password that is not among them.
     """
+    uri = recipe.tracking.uri
+    if uri is None or redact(uri) == uri:
+        return
+    if redact(os.environ.get(CREDENTIALS, "")) != redact(uri) or CREDENTIALS not in names:
+        raise UserError(
+            f"tracking.uri {redact(uri)} holds a password, which is not stored with {what}; export "
+            f"{CREDENTIALS} with the whole URI, and pass tracking.uri={redact(uri)}"
+            + (f" and --env {CREDENTIALS}" if CREDENTIALS not in names else "")
+        )
 
-    def __init__(
-        self, client: MlflowClient, around: Callable[[str, Callable[[], Any]], Any]
-    ) -> None:
-        self._client, self._around = client, around
 
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
+def _create(database: Path) -> None:
+    """Create a SQLite file unless it exists: of processes that do so at once, most would fail.
 
-        @functools.wraps(method)
-        def call(*args: Any, **options: Any) -> Any:
-            return self._around(name, lambda: method(*args, **options))
+    Raises:
+        UserError: its folder cannot be written to, or another process holds the lock for too long.
+        DiskFullError: its disk is full.
+    """
+    from filelock import FileLock
+    from mlflow import MlflowClient
 
-        return call
+    if database.exists():
+        return
+    temporary = database.with_name(f"{database.name}{storage.TEMPORARY_MARK}new")
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{database}.lock", timeout=_SQLITE_WAIT_S):
+            if database.exists():
+                return
+            temporary.unlink(missing_ok=True)  # of a killed command
+            try:
+                with disk_full.told(temporary, name=str(database)):
+                    MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+                temporary.rename(database)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except disk_full.DiskFullError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot create {database}: {error.strerror or error}; set tracking.uri, or choose "
+            "another --root"
+        ) from error
+
+
+def _follow(database: Path) -> None:
+    """Let the locations that a copied or moved database records follow it.
+
+    Otherwise MLflow would read and write artifacts in the folder that it was copied from.
+    """
+    here = database.parent
+    with (
+        contextlib.closing(sqlite3.connect(database, timeout=_SQLITE_WAIT_S)) as connection,
+        connection,
+    ):
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if "experiments" not in tables:
+            return  # being created
+        rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+        formers = {folder for (location,) in rows if (folder := _folder_of(location))}
+        for former in formers - {here}:
+            if former.exists() and former.samefile(here):
+                continue  # by another path, such as a symbolic link
+            old, new = f"{former.as_uri()}/", f"{here.as_uri()}/"
+            for table, column in _LOCATIONS:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, len(old), old),
+                )
+
+
+def _folder_of(location: str | None) -> Path | None:
+    """The folder of the database whose artifacts these are; None if another tool set them."""
+    parts = urlsplit(location or "")
+    path = Path(unquote(parts.path))
+    return path.parent if parts.scheme == "file" and path.name == _ARTIFACTS else None
 
 
 class Tracker:
@@ -136,63 +256,47 @@ class Tracker:
         uri: a server, which has artifact locations of its own, or
             `sqlite:////absolute/path/mlflow.db`, which is created on first use, with artifacts
             beside it. If that file was copied or moved, what it records follows.
-        patient: whether calls are repeated while a server is away, for as long as `waiting` says.
-            One to which nothing connects at first is not waited for.
 
     Raises:
         UserError: the file cannot be opened.
         DiffitError: the server cannot be reached.
     """
 
-    def __init__(self, uri: str, patient: bool = True) -> None:
-        if _ahead is not None:
-            _ahead.join()
-        # Creating a new SQLite file logs pages of migrations.
+    def __init__(self, uri: str) -> None:
+        # Creating a new SQLite file logs pages of migrations; errors are raised and logged.
         for name in ("alembic", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # It logs the statement of each error that is raised.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
         self.uri = uri
-        database = sqlite_file.path_of(uri)
-        self.artifacts = (database.parent / sqlite_file.ARTIFACTS).as_uri() if database else None
+        self.artifacts: str | None = None
         try:
-            if database:
-                sqlite_file.create(database)
-                sqlite_file.follow(database)
-            else:
-                server.limit_requests()
-            client: Any = MlflowClient(tracking_uri=uri)
-            if database:
-                client = _Around(client, functools.partial(sqlite_file.on_file, str(database)))
-            self.client: MlflowClient = client
-            waiting.retried(
-                f"MLflow at {redact(uri)}",
-                lambda: self.client.search_experiments(max_results=1),
-                lambda error: patient and server.comes_from(error, server.SILENT),
-            )
-            if patient and not database:
-                client = _Around(client, functools.partial(server.on_server, uri))
-                self.client = client
+            if uri.startswith(_SQLITE):
+                database = Path(uri.removeprefix(_SQLITE))
+                self.artifacts = (database.parent / _ARTIFACTS).as_uri()
+                _create(database)
+                _follow(database)
+            self.client = MlflowClient(tracking_uri=uri)
+            self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
             if "://" in uri and not uri.startswith("sqlite"):
                 raise DiffitError(
-                    f"could not reach MLflow at {redact(uri)} ({server.root_cause(error)}); check "
+                    f"could not reach MLflow at {redact(uri)} ({_root_cause(error)}); check "
                     "tracking.uri and its server, and rerun the same command to resume"
                 ) from error
-            reason = first_line(error)
             raise UserError(
-                f"cannot open MLflow at {redact(uri)}: {reason}; fix tracking.uri, or move that "
-                "file away"
+                f"cannot open MLflow at {redact(self.uri)}: {first_line(error)}; restore that file "
+                "from a backup, move it away, or fix tracking.uri"
             ) from error
 
     @classmethod
-    def of(cls, recipe: Recipe, patient: bool = True) -> Tracker:
+    def of(cls, recipe: Recipe) -> Tracker:
         """The tracker for a recipe."""
-        return cls(tracking_uri(recipe), patient)
+        return cls(tracking_uri(recipe))
 
     # ---- Runs ----
 
@@ -228,6 +332,8 @@ class Tracker:
         identity: str,
         params: Mapping[str, Any],
     ) -> str:
+        from mlflow.entities import Param
+
         experiment_id = self._experiment(experiment)
         found = self.client.search_runs(
             [experiment_id], filter_string=f"tags.`{identity}` = '{tags[identity]}'", max_results=1
@@ -242,31 +348,24 @@ class Tracker:
             return str(run_id)
         first = {TAG_ATTEMPT: "1", "mlflow.user": getpass.getuser(), **clean}
         run_id = self.client.create_run(experiment_id, run_name=name, tags=first).info.run_id
-        self._log_params(run_id, params)
+        rows = [Param(key, redact(str(value))[:_PARAM_LIMIT]) for key, value in params.items()]
+        self.client.log_batch(run_id, params=rows)
         return str(run_id)
 
     def _experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
         known = self.client.get_experiment_by_name(name)
-        if known is not None:
-            return str(known.experiment_id)
-        # The kind determines which page MLflow opens first: curves instead of chats.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        try:
-            return str(self.client.create_experiment(name, self.artifacts, tags))
-        except MlflowException as error:
-            known = self.client.get_experiment_by_name(name)
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or known is None:
-                raise
-            return str(known.experiment_id)  # by another command meanwhile
-
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        rows = [Param(key, redact(str(value))[:_PARAM_LIMIT]) for key, value in params.items()]
-        for start in range(0, len(rows), _BATCH_LIMIT):
-            self.client.log_batch(run_id, params=rows[start : start + _BATCH_LIMIT])
+        if known is None:
+            # The kind determines which page MLflow opens first: curves instead of chats.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            try:
+                return str(self.client.create_experiment(name, self.artifacts, tags))
+            except MlflowException:
+                known = self.client.get_experiment_by_name(name)
+                if known is None:  # it was not created by another command meanwhile
+                    raise
+        return str(known.experiment_id)
 
     def curves_link(self, run_id: str) -> str:
         """Where a run's curves are, in words: a URL, and for a file the command that serves it."""
@@ -288,11 +387,7 @@ class Tracker:
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
         """Log values at a step."""
-        from mlflow.entities import Metric
-
-        now_ms = int(time.time() * 1000)
-        rows = [Metric(key, float(value), now_ms, step) for key, value in metrics.items()]
-        self.client.log_batch(run_id, metrics=rows)
+        self.client.log_batch(run_id, metrics=_rows(metrics, step, _now_ms()))
 
     def log_artifact(self, run_id: str, path: Path) -> None:
         """Store a local file with the run."""
@@ -326,13 +421,16 @@ class Tracker:
 
     def _tagged(self, name: str, value: str) -> list[str]:
         experiments = [e.experiment_id for e in self.client.search_experiments()]
-        found: list[str] = []
-        token = None
+        return [str(r.info.run_id) for r in self._search(experiments, f"tags.`{name}` = '{value}'")]
+
+    def _search(self, experiments: list[str], matching: str = "") -> list[Run]:
+        """All runs of experiments, oldest first."""
+        found, token = [], None
         while True:
             page = self.client.search_runs(
-                experiments, f"tags.`{name}` = '{value}'", page_token=token
+                experiments, matching, order_by=["attributes.start_time ASC"], page_token=token
             )
-            found += [str(run.info.run_id) for run in page]
+            found += page
             token = page.token
             if not token:
                 return found
@@ -407,22 +505,10 @@ class Tracker:
 
     # ---- Reading ----
 
-    def last_step(self, run_id: str, metric: str) -> int:
-        """Largest step at which a metric was logged; -1 if never."""
-        return max((step for step, _ in self.history(run_id, metric)), default=-1)
-
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """All (step, value) pairs of a metric, ascending."""
         rows = self.client.get_metric_history(run_id, metric)
         return sorted((row.step, row.value) for row in rows)
-
-    def params(self, run_id: str) -> dict[str, str]:
-        """A run's parameters under today's names."""
-        return _current_params(self.client.get_run(run_id))
-
-    def tag(self, run_id: str, name: str) -> str | None:
-        """A run's tag; None if it has none."""
-        return self.client.get_run(run_id).data.tags.get(name)
 
     def value_at(self, run_id: str, metric: str, step: int) -> float | None:
         """A metric's value at a step (the last one logged); None if there is none."""
@@ -430,8 +516,6 @@ class Tracker:
 
     def artifact(self, run_id: str, name: str) -> bytes | None:
         """A file stored with a run; None if it does not exist."""
-        # Otherwise MLflow shows a progress bar for each file.
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         if name not in (file.path for file in self.client.list_artifacts(run_id)):
             return None
         with tempfile.TemporaryDirectory(prefix="diffit-artifact-") as folder:
@@ -455,15 +539,24 @@ class Tracker:
                     f"MLflow at {redact(self.uri)} has no experiment {experiment!r}; it has: "
                     f"{', '.join(self.experiments()) or 'none'}"
                 )
-        records, token = [], None
-        while True:
-            page = self.client.search_runs(
-                list(known), order_by=["attributes.start_time ASC"], page_token=token
-            )
-            records += [_run_record(run, known) for run in page]
-            token = page.token
-            if not token:
-                return records
+        return [_run_record(run, known) for run in self._search(list(known))]
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _rows(metrics: Mapping[str, float], step: int, at_ms: int) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    return [Metric(key, float(value), at_ms, step) for key, value in metrics.items()]
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the innermost error, without credentials: MLflow nests several."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return first_line(error)
 
 
 def _signature_text(about: ModelNotes) -> str:
@@ -481,22 +574,86 @@ def _signature_text(about: ModelNotes) -> str:
     return str(Model(signature=signature, flavors={"safetensors": {}}).to_yaml())
 
 
-def _current_params(run: Run) -> dict[str, str]:
+def _run_record(run: Run, experiments: dict[str, str]) -> RunRecord:
     params = dict(run.data.params)
     if steps := run.data.tags.get(TAG_STEPS):
         params["train.steps"] = steps
-    return params
-
-
-def _run_record(run: Run, experiments: dict[str, str]) -> RunRecord:
     return RunRecord(
         run_id=run.info.run_id,
         name=run.info.run_name,
         parent_id=run.data.tags.get("mlflow.parentRunId"),
         status=run.info.status,
-        params=_current_params(run),
+        params=params,
         metrics=dict(run.data.metrics),
         tags=dict(run.data.tags),
         start_time_ms=run.info.start_time,
         experiment=experiments[run.info.experiment_id],
     )
+
+
+class Curves:
+    """Sends a training's points to MLflow from a thread, so that training never waits for it.
+
+    While MLflow is away, points are kept, and sent with the next one after it is back. A point that
+    it has is not sent again.
+
+    Args:
+        recipe: determines the MLflow URI.
+        run_id: the MLflow run.
+        say: told when MLflow becomes unreachable, and when it is back.
+        may_send: asked before points are sent; they are dropped if not.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_id: str,
+        say: Callable[[str], None],
+        may_send: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.recipe, self.run_id, self.say, self.may_send = recipe, run_id, say, may_send
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._sending: Future[bool] | None = None
+        self._points: list[tuple[Mapping[str, float], int, int]] = []
+        self._tracker: Tracker | None = None
+        self._logged: set[int] = set()
+        self._away = False
+
+    def put(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send the values at a step soon."""
+        self._points.append((metrics, step, _now_ms()))
+        if self._sending is None or self._sending.done():
+            self._sending = self._thread.submit(self._send)
+
+    def close(self) -> bool:
+        """Send what is left; whether MLflow has all points."""
+        self._thread.shutdown()
+        if self._send():
+            return True
+        self.say(
+            f"{len(self._points)} points are kept in log.jsonl; rerun the same command later to "
+            "send them to MLflow"
+        )
+        return False
+
+    def _send(self) -> bool:
+        try:
+            if self._tracker is None:
+                tracker = Tracker.of(self.recipe)
+                self._logged = {step for step, _ in tracker.history(self.run_id, _EVERY_RECORD)}
+                self._tracker = tracker
+            points = self._points.copy()
+            missing = [point for point in points if point[1] not in self._logged]
+            if missing and self.may_send():
+                rows = [row for point in missing for row in _rows(*point)]
+                self._tracker.client.log_batch(self.run_id, metrics=rows)
+            del self._points[: len(points)]
+        except unreachable_errors() as error:
+            if not self._away:
+                self.say(f"Could not send points to MLflow; they are kept: {first_line(error)}")
+            self._away = True
+            return False
+        if self._away:
+            self.say("MLflow is reachable again")
+        self._away = False
+        return True
