@@ -55,6 +55,7 @@ from diffit_train.commands.weights import (
 )
 from diffit_train.errors import DiffitError, Interrupted, UserError
 from diffit_train.progress import say
+from diffit_train.redaction import first_line
 
 # Packages whose version decides what a run does.
 VERSIONS = ("torch", "ray", "deepspeed", "mlflow", "diffusers")
@@ -191,6 +192,12 @@ def exit_status(body: Callable[[], object]) -> int:
         status = error.code if isinstance(error.code, int) else 0
         said = isinstance(error, Interrupted)
         return _interrupted() if status == INTERRUPTED and not said else status
+    except Exception as error:
+        # MLflow is not imported for its errors.
+        if type(error).__module__.partition(".")[0] not in ("mlflow", "sqlalchemy"):
+            raise
+        say(f"failed: MLflow: {first_line(error)}; check its server, or restore mlflow.db")
+        return FAILED
     finally:
         sys.stdout.flush()
     return 0

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from diffit_train import waiting
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import FILE, SETUP_HOOK
 from diffit_train.progress import say
 from diffit_train.redaction import first_line
+from diffit_train.retry import attempt_s, limit_s, retry
 
 # Without it, Ray would join any cluster that happens to run on this machine.
 NEW_CLUSTER = "local"
@@ -75,7 +75,6 @@ def connected(address: str | None = None) -> Iterator[None]:
     try:
         with (
             _minimal_private_cluster() if address == NEW_CLUSTER else nullcontext(),
-            waiting.announced(what),
         ):
             ray.init(
                 address=address,
@@ -222,15 +221,13 @@ def _require_answer(address: str) -> None:
         if url.port is None:
             return
         where = (url.hostname or "", url.port)
-        waiting.retried(
-            f"the Ray cluster at {address}",
-            lambda: _greet(where),
-            lambda error: isinstance(error, _NoGreetingError),
+        retry(f"the Ray cluster at {address}", lambda e: isinstance(e, _NoGreetingError))(
+            lambda: _greet(where)
         )
     except _NoGreetingError as error:
         raise DiffitError(
             f"something at {address} accepts connections, but has not answered for "
-            f"{waiting.limit_s():g} s; restart that Ray cluster, or fix --address"
+            f"{limit_s():g} s; restart that Ray cluster, or fix --address"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(_unreachable(address, error)) from error
@@ -243,7 +240,7 @@ class _NoGreetingError(Exception):
 def _greet(where: tuple[str, int]) -> None:
     """Begin to speak gRPC and wait for any answer: settings, an error, or the end."""
     with socket.create_connection(where, CONNECT_TIMEOUT_S) as connection:
-        connection.settimeout(waiting.attempt_s())
+        connection.settimeout(attempt_s())
         connection.sendall(_HTTP2_GREETING)
         try:
             connection.recv(1)

@@ -4,7 +4,7 @@ A file appears under its final name only when it is complete: locally through a 
 fsync and rename; on an object store through one upload, which is atomic there.
 
 Transient remote errors (a lost connection, a server that is busy, restarting or silent) are retried
-as `waiting` says, and only there: retries of s3fs and botocore are switched off.
+by botocore, and for longer as `retry` says.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
 from pydantic import BaseModel, ConfigDict
 
-from diffit_train import disk_full, waiting
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.redaction import first_line, redact
+from diffit_train.retry import attempt_s, retry
 
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
@@ -38,6 +37,10 @@ ROOT_PREFIX = "root:"
 HUB = "hf://"
 T = TypeVar("T")
 GIB = 2**30
+# Requests to S3 that a process has under way; botocore's default is 10.
+_CONNECTIONS = 32
+# A slower upload is retried: nothing else ends one whose server does not take it.
+_MIN_UPLOAD_BYTES_PER_S = 2**18
 
 # File system errors that a retry would not fix.
 _PERMANENT = (
@@ -51,6 +54,12 @@ _CLIENT_LIBRARIES = ("botocore.", "aiobotocore.", "aiohttp.", "urllib3.", "httpx
 # A ConnectionError of huggingface_hub, which lasts.
 _OFFLINE = "OfflineModeIsEnabled"
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+# safetensors and SQLite raise errors of their own with these texts.
+_ENOSPC_TEXT = re.compile(r"os error (?:28|122)\b|No space left on device|disk is full")
+
+
+class DiskFullError(DiffitError, OSError):
+    """A file did not fit on its disk."""
 
 
 class Record(BaseModel):
@@ -135,11 +144,14 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         options: dict[str, Any] = {"use_listings_cache": False}
         if not url.startswith("s3://"):
             return fsspec.core.url_to_fs(url, **options)
-        from diffit_train import s3_client
-
-        options["config_kwargs"] = s3_client.client_config()
+        options["config_kwargs"] = {
+            "max_pool_connections": _CONNECTIONS,
+            "connect_timeout": attempt_s() / 2,
+            "read_timeout": attempt_s() / 2,
+            "retries": {"mode": "standard", "total_max_attempts": 2},
+        }
         fs, path = fsspec.core.url_to_fs(url, **options)
-        fs.retries = 1  # requests of s3fs, within each of our attempts
+        fs.retries = 1  # s3fs's own would multiply with botocore's
         return fs, path
     except (ValueError, ImportError) as error:
         raise UserError(
@@ -178,7 +190,7 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EIO, remote)
 
 
-def retried(url: str, call: Callable[[], T]) -> T:
+def with_retries(url: str, call: Callable[[], T]) -> T:
     """The value of a call on `url`; transient remote errors are retried.
 
     Raises:
@@ -187,7 +199,7 @@ def retried(url: str, call: Callable[[], T]) -> T:
     if is_local(url):
         return call()
     try:
-        return waiting.retried(_place(url), call, is_transient)
+        return retry(_place(url), is_transient)(call)
     except Exception as error:
         raise _explained(url, error) from error
 
@@ -215,28 +227,35 @@ def _explained(url: str, error: Exception) -> Exception:
     return error
 
 
+def _upload_timeout(url: str, size: int) -> dict[str, float]:
+    """The time limit of an upload, as an argument of fsspec's."""
+    if not url.startswith("s3://"):
+        return {}
+    return {"timeout": attempt_s() + size / _MIN_UPLOAD_BYTES_PER_S}
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder exists."""
     fs, path = filesystem(url)
     if url.startswith(HUB):  # whose `exists` takes an unreachable server for a missing file
         try:
-            retried(url, lambda: fs.info(path))
+            with_retries(url, lambda: fs.info(path))
         except FileNotFoundError:
             return False
         return True
-    return bool(retried(url, lambda: fs.exists(path)))
+    return bool(with_retries(url, lambda: fs.exists(path)))
 
 
 def is_folder(url: str) -> bool:
     """Whether a folder exists."""
     fs, path = filesystem(url)
-    return bool(retried(url, lambda: fs.isdir(path)))
+    return bool(with_retries(url, lambda: fs.isdir(path)))
 
 
 def size_bytes(url: str) -> int:
     """Size of a file in bytes; FileNotFoundError if it does not exist."""
     fs, path = filesystem(url)
-    return int(retried(url, lambda: fs.info(path))["size"])
+    return int(with_retries(url, lambda: fs.info(path))["size"])
 
 
 def require_regular(url: str) -> None:
@@ -254,7 +273,7 @@ def require_regular(url: str) -> None:
 def fingerprint(url: str) -> str:
     """Changes when a file is rewritten; from its size, time and, remotely, ETag."""
     fs, path = filesystem(url)
-    return str(retried(url, lambda: fs.ukey(path)))
+    return str(with_retries(url, lambda: fs.ukey(path)))
 
 
 def list_names(url: str) -> list[str]:
@@ -262,62 +281,34 @@ def list_names(url: str) -> list[str]:
     fs, path = filesystem(url)
     if not is_folder(url):
         return []
-    entries = retried(url, lambda: fs.ls(path, detail=True))
+    entries = with_retries(url, lambda: fs.ls(path, detail=True))
     names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
     return sorted(name for name in names if TEMPORARY_MARK not in name and name)
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """Size of a file, and the time of its last write in seconds since the epoch."""
-
-    bytes: int
-    written_s: float
-
-
-def walk(url: str) -> dict[str, StoredFile]:
-    """All files below a folder, by relative path; empty if it does not exist.
+def sizes(url: str) -> dict[str, int]:
+    """Sizes in bytes of all files below a folder, by relative path; empty if it does not exist.
 
     A file itself is at path "".
     """
-    return {
-        name: StoredFile(int(info["size"]), _written_s(info)) for name, info in _walked(url).items()
-    }
-
-
-def sizes(url: str) -> dict[str, int]:
-    """Sizes in bytes of all files below a folder, by relative path; see `walk`."""
-    return {name: int(info["size"]) for name, info in _walked(url).items()}
-
-
-def _walked(url: str) -> dict[str, dict[str, Any]]:
     fs, path = filesystem(url)
     base = path.rstrip("/")
     if not exists(url):
         return {}
-    found = retried(url, lambda: fs.find(base, detail=True))
+    found = with_retries(url, lambda: fs.find(base, detail=True))
     files = {str(name)[len(base) + 1 :]: info for name, info in found.items()}
     # Some servers also list folders, as empty objects.
     return {
-        name: info
+        name: int(info["size"])
         for name, info in files.items()
         if not name.endswith("/") and info.get("type") != "directory"
     }
 
 
-def _written_s(info: Mapping[str, Any]) -> float:
-    """Time of the last write: a number locally, else a date under a name of the file system's."""
-    for key in ("mtime", "LastModified", "modified", "created"):
-        if key in info:
-            value = info[key]
-            return float(value.timestamp() if hasattr(value, "timestamp") else value)
-    raise DiffitError(f"{info.get('name')} has no time of its last write")
-
-
 def read_bytes(url: str) -> bytes:
     """The whole file; FileNotFoundError if it does not exist."""
     fs, path = filesystem(url)
-    return bytes(retried(url, lambda: fs.cat_file(path)))
+    return bytes(with_retries(url, lambda: fs.cat_file(path)))
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -325,7 +316,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     fs, path = filesystem(url)
     # Without these, the hub's reads megabytes ahead, and asks for the size first.
     options: dict[str, Any] = {"cache_type": "none", "size": stop} if url.startswith(HUB) else {}
-    return bytes(retried(url, lambda: fs.cat_file(path, start=start, end=stop, **options)))
+    return bytes(with_retries(url, lambda: fs.cat_file(path, start=start, end=stop, **options)))
 
 
 def read_sized(url: str, size: int) -> bytes:
@@ -349,11 +340,11 @@ def open_file(url: str, read_ahead: bool = True) -> Iterator[IO[bytes]]:
     """
     fs, path = filesystem(url)
     options = {} if read_ahead or is_local(url) else {"cache_type": "none"}
-    with retried(url, lambda: fs.open(path, "rb", **options)) as file:
+    with with_retries(url, lambda: fs.open(path, "rb", **options)) as file:
         cache = getattr(file, "cache", None)  # of remote files, and what makes their requests
         if cache is not None:
             fetch = cache.fetcher
-            cache.fetcher = lambda *span: retried(url, lambda: fetch(*span))
+            cache.fetcher = lambda *span: with_retries(url, lambda: fetch(*span))
         yield file
 
 
@@ -370,6 +361,41 @@ def read_json(url: str) -> Any:
 
 
 @contextmanager
+def explain_enospc(path: Path, needed: int | None = None, name: str = "") -> Iterator[None]:
+    """Report what is needed and what is free if the disk is full that the block writes a file to.
+
+    Args:
+        path: of the file, which is removed if it does not fit.
+        needed: its size in bytes, if that is known before it is written.
+        name: for the message, if that is not the path.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not _is_enospc(error):
+            raise
+        written = path.stat().st_size if path.exists() else 0
+        size = f"more than {written:,}" if needed is None else f"{needed:,}"
+        path.unlink(missing_ok=True)
+        free = shutil.disk_usage(existing(path)).free
+        raise DiskFullError(
+            f"the disk of {name or path} is full: it needs {size} bytes, and {free:,} are free; "
+            "make room, and rerun the same command to resume"
+        ) from error
+
+
+def _is_enospc(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return _ENOSPC_TEXT.search(str(error)) is not None
+
+
+@contextmanager
 def atomic_file(url: str, needed: int | None = None) -> Iterator[Path]:
     """A local path to write to; becomes `url` on a clean exit, and is removed on an error.
 
@@ -382,37 +408,40 @@ def atomic_file(url: str, needed: int | None = None) -> Iterator[Path]:
     """
     if is_local(url):
         final = local_path(url).absolute()
-        with disk_full.told(final, needed):
-            temporary = _temporary(final)
-        try:
-            with disk_full.told(temporary, needed, str(final)):
-                yield temporary
-                with temporary.open("rb") as written:
-                    os.fsync(written.fileno())
-                temporary.chmod(0o644)
-                temporary.replace(final)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _temporary(final, needed) as temporary:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(final)
         return
     fs, path = filesystem(url)
     with _temporary_folder("diffit-upload-") as folder:
         temporary = folder / path.rsplit("/", 1)[-1]
-        with disk_full.told(temporary, needed):
+        with explain_enospc(temporary, needed):
             yield temporary
-        retried(url, lambda: fs.put_file(str(temporary), path))
+        timeout = _upload_timeout(url, temporary.stat().st_size)
+        with_retries(url, lambda: fs.put_file(str(temporary), path, **timeout))
 
 
-def _temporary(final: Path) -> Path:
-    """A new, empty file beside a file."""
+@contextmanager
+def _temporary(final: Path, needed: int | None) -> Iterator[Path]:
+    """A new, empty file in the same folder, which is removed at the end."""
+    temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{uuid.uuid4().hex}")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{final.name}{TEMPORARY_MARK}", dir=final.parent)
-    except OSError as error:
-        if disk_full.is_full(error, final):
-            raise
-        raise UserError(f"cannot write {final}: {error.strerror}; choose another --root") from error
-    os.close(handle)
-    return Path(name)
+        with explain_enospc(temporary, needed, str(final)):
+            try:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                temporary.touch()
+            except OSError as error:
+                if _is_enospc(error):
+                    raise
+                raise UserError(
+                    f"cannot write {final}: {error.strerror}; choose another --root"
+                ) from error
+            yield temporary
+    finally:
+        if temporary.exists():
+            temporary.unlink()
 
 
 @contextmanager
@@ -442,21 +471,17 @@ def create(url: str, data: bytes) -> bool:
     fs, path = filesystem(url)
     if is_local(url):
         final = local_path(url).absolute()
-        temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{uuid.uuid4().hex}")
         try:
-            with disk_full.told(temporary, len(data), str(final)):
-                final.parent.mkdir(parents=True, exist_ok=True)
+            with _temporary(final, len(data)) as temporary:
                 temporary.write_bytes(data)
-            os.link(temporary, final)  # a name and its contents in one step
+                os.link(temporary, final)  # a name and its contents in one step
         except FileExistsError:
             return False
-        finally:
-            temporary.unlink(missing_ok=True)
         return True
 
     def attempt() -> bool:
         try:
-            fs.pipe_file(path, data, mode="create")
+            fs.pipe_file(path, data, mode="create", **_upload_timeout(url, len(data)))
         except OSError as error:
             # It may be ours all the same, if the answer to an earlier attempt was lost.
             if is_transient(error) or not (isinstance(error, FileExistsError) or fs.exists(path)):
@@ -466,12 +491,12 @@ def create(url: str, data: bytes) -> bool:
         except FileNotFoundError:  # another's, removed meanwhile
             return False
 
-    return retried(url, attempt)
+    return with_retries(url, attempt)
 
 
 def existing(path: Path) -> Path:
     """A local path, or the nearest above it that exists."""
-    return next(one for one in (path, *path.parents) if one.exists())
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def require_writable(root: str) -> None:
@@ -526,8 +551,8 @@ def local_copy(url: str) -> Iterator[Path]:
 
 def _download(fs: fsspec.AbstractFileSystem, url: str, path: str, target: Path) -> None:
     """Copy a remote file here."""
-    with disk_full.told(target):
-        retried(url, lambda: fs.get_file(path, str(target)))
+    with explain_enospc(target):
+        with_retries(url, lambda: fs.get_file(path, str(target)))
 
 
 @contextmanager
@@ -547,22 +572,14 @@ def remove(url: str) -> None:
     """Remove a file, or a folder with its contents, if it exists."""
     fs, path = filesystem(url)
     if exists(url):
-        retried(url, lambda: fs.rm(path, recursive=True))
-
-
-def remove_files(urls: Sequence[str]) -> None:
-    """Remove files of one file system, in few requests."""
-    if urls:
-        fs, _ = filesystem(urls[0])
-        paths = [filesystem(url)[1] for url in urls]
-        retried(urls[0], lambda: fs.rm(paths))
+        with_retries(url, lambda: fs.rm(path, recursive=True))
 
 
 def remove_temporary(url: str) -> None:
     """Remove temporary files left in a local folder by killed writers."""
     if is_local(url) and local_path(url).is_dir():
-        for leftover in local_path(url).glob(f"*{TEMPORARY_MARK}*"):
-            leftover.unlink(missing_ok=True)
+        for stale in local_path(url).glob(f"*{TEMPORARY_MARK}*"):
+            stale.unlink(missing_ok=True)
 
 
 def sha256_bytes(data: bytes) -> str:

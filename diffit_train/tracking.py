@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from diffit_train import disk_full, storage
+from diffit_train import storage
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.redaction import first_line, redact
@@ -196,17 +196,13 @@ def _create(database: Path) -> None:
     temporary = database.with_name(f"{database.name}{storage.TEMPORARY_MARK}new")
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock", timeout=_SQLITE_WAIT_S):
-            if database.exists():
-                return
-            temporary.unlink(missing_ok=True)  # of a killed command
-            try:
-                with disk_full.told(temporary, name=str(database)):
-                    MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+        lock = FileLock(f"{database}.lock", timeout=_SQLITE_WAIT_S)
+        with storage.explain_enospc(temporary, name=str(database)), lock:
+            if not database.exists():
+                temporary.unlink(missing_ok=True)  # of a killed command
+                MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
                 temporary.rename(database)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except disk_full.DiskFullError:
+    except storage.DiskFullError:
         raise
     except OSError as error:
         raise UserError(
@@ -225,9 +221,6 @@ def _follow(database: Path) -> None:
         contextlib.closing(sqlite3.connect(database, timeout=_SQLITE_WAIT_S)) as connection,
         connection,
     ):
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-        if "experiments" not in tables:
-            return  # being created
         rows = connection.execute("SELECT artifact_location FROM experiments").fetchall()
         formers = {folder for (location,) in rows if (folder := _folder_of(location))}
         for former in formers - {here}:
@@ -283,13 +276,13 @@ class Tracker:
             self.client = MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
-            if "://" in uri and not uri.startswith("sqlite"):
+            if self.artifacts is None:
                 raise DiffitError(
                     f"could not reach MLflow at {redact(uri)} ({_root_cause(error)}); check "
                     "tracking.uri and its server, and rerun the same command to resume"
                 ) from error
             raise UserError(
-                f"cannot open MLflow at {redact(self.uri)}: {first_line(error)}; restore that file "
+                f"cannot open MLflow at {redact(uri)}: {first_line(error)}; restore that file "
                 "from a backup, move it away, or fix tracking.uri"
             ) from error
 
@@ -448,13 +441,9 @@ class Tracker:
         """Tag an evaluation's training run with this evaluation as its best."""
         tags = self.client.get_run(evaluation_run_id).data.tags
         parent = tags["mlflow.parentRunId"]
-        for name, text in (
-            ("step", str(step)),
-            ("metric", metric),
-            ("value", f"{value:.6g}"),
-            ("evaluation", evaluation_run_id),
-        ):
-            self.client.set_tag(parent, f"diffit.{alias.replace('-', '_')}_{name}", text)
+        best = {"step": step, "metric": metric, "value": f"{value:.6g}"}
+        for name, text in (best | {"evaluation": evaluation_run_id}).items():
+            self.client.set_tag(parent, f"diffit.{alias.replace('-', '_')}_{name}", str(text))
 
     def registered(self, name: str, alias: str = BEST) -> Registered | None:
         """The version of a registered model that an alias names; None if there is none."""
@@ -600,7 +589,7 @@ class Curves:
     Args:
         recipe: determines the MLflow URI.
         run_id: the MLflow run.
-        say: told when MLflow becomes unreachable, and when it is back.
+        say: logs that MLflow is unreachable, and that it is back.
         may_send: asked before points are sent; they are dropped if not.
     """
 
@@ -650,7 +639,7 @@ class Curves:
             del self._points[: len(points)]
         except unreachable_errors() as error:
             if not self._away:
-                self.say(f"Could not send points to MLflow; they are kept: {first_line(error)}")
+                self.say(f"Could not send points to MLflow; they are kept: {_root_cause(error)}")
             self._away = True
             return False
         if self._away:

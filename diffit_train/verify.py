@@ -202,7 +202,7 @@ def _check_checkpoint(run_url: str, step: int) -> None:
 def _export(url: str) -> Iterator[Check]:
     """A weight file, or those of a folder for diffusers, which is written again as a whole."""
     name, rebuild = url.rsplit("/", 1)[-1], "`diffit export` or `diffit ema reconstruct`"
-    for file in [""] if name.endswith(".safetensors") else storage.walk(url):
+    for file in [""] if name.endswith(".safetensors") else storage.sizes(url):
         if not file or file.endswith(".safetensors"):
             run = functools.partial(read_weights_file, f"{url}/{file}".rstrip("/"))
             yield Check(f"{name}/{file}".rstrip("/"), run, rebuild, (url,))
@@ -227,7 +227,7 @@ def _evaluation(url: str) -> Iterator[Check]:
 
 
 def _references(url: str) -> Iterator[Check]:
-    for name in storage.walk(url):
+    for name in storage.sizes(url):
         if name.endswith(".json") and not name.startswith(("weights/", "listings/")):
             record = storage.join(url, name)
             run = functools.partial(_check_committed, record)

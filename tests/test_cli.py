@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from mlflow.exceptions import MlflowException
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
@@ -151,6 +152,7 @@ def test_statuses() -> None:
     assert exit_status(lambda: None) == 0
     assert fails(DiffitError("x")) == 1
     assert fails(UserError("x")) == 2
+    assert fails(MlflowException("x")) == 1
     assert fails(KeyboardInterrupt()) == 130
     assert fails(SystemExit(130)) == 130
     assert fails(SystemExit(2)) == 2

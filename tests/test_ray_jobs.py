@@ -17,7 +17,7 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 import diffit_train
-from diffit_train import waiting
+from diffit_train import retry
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.machine_checks import differing_versions
 from diffit_train.preflight import Check
@@ -359,7 +359,7 @@ def test_a_log_is_followed_while_the_job_is_silent_but_not_its_server(
                 raise NoAnswerError("no answer")
             return SimpleNamespace(status="RUNNING" if self.tails == 1 else "SUCCEEDED")
 
-    monkeypatch.setenv(waiting.LIMIT, "0.2")
+    monkeypatch.setenv(retry.LIMIT, "0.2")
     monkeypatch.setattr(follow, "RECONNECT_S", 0.0)
     server = Server()
     assert follow_job(server, "x").status == "SUCCEEDED"  # type: ignore[arg-type]
@@ -370,7 +370,7 @@ def test_a_log_is_followed_while_the_job_is_silent_but_not_its_server(
 
 
 def test_a_silent_job_server_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(waiting.LIMIT, "2")
+    monkeypatch.setenv(retry.LIMIT, "2")
     started_s = time.monotonic()
     with silent_server() as url, pytest.raises(NoAnswerError, match=f"{url} has not answered for"):
         list_jobs(url)

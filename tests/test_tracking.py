@@ -150,10 +150,9 @@ def test_points_that_cannot_be_sent_are_counted(tmp_path: Path) -> None:
     assert "3 points are kept in log.jsonl" in messages[-1]
 
 
-def test_points_of_a_run_that_was_taken_over_are_dropped(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
-    tracker = Tracker.of(recipe)
-    run_id = tracker.training_run("demo", "uuid", "run", {}, {})
+def test_points_of_a_run_that_was_taken_over_are_dropped(tracker: Tracker, tmp_path: Path) -> None:
+    run_id = tracker.training_run("dropped", "uuid-9", "run", {}, {})
+    recipe = tiny_recipe(tmp_path, f"tracking.uri={tracker.uri}")
     curves = Curves(recipe, run_id, print, may_send=lambda: False)
     curves.put(10, {"train/loss": 1.0})
     assert curves.close()
@@ -169,11 +168,11 @@ def test_a_server_that_is_down_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
         Tracker(f"http://user:secret@127.0.0.1:{port}")
     # The status of unreachable storage, not of bad input.
     assert not isinstance(caught.value, UserError)
-    said = str(caught.value)
-    assert said.startswith(f"could not reach MLflow at http://127.0.0.1:{port} (")
-    assert "refused" in said
-    assert len(said) < 200
-    assert "\n" not in said
+    message = str(caught.value)
+    assert message.startswith(f"could not reach MLflow at http://127.0.0.1:{port} (")
+    assert "refused" in message
+    assert len(message) < 200
+    assert "\n" not in message
 
 
 def _first_use(folder: str, number: int) -> str:

@@ -108,16 +108,16 @@ def show_run(root: str, run: str) -> dict[str, Any]:
     """A run's state, checkpoints with sizes, exported files and evaluations."""
     root = _existing(root)
     url = _found(root, run)
-    files = storage.walk(url)
+    files = storage.sizes(url)
     checkpoints = []
     for step in committed_steps(url):
         folder = f"checkpoints/{step_name(step)}/"
-        sizes = [file.bytes for path, file in files.items() if path.startswith(folder)]
+        sizes = [size for path, size in files.items() if path.startswith(folder)]
         kinds = weights_of(read_index(url, step))
         checkpoints.append({"step": step, "bytes": sum(sizes), "holds": kinds})
     exports = [
-        {"file": path, "bytes": file.bytes}
-        for path, file in sorted(files.items())
+        {"file": path, "bytes": size}
+        for path, size in sorted(files.items())
         if path.startswith("export/") and path.endswith(".safetensors")
     ]
     evaluations = [_evaluation(result) for result in run_results(root, run)]
@@ -125,7 +125,7 @@ def show_run(root: str, run: str) -> dict[str, Any]:
     return {
         **_summary(root, run),
         "url": url,
-        "bytes": sum(file.bytes for file in files.values()),
+        "bytes": sum(files.values()),
         "started_from": _start(url),
         "checkpoints": checkpoints,
         "exports": exports,
@@ -162,13 +162,13 @@ def remove_run(root: str, run: str, yes: bool, in_mlflow: bool = False) -> dict[
     root = _existing(root)
     url = _found(root, run)
     places = [storage.join(root, "evaluations", run), url]
-    found = [(place, storage.walk(place)) for place in places if storage.exists(place)]
-    total = sum(file.bytes for _, files in found for file in files.values())
+    found = [(place, storage.sizes(place)) for place in places if storage.exists(place)]
+    total = sum(sum(files.values()) for _, files in found)
     print_rows(
         f"run {run}",
         [
             {
-                "GB": f"{sum(file.bytes for file in files.values()) / GB:.3f}",
+                "GB": f"{sum(files.values()) / GB:.3f}",
                 "files": f"{len(files):,}",
                 "where": storage.display_path(place),
             }

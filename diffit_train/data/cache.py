@@ -8,8 +8,6 @@ downloads it; the lock only saves requests, so a lost or stale one does no harm.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import getpass
 import os
 import shutil
@@ -19,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from diffit_train import storage
 from diffit_train.config.scaling import Scaling
@@ -96,11 +96,8 @@ class ShardCache:
         with self._storing:
             if not self._make_room(entry.bytes):
                 return
-            try:
+            with contextlib.suppress(storage.DiskFullError):
                 storage.write_bytes(str(self._copy(entry)), data)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
 
     def _make_room(self, needed: int) -> bool:
         """Evict the least recently used copies; whether there is room then.
@@ -129,24 +126,17 @@ class ShardCache:
 
 
 @contextmanager
-def _locked(path: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """Hold a file's lock, which a killed process gives up; without it after `wait_s` seconds."""
-    deadline = time.monotonic() + wait_s
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, which a killed process gives up; without it after a while."""
+    lock = FileLock(path, timeout=LOCK_WAIT_S)
+    with contextlib.suppress(Timeout):
+        lock.acquire()
     try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.02)
         yield
     finally:
-        # Those that wait hold the same file, find the copy and leave.
+        # Those that wait then find the copy and leave.
         path.unlink(missing_ok=True)
-        os.close(handle)
+        lock.release()
 
 
 def cache_folder(folder: str) -> Path:

@@ -125,7 +125,7 @@ class _RowGroup:
             if self._values is None and not self._problem:
                 try:
                     with self.gate:
-                        self._values = storage.retried(self.url, self._read)
+                        self._values = storage.with_retries(self.url, self._read)
                 except UserError as error:
                     self._problem = str(error)
             if self._values is None:

@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from diffit_train import waiting
+from diffit_train.retry import attempt_s, retry
 
 _PIECE_BYTES = 1 << 20
 
@@ -33,12 +33,10 @@ def download(url: str, target: Path, title: str, expected_bytes: int | None = No
     from diffit_train.progress import Progress
 
     request = urllib.request.Request(url, headers={"User-Agent": "diffit"})
-    seconds = waiting.attempt_s()
+    seconds = attempt_s()
     with (
-        waiting.retried(
-            str(urlsplit(url).hostname),
-            lambda: urllib.request.urlopen(request, timeout=seconds),
-            _is_silence,
+        retry(str(urlsplit(url).hostname), _is_silence)(
+            lambda: urllib.request.urlopen(request, timeout=seconds)
         ) as answer,
         target.open("wb") as file,
     ):

@@ -8,14 +8,12 @@ copies are kept.
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,7 +46,7 @@ def node_weights(recipe: Recipe, source: str, step: int) -> dict[str, Tensor]:
     folder = node_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy = folder / f"{_identity(recipe, source, step)}.safetensors"
-    with _locked(folder / "lock"):
+    with FileLock(folder / "lock"):
         if (kept := _read(copy)) is not None:
             return kept
         weights = run_weights(recipe, source, step)
@@ -89,14 +87,6 @@ def _identity(recipe: Recipe, source: str, step: int) -> str:
         file = reconstructed_url(source, width, step)
         contents += storage.fingerprint(file) if storage.exists(file) else ""
     return storage.digest([contents, recipe.evaluate.weights])
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes of this node wait for; a killed one lets go of it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _make_room(folder: Path) -> None:

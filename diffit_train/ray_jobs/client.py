@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import diffit_train
-from diffit_train import waiting
 from diffit_train.config import dump_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.forwarded_env import write_forwarded
 from diffit_train.preflight import write_requirements
 from diffit_train.ray_jobs.job import Job, RuntimeEnv
 from diffit_train.redaction import redact
+from diffit_train.retry import attempt_s, limit_s, retry
 from diffit_train.tracking import require_forwarded
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class NoAnswerError(DiffitError, TimeoutError):
 
 def unreachable_s() -> float:
     """For how long those who follow jobs wait for a job server that is away."""
-    return FOLLOWING_LIMITS * waiting.limit_s()
+    return FOLLOWING_LIMITS * limit_s()
 
 
 def job_attempts(client: JobSubmissionClient) -> dict[str, list[JobDetails]]:
@@ -125,15 +125,14 @@ def _limited_client() -> type[JobSubmissionClient]:
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             # Not a submission, which may have arrived, nor a package, which takes its time to send.
             again = method not in ("POST", "PUT")
-            seconds = waiting.attempt_s() if again else waiting.limit_s()
+            seconds = attempt_s() if again else limit_s()
             request = functools.partial(super()._do_request, method, endpoint, **options)
             address, started_s = redact(self.get_address()), time.monotonic()
             try:
-                return waiting.retried(
+                return retry(
                     f"the job server at {address}",
-                    lambda: request(timeout=seconds),
                     lambda error: again and isinstance(error, requests.Timeout),
-                )
+                )(lambda: request(timeout=seconds))
             except requests.Timeout as error:
                 raise NoAnswerError(
                     f"the job server at {address} has not answered for "

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
-from diffit_train import waiting
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 from diffit_train.ray_jobs.client import (
@@ -23,6 +22,7 @@ from diffit_train.ray_jobs.client import (
     unreachable_s,
 )
 from diffit_train.ray_jobs.job import Job
+from diffit_train.retry import attempt_s
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -166,7 +166,7 @@ async def _next_text(
     following = asyncio.ensure_future(anext(log, None))
     try:
         while True:
-            await asyncio.wait({following}, timeout=waiting.attempt_s())
+            await asyncio.wait({following}, timeout=attempt_s())
             if following.done():
                 return following.result()
             await _in_thread(lambda: client.get_job_info(submission_id))

@@ -447,7 +447,7 @@ def write_pieces(path: Path, slices: Iterable[OwnedSlice], kind: StateName) -> N
         file.write(_header(slices))
         for part in slices:
             values = part.values[kind].detach().to("cpu", torch.float32)
-            values.contiguous().numpy().tofile(file)
+            file.write(values.contiguous().numpy().data)
 
 
 def hash_pieces(pieces: Mapping[str, Piece], files: Mapping[StateName, Path]) -> dict[str, Piece]:

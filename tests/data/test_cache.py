@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import multiprocessing
 import os
@@ -122,8 +121,7 @@ def test_a_stopped_rank_does_not_hold_up_the_others(
     url, entries = remote
     handle = os.open(tmp_path / f"{entries[0].sha256}.lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    real = cache_module._locked
-    monkeypatch.setattr(cache_module, "_locked", lambda path: real(path, wait_s=0.1))
+    monkeypatch.setattr(cache_module, "LOCK_WAIT_S", 0.1)
     cache = ShardCache(str(tmp_path), 10**9)
     try:
         assert len(cache.read(url, entries[0]).keys) == entries[0].count
@@ -154,7 +152,7 @@ def test_a_full_disk_does_not_end_training(
     remote: tuple[str, list[ShardEntry]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(url: str, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise storage.DiskFullError("the disk is full")
 
     url, entries = remote
     monkeypatch.setattr(storage, "write_bytes", full)

@@ -80,7 +80,7 @@ def test_written_files_can_be_read(server: S3Server) -> None:
     storage.write_bytes(storage.join(url, "c.bin"), b"x" * 6_000_000)
     assert storage.read_bytes(storage.join(url, "a/b.txt")) == b"hello"
     assert storage.list_names(url) == ["a", "c.bin"]
-    assert sorted(storage.walk(url)) == ["a/b.txt", "c.bin"]
+    assert sorted(storage.sizes(url)) == ["a/b.txt", "c.bin"]
     assert storage.size_bytes(storage.join(url, "c.bin")) == 6_000_000
     assert storage.is_folder(storage.join(url, "a"))
     assert not storage.exists(storage.join(url, "d"))
@@ -97,7 +97,7 @@ def test_written_files_can_be_read(server: S3Server) -> None:
     assert storage.read_sized(storage.join(url, "empty"), 5) == b""
     storage.remove(url)
     # The server keeps empty folders.
-    assert storage.walk(url) == {}
+    assert storage.sizes(url) == {}
 
 
 def test_references_are_stored_and_downloaded_on_s3(server: S3Server, tmp_path: Path) -> None:

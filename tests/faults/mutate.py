@@ -70,7 +70,7 @@ from diffit_train.models.published import read_weights_and_step
 from diffit_train.runs.checkpoints import read_state, read_weights, save_whole
 from diffit_train.runs.identity import create_identity, read_identity, stored_recipe
 from diffit_train.runs.import_export import export_weights
-from diffit_train.tracking import Tracker
+from diffit_train.tracking import Tracker, unreachable_errors
 from diffit_train.training.log import SkippedSteps, TrainingLog, as_metrics
 from tests.conftest import tiny_recipe, write_images
 from tests.faults.fuzz import mutated_bytes
@@ -188,6 +188,12 @@ def _run_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
     def weights() -> Any:
         return read_state(url, 40), read_weights(url, 40, "ema")
 
+    def tracked() -> Any:
+        try:
+            return Tracker.of(recipe).runs()
+        except unreachable_errors() as error:  # as the command line reports them
+            raise DiffitError(f"mlflow.db: {error}") from error
+
     return {
         "run.json": Kind(folder / "run.json", lambda: read_identity(url)),
         "recipe of a run": Kind(
@@ -200,7 +206,7 @@ def _run_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
         "checkpoint state": Kind(checkpoint / "state.json", weights),
         "checkpoint weights": Kind(next(checkpoint.glob("ema/*")), weights),
         "export": Kind(export, lambda: read_weights_and_step(str(export))),
-        "mlflow.db": Kind(root / "mlflow.db", lambda: Tracker.of(recipe).runs()),
+        "mlflow.db": Kind(root / "mlflow.db", tracked),
     }
 
 
