@@ -29,7 +29,8 @@ def in_process() -> Iterator[None]:
     """Encode and evaluate here, one shard or chunk after another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "_encode_missing", _encode_missing)
-        patch.setattr(pool, "ActorPool", _OneActor)
+        patch.setattr(pool, "Actors", _OneActor)
+        patch.setattr(pool, "_once", lambda method: method)
         patch.setattr(pool.ray, "remote", lambda **options: _Remote)
         patch.setattr(ray_session, "connected", lambda address: nullcontext())
         patch.setattr(ray_session, "require", lambda *needs: None)
@@ -64,9 +65,9 @@ class _Remote:
 
 
 class _OneActor:
-    """Stands in for `pool.ActorPool`."""
+    """Stands in for `pool.Actors`."""
 
-    def __init__(self, start: Callable[[], Any], *args: Any) -> None:
+    def __init__(self, start: Callable[[], Any], count: int) -> None:
         self.born_s = time.monotonic()
         self.actor = start()
         self.actor.ready.remote()

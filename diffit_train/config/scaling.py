@@ -60,9 +60,8 @@ class Scaling(Section):
     )
     hang_s: Positive = Field(
         default=300.0,
-        description="seconds without progress after which training workers and evaluation actors "
-        "are taken to hang, and are replaced; before a first step or chunk 4 times as long; at "
-        "least 10 times what chunks usually take",
+        description="seconds without progress after which training workers are taken to hang, "
+        "and are replaced; before the first step 4 times as long",
     )
     shard_cache_gib: float | None = Field(
         default=None,

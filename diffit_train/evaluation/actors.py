@@ -15,7 +15,6 @@ from diffit_train.evaluation.chunks import LABELS, Range
 from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.reference_files import opened_reference
 from diffit_train.evaluation.references import PartTask, Reference
-from diffit_train.hang.processes import Process, this_process
 
 if TYPE_CHECKING:
     from diffit_train.evaluation.feature_networks import FeatureNetwork
@@ -74,23 +73,14 @@ class EvaluationActor:
     """
 
     def __init__(self, recipe: dict[str, Any]) -> None:
-        self.born_s = time.monotonic()
         self.recipe = Recipe.model_validate(recipe)
         self.loaded: tuple[Any, ...] | None = None
         self.autoencoder: Any = None
         self.generator: Any = None
         self.computing = threading.RLock()
 
-    def introduce(self) -> Process:
-        """The process of this actor, which can be ended from elsewhere if it hangs."""
-        return this_process()
-
-    def ready(self) -> float:
-        """Load the feature network; errors raised here keep their reason.
-
-        Returns:
-            Seconds since this actor was created.
-        """
+    def ready(self) -> None:
+        """Load the feature network; errors raised here keep their reason."""
         import torch
 
         from diffit_train.evaluation.feature_networks import load_features
@@ -98,7 +88,6 @@ class EvaluationActor:
         gpu = self.recipe.scaling.gpus_per_actor > 0
         self.device = torch.device("cuda" if gpu else "cpu")
         self.network = _OneAtATime(load_features(self.recipe, self.device), self.computing)
-        return time.monotonic() - self.born_s
 
     def chunk(self, recipe: dict[str, Any], task: ChunkTask) -> float:
         """Generate, measure and commit a range of images.

@@ -1,8 +1,7 @@
-"""The Ray actors of evaluations: a pool that replaces actors that die, and what it is used for."""
+"""The Ray actors of evaluations, which Ray restarts when they die, and what they are used for."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,63 +20,38 @@ from diffit_train.evaluation.chunks import Range
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
 from diffit_train.evaluation.references import FoundReference, PartTask
 from diffit_train.evaluation.scoring import grid_rows
-from diffit_train.hang import processes
-from diffit_train.hang.processes import Process
-from diffit_train.progress import Progress, say
+from diffit_train.progress import Progress
 
 # A task whose actor died this often is taken to be the cause.
 MAX_TRIES = 3
 # Tasks of an actor at a time: while one commits its images, the next generates.
 SLOTS = 2
 
-# Between looks at actors that may hang.
-LOOK_S = 2.0
-
 T = TypeVar("T")
 
 
-class ActorPool:
+class Actors:
     """Ray actors that take tasks as they become idle.
 
-    An actor that dies is replaced, and its tasks go to the next idle ones: after the loss of a node
-    the remaining actors do the work, and the replacements join once resources are free. An actor
-    whose task takes far longer than others is killed.
+    A task whose actor dies goes to the next idle one: after the loss of a node the remaining actors
+    do the work, and those that Ray restarts join once resources are free. (With
+    `ray.util.ActorPool`, or in a pipeline of Ray Data, the task would wait for its own actor.)
 
     Args:
-        start: creates an actor, which must have a method `introduce` that returns its
-            `Process`, and a method `ready` that returns its age in seconds.
-        count: number of actors.
-        slots: tasks of an actor at a time.
-        hang_s: what a task may take in any case; see `processes.limit_s`.
-        stacks_url: folder for stack traces of killed actors.
+        start: creates an actor, which must have a method `ready` that loads what it needs. Ray must
+            restart it (`max_restarts=-1`) and may repeat its tasks (`max_task_retries=-1`).
     """
 
-    def __init__(
-        self,
-        start: Callable[[], Any],
-        count: int,
-        slots: int = 1,
-        hang_s: float = math.inf,
-        stacks_url: str = "",
-    ) -> None:
-        self.start, self.slots = start, slots
-        self.hang_s, self.stacks_url = hang_s, stacks_url
-        self.actors: list[Any] = []
-        self.idle: list[Any] = []
+    def __init__(self, start: Callable[[], Any], count: int) -> None:
+        self.actors = [start() for _ in range(count)]
+        self.begun_s = time.monotonic()
         self._starting: dict[Any, Any] = {}
-        self._loading: dict[Any, tuple[Any, float]] = {}
-        self._processes: dict[Any, Process] = {}
-        self._durations_s: dict[Any, list[float]] = {}
-        self._deaths = 0
-        self._born_s: dict[Any, float] = {}
-        self._ended_s = 0.0
-        for _ in range(count):
-            self._begin()
+        self._idle: list[Any] = []
+        for actor in self.actors:
+            self._start(actor)
 
-    def _begin(self) -> None:
-        actor = self.start()
-        self.actors.append(actor)
-        self._starting[actor.introduce.remote()] = actor
+    def _start(self, actor: Any) -> None:
+        self._starting[actor.ready.options(max_task_retries=MAX_TRIES).remote()] = actor
 
     def run(
         self, tasks: Sequence[T], call: Callable[[Any, T], Any], name: Callable[[T], str]
@@ -85,118 +59,60 @@ class ActorPool:
         """Run all tasks, started in order; yield (task, value) as each finishes.
 
         Args:
-            call: starts a task on an actor.
+            call: starts a task on an actor, without retries by Ray.
             name: name of a task in errors.
 
         Raises:
-            DiffitError: a task failed, or its actors died repeatedly.
+            DiffitError: a task or the start of an actor failed, or a task's actors died repeatedly.
         """
-        waiting, tries = deque(range(len(tasks))), Counter[int]()
-        self._durations_s = {}
-        running: dict[Any, tuple[Any, int, float]] = {}
+        waiting, deaths = deque(enumerate(tasks)), Counter[int]()
+        running: dict[Any, tuple[Any, int, T]] = {}
         while waiting or running:
-            while waiting and self.idle:
-                actor, number = self._least_busy(), waiting.popleft()
-                tries[number] += 1
-                running[call(actor, tasks[number])] = (actor, number, time.monotonic())
-            calls = [*running, *self._starting, *self._loading]
-            ray.wait(calls, num_returns=1, timeout=LOOK_S)
-            ended, going = ray.wait(calls, num_returns=len(calls), timeout=0)
-            # Before anything is yielded: what ends while the caller is busy does not hang.
-            since = {one: (actor, begun_s) for one, (actor, _, begun_s) in running.items()}
-            since |= self._loading
-            self._end_hanging([since[one] for one in going if one in since])
-            for ready in ended:
-                if ready in self._starting or ready in self._loading:
-                    self._started(ready)
-                    continue
-                actor, number, begun_s = running.pop(ready)
-                try:
-                    value = _get(ready)
-                except ray.exceptions.RayActorError as error:
-                    if tries[number] == MAX_TRIES:
-                        raise DiffitError(
-                            f"{name(tasks[number])} failed {MAX_TRIES} times because its actor "
-                            "died or hung; lower evaluate.batch_size if it ran out of memory"
-                        ) from error
-                    waiting.appendleft(number)
-                    self._replace(actor)
-                    continue
-                self.idle.append(actor)
-                self._durations_s.setdefault(actor, []).append(time.monotonic() - begun_s)
-                yield tasks[number], value
+            while waiting and self._idle:
+                actor = max(self._idle, key=self._idle.count)  # the least busy
+                self._idle.remove(actor)
+                number, task = waiting.popleft()
+                running[call(actor, task)] = (actor, number, task)
+            (done,), _ = ray.wait([*running, *self._starting], num_returns=1)
+            if done in self._starting:
+                self._started(done)
+                continue
+            actor, number, task = running.pop(done)
+            try:
+                value = _get(done)
+            except ray.exceptions.RayActorError as error:
+                deaths[number] += 1
+                if deaths[number] == MAX_TRIES:
+                    raise DiffitError(
+                        f"{name(task)} failed {MAX_TRIES} times because its actor died; lower "
+                        "evaluate.batch_size if it ran out of memory"
+                    ) from error
+                waiting.appendleft((number, task))
+                if actor not in self._starting.values():  # all of its tasks fail
+                    self._idle = [other for other in self._idle if other is not actor]
+                    self._start(actor)
+                continue
+            self._idle.append(actor)
+            yield task, value
 
-    def _end_hanging(self, working: Sequence[tuple[Any, float]]) -> None:
-        """Kill actors that take too long; their calls then fail.
-
-        Args:
-            working: actors that have a task or load, and since when.
-        """
-        taken = [duration_s for some in self._durations_s.values() for duration_s in some]
-        for actor, since_s in working:
-            # An actor's first task loads weights and compiles.
-            known_s = taken if actor in self._durations_s else []
-            taken_s = time.monotonic() - since_s
-            if taken_s > processes.limit_s(self.hang_s, known_s) and actor in self._processes:
-                process = self._processes.pop(actor)
-                what = f"{process.name} has evaluated for {taken_s:.0f} s without a result"
-                processes.end_and_report(process, what, self.stacks_url, say)
-                ray.kill(actor)
-
-    def _least_busy(self) -> Any:
-        """Take a slot of the actor with the most free ones."""
-        free = Counter(self.idle)
-        actor = max(self.idle, key=lambda one: free[one])
-        self.idle.remove(actor)
-        return actor
-
-    def _started(self, call: Any) -> None:
-        """An actor has answered `introduce` or `ready`, or died."""
-        introduced = call in self._starting
-        actor = self._starting.pop(call) if introduced else self._loading.pop(call)[0]
+    def _started(self, ready: Any) -> None:
         try:
-            value = _get(call)
+            _get(ready)
         except ray.exceptions.RayActorError as error:
-            self._deaths += 1
-            if self._deaths == MAX_TRIES * len(self.actors):
-                raise DiffitError(
-                    "evaluation failed: its actors die before they start; check Ray's logs, and "
-                    "whether they ran out of memory"
-                ) from error
-            self._replace(actor)
-            return
-        if introduced:
-            self._processes[actor] = value
-            self._loading[actor.ready.remote()] = (actor, time.monotonic())
-            return
-        self._deaths = 0
-        self._born_s[actor] = time.monotonic() - value
-        self.idle += [actor] * self.slots
-
-    def _replace(self, actor: Any) -> None:
-        # All tasks of a dead actor fail, but it is replaced once.
-        if actor not in self.actors:
-            return
-        self._forget(actor)
-        self.idle = [other for other in self.idle if other is not actor]
-        self._begin()
-
-    def _forget(self, actor: Any) -> None:
-        self.actors.remove(actor)
-        self._processes.pop(actor, None)
-        if actor in self._born_s:
-            self._ended_s += time.monotonic() - self._born_s.pop(actor)
+            raise DiffitError(
+                "evaluation failed: its actors die before they start; check Ray's logs, and "
+                "whether they ran out of memory"
+            ) from error
+        self._idle += [self._starting.pop(ready)] * SLOTS
 
     def existed_s(self) -> float:
         """Seconds for which actors have existed, added up."""
-        now_s = time.monotonic()
-        return self._ended_s + sum(now_s - born_s for born_s in self._born_s.values())
+        return len(self.actors) * (time.monotonic() - self.begun_s)
 
     def close(self) -> None:
         """Stop the actors."""
-        for actor in list(self.actors):
+        for actor in self.actors:
             ray.kill(actor)
-            self._forget(actor)
 
 
 class Generation(NamedTuple):
@@ -244,12 +160,12 @@ class EvaluationPool:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._actors: ActorPool | None = None
+        self._actors: Actors | None = None
         self._reference: FoundReference | None = None
         self._worked_s = 0.0
 
     @property
-    def actors(self) -> ActorPool:
+    def actors(self) -> Actors:
         """The actors, started now if they were not.
 
         Raises:
@@ -262,16 +178,14 @@ class EvaluationPool:
                 "num_cpus": 1,
                 "num_gpus": scaling.gpus_per_actor or None,
                 "max_concurrency": SLOTS,
+                "max_restarts": -1,
+                "max_task_retries": -1,
             }
             if not scaling.gpus_per_actor:
                 options["runtime_env"] = {"env_vars": ray_session.KEEP_FREED_MEMORY}
             remote = ray.remote(**options)(EvaluationActor)
             plain = self.recipe.model_dump(mode="json")
-            count = scaling.evaluate_actors
-            stacks = storage.join(self.recipe.storage.root, processes.FOLDER)
-            self._actors = ActorPool(
-                lambda: remote.remote(plain), count, SLOTS, scaling.hang_s, stacks
-            )
+            self._actors = Actors(lambda: remote.remote(plain), scaling.evaluate_actors)
         return self._actors
 
     def serves(self, recipe: Recipe) -> bool:
@@ -305,7 +219,7 @@ class EvaluationPool:
         ]
 
         def call(actor: Any, task: _Task) -> Any:
-            return actor.chunk.remote(plain[task.number], task.chunk)
+            return _once(actor.chunk).remote(plain[task.number], task.chunk)
 
         def name(task: _Task) -> str:
             url = storage.display_path(task.chunk.target.url)
@@ -330,7 +244,7 @@ class EvaluationPool:
         url = references.reference_url(self.recipe, identity)
         if not references.is_stored(url):
             ((_, found),) = self.actors.run(
-                [file], lambda actor, task: actor.npz_reference.remote(task), str
+                [file], lambda actor, task: _once(actor.npz_reference).remote(task), str
             )
             references.write_reference(url, identity, found)
         return FoundReference(url, identity, digest)
@@ -371,7 +285,8 @@ class EvaluationPool:
         missing = [task for task in tasks if not is_there(task)]
 
         def call(actor: Any, task: PartTask) -> Any:
-            return actor.reference_part.remote(task, storage.join(url, references.part_name(task)))
+            url_of = storage.join(url, references.part_name(task))
+            return _once(actor.reference_part).remote(task, url_of)
 
         total, left = (sum(len(task.items) for task in some) for some in (tasks, missing))
         with Progress("reference", total, "images", total - left) as shown:
@@ -391,6 +306,11 @@ def _shared_setup(recipe: Recipe) -> dict[str, Any]:
     evaluate = plain.pop("evaluate")
     kept = ("features", "reference", "reference_images")
     return {**plain, "evaluate": {key: evaluate[key] for key in kept}}
+
+
+def _once(method: Any) -> Any:
+    """A method of an actor that Ray does not repeat when the actor dies."""
+    return method.options(max_task_retries=0)
 
 
 def _get(call: Any) -> Any:

@@ -30,8 +30,6 @@ from diffit_train.pids import running
 FOLDER = "stacks"
 # Until a first step, chunk or shard is done: kernels compile, caches are cold.
 FIRST_FACTOR = 4.0
-# Of the median duration of what is already done.
-MEDIAN_FACTOR = 10.0
 DUMP_S = 2.0
 ANSWER_S = 30.0
 ENDED = "it has ended"
@@ -177,20 +175,6 @@ def _answer(call: Any) -> str:
         return f"its node did not answer ({type(error).__name__})"
 
 
-def end_and_report(process: Process, what: str, url: str, say: Callable[[str], None]) -> None:
-    """Kill a process, store its stack traces, and say what was done.
-
-    Args:
-        what: the reason, in words.
-        url: folder for its stack traces.
-    """
-    (ending,) = end_processes([process])
-    if ending.of_itself:  # whoever waits for it learns of that
-        return
-    stored = store_stacks(url, f"{what}\n{ending.text}", say)
-    say(f"{what}; replacing it{stored}")
-
-
 def store_stacks(url: str, text: str, say: Callable[[str], None]) -> str:
     """Write stack traces to a new file of a folder; returns its name as the end of a sentence."""
     file = storage.join(url, f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}.txt")
@@ -200,11 +184,3 @@ def store_stacks(url: str, text: str, say: Callable[[str], None]) -> str:
         say(f"Could not store stack traces: {error}")
         return ""
     return f"; stack traces: {file}"
-
-
-def limit_s(hang_s: float, durations_s: Sequence[float]) -> float:
-    """For how long a task may take, after tasks of its kind that took `durations_s`."""
-    if not durations_s:
-        return FIRST_FACTOR * hang_s
-    median = sorted(durations_s)[len(durations_s) // 2]
-    return max(hang_s, MEDIAN_FACTOR * median)

@@ -36,10 +36,9 @@ from diffit_train.evaluation.actors import ChunkTask, EvaluationActor, Evaluatio
 from diffit_train.evaluation.chunks import FEATURES, LOGITS, PREDICTIONS, SPATIAL, Layout
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.generate import Generator, run_weights
-from diffit_train.evaluation.pool import ActorPool, EvaluationPool, Generation
+from diffit_train.evaluation.pool import Actors, EvaluationPool, Generation
 from diffit_train.evaluation.references import FoundReference, Reference, Statistics
 from diffit_train.evaluation.scores import MetricSuite
-from diffit_train.hang.processes import Process, this_process
 from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.runs.identity import run_url
 from tests.benchmarks.common import print_table
@@ -160,13 +159,8 @@ def actors(root: Path, samples: int, rounds: int) -> None:
 class _Sleepers:
     """A process hosting many actors that sleep instead of sampling."""
 
-    def introduce(self) -> Process:
-        """The process of many actors."""
-        return this_process()
-
-    def ready(self) -> float:
-        """An actor of no age."""
-        return 0.0
+    def ready(self) -> None:
+        """Nothing to load."""
 
     def work(self, seconds: float) -> int:
         time.sleep(seconds)
@@ -174,10 +168,10 @@ class _Sleepers:
 
 
 class _Sleeper:
-    """An actor to `ActorPool`; stands for one of the many in a process."""
+    """An actor to `Actors`; stands for one of the many in a process."""
 
     def __init__(self, process: Any) -> None:
-        self.introduce, self.ready, self.work = process.introduce, process.ready, process.work
+        self.ready, self.work = process.ready, process.work
 
 
 def simulate(counts: list[int]) -> None:
@@ -188,7 +182,7 @@ def simulate(counts: list[int]) -> None:
         ray.get([process.ready.remote() for process in processes])
         for count in counts:
             numbers = iter(range(count))
-            fleet = ActorPool(lambda i=numbers: _Sleeper(processes[next(i) % PROCESSES]), count)
+            fleet = Actors(lambda i=numbers: _Sleeper(processes[next(i) % PROCESSES]), count)
             tasks = list(range(CHUNKS * count))
             started_s = time.perf_counter()
             done = sum(n for _, n in fleet.run(tasks, lambda a, _: a.work.remote(SLEEP_S), str))

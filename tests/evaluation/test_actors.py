@@ -53,7 +53,7 @@ def test_settings_of_one_checkpoint_share_its_weights(
 
     changes = ("evaluate.guidance.scale=4", "evaluate.sampler.steps=5", "evaluate.seed=3")
     actor = EvaluationActor(tiny_recipe(trained).model_dump(mode="json"))
-    assert actor.ready() > 0
+    actor.ready()
     plain = chunk(actor, "plain")
     model = actor.generator.model
     made = [chunk(actor, change, change) for change in changes]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from mlflow.models import Model
@@ -180,7 +182,7 @@ def test_two_actors_and_an_interruption_give_the_same_metrics(
     assert kept == {p: t for p, t in before.items() if "tmp" not in p.name}
 
 
-def test_a_dead_actors_chunks_go_to_another_actor(
+def test_ray_restarts_an_actor_that_dies(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, (_, result) = evaluated
@@ -189,12 +191,13 @@ def test_a_dead_actors_chunks_go_to_another_actor(
     key = evaluation_key(recipe, run_url, 12)
     url = evaluation_url(recipe, "tiny", 12, key)
     fleet = EvaluationPool(recipe)
-    (first,) = fleet.actors.actors
-    ray.kill(first)
+    (actor,) = fleet.actors.actors
+    killed = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+    psutil.Process(killed).kill()
     missing = [Range(0, 4), Range(4, 8), Range(8, 12)]
     wanted = [Generation(recipe, EvaluationTarget(run_url, 12, url, key), missing, True)]
     assert sorted(part for _, part in fleet.generate(wanted)) == missing
-    assert first not in fleet.actors.actors
+    assert ray.get(actor.__ray_call__.remote(lambda self: os.getpid())) != killed
     fleet.close()
     (again,) = evaluate(recipe, "tiny", [12])
     assert again.metrics == result.metrics

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +16,9 @@ import pytest
 import ray
 
 from diffit_train.config import dump_recipe
-from diffit_train.evaluation import runner
 from diffit_train.hang.processes import (
     end_processes,
     kill_here,
-    limit_s,
     this_process,
 )
 from diffit_train.runs.checkpoints import committed_steps
@@ -52,12 +46,6 @@ def test_ranks_hang_if_none_of_those_at_work_makes_progress() -> None:
     assert stalled_s([_rank(99.0), _rank(1.0, left=True)], 10.0) == 99.0
     assert stalled_s([_rank(39.0), _rank(39.0, slow=True)], 10.0) is None
     assert stalled_s([_rank(41.0), _rank(41.0, slow=True)], 10.0) == 41.0
-
-
-def test_a_task_may_take_a_multiple_of_what_others_took() -> None:
-    assert limit_s(300.0, []) == 1200.0
-    assert limit_s(300.0, [1.0, 2.0, 3.0]) == 300.0
-    assert limit_s(300.0, [50.0, 40.0, 900.0]) == 500.0
 
 
 class Sleeper:
@@ -149,65 +137,3 @@ def test_training_replaces_a_stopped_rank(encoded: Path, tmp_path: Path) -> None
         assert mine == pytest.approx(theirs, rel=1e-4)
     _no_doubled_points(tmp_path, losses)
     print(f"training went on {begun.at_s - stopped_s:.0f} s after a rank was stopped")
-
-
-def _introduced(pid: int) -> bool:
-    """Whether a process has begun its first task, rather than to import."""
-    with contextlib.suppress(OSError):
-        files = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        return any(file.startswith(f"{tempfile.gettempdir()}/#") for file in files)
-    return False
-
-
-def _named(prefix: str) -> set[int]:
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith(prefix) and _introduced(process.pid):
-                found.add(process.pid)
-    return found
-
-
-def _suspend_first(prefix: str, ended: threading.Event, stopped: list[int]) -> None:
-    """Stop the first process whose name begins so, of those that do not have it yet."""
-    former = _named(prefix)
-    while not ended.wait(0.01):
-        for pid in _named(prefix) - former:
-            time.sleep(0.03)  # a process that has not listed its task yet is not noticed
-            psutil.Process(pid).suspend()
-            stopped.append(pid)
-            return
-
-
-@contextlib.contextmanager
-def _suspending(prefix: str) -> Iterator[list[int]]:
-    ended, stopped = threading.Event(), list[int]()
-    thread = threading.Thread(target=_suspend_first, args=(prefix, ended, stopped))
-    thread.start()
-    try:
-        yield stopped
-    finally:
-        ended.set()
-        thread.join()
-        for pid in stopped:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                psutil.Process(pid).kill()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
-def test_an_evaluation_replaces_a_stopped_actor(
-    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    root = tmp_path / "copy"
-    shutil.copytree(trained, root)
-    recipe = tiny_recipe(root, "scaling.hang_s=4", "evaluate.samples=48")
-    with _suspending("ray::EvaluationActor.c") as stopped:
-        (found,) = runner.evaluate([runner.Request(recipe, "tiny", 12)])
-    assert stopped, "no actor was caught at work"
-    assert "s without a result; replacing it" in capfd.readouterr().err
-    assert (root / "stacks").is_dir()
-    other = tiny_recipe(trained, "evaluate.samples=48")
-    (undisturbed,) = runner.evaluate([runner.Request(other, "tiny", 12)])
-    assert found.metrics == undisturbed.metrics
