@@ -28,8 +28,8 @@ $(INSTALLED): pyproject.toml
 # Each line continues what a killed run left and passes over what is finished.
 demo: $(INSTALLED)
 	$(BIN)/diffit data digits $(ROOT)/images/digits
-	$(BIN)/diffit autoencoder fit demo --root $(ROOT)
-	$(BIN)/diffit features fit demo --root $(ROOT)
+	$(BIN)/diffit fit autoencoder demo --root $(ROOT)
+	$(BIN)/diffit fit features demo --root $(ROOT)
 	$(BIN)/diffit encode demo --root $(ROOT)
 	$(BIN)/diffit train demo --root $(ROOT)
 	$(BIN)/diffit evaluate demo --root $(ROOT) --step 0 --step newest

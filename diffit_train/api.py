@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffit_train import storage
-from diffit_train.commands.of_run import recipe_and_run
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder
@@ -24,7 +23,7 @@ from diffit_train.errors import UserError
 from diffit_train.evaluation.generate import Generator, class_names, run_weights
 from diffit_train.evaluation.sample import choose_classes
 from diffit_train.runs.identity import NEWEST, find_checkpoint
-from diffit_train.runs.start import starting_from
+from diffit_train.runs.select import recipe_and_run
 
 
 class Model:
@@ -121,7 +120,6 @@ def load(
     """
     words = [*changes, *([f"evaluate.weights={weights}"] if weights else [])]
     recipe, name = recipe_and_run("sample", None, words, root, run)
-    recipe = starting_from(recipe, name)
     url, number = find_checkpoint(recipe, name, str(step))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = run_weights(recipe, url, number)

@@ -15,11 +15,7 @@ import diffit_train
 from diffit_train.commands.ablate import ablate_command
 from diffit_train.commands.attention import attention_command
 from diffit_train.commands.compare import compare_command
-from diffit_train.commands.data import (
-    autoencoder_fit_command,
-    data_digits_command,
-    features_fit_command,
-)
+from diffit_train.commands.data import data_digits_command, fit_command
 from diffit_train.commands.doctor import doctor_command
 from diffit_train.commands.encode import encode_command
 from diffit_train.commands.evaluate import evaluate_command, references_command
@@ -30,29 +26,13 @@ from diffit_train.commands.jobs import (
 )
 from diffit_train.commands.pipeline import pipeline_command
 from diffit_train.commands.plan import plan_command
-from diffit_train.commands.recipe import (
-    recipe_keys_command,
-    recipe_list_command,
-    recipe_new_command,
-    recipe_show_command,
-)
-from diffit_train.commands.runs import (
-    runs_group,
-    runs_list_command,
-    runs_remove_command,
-    runs_show_command,
-    watch_command,
-)
+from diffit_train.commands.recipe import recipe_new_command, recipe_show_command
+from diffit_train.commands.runs import runs_list_command, runs_remove_command, runs_show_command
 from diffit_train.commands.submit import submit_command
-from diffit_train.commands.sweep import sweep_cancel_command, sweep_show_command
+from diffit_train.commands.sweep import sweep_command
 from diffit_train.commands.train import train_command
 from diffit_train.commands.verify import verify_command
-from diffit_train.commands.weights import (
-    ema_reconstruct_command,
-    export_command,
-    import_command,
-    sample_command,
-)
+from diffit_train.commands.weights import export_command, import_command, sample_command
 from diffit_train.errors import DiffitError, Interrupted, UserError
 from diffit_train.progress import say
 from diffit_train.redaction import first_line
@@ -63,32 +43,26 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # Each command by its words, in the order of use.
 COMMANDS: dict[str, Callable[..., None]] = {
-    "recipe list": recipe_list_command,
     "recipe show": recipe_show_command,
-    "recipe keys": recipe_keys_command,
     "recipe new": recipe_new_command,
     "data digits": data_digits_command,
-    "autoencoder fit": autoencoder_fit_command,
-    "features fit": features_fit_command,
+    "fit": fit_command,
     "plan": plan_command,
     "doctor": doctor_command,
     "encode": encode_command,
     "verify": verify_command,
     "train": train_command,
-    "watch": watch_command,
     "runs list": runs_list_command,
     "runs show": runs_show_command,
     "runs remove": runs_remove_command,
     "references": references_command,
     "evaluate": evaluate_command,
+    "sweep": sweep_command,
     "pipeline": pipeline_command,
     "ablate": ablate_command,
-    "sweep show": sweep_show_command,
-    "sweep cancel": sweep_cancel_command,
     "sample": sample_command,
     "attention": attention_command,
     "compare": compare_command,
-    "ema reconstruct": ema_reconstruct_command,
     "import": import_command,
     "export": export_command,
     "submit": submit_command,
@@ -97,14 +71,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "jobs stop": jobs_stop_command,
 }
 GROUPS = {
-    "recipe": "List, show and begin recipes; look up their keys.",
+    "recipe": "Show and begin recipes.",
     "data": "Data sets that need no download.",
-    "autoencoder": "Fit your own autoencoder.",
-    "features": "Fit your own feature network.",
-    "runs": "The runs of a project; `diffit runs` lists them.",
+    "runs": "The runs of a project.",
     "jobs": "Jobs that `diffit submit` sent to a cluster.",
-    "sweep": "Sweeps started by `diffit evaluate --sweep`.",
-    "ema": "Exponential moving averages (EMA) of the weights.",
 }
 
 
@@ -128,16 +98,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-# Groups that do something without a command, too.
-BARE = {"runs": runs_group}
-_groups = {
-    name: typer.Typer(
-        help=text, no_args_is_help=name not in BARE, invoke_without_command=name in BARE
-    )
-    for name, text in GROUPS.items()
-}
-for _name, _callback in BARE.items():
-    _groups[_name].callback(help=GROUPS[_name])(_callback)
+_groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
 for _name, _group in _groups.items():
     app.add_typer(_group, name=_name)
 for _words, _command in COMMANDS.items():

@@ -179,7 +179,7 @@ def count(recipe: Recipe) -> Work:
     from diffit_train.models.build import build_model
 
     train = recipe.train
-    share = math.ceil(train.batch_size / recipe.scaling.most_workers)
+    share = math.ceil(train.batch_size / recipe.scaling.max_workers)
     batch = min(share, train.micro_batch_size or share)
     with torch.device("meta"):
         model = build_model(recipe)
@@ -221,7 +221,7 @@ def plan(
     """
     if machine.gpu not in GPUS:
         raise UserError(f"--gpu is {machine.gpu!r}, but must be one of: {', '.join(GPUS)}")
-    train, world = recipe.train, recipe.scaling.most_workers
+    train, world = recipe.train, recipe.scaling.max_workers
     emas = len(train.ema) if emas is None else emas
     work, bf16 = count(recipe), train.precision == "bf16"
     states = [state_bytes(work.parameters, stage, world, emas, bf16) for stage in range(4)]
@@ -332,7 +332,7 @@ def loader_bytes(recipe: Recipe, images: int | None) -> int:
     Args:
         images: images of the latents; None if unknown.
     """
-    data, world = recipe.data, recipe.scaling.most_workers
+    data, world = recipe.data, recipe.scaling.max_workers
     shards = math.ceil(data.lanes / world) * (data.shuffle_window // data.images_per_shard + 2)
     if images is not None:
         shards = min(shards, math.ceil(images / data.images_per_shard))
@@ -357,7 +357,7 @@ def _communicated(recipe: Recipe, work: Work, end: int) -> float:
     all-reduce them; both gather the new weights. Stage 3 gathers weights for the forward and for
     the backward pass of each micro-batch. Stages 2 and 3 reduce after every micro-batch.
     """
-    train, world = recipe.train, recipe.scaling.most_workers
+    train, world = recipe.train, recipe.scaling.max_workers
     size = BF16 if train.precision == "bf16" else FP32
     ring = (world - 1) / world * work.parameters * size
     if train.zero_stage == 0:
@@ -376,7 +376,7 @@ def _step_seconds(
     At best the host runs ahead of the GPU and gradients are exchanged during the backward pass; at
     worst communication follows computation.
     """
-    train, world, gpu = recipe.train, recipe.scaling.most_workers, GPUS[machine.gpu]
+    train, world, gpu = recipe.train, recipe.scaling.max_workers, GPUS[machine.gpu]
     peak = 1e12 * (gpu.tflops_fp32 if train.precision == "fp32" else gpu.tflops_bf16)
     bandwidth = 1e9 * gpu.memory_gb_per_s * BANDWIDTH_EFFICIENCY[end]
     again = work.training / (3 * work.forward)  # recomputation does not count toward MFU
@@ -410,7 +410,7 @@ def _time(
     recipe: Recipe, machine: Machine, work: Work, states: States, images: int | None
 ) -> dict[str, Any]:
     """Speed and cost of training, as ranges [best, worst]."""
-    train, world = recipe.train, recipe.scaling.most_workers
+    train, world = recipe.train, recipe.scaling.max_workers
     parts = [_step_seconds(recipe, machine, work, states, end) for end in (0, 1)]
     steps = [part["total"] for part in parts]
     rates = [train.batch_size / s for s in steps]
@@ -532,8 +532,8 @@ def _encode_node(recipe: Recipe, workers_per_node: int) -> NodeSize:
 
 def _train_node(recipe: Recipe, planned: dict[str, Any], workers_per_node: int) -> NodeSize:
     scaling, disk = recipe.scaling, planned["storage"]
-    here = min(workers_per_node, scaling.most_workers)
-    nodes = math.ceil(scaling.most_workers / here)
+    here = min(workers_per_node, scaling.max_workers)
+    nodes = math.ceil(scaling.max_workers / here)
     memory = planned["memory"]["zero_stage"][str(recipe.train.zero_stage)]
     states = memory["of_them_on_host"] if scaling.gpus_per_worker else memory["total"]
     share = disk["checkpoint"] / nodes

@@ -201,7 +201,7 @@ def _check_checkpoint(run_url: str, step: int) -> None:
 
 def _export(url: str) -> Iterator[Check]:
     """A weight file, or those of a folder for diffusers, which is written again as a whole."""
-    name, rebuild = url.rsplit("/", 1)[-1], "`diffit export` or `diffit ema reconstruct`"
+    name, rebuild = url.rsplit("/", 1)[-1], "`diffit export`"
     for file in [""] if name.endswith(".safetensors") else storage.sizes(url):
         if not file or file.endswith(".safetensors"):
             run = functools.partial(read_weights_file, f"{url}/{file}".rstrip("/"))

@@ -50,7 +50,7 @@ Exit status: 0 done, 1 failed, 2 bad input (one message, nothing written), 130 i
 training run that SIGTERM told to stop exits with 143. Ctrl-C lets a training save first; a second
 one quits at once.
 
-`sample`, `evaluate`, `export` and `ema reconstruct` take what they need from the run: its recipe is
+`sample`, `evaluate`, `sweep` and `export` take what they need from the run: its recipe is
 stored with it. RECIPE and `KEY=VALUE` only say what is to differ, and only keys that belong to the
 command can: `evaluate.*`, `scaling.*`, `tracking.*`, and, where images are generated,
 `model.attention` and a copy of the autoencoder; for `export --format diffusers`, how it samples.

@@ -119,8 +119,8 @@ def here() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with images, a fitted autoencoder and fitted features; read-only."""
-    from diffit_train.commands.data import fit_features
     from diffit_train.data.autoencoder_fit import fit_autoencoder
+    from diffit_train.evaluation.features import fit_features
 
     root = tmp_path_factory.mktemp("project")
     write_images(root / "images" / "digits")

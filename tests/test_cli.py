@@ -22,8 +22,7 @@ from diffit_train.ray_session import connected
 
 RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
 COMMANDS = ["plan", "encode", "train", "evaluate", "sample", "compare", "import", "export"]
-COMMANDS += ["submit", "verify", "references", "sweep show", "sweep cancel"]
-COMMANDS += ["data digits", "autoencoder fit", "features fit"]
+COMMANDS += ["submit", "verify", "references", "sweep", "data digits", "fit", "runs show"]
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -70,19 +69,17 @@ def test_version() -> None:
         (["sample", "demo", "evaluate.sampler.steps=2000"], ["steps is 2000", "(1000)"]),
         (["import", "none.safetensors"], ["weight file", "none.safetensors does not exist"]),
         (["export", "demo"], ["run 'demo' does not exist"]),
-        (["train", "demo", "--from", "../evil@3"], ["--from is '../evil', but must consist"]),
+        (["train", "demo", "--init-from", "../evil@3"], ["--init-from is '../evil', but must"]),
         (["train", "dmo"], ["did you mean 'demo'"]),
-        (["autoencoder", "fit", "demo"], ["does not exist"]),
-        (["features", "fit", "demo"], ["does not exist"]),
+        (["fit", "autoencoder", "demo"], ["does not exist"]),
+        (["fit", "features", "demo"], ["does not exist"]),
         (["submit", "train", "demo", "--address", "nowhere"], ["http://head:8265"]),
         (["train"], ["Missing argument"]),
         (["evaluate"], ["has no run; check --root"]),
-        (["evaluate", "demo", "--fleet", "--sweep", "seed=1,2"], ["--fleet needs", "http://head"]),
+        (["sweep", "demo", "--fleet", "--vary", "seed=1,2"], ["--fleet needs", "http://head"]),
         (["evaluate", "demo", "--watch", "--step", "3"], ["remove --step"]),
-        (["evaluate", "demo", "--npz", "--sweep", "seed=1,2"], ["remove --npz or --sweep"]),
-        (["evaluate", "demo", "--conformance", "nowhere"], ["nowhere is not a folder"]),
+        (["export", "--sigma-rel", "0.1", "--format", "diffusers"], ["remove --format diffusers"]),
         (["references", "demo"], ["there is no feature network"]),
-        (["sweep", "show", "none", "--run", "demo"], ["there is no sweep in"]),
     ],
 )
 def test_bad_input_is_one_clear_message(
@@ -124,8 +121,7 @@ def test_a_run_cannot_be_outside_its_root(
 ) -> None:
     required = {"submit": ["train", "demo", "--address", "http://127.0.0.1:1"]}
     required |= {"import": ["weights.safetensors"]}
-    required |= {"ema reconstruct": ["demo", "--sigma-rel", "0.1"], "sweep show": ["a"]}
-    required |= {"sweep cancel": ["a", "--address", "http://127.0.0.1:1"]}
+    required |= {"sweep": ["demo", "--vary", "seed=1,2"]}
     given = [*words.split(), *required.get(words, ["demo"]), "--run", name]
     assert exit_status(lambda: app([*given, "--root", str(tmp_path / "root")])) == 2
     assert f"--run is {name!r}, but must consist of at most 80" in capfd.readouterr().err

@@ -99,7 +99,7 @@ def _words(text: str) -> list[str]:
 
 
 def _alternatives(words: list[str]) -> list[list[str]]:
-    """`sweep show|cancel` as two; an option's value keeps its bars."""
+    """`runs show|remove` as two; an option's value keeps its bars."""
     for i, word in enumerate(words[:4]):
         if re.fullmatch(r"[a-z]+(\|[a-z]+)+", word):
             return [
@@ -119,7 +119,7 @@ def _check_diffit(words: list[str]) -> None:
         return
     name = ""
     while hasattr(group, "commands"):
-        if not given and name:  # a group by itself, as `diffit sweep`
+        if not given and name:  # a group by itself, as `diffit runs`
             return
         name = f"{name} {given[0]}".strip()
         assert given[0] in group.commands, f"there is no command `diffit {name}`"
@@ -147,7 +147,7 @@ def _check_options(name: str, command: Any, given: list[str]) -> list[str]:
         assert option in options, f"`diffit {name}` has no option {option}"
         if not options[option].is_flag:
             value = value or next(words, "")
-            if option == "--sweep" and "." in value.partition("=")[0]:
+            if option == "--vary" and "." in value.partition("=")[0]:
                 key = value.partition("=")[0].removeprefix("evaluate.")
                 assert _is_key(f"evaluate.{key}"), f"no recipe key evaluate.{key}"
     return positional
@@ -209,10 +209,10 @@ def test_command_lines_are_found() -> None:
     """Of every form in which a document may have them."""
     text = {line.text for line in LINES}
     assert len(text) > 60
-    assert "diffit evaluate --conformance FOLDER" in text  # a code block
+    assert "python -m tests.conformance FOLDER" in text  # a code block
     assert "python -m tests.benchmarks.block" in text
     assert "diffit verify" in text  # inline
-    assert any("--fleet --at-most 8" in line for line in text)  # continued by a backslash
+    assert any("--fleet --max-concurrent 8" in line for line in text)  # continued by a backslash
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,8 @@ def test_command_lines_are_found() -> None:
         ("diffit train demo --rot x", "no option --rot"),
         ("diffit train demo train.learning_rate=1", "no recipe key"),
         ("diffit train dmo", "no packaged recipe"),
-        ("diffit evaluate demo --sweep guidance.sale=1,2", "no recipe key"),
-        ("diffit sweep show|stop NAME", "no command"),
+        ("diffit sweep demo --vary guidance.sale=1,2", "no recipe key"),
+        ("diffit runs show|stop NAME", "no command"),
         ("python -m tests.benchmarks.block --batches 2", "no option --batches"),
         ("python -m tests.benchmarks.blocks", "no module"),
         ("diffit train demo train.steps=-1", "train.steps is -1"),

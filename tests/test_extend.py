@@ -18,8 +18,6 @@ import torch
 
 import diffit_train as dt
 from diffit_train import storage
-from diffit_train.commands.data import fit_features
-from diffit_train.commands.weights import WeightSource, export_checkpoint, sample_images
 from diffit_train.config import Recipe, dump_recipe, load_recipe
 from diffit_train.data.preprocess import to_model_range
 from diffit_train.data.reading import read_items
@@ -27,10 +25,13 @@ from diffit_train.data.sources import list_images
 from diffit_train.diffusion.objective import load_objective, nfe_per_image
 from diffit_train.errors import UserError
 from diffit_train.evaluation.feature_networks import load_features
-from diffit_train.evaluation.features import features_digest
+from diffit_train.evaluation.features import features_digest, fit_features
+from diffit_train.evaluation.sample import WeightSource, sample_images
 from diffit_train.export.folder import export_folder
 from diffit_train.models.build import build_model, network_shape
 from diffit_train.plan import Machine, plan
+from diffit_train.runs.identity import find_checkpoint
+from diffit_train.runs.import_export import export_weights
 from tests.conftest import tiny_recipe
 from tests.test_api import save_run
 
@@ -130,10 +131,9 @@ def test_a_run_is_sampled_and_exported(trained: Recipe, tmp_path: Path) -> None:
     assert plan(trained, Machine("H100"))["model"]["architecture"] == "mynet.model:ConvNet"
     features = load_features(trained, CPU).extract(images)["features"]
     assert features.shape == (4, 12)
-    exported = export_checkpoint(trained, "mine", "newest", "ema", str(tmp_path / "w.safetensors"))
-    made = sample_images(
-        trained, WeightSource("mine", file=exported["file"]), ["0"], "0", str(tmp_path), 1
-    )
+    step = find_checkpoint(trained, "mine", "newest")[1]
+    file = export_weights(trained, "mine", step, "ema", str(tmp_path / "w.safetensors"))
+    made = sample_images(trained, WeightSource("mine", file=file), ["0"], "0", str(tmp_path), 1)
     assert len(made["images"]) == 1
     folder = Path(export_folder(trained, "mine", 4, "ema", "", str(tmp_path / "folder")))
     code = (folder / "transformer" / "diffit_transformer.py").read_text()

@@ -12,14 +12,14 @@ import pytest
 
 from diffit_train.cli import app, exit_status
 from diffit_train.commands.encode import encode_latents
-from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.verify import check
-from diffit_train.commands.weights import export_checkpoint
 from diffit_train.config import load_recipe
 from diffit_train.data.reconstructions import draw_reconstructions
+from diffit_train.evaluation.evaluate import evaluate_run
 from diffit_train.evaluation.result import finished_result
 from diffit_train.reports.compare import compare_store
 from diffit_train.runs.identity import run_url, stored_recipe
+from diffit_train.runs.import_export import export_weights
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.in_process import in_process
@@ -82,7 +82,7 @@ def test_every_command_keeps_to_a_copy(original: Path, tmp_path: Path) -> None:
     assert Path(kept.grid).exists()
     grid = copy / "mlflow-artifacts" / made["mlflow_run_id"] / "artifacts" / "grid.png"
     assert grid.exists()
-    exported = export_checkpoint(recipe, "tiny", "8", "ema", None)["file"]
+    exported = export_weights(recipe, "tiny", 8, "ema", None)
     assert exported.startswith(str(copy))
     assert str(original).encode() not in Path(exported).read_bytes()
     words = ["sample", "evaluate.sampler.steps=2", "--run", "tiny", "--root", str(copy)]

@@ -52,8 +52,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_chain_of_jobs_and_a_second_attempt(
     address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from diffit_train.commands.data import fit_features
     from diffit_train.data.autoencoder_fit import fit_autoencoder
+    from diffit_train.evaluation.features import fit_features
     from diffit_train.runs.checkpoints import committed_steps
 
     write_images(tmp_path / "images" / "digits")
@@ -495,6 +495,6 @@ def test_job_name_metadata_and_entrypoint(tmp_path: Path) -> None:
     pool = Job("evaluate", recipe, "r", ["12"], "first", axes=axes)
     assert pool.title == "evaluate-r-first"
     assert pool.entrypoint("python") == (
-        "python evaluate.py recipe.yaml --run r --step 12 --sweep guidance.scale=1:2:1 "
-        "--sweep sampler.steps=2,3 --name first"
+        "python sweep.py recipe.yaml --run r --step 12 --vary guidance.scale=1:2:1 "
+        "--vary sampler.steps=2,3 --name first"
     )

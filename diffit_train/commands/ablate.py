@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.data import fit_features
 from diffit_train.commands.options import (
     Address,
     CheckCluster,
     ClusterPython,
     Json,
+    MaxConcurrent,
     Overrides,
+    Retries,
     Root,
     RuntimeEnvOption,
     print_result,
@@ -27,6 +28,7 @@ from diffit_train.commands.sweep import FleetOptions, run_fleet
 from diffit_train.config import Recipe
 from diffit_train.config.ablations import SCALES, Ablation, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.features import fit_features
 from diffit_train.evaluation.result import Result, finished_result
 from diffit_train.metric_names import distance_name
 from diffit_train.progress import print_rows, say
@@ -228,8 +230,8 @@ def ablate_command(
         str | None,
         typer.Option("--fleet", help="Job server, e.g. http://head:8265: a Ray job for each run."),
     ] = None,
-    at_most: Annotated[int, typer.Option(min=1, help="With --fleet: jobs at once.")] = 4,
-    retries: Annotated[int, typer.Option(min=0, help="With --fleet: retries of a job.")] = 2,
+    max_concurrent: MaxConcurrent = 4,
+    retries: Retries = 2,
     python: ClusterPython = None,
     runtime_env: RuntimeEnvOption = "auto",
     check: CheckCluster = True,
@@ -245,14 +247,7 @@ def ablate_command(
         raise UserError(f"--scale is {scale!r}, but must be one of: {', '.join(SCALES)}")
     fleet = None
     if jobs is not None:
-        fleet = FleetOptions(
-            jobs,
-            at_most=at_most,
-            retries=retries,
-            python=python,
-            runtime_env=runtime_env,
-            check=check,
-        )
+        fleet = FleetOptions(jobs, False, max_concurrent, retries, python, runtime_env, check)
     ablation = find_ablation(name)
     result = run_ablation(ablation, scale, seeds, overrides or (), root, address, fleet)
     print_ablation(result)

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.of_run import recipe_and_run
 from diffit_train.commands.options import Json, ProjectRoot, output, print_result
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.runs.identity import NEWEST
+from diffit_train.runs.select import recipe_and_run
 
 
 def draw_attention(

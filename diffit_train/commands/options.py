@@ -54,6 +54,25 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+# Of commands that use a trained run.
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        autocompletion=complete_recipe,
+        help="Recipe (name, path or URL) whose settings for this command to use. Default: those "
+        "of the run.",
+        show_default=False,
+    ),
+]
+RunOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Recipe keys that are to differ from the run's, e.g. evaluate.sampler.steps=50.",
+        show_default=False,
+    ),
+]
 Root = Annotated[
     str | None,
     typer.Option(help="Project folder or s3://bucket/prefix (storage.root)."),
@@ -72,16 +91,17 @@ RunName = Annotated[
         help="Name of the run. Default: the recipe's name.",
     ),
 ]
+Step = Annotated[str, typer.Option("--step", help="Step of the checkpoint, or `newest`.")]
 Steps = Annotated[
     list[str] | None,
     typer.Option("--step", help="Step of a checkpoint, or `newest`; repeatable."),
 ]
-Source = Annotated[
+InitFrom = Annotated[
     str | None,
-    typer.Option("--from", help="Start a new run from the weights of RUN or RUN@STEP."),
+    typer.Option("--init-from", help="Start a new run from the weights of RUN or RUN@STEP."),
 ]
-SourceWeights = Annotated[
-    str, typer.Option("--from-weights", help="Weights for --from: raw, or the name of an EMA.")
+InitWeights = Annotated[
+    str, typer.Option(help="Weights for --init-from: raw, or the name of an EMA.")
 ]
 ClusterPython = Annotated[
     str | None,
@@ -104,6 +124,8 @@ CheckCluster = Annotated[
         "--check/--no-check", metavar="", help="Check every node by a short job before submitting."
     ),
 ]
+MaxConcurrent = Annotated[int, typer.Option(min=1, help="Maximum number of concurrent jobs.")]
+Retries = Annotated[int, typer.Option(min=0, help="Retries of a failed job.")]
 # Flags take no value, so help shows none.
 AllowPickle = Annotated[
     bool,

@@ -6,25 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 from diffit_train.commands.encode import encode_latents
-from diffit_train.commands.evaluate import compute_references, evaluate_run
 from diffit_train.commands.options import (
     Address,
+    InitFrom,
+    InitWeights,
     Json,
     Overrides,
     RecipeName,
     Root,
     RunName,
-    Source,
-    SourceWeights,
     Steps,
     print_result,
     read_known_recipe,
 )
 from diffit_train.commands.train import train_run
 from diffit_train.config import Recipe
+from diffit_train.evaluation.evaluate import compute_references, evaluate_run
 from diffit_train.progress import say
 from diffit_train.ray_jobs.job import STAGE_LINE
-from diffit_train.runs.start import starting_from
+from diffit_train.runs.start import init_from
 
 
 def run_pipeline(
@@ -56,8 +56,8 @@ def pipeline_command(
     root: Root = None,
     run: RunName = None,
     step: Steps = None,
-    source: Source = None,
-    source_weights: SourceWeights = "ema",
+    init: InitFrom = None,
+    init_weights: InitWeights = "ema",
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -66,5 +66,5 @@ def pipeline_command(
     Example: `diffit pipeline imagenet256 --root s3://bucket/project --address auto`
     """
     recipe = read_known_recipe(name, overrides, root)
-    recipe = starting_from(recipe, run or recipe.name, source, source_weights)
+    recipe = init_from(recipe, run or recipe.name, init, init_weights)
     print_result(run_pipeline(recipe, run or recipe.name, step or [], address), as_json)

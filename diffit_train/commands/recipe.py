@@ -1,11 +1,8 @@
-"""`diffit recipe`: list, show and begin recipes, and look up their keys."""
+"""`diffit recipe`: show and begin recipes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
@@ -15,68 +12,51 @@ from diffit_train import storage
 from diffit_train.commands.options import (
     Json,
     Overrides,
-    RecipeName,
     Root,
     checked_name,
+    complete_recipe,
     print_result,
     read_recipe,
 )
-from diffit_train.config import Recipe, dump_recipe, packaged_recipes
-from diffit_train.config.keys import Key, described_keys, recipe_text, recipe_title
+from diffit_train.config import packaged_recipes
+from diffit_train.config.keys import commented, recipe_text, recipe_title
 from diffit_train.errors import UserError
 from diffit_train.progress import print_rows, say
 
-
-def recipe_list_command(as_json: Json = False) -> None:
-    """List the recipes that ship with this package.
-
-    Example: `diffit recipe list`
-    """
-    rows = [{"recipe": n, "what it is": recipe_title(recipe_text(n))} for n in packaged_recipes()]
-    if as_json:
-        print_result(rows, as_json)
-    else:
-        print_rows("recipes", rows)
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        autocompletion=complete_recipe,
+        help="Packaged recipe, or the path or URL of a YAML file.",
+        show_default=False,
+    ),
+]
 
 
 def recipe_show_command(
-    name: RecipeName,
+    name: OptionalRecipe = None,
     overrides: Overrides = None,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Print a recipe as it is resolved: every key with its value and what it means.
+    """Print a recipe as it is resolved, which is a recipe again; without RECIPE, list them.
 
-    Standard output is a recipe itself.
+    Every key is shown with its value and what it means.
 
     Example: `diffit recipe show imagenet256 train.lr=1e-4 > mine.yaml`
     """
-    recipe = read_recipe(name, overrides, root)
-    if as_json:
-        print_result(recipe.model_dump(mode="json"), as_json)
-    else:
-        typer.echo(commented(recipe), nl=False)
-
-
-def recipe_keys_command(
-    prefix: Annotated[
-        str, typer.Argument(metavar="[PREFIX]", help="Only keys that begin so, e.g. train.")
-    ] = "",
-    as_json: Json = False,
-) -> None:
-    """List the keys of a recipe: type, default and meaning.
-
-    Example: `diffit recipe keys evaluate.sampler`
-    """
-    found = described_keys(prefix)
-    if not found:
-        raise UserError(f"no key begins with {prefix!r}; `diffit recipe keys` lists all")
-    if as_json:
-        print_result([asdict(key) for key in found], as_json)
+    if name is None:
+        titles = {recipe: recipe_title(recipe_text(recipe)) for recipe in packaged_recipes()}
+        if not as_json:
+            rows = [{"recipe": recipe, "what it is": title} for recipe, title in titles.items()]
+            print_rows("recipes", rows)
+        print_result(titles, as_json)
         return
-    for key in found:
-        default = "required" if key.default == "required" else f"default {key.default}"
-        typer.echo(f"{key.key}: {key.type}; {default}\n    {key.meaning}")
+    recipe = read_recipe(name, overrides, root)
+    if not as_json:
+        typer.echo(commented(recipe), nl=False)
+    print_result(recipe.model_dump(mode="json"), as_json)
 
 
 def recipe_new_command(
@@ -100,37 +80,5 @@ def recipe_new_command(
         raise UserError(f"{path} exists; choose another name, or remove it")
     text = re.sub(r"\A(#.*\n)+", f"# Begun as a copy of {source}.\n", recipe_text(source))
     text = re.sub(r"^name: .*$", f"name: {name}", text, flags=re.M)
-    with storage.atomic_file(str(path.absolute())) as temporary:
-        temporary.write_text(text)
+    storage.write_text(str(path.absolute()), text)
     say(f"wrote {path}; `diffit recipe show {path}` prints every key")
-
-
-def commented(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, with what each key means above it."""
-    keys = described_keys()
-    lines = []
-    for path, line in _paths(dump_recipe(recipe)):
-        indent = line[: len(line) - len(line.lstrip(" "))]
-        meaning = _meaning(path, keys)
-        if meaning:
-            lines.append(f"{indent}# {meaning}")
-        lines.append(line)
-    return "\n".join(lines) + "\n"
-
-
-def _paths(text: str) -> Iterator[tuple[str, str]]:
-    """Each line of a YAML mapping with the dotted name of the key in it; empty for no key."""
-    stack: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        match = re.match(r"( *)([\w.-]+):( |$)", line)
-        if match is None:
-            yield "", line
-            continue
-        depth = len(match[1])
-        stack = [(d, name) for d, name in stack if d < depth] + [(depth, match[2])]
-        yield ".".join(name for _, name in stack), line
-
-
-def _meaning(path: str, keys: list[Key]) -> str:
-    found = [key.meaning for key in keys if path and fnmatchcase(path, key.key)]
-    return " ".join(found[0].split()) if found else ""

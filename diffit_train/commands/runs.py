@@ -1,4 +1,4 @@
-"""`diffit runs` and `diffit watch`: what runs a project has, and how far they are."""
+"""`diffit runs`: what runs a project has, and how far they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffit_train.commands.options import (
     print_result,
 )
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.result import Result, run_results
+from diffit_train.evaluation.result import run_results
 from diffit_train.progress import Progress, counted, print_rows, say
 from diffit_train.redaction import first_line, redact
 from diffit_train.runs import lease
@@ -31,17 +31,6 @@ from diffit_train.tracking import Tracker, unreachable_errors
 
 GB = 1e9
 POLL_S = 1.0
-
-RunArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        callback=checked_name,
-        autocompletion=complete_run,
-        help="Name of a run.",
-        show_default=False,
-    ),
-]
 
 
 def list_runs(root: str) -> list[dict[str, Any]]:
@@ -108,43 +97,30 @@ def show_run(root: str, run: str) -> dict[str, Any]:
     """A run's state, checkpoints with sizes, exported files and evaluations."""
     root = _existing(root)
     url = _found(root, run)
-    files = storage.sizes(url)
+    files, start, live = storage.sizes(url), stored_recipe(url).train.start, read_live(url)
     checkpoints = []
     for step in committed_steps(url):
         folder = f"checkpoints/{step_name(step)}/"
-        sizes = [size for path, size in files.items() if path.startswith(folder)]
-        kinds = weights_of(read_index(url, step))
-        checkpoints.append({"step": step, "bytes": sum(sizes), "holds": kinds})
-    exports = [
-        {"file": path, "bytes": size}
-        for path, size in sorted(files.items())
-        if path.startswith("export/") and path.endswith(".safetensors")
-    ]
-    evaluations = [_evaluation(result) for result in run_results(root, run)]
-    live = read_live(url)
+        size = sum(size for path, size in files.items() if path.startswith(folder))
+        checkpoints.append(
+            {"step": step, "bytes": size, "holds": weights_of(read_index(url, step))}
+        )
     return {
         **_summary(root, run),
         "url": url,
         "bytes": sum(files.values()),
-        "started_from": _start(url),
+        "started_from": start and f"{start.run}@{start.step} {start.weights}",
         "checkpoints": checkpoints,
-        "exports": exports,
-        "evaluations": evaluations,
+        "exports": [
+            {"file": path, "bytes": size}
+            for path, size in sorted(files.items())
+            if path.startswith("export/") and path.endswith(".safetensors")
+        ],
+        "evaluations": [
+            {"step": one.step, "evaluation": one.key, "samples": one.samples, **one.metrics}
+            for one in run_results(root, run)
+        ],
         "said": list(live.lines) if live else [],
-    }
-
-
-def _start(url: str) -> str | None:
-    start = stored_recipe(url).train.start
-    return f"{start.run}@{start.step} {start.weights}" if start else None
-
-
-def _evaluation(result: Result) -> dict[str, Any]:
-    return {
-        "step": result.step,
-        "evaluation": result.key,
-        "samples": result.samples,
-        **result.metrics,
     }
 
 
@@ -161,30 +137,36 @@ def remove_run(root: str, run: str, yes: bool, in_mlflow: bool = False) -> dict[
     """
     root = _existing(root)
     url = _found(root, run)
-    places = [storage.join(root, "evaluations", run), url]
-    found = [(place, storage.sizes(place)) for place in places if storage.exists(place)]
-    total = sum(sum(files.values()) for _, files in found)
-    print_rows(
-        f"run {run}",
-        [
-            {
-                "GB": f"{sum(files.values()) / GB:.3f}",
-                "files": f"{len(files):,}",
-                "where": storage.display_path(place),
-            }
-            for place, files in found
-        ],
-    )
-    delete = _deletion_in_mlflow(url) if in_mlflow else None
-    if delete is None:
+    evaluations = storage.join(root, "evaluations", run)
+    places = [place for place in (evaluations, url) if storage.exists(place)]
+    found = {place: storage.sizes(place) for place in places}
+    total = sum(sum(files.values()) for files in found.values())
+    rows = [
+        {
+            "GB": f"{sum(files.values()) / GB:.3f}",
+            "files": f"{len(files):,}",
+            "where": storage.display_path(place),
+        }
+        for place, files in found.items()
+    ]
+    print_rows(f"run {run}", rows)
+    identity = read_identity(url) if in_mlflow else None
+    if identity is None:
         say("MLflow keeps the run's curves")
+    else:
+        with _mlflow_errors():
+            tracker = Tracker.of(stored_recipe(url))
+            recorded = tracker.with_evaluations(identity.uuid)
+            place = redact(tracker.uri)
+        say(f"{counted(len(recorded), 'run')} in MLflow at {place} will be deleted as well")
     say("A registered model loses its weights with the run")
-    agreed = yes or _agreed(run, total)
+    agreed = yes or _agreed(run, total / GB)
     if agreed:
         with lease.held(url, False, say, lambda: None):
-            if delete is not None:
-                delete()
-            storage.remove(places[0])
+            if identity is not None:
+                with _mlflow_errors():
+                    tracker.delete(recorded)
+            storage.remove(evaluations)
             # Without it the folder is no run any more; a killed removal can be repeated.
             storage.remove(storage.join(url, IDENTITY))
             storage.remove(url)
@@ -192,25 +174,8 @@ def remove_run(root: str, run: str, yes: bool, in_mlflow: bool = False) -> dict[
     return {"run": run, "bytes": total, "removed": agreed}
 
 
-def _deletion_in_mlflow(url: str) -> Callable[[], None] | None:
-    """What deletes a run and its evaluations in MLflow; None if the folder does not say which."""
-    identity = read_identity(url)
-    if identity is None:
-        return None
-    with _saying_how_without():
-        tracker = Tracker.of(stored_recipe(url))
-        found = tracker.with_evaluations(identity.uuid)
-    say(f"{counted(len(found), 'run')} in MLflow at {redact(tracker.uri)} will be deleted as well")
-
-    def delete() -> None:
-        with _saying_how_without():
-            tracker.delete(found)
-
-    return delete
-
-
 @contextmanager
-def _saying_how_without() -> Iterator[None]:
+def _mlflow_errors() -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -222,14 +187,14 @@ def _saying_how_without() -> Iterator[None]:
         ) from error
 
 
-def _agreed(run: str, total: int) -> bool:
+def _agreed(run: str, gigabytes: float) -> bool:
     if not sys.stdin.isatty():
-        say(f"{total / GB:.3f} GB can be removed; rerun with --yes to remove them")
+        say(f"{gigabytes:.3f} GB can be removed; rerun with --yes to remove them")
         return False
-    return typer.confirm(f"Remove run {run}, {total / GB:.3f} GB?", default=False, err=True)
+    return typer.confirm(f"Remove run {run}, {gigabytes:.3f} GB?", default=False, err=True)
 
 
-def watch_training(
+def follow_training(
     root: str, run: str, pause: Callable[[float], None] = time.sleep
 ) -> dict[str, Any]:
     """Follow a run's training until it ends, as `diffit train` itself shows it.
@@ -293,72 +258,74 @@ def _ago(written_s: float | None) -> str:
     return f"{timedelta(seconds=round(time.time() - written_s))} ago"
 
 
-def _print_runs(root: str, as_json: bool) -> None:
-    rows = list_runs(root)
-    if as_json:
-        print_result(rows, as_json)
-    elif not rows:
-        say(f"{storage.display_path(storage.absolute(root))} has no run; see `diffit train --help`")
-    else:
-        print_rows(
-            f"runs of {storage.display_path(storage.absolute(root))}",
-            [
-                {
-                    "run": row["run"],
-                    "state": row["state"],
-                    "step": f"{row['step']:,} of {row['steps']:,}",
-                    "loss": "-" if row["loss"] is None else f"{row['loss']:.4f}",
-                    "checkpoints": str(row["checkpoints"]),
-                    "evaluations": str(row["evaluations"]),
-                    "last progress": _ago(row["last_write_s"]),
-                    "recipe": row["recipe"],
-                }
-                for row in rows
-            ],
-        )
-
-
-def runs_group(
-    context: typer.Context,
-    root: ProjectRoot = ".",
-    as_json: Json = False,
-) -> None:
-    """The runs of a project; without a command, list them."""
-    if context.invoked_subcommand is None:
-        _print_runs(root, as_json)
-
-
 def runs_list_command(root: ProjectRoot = ".", as_json: Json = False) -> None:
     """List the runs of a project: state, step, loss, checkpoints, evaluations, last progress.
 
-    `diffit runs` does the same.
-
     Example: `diffit runs list --root my-project`
     """
-    _print_runs(root, as_json)
+    runs, place = list_runs(root), storage.display_path(storage.absolute(root))
+    rows = [
+        {
+            "run": row["run"],
+            "state": row["state"],
+            "step": f"{row['step']:,} of {row['steps']:,}",
+            "loss": "-" if row["loss"] is None else f"{row['loss']:.4f}",
+            "checkpoints": str(row["checkpoints"]),
+            "evaluations": str(row["evaluations"]),
+            "last progress": _ago(row["last_write_s"]),
+            "recipe": row["recipe"],
+        }
+        for row in runs
+    ]
+    if rows and not as_json:
+        print_rows(f"runs of {place}", rows)
+    elif not as_json:
+        say(f"{place} has no run; see `diffit train --help`")
+    print_result(runs, as_json)
 
 
-def runs_show_command(run: RunArgument, root: ProjectRoot = ".", as_json: Json = False) -> None:
+def runs_show_command(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            callback=checked_name,
+            autocompletion=complete_run,
+            help="Name of a run. Default: the current or most recent one.",
+            show_default=False,
+        ),
+    ] = None,
+    root: ProjectRoot = ".",
+    follow: Annotated[
+        bool, typer.Option("--follow", metavar="", help="Follow its training until it ends.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show a run: state, checkpoints with sizes, exported files, evaluations, last lines.
 
-    Example: `diffit runs show first --root my-project`
+    Example: `diffit runs show first --root my-project --follow`
     """
-    found = show_run(root, run)
-    if as_json:
-        print_result(found, as_json)
+    run = run or newest_training(root)
+    if follow:
+        print_result(follow_training(root, run), as_json)
         return
-    size = found["bytes"] / GB
+    found = show_run(root, run)
+    if not as_json:
+        _print_run(run, found)
+    print_result(found, as_json)
+
+
+def _print_run(run: str, found: dict[str, Any]) -> None:
+    place, size = storage.display_path(found["url"]), found["bytes"] / GB
+    step = f"step {found['step']:,} of {found['steps']:,}"
     say(
-        f"run {run}, recipe {found['recipe']}: {found['state']} at step {found['step']:,} of "
-        f"{found['steps']:,}, {size:.3f} GB in {storage.display_path(found['url'])}"
+        f"run {run}, recipe {found['recipe']}: {found['state']} at {step}, {size:.3f} GB in {place}"
     )
     if found["started_from"]:
         say(f"started from {found['started_from']}")
     if found["loss"] is not None:
-        say(
-            f"last progress {_ago(found['last_write_s'])}: loss {found['loss']:.4f}, "
-            f"{found['images_per_s']:,.0f} images/s"
-        )
+        speed = f"loss {found['loss']:.4f}, {found['images_per_s']:,.0f} images/s"
+        say(f"last progress {_ago(found['last_write_s'])}: {speed}")
     if found["checkpoints"]:
         rows = [
             {
@@ -381,7 +348,16 @@ def runs_show_command(run: RunArgument, root: ProjectRoot = ".", as_json: Json =
 
 
 def runs_remove_command(
-    run: RunArgument,
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            callback=checked_name,
+            autocompletion=complete_run,
+            help="Name of a run.",
+            show_default=False,
+        ),
+    ],
     root: ProjectRoot = ".",
     yes: Annotated[bool, typer.Option("--yes", metavar="", help="Remove without asking.")] = False,
     in_mlflow: Annotated[
@@ -400,24 +376,3 @@ def runs_remove_command(
     Example: `diffit runs remove first --root my-project`
     """
     print_result(remove_run(root, run, yes, in_mlflow), as_json)
-
-
-def watch_command(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RUN]",
-            callback=checked_name,
-            autocompletion=complete_run,
-            help="Name of a run. Default: the one that is being trained, or was last.",
-            show_default=False,
-        ),
-    ] = None,
-    root: ProjectRoot = ".",
-    as_json: Json = False,
-) -> None:
-    """Follow a training from another terminal or machine until it ends.
-
-    Example: `diffit watch first --root my-project`
-    """
-    print_result(watch_training(root, run or newest_training(root)), as_json)

@@ -9,14 +9,14 @@ import typer
 from diffit_train.commands.options import (
     CheckCluster,
     ClusterPython,
+    InitFrom,
+    InitWeights,
     Json,
     Overrides,
     RecipeName,
     Root,
     RunName,
     RuntimeEnvOption,
-    Source,
-    SourceWeights,
     Steps,
     print_result,
     read_recipe,
@@ -24,7 +24,7 @@ from diffit_train.commands.options import (
 from diffit_train.ray_jobs.follow import submit
 from diffit_train.ray_jobs.job import job
 from diffit_train.ray_jobs.probe import on_checked_cluster
-from diffit_train.runs.start import starting_from
+from diffit_train.runs.start import init_from
 
 
 def submit_command(
@@ -42,8 +42,8 @@ def submit_command(
     root: Root = None,
     run: RunName = None,
     step: Steps = None,
-    source: Source = None,
-    source_weights: SourceWeights = "ema",
+    init: InitFrom = None,
+    init_weights: InitWeights = "ema",
     follow: Annotated[
         bool, typer.Option(metavar="", help="Follow the job's log until it ends.")
     ] = True,
@@ -77,7 +77,7 @@ def submit_command(
     Example: `diffit submit train imagenet256 --address http://head:8265 --root s3://bucket/project`
     """
     recipe = read_recipe(name, overrides, root)
-    recipe = starting_from(recipe, run or recipe.name, source, source_weights)
+    recipe = init_from(recipe, run or recipe.name, init, init_weights)
     wanted = job(stage, recipe, run, step or [], env or [])
     wanted = on_checked_cluster(wanted, address, python, runtime_env, check=check)
     submission_id = submit(wanted, address, follow=follow, python=python, restarts=restarts)

@@ -1,4 +1,4 @@
-"""`diffit evaluate --sweep` and `diffit sweep`: many evaluations, here or as Ray jobs."""
+"""`diffit sweep`: many evaluations, here or as Ray jobs."""
 
 from __future__ import annotations
 
@@ -10,22 +10,35 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.evaluations import evaluate_all
-from diffit_train.commands.options import Json, ProjectRoot, checked_name, print_result
+from diffit_train.commands.options import (
+    CheckCluster,
+    ClusterPython,
+    Json,
+    MaxConcurrent,
+    OptionalRecipe,
+    Retries,
+    Root,
+    RunName,
+    RunOverrides,
+    RuntimeEnvOption,
+    Steps,
+    print_result,
+)
 from diffit_train.config import Recipe
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import sweep as stage
+from diffit_train.evaluation.evaluate import evaluate_all
 from diffit_train.evaluation.result import finished_result
 from diffit_train.evaluation.sweep import Member, Sweep
 from diffit_train.progress import StatesTable, counted, print_rows, say
-from diffit_train.ray_jobs.client import cancel_jobs
 from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
 from diffit_train.ray_jobs.follow import submit
 from diffit_train.ray_jobs.job import Job
 from diffit_train.ray_jobs.probe import on_checked_cluster
 from diffit_train.runs.checkpoints import read_state
 from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
-from diffit_train.runs.start import starting_from
+from diffit_train.runs.select import recipe_and_run
+from diffit_train.runs.start import init_from
 from diffit_train.tracking import tracking_uri
 
 
@@ -67,7 +80,7 @@ def run_sweep(
     Raises:
         DiffitError: some evaluations failed, or the sweep was canceled; the others are kept.
     """
-    recipe = starting_from(recipe, run)
+    recipe = init_from(recipe, run)
     wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
     plan = stage.plan_sweep(recipe, run, list(wanted), texts, name)
     root = recipe.storage.root
@@ -77,7 +90,7 @@ def run_sweep(
     failed: list[str] = []
     if fleet is None:
         pairs = [(member.recipe(recipe), member.step) for member in plan.members]
-        evaluate_all(pairs, run, address, plan.name, npz=False)
+        evaluate_all(pairs, run, address, plan.name)
     elif fleet.pool:
         _sweep_by_one_job(plan, recipe, texts, fleet)
     else:
@@ -198,63 +211,62 @@ def _state_row(member: Member, state: JobState) -> dict[str, str]:
     }
 
 
-def show_sweep(root: str, run: str, name: str) -> dict[str, Any]:
-    """Print the results of a sweep so far."""
-    root = storage.absolute(root)
-    plan = stage.read_sweep(stage.sweep_url(root, run, name))
-    found = stage.results(plan, root)
-    done = sum(result is not None for result in found)
-    state = ", canceled" if stage.is_cancelled(plan.url(root)) else ""
-    say(f"sweep {name!r}: {done} of {len(found)} evaluations done{state}")
-    table = stage.rows(plan, found)
-    if table:
-        print_rows(name, table)
-    return {"name": name, "done": done, "members": len(found), "rows": table}
-
-
-def stop_sweep(root: str, run: str, name: str, address: str) -> dict[str, Any]:
-    """Stop the jobs of a sweep; finished evaluations are kept."""
-    root = storage.absolute(root)
-    plan = stage.read_sweep(stage.sweep_url(root, run, name))
-    recipe = plan.loaded(root)
-    jobs = [Job("evaluate", recipe, run, (), name, number) for number in range(len(plan.members))]
-    pool = Job("evaluate", recipe, run, (), name, axes=("all",))
-    names = [job.name for job in (*jobs, pool)]
-    stage.cancel_sweep(plan.url(root))
-    stopped = cancel_jobs(names, address)
-    say(f"sweep {name!r} canceled; {counted(stopped, 'job')} stopped")
-    return {"name": name, "stopped": stopped}
-
-
-SweepName = Annotated[
-    str, typer.Argument(metavar="NAME", callback=checked_name, help="Name of the sweep.")
-]
-SweepRun = Annotated[str, typer.Option("--run", callback=checked_name, help="Name of the run.")]
-
-
-def sweep_show_command(
-    sweep: SweepName,
-    run: SweepRun,
-    root: ProjectRoot = ".",
+def sweep_command(
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            help="KEY=VALUES, e.g. guidance.scale=1.0:5.0:0.4 or sampler.steps=50,250. Repeat it "
+            "to evaluate all combinations.",
+            show_default=False,
+        ),
+    ],
+    name: OptionalRecipe = None,
+    overrides: RunOverrides = None,
+    root: Root = None,
+    run: RunName = None,
+    step: Steps = None,
+    sweep_name: Annotated[
+        str | None,
+        typer.Option("--name", help="Name of the sweep. Default: derived from its keys."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster, e.g. 10.0.0.1:6379 or auto; with --fleet or --pool, its job server, "
+            "e.g. http://head:8265. Default: this machine."
+        ),
+    ] = None,
+    fleet: Annotated[
+        bool,
+        typer.Option("--fleet", metavar="", help="Submit each evaluation as a separate Ray job."),
+    ] = False,
+    pool: Annotated[
+        bool,
+        typer.Option("--pool", metavar="", help="Submit the sweep as one Ray job, and follow it."),
+    ] = False,
+    max_concurrent: MaxConcurrent = 4,
+    retries: Retries = 2,
+    python: ClusterPython = None,
+    runtime_env: RuntimeEnvOption = "auto",
+    check: CheckCluster = True,
     as_json: Json = False,
 ) -> None:
-    """Print the results of a sweep so far.
+    """Evaluate every combination of the given values; write a table and a plot.
 
-    Example: `diffit sweep show guidance.scale --root my-project --run demo`
+    Rerun the same command to resume; `diffit compare RUN/NAME` shows what is finished, and `diffit
+    jobs stop` ends jobs.
+
+    Example: `diffit sweep --vary guidance.scale=1.0:5.0:0.4 --run imagenet256
+    --root s3://bucket/project --fleet --address http://head:8265`
     """
-    print_result(show_sweep(root, run, sweep), as_json)
-
-
-def sweep_cancel_command(
-    sweep: SweepName,
-    run: SweepRun,
-    address: Annotated[str, typer.Option(help="Ray job server, e.g. http://head:8265.")],
-    root: ProjectRoot = ".",
-    as_json: Json = False,
-) -> None:
-    """Stop the jobs of a sweep; rerun `diffit evaluate` to resume it.
-
-    Example: `diffit sweep cancel guidance.scale --root my-project --run demo
-    --address http://head:8265`
-    """
-    print_result(stop_sweep(root, run, sweep, address), as_json)
+    if fleet and pool:
+        raise UserError("--fleet is a job for each evaluation, --pool one for all; remove one")
+    jobs = None
+    if fleet or pool:
+        if address is None:
+            option = "--fleet" if fleet else "--pool"
+            raise UserError(f"{option} needs a job server, for example --address http://head:8265")
+        jobs = FleetOptions(address, pool, max_concurrent, retries, python, runtime_env, check)
+    recipe, run = recipe_and_run("evaluate", name, overrides, root, run)
+    cluster = None if jobs else address
+    print_result(run_sweep(recipe, run, step or [], vary, sweep_name, cluster, jobs), as_json)

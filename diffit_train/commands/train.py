@@ -11,13 +11,13 @@ import typer
 from diffit_train import storage
 from diffit_train.commands.options import (
     Address,
+    InitFrom,
+    InitWeights,
     Json,
     Overrides,
     RecipeName,
     Root,
     RunName,
-    Source,
-    SourceWeights,
     print_result,
     read_known_recipe,
 )
@@ -27,7 +27,7 @@ from diffit_train.evaluation.best import register_best
 from diffit_train.progress import say
 from diffit_train.redaction import first_line
 from diffit_train.runs.identity import finished_step, run_url
-from diffit_train.runs.start import starting_from
+from diffit_train.runs.start import init_from
 from diffit_train.tracking import unreachable_errors
 from diffit_train.training.log import send_unsent
 
@@ -39,19 +39,19 @@ def train_run(
     recipe: Recipe,
     run: str,
     address: str | None = None,
-    source: str | None = None,
-    source_weights: str = "ema",
+    init: str | None = None,
+    init_weights: str = "ema",
     *,
     wait: bool = False,
 ) -> dict[str, Any]:
     """Train a run; return its name, folder and last step.
 
     Args:
-        source: RUN or RUN@STEP to start a new run from.
-        source_weights: weights of the source: raw, or the name of an EMA.
+        init: RUN or RUN@STEP to start a new run from.
+        init_weights: its weights: raw, or the name of an EMA.
         wait: whether to wait for another command that trains the run.
     """
-    recipe = starting_from(recipe, run, source, source_weights)
+    recipe = init_from(recipe, run, init, init_weights)
     step = finished_step(recipe, run)
     if step is None:
         say(f"Training {storage.display_path(run_url(recipe, run))}")
@@ -118,8 +118,8 @@ def train_command(
     overrides: Overrides = None,
     root: Root = None,
     run: RunName = None,
-    source: Source = None,
-    source_weights: SourceWeights = "ema",
+    init: InitFrom = None,
+    init_weights: InitWeights = "ema",
     wait: Annotated[
         bool, typer.Option("--wait", help="If another command trains this run, wait for it.")
     ] = False,
@@ -133,8 +133,8 @@ def train_command(
 
     Example: `diffit train demo --root my-project --run first train.lr=1e-3`
 
-    Example: `diffit train imagenet512 --root s3://bucket/project --from imagenet256@400000`
+    Example: `diffit train imagenet512 --root s3://bucket/project --init-from imagenet256@400000`
     """
     recipe = read_known_recipe(name, overrides, root)
-    result = train_run(recipe, run or recipe.name, address, source, source_weights, wait=wait)
+    result = train_run(recipe, run or recipe.name, address, init, init_weights, wait=wait)
     print_result(result, as_json)

@@ -10,7 +10,7 @@ from diffit_train.config.base import Positive, PositiveInt, Section, without_cre
 
 
 class AutoencoderFit(Section):
-    """How `diffit autoencoder fit` trains your own AutoencoderKL."""
+    """How `diffit fit autoencoder` trains your own AutoencoderKL."""
 
     steps: PositiveInt = Field(default=250, description="optimizer steps in total")
     batch_size: PositiveInt = Field(default=64, description="images per step")

@@ -183,7 +183,7 @@ def without_effect(key: str, settings: Mapping[str, str], objective: str | None)
 
 
 class FeaturesFit(Section):
-    """How `diffit features fit` trains a small classifier of your own."""
+    """How `diffit fit features` trains a small classifier of your own."""
 
     steps: PositiveInt = Field(default=400, description="optimizer steps in total")
     batch_size: PositiveInt = Field(default=64, description="images per step")
@@ -210,7 +210,7 @@ class Features(Section):
     )
     kind: Annotated[str, FEATURES] = Field(
         default="classifier",
-        description="inception: Inception-2015; classifier: your own, from `diffit features fit`; "
+        description="inception: Inception-2015; classifier: your own, from `diffit fit features`; "
         "or a class of your own, with the arguments in evaluate.features.options",
     )
     options: dict[str, Any] = Field(
@@ -218,7 +218,7 @@ class Features(Section):
     )
     source: str = Field(
         default="published",
-        description="Inception weight file, folder written by `diffit features fit`, or weight "
+        description="Inception weight file, folder written by `diffit fit features`, or weight "
         "file of your own class (`root:` means under ROOT); published: download the published "
         "Inception weights once; your own class has no file then",
     )
@@ -240,7 +240,7 @@ class Features(Section):
         if self.kind == "classifier" and self.source == PUBLISHED:
             raise ValueError(
                 "evaluate.features.source is 'published', but no classifier is published; set it "
-                "to the folder written by `diffit features fit`, for example root:features/own"
+                "to the folder written by `diffit fit features`, for example root:features/own"
             )
         return self
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from itertools import takewhile
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from diffit_train.config.load import dump_recipe
 from diffit_train.config.recipe import Recipe
 from diffit_train.plugins import Plugged
 
@@ -23,26 +25,25 @@ Code = Callable[[str], str]
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key of the recipe; `*` in its name stands for a name of one's own."""
-
-    key: str
-    type: str
-    default: str
-    meaning: str
-
-
-def described_keys(prefix: str = "") -> list[Key]:
-    """Every key whose name begins with `prefix`, sections left out."""
-    found = []
-    for section, model in sections():
-        for name, field in model.model_fields.items():
-            key = f"{section}.{name}" if section else name
-            if key.startswith(prefix) and not is_section(field):
-                default = "required" if field.is_required() else default_text(field)
-                found.append(Key(key, type_text(field), default, meaning(field)))
-    return found
+def commented(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with what each key means above it."""
+    meanings = [
+        (f"{section}.{name}".lstrip("."), " ".join(meaning(field).split()))
+        for section, model in sections()
+        for name, field in model.model_fields.items()
+        if not is_section(field)
+    ]
+    lines: list[str] = []
+    stack: list[tuple[int, str]] = []  # depth and name of the sections around a line
+    for line in dump_recipe(recipe).splitlines():
+        if match := re.match(r"( *)([\w.-]+):( |$)", line):
+            depth = len(match[1])
+            stack = [*((d, name) for d, name in stack if d < depth), (depth, match[2])]
+            path = ".".join(name for _, name in stack)
+            texts = [text for pattern, text in meanings if fnmatchcase(path, pattern) and text]
+            lines += [f"{match[1]}# {text}" for text in texts[:1]]
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def recipe_text(name: str) -> str:

@@ -89,7 +89,7 @@ class Recipe(Section):
     def _check_training(self) -> Self:
         train, data, scaling = self.train, self.data, self.scaling
         _divides("data.lanes", data.lanes, "train.batch_size", train.batch_size)
-        if scaling.most_workers > data.lanes:
+        if scaling.max_workers > data.lanes:
             raise ValueError(
                 f"scaling.workers is {scaling.workers}, but must be at most data.lanes "
                 f"({data.lanes}); lower it, or raise data.lanes"

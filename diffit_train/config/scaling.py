@@ -75,12 +75,12 @@ class Scaling(Section):
     )
 
     @property
-    def fewest_workers(self) -> int:
+    def min_workers(self) -> int:
         """Minimum number of training workers; with fewer, a run waits."""
         return self.workers if isinstance(self.workers, int) else int(self.workers.split("..")[0])
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         """Maximum number of training workers."""
         return self.workers if isinstance(self.workers, int) else int(self.workers.split("..")[1])
 
@@ -91,7 +91,7 @@ class Scaling(Section):
 
     def needs(self, stage: ClusterStage) -> tuple[float, float]:
         """CPUs and GPUs that a cluster must have before a stage begins."""
-        workers, actors = self.fewest_workers, self.evaluate_actors
+        workers, actors = self.min_workers, self.evaluate_actors
         return {
             "encode": (1.0, self.encode_min_actors * self.gpus_per_actor),
             "train": (
@@ -103,7 +103,7 @@ class Scaling(Section):
 
     @model_validator(mode="after")
     def _range_ascends(self) -> Self:
-        if self.fewest_workers > self.most_workers:
+        if self.min_workers > self.max_workers:
             raise ValueError(
                 f"scaling.workers is {self.workers!r}, but the first number must not exceed the "
                 "second"

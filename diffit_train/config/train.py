@@ -53,7 +53,7 @@ class EmaProfile(Section):
     """An EMA of the weights, by one of three rules.
 
     `decay`: constant decay. `half_life_images`: EDM's half-life, optionally ramped up. `sigma_rel`:
-    EDM2's power-function profile; from snapshots of several of them, `diffit ema reconstruct`
+    EDM2's power-function profile; from snapshots of several of them, `diffit export --sigma-rel`
     makes any other profile after training.
     """
 
@@ -86,7 +86,7 @@ class EmaProfile(Section):
 
 
 class Start(Section):
-    """The checkpoint that a new run starts from; `diffit train --from` fills it in."""
+    """The checkpoint that a new run starts from; `diffit train --init-from` fills it in."""
 
     run: Name = Field(description="name of a run under the same root")
     step: int = Field(ge=0, description="step of the checkpoint")
@@ -127,7 +127,7 @@ class Train(Section):
         "pixels only. Images are then also flipped horizontally in half of the cases",
     )
     start: Start | None = Field(
-        default=None, description="checkpoint of another run to start from, set by --from"
+        default=None, description="checkpoint of another run to start from, set by --init-from"
     )
     ema: dict[Name, EmaProfile] = Field(
         default={"ema": EmaProfile(decay=0.9999)},

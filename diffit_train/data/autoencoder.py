@@ -229,7 +229,7 @@ def _load_model(url: str, kind: str, dtype: torch.dtype, hub: bool) -> Any:
     model_class = AutoencoderTiny if kind == "tiny" else AutoencoderKL
     if not hub and not storage.exists(storage.join(url, "config.json")):
         raise UserError(
-            f"autoencoder {url} does not exist; run `diffit autoencoder fit`, or set "
+            f"autoencoder {url} does not exist; run `diffit fit autoencoder`, or set "
             "autoencoder.source to a folder in diffusers' format or a hub id"
         )
     # Explicit, because diffusers warns when it falls back to this.

@@ -1,4 +1,4 @@
-"""`diffit autoencoder fit`: train your own AutoencoderKL where no published VAE fits."""
+"""`diffit fit autoencoder`: train your own AutoencoderKL where no published VAE fits."""
 
 from __future__ import annotations
 

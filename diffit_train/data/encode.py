@@ -195,7 +195,7 @@ def _require_autoencoder(recipe: Recipe) -> None:
     url = storage.resolve(recipe.storage.root, source)
     if url != source and not storage.exists(storage.join(url, "config.json")):
         raise UserError(
-            f"autoencoder {url} does not exist; run `diffit autoencoder fit`, or set "
+            f"autoencoder {url} does not exist; run `diffit fit autoencoder`, or set "
             "autoencoder.source to a folder in diffusers' format or a hub id"
         )
     if url == source and not is_path(source):

@@ -1,6 +1,6 @@
 """The recipe's feature network: its URL, description and digest.
 
-This does not import torch; the networks themselves are in `feature_networks`.
+Importing this imports no torch; the networks themselves are in `feature_networks`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import FEATURES, PUBLISHED
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.progress import say
 from diffit_train.redaction import redact
 
 # Published weights, pt_inception-2015-12-05-6726825d.pth.
@@ -52,7 +53,7 @@ def features_info(recipe: Recipe) -> FeaturesInfo:
         info = FeaturesInfo.model_validate_json(data)
     except FileNotFoundError as error:
         raise UserError(
-            f"there is no feature network in {url}; run `diffit features fit`, or set "
+            f"there is no feature network in {url}; run `diffit fit features`, or set "
             "evaluate.features.source"
         ) from error
     except ValidationError as error:
@@ -63,6 +64,38 @@ def features_info(recipe: Recipe) -> FeaturesInfo:
     ):
         if mine != theirs:
             raise UserError(f"{key} is {mine}, but the feature network {url} is for {theirs}")
+    return info
+
+
+def fit_features(recipe: Recipe) -> FeaturesInfo:
+    """Fit the recipe's feature network; keep a finished one, resume a killed fit.
+
+    Raises:
+        UserError: the folder holds another network, or the images cannot be read.
+    """
+    if recipe.evaluate.features.kind != "classifier":
+        raise UserError(
+            f"evaluate.features.kind is {recipe.evaluate.features.kind!r}, which is not fitted; "
+            "only evaluate.features.kind=classifier is"
+        )
+    url = features_url(recipe)
+    fit = recipe.evaluate.features.fit.model_dump(mode="json")
+    identity = storage.digest([recipe.image_identity(), fit])
+    if storage.exists(storage.join(url, "features.json")):
+        info = features_info(recipe)
+        if info.identity != identity:
+            raise UserError(
+                f"{url} holds the feature network of another recipe; set evaluate.features.source "
+                "to another folder, or delete that one"
+            )
+        say(f"feature network {storage.display_path(url)} is already fitted")
+        return info
+    from diffit_train.evaluation.feature_networks import fit_classifier  # imports torch
+
+    storage.require_writable(recipe.storage.root)
+    info = fit_classifier(recipe, identity)
+    accuracy = f"held-out accuracy {info.held_out_accuracy:.1%}"
+    say(f"feature network {storage.display_path(url)}: {accuracy}")
     return info
 
 

@@ -202,7 +202,7 @@ def run_weights(recipe: Recipe, url: str, step: int) -> dict[str, Tensor]:
         file = reconstructed_url(url, width, step)
         if not storage.exists(file):
             raise UserError(
-                f"{file} does not exist; run `diffit ema reconstruct` with --sigma-rel {width:g} "
+                f"{file} does not exist; run `diffit export` with --sigma-rel {width:g} "
                 f"--step {step}"
             )
         return file_weights(recipe, file)

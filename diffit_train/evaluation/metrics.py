@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 
-from diffit_train.evaluation.half_precision import precision_recall_half
-
 Array = np.ndarray
-Rounding = Literal["exact", "adm"]
 # Rows of features converted to float64, or compared in one block of distances, at a time.
 _BLOCK_ROWS = 2048
 # A negative eigenvalue above this fraction of the largest is not rounding; statistics stored in
@@ -301,9 +298,7 @@ def _require_sets(real: Array, fake: Array, least: int, need: str) -> None:
 # ---- Precision and recall ----
 
 
-def precision_recall(
-    real: Array, fake: Array, num_neighbors: int, rounding: Rounding = "exact"
-) -> tuple[float, float]:
+def precision_recall(real: Array, fake: Array, num_neighbors: int) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
 
     Precision is the fraction of fakes inside the manifold of the real images, recall the reverse. A
@@ -316,15 +311,11 @@ def precision_recall(
         real: (n, D).
         fake: (m, D).
         num_neighbors: k, less than n and m.
-        rounding: exact; or adm, like ADM's evaluator and so the published metrics, which use
-            float16 distances; see `half_precision`.
 
     Raises:
         ValueError: too few rows, shapes do not match, or a value is not finite.
     """
     _require_sets(real, fake, num_neighbors + 1, f"{num_neighbors} neighbors")
-    if rounding == "adm":
-        return precision_recall_half(real, fake, num_neighbors)
     center = real.mean(0, dtype=np.float64)
     scale = max(float(np.abs(rows - center).max()) for rows in _blocks(real, fake))
     points = [_Points(rows, center, scale or 1.0) for rows in (real, fake)]

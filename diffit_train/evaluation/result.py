@@ -25,7 +25,7 @@ class Result(storage.Record):
 
     `metrics` has `fid`, `sfid`, `inception_score` and `kid` for the published Inception, else
     `fd_NAME` and `kd_NAME`. If the reference has images, it also has `precision` and `recall`, from
-    exact distances (only `diffit evaluate --conformance` rounds them like ADM's evaluator). With a
+    exact distances (only `python -m tests.conformance` rounds them like ADM's evaluator). With a
     classifier it has `classifier_accuracy`, the fraction of images classified as the requested
     class. `idle_share` is the fraction of the time in which actors existed but did not work, since
     the images of the evaluation before were complete; null if no actor was needed.

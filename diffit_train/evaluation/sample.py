@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,14 @@ from diffit_train.evaluation.animation import Animation
 from diffit_train.evaluation.generate import (
     Generator,
     class_names,
+    file_weights,
     guidance_saving,
     load_decoder,
+    run_weights,
 )
 from diffit_train.evaluation.grid import draw_grid
-from diffit_train.progress import Progress, say
+from diffit_train.progress import Progress, counted, say
+from diffit_train.runs.identity import NEWEST, find_checkpoint
 
 # Maximum number of classes without --class, evenly spaced.
 DEFAULT_CLASSES = 8
@@ -78,6 +82,44 @@ def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
                 f"name: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
             )
     return labels
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """The weights to sample from: a checkpoint of a run, or a file."""
+
+    run: str
+    step: str = NEWEST
+    file: str | None = None
+    allow_pickle: bool = False
+
+
+def sample_images(
+    recipe: Recipe,
+    source: WeightSource,
+    classes: Sequence[str],
+    seeds: str,
+    out: str,
+    batch_size: int,
+    animate: bool = False,
+) -> dict[str, Any]:
+    """Sample images of classes and seeds into a folder; return the content of samples.json."""
+    if classes and not recipe.model.conditional:
+        raise UserError(
+            f"--class is {classes[0]!r}, but the model has no labels (model.conditional is false); "
+            "remove --class"
+        )
+    labels, numbers = choose_classes(class_names(recipe), classes), parse_seeds(seeds)
+    if source.file is not None:
+        title = storage.display_path(source.file)
+        weights = file_weights(recipe, source.file, source.allow_pickle)
+    else:
+        url, step = find_checkpoint(recipe, source.run, source.step)
+        title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
+        weights = run_weights(recipe, url, step)
+    result = sample(recipe, weights, labels, numbers, out, batch_size, title, animate)
+    say(f"{counted(len(result['images']), 'image')} in {storage.display_path(out)}")
+    return result
 
 
 def sample(

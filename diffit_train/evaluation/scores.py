@@ -13,7 +13,6 @@ from diffit_train.evaluation.chunks import FEATURES, LABELS, LOGITS, PREDICTIONS
 from diffit_train.evaluation.metrics import (
     FeatureStats,
     InceptionScore,
-    Rounding,
     frechet_distance,
     kernel_distance,
     precision_recall,
@@ -72,13 +71,10 @@ class MetricSuite:
     """All metrics of an evaluation; add parts in the order of their images.
 
     Keeps only the float32 features that precision, recall and KID need; everything else is sums.
-
-    Args:
-        rounding: arithmetic of precision and recall.
     """
 
-    def __init__(self, recipe: Recipe, rounding: Rounding = "exact") -> None:
-        self.recipe, self.rounding = recipe, rounding
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         self.features: list[np.ndarray] = []
         self.moments: FeatureStats | None = None
         self.spatial: FeatureStats | None = None
@@ -132,7 +128,7 @@ class MetricSuite:
         features = np.concatenate(self.features)
         if reference.features is not None:
             precision, recall = precision_recall(
-                reference.features, features, evaluate.num_neighbors, self.rounding
+                reference.features, features, evaluate.num_neighbors
             )
             yield "precision", precision
             yield "recall", recall

@@ -84,22 +84,22 @@ def parse_values(text: str) -> tuple[str, list[Any]]:
     key = key.strip()
     if not equals or not key or not values.strip():
         raise UserError(
-            f"--sweep is {text!r}, but must be KEY=VALUES, such as guidance.scale=1.0:5.0:0.4 or "
+            f"--vary is {text!r}, but must be KEY=VALUES, such as guidance.scale=1.0:5.0:0.4 or "
             "sampler.steps=50,250"
         )
     if not key.startswith(_SECTION):
         key = _SECTION + key
     if key.startswith(_FIXED):
         raise UserError(
-            f"--sweep {text}: a sweep cannot vary {key}: metrics would not be comparable"
+            f"--vary {text}: a sweep cannot vary {key}: metrics would not be comparable"
         )
     if key.removeprefix(_SECTION) in FREE_KEYS:
-        raise UserError(f"--sweep {text}: {key} changes no metric; set it as KEY=VALUE instead")
+        raise UserError(f"--vary {text}: {key} changes no metric; set it as KEY=VALUE instead")
     found: list[Any] = []
     for part in _split_values(values):
         found += _range(part, text) if part.count(":") == 2 else [_plain(part, text)]
     if len({repr(value) for value in found}) < len(found):
-        raise UserError(f"--sweep {text} has duplicate values; list each value once")
+        raise UserError(f"--vary {text} has duplicate values; list each value once")
     return key, found
 
 
@@ -112,7 +112,7 @@ def _plain(part: str, text: str) -> Any:
     try:
         return yaml.safe_load(part)
     except yaml.YAMLError as error:
-        raise UserError(f"--sweep {text}: {part!r} is not a valid YAML value") from error
+        raise UserError(f"--vary {text}: {part!r} is not a valid YAML value") from error
 
 
 def _range(part: str, text: str) -> list[int | float]:
@@ -120,16 +120,16 @@ def _range(part: str, text: str) -> list[int | float]:
         first, last, step = (Decimal(word.strip()) for word in part.split(":"))
     except InvalidOperation as error:
         raise UserError(
-            f"--sweep {text}: {part!r} must be numbers FIRST:LAST:STEP, such as 1.0:5.0:0.4"
+            f"--vary {text}: {part!r} must be numbers FIRST:LAST:STEP, such as 1.0:5.0:0.4"
         ) from error
     if not all(number.is_finite() for number in (first, last, step)) or step <= 0 or last < first:
         raise UserError(
-            f"--sweep {text}: {part!r} must ascend from FIRST to LAST by a positive STEP"
+            f"--vary {text}: {part!r} must ascend from FIRST to LAST by a positive STEP"
         )
     count = int((last - first) / step) + 1
     if count > MOST_MEMBERS:
         raise UserError(
-            f"--sweep {text}: {part!r} has {count:,} values; the maximum is {MOST_MEMBERS:,}"
+            f"--vary {text}: {part!r} has {count:,} values; the maximum is {MOST_MEMBERS:,}"
         )
     whole = all(number == number.to_integral_value() for number in (first, step))
     numbers = [first + step * i for i in range(count)]
@@ -151,7 +151,7 @@ def plan_sweep(
     keys = [key for key, _ in axes]
     for key in keys:
         if keys.count(key) > 1:
-            raise UserError(f"--sweep has {key} twice; give all its values in one --sweep")
+            raise UserError(f"--vary has {key} twice; give all its values in one --vary")
     name = name or "-by-".join(key.removeprefix(_SECTION) for key in keys)
     require_name("--name", name)
     combinations = list(itertools.product(*(values for _, values in axes)))

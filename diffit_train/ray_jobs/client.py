@@ -199,7 +199,7 @@ def _send_when_ready(client: JobSubmissionClient, request: dict[str, Any]) -> No
 
 def _stage_files(job: Job, folder: Path) -> None:
     """Fill the job's working directory: its entry point, the recipe, and this package."""
-    shutil.copy(_shipped("pipelines") / f"{job.stage}.py", folder)
+    shutil.copy(_shipped("pipelines") / f"{job.script}.py", folder)
     image = job.runtime_env == "image"
     # The check of a cluster brings its own code, to say clearly that the image has none.
     if not image or job.stage == "doctor":

@@ -71,6 +71,11 @@ class Job:
         root = redact(self.recipe.storage.root)
         return f"{self.title}-{storage.digest(root)[:ROOT_DIGITS]}"
 
+    @property
+    def script(self) -> str:
+        """Name of its entry point in `pipelines/`."""
+        return "sweep" if self.axes else self.stage
+
     def metadata(self) -> dict[str, str]:
         """Metadata of the Ray job."""
         encode = self.stage == "encode"
@@ -88,13 +93,13 @@ class Job:
 
     def entrypoint(self, python: str) -> str:
         """The shell command of the job."""
-        words = [python, f"{self.stage}.py", "recipe.yaml"]
+        words = [python, f"{self.script}.py", "recipe.yaml"]
         if self.stage in ("train", "evaluate", "pipeline"):
             words += ["--run", self.run]
         for step in self.steps:
             words += ["--step", step]
         for axis in self.axes:
-            words += ["--sweep", axis]
+            words += ["--vary", axis]
         if self.sweep:
             words += ["--name" if self.axes else "--sweep-member", self.sweep]
         if self.stage == "doctor":

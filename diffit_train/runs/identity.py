@@ -156,7 +156,7 @@ def check_latents(url: str, identity: RunIdentity, manifest: Manifest) -> None:
     raise UserError(
         f"the latents of run {identity.name!r} were encoded again or appended to since it began, "
         "so that it would continue with other samples; restore them, or begin another --run, with "
-        "--from to keep the weights"
+        "--init-from to keep the weights"
     )
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.config import Recipe, stored_text
+from diffit_train.config import Recipe, load_recipe, load_recipe_text, stored_text
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
 from diffit_train.models.published import (
     check_published,
     read_weights_and_step,
+    recipe_of_file,
     require_finite,
     write_published,
 )
+from diffit_train.progress import say
 from diffit_train.redaction import redact
 from diffit_train.runs.checkpoints import (
     STEP_DIGITS,
@@ -24,8 +29,60 @@ from diffit_train.runs.checkpoints import (
     read_weights,
     save_whole,
 )
+from diffit_train.runs.deepspeed import is_deepspeed_checkpoint, read_deepspeed_checkpoint
 from diffit_train.runs.identity import check_recipe, create_identity, run_url, stored_recipe
 from diffit_train.tracking import Tracker
+
+
+def recipe_of_weights(
+    file: str,
+    name: str | None,
+    overrides: Sequence[str],
+    root: str | None,
+    allow_pickle: bool = False,
+) -> Recipe:
+    """The named recipe, or else the weight file's own.
+
+    Raises:
+        UserError: no recipe is named and the file has none, or the file is damaged.
+    """
+    if name is not None:
+        return load_recipe(name, overrides, root)
+    found = recipe_of_file(storage.absolute(file), allow_pickle)
+    if found is None:
+        raise UserError(
+            f"{file} does not name its model; name its recipe (`diffit sample RECIPE --weights`, "
+            "`diffit import --recipe RECIPE`)"
+        )
+    text, reference = found
+    if text:
+        return load_recipe_text(text, reference, overrides, root)
+    say(f"{file} has the shapes of recipe {reference}")
+    return load_recipe(reference, overrides, root)
+
+
+def import_file(
+    recipe: Recipe, run: str, file: str, step: int | None, allow_pickle: bool
+) -> dict[str, Any]:
+    """Import a weight file into a run.
+
+    Args:
+        step: step of the new checkpoint; None for the file's own.
+    """
+    file = storage.absolute(file)
+    if is_deepspeed_checkpoint(file):
+        url, number = import_deepspeed(recipe, run, file, allow_pickle)
+        say(
+            f"imported {storage.display_path(file)} into run {storage.display_path(url)} at step "
+            f"{number:,}; training can resume from it, and its EMAs restart"
+        )
+    else:
+        url, number = import_weights(recipe, run, file, step, allow_pickle)
+        say(
+            f"imported {storage.display_path(file)} into run {storage.display_path(url)} as the "
+            f"EMA of step {number:,}"
+        )
+    return {"run": run, "url": url, "step": number}
 
 
 def import_weights(
@@ -64,8 +121,6 @@ def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) 
             f"{folder} is a DeepSpeed checkpoint made of pickles, which can run arbitrary code "
             "when loaded; if you trust it, pass --allow-pickle"
         )
-    from diffit_train.runs.deepspeed import read_deepspeed_checkpoint
-
     found = read_deepspeed_checkpoint(folder)
     shapes = {n: p.shape for n, p in build_model(recipe).named_parameters() if p.requires_grad}
     masters = found.values["master"]

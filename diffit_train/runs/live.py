@@ -112,7 +112,7 @@ class LiveWriter:
             return
         except (OSError, DiffitError) as error:
             if not self._failed:
-                self.say(f"`diffit watch` cannot follow this run: {first_line(error)}")
+                self.say(f"`diffit runs show --follow` cannot follow this run: {first_line(error)}")
             self._failed = True
 
 

@@ -19,6 +19,7 @@ from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
 from diffit_train.models.published import write_published
+from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import (
     SNAPSHOTS,
     Slice,
@@ -32,6 +33,8 @@ from diffit_train.runs.import_export import export_metadata
 
 # sigma_rel of the plain mean over training, gamma = 0.
 WIDEST_PROFILE = 12**-0.5
+# Warn if the relative error of a reconstructed profile is larger than this.
+POOR_PROFILE = 0.1
 # Training steps per chunk when comparing profiles; bounds memory.
 _CHUNK_STEPS = 1 << 16
 
@@ -146,8 +149,6 @@ def reconstruct_ema(
             f"--sigma-rel is {sigma_rel}, but must be above 0 and below {WIDEST_PROFILE:.4f}, "
             "the width of the plain mean"
         )
-    from diffit_train.progress import Progress
-
     url = run_url(recipe, run)
     snapshots, profiles = storage.join(url, SNAPSHOTS), recipe.train.power_profiles()
     steps = committed_steps(snapshots)
@@ -179,4 +180,13 @@ def reconstruct_ema(
     out = out or reconstructed_url(url, sigma_rel, step)
     metadata = export_metadata(recipe, run, step, f"sigma_rel {sigma_rel:g}")
     write_published(build_model(recipe), weights, out, metadata)
+    say(
+        f"wrote {storage.display_path(out)}: sigma_rel {sigma_rel:g} of {run}, step {step:,}, from "
+        f"{len(sources)} snapshots; profile error {solution.error:.2%}"
+    )
+    if solution.error > POOR_PROFILE:
+        say(
+            "warning: the profile is far from the requested one; choose a sigma_rel closer to "
+            "those in train.ema, or take more snapshots"
+        )
     return Reconstruction(out, step, solution.error, len(sources))

@@ -1,4 +1,4 @@
-"""Runs that start from another run's checkpoint (`diffit train --from`)."""
+"""Runs that start from another run's checkpoint (`diffit train --init-from`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from diffit_train.runs.checkpoints import checkpoint_digest, read_index, require
 from diffit_train.runs.identity import read_identity, run_url, stored_recipe
 
 
-def starting_from(
-    recipe: Recipe, run: str, source: str | None = None, weights: str = "ema"
-) -> Recipe:
+def init_from(recipe: Recipe, run: str, source: str | None = None, weights: str = "ema") -> Recipe:
     """The recipe with `train.start` filled in.
 
     An existing run keeps the checkpoint it started from, even if its source has trained further
@@ -29,24 +27,26 @@ def starting_from(
         UserError: the run, checkpoint or EMA does not exist.
     """
     if source is None:
-        return begun_from(recipe, run)
+        return with_start(recipe, run)
     name, _, step = source.partition("@")
     if step and not step.isdigit():
-        raise UserError(f"--from is {source!r}, but must be RUN or RUN@STEP, such as first@5000")
-    require_name("--from", name)
+        raise UserError(
+            f"--init-from is {source!r}, but must be RUN or RUN@STEP, such as first@5000"
+        )
+    require_name("--init-from", name)
     if name == run:
-        raise UserError(f"--from is run {run!r} itself; choose another --run for the new run")
-    begun = begun_from(recipe, run)
+        raise UserError(f"--init-from is run {run!r} itself; choose another --run for the new run")
+    begun = with_start(recipe, run)
     kept = begun.train.start
     if kept and kept.run == name and kept.weights == weights and step in ("", str(kept.step)):
         return begun
     url = run_url(recipe, name)
     if read_identity(url) is None:
-        raise UserError(f"--from is {source!r}, but run {name!r} does not exist in {url}")
+        raise UserError(f"--init-from is {source!r}, but run {name!r} does not exist in {url}")
     number = require_step(url, int(step) if step else None)
     known = weights_of(read_index(url, number))
     if weights not in known:
-        raise UserError(f"--from-weights is {weights!r}, but {source} holds {', '.join(known)}")
+        raise UserError(f"--init-weights is {weights!r}, but {source} holds {', '.join(known)}")
     digest = checkpoint_digest(url, number)
     start = Start(run=name, step=number, weights=weights, digest=digest)
     theirs = stored_recipe(url)
@@ -54,8 +54,8 @@ def starting_from(
     return _started(recipe, start, spread if _side(theirs) != _side(recipe) else None)
 
 
-def begun_from(recipe: Recipe, run: str) -> Recipe:
-    """The recipe, with the `train.start` of the existing run if it was started by `--from`."""
+def with_start(recipe: Recipe, run: str) -> Recipe:
+    """The recipe, with the `train.start` of the existing run if it was started by `--init-from`."""
     url = run_url(recipe, run)
     if recipe.train.start is not None or read_identity(url) is None:
         return recipe

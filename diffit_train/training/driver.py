@@ -158,7 +158,7 @@ def _check_start(recipe: Recipe) -> None:
     if start.step not in committed_steps(url) or checkpoint_digest(url, start.step) != start.digest:
         raise UserError(
             f"train.start is step {start.step} of run {start.run!r}, but that checkpoint in "
-            f"{storage.display_path(url)} has been removed or replaced; pass --from again"
+            f"{storage.display_path(url)} has been removed or replaced; pass --init-from again"
         )
     with torch.device("meta"):
         model = build_model(recipe)
@@ -249,7 +249,7 @@ def _mlflow_run(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> st
 
 def _check_order(recipe: Recipe, manifest: Manifest) -> None:
     """Refuse a batch that is larger than the data, or more workers than lanes."""
-    SampleOrder.of(recipe, manifest).rank_lanes(0, recipe.scaling.most_workers)
+    SampleOrder.of(recipe, manifest).rank_lanes(0, recipe.scaling.max_workers)
 
 
 def _check_latents(recipe: Recipe) -> Manifest:
@@ -292,7 +292,7 @@ def _run_ray_train(
     }
     supervisor = Supervisor(status, recipe.scaling, max(committed_steps(url), default=0))
     trainer = ray_train.new_trainer(recipe, worker_config, scratch, validate, supervisor)
-    if recipe.scaling.fewest_workers != recipe.scaling.most_workers:
+    if recipe.scaling.min_workers != recipe.scaling.max_workers:
         ray_train.renew_claim(url, trainer.train_run_context.run_id)
     saved = "checkpoint saved"
     try:

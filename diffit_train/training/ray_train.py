@@ -90,7 +90,7 @@ def new_trainer(
     if scaling.gpus_per_worker:
         resources["GPU"] = float(scaling.gpus_per_worker)
     environment = {} if scaling.gpus_per_worker else {"env_vars": ray_session.KEEP_FREED_MEMORY}
-    fewest, most = scaling.fewest_workers, scaling.most_workers
+    fewest, most = scaling.min_workers, scaling.max_workers
     validation = None
     if validate is not None and recipe.train.validate_every:
         # The task only waits for the evaluation's actors, which reserve their own resources.

@@ -148,7 +148,7 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         if ray.get(self.status.stop_wanted.remote()):
             raise DiffitError("no workers were running")
         waited_s, scaling = now_s - self.waiting_since_s, self.scaling
-        elastic = scaling.fewest_workers != scaling.most_workers
+        elastic = scaling.min_workers != scaling.max_workers
         limit_s = float("inf") if elastic else max(LOST_NODE_WAIT_S, scaling.wait_s)
         cpus, gpus = scaling.needs("train")
         missing = missing_resources(cpus, gpus)

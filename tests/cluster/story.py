@@ -302,10 +302,11 @@ class Story:
 
     def fleet(self) -> None:
         """A sweep as a fleet of Ray jobs."""
-        with self.report.step("diffit evaluate --sweep --fleet: two Ray jobs"):
-            words = ["evaluate", "demo", *SMALL, "--root", ROOT, "--run", "stormy"]
-            words += ["--step", "newest", "--sweep", f"guidance.scale={','.join(GUIDANCE)}"]
-            words += ["--name", "swept", "--fleet", "--at-most", "2", "--address", JOB_SERVER]
+        with self.report.step("diffit sweep --fleet: two Ray jobs"):
+            words = ["sweep", "demo", *SMALL, "--root", ROOT, "--run", "stormy"]
+            words += ["--step", "newest", "--vary", f"guidance.scale={','.join(GUIDANCE)}"]
+            words += ["--name", "swept", "--fleet", "--max-concurrent", "2"]
+            words += ["--address", JOB_SERVER]
             found = json.loads(self.must_out(self.diffit(*words, "--json")))
         scores = [row["fd_digits"] for row in found["rows"]]
         self.report.check("each job has its metrics", len(scores) == 2 and all(scores), scores)

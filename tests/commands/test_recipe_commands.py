@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from diffit_train.cli import app, exit_status
 from diffit_train.config import load_recipe, packaged_recipes
-from diffit_train.config.keys import all_names
 from diffit_train.config.load import load_recipe_text
 
 
@@ -21,9 +20,9 @@ def run(*words: str) -> str:
 
 
 def test_every_packaged_recipe_is_listed() -> None:
-    rows = json.loads(run("list", "--json"))
-    assert [row["recipe"] for row in rows] == packaged_recipes()
-    titles = [row["what it is"] for row in rows]
+    found = json.loads(run("show", "--json"))
+    assert list(found) == packaged_recipes()
+    titles = list(found.values())
     assert all(title.count("(") == title.count(")") for title in titles)  # none is cut off
     assert titles[0].endswith("appendices H.1 and I.1)")
 
@@ -38,16 +37,6 @@ def test_what_is_shown_is_the_same_recipe(name: str) -> None:
     assert values == load_recipe(name, [], "/project").model_dump(mode="json")
 
 
-def test_keys_have_type_default_and_meaning() -> None:
-    rows = json.loads(run("keys", "--json"))
-    assert {row["key"] for row in rows} <= set(all_names())
-    assert all(row["type"] and row["default"] and row["meaning"] for row in rows)
-    text = run("keys", "train.grad_clip")
-    assert text.startswith("train.grad_clip: ")
-    assert "default" in text
-    assert "\n    " in text
-
-
 def test_a_new_recipe_is_the_old_one_by_another_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +48,6 @@ def test_a_new_recipe_is_the_old_one_by_another_name(
         (["new", "mine"], "mine.yaml exists"),
         (["new", "../mine"], "NAME is '../mine'"),
         (["new", "other", "--from", "imagenet25"], "--from is 'imagenet25'"),
-        (["keys", "trian."], "no key begins with 'trian.'"),
         (["show", "imagenet25"], "did you mean 'imagenet256'"),
     ):
         assert exit_status(lambda words=words: app(["recipe", *words])) == 2

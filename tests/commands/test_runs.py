@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from diffit_train import storage
 from diffit_train.cli import app
 from diffit_train.commands.runs import (
+    follow_training,
     list_runs,
     newest_training,
     remove_run,
     show_run,
-    watch_training,
 )
 from diffit_train.config import stored_text
 from diffit_train.errors import DiffitError, UserError
@@ -98,7 +98,7 @@ def test_a_run_is_shown_with_the_sizes_of_its_checkpoints(tmp_path: Path) -> Non
         show_run(str(tmp_path), "other")
     words = ["runs", "show", "mine", "--root", str(tmp_path), "--json"]
     assert json.loads(CliRunner().invoke(app, words).stdout)["step"] == 9
-    listed = CliRunner().invoke(app, ["runs", "--root", str(tmp_path), "--json"])
+    listed = CliRunner().invoke(app, ["runs", "list", "--root", str(tmp_path), "--json"])
     assert [row["run"] for row in json.loads(listed.stdout)] == ["mine"]
 
 
@@ -209,7 +209,7 @@ def test_a_training_is_followed_to_its_end(
             lambda: (_run_to(url, tmp_path), writer.write("finished")),
         ]
     )
-    found = watch_training(str(tmp_path), "mine", pause=lambda seconds: next(pauses)())
+    found = follow_training(str(tmp_path), "mine", pause=lambda seconds: next(pauses)())
     assert (found["state"], found["step"]) == ("finished", 12)
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if line in ("first", "second", "third")] == [
@@ -229,15 +229,15 @@ def test_a_failed_or_silent_training_is_a_failure(
 ) -> None:
     url = _run(tmp_path, "mine", 0)
     with pytest.raises(UserError, match="no training to follow"):
-        watch_training(str(tmp_path), "mine")
+        follow_training(str(tmp_path), "mine")
     writer = _writer(url)
     writer.write("failed")
     with pytest.raises(DiffitError, match="has ended: it failed"):
-        watch_training(str(tmp_path), "mine")
+        follow_training(str(tmp_path), "mine")
     writer.write("training")
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 100)
     with pytest.raises(DiffitError, match="no sign of life for 0:01:4"):
-        watch_training(str(tmp_path), "mine")
+        follow_training(str(tmp_path), "mine")
 
 
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:

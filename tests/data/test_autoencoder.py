@@ -149,7 +149,7 @@ def test_only_a_kl_autoencoder_of_ones_own_is_fitted(
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("autoencoder.source=root:autoencoders/none", "diffit autoencoder fit"),
+        ("autoencoder.source=root:autoencoders/none", "diffit fit autoencoder"),
         ("autoencoder.source=nobody/no-such-vae", "nobody/no-such-vae cannot be loaded"),
         ("autoencoder.latent_channels=5", r"latent_channels is 5, but .* has 4"),
     ],

@@ -201,7 +201,7 @@ def test_bad_input_writes_nothing(project: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         encode(tiny_recipe(tmp_path))
     shutil.copytree(project / "images", tmp_path / "images")
-    with pytest.raises(UserError, match="diffit autoencoder fit"):
+    with pytest.raises(UserError, match="diffit fit autoencoder"):
         encode(tiny_recipe(tmp_path))
     shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")
     with pytest.raises(UserError, match="encoding needs 3 GPUs"):

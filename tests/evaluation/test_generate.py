@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffit_train.commands.data import fit_features
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.config.evaluate import SAMPLERS
 from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, PREDICTIONS
 from diffit_train.evaluation.feature_networks import load_features
-from diffit_train.evaluation.features import features_info
+from diffit_train.evaluation.features import features_info, fit_features
 from diffit_train.evaluation.generate import Generator, ImageNoise, guidance_saving
 from diffit_train.models.build import build_model
 from tests.conftest import tiny_recipe
@@ -122,7 +121,7 @@ def test_features_are_deterministic_and_guarded(project: Path, tmp_path: Path) -
         fit_features(tiny_recipe(project, "evaluate.features.fit.steps=11"))
     with pytest.raises(UserError, match="'inception', which is not fitted"):
         fit_features(load_recipe("imagenet256"))
-    with pytest.raises(UserError, match="diffit features fit"):
+    with pytest.raises(UserError, match="diffit fit features"):
         load_features(tiny_recipe(tmp_path), CPU)
     with pytest.raises(UserError, match=r"data\.resolution is 32, .* is for 16"):
         load_features(tiny_recipe(project, "data.resolution=32"), CPU)

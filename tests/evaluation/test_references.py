@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation import conformance, references, scores
-from diffit_train.evaluation.inception import Inception
-from diffit_train.evaluation.metrics import precision_recall
+from diffit_train.evaluation import references
 from diffit_train.evaluation.references import (
     Reference,
     Statistics,
@@ -114,71 +108,3 @@ def test_a_stored_reference_round_trips(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(DiffitError, match="is damaged"):
         read_reference(str(file), "identity")
-
-
-def test_the_self_check_measures_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    network = Inception().eval()
-    save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    real, fake, found = _pixels(5, 2), _pixels(7, 3), _statistics()
-    alike = 0.25 * np.eye(2048)
-    np.savez(tmp_path / "reference.npz", arr_0=real, mu=found["mu"], sigma=alike)
-    with pytest.raises(UserError, match=r"sample batch.*found: nothing"):
-        conformance.conform(str(tmp_path))
-    np.savez(tmp_path / "samples.npz", images=fake)
-    with pytest.raises(UserError, match=r"cannot read arr_0 of \S*samples\.npz"):
-        conformance.conform(str(tmp_path))
-    np.savez(tmp_path / "samples.npz", arr_0=fake)
-    with torch.no_grad():
-        rows = network(torch.from_numpy(fake)).pool.double().numpy()
-    # All eigenvalues of the real covariance are equal; only six of the other are not 0.
-    spread = np.linalg.svd(rows - rows.mean(0), compute_uv=False) / np.sqrt(len(rows) - 1)
-    distance = ((rows.mean(0) - found["mu"]) ** 2).sum() + (spread**2).sum()
-    distance += 0.25 * 2048 - 2 * 0.5 * spread.sum()
-    # Precision and recall are rounded like ADM's evaluator, and the table says so.
-    with torch.no_grad():
-        known = network(torch.from_numpy(real)).pool.numpy()
-    precision, recall = precision_recall(known, rows.astype(np.float32), 3, rounding="adm")
-    rounded = {"precision": precision, "recall": recall}
-    expected = {"metrics": {"fd_own": float(distance), **rounded}, "relative": 1e-6}
-    (tmp_path / "expected.json").write_text(json.dumps(expected))
-    asked = []
-
-    def measured(*arguments: Any) -> tuple[float, float]:
-        asked.append(arguments[-1])
-        return precision_recall(*arguments)
-
-    monkeypatch.setattr(scores, "precision_recall", measured)
-    answer = conformance.conform(str(tmp_path))
-    assert asked == ["adm"]
-    assert {row["metric"]: (row["arithmetic"], row["verdict"]) for row in answer["metrics"]} == {
-        "fd_own": ("float64", "pass"),
-        "precision": ("float16 distances, as ADM", "pass"),
-        "recall": ("float16 distances, as ADM", "pass"),
-    }
-    assert answer["all"].keys() == {"fd_own", "precision", "recall", "kd_own"}
-
-    expected = {"metrics": {"fd_own": float(distance)}, "relative": 1e-6}
-    (tmp_path / "expected.json").write_text(json.dumps(expected))
-    monkeypatch.setattr(conformance, "_metrics", lambda *_: {"fd_own": float(distance) * 1.001})
-    with pytest.raises(DiffitError, match="fd_own differ from the expected"):
-        conformance.conform(str(tmp_path))
-    (tmp_path / "expected.json").write_text('{"metrics": {"fid": 3.0}}')
-    with pytest.raises(UserError, match="expects fid, but the metrics are fd_own"):
-        conformance.conform(str(tmp_path))
-    (tmp_path / "expected.json").write_text('{"metric": {}}')
-    with pytest.raises(UserError, match=r"expected\.json: metrics: Field required"):
-        conformance.conform(str(tmp_path))
-    (tmp_path / "more.npz").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"more\.npz is not an \.npz file"):
-        conformance.conform(str(tmp_path))
-
-
-def test_published_metrics_pass_within_tolerance() -> None:
-    published = conformance.PUBLISHED_METRICS
-    assert published.passes("fid", 3.95)
-    assert not published.passes("fid", 3.97)
-    assert published.passes("recall", 0.5350)
-    assert not published.passes("recall", 0.5370)

@@ -12,19 +12,14 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
 from diffit_train import storage
+from diffit_train.commands.options import output
 from diffit_train.commands.train import train_run
-from diffit_train.commands.weights import (
-    WeightSource,
-    export_checkpoint,
-    import_file,
-    recipe_of_weights,
-    sample_images,
-)
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
 from diffit_train.evaluation.animation import Animation
-from diffit_train.evaluation.sample import choose_classes, parse_seeds
+from diffit_train.evaluation.sample import WeightSource, choose_classes, parse_seeds, sample_images
 from diffit_train.runs.checkpoints import committed_steps, read_weights
+from diffit_train.runs.import_export import export_weights, import_file, recipe_of_weights
 from tests.conftest import tiny_recipe
 
 
@@ -69,13 +64,13 @@ def test_a_run_and_its_export_give_the_same_images_in_any_batch(
     assert [p["class"] for p in result["images"]] == ["b"] * 3 + ["c"] * 3
     assert Image.open(tmp_path / "run" / "grid.png").size[0] > 100
 
-    file = export_checkpoint(recipe, "tiny", "newest", "ema", str(tmp_path / "w.safetensors"))
-    tensors = load_file(file["file"])
+    file = export_weights(recipe, "tiny", 12, "ema", str(tmp_path / "w.safetensors"))
+    tensors = load_file(file)
     ema = read_weights(str(trained / "runs" / "tiny"), 12, "ema")
     assert set(ema) < set(tensors)
     assert all(torch.equal(tensors[name], value) for name, value in ema.items())
 
-    source = WeightSource("none", file=file["file"])
+    source = WeightSource("none", file=file)
     _sample(trained, tmp_path / "file", source, batch=1)
     second = _images(tmp_path / "file")
     assert second.keys() == first.keys()
@@ -141,15 +136,14 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     trained: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(trained)
-    exported = export_checkpoint(recipe, "tiny", "8", "raw", str(tmp_path / "raw.safetensors"))
-    file = exported["file"]
+    file = export_weights(recipe, "tiny", 8, "raw", str(tmp_path / "raw.safetensors"))
     # The file itself names its recipe.
     mine = recipe_of_weights(file, None, ["storage.root=" + str(trained)], None)
     assert mine == recipe
     result = import_file(mine, "imported", file, 8, False)
     assert committed_steps(result["url"]) == [8]
-    again = export_checkpoint(recipe, "imported", "8", "ema", str(tmp_path / "again.safetensors"))
-    before, after = load_file(file), load_file(again["file"])
+    again = export_weights(recipe, "imported", 8, "ema", str(tmp_path / "again.safetensors"))
+    before, after = load_file(file), load_file(again)
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -163,7 +157,7 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     with pytest.raises(
         UserError, match=r"has no weights 'raw', only ema: its weights were imported"
     ):
-        export_checkpoint(recipe, "imported", "8", "raw", None)
+        export_weights(recipe, "imported", 8, "raw", None)
     with pytest.raises(UserError, match=r"imported without optimizer state"):
         train_run(recipe, "imported")
 
@@ -172,7 +166,7 @@ def test_an_export_records_its_step_and_its_runs_recipe(trained: Path, tmp_path:
     # Overrides of the export command are not part of how the run was trained.
     recipe = tiny_recipe(trained, "evaluate.seed=5", "tracking.experiment=other")
     out = str(tmp_path / "w.safetensors")
-    file = export_checkpoint(recipe, "tiny", "8", "ema", out)["file"]
+    file = export_weights(recipe, "tiny", 8, "ema", out)
     said = recipe_of_weights(file, None, (), str(trained))
     assert said == tiny_recipe(trained, "tracking.experiment=other")
     own = recipe_of_weights(file, None, (), str(tmp_path / "project"))
@@ -186,7 +180,7 @@ def test_an_export_records_its_step_and_its_runs_recipe(trained: Path, tmp_path:
 def test_without_mlflow_nothing_is_imported(trained: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(trained)
     out = str(tmp_path / "w.safetensors")
-    file = export_checkpoint(recipe, "tiny", "8", "ema", out)["file"]
+    file = export_weights(recipe, "tiny", 8, "ema", out)
     remote = recipe_of_weights(file, None, (), "memory://import")
     with pytest.raises(UserError, match=r"set a server, such as tracking\.uri="):
         import_file(remote, "x", file, None, False)
@@ -223,14 +217,10 @@ def test_other_sampling_settings_work(
     assert "1 image in " in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_written_is_named(trained: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    out = str(tmp_path / "file" / "samples")
-    recipe = tiny_recipe(trained)
     with pytest.raises(UserError, match=r"--out is .*file is not a folder; .* --out$"):
-        sample_images(recipe, WeightSource("tiny"), [], "0", out, 1)
-    with pytest.raises(UserError, match="--out is .*file is not a folder"):
-        export_checkpoint(recipe, "tiny", "8", "ema", out)
+        output("--out", str(tmp_path / "file" / "samples"))
 
 
 def test_a_model_without_labels_makes_one_image_per_seed(

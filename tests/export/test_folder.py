@@ -14,10 +14,11 @@ import yaml
 from diffusers import AutoencoderKL
 
 import diffit_train as dt
-from diffit_train.commands.weights import export_pipeline
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import autoencoder_url
 from diffit_train.evaluation.result import Result, evaluated_identity, evaluation_url, write_result
+from diffit_train.export.folder import export_folder
+from diffit_train.runs.identity import find_checkpoint
 from tests.conftest import tiny_recipe
 from tests.test_api import make_run
 from tests.test_extend import OWN, forget, write_package
@@ -117,10 +118,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in RUNS:
         recipe = make_project(root, name)
         add_evaluation(recipe, name)
-        made = export_pipeline(
-            recipe, name, "newest", "ema", "cc-by-4.0", str(root / f"{name}-pipe")
-        )
-        found[name] = Path(made["folder"])
+        step = find_checkpoint(recipe, name, "newest")[1]
+        pipe = str(root / f"{name}-pipe")
+        found[name] = Path(export_folder(recipe, name, step, "ema", "cc-by-4.0", pipe))
     # The images of its network are made before its package is gone.
     np.save(root / "own.npy", dt.load(str(root / "own")).sample([2, "1"], [0, 5]))
     monkeypatch.undo()
@@ -205,10 +205,10 @@ def test_only_a_former_export_is_replaced(folders: dict[str, Path], tmp_path: Pa
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
     with pytest.raises(dt.UserError, match="mine exists and is not a folder that"):
-        export_pipeline(recipe, "latent", "8", "ema", "", str(mine))
+        export_folder(recipe, "latent", 8, "ema", "", str(mine))
     assert (mine / "notes.txt").read_text() == "mine"
     (mine / "notes.txt").unlink()
     for license_id in ("", "mit"):
-        export_pipeline(recipe, "latent", "8", "raw", license_id, str(mine))
+        export_folder(recipe, "latent", 8, "raw", license_id, str(mine))
     assert "license: mit" in (mine / "README.md").read_text()
     assert not list(mine.rglob("*.tmp-*"))

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from diffit_train import storage
-from diffit_train.commands.data import fit_features
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.data.autoencoder_fit import fit_autoencoder
@@ -48,6 +47,7 @@ from diffit_train.evaluation.chunks import (
     write_chunk,
 )
 from diffit_train.evaluation.feature_networks import load_features
+from diffit_train.evaluation.features import fit_features
 from diffit_train.evaluation.generate import load_decoder
 from diffit_train.evaluation.references import (
     Reference,

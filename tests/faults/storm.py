@@ -30,10 +30,10 @@ from typing import Any
 import psutil
 import torch
 
-from diffit_train.commands.data import fit_features
 from diffit_train.config import dump_recipe
 from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.shards import latents_url
+from diffit_train.evaluation.features import fit_features
 from diffit_train.runs.checkpoints import read_weights
 from tests.benchmarks.common import print_table
 from tests.conftest import tiny_recipe, write_images

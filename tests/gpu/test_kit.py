@@ -210,7 +210,7 @@ def test_variants_fit_the_batch_and_compile_on_a_gpu_only() -> None:
     recipe = gpu.recipe(1024, *found["bf16_autocast, compiled"])
     assert recipe.train.batch_size == gpu.batch(1024)
     assert (recipe.train.precision, recipe.train.compile) == ("bf16_autocast", True)
-    assert recipe.scaling.most_workers == 1
+    assert recipe.scaling.max_workers == 1
 
 
 def test_latents_of_the_kit_are_read_as_others(tmp_path: Path) -> None:

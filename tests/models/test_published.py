@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffit_train.commands.weights import recipe_of_weights
 from diffit_train.errors import UserError
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.published import (
@@ -18,6 +17,7 @@ from diffit_train.models.published import (
     recipe_of_file,
     write_published,
 )
+from diffit_train.runs.import_export import recipe_of_weights
 
 SMALL = Shape(latent_size=8, num_classes=5, hidden_size=16, depth=2, num_heads=2)
 

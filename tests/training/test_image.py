@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from diffit_train.commands.data import fit_features
-from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.encode import encode
 from diffit_train.data.shards import latents_url, read_shard
 from diffit_train.errors import UserError
+from diffit_train.evaluation.evaluate import evaluate_run
+from diffit_train.evaluation.features import fit_features
 from diffit_train.runs.checkpoints import read_state, read_weights
 from diffit_train.runs.identity import create_identity
 from diffit_train.tracking import Tracker

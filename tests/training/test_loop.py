@@ -18,22 +18,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from diffit_train.commands.encode import encode_latents
-from diffit_train.commands.evaluate import evaluate_run
 from diffit_train.commands.train import train_run
-from diffit_train.commands.weights import (
-    export_checkpoint,
-    import_file,
-    recipe_of_weights,
-    reconstruct_run_ema,
-)
 from diffit_train.config import Recipe
 from diffit_train.data.loader import Batch
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.evaluate import evaluate_run
 from diffit_train.models.build import build_model
 from diffit_train.runs.checkpoints import checkpoint_url, committed_steps, read_state, read_weights
 from diffit_train.runs.identity import create_identity
+from diffit_train.runs.import_export import export_weights, import_file, recipe_of_weights
 from diffit_train.runs.lease import LostLeaseError
-from diffit_train.runs.start import starting_from
+from diffit_train.runs.phema import reconstruct_ema
+from diffit_train.runs.start import init_from
 from diffit_train.tracking import Tracker
 from diffit_train.training import control, loop
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
@@ -388,11 +384,11 @@ def test_an_ema_is_reconstructed_from_snapshots(encoded: Path, whole: Path, tmp_
     changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.2}}"]
     run = _run(encoded, "snapshots", 1, 24, *changes)
     recipe = tiny_recipe(encoded, *STEPS, *changes)
-    same = reconstruct_run_ema(recipe, "snapshots", 0.05, "newest", None)
-    assert same["error"] < 1e-9
-    assert same["file"] == f"{run}/export/ema-0.05-0000000024.safetensors"
+    same = reconstruct_ema(recipe, "snapshots", 0.05)
+    assert same.error < 1e-9
+    assert same.file == f"{run}/export/ema-0.05-0000000024.safetensors"
     kept = read_weights(str(run), 24, "a")
-    made = load_file(same["file"])
+    made = load_file(same.file)
     for name, value in kept.items():
         torch.testing.assert_close(made[name], value, atol=1e-7, rtol=1e-6)
     # An evaluation reconstructs it once and then reuses it.
@@ -402,17 +398,17 @@ def test_an_ema_is_reconstructed_from_snapshots(encoded: Path, whole: Path, tmp_
     assert result["evaluate"]["weights"] == "sigma_rel:0.07"
     # At a step without a snapshot, the weights are interpolated.
     out = str(tmp_path / "x.safetensors")
-    between = reconstruct_run_ema(recipe, "snapshots", 0.1, "21", out)
-    assert 0.0 < between["error"] < 0.2
+    between = reconstruct_ema(recipe, "snapshots", 0.1, 21, out)
+    assert 0.0 < between.error < 0.2
     assert recipe_of(out).train == recipe.train
     for wrong, words in (
-        ((0.5, "newest"), r"--sigma-rel is 0\.5.*below 0\.2887"),
-        ((0.1, "99"), r"--step is 99, but the snapshots of 'snapshots' end at step 24"),
+        ((0.5, None), r"--sigma-rel is 0\.5.*below 0\.2887"),
+        ((0.1, 99), r"--step is 99, but the snapshots of 'snapshots' end at step 24"),
     ):
         with pytest.raises(UserError, match=words):
-            reconstruct_run_ema(recipe, "snapshots", *wrong, None)
+            reconstruct_ema(recipe, "snapshots", *wrong)
     with pytest.raises(UserError, match=r"no EMA snapshots; train with"):
-        reconstruct_run_ema(tiny_recipe(encoded, *STEPS), "whole", 0.1, "newest", None)
+        reconstruct_ema(tiny_recipe(encoded, *STEPS), "whole", 0.1)
 
 
 def recipe_of(file: str) -> Recipe:
@@ -460,7 +456,7 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     changes = ["data.name=large", "data.resolution=32", *STEPS]
     large = tiny_recipe(encoded, *changes)
     encode_latents(large)
-    recipe = starting_from(large, "larger", "whole@16", "ema")
+    recipe = init_from(large, "larger", "whole@16", "ema")
     start = recipe.train.start
     assert start is not None
     assert (start.run, start.step, recipe.model.position_side) == ("whole", 16, 2)
@@ -473,29 +469,29 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     table = "blocks.0.attn.relative_position_bias_table"
     assert (source[table].shape[0], begun[table].shape[0]) == (9, 49)
     # Rerunning resumes, although the source has newer checkpoints.
-    again = starting_from(large, "larger", "whole", "ema")
+    again = init_from(large, "larger", "whole", "ema")
     assert again.train_hash() == recipe.train_hash()
-    assert train_run(large, "larger", source="whole")["step"] == 24
-    # Other commands need no --from.
+    assert train_run(large, "larger", init="whole")["step"] == 24
+    # Other commands need no --init-from.
     assert train_run(large, "larger")["step"] == 24
-    assert export_checkpoint(large, "larger", "24", "raw", None)["step"] == 24
+    export_weights(init_from(large, "larger"), "larger", 24, "raw")
     # Once the run has its own checkpoints, the source is no longer needed.
     gone = whole.rename(whole.parent / "gone")
     more = tiny_recipe(encoded, *changes, "train.keep_every=24")
-    assert starting_from(more, "larger", "whole", "ema").train_hash() == recipe.train_hash()
+    assert init_from(more, "larger", "whole", "ema").train_hash() == recipe.train_hash()
     shutil.rmtree(checkpoint_url(str(first), 24))
-    assert train_run(more, "larger", source="whole")["step"] == 24
+    assert train_run(more, "larger", init="whole")["step"] == 24
     gone.rename(whole)
     for wrong, words in (
         (("larger", "whole@17", "ema"), r"no committed checkpoint at step 17"),
         (("new", "nobody", "ema"), r"run 'nobody' does not exist"),
-        (("new", "whole", "slow"), r"--from-weights is 'slow', but whole holds raw, ema"),
+        (("new", "whole", "slow"), r"--init-weights is 'slow', but whole holds raw, ema"),
         (("new", "whole@x", "ema"), r"must be RUN or RUN@STEP"),
-        (("whole", "whole", "ema"), r"--from is run 'whole' itself"),
+        (("whole", "whole", "ema"), r"--init-from is run 'whole' itself"),
     ):
         with pytest.raises(UserError, match=words):
-            starting_from(large, *wrong)
+            init_from(large, *wrong)
     wider = tiny_recipe(encoded, *changes, "model.hidden_size=32")
-    wider = starting_from(wider, "wider", "whole", "ema")
+    wider = init_from(wider, "wider", "whole", "ema")
     with pytest.raises(UserError, match=r"whole@24 holds a different model than the recipe's"):
         train_run(wider, "wider")

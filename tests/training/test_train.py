@@ -16,9 +16,9 @@ import psutil
 import pytest
 import torch
 
-from diffit_train.commands.weights import WeightSource, sample_images
 from diffit_train.config import dump_recipe
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.sample import WeightSource, sample_images
 from diffit_train.runs.checkpoints import committed_steps, read_state, read_weights
 from diffit_train.runs.identity import finished_step
 from diffit_train.tracking import Tracker

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from diffit_train.commands.evaluate import watch_run
 from diffit_train.commands.train import train_run
 from diffit_train.errors import UserError
+from diffit_train.evaluation.evaluate import watch_run
 from diffit_train.evaluation.result import finished_result
 from diffit_train.runs.checkpoints import read_state
 from diffit_train.tracking import Tracker

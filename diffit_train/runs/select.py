@@ -1,4 +1,4 @@
-"""The recipe of commands that use a trained run: what they need comes from the run.
+"""The run that a command uses, and its recipe: what the command needs comes from the run.
 
 RECIPE and KEY=VALUE only say what is to differ, and only keys that belong to the command can.
 """
@@ -6,37 +6,15 @@ RECIPE and KEY=VALUE only say what is to differ, and only keys that belong to th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
-
-import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import complete_recipe
 from diffit_train.config import Recipe, load_recipe, load_recipe_text, packaged_recipes, validate
 from diffit_train.config.base import flatten
+from diffit_train.data.known_autoencoder import recognized
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.runs.identity import read_identity, run_url, stored_recipe
-from diffit_train.runs.start import begun_from
-
-OptionalRecipe = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[RECIPE]",
-        autocompletion=complete_recipe,
-        help="Recipe (name, path or URL) whose settings for this command to use. Default: those "
-        "of the run.",
-        show_default=False,
-    ),
-]
-RunOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Recipe keys that are to differ from the run's, e.g. evaluate.sampler.steps=50.",
-        show_default=False,
-    ),
-]
+from diffit_train.runs.start import with_start
 
 # Keys that may differ from the run's, by command. A key that determines the weights never may; a
 # copy of the autoencoder elsewhere counts as the same one.
@@ -50,7 +28,6 @@ OWN_KEYS = {
     "evaluate": _GENERATION,
     "export": _WHERE,
     "export --format diffusers": _SAMPLING,
-    "ema reconstruct": _WHERE,
 }
 _SHOWN = 6
 
@@ -76,17 +53,27 @@ def recipe_and_run(
     name, words = split_recipe(name, overrides)
     if name is None:
         return _own_recipe(command, words, storage.absolute(root or "."), run)
-    from diffit_train.data.known_autoencoder import recognized
-
     try:
         asked = recognized(load_recipe(name, words, root))
     except UserError as error:
         raise UserError(f"{error}{_hint(name, root or '.')}") from error
     run = run or asked.name
     url = run_url(asked, run)
+    asked = with_start(asked, run)
     if read_identity(url) is None:
         return asked, run  # whoever looks for its checkpoint says what to do
-    return _taken(command, name, words, asked, stored_recipe(url), run), run
+    stored = stored_recipe(url)
+    if asked.train_hash() == stored.train_hash():
+        return asked, run
+    _refuse_others(command, words, asked, stored, run)
+    kept = {key: getattr(asked, key) for key in ("evaluate", "scaling", "storage", "tracking")}
+    merged = stored.model_copy(update=kept)
+    determining = {key.replace("order.", "data.", 1) for key in flatten(stored.train_identity())}
+    taken = [key for key in _differences(asked, merged) if key in determining]
+    more = f" and {len(taken) - _SHOWN} more" if len(taken) > _SHOWN else ""
+    say(f"taken from run {run!r}, not from {name}: {', '.join(taken[:_SHOWN])}{more}")
+    # The sections have not been checked against one another.
+    return validate(merged.model_dump(mode="json"), name), run
 
 
 def split_recipe(name: str | None, overrides: Sequence[str] | None) -> tuple[str | None, list[str]]:
@@ -103,48 +90,24 @@ def _own_recipe(
     """The run's recipe with overrides."""
     if fault := storage.missing_slash(root):
         raise UserError(f"--root is {root!r}: {fault}")
-    if run is None:
-        run = _only_run(root)
+    runs = storage.list_names(storage.join(root, "runs"))
+    known = f"{storage.display_path(root)}, whose runs are: {', '.join(runs) or 'none'}"
+    if run is None and len(runs) > 1:
+        raise UserError(f"name the run with --run: there are several in {known}")
+    if run is None and not runs:
+        place = storage.display_path(root)
+        raise UserError(f"{place} has no run; check --root, or train one first")
+    run = run or runs[0]
     url = storage.join(root, "runs", run)
     if read_identity(url) is None:
-        known = ", ".join(storage.list_names(storage.join(root, "runs"))) or "none"
         raise UserError(
-            f"run {run!r} does not exist in {storage.display_path(root)}, whose runs are: {known}; "
-            "train it first, or pass another --run or --root"
+            f"run {run!r} does not exist in {known}; train it first, or pass another --run or "
+            "--root"
         )
-    from diffit_train.data.known_autoencoder import recognized
-
-    stored = stored_recipe(url)
     text = storage.read_bytes(storage.join(url, "recipe.yaml")).decode()
     asked = recognized(load_recipe_text(text, f"of run {run!r}", overrides, root))
-    _refuse_others(command, overrides, asked, stored, run)
+    _refuse_others(command, overrides, asked, stored_recipe(url), run)
     return asked, run
-
-
-def _only_run(root: str) -> str:
-    runs = storage.list_names(storage.join(root, "runs"))
-    if len(runs) == 1:
-        return runs[0]
-    found = f"{storage.display_path(root)} has the runs {', '.join(runs)}"
-    none = f"{storage.display_path(root)} has no run; check --root, or train one first"
-    raise UserError(f"name the run with --run: {found}" if runs else none)
-
-
-def _taken(
-    command: str, name: str, overrides: Sequence[str], asked: Recipe, stored: Recipe, run: str
-) -> Recipe:
-    """RECIPE's settings for the command, and the run's for what determines its weights."""
-    if begun_from(asked, run).train_hash() == stored.train_hash():
-        return asked
-    _refuse_others(command, overrides, asked, stored, run)
-    kept = {"evaluate": asked.evaluate, "scaling": asked.scaling}
-    kept |= {"storage": asked.storage, "tracking": asked.tracking}
-    merged = stored.model_copy(update=kept)
-    differing = [key for key in _differences(asked, merged) if key in _determining(stored)]
-    more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-    say(f"taken from run {run!r}, not from {name}: {', '.join(differing[:_SHOWN])}{more}")
-    # The sections have not been checked against one another.
-    return validate(merged.model_dump(mode="json"), name)
 
 
 def _refuse_others(
@@ -156,11 +119,10 @@ def _refuse_others(
         UserError: names the keys, with both values.
     """
     named = {text.partition("=")[0] for text in overrides}
-    mine, theirs = flatten(asked.model_dump(mode="json")), flatten(stored.model_dump(mode="json"))
     own = OWN_KEYS[command]
     wrong = [
-        f"{key} is {mine.get(key)!r}, in the run {theirs.get(key)!r}"
-        for key in _differences(asked, stored)
+        f"{key} is {mine!r}, in the run {theirs!r}"
+        for key, (mine, theirs) in _differences(asked, stored).items()
         if any(key == name or key.startswith(f"{name}.") for name in named)
         and not key.startswith(own)
     ]
@@ -172,16 +134,12 @@ def _refuse_others(
         )
 
 
-def _differences(one: Recipe, other: Recipe) -> list[str]:
-    """Keys that differ."""
+def _differences(one: Recipe, other: Recipe) -> dict[str, tuple[object, object]]:
+    """Keys that differ, with both values."""
     mine, theirs = flatten(one.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
-    return sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-
-
-def _determining(recipe: Recipe) -> set[str]:
-    """Keys that determine the weights."""
-    keys = flatten(recipe.train_identity())
-    return {key.replace("order.", "data.", 1) for key in keys}
+    keys = sorted(mine.keys() | theirs.keys())
+    pairs = {key: (mine.get(key), theirs.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _hint(name: str, root: str) -> str:

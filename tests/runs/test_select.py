@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from diffit_train.commands.of_run import recipe_and_run
 from diffit_train.config import dump_recipe
 from diffit_train.errors import UserError
 from diffit_train.runs.identity import check_recipe, create_identity
+from diffit_train.runs.select import recipe_and_run
 from tests.conftest import tiny_recipe
 
 # As a user trained it; none of it is in the recipe `demo`.
@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 def test_a_run_needs_no_recipe(root: Path) -> None:
     trained = tiny_recipe(root, *TRAINED)
     for run in ("mine", None):  # it is the only one
-        for command in ("sample", "evaluate", "export", "ema reconstruct"):
+        for command in ("sample", "evaluate", "export"):
             recipe, name = recipe_and_run(command, None, None, str(root), run)
             assert name == "mine"
             assert recipe == trained

@@ -1,4 +1,6 @@
-"""`diffit evaluate --conformance`: compare our metrics with those published for a known batch.
+"""Compare our metrics with those published for a known batch.
+
+    python -m tests.conformance FOLDER
 
 The folder holds the files that ADM's authors published: a reference batch (.npz with `mu` and
 `sigma`), a sample batch (.npz without them), and the Inception weights.
@@ -10,14 +12,18 @@ the same way in both, with sums in float64.
 
 from __future__ import annotations
 
+import argparse
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 
 from diffit_train import storage
+from diffit_train.cli import exit_status
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import references
@@ -26,6 +32,7 @@ from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import INCEPTION_SHA256
 from diffit_train.evaluation.scores import MetricSuite
 from diffit_train.progress import Progress, print_rows, say
+from tests.half_precision import precision_recall_half
 
 EXPECTED_FILE = "expected.json"
 # Metrics that ADM's evaluator computes from float16 distances.
@@ -135,7 +142,7 @@ def _metrics(
     network = load_features(recipe, device)
     with references.opened_npz(recipe, reference) as opened:
         known = opened.read(recipe, lambda pixels: network.extract(pixels)[FEATURES])
-    suite = MetricSuite(recipe, rounding="adm")
+    suite = MetricSuite(recipe)
     with (
         zipfile.ZipFile(samples) as archive,
         references.opened_array(archive) as (file, _, _),
@@ -144,14 +151,19 @@ def _metrics(
         for pixels in references.batches(file, shape):
             suite.add(network.extract(pixels))
             progress.update(progress.done + len(pixels))
-    return suite.values(known)
+    found = suite.values(known)
+    if known.features is not None:
+        features, neighbors = np.concatenate(suite.features), recipe.evaluate.num_neighbors
+        rounded = precision_recall_half(known.features, features, neighbors)
+        found |= zip(_OF_DISTANCES, rounded, strict=True)
+    return found
 
 
 def _find_files(folder: str) -> tuple[Path, Path, Path]:
     """Weights, reference batch and sample batch."""
     local = Path(folder)
     if not local.is_dir():
-        raise UserError(f"--conformance {folder} is not a folder on this machine")
+        raise UserError(f"{folder} is not a folder on this machine")
     weights = [path for path in sorted(local.iterdir()) if path.suffix in _WEIGHTS]
     batches: dict[bool, list[Path]] = {True: [], False: []}
     for path in sorted(local.glob("*.npz")):
@@ -167,7 +179,7 @@ def _find_files(folder: str) -> tuple[Path, Path, Path]:
         if len(found) != 1:
             names = ", ".join(path.name for path in found) or "nothing"
             raise UserError(
-                f"--conformance {folder} must hold one file for {what} (the batches are linked in "
+                f"{folder} must hold one file for {what} (the batches are linked in "
                 f"the README of guided-diffusion's evaluations); found: {names}"
             )
     return weights[0], batches[True][0], batches[False][0]
@@ -182,3 +194,15 @@ def _expected(folder: str) -> Expected:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def main() -> int:
+    """Measure a folder; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="weights, reference and sample batch")
+    folder = parser.parse_args().folder
+    return exit_status(lambda: conform(storage.absolute(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""`diffit sweep` as the entry point of a Ray job, on the cluster that the job runs on.
+
+ray job submit --working-dir . -- python pipelines/sweep.py RECIPE [KEY=VALUE ...]
+"""
+
+import sys
+
+from diffit_train.entry import main
+from diffit_train.forwarded_env import load_forwarded
+
+if __name__ == "__main__":
+    load_forwarded()
+    main(["sweep", *sys.argv[1:]])
