@@ -33,7 +33,7 @@ from diffit_train.data.encode_plan import (
     commit_manifest,
     find_work,
     read_inputs,
-    work_specs,
+    shard_tasks,
 )
 from diffit_train.data.shards import load_manifest, read_shard, recipe_of, write_shard
 from diffit_train.data.sources import list_images
@@ -118,12 +118,12 @@ def _latents(recipe: Recipe) -> None:
     url, dice = f"{recipe.storage.root}/latents/digits", np.random.default_rng(0)
     autoencoder = load_autoencoder(recipe, CPU)
     parts = {}
-    for spec in work_specs(recipe, work):
-        labels = [item[1] for item in spec["items"]]
+    for task in shard_tasks(recipe, work):
+        labels = [item.label for item in task.items]
         moments = dice.normal(size=(len(labels), 1, 8, 4, 4)).astype(np.float16)
-        parts[spec["number"]] = EncodedPart(
-            number=spec["number"],
-            entry=write_shard(url, spec["number"], spec["keys"], moments, labels),
+        parts[task.number] = EncodedPart(
+            number=task.number,
+            entry=write_shard(url, task.number, task.keys, moments, labels),
             rejected=[],
             autoencoder_sha256=autoencoder.weight_hash(),
             scale=autoencoder.scale,
