@@ -3,18 +3,19 @@
 ray job submit --working-dir . -- python pipelines/doctor.py RECIPE [KEY=VALUE ...]
 """
 
+import json
 import platform
 import sys
+from dataclasses import asdict
 
-from diffit_train.forwarded_env import load_forwarded
-from diffit_train.preflight import check_packages, print_report
+from diffit_train.jobs.node import check_packages, load_forwarded
 
 if __name__ == "__main__":
     load_forwarded()
     lacking = [check for check in check_packages(platform.node()) if check.fix]
     if lacking:
-        print_report(lacking)
-    else:
-        from diffit_train.entry import main
+        print(json.dumps([asdict(check) for check in lacking], indent=2))
+        sys.exit(1)
+    from diffit_train.__main__ import main
 
-        main(["doctor", *sys.argv[1:]])
+    main(["doctor", *sys.argv[1:]])

@@ -5,8 +5,8 @@ ray job submit --working-dir . -- python pipelines/train.py RECIPE [KEY=VALUE ..
 
 import sys
 
-from diffit_train.entry import main
-from diffit_train.forwarded_env import load_forwarded
+from diffit_train.__main__ import main
+from diffit_train.jobs.node import load_forwarded
 
 if __name__ == "__main__":
     load_forwarded()

@@ -34,7 +34,6 @@ def in_process() -> Iterator[None]:
         patch.setattr(pool.ray, "remote", lambda **options: _Remote)
         patch.setattr(ray_session, "connected", lambda address: nullcontext())
         patch.setattr(ray_session, "require", lambda *needs: None)
-        patch.setattr(ray_session, "task_attempt", lambda: 0)
         yield
 
 

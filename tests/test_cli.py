@@ -173,7 +173,7 @@ def test_standard_output_is_only_json(trained: Path) -> None:
 def test_ctrl_c_while_the_command_line_is_imported_prints_no_traceback() -> None:
     code = """
 import signal, sys, time
-from diffit_train.entry import main
+from diffit_train.__main__ import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 

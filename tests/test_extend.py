@@ -156,7 +156,7 @@ def test_the_commands_know_it(package: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    diffit = ("-c", "import sys; from diffit_train.entry import main; sys.exit(main())")
+    diffit = ("-c", "import sys; from diffit_train.__main__ import main; sys.exit(main())")
     run(*diffit, "pipeline", str(file), "--run", "mine")
     run(*diffit, "sample", "--root", str(tmp_path), "--run", "mine", "--out", str(tmp_path / "s"))
     code = f"import diffit_train as dt; print(dt.compare({str(tmp_path)!r})['fd_colors'].tolist())"

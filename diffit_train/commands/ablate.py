@@ -30,9 +30,9 @@ from diffit_train.config.ablations import SCALES, Ablation, ablation_names, find
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.features import fit_features
 from diffit_train.evaluation.result import Result, finished_result
+from diffit_train.jobs.job import Job
 from diffit_train.metric_names import distance_name
 from diffit_train.progress import print_rows, say
-from diffit_train.ray_jobs.job import Job
 from diffit_train.reports.plots import draw_ablation
 from diffit_train.runs.identity import finished_step
 
@@ -118,12 +118,12 @@ def run_as_jobs(name: str, jobs: list[Job], parallel: bool, fleet: FleetOptions)
             batch,
             fleet,
             _is_done,
-            lambda s: {"run": s.job.run, "state": s.state, "job": s.submission_id},
+            lambda job, s: {"run": job.run, "state": s.state, "job": s.submission_id},
         )
     ]
     failed = [state for state in states if state.state != "done"]
     if failed:
-        reasons = "; ".join(f"{state.job.run}: {state.reason}" for state in failed[:3])
+        reasons = "; ".join(f"{state.name} {state.reason}" for state in failed[:3])
         raise DiffitError(
             f"{len(failed)} of {len(jobs)} runs did not finish: {reasons}; rerun the same command "
             "to retry them"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -18,12 +19,11 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
-from diffit_train.errors import DiffitError
-from diffit_train.machine_checks import check_every_node, check_machine
-from diffit_train.preflight import Check, print_report
+from diffit_train.config.scaling import ClusterStage
+from diffit_train.errors import DiffitError, UserError
+from diffit_train.jobs.doctor import check_cluster, check_machine, check_nodes
+from diffit_train.jobs.job import CLUSTER_STAGES
 from diffit_train.progress import counted, print_rows, say
-from diffit_train.ray_jobs.job import CLUSTER_STAGES
-from diffit_train.ray_jobs.probe import check_cluster
 
 
 def doctor_command(
@@ -36,28 +36,40 @@ def doctor_command(
     ] = None,
     python: ClusterPython = None,
     runtime_env: RuntimeEnvOption = "auto",
-    stages: Annotated[str | None, typer.Option("--report-for", hidden=True)] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="Stage that a cluster must be large enough for. Default: all."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check this machine, or with --address every node of a cluster, for a recipe.
 
     Python, packages, GPUs and their memory, disk, whether the root can be written and MLflow be
-    reached; of a cluster also its size. Exit status 1 if something needs fixing.
+    reached; of a cluster also its size. Inside a Ray job it checks every node of the job's cluster.
+    Exit status 1 if something needs fixing.
 
     Example: `diffit doctor imagenet256 --root s3://bucket/project --address http://head:8265`
     """
     recipe = read_recipe(name, overrides, root)
-    if stages is not None:
-        wanted = [stage for stage in CLUSTER_STAGES if stage in stages.split(",")]
-        print_report(check_every_node(recipe, wanted))
-        return
-    where = "this machine" if address is None else f"every node of {address}"
+    stages = tuple(cast(ClusterStage, word) for word in stage or CLUSTER_STAGES)
+    if unknown := set(stages) - set(CLUSTER_STAGES):
+        raise UserError(
+            f"--stage is {', '.join(unknown)}, but must be one of {', '.join(CLUSTER_STAGES)}"
+        )
+    inside = address is None and "RAY_ADDRESS" in os.environ
+    nodes = address or "this cluster"
+    where = f"every node of {nodes}" if address or inside else "this machine"
     say(f"checking {where} for recipe {recipe.name}")
-    if address is None:
-        checks = check_machine(recipe, platform.node())
+    if address is not None:
+        checks, _ = check_cluster(recipe, stages, address, python, runtime_env)
+    elif inside:
+        checks = check_nodes(recipe, stages)
     else:
-        checks, _ = check_cluster(recipe, CLUSTER_STAGES, address, python, runtime_env)
-    _show(checks, as_json)
+        checks = check_machine(recipe, platform.node())
+    if as_json:
+        print_result([asdict(check) for check in checks], as_json)
+    else:
+        print_rows("checks", [check.row() for check in checks])
     problems = [check.problem() for check in checks if check.fix]
     for problem in problems:
         say(f"  {problem}")
@@ -66,10 +78,3 @@ def doctor_command(
             f"{where} is not ready for {recipe.name}: {counted(len(problems), 'problem')}"
         )
     say("all checks passed")
-
-
-def _show(checks: list[Check], as_json: bool) -> None:
-    if as_json:
-        print_result([asdict(check) for check in checks], as_json)
-    else:
-        print_rows("checks", [check.row() for check in checks])

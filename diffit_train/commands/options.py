@@ -13,6 +13,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
 from diffit_train.config.base import require_name
 from diffit_train.errors import UserError
+from diffit_train.jobs.job import RuntimeEnvChoice
 
 
 def checked_name(given: typer.CallbackParam, value: str | None) -> str | None:
@@ -108,10 +109,9 @@ ClusterPython = Annotated[
     typer.Option("--python", help="Python interpreter on the cluster. Default: its `python`."),
 ]
 RuntimeEnvOption = Annotated[
-    str,
+    RuntimeEnvChoice,
     typer.Option(
         "--runtime-env",
-        metavar="auto|none|image|pip|uv",
         help="Where a job's packages come from. none: the cluster's Python, and this package's "
         "source is sent; image: the cluster has this package, too, and nothing is sent; pip, uv: "
         "Ray installs the lock file on each node. auto: none if the cluster has all packages, "

@@ -22,8 +22,8 @@ from diffit_train.commands.options import (
 from diffit_train.commands.train import train_run
 from diffit_train.config import Recipe
 from diffit_train.evaluation.evaluate import compute_references, evaluate_run
+from diffit_train.jobs.job import STAGE_LINE
 from diffit_train.progress import say
-from diffit_train.ray_jobs.job import STAGE_LINE
 from diffit_train.runs.start import init_from
 
 

@@ -21,9 +21,9 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
-from diffit_train.ray_jobs.follow import submit
-from diffit_train.ray_jobs.job import job
-from diffit_train.ray_jobs.probe import on_checked_cluster
+from diffit_train.jobs.doctor import checked
+from diffit_train.jobs.fleet import submit
+from diffit_train.jobs.job import job
 from diffit_train.runs.start import init_from
 
 
@@ -79,6 +79,6 @@ def submit_command(
     recipe = read_recipe(name, overrides, root)
     recipe = init_from(recipe, run or recipe.name, init, init_weights)
     wanted = job(stage, recipe, run, step or [], env or [])
-    wanted = on_checked_cluster(wanted, address, python, runtime_env, check=check)
+    wanted = checked(wanted, address, python, runtime_env, check=check)
     submission_id = submit(wanted, address, follow=follow, python=python, restarts=restarts)
     print_result({"submission_id": submission_id, "name": wanted.name}, as_json)

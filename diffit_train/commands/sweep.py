@@ -30,11 +30,10 @@ from diffit_train.evaluation import sweep as stage
 from diffit_train.evaluation.evaluate import evaluate_all
 from diffit_train.evaluation.result import finished_result
 from diffit_train.evaluation.sweep import Member, Sweep
+from diffit_train.jobs.doctor import checked
+from diffit_train.jobs.fleet import Fleet, JobState, submit
+from diffit_train.jobs.job import Job, RuntimeEnvChoice
 from diffit_train.progress import StatesTable, counted, print_rows, say
-from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
-from diffit_train.ray_jobs.follow import submit
-from diffit_train.ray_jobs.job import Job
-from diffit_train.ray_jobs.probe import on_checked_cluster
 from diffit_train.runs.checkpoints import read_state
 from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
 from diffit_train.runs.select import recipe_and_run
@@ -48,16 +47,16 @@ class FleetOptions:
 
     Attributes:
         pool: one job with one set of actors for all evaluations, instead of a job for each.
-        at_most: maximum number of jobs at once.
+        max_concurrent: maximum number of jobs at once.
         retries: attempts of a job after the first.
     """
 
     address: str
     pool: bool = False
-    at_most: int = 4
+    max_concurrent: int = 4
     retries: int = 2
     python: str | None = None
-    runtime_env: str = "auto"
+    runtime_env: RuntimeEnvChoice = "auto"
     check: bool = True
 
 
@@ -78,7 +77,7 @@ def run_sweep(
             on the Ray cluster at `address`.
 
     Raises:
-        DiffitError: some evaluations failed, or the sweep was canceled; the others are kept.
+        DiffitError: some evaluations failed or were stopped; the others are kept.
     """
     recipe = init_from(recipe, run)
     wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
@@ -135,7 +134,7 @@ def _sweep_by_one_job(
         say("already evaluated")
         return
     steps = [str(step) for step in dict.fromkeys(member.step for member in plan.members)]
-    job = on_checked_cluster(
+    job = checked(
         Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts),
         fleet.address,
         fleet.python,
@@ -159,14 +158,9 @@ def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str
         todo,
         fleet,
         is_done,
-        lambda state: _state_row(plan.members[state.job.number], state),
-        lambda: stage.is_cancelled(plan.url(recipe.storage.root)),
+        lambda job, state: _state_row(plan.members[job.number], state),
     )
-    return [
-        state.reason or f"{state.job.name} was canceled"
-        for state in states
-        if state.state != "done"
-    ]
+    return [f"{state.name} {state.reason}" for state in states if state.state != "done"]
 
 
 def run_fleet(
@@ -174,27 +168,36 @@ def run_fleet(
     jobs: Sequence[Job],
     fleet: FleetOptions,
     is_done: Callable[[Job], bool],
-    row: Callable[[JobState], dict[str, str]],
-    is_cancelled: Callable[[], bool] = lambda: False,
+    row: Callable[[Job, JobState], dict[str, str]],
 ) -> list[JobState]:
     """Run Ray jobs, several at a time, and show a table of their states; finished ones are kept.
 
     Args:
         row: of the table.
     """
-    todo = [job for job in jobs if not is_done(job)]
-    if todo:
-        checked = on_checked_cluster(
-            todo[0], fleet.address, fleet.python, fleet.runtime_env, check=fleet.check
-        )
-        jobs = [replace(job, runtime_env=checked.runtime_env) for job in jobs]
+    done = [is_done(job) for job in jobs]
+    if not all(done):
+        first = jobs[done.index(False)]
+        used = checked(first, fleet.address, fleet.python, fleet.runtime_env, check=fleet.check)
+        jobs = [replace(job, runtime_env=used.runtime_env) for job in jobs]
+    states = [
+        JobState(job.name, job, "done" if ready else "waiting")
+        for job, ready in zip(jobs, done, strict=True)
+    ]
     with StatesTable(title) as table:
 
         def show(states: list[JobState]) -> None:
-            table.show([row(state) for state in states])
+            table.show([row(job, state) for job, state in zip(jobs, states, strict=True)])
 
-        plan = FleetPlan(fleet.at_most, fleet.retries, is_done, is_cancelled, show, fleet.python)
-        return submit_fleet(jobs, fleet.address, plan)
+        Fleet(
+            fleet.address,
+            states,
+            fleet.max_concurrent,
+            fleet.retries,
+            python=fleet.python,
+            show=show,
+        ).run()
+    return states
 
 
 def _state_row(member: Member, state: JobState) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,6 @@ from diffit_train.data.shards import (
 )
 from diffit_train.data.sources import ImageList, Source, list_images
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.native_stderr import without_lines
 from diffit_train.progress import Progress, say
 
 # Shards of images being read for each actor. On a GPU it encodes faster than one core decodes.
@@ -163,10 +163,7 @@ def _restore_shards(
 def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
     with ray_session.connected(address):
         ray_session.require(*recipe.scaling.needs("encode"), "encoding", recipe.scaling.wait_s)
-        # Said of each pool of Ray Data, whose arguments the driver holds to the end; Ray's log of
-        # the driver keeps it.
-        with without_lines("the actor restart will fail"):
-            yield
+        yield
 
 
 def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, EncodedPart]:
@@ -230,9 +227,12 @@ def _encode_missing(
     actors, cpus = scaling.encode_actors, ray.cluster_resources()["CPU"]
     actor_cpus = min(0.9, cpus / (2 * actors))
     reader_cpus = min(1.0, cpus - actors * actor_cpus)
+    attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
     rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
     encoded = rows.map(
-        _read_shard_images, fn_args=(listing.source, data.resolution), num_cpus=reader_cpus
+        _read_shard_images,
+        fn_args=(listing.source, data.resolution, attempts),
+        num_cpus=reader_cpus,
     ).map(
         _Encoder,
         fn_constructor_args=(recipe, plan, known_autoencoders),
@@ -280,7 +280,21 @@ def _reason(error: ray.exceptions.RayError) -> str:
     return (named or lines[-1:] or [type(error).__name__])[0]
 
 
-def _read_shard_images(row: dict[str, Any], source: Source, resolution: int) -> dict[str, Any]:
+class _Attempts:
+    """Actor: counts how often the reading of a shard began, which Ray does not tell its tasks."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        """Note that a shard is being read; returns how often it was before."""
+        self.begun[number] += 1
+        return self.begun[number] - 1
+
+
+def _read_shard_images(
+    row: dict[str, Any], source: Source, resolution: int, attempts: Any = None
+) -> dict[str, Any]:
     """Read, decode and crop the images of one shard: {"task"} to {"read"}.
 
     Ray repeats a task whose process dies, without limit. From the second attempt on, images are
@@ -288,7 +302,8 @@ def _read_shard_images(row: dict[str, Any], source: Source, resolution: int) -> 
     Data would wrap a raised one beyond recognition.
     """
     _quiet_ray_data()
-    task, attempt = row["task"], ray_session.task_attempt()
+    task = row["task"]
+    attempt = 0 if attempts is None else ray.get(attempts.begin.remote(task.number))
     isolated = IsolatedDecoder() if attempt else None
     try:
         if not FORMATS.is_plugged(source.kind):

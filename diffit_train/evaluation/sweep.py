@@ -24,7 +24,6 @@ from diffit_train.evaluation.result import Result, finished_result
 from diffit_train.tracking import CREDENTIALS, require_forwarded
 
 DEFINITION = "sweep.json"
-CANCELLED = "cancelled"
 # More evaluations than this in one sweep are assumed to be a mistake.
 MOST_MEMBERS = 10_000
 _SECTION = "evaluate."
@@ -190,7 +189,6 @@ def open_sweep(sweep: Sweep, root: str) -> None:
                 f"there is another sweep {sweep.name!r} in {storage.display_path(url)}, with "
                 f"{len(existing.members)} evaluations; choose another name with --name"
             )
-    storage.remove(storage.join(url, CANCELLED))
     storage.write_text(definition, sweep.model_dump_json(indent=1))
 
 
@@ -209,16 +207,6 @@ def read_sweep(url: str) -> Sweep:
         raise DiffitError(
             f"{url}/{DEFINITION} is damaged; delete it and start the sweep again"
         ) from error
-
-
-def cancel_sweep(url: str) -> None:
-    """Mark the sweep as canceled, for the process that drives it."""
-    storage.write_text(storage.join(url, CANCELLED), "")
-
-
-def is_cancelled(url: str) -> bool:
-    """Whether the sweep was canceled since it last started."""
-    return storage.exists(storage.join(url, CANCELLED))
 
 
 # ---- Results ----

@@ -24,7 +24,6 @@ import psutil
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
-from diffit_train.pids import running
 
 # Of a run or a root, for stack traces of processes that hung.
 FOLDER = "stacks"
@@ -75,6 +74,20 @@ def this_process() -> Process:
         started=psutil.Process().create_time(),
         stacks=_stacks.fileno() if _stacks is not None else -1,
     )
+
+
+def running(pid: int, started: float) -> psutil.Process | None:
+    """The process of this machine with a number, unless it has ended and another has its number.
+
+    Args:
+        started: when it was started, as psutil's `create_time` gives it, in seconds.
+    """
+    try:
+        process = psutil.Process(pid)
+        another = abs(process.create_time() - started) > 1.0
+        return None if another or process.status() == psutil.STATUS_ZOMBIE else process
+    except psutil.NoSuchProcess:
+        return None
 
 
 class Ending(NamedTuple):

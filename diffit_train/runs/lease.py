@@ -25,7 +25,7 @@ import psutil
 from diffit_train import storage
 from diffit_train.background import beside
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.pids import running
+from diffit_train.hang.processes import running
 
 FOLDER = "lease"
 BEAT_S = 10.0

@@ -112,8 +112,6 @@ def train(
         remove_unfinished(run_url(recipe, run))
         with ray_session.connected(address):
             ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
-            # Ray Train asks this actor for resources; it starts while MLflow is opened.
-            ray_train.coordinator()
             known = check_recipe(recipe, run)
             identity = known or new_identity(recipe, run, manifest.samples_digest)
             # Before anything is written: a new run is refused without MLflow.
@@ -276,7 +274,7 @@ def _run_ray_train(
         SystemExit: SIGTERM told it to stop (status 143), or Ctrl-C (130).
         KeyboardInterrupt: a second Ctrl-C.
     """
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train import TrainingFailedError
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     status = TrainingStatus.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -292,8 +290,6 @@ def _run_ray_train(
     }
     supervisor = Supervisor(status, recipe.scaling, max(committed_steps(url), default=0))
     trainer = ray_train.new_trainer(recipe, worker_config, scratch, validate, supervisor)
-    if recipe.scaling.min_workers != recipe.scaling.max_workers:
-        ray_train.renew_claim(url, trainer.train_run_context.run_id)
     saved = "checkpoint saved"
     try:
         start = max(committed_steps(url), default=0)

@@ -1,4 +1,4 @@
-"""Ray Train set up for a run: its trainer, its settings and its claim on resources.
+"""Ray Train set up for a run: its trainer and its settings.
 
 Ray Train's own checkpoints and resumption are not used: it would resume an old name with another
 recipe, and its snapshot may be truncated. Workers that start, for whatever reason, resume from the
@@ -14,8 +14,6 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
 from diffit_train.hang.processes import FIRST_FACTOR
@@ -24,27 +22,6 @@ from diffit_train.training.worker import NodeNetwork, Validate, ValidationTask, 
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
-
-
-def coordinator() -> Any:
-    """The actor that hands out the cluster's resources; it is started if need be."""
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-        get_or_create_autoscaling_coordinator,
-    )
-
-    return get_or_create_autoscaling_coordinator()
-
-
-def renew_claim(url: str, ray_run_id: str) -> None:
-    """Cancel the resource request that an earlier attempt of an elastic run left in Ray.
-
-    If that command was killed, Ray would hold the request for three minutes and make this attempt
-    wait. Requests are named by Ray (`ScalingPolicy.after_controller_start`).
-    """
-    claim_url = storage.join(url, "ray-claim.json")
-    if storage.exists(claim_url):
-        ray.get(coordinator().cancel_request.remote(requester_id=storage.read_json(claim_url)))
-    storage.write_json(claim_url, f"train-{ray_run_id}")
 
 
 def new_trainer(
@@ -61,13 +38,12 @@ def new_trainer(
         scratch: URL for Ray Train's own state.
         supervisor: counts failures and limits waiting, in place of Ray Train.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import (
         PlacementGroupCleanerCallback,
     )
-    from ray.train.v2.api.validation_config import ValidationConfig
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         """Leaves Ctrl-C to us, and does not wait for an actor that cannot answer."""
@@ -77,13 +53,11 @@ def new_trainer(
 
         def _create_default_callbacks(self) -> list[Any]:
             # An actor for Ray Data, which is not used here, takes a second of two CPUs to start.
-            unwanted: list[type] = [DatasetsCallback]
-            if not ray_session.has_state_api():
-                # It removes the workers' resources if the controller dies. Without the state API
-                # it cannot see that, and delays the end of training by 12 s.
-                unwanted.append(PlacementGroupCleanerCallback)
+            # The other one frees the workers' resources if the controller dies, as Ray does at the
+            # end of this command. Without the state API, as here, it delays the end by 12 s.
+            unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
             callbacks: list[Any] = super()._create_default_callbacks()
-            return [c for c in callbacks if not isinstance(c, tuple(unwanted))]
+            return [callback for callback in callbacks if not isinstance(callback, unwanted)]
 
     scaling = recipe.scaling
     resources = {"CPU": float(scaling.cpus_per_worker)}
@@ -138,11 +112,8 @@ def _ray_storage(url: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
     """Set Ray Train's variables during the block; those that are set already stay."""
-    values = {"WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_S:g}"}
-    if ray_session.is_private():
-        # No preemption is announced to a Ray of this command's own, and its watcher takes a second
-        # to start, just when the workers do. The end of training is noticed sooner.
-        values |= {"ENABLE_PREEMPTION_WATCHER": "0", "HEALTH_CHECK_INTERVAL_S": "0.5"}
+    # The end of training is noticed sooner than by Ray Train's own two seconds.
+    values = {"WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_S:g}", "HEALTH_CHECK_INTERVAL_S": "0.5"}
     variables = {f"RAY_TRAIN_{name}": value for name, value in values.items()}
     variables = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(variables)

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.train import ControllerError
+from ray.train import ControllerError, PreemptionError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
@@ -29,7 +29,6 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 from ray.train.v2._internal.execution.failure_handling import default
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2.api.exceptions import PreemptionError
 
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError

@@ -205,7 +205,7 @@ class RayHooks:
     def validate(self, step: int) -> None:
         """Start Ray Train's own validation, which is keyed by a (nearly empty) checkpoint."""
         import ray.train
-        from ray.train.v2.api.validation_config import ValidationTaskConfig
+        from ray.train import ValidationTaskConfig
 
         metrics = {"step": step}
         if self.rank:

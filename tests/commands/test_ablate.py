@@ -15,9 +15,8 @@ from diffit_train.commands.sweep import FleetOptions
 from diffit_train.config import Recipe
 from diffit_train.config.ablations import SCALES, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.jobs.fleet import Fleet
 from diffit_train.models.build import build_model
-from diffit_train.ray_jobs.fleet import FleetPlan, JobState
-from diffit_train.ray_jobs.job import Job
 
 
 @pytest.mark.parametrize("name", ablation_names())
@@ -120,23 +119,19 @@ def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.Mo
     """Its latents and reference are everyone's; failures are named, and the rest is kept."""
     sent: list[tuple[list[str], int]] = []
 
-    def submit(jobs: list[Job], address: str, plan: FleetPlan) -> list[JobState]:
-        sent.append(([job.run for job in jobs], plan.at_most))
+    def run(fleet: Fleet) -> None:
+        jobs = [state.job for state in fleet.states if state.job]
+        sent.append(([job.run for job in jobs], fleet.max_concurrent))
         assert {job.stage for job in jobs} == {"pipeline"}
-        return [
-            JobState(job, "failed", reason="killed")
-            if "G-seed1" in job.run
-            else JobState(job, "done")
-            for job in jobs
-        ]
+        for state in fleet.states:
+            killed = "G-seed1" in state.name
+            state.state, state.reason = ("failed", "was killed") if killed else ("done", "")
 
-    monkeypatch.setattr(sweep, "submit_fleet", submit)
-    monkeypatch.setattr(sweep, "on_checked_cluster", lambda job, *_, **__: job)
+    monkeypatch.setattr(Fleet, "run", run)
+    monkeypatch.setattr(sweep, "checked", lambda job, *_, **__: job)
     monkeypatch.setattr(ablate, "fit_features", lambda recipe: None)
-    fleet = FleetOptions("http://head:8265", at_most=3)
-    with pytest.raises(
-        DiffitError, match="1 of 6 runs did not finish: table6-tiny-G-seed1: killed"
-    ):
+    fleet = FleetOptions("http://head:8265", max_concurrent=3)
+    with pytest.raises(DiffitError, match="1 of 6 runs did not finish: .*G-seed1.*killed"):
         run_ablation(find_ablation("table6"), "tiny", 2, root=str(tmp_path), fleet=fleet)
     assert sent[0] == (["table6-tiny-F-seed0"], 3)
     assert len(sent[1][0]) == 5

@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from diffit_train.cli import app, exit_status
-from diffit_train.machine_checks import check_every_node, check_machine, check_size
-from diffit_train.preflight import PACKAGE, Check, check_packages
+from diffit_train.jobs.doctor import check_machine, check_nodes, check_size
+from diffit_train.jobs.node import PACKAGE, Check, check_packages
 from tests.conftest import tiny_recipe
 from tests.head import free_port
 
@@ -34,7 +34,7 @@ def test_what_is_wrong_is_named_with_its_fix(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A Ray session that an earlier test left in this process schedules no GPU.
-    monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: None)
+    monkeypatch.setattr("diffit_train.jobs.doctor.scheduled_gpus", lambda: None)
     (tmp_path / "file").write_text("not a folder")
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
     changes = (f"tracking.uri={uri}", "scaling.gpus_per_worker=1")
@@ -43,7 +43,7 @@ def test_what_is_wrong_is_named_with_its_fix(
     assert "fix tracking.uri" in checks["mlflow"].fix
     assert "secret" not in str(checks)
     assert "wants 1 GPU" in checks["gpus"].fix
-    monkeypatch.setattr("diffit_train.preflight.requires", lambda name: ["numpy>99", "nope"])
+    monkeypatch.setattr("diffit_train.jobs.node.requires", lambda name: ["numpy>99", "nope"])
     checks = {c.check: c for c in check_machine(tiny_recipe(tmp_path), "here")}
     assert checks["numpy"].fix == "pip install 'numpy>99'"
     assert checks["nope"].found == "missing"
@@ -58,7 +58,7 @@ def test_gpus_are_compared_with_what_ray_schedules_and_what_training_needs(
     small = SimpleNamespace(name="T4", total_memory=2**20)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: small)
-    monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: None)
+    monkeypatch.setattr("diffit_train.jobs.doctor.scheduled_gpus", lambda: None)
 
     def gpus(*changes: str) -> Check:
         checks = check_machine(tiny_recipe(tmp_path, *changes), "here")
@@ -66,10 +66,10 @@ def test_gpus_are_compared_with_what_ray_schedules_and_what_training_needs(
 
     assert "training needs about" in gpus("scaling.gpus_per_worker=1").fix
     # A head without GPUs is fine, a node whose GPUs torch does not see is not.
-    monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: 2.0)
+    monkeypatch.setattr("diffit_train.jobs.doctor.scheduled_gpus", lambda: 2.0)
     assert "Ray schedules 2 GPU" in gpus("scaling.gpus_per_worker=1").fix
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("diffit_train.ray_session.gpus_of_this_node", lambda: 0.0)
+    monkeypatch.setattr("diffit_train.jobs.doctor.scheduled_gpus", lambda: 0.0)
     assert not gpus("scaling.gpus_per_worker=1").fix
 
 
@@ -79,20 +79,20 @@ def test_nodes_that_lack_packages_are_asked_for_nothing_else(
     lacking = Check("b", "fsspec", "missing", "pip install fsspec", package=True)
     asked = []
 
-    def on_every_node(call: Callable[..., Any], *args: Any) -> list[list[Check]]:
+    def on_every_node(call: Callable[..., Any], *args: Any) -> list[Check]:
         asked.append(call)
-        return [[Check("a", "ray", "2")], [lacking]]
+        return [Check("a", "ray", "2"), lacking]
 
     monkeypatch.setattr("diffit_train.ray_session.connected", nullcontext)
-    monkeypatch.setattr("diffit_train.ray_session.on_every_node", on_every_node)
-    assert check_every_node(tiny_recipe(tmp_path), ["train"]) == [Check("a", "ray", "2"), lacking]
+    monkeypatch.setattr("diffit_train.jobs.doctor._on_every_node", on_every_node)
+    assert check_nodes(tiny_recipe(tmp_path), ["train"]) == [Check("a", "ray", "2"), lacking]
     assert asked == [check_packages]
 
 
 def test_the_first_check_of_a_job_needs_only_what_ray_brings() -> None:
     code = (
-        "import sys, diffit_train.preflight, diffit_train.forwarded_env\n"
-        "diffit_train.preflight.check_packages('here')\n"
+        "import sys, diffit_train.jobs.node\n"
+        "diffit_train.jobs.node.check_packages('here')\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

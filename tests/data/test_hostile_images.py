@@ -22,12 +22,12 @@ from PIL import Image
 from diffit_train import storage
 from diffit_train.data import encode as encode_module
 from diffit_train.data import preprocess
-from diffit_train.data.encode_plan import Rejected, ShardTask
+from diffit_train.data.encode_plan import Rejected
 from diffit_train.data.isolated import IsolatedDecoder
 from diffit_train.data.preprocess import UnreadableImage, decode, pixels_from, read_images
 from diffit_train.data.reading import read_items
-from diffit_train.data.sources import Location, Source, cifar10, list_images, source_kind
-from diffit_train.errors import UserError
+from diffit_train.data.sources import Location, cifar10, list_images, source_kind
+from diffit_train.errors import DiffitError, UserError
 from tests.conftest import tiny_recipe, write_images
 
 KILLER = b"kill whoever decodes this"
@@ -210,12 +210,9 @@ def test_a_reader_that_dies_costs_its_image(
 
 
 def test_a_reader_that_dies_again_and_again_ends_the_encoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     attempts = encode_module.READER_ATTEMPTS
-    monkeypatch.setattr(encode_module.ray_session, "task_attempt", lambda: attempts)
-    row = {"task": ShardTask(7, [], [])}
-    error = encode_module._read_shard_images(row, Source(str(tmp_path), "folder"), 8)["read"].error
-    assert not isinstance(error, UserError)
-    assert "shard-000007.tar" in str(error)
-    assert f"died {attempts} times" in str(error)
+    encode_module._require_few_attempts(str(tmp_path), 7, attempts - 1)
+    with pytest.raises(DiffitError, match=rf"shard-000007\.tar.*died {attempts} times"):
+        encode_module._require_few_attempts(str(tmp_path), 7, attempts)

@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from diffit_train.commands import sweep as command
 from diffit_train.errors import UserError
 from diffit_train.evaluation.sweep import (
-    cancel_sweep,
-    is_cancelled,
     open_sweep,
     parse_values,
     plan_sweep,
     read_sweep,
 )
-from diffit_train.ray_jobs.job import Job
+from diffit_train.jobs.job import Job
 from tests.conftest import tiny_recipe
 
 
@@ -96,10 +94,7 @@ def test_one_name_is_one_sweep(tmp_path: Path) -> None:
     sweep = plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first")
     root = str(tmp_path)
     open_sweep(sweep, root)
-    cancel_sweep(sweep.url(root))
-    assert is_cancelled(sweep.url(root))
     open_sweep(plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first"), root)
-    assert not is_cancelled(sweep.url(root))
     assert read_sweep(sweep.url(root)) == sweep
     for changed in (
         plan_sweep(recipe, "tiny", [4], ["seed=1,3"], "first"),
@@ -124,7 +119,7 @@ def test_a_sweep_as_one_job_is_sent_to_a_checked_cluster_only(
             raise UserError("a node lacks ray")
         return replace(job, runtime_env="pip")
 
-    monkeypatch.setattr(command, "on_checked_cluster", check)
+    monkeypatch.setattr(command, "checked", check)
     monkeypatch.setattr(command, "submit", lambda job, *_, **__: sent.append(job))
     monkeypatch.setattr(command.stage, "results", lambda plan, root: [None, None])
     plan = plan_sweep(recipe, "tiny", [4], texts, "swept")

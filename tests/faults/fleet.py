@@ -82,7 +82,7 @@ def disturbed(
     other = copy_root(root, folder / "fleet")
     found: list[dict[str, Any]] = []
     with Head(folder / "head.log") as head:
-        jobs = FleetOptions(head.address, at_most=2)
+        jobs = FleetOptions(head.address, max_concurrent=2)
 
         def drive() -> None:
             found.append(run_sweep(recipe(other), run, [], texts, "swept", fleet=jobs))

@@ -32,7 +32,6 @@ from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from diffit_train import ray_session
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.training import driver, ray_train, supervisor
@@ -147,13 +146,12 @@ def test_a_batch_that_is_too_large_is_refused_before_ray_starts(
 
 def test_settings_of_ray_train_last_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
-    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
-    monkeypatch.setattr(ray_session, "is_private", lambda: True)
+    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
     with ray_train.settings():
         assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
-        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+        assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "20"
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
-    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
+    assert "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S" not in os.environ
 
 
 def test_every_restart_says_why(status: Any) -> None:

@@ -1,17 +1,19 @@
-"""What a node's Python lacks, and the report of a job that checks a cluster.
+"""What a job brings to a node: variables that were forwarded with it, and checks of its packages.
 
-Imports the standard library and `packaging` only, which every installation of Ray has: the job runs
-it before it imports anything that may be missing.
+Imports the standard library and `packaging` only, which every installation of Ray has: a job runs
+this before it imports anything that may be missing.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+
+from diffit_train.errors import UserError
 
 PACKAGE = "diffit-train"
 # Versions that must agree between the machine that submits and the nodes.
@@ -19,8 +21,32 @@ SHARED_VERSIONS = ("ray", "torch", "deepspeed")
 # In a job's working directory: the requirements, one a line. A package that was sent as source has
 # no metadata.
 REQUIREMENTS = Path("requirements.txt")
-# What the report follows in the job's log.
-REPORT = "diffit-doctor-report: "
+# In the same place: variables that `diffit submit --env` names. Ray shows those of a runtime
+# environment to everyone who can list jobs.
+FILE = Path("forwarded-environment.json")
+# What Ray's workers call before anything else.
+SETUP_HOOK = f"{__name__}.load_forwarded"
+
+
+def write_forwarded(folder: Path, names: Sequence[str]) -> None:
+    """Write the named variables of this process for a job whose working directory is `folder`.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(f"--env names {', '.join(missing)}, which is not set here; export it first")
+    if names:
+        file = folder / FILE
+        file.touch(mode=0o600)
+        file.write_text(json.dumps({name: os.environ[name] for name in names}))
+
+
+def load_forwarded() -> None:
+    """Set the variables that came with the job, if any did."""
+    if FILE.exists():
+        os.environ.update(json.loads(FILE.read_text()))
 
 
 @dataclass(frozen=True)
@@ -60,7 +86,7 @@ def write_requirements(folder: Path, *, installed: bool) -> None:
     """Write the requirements for a job whose working directory is `folder`.
 
     Args:
-        installed: whether the cluster must have this version of the package itself, too.
+        installed: whether the cluster must have this version of the package itself as well.
     """
     own = [f"{PACKAGE}=={version(PACKAGE)}"] if installed else []
     (folder / REQUIREMENTS).write_text("\n".join([*own, *requirements()]) + "\n")
@@ -77,23 +103,12 @@ def check_packages(node: str) -> list[Check]:
             continue
         name, fix = requirement.name, f"pip install '{text}'"
         try:
-            found = version(name)
+            present = version(name)
         except PackageNotFoundError:
             checks.append(Check(node, name, "missing", fix, package=True))
             continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            checks.append(Check(node, name, found, fix, package=True))
+        if not requirement.specifier.contains(present, prereleases=True):
+            checks.append(Check(node, name, present, fix, package=True))
         elif name in SHARED_VERSIONS:
-            checks.append(Check(node, name, found))
+            checks.append(Check(node, name, present))
     return checks
-
-
-def print_report(checks: Sequence[Check]) -> None:
-    """Print checks into the log of a job."""
-    sys.stdout.write(f"{REPORT}{json.dumps([asdict(check) for check in checks])}\n")
-
-
-def read_report(log: str) -> list[Check] | None:
-    """The checks in a job's log; None if it has none."""
-    lines = [line for line in log.splitlines() if line.startswith(REPORT)]
-    return [Check(**row) for row in json.loads(lines[-1].removeprefix(REPORT))] if lines else None

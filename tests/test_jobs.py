@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -18,22 +20,15 @@ from ray.job_submission import JobSubmissionClient
 
 import diffit_train
 from diffit_train import retry
+from diffit_train.cli import app, exit_status
+from diffit_train.commands.jobs import jobs_stop_command
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.machine_checks import differing_versions
-from diffit_train.preflight import Check
-from diffit_train.ray_jobs import follow
-from diffit_train.ray_jobs.client import (
-    CPU_INDEX,
-    NoAnswerError,
-    cancel_jobs,
-    locked_packages,
-    send_job,
-)
-from diffit_train.ray_jobs.fleet import FleetPlan, JobState, submit_fleet
-from diffit_train.ray_jobs.follow import follow_job, submit
-from diffit_train.ray_jobs.job import Job, RuntimeEnv, job
-from diffit_train.ray_jobs.listing import list_jobs, stop_job
-from diffit_train.ray_jobs.probe import check_cluster, on_checked_cluster
+from diffit_train.jobs import doctor, fleet
+from diffit_train.jobs.client import CPU_INDEX, connect, list_jobs, locked_packages, send_job
+from diffit_train.jobs.doctor import check_cluster, checked, differing_versions, read_report
+from diffit_train.jobs.fleet import Fleet, JobState, require_success, submit
+from diffit_train.jobs.job import Job, RuntimeEnv, job
+from diffit_train.jobs.node import Check
 from tests.conftest import tiny_recipe, write_images
 from tests.head import Head, free_port
 from tests.silent import silent_server
@@ -76,10 +71,10 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     assert info.metadata["diffit.root"] == str(tmp_path)
     assert info.metadata["diffit.attempt"] == "3"
     assert info.metadata["diffit.recipe_hash"] == recipe.train_hash()
-    rows = {row.name: row for row in list_jobs(address)}
-    assert rows[f"{train.name}-3"].state == "succeeded"
-    assert "at step 12" in rows[f"{train.name}-3"].progress
-    assert rows[f"{encode.name}-1"].stage == "encode"
+    rows = {row["name"]: row for row in list_jobs(connect(address))}
+    assert rows[f"{train.name}-3"]["state"] == "succeeded"
+    assert "at step 12" in rows[f"{train.name}-3"]["progress"]
+    assert rows[f"{encode.name}-1"]["stage"] == "encode"
 
     # The whole chain as one job: only what is missing is computed.
     fit_features(recipe)
@@ -89,8 +84,8 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     assert "stage 1 of 4, encode\nalready encoded" in said
     assert "already trained" in said
     assert "step 0: fd_digits" in said
-    (row,) = [row for row in list_jobs(address) if row.stage == "pipeline"]
-    assert row.progress == "all 4 stages are done"
+    (row,) = [row for row in list_jobs(connect(address)) if row["stage"] == "pipeline"]
+    assert row["progress"] == "all 4 stages are done"
 
 
 def test_runs_of_one_name_under_two_roots_are_two_jobs(tmp_path: Path) -> None:
@@ -105,15 +100,10 @@ def test_a_running_job_is_followed_not_doubled(address: str, tmp_path: Path) -> 
     client = JobSubmissionClient(address)
     waiting = Job("train", tiny_recipe(tmp_path), "waiting")
     client.submit_job(
-        entrypoint="sleep 5", submission_id="slow", metadata={"diffit.name": waiting.name}
+        entrypoint="sleep 2", submission_id="slow", metadata={"diffit.name": waiting.name}
     )
     assert submit(waiting, address) == "slow"
     assert client.get_job_status("slow") == "SUCCEEDED"
-    client.submit_job(
-        entrypoint="sleep 3; exit 1", submission_id="bad", metadata={"diffit.name": waiting.name}
-    )
-    with pytest.raises(DiffitError, match="job bad ended as FAILED"):
-        submit(waiting, address)
 
 
 def _shell_job(monkeypatch: pytest.MonkeyPatch, folder: Path, run: str, command: str) -> Job:
@@ -135,41 +125,46 @@ def test_a_stopped_job_may_save_first(
         "    print('saved', flush=True)\n"
         "    sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, save)\n"
-        "print('working', flush=True)\n"
+        "print('computing', flush=True)\n"
         "time.sleep(600)\n"
     )
     saving = _shell_job(monkeypatch, tmp_path, "saving", f"{{python}} {script}")
     submission_id = submit(saving, address, follow=False)
     client = JobSubmissionClient(address)
     deadline = time.monotonic() + 90
-    while "working" not in client.get_job_logs(submission_id):
+    while "computing" not in client.get_job_logs(submission_id):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    (row,) = [row for row in list_jobs(address) if row.run == "saving"]
-    assert (row.state, row.progress, row.root) == ("running", "working", str(tmp_path))
-    with pytest.raises(UserError, match="no job is named 'train-nothing'; the cluster has: .*sav"):
-        stop_job(address, "train-nothing")
-    assert stop_job(address, "train-saving").status == "STOPPED"
+    (row,) = [row for row in list_jobs(client) if row["run"] == "saving"]
+    assert (row["state"], row["progress"], row["root"]) == ("running", "computing", str(tmp_path))
+    with pytest.raises(UserError, match="'train-nothing'.*saving"):
+        jobs_stop_command("train-nothing", address)
+    jobs_stop_command("train-sav*", address)
+    assert client.get_job_status(submission_id) == "STOPPED"
     assert "saved" in client.get_job_logs(submission_id)
     assert "saved" in capfd.readouterr().err
-    with pytest.raises(UserError, match="is not running: stopped"):
-        stop_job(address, submission_id)
+    with pytest.raises(UserError, match=rf"{submission_id} \(stopped\)"):
+        jobs_stop_command(submission_id, address)
 
 
-def test_a_failed_job_is_restarted_as_often_as_allowed(
+def test_a_failed_job_is_restarted_and_resumes(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFFIT_TEST_SECRET", "x")
     flag = tmp_path / "flag"
-    command = f"test -e {flag} || (touch {flag}; exit 1)"
-    once = _shell_job(monkeypatch, tmp_path, "once", command)
+    once = _shell_job(monkeypatch, tmp_path, "once", f"test -e {flag} || (touch {flag}; exit 1)")
     assert submit(once, address, restarts=1) == f"{once.name}-2"
-    never = _shell_job(monkeypatch, tmp_path, "never", "exit 1")
-    with pytest.raises(DiffitError, match=f"job {never.name}-2 ended as FAILED"):
-        submit(never, address, restarts=1)
-    refused = _shell_job(monkeypatch, tmp_path, "refused", "exit 2")
-    with pytest.raises(UserError, match=f"job {refused.name}-1 rejected its input"):
-        submit(refused, address, restarts=1)
+
+
+def test_the_end_of_a_job_is_the_end_of_the_command() -> None:
+    ended = JobState("x", state="failed", submission_id="x-1", reason="ended as FAILED: node died")
+    with pytest.raises(DiffitError, match="x-1 ended as FAILED: node died"):
+        require_success(ended)
+    with pytest.raises(DiffitError, match="x-1"):
+        require_success(replace(ended, state="stopped"))
+    with pytest.raises(UserError, match="x-1"):
+        require_success(replace(ended, refused=True))
+    require_success(replace(ended, state="done"))
 
 
 def test_forwarded_variables_reach_workers_and_are_shown_nowhere(
@@ -180,7 +175,7 @@ def test_forwarded_variables_reach_workers_and_are_shown_nowhere(
     script = tmp_path / "reads.py"
     script.write_text(
         "import os, ray\n"
-        "from diffit_train.forwarded_env import load_forwarded\n"
+        "from diffit_train.jobs.node import load_forwarded\n"
         "from diffit_train.ray_session import connected\n"
         "load_forwarded()\n"
         "with connected():\n"
@@ -210,27 +205,34 @@ def test_forwarded_variables_reach_workers_and_are_shown_nowhere(
 
 
 def test_a_cluster_is_checked_before_a_job_is_sent(
-    address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     client = JobSubmissionClient(address)
-    good = job("train", tiny_recipe(tmp_path / "root"), "checked", [])
-    checks, chosen = check_cluster(good.recipe, ("train",), address)
-    assert {check.check for check in checks} >= {"python", "ray", "torch", "gpus", "disk", "root"}
-    assert chosen == "none"
-    assert not [check for check in checks if check.fix]
-    assert not [row for row in list_jobs(address) if row.stage == "doctor"]
-
     (tmp_path / "file").write_text("not a folder")
     changes = ("scaling.workers=3", "scaling.gpus_per_worker=1")
     bad = job("train", tiny_recipe(tmp_path / "file" / "root", *changes), "unfit", [])
+    checks, chosen = check_cluster(bad.recipe, ("train",), address)
+    assert {check.check for check in checks} >= {"python", "ray", "torch", "gpus", "disk", "root"}
+    assert chosen == "none"
+    assert {check.check for check in checks if check.fix} == {"root", "train"}
+    monkeypatch.setattr(doctor, "check_cluster", lambda *_: (checks, chosen))
     with pytest.raises(UserError, match="not ready for train-unfit: 2 problems"):
-        on_checked_cluster(bad, address, None, "auto")
+        checked(bad, address, None, "auto")
     said = capfd.readouterr().err
     assert "make it writable" in said
     assert "cluster: train needs 3 CPUs, but the Ray cluster has 2: lower" in said
     assert not [info for info in client.list_jobs() if "unfit" in (info.submission_id or "")]
     # What is not checked is sent as it is.
-    assert on_checked_cluster(bad, address, None, "auto", check=False) == bad
+    assert checked(bad, address, None, "auto", check=False) == bad
+
+
+def test_a_report_is_found_in_a_log() -> None:
+    checks = [Check("node", "ray", "2.9.0", "fix [it]"), Check("node", "gpus", "0")]
+    text = json.dumps([asdict(check) for check in checks], indent=2)
+    assert (
+        read_report(f"[2026 E] native\nchecking\n{text}\n  node: ray 2.9.0: fix [it]\n") == checks
+    )
+    assert read_report("[2026 E] native\nfailed: no cluster\n") is None
 
 
 def test_versions_that_differ_are_named() -> None:
@@ -244,21 +246,17 @@ def test_the_runtime_environment_is_chosen_by_what_is_missing(
 ) -> None:
     asked: list[RuntimeEnv] = []
 
-    def report(
-        recipe: object, stages: object, address: str, python: object, env: RuntimeEnv, names: object
-    ) -> list[Check]:
-        asked.append(env)
+    def report(job: Job, address: str, python: object) -> list[Check]:
+        asked.append(job.runtime_env)
         missing = [Check("n", "deepspeed", "missing", "pip install", package=True)]
-        return missing if env == "none" else [Check("n", "deepspeed", "0.19.8")]
+        return missing if job.runtime_env == "none" else [Check("n", "deepspeed", "0.19.8")]
 
-    monkeypatch.setattr("diffit_train.ray_jobs.probe._report", report)
+    monkeypatch.setattr("diffit_train.jobs.doctor._report", report)
     recipe, address = tiny_recipe(tmp_path), "http://head:8265"
     checks, chosen = check_cluster(recipe, ("train",), address)
     assert (chosen, asked, checks[0].fix) == ("pip", ["none", "pip"], "")
     assert "lacks packages (deepspeed missing)" in capfd.readouterr().err
     assert check_cluster(recipe, ("train",), address, None, "none")[0][0].fix
-    with pytest.raises(UserError, match="--runtime-env is 'conda', but must be one of: auto, none"):
-        check_cluster(recipe, ("train",), address, None, "conda")
     with pytest.raises(UserError, match="omit --python '/opt/python'"):
         check_cluster(recipe, ("train",), address, "/opt/python", "uv")
 
@@ -309,150 +307,158 @@ def test_what_is_sent_with_a_job(tmp_path: Path, gpus: int, device: str) -> None
     assert requests["none"]["entrypoint"].startswith(sys.executable)
 
 
-def test_following_survives_a_lost_connection(
+class _Server:
+    """A job server with one job, whose log is given by a function of how often it was asked for."""
+
+    def __init__(self, log: Callable[[int], AsyncIterator[str]], tails: int) -> None:
+        self.log, self.tails_needed, self.tails, self.pings = log, tails, 0, 0
+        self.answers: Callable[[int], None] = lambda pings: None
+
+    def ping(self, address: str) -> None:
+        self.pings += 1
+        self.answers(self.pings)
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        status = "RUNNING" if self.tails < self.tails_needed else "SUCCEEDED"
+        metadata = {"diffit.name": "x"}
+        return [SimpleNamespace(submission_id="x-1", status=status, metadata=metadata)]
+
+    def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
+        self.tails += 1
+        return self.log(self.tails)
+
+    def follow(self, monkeypatch: pytest.MonkeyPatch) -> JobState:
+        monkeypatch.setattr(fleet, "connect", lambda address: self)
+        monkeypatch.setattr(fleet, "ping", self.ping)
+        monkeypatch.setattr(fleet, "POLL_S", 0.0)
+        state = JobState("x", state="running", submission_id="x-1")
+        Fleet("http://head:8265", [state]).run()
+        return state
+
+
+def test_a_log_is_printed_once_over_lost_connections(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Server:
-        """Loses the connection after the first line, answers 5xx once, then has it all."""
+    async def log(tail: int) -> AsyncIterator[str]:
+        if tail == 2:
+            raise RuntimeError("status code 503")
+        yield "one\n"
+        if tail == 1:
+            raise aiohttp.ClientConnectionError
+        if tail == 3:
+            await asyncio.sleep(60.0)  # a job that computes, or a lost server: asked again
+        yield "two\n"
 
-        def __init__(self) -> None:
-            self.calls = 0
+    def away(pings: int) -> None:
+        if pings in (3, 4):
+            raise ConnectionError("refused")
 
-        async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
-            self.calls += 1
-            if self.calls == 2:
-                raise RuntimeError("status code 503")
-            yield "one\n"
-            if self.calls == 1:
-                raise aiohttp.ClientConnectionError
-            yield "two\n"
-
-        def get_job_info(self, submission_id: str) -> SimpleNamespace:
-            return SimpleNamespace(status="RUNNING" if self.calls < 3 else "SUCCEEDED")
-
-    monkeypatch.setattr(follow, "RECONNECT_S", 0.0)
-    assert follow_job(Server(), "x").status == "SUCCEEDED"  # type: ignore[arg-type]
-    said = capfd.readouterr().err
-    assert said.count("one\n") == said.count("two\n") == 1
-    assert "lost the connection" in said
+    monkeypatch.setenv(retry.LIMIT, "2")
+    server = _Server(log, tails=4)
+    server.answers = away
+    assert server.follow(monkeypatch).state == "done"
+    printed = capfd.readouterr().err
+    assert printed.count("one\n") == printed.count("two\n") == 1
+    assert printed.count("waiting for http://head:8265: refused") == 1
 
 
-def test_a_log_is_followed_while_the_job_is_silent_but_not_its_server(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Server:
-        """Says something, is silent for a while, answers twice, then not at all, then again."""
+def test_a_job_server_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def log(tail: int) -> AsyncIterator[str]:
+        yield ""
 
-        def __init__(self) -> None:
-            self.tails = self.asked = 0
+    def away(pings: int) -> None:
+        raise ConnectionError("refused")
 
-        async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
-            self.tails += 1
-            yield "one\n"
-            if self.tails == 1:
-                await asyncio.sleep(60.0)
-            yield "two\n"
-
-        def get_job_info(self, submission_id: str) -> SimpleNamespace:
-            self.asked += 1
-            if self.asked in (3, 4):
-                raise NoAnswerError("no answer")
-            return SimpleNamespace(status="RUNNING" if self.tails == 1 else "SUCCEEDED")
-
-    monkeypatch.setenv(retry.LIMIT, "0.2")
-    monkeypatch.setattr(follow, "RECONNECT_S", 0.0)
-    server = Server()
-    assert follow_job(server, "x").status == "SUCCEEDED"  # type: ignore[arg-type]
-    said = capfd.readouterr().err
-    assert (server.tails, server.asked) == (2, 5)
-    assert said.count("one\n") == said.count("two\n") == 1
-    assert "lost the connection to the job server (NoAnswerError)" in said
+    monkeypatch.setenv(retry.LIMIT, "0.01")
+    server = _Server(log, tails=9)
+    server.answers = away
+    with pytest.raises(DiffitError, match="unreachable"):
+        server.follow(monkeypatch)
 
 
 def test_a_silent_job_server_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(retry.LIMIT, "2")
-    started_s = time.monotonic()
-    with silent_server() as url, pytest.raises(NoAnswerError, match=f"{url} has not answered for"):
-        list_jobs(url)
-    assert 2.0 <= time.monotonic() - started_s < 3.0
+    monkeypatch.setenv(retry.LIMIT, "1")
+    with silent_server() as url:
+        assert exit_status(lambda: app(["jobs", "list", "--address", url])) == 1
+        with pytest.raises(DiffitError, match=f"{url} has not answered"):
+            connect(url)
 
 
-class _Shell:
-    """Jobs that are shell commands; each creates a file when it is done."""
+def _fleet(folder: Path, count: int) -> list[Job]:
+    recipe, sweep = tiny_recipe(folder), f"s{abs(hash(folder)) % 10**8}"
+    return [Job("evaluate", recipe, "r", (), sweep, number) for number in range(count)]
 
-    def __init__(self, folder: Path, commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.seen = folder, list[list[str]]()
-        recipe, sweep = tiny_recipe(folder), f"s{abs(hash(folder)) % 10**8}"
-        self.jobs = [Job("evaluate", recipe, "r", (), sweep, n) for n in range(len(commands))]
 
-        def entrypoint(job: Job, python: str) -> str:
-            done = self.folder / f"done-{job.number}"
-            log = self.folder / f"log-{job.number}"
-            return f"echo begun >> {log}; {commands[job.number]} && touch {done}"
+class _Cluster:
+    """Runs each attempt of a job until it is listed twice; then it has ended with a status."""
 
-        monkeypatch.setattr(Job, "entrypoint", entrypoint)
+    def __init__(self, ends: dict[int, list[int]]) -> None:
+        self.ends, self.jobs, self.at_once = ends, list[SimpleNamespace](), 0
 
-    def attempts(self, number: int) -> int:
-        return len((self.folder / f"log-{number}").read_text().splitlines())
-
-    def run(self, address: str, at_most: int, retries: int) -> list[JobState]:
-        plan = FleetPlan(
-            at_most,
-            retries,
-            lambda job: (self.folder / f"done-{job.number}").exists(),
-            lambda: (self.folder / "cancelled").exists(),
-            lambda states: self.seen.append([state.state for state in states]),
-            pause_s=0.2,
+    def send(self, client: object, job: Job, address: str, python: None, attempt: int) -> str:
+        code = self.ends[job.number][attempt - 1]
+        metadata = {"diffit.name": job.name, "diffit.attempt": str(attempt)}
+        info = SimpleNamespace(
+            submission_id=f"{job.name}-{attempt}",
+            metadata=metadata,
+            driver_exit_code=code,
+            message="a reason, last available logs",
+            looks=0,
         )
-        return submit_fleet(self.jobs, address, plan)
+        self.jobs.append(info)
+        return str(info.submission_id)
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        for info in self.jobs:
+            info.looks += 1
+            ended = "FAILED" if info.driver_exit_code else "SUCCEEDED"
+            info.status = ended if info.looks > 2 else "RUNNING"
+        self.at_once = max(self.at_once, sum(info.status == "RUNNING" for info in self.jobs))
+        return self.jobs
 
 
 def test_a_fleet_of_jobs_runs_to_completion(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The second fails once, the third always, the fourth is rejected, the fifth is already done.
-    flag = tmp_path / "flag"
-    once = f"(test -e {flag} || (touch {flag}; exit 1))"
-    shell = _Shell(tmp_path, ["sleep 1", once, "exit 1", "exit 2", "exit 3"], monkeypatch)
-    (tmp_path / "done-4").touch()
-    states = shell.run(address, at_most=2, retries=1)
-    assert [s.state for s in states] == ["done", "done", "failed", "failed", "done"]
-    assert [shell.attempts(n) for n in range(4)] == [1, 2, 2, 1]
-    assert not (tmp_path / "log-4").exists()
-    assert "ended as FAILED" in states[2].reason
-    assert max(row.count("running") for row in shell.seen) == 2
+    cluster = _Cluster({0: [0], 1: [1, 0], 2: [1, 1], 3: [2]})
+    monkeypatch.setattr(fleet, "connect", lambda address: cluster)
+    monkeypatch.setattr(fleet, "ping", lambda address: None)
+    monkeypatch.setattr(fleet, "send_job", cluster.send)
+    monkeypatch.setattr(fleet, "POLL_S", 0.0)
+    states = [JobState(job.name, job) for job in _fleet(tmp_path, 5)]
+    states[4].state = "done"
+    Fleet("", states, max_concurrent=2, retries=1, show=lambda states: None).run()
+    assert [state.state for state in states] == ["done", "done", "failed", "failed", "done"]
+    assert [state.failures for state in states] == [0, 1, 2, 1, 0]
+    assert states[2].reason == "ended as FAILED: a reason"
+    assert len(cluster.jobs) == 6
+    assert cluster.at_once == 2
 
 
-def test_a_cancelled_fleet_ends_and_can_be_resumed(
+def test_a_stopped_fleet_ends_and_can_be_resumed(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shell = _Shell(tmp_path, ["sleep 60", "true"], monkeypatch)
-    names = [job.name for job in shell.jobs]
-    found: list[JobState] = []
-    thread = threading.Thread(target=lambda: found.extend(shell.run(address, 1, 2)))
+    monkeypatch.setattr(Job, "entrypoint", lambda job, python: "echo begun-$((1+1)); sleep 60")
+    client, jobs = JobSubmissionClient(address), _fleet(tmp_path, 2)
+    states = [JobState(job.name, job) for job in jobs]
+    thread = threading.Thread(target=Fleet(address, states, show=lambda states: None).run)
     thread.start()
     deadline = time.monotonic() + 60
-    while not (tmp_path / "log-0").exists():
+    while not states[0].submission_id or "begun-2" not in client.get_job_logs(f"{jobs[0].name}-1"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    (tmp_path / "cancelled").touch()
-    assert cancel_jobs(names, address) == 1
+    jobs_stop_command(f"evaluate-r-{jobs[0].sweep}-*", address)
     thread.join(60)
-    assert [state.state for state in found] == ["cancelled", "cancelled"]
-    assert not (tmp_path / "log-1").exists()
+    assert [state.state for state in states] == ["stopped", "stopped"]
 
     # A job that still runs, as after the driver of the fleet died, is followed.
-    (tmp_path / "cancelled").unlink()
-    done = tmp_path / "done-0"
-    JobSubmissionClient(address).submit_job(
-        entrypoint=f"sleep 3; touch {done}",
+    client.submit_job(
+        entrypoint="sleep 2",
         submission_id=f"orphan-{tmp_path.name}",
-        metadata={"diffit.name": names[0], "diffit.attempt": "9"},
+        metadata={"diffit.name": jobs[0].name, "diffit.attempt": "9"},
     )
-    states = shell.run(address, at_most=2, retries=0)
-    assert [state.state for state in states] == ["done", "done"]
-    assert states[0].submission_id == f"orphan-{tmp_path.name}"
-    assert shell.attempts(0) == 1
+    assert submit(jobs[0], address) == f"orphan-{tmp_path.name}"
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:

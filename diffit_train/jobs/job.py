@@ -27,6 +27,7 @@ STAGES = (*CLUSTER_STAGES, "pipeline")
 # How a job gets its Python packages: `none`: from the cluster's Python, and this package's source
 # travels with the job; `image`: that, too, is installed there; `pip`, `uv`: from the lock file.
 RuntimeEnv = Literal["none", "image", "pip", "uv"]
+RuntimeEnvChoice = Literal["auto", RuntimeEnv]
 # How a pipeline announces its stages in its log.
 STAGE_LINE = "pipeline: "
 # Characters of the root's hash in a job's name.
@@ -102,8 +103,10 @@ class Job:
             words += ["--vary", axis]
         if self.sweep:
             words += ["--name" if self.axes else "--sweep-member", self.sweep]
+        for stage in self.checked:
+            words += ["--stage", stage]
         if self.stage == "doctor":
-            words += ["--report-for", ",".join(self.checked)]
+            words += ["--json"]
         return shlex.join(words)
 
 
@@ -125,6 +128,3 @@ def job(
         raise UserError(f"--step is only for evaluate and pipeline, not for {stage}")
     name = recipe.data.name if stage == "encode" else run or recipe.name
     return Job(cast(JobStage, stage), recipe, name, steps, env=env)
-
-
-# ---- Many jobs ----
