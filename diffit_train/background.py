@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def beside(name: str, work: Callable[[threading.Event], None]) -> Iterator[None]:
+def background_thread(name: str, work: Callable[[threading.Event], None]) -> Iterator[None]:
     """Run `work` in a thread during the block.
 
     Args:

@@ -188,7 +188,7 @@ def count(recipe: Recipe) -> Work:
     launches, moved = cost.kernel_launches(model, batch, dtype)
     if recipe.model.attention in ("auto", "sdpa"):
         moved += cost.bias_bytes(model, batch, dtype.itemsize)
-    mode, nth = train.activation_checkpointing, train.checkpoint_every_nth_block
+    mode, nth = train.activation_checkpointing, train.activation_checkpoint_every
     return Work(
         parameters=trainable_parameters(model),
         parts=cost.parameters_by_part(model),

@@ -21,7 +21,7 @@ from diffit_train.errors import UserError
 from diffit_train.redaction import first_line
 
 
-class OwnClassError(UserError):
+class PluginError(UserError):
     """A class that a recipe names cannot be used; trying again on the same node finds the same."""
 
 
@@ -55,7 +55,7 @@ class Plugged:
         """The class of another package.
 
         Raises:
-            OwnClassError: it cannot be imported, or is no class; names key, value and fix.
+            PluginError: it cannot be imported, or is no class; names key, value and fix.
         """
         reference = self.reference(name)
         said = f"{self.key} is {name!r}" + (f" ({reference})" if reference != name else "")
@@ -73,7 +73,7 @@ class Plugged:
                 if missing
                 else "fix that module"
             )
-            raise OwnClassError(
+            raise PluginError(
                 f"{said}, but importing module {module_name} failed: {type(error).__name__}: "
                 f"{reason}; {fix}"
             ) from error
@@ -81,7 +81,7 @@ class Plugged:
         if not isinstance(found, type):
             classes = [n for n, value in vars(module).items() if isinstance(value, type)]
             what = "no" if found is None else f"a {type(found).__name__}, not a"
-            raise OwnClassError(
+            raise PluginError(
                 f"{said}, but module {module_name} has {what} class {class_name}"
                 f"{nearest(class_name, classes)}"
             )
@@ -91,20 +91,20 @@ class Plugged:
         """MODULE:CLASS of a name.
 
         Raises:
-            OwnClassError: no installed package has an entry point of that name.
+            PluginError: no installed package has an entry point of that name.
         """
         if ":" in name:
             return name
         for point in _entry_points(self.group):
             if point.name == name:
                 return point.value
-        raise OwnClassError(f"{self.key} is {name!r}: {self._unknown(name)}")
+        raise PluginError(f"{self.key} is {name!r}: {self._unknown(name)}")
 
     def make(self, name: str, options: dict[str, Any], *arguments: Any) -> Any:
         """An object of the class of another package.
 
         Raises:
-            OwnClassError: as `load`, or its constructor refuses the options.
+            PluginError: as `load`, or its constructor refuses the options.
         """
         found = self.load(name)
         try:
@@ -114,7 +114,7 @@ class Plugged:
         except Exception as error:  # the class's own code may raise anything
             reason = first_line(error)
             given = f" with options {options}" if options else ""
-            raise OwnClassError(
+            raise PluginError(
                 f"{self.key} is {name!r}, but making a {found.__name__}{given} failed: "
                 f"{type(error).__name__}: {reason}; fix the options, or the class"
             ) from error
@@ -144,11 +144,11 @@ def require(key: str, name: str, value: object, methods: Sequence[str]) -> None:
     """Refuse an object of another package that lacks methods.
 
     Raises:
-        OwnClassError: names them.
+        PluginError: names them.
     """
     missing = [method for method in methods if not callable(getattr(value, method, None))]
     if missing:
-        raise OwnClassError(
+        raise PluginError(
             f"{key} is {name!r}, but {type(value).__name__} has no {', '.join(missing)}; "
             "docs/extend.md says what it needs"
         )

@@ -37,7 +37,7 @@ from diffit_train.runs.checkpoints import (
 )
 from diffit_train.runs.identity import IDENTITY, read_identity, stored_recipe
 from diffit_train.training.log import (
-    PASSED_OVER,
+    SKIPPED_STEPS,
     WRITE_RANGES,
     SkippedSteps,
     TrainingLog,
@@ -166,7 +166,7 @@ def _run(url: str) -> Iterator[Check]:
     for name, check in files.items():
         rebuild = LOG if name == "log.jsonl" else TRAIN
         yield Check(name, check, rebuild, (storage.join(url, name),))
-    yield Check(PASSED_OVER, lambda: SkippedSteps.read(url), WRITE_RANGES)
+    yield Check(SKIPPED_STEPS, lambda: SkippedSteps.read(url), WRITE_RANGES)
     for folder, rebuild in (("", TRAIN), (SNAPSHOTS, "a new training only")):
         base = storage.join(url, folder) if folder else url
         for step in committed_steps(base):

@@ -19,7 +19,7 @@ EXECUTION_KEYS = (
     "micro_batch_size",
     "compile",
     "activation_checkpointing",
-    "checkpoint_every_nth_block",
+    "activation_checkpoint_every",
     "overlap_comm",
     "bucket_elements",
     "deterministic",
@@ -162,7 +162,7 @@ class Train(Section):
         description="what the backward pass recomputes; selective: all but matrix products and "
         "attention; blocks: everything inside a block",
     )
-    checkpoint_every_nth_block: PositiveInt = Field(
+    activation_checkpoint_every: PositiveInt = Field(
         default=1, description="apply activation_checkpointing to every n-th block"
     )
     overlap_comm: bool | None = Field(

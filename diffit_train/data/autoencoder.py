@@ -25,7 +25,7 @@ from diffit_train.data.autoencoder_memory import (
 )
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
-from diffit_train.models.precision import searched_convolutions, tf32
+from diffit_train.models.precision import cudnn_benchmark, tf32
 from diffit_train.redaction import first_line
 
 T = TypeVar("T", np.ndarray, Tensor)
@@ -39,7 +39,7 @@ _DTYPES = {
 }
 
 
-def scaled_sample(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
+def sample_latent(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
     """Sample scaled latents (B, C, h, w) from the posterior.
 
     Args:
@@ -114,7 +114,7 @@ class LoadedAutoencoder:
         if self.model is not None:
             side *= _downsampling(self.model)
         size = self._slice_size("decode", len(latents), side**2)
-        with tf32(self.tf32), searched_convolutions(self.search):
+        with tf32(self.tf32), cudnn_benchmark(self.search):
             images = [self._decoded(part, pixels) for part in _slices(latents, size)]
         return np.concatenate(images)
 

@@ -436,14 +436,14 @@ class _Encoder:
         """Sums and sums of squares of the scaled, sampled latents, by channel."""
         import torch
 
-        from diffit_train.data.autoencoder import scaled_sample
+        from diffit_train.data.autoencoder import sample_latent
 
         flat = as_float(moments.reshape(-1, *moments.shape[2:]))
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([number])))
         channels = self.recipe.autoencoder.latent_channels
         noise = random.standard_normal((len(flat), channels, *flat.shape[2:]))
         tensors = torch.from_numpy(flat), torch.from_numpy(noise)
-        sampled = scaled_sample(*tensors, self.autoencoder.scale).double().numpy()
+        sampled = sample_latent(*tensors, self.autoencoder.scale).double().numpy()
         return sampled.sum((0, 2, 3)).tolist(), (sampled**2).sum((0, 2, 3)).tolist()
 
 

@@ -47,7 +47,7 @@ def build_weight(guidance: Guidance) -> Weight:
     return constant(1.0)
 
 
-def saved_share(weight: Weight, levels: list[float], skip_within: float) -> float:
+def skipped_fraction(weight: Weight, levels: list[float], skip_within: float) -> float:
     """Fraction of the NFE saved by skipping idle unconditional passes.
 
     Args:

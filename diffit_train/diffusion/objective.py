@@ -23,7 +23,7 @@ from diffit_train.config.recipe import Recipe
 from diffit_train.diffusion.edm import build_edm
 from diffit_train.diffusion.flow import flow_loss, interpolate
 from diffit_train.diffusion.gaussian import add_noise, predict_x0, training_loss
-from diffit_train.diffusion.guidance import Denoiser, build_weight, repeated, saved_share
+from diffit_train.diffusion.guidance import Denoiser, build_weight, repeated, skipped_fraction
 from diffit_train.diffusion.samplers import (
     Noise,
     SamplerFunction,
@@ -214,7 +214,7 @@ def build_objective(diffusion: Diffusion) -> Objective:
     )
 
 
-def visited_levels(diffusion: Diffusion, sampler: Sampler) -> list[float]:
+def sampler_sigmas(diffusion: Diffusion, sampler: Sampler) -> list[float]:
     """Levels in [0, 1] at which a sampler calls its denoiser, in order; used to count the NFE."""
     objective, visited = load_objective(diffusion), []
 
@@ -230,8 +230,8 @@ def visited_levels(diffusion: Diffusion, sampler: Sampler) -> list[float]:
 def nfe_per_image(recipe: Recipe) -> float:
     """NFE per image, including those for guidance."""
     guidance = recipe.evaluate.guidance
-    visited = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
+    visited = sampler_sigmas(recipe.diffusion, recipe.evaluate.sampler)
     if not recipe.model.conditional:
         return float(len(visited))
-    share = saved_share(build_weight(guidance), visited, guidance.skip_within)
+    share = skipped_fraction(build_weight(guidance), visited, guidance.skip_within)
     return 2.0 * len(visited) * (1.0 - share)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.diffusion.objective import visited_levels
+from diffit_train.diffusion.objective import sampler_sigmas
 from diffit_train.evaluation.grid import cell_side, page, resized
 
 # Frames at most, before the last one, which shows the finished images.
@@ -32,7 +32,7 @@ class Animation:
     """
 
     def __init__(self, recipe: Recipe, rows: Sequence[int], names: Sequence[str] | None) -> None:
-        self.levels = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
+        self.levels = sampler_sigmas(recipe.diffusion, recipe.evaluate.sampler)
         count = min(FRAMES, len(self.levels))
         self._calls = np.linspace(0, len(self.levels) - 1, count).round().astype(int).tolist()
         self.rows, self.names = rows, names

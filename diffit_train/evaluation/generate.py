@@ -13,8 +13,8 @@ from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import LoadedAutoencoder, autoencoder_url, load_autoencoder
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.diffusion.generation import ImageNoise, generate_latents, weight_of_noise
-from diffit_train.diffusion.guidance import build_weight, saved_share
-from diffit_train.diffusion.objective import load_objective, visited_levels
+from diffit_train.diffusion.guidance import build_weight, skipped_fraction
+from diffit_train.diffusion.objective import load_objective, sampler_sigmas
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.features import check_pinned_hash
 from diffit_train.models.build import build_model
@@ -152,8 +152,8 @@ def guidance_saving(recipe: Recipe) -> str:
     guidance = recipe.evaluate.guidance
     if not recipe.model.conditional or guidance.kind == "none":
         return ""
-    visited = visited_levels(recipe.diffusion, recipe.evaluate.sampler)
-    share = saved_share(build_weight(guidance), visited, guidance.skip_within)
+    visited = sampler_sigmas(recipe.diffusion, recipe.evaluate.sampler)
+    share = skipped_fraction(build_weight(guidance), visited, guidance.skip_within)
     if not share:
         return ""
     return (

@@ -138,7 +138,7 @@ class Usage(NamedTuple):
         return Usage(self.existed_s - before.existed_s, self.worked_s - before.worked_s)
 
     @property
-    def idle_share(self) -> float | None:
+    def idle_fraction(self) -> float | None:
         """Fraction of the time in which actors existed without work; None without actors."""
         return max(0.0, 1.0 - self.worked_s / self.existed_s) if self.existed_s > 0 else None
 

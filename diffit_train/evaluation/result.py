@@ -27,8 +27,8 @@ class Result(storage.Record):
     `fd_NAME` and `kd_NAME`. If the reference has images, it also has `precision` and `recall`, from
     exact distances (only `python -m tests.conformance` rounds them like ADM's evaluator). With a
     classifier it has `classifier_accuracy`, the fraction of images classified as the requested
-    class. `idle_share` is the fraction of the time in which actors existed but did not work, since
-    the images of the evaluation before were complete; null if no actor was needed.
+    class. `idle_fraction` is the fraction of the time in which actors existed but did not work,
+    since the images of the evaluation before were complete; null if no actor was needed.
     `keep_images` is evaluate.keep_images. `reference_digest` identifies the reference: the SHA-256
     of a reference file, else a hash of images and features. `features_digest` is that of the
     feature network's weights. `files` holds the SHA-256 of the grid, and of samples.npz if there.
@@ -41,7 +41,7 @@ class Result(storage.Record):
     metrics: dict[str, float]
     grid: str
     seconds: float
-    idle_share: float | None = None
+    idle_fraction: float | None = None
     keep_images: str
     nfe: float
     evaluate: dict[str, Any]

@@ -280,7 +280,7 @@ def _finish(
         metrics=metrics,
         grid=grid,
         seconds=time.monotonic() - one.started_s,
-        idle_share=usage.idle_share,
+        idle_fraction=usage.idle_fraction,
         keep_images=recipe.evaluate.keep_images,
         nfe=cost,
         evaluate=evaluated_identity(recipe),
@@ -293,9 +293,9 @@ def _finish(
     write_result(url, result)
     if request.npz:
         write_npz(recipe, url)
-    if usage.idle_share is not None:
+    if usage.idle_fraction is not None:
         say(
-            f"step {step:,}: the actors were idle for {usage.idle_share:.1%} of their "
+            f"step {step:,}: the actors were idle for {usage.idle_fraction:.1%} of their "
             f"{usage.existed_s:,.0f} s"
         )
     return result

@@ -101,7 +101,7 @@ class TMSA(nn.Module):
         return _from_windows(out, self.side, self.window) if windowed else out
 
 
-class Untimed(TMSA):
+class NoTimeConditioning(TMSA):
     """TMSA without time: windowed self-attention with relative-position bias."""
 
     def make_time_layer(self, hidden_size: int, condition_size: int) -> None:

@@ -287,7 +287,7 @@ def kernel_name(wanted: str, device: torch.device) -> str:
     return wanted
 
 
-def compute_deterministically(kernel: str) -> None:
+def enable_determinism(kernel: str) -> None:
     """Make torch refuse or replace nondeterministic operations, for the rest of this process.
 
     Call before the process first uses cuBLAS, which reads its workspace setting only once.

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffit_train.models.attention import TMSA, SeparateTime, TimeInBias, Untimed
+from diffit_train.models.attention import TMSA, NoTimeConditioning, SeparateTime, TimeInBias
 from diffit_train.models.backbone import Backbone
 from diffit_train.models.layers import (
     FullPrecisionConv2d,
@@ -39,8 +39,8 @@ ATTENTION: dict[str, type[TMSA]] = {
     "tmsa": TMSA,
     "separate": SeparateTime,
     "bias": TimeInBias,
-    "mlp": Untimed,
-    "none": Untimed,
+    "mlp": NoTimeConditioning,
+    "none": NoTimeConditioning,
 }
 # Scale of the random frequencies of Fourier time embeddings (Song et al. 2021, NCSN++).
 FOURIER_SCALE = 16.0

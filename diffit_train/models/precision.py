@@ -26,7 +26,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 @contextmanager
-def searched_convolutions(allowed: bool = True) -> Iterator[None]:
+def cudnn_benchmark(allowed: bool = True) -> Iterator[None]:
     """Whether cuDNN times its algorithms for each new shape, and keeps the fastest.
 
     Which one it is may change from process to process, and with it the last bits of results.

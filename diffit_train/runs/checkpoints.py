@@ -505,18 +505,16 @@ def save_whole(
     commit_checkpoint(url, state, shapes, [pieces], tuple(values))
 
 
-def remove_old(
-    run_url: str, keep: int, every: int | None = None, spared: Iterable[int] = ()
-) -> None:
+def prune(run_url: str, keep: int, every: int | None = None, protected: Iterable[int] = ()) -> None:
     """Remove all committed checkpoints except step 0, the newest `keep`, and permanent ones.
 
     The commit marker is removed first, so a half-removed checkpoint never looks complete.
 
     Args:
         every: checkpoints at multiples of this many steps are kept permanently.
-        spared: steps that are still needed, for example because their evaluation is pending.
+        protected: steps that are still needed, for example because their evaluation is pending.
     """
-    needed = set(spared)
+    needed = set(protected)
     for step in [s for s in committed_steps(run_url) if s > 0][:-keep]:
         if step in needed or (every is not None and step % every == 0):
             continue

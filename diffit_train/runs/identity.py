@@ -21,7 +21,7 @@ NEWEST = "newest"
 IDENTITY = "run.json"
 
 
-class RunIdentity(storage.Record):
+class RunMetadata(storage.Record):
     """run.json; `uuid` distinguishes two successive runs of the same name.
 
     `latents` is the `samples_digest` of the latents it trains on, empty before training.
@@ -38,10 +38,10 @@ def run_url(recipe: Recipe, run: str) -> str:
     return storage.join(recipe.storage.root, "runs", run)
 
 
-def read_identity(url: str) -> RunIdentity | None:
+def read_identity(url: str) -> RunMetadata | None:
     """The identity of the run in a folder; None if there is no run."""
     try:
-        return RunIdentity.model_validate_json(storage.read_bytes(storage.join(url, IDENTITY)))
+        return RunMetadata.model_validate_json(storage.read_bytes(storage.join(url, IDENTITY)))
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -52,7 +52,7 @@ def read_identity(url: str) -> RunIdentity | None:
         ) from error
 
 
-def check_recipe(recipe: Recipe, run: str) -> RunIdentity | None:
+def check_recipe(recipe: Recipe, run: str) -> RunMetadata | None:
     """The run's identity, or None if it does not exist.
 
     Raises:
@@ -108,26 +108,26 @@ def _differences(recipe: Recipe, url: str) -> str:
     return f" ({'; '.join(changed)})" if changed else ""
 
 
-def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
+def create_identity(recipe: Recipe, run: str, latents: str = "") -> RunMetadata:
     """A new run's identity, stored."""
-    return store_run(recipe, new_identity(recipe, run, latents))
+    return store_run(recipe, new_metadata(recipe, run, latents))
 
 
-def new_identity(recipe: Recipe, run: str, latents: str = "") -> RunIdentity:
+def new_metadata(recipe: Recipe, run: str, latents: str = "") -> RunMetadata:
     """A new run's identity; nothing is written."""
-    return RunIdentity(
+    return RunMetadata(
         uuid=uuid.uuid4().hex, name=run, recipe_hash=recipe.train_hash(), latents=latents
     )
 
 
-def store_run(recipe: Recipe, identity: RunIdentity) -> RunIdentity:
+def store_run(recipe: Recipe, identity: RunMetadata) -> RunMetadata:
     """Write recipe.yaml, then run.json, which marks the folder as a run."""
     url = run_url(recipe, identity.name)
     storage.write_text(storage.join(url, "recipe.yaml"), stored_text(recipe))
     return write_identity(url, identity)
 
 
-def write_identity(url: str, identity: RunIdentity) -> RunIdentity:
+def write_identity(url: str, identity: RunMetadata) -> RunMetadata:
     """Store the identity of the run in a folder."""
     storage.write_text(storage.join(url, IDENTITY), identity.model_dump_json(indent=1))
     return identity
@@ -145,7 +145,7 @@ def record_steps(recipe: Recipe, run: str) -> None:
         storage.write_text(storage.join(url, "recipe.yaml"), text)
 
 
-def check_latents(url: str, identity: RunIdentity, manifest: Manifest) -> None:
+def check_latents(url: str, identity: RunMetadata, manifest: Manifest) -> None:
     """Refuse to resume a run on latents other than those that it began with.
 
     Raises:
@@ -160,7 +160,7 @@ def check_latents(url: str, identity: RunIdentity, manifest: Manifest) -> None:
     )
 
 
-def record_latents(url: str, identity: RunIdentity, manifest: Manifest) -> RunIdentity:
+def record_latents(url: str, identity: RunMetadata, manifest: Manifest) -> RunMetadata:
     """The identity with the digest of the latents, stored if it was not."""
     if identity.latents == manifest.samples_digest:
         return identity

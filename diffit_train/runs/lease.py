@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from diffit_train import storage
-from diffit_train.background import beside
+from diffit_train.background import background_thread
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.hang.processes import running
 
@@ -69,7 +69,7 @@ class Holder(storage.Record):
         """For messages."""
         return f"process {self.pid} on {self.host}"
 
-    def known_dead(self) -> bool:
+    def is_dead(self) -> bool:
         """Whether it is of this machine, and its process is gone."""
         if self.boot != _boot():
             return False
@@ -160,7 +160,7 @@ def held(
     me = Holder.me()
     lease = _acquire(url, me, wait, say)
     try:
-        with beside("lease", lambda ended: _beat(lease, me, ended, say, lost)):
+        with background_thread("lease", lambda ended: _beat(lease, me, ended, say, lost)):
             yield lease
     finally:
         _release(lease, me)
@@ -171,7 +171,7 @@ def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Le
     number, changed_s, told = 0, 0.0, False
     while True:
         newest = _newest(url)
-        if newest is None or newest[1].released or newest[1].known_dead():
+        if newest is None or newest[1].released or newest[1].is_dead():
             expired = True
         else:
             now_s = time.monotonic()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffit_train.config import Recipe
 from diffit_train.data.augment import Resampling, draw_augmentation, joined_augmentation
-from diffit_train.data.autoencoder import scaled_sample
+from diffit_train.data.autoencoder import sample_latent
 from diffit_train.data.loader import Batch, draw
 from diffit_train.data.shards import Manifest
 from diffit_train.diffusion.objective import Objective
@@ -83,7 +83,7 @@ class BatchBuilder:
             return torch.cat([torch.from_numpy(getattr(lane, name)) for lane in lanes])
 
         moments = torch.from_numpy(batch.moments)[torch.arange(len(batch.labels)), joined("flip")]
-        x0 = scaled_sample(moments, joined("posterior"), manifest.scale)
+        x0 = sample_latent(moments, joined("posterior"), manifest.scale)
         labels = torch.from_numpy(batch.labels)
         y = torch.where(joined("drop"), self.recipe.data.num_classes, labels)
         extras, augmentation = {}, None

@@ -45,10 +45,10 @@ class TrainerHooks(Protocol):
     def say(self, text: str) -> None:
         """Show a line to the user; called on rank 0."""
 
-    def stop_wanted(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether training should save and exit; called on rank 0."""
 
-    def resize_wanted(self) -> bool:
+    def should_resize(self) -> bool:
         """Whether this worker group is about to be replaced by one of another size; on rank 0."""
 
     def await_resize(self, saved: bool) -> None:
@@ -140,7 +140,7 @@ class ControlPlane:
         """
         flags = torch.zeros(5, dtype=torch.float64)
         if self.rank == 0:
-            flags[0] = self.hooks.stop_wanted()
+            flags[0] = self.hooks.should_stop()
             now_s = time.monotonic()
             if now_s - self._polled_s > PREEMPTION_POLL_S:
                 self._polled_s = now_s
@@ -149,7 +149,7 @@ class ControlPlane:
             if self._starting:
                 flags[2] = self.pending_validation.popleft()
             flags[3] = now_s >= self._save_due_s
-            flags[4] = self.hooks.resize_wanted()
+            flags[4] = self.hooks.should_resize()
         if loss_sum.is_cuda:  # from pinned memory, the copy does not wait for the device
             flags = flags.pin_memory().to(loss_sum.device, non_blocking=True)
         shared = torch.cat([(loss_sum / self.train.batch_size).view(1), flags])

@@ -15,7 +15,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import ray_session, storage
-from diffit_train.background import beside
+from diffit_train.background import background_thread
 from diffit_train.config import Recipe, stored_text
 from diffit_train.data.loader import SampleOrder
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
@@ -35,11 +35,11 @@ from diffit_train.runs.checkpoints import (
     remove_unfinished,
 )
 from diffit_train.runs.identity import (
-    RunIdentity,
+    RunMetadata,
     check_latents,
     check_recipe,
     finished_step,
-    new_identity,
+    new_metadata,
     record_latents,
     record_steps,
     run_url,
@@ -113,7 +113,7 @@ def train(
         with ray_session.connected(address):
             ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
             known = check_recipe(recipe, run)
-            identity = known or new_identity(recipe, run, manifest.samples_digest)
+            identity = known or new_metadata(recipe, run, manifest.samples_digest)
             # Before anything is written: a new run is refused without MLflow.
             mlflow_run_id = _mlflow_run(recipe, identity, manifest)
             if known is None:
@@ -193,7 +193,7 @@ def _tracked_fit(
     return step
 
 
-def _tags(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> dict[str, str]:
+def _tags(recipe: Recipe, identity: RunMetadata, manifest: Manifest) -> dict[str, str]:
     """What the run is found by in MLflow, and where it comes from."""
     tags = {
         "diffit.recipe_hash": identity.recipe_hash,
@@ -213,7 +213,7 @@ def _tags(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> dict[str
     return tags
 
 
-def _mlflow_run(recipe: Recipe, identity: RunIdentity, manifest: Manifest) -> str:
+def _mlflow_run(recipe: Recipe, identity: RunMetadata, manifest: Manifest) -> str:
     """The run's id in MLflow. A resumed run reads it from its checkpoint if MLflow is down.
 
     Raises:
@@ -418,5 +418,5 @@ def _progress(
                     progress.restart_clock()
             show(progress)
 
-    with beside("training-progress", watch):
+    with background_thread("training-progress", watch):
         yield

@@ -59,16 +59,16 @@ class BadStepGuard:
         self._consecutive: list[int] = []
         self._since_record = 0
 
-    def good_step(self) -> None:
+    def record_ok(self) -> None:
         """Note that a step was taken."""
         self._consecutive = []
 
-    def take_count(self) -> int:
+    def pop_count(self) -> int:
         """Bad steps since the last call."""
         count, self._since_record = self._since_record, 0
         return count
 
-    def bad_step(self, batch: Batch, loss: float, grad_norm: float) -> None:
+    def record_skip(self, batch: Batch, loss: float, grad_norm: float) -> None:
         """Note that a step was skipped, and list its samples in bad-steps.jsonl.
 
         Raises:

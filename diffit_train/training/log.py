@@ -22,7 +22,7 @@ from diffit_train.runs.checkpoints import (
 )
 from diffit_train.runs.identity import run_url
 
-PASSED_OVER = "passed-over.json"
+SKIPPED_STEPS = "skipped-steps.json"
 BAD_STEPS = "bad-steps.jsonl"
 # How to get the ranges back: training without them would be another one.
 WRITE_RANGES = (
@@ -110,14 +110,14 @@ class TrainingLog:
 
 
 class _Ranges(storage.Record):
-    """passed-over.json."""
+    """skipped-steps.json."""
 
     ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class SkippedSteps:
-    """passed-over.json: inclusive (first, last) ranges of steps whose batches are skipped."""
+    """skipped-steps.json: inclusive (first, last) ranges of steps whose batches are skipped."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
@@ -128,7 +128,7 @@ class SkippedSteps:
         Raises:
             UserError: the file is damaged; training without it would be another one.
         """
-        name = storage.join(url, PASSED_OVER)
+        name = storage.join(url, SKIPPED_STEPS)
         if not storage.exists(name):
             return cls()
         try:
@@ -148,7 +148,7 @@ class SkippedSteps:
     def write(self, url: str) -> None:
         """Replace the file."""
         text = _Ranges(ranges=self.ranges).model_dump_json()
-        storage.write_text(storage.join(url, PASSED_OVER), text)
+        storage.write_text(storage.join(url, SKIPPED_STEPS), text)
 
 
 def check_run_files(url: str) -> None:

@@ -19,13 +19,13 @@ from diffit_train.data.loader import LatentLoader, SampleOrder
 from diffit_train.data.shards import latents_url, load_manifest, read_shard
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError
-from diffit_train.models.attention_kernels import compute_deterministically, kernel_name
+from diffit_train.models.attention_kernels import enable_determinism, kernel_name
 from diffit_train.models.backbone import Backbone
 from diffit_train.models.build import build_model
 from diffit_train.models.cost import training_flops_per_image
 from diffit_train.models.transfer import transfer_weights
 from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
-from diffit_train.runs.checkpoints import SNAPSHOTS, State, read_weights, remove_old
+from diffit_train.runs.checkpoints import SNAPSHOTS, State, prune, read_weights
 from diffit_train.runs.identity import run_url
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
 from diffit_train.training.checkpointer import (
@@ -84,7 +84,7 @@ class Trainer:
         hooks: TrainerHooks,
     ) -> None:
         if recipe.train.deterministic:
-            compute_deterministically(kernel_name(recipe.model.attention, device))
+            enable_determinism(kernel_name(recipe.model.attention, device))
         self.recipe, self.device, self.hooks = recipe, device, hooks
         self.mlflow_run_id = mlflow_run_id
         self.url = run_url(recipe, run)
@@ -125,7 +125,7 @@ class Trainer:
         model.to(self.device)
         use_kernel(model, self.recipe.model.attention, self.device)
         checkpoint_activations(
-            model, train.activation_checkpointing, train.checkpoint_every_nth_block
+            model, train.activation_checkpointing, train.activation_checkpoint_every
         )
         if train.compile:
             compile_blocks(model)
@@ -206,7 +206,7 @@ class Trainer:
                 last = self.step == train.steps
                 if self.step % train.log_every == 0 or last:
                     checkpoint_s = self.writer.take_blocked_s()
-                    bad_steps = self.guard.take_count()
+                    bad_steps = self.guard.pop_count()
                     recorder.record(self.step, loader.wait_s, checkpoint_s, bad_steps)
                 self._save_where_due(last)
                 if last or self.control.stop:
@@ -249,10 +249,10 @@ class Trainer:
             raise RuntimeError(f"DeepSpeed took step {self.step} without computing its norm")
         self.control.follow(decision)
         if taken:
-            self.guard.good_step()
+            self.guard.record_ok()
             self.recorder.add(losses, noise_levels, decision.grad_norm)
         else:
-            self.guard.bad_step(batch.source, decision.loss, decision.grad_norm)
+            self.guard.record_skip(batch.source, decision.loss, decision.grad_norm)
 
     def _backward(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Accumulate gradients of this rank's samples; their losses and noise levels in [0, 1]."""
@@ -322,7 +322,7 @@ class Trainer:
                 self.control.pending_validation.append(step)
             try:
                 waiting = self.control.awaiting_validation()
-                remove_old(self.url, train.keep_checkpoints, train.keep_every, waiting)
+                prune(self.url, train.keep_checkpoints, train.keep_every, waiting)
             except (OSError, DiffitError) as error:
                 self.hooks.say(f"Could not remove old checkpoints: {error}")
 

@@ -141,7 +141,7 @@ class TrainingStatus:
         """Ask the workers to save and exit."""
         self.stopping = True
 
-    def stop_wanted(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the workers were asked to save and exit."""
         return self.stopping
 

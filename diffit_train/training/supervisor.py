@@ -144,7 +144,7 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
         now_s = time.monotonic()
         if self.waiting_since_s is None:
             self.waiting_since_s, self.said_s = now_s, now_s + SAY_FIRST_S - SAY_EVERY_S
-        if ray.get(self.status.stop_wanted.remote()):
+        if ray.get(self.status.should_stop.remote()):
             raise DiffitError("no workers were running")
         waited_s, scaling = now_s - self.waiting_since_s, self.scaling
         elastic = scaling.min_workers != scaling.max_workers

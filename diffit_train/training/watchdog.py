@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from diffit_train import storage
-from diffit_train.background import beside
+from diffit_train.background import background_thread
 from diffit_train.hang.processes import FIRST_FACTOR, FOLDER, end_processes, store_stacks
 from diffit_train.training.status import Rank
 
@@ -61,7 +61,7 @@ class Watchdog:
 
     def watching(self) -> AbstractContextManager[None]:
         """Look at the ranks, in a thread, while a block runs."""
-        return beside("watchdog", self._watch)
+        return background_thread("watchdog", self._watch)
 
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(min(MOST_LOOK_S, LOOK_SHARE * self.hang_s)):

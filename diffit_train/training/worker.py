@@ -25,7 +25,7 @@ from diffit_train.errors import DataError
 from diffit_train.hang.processes import Process, this_process
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
-from diffit_train.plugins import OwnClassError
+from diffit_train.plugins import PluginError
 from diffit_train.redaction import first_line
 from diffit_train.runs.lease import Lease
 from diffit_train.training.status import Polled
@@ -175,11 +175,11 @@ class RayHooks:
         if self.rank == 0:
             self.status.say.remote(text)
 
-    def stop_wanted(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the driver has been asked to stop."""
         return self.stopping.is_set()
 
-    def resize_wanted(self) -> bool:
+    def should_resize(self) -> bool:
         """Whether the supervisor has announced a resize."""
         return self.resizing
 
@@ -249,7 +249,7 @@ def train_worker(config: dict[str, Any]) -> None:
         if hooks.rank == 0:
             ray.get(hooks.status.fail.remote(str(error)))
         return
-    except OwnClassError as error:  # this node lacks it, or has another version
+    except PluginError as error:  # this node lacks it, or has another version
         ray.get(hooks.status.fail.remote(f"on node {socket.gethostname()}: {error}"))
         raise
     except DataError as error:  # raised on one rank; its end ends the others

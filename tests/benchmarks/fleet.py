@@ -251,7 +251,7 @@ def _in_sequence(recipe: Recipe, step: int, folder: Path, found: FoundReference)
         for part in chunks.committed_chunks(target.url):
             suite.add(chunks.read_chunk(target.url, part, target.key))
         suite.values(found.read())
-        share = fleet.usage().idle_share
+        share = fleet.usage().idle_fraction
         fleet.close()
     assert share is not None
     return share
@@ -270,7 +270,7 @@ def idle(root: Path, samples: int, fleet: int) -> None:
         (result,) = runner.evaluate([runner.Request(recipe, "demo", step)])
     ray.shutdown()
     shutil.rmtree(folder)
-    assert result.idle_share is not None
+    assert result.idle_fraction is not None
     print_table(
         f"{samples:,} images on {fleet} actors on {os.cpu_count()} CPUs, with a network that "
         f"sleeps {IMAGE_S * 1000:g} ms an image, and features of Inception's size; baseline: "
@@ -278,7 +278,11 @@ def idle(root: Path, samples: int, fleet: int) -> None:
         ["", "actors exist and do not generate", "vs. baseline"],
         [
             ["in sequence", f"{before:.1%}", "1.000"],
-            ["diffit evaluate", f"{result.idle_share:.1%}", f"{result.idle_share / before:.3f}"],
+            [
+                "diffit evaluate",
+                f"{result.idle_fraction:.1%}",
+                f"{result.idle_fraction / before:.3f}",
+            ],
         ],
     )
 

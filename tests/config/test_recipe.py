@@ -311,7 +311,7 @@ def test_how_a_step_is_computed_does_not_change_the_run() -> None:
     spelled_out = ["model.preset=null", "model.hidden_size=1152", "model.depth=28"]
     for changes in (
         ["train.zero_stage=1", "train.compile=true", "model.attention=reference"],
-        ["train.activation_checkpointing=blocks", "train.checkpoint_every_nth_block=2"],
+        ["train.activation_checkpointing=blocks", "train.activation_checkpoint_every=2"],
         spelled_out,
     ):
         assert load_recipe("imagenet256", changes).train_hash() == base.train_hash()

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder, scaled_sample
+from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder, sample_latent
 from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.autoencoder_memory import Part, activation_values, slice_size
 from diffit_train.data.fit import fit
@@ -76,7 +76,7 @@ def test_scaled_sample_is_diffusers_posterior() -> None:
     noise = torch.randn(2, 4, 3, 3)
     posterior = DiagonalGaussianDistribution(moments)
     expected = 0.5 * (posterior.mean + posterior.std * noise)
-    torch.testing.assert_close(scaled_sample(moments, noise, 0.5), expected)
+    torch.testing.assert_close(sample_latent(moments, noise, 0.5), expected)
 
 
 def test_a_fitted_autoencoder_is_diffusers(project: Path) -> None:

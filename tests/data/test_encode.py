@@ -26,7 +26,7 @@ from diffit_train import ray_session, storage
 from diffit_train.commands.encode import encode_latents
 from diffit_train.commands.verify import check
 from diffit_train.config import Recipe, dump_recipe
-from diffit_train.data.autoencoder import load_autoencoder, scaled_sample
+from diffit_train.data.autoencoder import load_autoencoder, sample_latent
 from diffit_train.data.encode import _read_shard_images, encode
 from diffit_train.data.encode_order import encode_order, order_digest
 from diffit_train.data.encode_plan import (
@@ -445,7 +445,7 @@ def test_pixels_can_be_the_latents(project: Path, tmp_path: Path) -> None:
     assert verify(latents_url(recipe)) == []
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     floats = torch.from_numpy(as_float(shard.moments[:, 0]))
-    sampled = scaled_sample(floats, torch.randn(5, 3, 16, 16), 1.0)
+    sampled = sample_latent(floats, torch.randn(5, 3, 16, 16), 1.0)
     assert manifest.mean == pytest.approx(_pixel_means(recipe, manifest), abs=1e-6)
     path = sorted((tmp_path / "images" / "digits").rglob("*.png"))[shard.keys[2]]
     pixels = center_crop(decode(path.read_bytes()), 16)

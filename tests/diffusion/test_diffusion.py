@@ -273,7 +273,7 @@ def test_idle_unconditional_passes_are_skipped_and_counted() -> None:
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     outputs = [denoise(x, t) for t in visited]
     spent = sum(evaluated)
-    saved = guidance.saved_share(weight, visited, 1e-4)
+    saved = guidance.skipped_fraction(weight, visited, 1e-4)
     assert spent == round((1 - saved) * 2 * len(visited))
     assert 0.1 < saved < 0.15
     for t, out in zip(visited, outputs, strict=True):

@@ -16,7 +16,7 @@ from diffit_train.config.diffusion import Diffusion, Edm
 from diffit_train.config.evaluate import EdmSampling, Sampler
 from diffit_train.diffusion import samplers
 from diffit_train.diffusion.edm import build_edm, sampling_levels, vp_sigma, vp_time
-from diffit_train.diffusion.objective import build_objective, visited_levels
+from diffit_train.diffusion.objective import build_objective, sampler_sigmas
 from diffit_train.errors import UserError
 
 VARIANTS = ("edm", "vp", "ve")
@@ -157,7 +157,7 @@ def test_churn_keeps_the_distribution() -> None:
 
 @pytest.mark.parametrize(("steps", "nfe"), [(18, 35), (40, 79)])
 def test_published_number_of_evaluations(steps: int, nfe: int) -> None:
-    visited = visited_levels(Diffusion(objective="edm"), Sampler(name="heun", steps=steps))
+    visited = sampler_sigmas(Diffusion(objective="edm"), Sampler(name="heun", steps=steps))
     assert len(visited) == nfe
     assert 0.999 < visited[0] <= 1.0
     assert visited[-1] < 1e-4

@@ -21,7 +21,7 @@ from diffit_train.config.evaluate import Sampler
 from diffit_train.diffusion import samplers
 from diffit_train.diffusion.edm import EdmObjective
 from diffit_train.diffusion.flow import flow_loss, interpolate, score
-from diffit_train.diffusion.objective import build_objective, visited_levels
+from diffit_train.diffusion.objective import build_objective, sampler_sigmas
 from diffit_train.diffusion.schedule import evenly_spaced, linear_schedule, respace
 
 ADM = linear_schedule(1000, 1e-4, 0.02)
@@ -268,7 +268,7 @@ def test_flow_score() -> None:
 )
 def test_number_of_denoiser_calls(objective: str, name: str, steps: int, calls: int) -> None:
     diffusion = Diffusion(objective=objective)
-    visited = visited_levels(diffusion, Sampler(name=name, steps=steps))
+    visited = sampler_sigmas(diffusion, Sampler(name=name, steps=steps))
     assert len(visited) == calls
     assert visited[0] == (0.999 if objective == "epsilon" else 1.0)
     assert all(0 <= level <= 1 for level in visited)
@@ -276,9 +276,9 @@ def test_number_of_denoiser_calls(objective: str, name: str, steps: int, calls: 
 
 def test_ddim_visits_the_timesteps_of_the_wanted_spacing() -> None:
     sampler = Sampler(name="ddim", steps=50, spacing="ddim")
-    visited = visited_levels(Diffusion(), sampler)
+    visited = sampler_sigmas(Diffusion(), sampler)
     assert visited == [t / 1000 for t in range(980, -1, -20)]
-    even = visited_levels(Diffusion(), Sampler(name="ddim", steps=50))
+    even = sampler_sigmas(Diffusion(), Sampler(name="ddim", steps=50))
     assert (even[0], even[-1]) == (0.999, 0)
 
 

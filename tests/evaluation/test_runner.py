@@ -255,7 +255,7 @@ def test_the_actors_time_without_work_is_recorded(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, results = evaluated
-    shares = [result.idle_share for result in results]
+    shares = [result.idle_fraction for result in results]
     assert all(share is not None and 0 <= share < 1 for share in shares)
     assert shares[0]  # its actors had to be started
     # Images that are there need no actor: more than this machine could start are asked for.
@@ -265,7 +265,7 @@ def test_the_actors_time_without_work_is_recorded(
     folder = Path(evaluation_url(recipe, "tiny", 12, results[1].key))
     (folder / "result.json").unlink()
     (again,) = evaluate(recipe, "tiny", [12])
-    assert again.idle_share is None
+    assert again.idle_fraction is None
     assert again.metrics == results[1].metrics
 
 

@@ -200,7 +200,7 @@ def _run_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
             folder / "recipe.yaml", lambda: stored_recipe(url).train_identity()
         ),
         "log": Kind(folder / "log.jsonl", log),
-        "skipped steps": Kind(folder / "passed-over.json", lambda: SkippedSteps.read(url)),
+        "skipped steps": Kind(folder / "skipped-steps.json", lambda: SkippedSteps.read(url)),
         "commit marker": Kind(checkpoint / "commit.json", weights),
         "checkpoint index": Kind(checkpoint / "index.json", weights),
         "checkpoint state": Kind(checkpoint / "state.json", weights),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffit_train.data.autoencoder import LoadedAutoencoder
-from diffit_train.models.precision import searched_convolutions
+from diffit_train.models.precision import cudnn_benchmark
 from tests.benchmarks.common import interleaved_seconds, peak_bytes
 from tests.gpu.kit import GIB, Machine, Report, norm_error
 
@@ -116,7 +116,7 @@ def _measure(
             else autoencoder.decode(on_device)
         ]
 
-    with searched_convolutions(way.tuned):
+    with cudnn_benchmark(way.tuned):
         rounds = 3 if machine.cuda else 1
         (seconds,) = interleaved_seconds({name: body}, machine.device, rounds).values()
         peak = peak_bytes(body, machine.device)

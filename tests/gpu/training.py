@@ -72,7 +72,7 @@ class Steps:
         train = recipe.train
         use_kernel(model, recipe.model.attention, device)
         checkpoint_activations(
-            model, train.activation_checkpointing, train.checkpoint_every_nth_block
+            model, train.activation_checkpointing, train.activation_checkpoint_every
         )
         if train.compile:
             compile_blocks(model)

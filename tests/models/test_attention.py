@@ -11,7 +11,7 @@ from diffit_train.models.attention import TMSA, relative_position_index
 from diffit_train.models.attention_kernels import (
     KERNELS,
     Kernel,
-    compute_deterministically,
+    enable_determinism,
     kernel_name,
     reference_attention,
 )
@@ -96,10 +96,10 @@ def test_no_attention_weights_are_saved_for_backward() -> None:
 
 def test_deterministic_mode_refuses_atomics_and_is_on_afterwards() -> None:
     with pytest.raises(UserError, match=r"train\.deterministic.*'flex'.*model\.attention=sdpa"):
-        compute_deterministically("flex")
+        enable_determinism("flex")
     assert not torch.are_deterministic_algorithms_enabled()
     try:
-        compute_deterministically("sdpa")
+        enable_determinism("sdpa")
         assert torch.are_deterministic_algorithms_enabled()
         grads = [_results(KERNELS["sdpa"], _inputs(5, torch.float32))[-1] for _ in range(2)]
         assert torch.equal(*grads)

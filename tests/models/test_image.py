@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
-from diffit_train.models.attention import TMSA, SeparateTime, TimeInBias, Untimed
+from diffit_train.models.attention import TMSA, NoTimeConditioning, SeparateTime, TimeInBias
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.build import build_model
 from diffit_train.models.cost import activation_bytes, multiply_adds
@@ -156,7 +156,7 @@ def test_the_residual_cell_follows_the_equations(kernel: str) -> None:
         torch.testing.assert_close(block(x, c), expected)
 
 
-@pytest.mark.parametrize("kind", [TMSA, SeparateTime, TimeInBias, Untimed])
+@pytest.mark.parametrize("kind", [TMSA, SeparateTime, TimeInBias, NoTimeConditioning])
 def test_windows_do_not_see_each_other(kind: type[TMSA]) -> None:
     attention = _randomized(kind(8, 2, side=8, window=4, condition_size=6))
     x, c = torch.randn(2, 64, 8, requires_grad=True), torch.randn(2, 6, requires_grad=True)
@@ -167,7 +167,7 @@ def test_windows_do_not_see_each_other(kind: type[TMSA]) -> None:
     expected[0, 4:, :4] = True
     assert torch.equal(touched, expected)
     found = torch.autograd.grad(out[0].sum(), c, allow_unused=True)[0]
-    if kind is Untimed:
+    if kind is NoTimeConditioning:
         assert found is None
     else:
         assert found[0].abs().sum() > 0 == found[1].abs().sum()
@@ -176,7 +176,7 @@ def test_windows_do_not_see_each_other(kind: type[TMSA]) -> None:
 def test_time_in_the_bias_is_an_offset_of_the_table() -> None:
     """An image's offsets, added to the table by hand, give the untimed attention's output."""
     timed = _randomized(TimeInBias(8, 2, side=4, window=2, condition_size=6))
-    plain = Untimed(8, 2, side=4, window=2, condition_size=6)
+    plain = NoTimeConditioning(8, 2, side=4, window=2, condition_size=6)
     plain.load_state_dict(timed.state_dict(), strict=False)
     x, c = torch.randn(3, 16, 8), torch.randn(3, 6)
     with torch.no_grad():

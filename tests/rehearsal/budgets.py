@@ -66,7 +66,7 @@ def count(recipe: Any, depth: int, batch: int) -> dict[str, int]:
         torch.set_default_dtype(torch.float32)
         use_kernel(model, recipe.model.attention, device)
         checkpoint_activations(
-            model, train.activation_checkpointing, train.checkpoint_every_nth_block
+            model, train.activation_checkpointing, train.activation_checkpoint_every
         )
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         kept: dict[int, Any] = {}
@@ -110,7 +110,7 @@ def main() -> None:
             model = build_model(recipe)
         launches, moved = kernel_launches(model, batch, torch.bfloat16)
         planned = activation_bytes(
-            model, batch, train.activation_checkpointing, train.checkpoint_every_nth_block,
+            model, batch, train.activation_checkpointing, train.activation_checkpoint_every,
             torch.bfloat16,
         )  # fmt: skip
         result[name] = {

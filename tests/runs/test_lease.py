@@ -144,8 +144,8 @@ def test_a_silent_holder_elsewhere_is_followed(tmp_path: Path, boot: str) -> Non
 
 def test_a_reused_process_number_is_no_holder() -> None:
     me = Holder.me()
-    assert not me.known_dead()
-    assert me.model_copy(update={"started": me.started - 60}).known_dead()
+    assert not me.is_dead()
+    assert me.model_copy(update={"started": me.started - 60}).is_dead()
 
 
 def test_a_lost_lease(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Recorded:
     def require_lease(self) -> None:
         pass
 
-    def stop_wanted(self) -> bool:
+    def should_stop(self) -> bool:
         return self.stopping
 
     def doing(self, what: str, slow: bool = False) -> None:
@@ -57,7 +57,7 @@ class Recorded:
     def saved(self, step: int) -> None:
         raise AssertionError("the control plane saves nothing")
 
-    def resize_wanted(self) -> bool:
+    def should_resize(self) -> bool:
         return self.resizing
 
     def await_resize(self, saved: bool) -> None:
@@ -165,20 +165,20 @@ def _guards(rank: int, world: int, folder: Path) -> None:
     changes: dict[str, Any] = {"max_consecutive_bad_steps": 2, "max_rollbacks": 1}
     plane = ControlPlane(Train(steps=99, batch_size=4, **changes), hooks)
     guard = BadStepGuard(url, plane, lambda: waited.append(True))
-    guard.bad_step(_batch(5, rank), math.nan, 1.0)
-    guard.good_step()
-    guard.bad_step(_batch(7, rank), math.nan, 1.0)
+    guard.record_skip(_batch(5, rank), math.nan, 1.0)
+    guard.record_ok()
+    guard.record_skip(_batch(7, rank), math.nan, 1.0)
     with pytest.raises(RollbackRequested):
-        guard.bad_step(_batch(8, rank), 1.0, math.inf)
+        guard.record_skip(_batch(8, rank), 1.0, math.inf)
     assert waited == [True]
-    assert guard.take_count() == 3
-    assert guard.take_count() == 0
+    assert guard.pop_count() == 3
+    assert guard.pop_count() == 0
 
     again = BadStepGuard(url, plane, lambda: None)
     assert again.skipped == SkippedSteps(((7, 8),))
-    again.bad_step(_batch(9, rank), math.nan, 1.0)
+    again.record_skip(_batch(9, rank), math.nan, 1.0)
     with pytest.raises(UnrecoverableError, match=r"2 consecutive steps from 9 .*\(1 rollbacks\)"):
-        again.bad_step(_batch(10, rank), math.nan, 1.0)
+        again.record_skip(_batch(10, rank), math.nan, 1.0)
     if rank == 0:
         assert (
             "Skipped step 8: loss 1, gradient norm inf; shards shard-0.tar, shard-1.tar; keys"

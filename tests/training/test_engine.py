@@ -20,11 +20,11 @@ from diffit_train.runs.checkpoints import (
     checkpoint_url,
     committed_steps,
     damage,
+    prune,
     read_index,
     read_slices,
     read_state,
     read_weights,
-    remove_old,
     require_step,
 )
 from diffit_train.runs.deepspeed import is_deepspeed_checkpoint, read_deepspeed_checkpoint
@@ -314,7 +314,7 @@ def test_retention_keeps_the_newest_and_the_first(trained: str, tmp_path: Path) 
     for step in (4, 6, 8):
         (folder / "step-0000000002").rename(folder / f"step-{step:010d}")
         _copy_step(folder, step)
-    remove_old(str(run), keep=2)
+    prune(str(run), keep=2)
     assert committed_steps(str(run)) == [0, 6, 8]
 
 
@@ -472,9 +472,9 @@ def test_retention_keeps_every_kth_permanently(trained: str, tmp_path: Path) -> 
     for step in (4, 6, 8, 10):
         (folder / "step-0000000002").rename(folder / f"step-{step:010d}")
         _copy_step(folder, step)
-    remove_old(str(run), keep=1, every=4, spared={6})
+    prune(str(run), keep=1, every=4, protected={6})
     assert committed_steps(str(run)) == [0, 4, 6, 8, 10]
-    remove_old(str(run), keep=2, every=4)
+    prune(str(run), keep=2, every=4)
     assert committed_steps(str(run)) == [0, 4, 8, 10]
 
 

@@ -76,7 +76,7 @@ class Hooks:
     def saved(self, step: int) -> None:
         self.committed.append(step)
 
-    def resize_wanted(self) -> bool:
+    def should_resize(self) -> bool:
         return self.asked == self.resize_after
 
     def await_resize(self, saved: bool) -> None:
@@ -92,7 +92,7 @@ class Hooks:
         if self.lost_after is not None and self.asked > self.lost_after:
             raise LostLeaseError("another command has taken over")
 
-    def stop_wanted(self) -> bool:
+    def should_stop(self) -> bool:
         self.asked += 1
         return self.stop_after is not None and self.asked >= self.stop_after
 

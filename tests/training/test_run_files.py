@@ -124,7 +124,7 @@ def test_without_a_mark_any_log_is_read(run: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[[3,", "[[3]]", "null", '{"ranges": [[3, 9, 1]]}'])
 def test_damaged_ranges_are_named_and_stay(text: str, run: Path) -> None:
     """Training without them would be another one."""
-    file = run / "passed-over.json"
+    file = run / "skipped-steps.json"
     file.write_text(text)
     with pytest.raises(UserError, match=f"{file} is damaged: .*bad-steps.jsonl"):
         SkippedSteps.read(str(run))

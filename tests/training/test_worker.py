@@ -75,7 +75,7 @@ def test_gauges_show_the_age_of_the_checkpoint_and_phases_by_rank(
     _wait_for(lambda: ages[-1] < grown)
     # Also while a stop is under way.
     ray.get(status.stop.remote())
-    _wait_for(hooks.stop_wanted)
+    _wait_for(hooks.should_stop)
     seen = len(ages)
     _wait_for(lambda: ages[seen:])
     RayHooks(status, 1, 2, "mine", Lease("unused", 1, "")).report_phases(
@@ -98,17 +98,17 @@ def test_workers_answer_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
         RayHooks(status, 0, 2, "mine", Lease("unused", 1, "")),
         RayHooks(status, 1, 2, "mine", Lease("unused", 1, "")),
     )
-    assert not hooks.resize_wanted()
+    assert not hooks.should_resize()
     for saved in (True, False):
         ray.get(status.request_resize.remote())
-        _wait_for(hooks.resize_wanted)
+        _wait_for(hooks.should_resize)
         other.await_resize(saved)
         assert not ray.get(status.resize_answered.remote())
         waited.clear()
         hooks.await_resize(saved)
         assert bool(waited) == saved
         assert ray.get(status.resize_answered.remote())
-        _wait_for(lambda: not hooks.resize_wanted())
+        _wait_for(lambda: not hooks.should_resize())
     hooks.leave()
     ray.kill(status)
 
