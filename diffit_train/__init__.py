@@ -9,7 +9,7 @@ In Python:
     for batch in dt.Latents("my-project/latents/digits"): ...  # in training's exact order
     table = dt.compare("my-project")  # a pandas DataFrame
 
-These names, and those of `diffit_train.extend` for classes of your own, are the surface; every
+These names, and those of `diffit_train.extend` for custom classes, are the surface; every
 other module is private. Importing the package imports none of them: torch and the others are
 imported when a name is first used.
 """

@@ -123,9 +123,7 @@ class Plugged:
         if name in self.own or _REFERENCE.fullmatch(name):
             return name
         if ":" in name:
-            raise ValueError(
-                "a class of your own is given as MODULE:CLASS, such as mynet.model:Net"
-            )
+            raise ValueError("a custom class is given as MODULE:CLASS, such as mynet.model:Net")
         if all(point.name != name for point in _entry_points(self.group)):
             raise ValueError(self._unknown(name))
         return name

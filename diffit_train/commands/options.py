@@ -113,7 +113,7 @@ RuntimeEnvOption = Annotated[
     typer.Option(
         "--runtime-env",
         help="Where a job's packages come from. none: the cluster's Python, and this package's "
-        "source is sent; image: the cluster has this package, too, and nothing is sent; pip, uv: "
+        "source is sent; image: the cluster also has this package, and nothing is sent; pip, uv: "
         "Ray installs the lock file on each node. auto: none if the cluster has all packages, "
         "else pip.",
     ),

@@ -46,10 +46,10 @@ class Diffusion(Section):
     objective: Annotated[str, OBJECTIVES] = Field(
         default="epsilon",
         description="epsilon: noise prediction with learned variance (ADM); flow: velocity on the "
-        "linear path (SiT); edm: preconditioned denoising (EDM); or a class of your own, with the "
+        "linear path (SiT); edm: preconditioned denoising (EDM); or a custom class, with the "
         "arguments in diffusion.options",
     )
-    options: dict[str, Any] = Field(default={}, description="arguments of an objective of your own")
+    options: dict[str, Any] = Field(default={}, description="arguments of a custom objective")
     timesteps: Annotated[int, Field(gt=1)] = Field(
         default=1000, description="diffusion timesteps T; flow: the time range [0, T) of the model"
     )
@@ -66,7 +66,7 @@ class Diffusion(Section):
         if self.options and not self.plugged:
             raise ValueError(
                 f"diffusion.options has {', '.join(self.options)}, but diffusion.objective is "
-                f"{self.objective!r}; only an objective of your own has options"
+                f"{self.objective!r}; only a custom objective has options"
             )
         if self.objective != "edm" and self.edm != Edm():
             changed = self.edm.model_dump(exclude_defaults=True)
@@ -88,7 +88,7 @@ class Diffusion(Section):
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the model predicts a variance for each channel, too."""
+        """Whether the model also predicts a variance for each channel."""
         return self.objective == "epsilon"
 
 

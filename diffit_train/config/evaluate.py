@@ -87,7 +87,7 @@ class Sampler(Section):
     name: Literal["ddpm", "ddim", "dpmpp_2m", "heun", "euler", "sde", "own"] = Field(
         default="ddpm",
         description="for epsilon: ddpm, ddim, dpmpp_2m or heun; for flow: euler, heun or sde; for "
-        "edm: heun; for an objective of your own: own",
+        "edm: heun; for a custom objective: own",
     )
     steps: PositiveInt = Field(default=250, description="sampling steps")
     eta: Fraction = Field(
@@ -183,7 +183,7 @@ def without_effect(key: str, settings: Mapping[str, str], objective: str | None)
 
 
 class FeaturesFit(Section):
-    """How `diffit fit features` trains a small classifier of your own."""
+    """How `diffit fit features` trains a small custom classifier."""
 
     steps: PositiveInt = Field(default=400, description="optimizer steps in total")
     batch_size: PositiveInt = Field(default=64, description="images per step")
@@ -211,15 +211,13 @@ class Features(Section):
     kind: Annotated[str, FEATURES] = Field(
         default="classifier",
         description="inception: Inception-2015; classifier: your own, from `diffit fit features`; "
-        "or a class of your own, with the arguments in evaluate.features.options",
+        "or a custom class, with the arguments in evaluate.features.options",
     )
-    options: dict[str, Any] = Field(
-        default={}, description="arguments of a feature network of your own"
-    )
+    options: dict[str, Any] = Field(default={}, description="arguments of a custom feature network")
     source: str = Field(
         default="published",
         description="Inception weight file, folder written by `diffit fit features`, or weight "
-        "file of your own class (`root:` means under ROOT); published: download the published "
+        "file of your custom class (`root:` means under ROOT); published: download the published "
         "Inception weights once; your own class has no file then",
     )
     fit: FeaturesFit = FeaturesFit()
@@ -235,7 +233,7 @@ class Features(Section):
         if self.options and not self.plugged:
             raise ValueError(
                 f"evaluate.features.options has {', '.join(self.options)}, but "
-                f"evaluate.features.kind is {self.kind!r}; only a class of your own has options"
+                f"evaluate.features.kind is {self.kind!r}; only a custom class has options"
             )
         if self.kind == "classifier" and self.source == PUBLISHED:
             raise ValueError(

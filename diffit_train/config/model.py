@@ -138,12 +138,10 @@ class Model(Section):
         default="diffit",
         description="diffit: DiffiT; dit: DiT with adaLN-Zero; dit_tmsa: DiT with TMSA instead of "
         "adaLN-Zero; image_diffit: the U-shaped DiffiT on pixels, with the keys of model.image; "
-        "ddpmpp, ncsnpp: convolutional U-Nets on pixels, with the keys of model.unet; or a class "
-        "of your own, with the arguments in model.options",
+        "ddpmpp, ncsnpp: convolutional U-Nets on pixels, with the keys of model.unet; or a custom "
+        "class, with the arguments in model.options",
     )
-    options: dict[str, Any] = Field(
-        default={}, description="arguments of an architecture of your own"
-    )
+    options: dict[str, Any] = Field(default={}, description="arguments of a custom architecture")
     patch_size: PositiveInt = Field(
         default=2, description="side of a patch, in latent pixels; a patch is one token"
     )
@@ -182,7 +180,7 @@ class Model(Section):
         elif self.options:
             raise ValueError(
                 f"model.options has {', '.join(self.options)}, but model.architecture is "
-                f"{self.architecture!r}; only an architecture of your own has options"
+                f"{self.architecture!r}; only a custom architecture has options"
             )
         instead = "model.options" if self.plugged else "the keys of model.image or model.unet"
         for key in refused:

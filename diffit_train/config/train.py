@@ -185,7 +185,7 @@ class Train(Section):
     checkpoint_every: PositiveInt = Field(default=10_000, description="steps between checkpoints")
     checkpoint_every_s: Positive | None = Field(
         default=None,
-        description="write a checkpoint, too, when the last one is this many seconds old; "
+        description="also write a checkpoint when the last one is this many seconds old; "
         "null: by steps only",
     )
     keep_checkpoints: PositiveInt = Field(

@@ -22,7 +22,7 @@ Part = Literal["encode", "decode"]
 KL_RESIDUAL, KL_READ, KL_ATTENTION = 5, 3, 9
 TINY_TENSORS = 3.2
 CPU_BUDGET = 2 * GIB
-# Of a GPU's memory, and of what is free of it: the model that generates is there, too.
+# Of a GPU's memory, and of what is free of it: it also holds the model that generates.
 GPU_SHARE, FREE_SHARE = 1 / 8, 1 / 2
 
 
@@ -57,7 +57,7 @@ def budget_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_BUDGET
     free, total = torch.cuda.mem_get_info(device)
-    # What the allocator keeps for reuse is free, too.
+    # What the allocator keeps for reuse is also free.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(min(GPU_SHARE * total, FREE_SHARE * free))
 

@@ -25,7 +25,7 @@ JobStage = Literal["encode", "train", "evaluate", "pipeline", "doctor"]
 CLUSTER_STAGES: tuple[ClusterStage, ...] = ("encode", "train", "evaluate")
 STAGES = (*CLUSTER_STAGES, "pipeline")
 # How a job gets its Python packages: `none`: from the cluster's Python, and this package's source
-# travels with the job; `image`: that, too, is installed there; `pip`, `uv`: from the lock file.
+# travels with the job; `image`: that is also installed there; `pip`, `uv`: from the lock file.
 RuntimeEnv = Literal["none", "image", "pip", "uv"]
 RuntimeEnvChoice = Literal["auto", RuntimeEnv]
 # How a pipeline announces its stages in its log.
@@ -42,7 +42,7 @@ class Job:
         sweep: the sweep that an evaluation belongs to, or that the job runs as a whole.
         number: the evaluation's number in the sweep.
         axes: KEY=VALUES of each varied key, for a job that runs a whole sweep.
-        env: names of environment variables of this process that the job gets, too.
+        env: names of environment variables of this process that the job also gets.
         runtime_env: where its packages come from.
         checked: the stages that a `doctor` job checks the cluster's size for.
     """

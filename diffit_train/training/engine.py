@@ -186,7 +186,7 @@ class Engine:
     def publish_owned(self) -> None:
         """Make the weights that the model computes with from all ranks' masters (collective).
 
-        At stage 0, where every rank holds everything, the moments are shared, too.
+        At stage 0, where every rank holds everything, the moments are also shared.
         """
         if self.train.zero_stage == 0:
             self._broadcast_shares()

@@ -40,7 +40,7 @@ class SampleThread:
     """Draws the grid of each checkpoint that is due, and logs it, while the block runs.
 
     After the block, the grids still due are drawn, unless it raised or was told to stop. Whatever
-    fails is said, and training goes on.
+    fails is logged, and training goes on.
 
     Args:
         url: folder of the run.

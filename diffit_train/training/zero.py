@@ -139,7 +139,7 @@ class Zero:
             norm = self.optimizer.scaled_global_norm
             self.optimizer.scaled_global_norm = lambda *args, **kwargs: check(norm(*args, **kwargs))
             # In bf16, DeepSpeed looks for non-finite gradients and skips the step before it
-            # computes the norm, so that `check` would never see it. The norm shows them, too.
+            # computes the norm, so that `check` would never see it. The norm also shows them.
             self.optimizer.check_overflow = lambda *args, **kwargs: None
         else:
             groups = self.optimizer._get_norm_groups

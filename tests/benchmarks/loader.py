@@ -200,7 +200,7 @@ def main() -> None:
         "64 lanes, 16 readers ahead": (64, 16, True),
         "256 lanes, 16 readers ahead": (256, 16, True),
     }
-    # The lowest of some rounds: other work on this machine holds up the loader's threads, too.
+    # The lowest of some rounds: other work on this machine also holds up the loader's threads.
     rounds = [
         {name: data_wait(*way, options.paced_steps) for name, way in ways_to_wait.items()}
         for _ in range(options.paced_rounds)

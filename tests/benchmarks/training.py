@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "bf16_autocast"), default="fp32")
     options = parser.parse_args()
     ranks.TIMEOUT_S = 3600
-    # As in training workers; applies to the plain loop, too.
+    # As in training workers; also applies to the plain loop.
     os.environ.update(KEEP_FREED_MEMORY)
     if options.what == "step":
         arguments = (options.size, options.batch, options.rounds, options.precision)

@@ -22,7 +22,7 @@ def main() -> int:
     if reason := services.why_not() or machines.why_not():
         print(f"cannot run here: {reason}", file=sys.stderr)
         return 2
-    # So that everything is removed on SIGTERM, too.
+    # So that everything is also removed on SIGTERM.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     report, begun_s = Report(), time.monotonic()
     try:

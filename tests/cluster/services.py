@@ -184,7 +184,7 @@ class Cluster:
     # ---- The user ----
 
     def start_user(self) -> None:
-        """The machine from which all is commanded; this process uses its network, too."""
+        """The machine from which all is commanded; this process also uses its network."""
         self.user = self.network.add(USER)
         self.network.join(self.user)
 

@@ -3,7 +3,7 @@
     python -m tests.faults.lost_node
 
 On a cluster of several raylets. Prints the steps that were repeated, and the seconds to the next
-step; for a run of fixed size, these count from when a new node has joined, too.
+step; for a run of fixed size, these also count from when a new node has joined.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def fixed_batch(recipe: Recipe) -> tuple[Tensor, ...]:
 
 
 def steps(report: Report, tokens: int, name: str, changes: list[str], rate: float) -> None:
-    """Time and memory of steps on a fixed batch; the plain recipe's are profiled, too."""
+    """Time and memory of steps on a fixed batch; the plain recipe's are also profiled."""
     machine = report.machine
     device, recipe = machine.device, machine.recipe(tokens, *changes)
     batch = recipe.train.batch_size

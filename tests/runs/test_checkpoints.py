@@ -65,7 +65,7 @@ def test_a_reader_of_one_kind_reads_its_bytes_once(saved: str, read: dict[str, i
     assert read.keys() == {"ema/rank-00000-of-00001.safetensors"}
     # What no parameter lies in, such as the header, need not be read.
     assert sum(read.values()) == 4 * sum(shape.numel() for shape in SHAPES.values())
-    # Other tools can read the file, too.
+    # Other tools can also read the file.
     assert torch.equal(load_file(file)["a"], weights["a"].reshape(-1))
 
 

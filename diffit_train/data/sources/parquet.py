@@ -179,7 +179,7 @@ def parquet_errors(url: str, group: int | None = None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # Arrow raises OSError for damaged data, too, but without a number.
+        # Arrow also raises OSError for damaged data, but without a number.
         if storage.is_transient(error) or (isinstance(error, OSError) and error.errno):
             raise
         where = "" if group is None else f"row group {group}: "
