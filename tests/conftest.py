@@ -53,8 +53,9 @@ TINY = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order and group the tests for pytest-xdist.
+    """Order and group the tests for pytest-xdist, which reads the groups in this hook.
 
     One worker runs all files that use the Ray cluster, so that there is one, and one of each
     fixture that it makes. Files that take long come first; started last, one of them would run on

@@ -46,6 +46,7 @@ from diffit_train.data.encode_plan import (
 from diffit_train.data.hub import require_from_hub
 from diffit_train.data.isolated import IsolatedDecoder
 from diffit_train.data.preprocess import Images, to_model_range
+from diffit_train.data.randomness import generator
 from diffit_train.data.reading import read_items
 from diffit_train.data.shards import (
     INPUTS,
@@ -439,7 +440,7 @@ class _Encoder:
         from diffit_train.data.autoencoder import sample_latent
 
         flat = as_float(moments.reshape(-1, *moments.shape[2:]))
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([number])))
+        random = generator(number)
         channels = self.recipe.autoencoder.latent_channels
         noise = random.standard_normal((len(flat), channels, *flat.shape[2:]))
         tensors = torch.from_numpy(flat), torch.from_numpy(noise)

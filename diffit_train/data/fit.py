@@ -18,16 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffit_train import storage
+from diffit_train.data.randomness import generator
 from diffit_train.progress import Progress
 
 SAVE_EVERY_S = 10.0
 
 LossOfStep = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
-
-
-def step_generator(seed: int, step: int) -> np.random.Generator:
-    """Random generator of a step."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
 
 
 def fit(
@@ -57,7 +53,7 @@ def fit(
     with Progress(title, steps, "steps", done=first) as progress:
         for step in range(first, steps):
             optimizer.param_groups[0]["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            value, shown = loss(step, step_generator(seed, step))
+            value, shown = loss(step, generator(seed, step))
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -20,21 +20,16 @@ from typing import Generic, NamedTuple, Self, TypeVar
 import numpy as np
 
 from diffit_train.config import Recipe
+from diffit_train.data.randomness import SAMPLE, SHARD_ORDER, WINDOW, generator
 from diffit_train.data.shards import Manifest, Shard, ShardEntry, as_float, read_shard
 from diffit_train.errors import UserError
 
 T = TypeVar("T")
 
-# Distinct random streams for the different uses of one seed.
-_SHARDS, _WINDOW, _DRAW = 0, 1, 2
 # Threads of a rank that read shards.
 READERS = 16
 # The golden ratio's fraction, times 2^64: its multiples spread evenly over any range of lanes.
 _GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _generator(*seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(seed))))
 
 
 class Window(NamedTuple):
@@ -172,7 +167,7 @@ class SampleOrder:
     def _permuted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and the index of each one's first sample."""
         if epoch not in self._epochs:
-            shards = _generator(self.seed, _SHARDS, epoch).permutation(len(self.counts))
+            shards = generator(self.seed, SHARD_ORDER, epoch).permutation(len(self.counts))
             ends = np.cumsum(self.counts[shards])
             # The loader looks ahead into the next epoch.
             self._epochs = {e: v for e, v in self._epochs.items() if abs(e - epoch) <= 1}
@@ -186,7 +181,7 @@ class SampleOrder:
         start = max(0, number * self.window - shift)
         if lane not in self._last or self._last[lane][:2] != (epoch, number):
             size = min(length, (number + 1) * self.window - shift) - start
-            random = _generator(self.seed, _WINDOW, epoch, lane, number)
+            random = generator(self.seed, WINDOW, epoch, lane, number)
             self._last[lane] = (epoch, number, random.permutation(size))
         return start + int(self._last[lane][2][index - start])
 
@@ -213,7 +208,7 @@ def draw(
     label_dropout: float,
 ) -> Draws:
     """Timesteps, noise, posterior noise, flips and label dropout, seeded by (seed, step, lane)."""
-    random = _generator(seed, _DRAW, step, lane)
+    random = generator(seed, SAMPLE, step, lane)
     return Draws(
         t=draw_timesteps(random, count),
         noise=random.standard_normal((count, *shape), dtype=np.float32),

@@ -12,11 +12,9 @@ from diffit_train.config import Recipe
 from diffit_train.data.augment import Resampling, draw_augmentation, joined_augmentation
 from diffit_train.data.autoencoder import sample_latent
 from diffit_train.data.loader import Batch, draw
+from diffit_train.data.randomness import AUGMENTATION, DROPOUT, generator
 from diffit_train.data.shards import Manifest
 from diffit_train.diffusion.objective import Objective
-
-# Streams of a seed, after those of `data.loader`.
-_AUGMENT, _DROPOUT = 3, 4
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class BatchBuilder:
         if train.augment:
             drawn = [
                 draw_augmentation(
-                    _stream(train.seed, _AUGMENT, batch.step, lane), count, train.augment
+                    generator(train.seed, AUGMENTATION, batch.step, lane), count, train.augment
                 )
                 for lane in batch.lanes
             ]
@@ -99,7 +97,7 @@ class BatchBuilder:
             augmentation = Resampling.of(joint, manifest.height)
         if self.recipe.model.dropout:
             seeds = [
-                _stream(train.seed, _DROPOUT, batch.step, lane).integers(2**31, size=count)
+                generator(train.seed, DROPOUT, batch.step, lane).integers(2**31, size=count)
                 for lane in batch.lanes
             ]
             extras["dropout_seeds"] = torch.from_numpy(np.concatenate(seeds))
@@ -109,8 +107,3 @@ class BatchBuilder:
             extras = {name: v.pin_memory() for name, v in extras.items()}
             augmentation = augmentation.pin_memory() if augmentation else None
         return TrainingBatch(batch, *tensors, extras, augmentation)
-
-
-def _stream(seed: int, use: int, step: int, lane: int) -> np.random.Generator:
-    """A stream beside those of `data.loader`."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, use, step, lane])))

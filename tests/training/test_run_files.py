@@ -128,7 +128,7 @@ def test_damaged_ranges_are_named_and_stay(text: str, run: Path) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=f"{file} is damaged: .*bad-steps.jsonl"):
         SkippedSteps.read(str(run))
-    with pytest.raises(DiffitError, match=r"passed-over\.json: .*bad-steps.jsonl"):
+    with pytest.raises(DiffitError, match=r"skipped-steps\.json: .*bad-steps.jsonl"):
         check(str(run), remove=True)
     assert file.exists()
 
