@@ -58,10 +58,10 @@ class Scaling(Section):
         description="seconds to wait for an autoscaling cluster to provide the CPUs and GPUs that "
         "a command needs; 0: fail at once. Training that has lost a node waits at least 300",
     )
-    hang_s: Positive = Field(
+    stall_timeout_s: Positive = Field(
         default=300.0,
-        description="seconds without progress after which training workers are taken to hang, "
-        "and are replaced; before the first step 4 times as long",
+        description="seconds without progress after which a training worker stores its stack "
+        "traces and exits, and all workers restart; before the first step 4 times as long",
     )
     shard_cache_gib: float | None = Field(
         default=None,

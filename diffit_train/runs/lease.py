@@ -25,7 +25,6 @@ import psutil
 from diffit_train import storage
 from diffit_train.background import background_thread
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.hang.processes import running
 
 FOLDER = "lease"
 BEAT_S = 10.0
@@ -73,7 +72,7 @@ class Holder(storage.Record):
         """Whether it is of this machine, and its process is gone."""
         if self.boot != _boot():
             return False
-        return running(self.pid, self.started) is None
+        return _running(self.pid, self.started) is None
 
 
 def _boot() -> str:
@@ -116,6 +115,20 @@ class Lease:
                 f"{newest[1].name} has taken over {storage.display_path(self.url)}, as this "
                 f"command had been silent for {SILENT_S:.0f} s; nothing more is written"
             )
+
+
+def _running(pid: int, started: float) -> psutil.Process | None:
+    """The process of this machine with a number, unless it has ended and another has its number.
+
+    Args:
+        started: when it was started, as psutil's `create_time` gives it, in seconds.
+    """
+    try:
+        process = psutil.Process(pid)
+        another = abs(process.create_time() - started) > 1.0
+        return None if another or process.status() == psutil.STATUS_ZOMBIE else process
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _file(url: str, number: int) -> str:

@@ -58,7 +58,6 @@ from diffit_train.training.log import check_run_files
 from diffit_train.training.samples import Samples, SampleThread
 from diffit_train.training.status import TrainingStatus
 from diffit_train.training.supervisor import Supervisor, cause_of
-from diffit_train.training.watchdog import Watchdog
 from diffit_train.training.worker import POLL_S, Validate
 
 # 128 + SIGTERM or SIGINT, the shell's status for a process ended by it.
@@ -293,12 +292,10 @@ def _run_ray_train(
     saved = "checkpoint saved"
     try:
         start = max(committed_steps(url), default=0)
-        watchdog = Watchdog(status, url, recipe.scaling.hang_s, say)
         with (
             _on_signals(stop),
             _drawing(recipe, samples, url, mlflow_run_id, status, stop),
             _progress(recipe, status, start, stop, live),
-            watchdog.watching(),
             ray_train.settings(),
         ):
             trainer.fit()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
-from diffit_train.hang.processes import FIRST_FACTOR
+from diffit_train.training.stall import SLOW_FACTOR
 from diffit_train.training.supervisor import PLACEMENT_S, Supervisor
 from diffit_train.training.worker import NodeNetwork, Validate, ValidationTask, train_worker
 
@@ -75,7 +75,8 @@ def new_trainer(
     return Trainer(
         train_worker,
         torch_config=NodeNetwork(
-            status=worker_config["status"], timeout_s=math.ceil(FIRST_FACTOR * scaling.hang_s)
+            status=worker_config["status"],
+            timeout_s=math.ceil(SLOW_FACTOR * scaling.stall_timeout_s),
         ),
         validation_config=validation,
         train_loop_config=worker_config,

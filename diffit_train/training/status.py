@@ -1,17 +1,14 @@
-"""The status actor of a training: what driver, supervisor, watchdog and workers tell each other.
+"""The status actor of a training: what driver, supervisor and workers tell each other.
 
 Its process imports this module, and with it neither torch nor Ray Train.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ray
 
-from diffit_train.hang.processes import Process
 from diffit_train.progress import counted
 
 
@@ -31,33 +28,6 @@ class Polled(NamedTuple):
     validated: set[int]
 
 
-class Rank(NamedTuple):
-    """What is known of a rank of the current worker group.
-
-    Attributes:
-        number: its rank; -1 until it has begun.
-        doing: what it began last.
-        slow: whether that may take several times as long as a step.
-        idle_s: seconds since it last began anything.
-        left: whether its training has returned or failed.
-    """
-
-    process: Process
-    number: int
-    doing: str
-    slow: bool
-    idle_s: float
-    left: bool
-
-
-class _Heard:
-    """The last that a process said."""
-
-    def __init__(self) -> None:
-        self.number, self.doing, self.marks, self.slow = -1, "starting", 0, True
-        self.changed_s, self.left = time.monotonic(), False
-
-
 @ray.remote(num_cpus=0)
 class TrainingStatus:
     """Shared by driver and workers: rank 0's newest record, and the driver's stop request."""
@@ -72,43 +42,20 @@ class TrainingStatus:
         self.validated: set[int] = set()
         self.newest = -1
         self.resizing = False
-        self.processes: dict[Process, _Heard] = {}
-        self.hang = ""
+        self.stall = ""
 
-    def begin_group(self, processes: Sequence[Process]) -> None:
-        """Note the processes of a new worker group."""
-        self.processes = {process: _Heard() for process in processes}
-        started = counted(len(processes), "worker has", "workers have")
+    def begin_group(self, workers: int) -> None:
+        """Note that a new worker group has started."""
+        started = counted(workers, "worker has", "workers have")
         self.say(f"{started} started; loading the model")
 
-    def beat(self, process: Process, number: int, doing: str, marks: int, slow: bool) -> None:
-        """Note what a process does, and how often it has begun something."""
-        heard = self.processes.get(process)
-        if heard is not None and marks != heard.marks:
-            heard.number, heard.doing, heard.marks, heard.slow = number, doing, marks, slow
-            heard.changed_s = time.monotonic()
+    def note_stall(self, reason: str) -> None:
+        """Note why a rank is about to exit; its peers stall because of the first."""
+        self.stall = self.stall or reason
 
-    def leave(self, process: Process) -> None:
-        """Note that a process has no more to do."""
-        if process in self.processes:
-            self.processes[process].left = True
-
-    def ranks(self) -> list[Rank]:
-        """The processes of the worker group."""
-        now_s = time.monotonic()
-        return [
-            Rank(process, h.number, h.doing, h.slow, now_s - h.changed_s, h.left)
-            for process, h in self.processes.items()
-        ]
-
-    def note_hang(self, reason: str) -> None:
-        """Note why the workers are being killed."""
-        self.hang = reason
-        self.processes = {}
-
-    def take_hang(self) -> str:
-        """Why the workers were killed, once; empty if they were not."""
-        reason, self.hang = self.hang, ""
+    def pop_stall(self) -> str:
+        """Why ranks have exited, once; empty if none has stalled."""
+        reason, self.stall = self.stall, ""
         return reason
 
     def put(self, record: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ class Supervisor(ControllerCallback):  # type: ignore[misc]
             raise DiffitError(reason)
         if _has_no_room(error):
             return
-        cause = ray.get(self.status.take_hang.remote()) or cause_of(error)
+        cause = ray.get(self.status.pop_stall.remote()) or cause_of(error)
         if was_preemption(error):
             self.status.say.remote("Restarting the workers: their node was preempted")
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import tempfile
@@ -17,33 +18,27 @@ from typing import Any
 import psutil
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchConfig
 
 from diffit_train.config import Recipe
 from diffit_train.errors import DataError
-from diffit_train.hang.processes import Process, this_process
 from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
 from diffit_train.plugins import PluginError
 from diffit_train.redaction import first_line
 from diffit_train.runs.lease import Lease
+from diffit_train.training.stall import StallGuard, exit_with_stacks
 from diffit_train.training.status import Polled
 
 POLL_S = 0.5
 # For how long workers wait to be replaced, once they have saved a checkpoint for it.
 RESIZE_WAIT_S = 60.0
-# Between a rank's heartbeats; less with a small scaling.hang_s.
-BEAT_S = 5.0
+# For the driver to learn why a rank exits.
+REPORT_LIMIT_S = 10.0
 
 # Evaluates the checkpoint of a step while training continues; returns a one-line summary.
 Validate = Callable[[int], str]
-
-
-def prepare_worker() -> Process:
-    """Prepare a process for its process group, and introduce it."""
-    choose_interface()
-    return this_process()
 
 
 def choose_interface() -> None:
@@ -80,9 +75,9 @@ class NodeNetworkBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Called by Ray Train before it initializes the process group."""
-        calls = worker_group.execute_async(prepare_worker)
-        processes = ray.get(calls, timeout=backend_config.timeout_s)
-        ray.get(backend_config.status.begin_group.remote(processes))
+        calls = worker_group.execute_async(choose_interface)
+        ray.get(calls, timeout=backend_config.timeout_s)
+        ray.get(backend_config.status.begin_group.remote(len(calls)))
         super().on_start(worker_group, backend_config)
 
 
@@ -90,11 +85,17 @@ class RayHooks:
     """`training.control.TrainerHooks` for one rank under Ray Train."""
 
     def __init__(
-        self, status: Any, rank: int, world: int, run: str, lease: Lease, beat_s: float = BEAT_S
+        self,
+        status: Any,
+        rank: int,
+        world: int,
+        run: str,
+        lease: Lease,
+        stall_timeout_s: float = math.inf,
     ) -> None:
         self.status, self.rank, self.world, self.run = status, rank, world, run
-        self.beat_s = beat_s
-        self._process, self._doing = this_process(), ("starting", 0, True)
+        self._stall = StallGuard(stall_timeout_s, self._exit)
+        self.doing = self._stall.doing
         self._left = threading.Event()
         self.lease = lease
         self.begun = False
@@ -106,23 +107,17 @@ class RayHooks:
         self._saved_s = time.monotonic()
         if rank == 0:
             threading.Thread(target=self._watch, name="status", daemon=True).start()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
-    def doing(self, what: str, slow: bool = False) -> None:
-        """Sent by the heartbeat's thread."""
-        self._doing = (what, self._doing[1] + 1, slow)
-
-    def _beat(self) -> None:
-        while ray.is_initialized():  # Ray would start again in a process that has left it
-            what, marks, slow = self._doing
-            self.status.beat.remote(self._process, self.rank, what, marks, slow)
-            if self._left.wait(self.beat_s):
-                return
+    def _exit(self, what: str, stacks: str) -> None:
+        reason = f"rank {self.rank} on {socket.gethostname()} made {what}"
+        with contextlib.suppress(RayError, TimeoutError):  # the driver may be gone
+            ray.get(self.status.note_stall.remote(reason), timeout=REPORT_LIMIT_S)
+        exit_with_stacks(self.lease.url, self.rank, f"{reason}\n{stacks}")
 
     def leave(self) -> None:
-        """End this rank's threads, and tell the watchdog that it has ended."""
+        """End this rank's threads."""
         self._left.set()
-        self.status.leave.remote(self._process)
+        self._stall.leave()
 
     def _watch(self) -> None:
         # In a thread, so that no training step waits for the actor to answer.
@@ -237,8 +232,8 @@ def train_worker(config: dict[str, Any]) -> None:
     recipe, run = Recipe.model_validate(config["recipe"]), config["run"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    beat_s = min(BEAT_S, recipe.scaling.hang_s / 10)
-    hooks = RayHooks(config["status"], rank, world, run, config["lease"], beat_s)
+    timeout_s = recipe.scaling.stall_timeout_s
+    hooks = RayHooks(config["status"], rank, world, run, config["lease"], timeout_s)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(recipe.scaling.cpus_per_worker)

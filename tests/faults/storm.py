@@ -5,9 +5,9 @@
 Encode, train and evaluate run on a cluster of four raylets, again and again in new roots, in turn
 as jobs of `diffit submit` and as commands, while processes are killed (SIGKILL) or stopped and
 continued (SIGSTOP, SIGCONT): commands, jobs, training workers, encoding and evaluating actors,
-readers, also while they start. Some pauses are longer than `scaling.hang_s`. A command that ends is
-started again, as a user would. Each root must end with the shards, weights, log and metrics of an
-undisturbed one, byte for byte.
+readers, also while they start. Some pauses are longer than `scaling.stall_timeout_s`. A command
+that ends is started again, as a user would. Each root must end with the shards, weights, log and
+metrics of an undisturbed one, byte for byte.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ CHANGES = (
     "train.log_every=10",
     "scaling.workers=2",
     "scaling.max_failures=-1",
-    f"scaling.hang_s={HANG_S:g}",
+    f"scaling.stall_timeout_s={HANG_S:g}",
     "evaluate.samples=6000",
 )
 STAGES = (

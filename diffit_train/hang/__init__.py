@@ -1,1 +1,0 @@
-"""Processes that neither work nor end: finding and ending them."""
