@@ -15,11 +15,18 @@ os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 # Ignore a token left by an earlier cluster on this machine.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffit_train.config import Recipe, load_recipe
+
+# A machine that is busy with other work generates inputs slowly.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 # The demo at its smallest: 6 images of 3 classes in 4 shards, one tiny block.
 TINY = [
@@ -53,21 +60,14 @@ TINY = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order and group the tests for pytest-xdist, which reads the groups in this hook.
+    """Files that take long come first; started last, one of them would run on alone at the end.
 
-    One worker runs all files that use the Ray cluster, so that there is one, and one of each
-    fixture that it makes. Files that take long come first; started last, one of them would run on
-    alone at the end. Those use a Ray cluster, other ranks, servers or processes of their own, which
-    shows in their fixtures and in what their module imports. Within a file the order stays.
+    These use a Ray cluster, other ranks, servers or processes of their own, which shows in their
+    fixtures and in what their module imports. Within a file the order stays.
     """
     slow = sorted({item.path for item in items if _starts_processes(item)}, reverse=True)
     items.sort(key=lambda item: slow.index(item.path) if item.path in slow else len(slow))
-    on_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "ray" if item.path in on_ray else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _starts_processes(item: pytest.Item) -> bool:

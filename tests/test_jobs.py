@@ -436,7 +436,7 @@ def test_a_fleet_of_jobs_runs_to_completion(
     assert cluster.at_once == 2
 
 
-def test_a_stopped_fleet_ends_and_can_be_resumed(
+def test_a_stopped_job_ends_its_fleet(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Job, "entrypoint", lambda job, python: "echo begun-$((1+1)); sleep 60")
@@ -451,14 +451,6 @@ def test_a_stopped_fleet_ends_and_can_be_resumed(
     jobs_stop_command(f"evaluate-r-{jobs[0].sweep}-*", address)
     thread.join(60)
     assert [state.state for state in states] == ["stopped", "stopped"]
-
-    # A job that still runs, as after the driver of the fleet died, is followed.
-    client.submit_job(
-        entrypoint="sleep 2",
-        submission_id=f"orphan-{tmp_path.name}",
-        metadata={"diffit.name": jobs[0].name, "diffit.attempt": "9"},
-    )
-    assert submit(jobs[0], address) == f"orphan-{tmp_path.name}"
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
