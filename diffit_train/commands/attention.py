@@ -103,7 +103,7 @@ def attention_command(
 ) -> None:
     """Draw a token's attention over the sampling trajectory, as a strip of maps.
 
-    Example: `diffit attention demo --root my-project --class 3 --token 1,2`
+    Example: `diffit attention demo --root my-project --class 3 --token 0,1`
     """
     result = draw_attention(
         root, run, label, parse_token(token), seed, output("--out", out), without, step, block
