@@ -22,8 +22,8 @@ from diffit_train.data.shards import load_manifest, recipe_of
 from diffit_train.errors import UserError
 from diffit_train.evaluation.generate import Generator, class_names, run_weights
 from diffit_train.evaluation.sample import choose_classes
-from diffit_train.runs.identity import NEWEST, find_checkpoint
-from diffit_train.runs.select import recipe_and_run
+from diffit_train.runs.checkpoints import NEWEST
+from diffit_train.runs.select import select_run
 
 
 class Model:
@@ -119,11 +119,12 @@ def load(
             belong to sampling.
     """
     words = [*changes, *([f"evaluate.weights={weights}"] if weights else [])]
-    recipe, name = recipe_and_run("sample", None, words, root, run)
-    url, number = find_checkpoint(recipe, name, str(step))
+    chosen = select_run("sample", None, words, root, run)
+    recipe, number = chosen.recipe, chosen.checkpoint(step).step
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = run_weights(recipe, url, number)
-    return Model(recipe, name, number, Generator(recipe, found, load_autoencoder(recipe, place)))
+    tensors = run_weights(recipe, chosen.url, number)
+    generator = Generator(recipe, tensors, load_autoencoder(recipe, place))
+    return Model(recipe, chosen.name, number, generator)
 
 
 class LatentBatch(NamedTuple):

@@ -293,10 +293,11 @@ def sizes(url: str) -> dict[str, int]:
     """
     fs, path = filesystem(url)
     base = path.rstrip("/")
-    if not exists(url):
+    try:
+        entries = with_retries(url, lambda: fs.find(base, detail=True))
+    except FileNotFoundError:
         return {}
-    found = with_retries(url, lambda: fs.find(base, detail=True))
-    files = {str(name)[len(base) + 1 :]: info for name, info in found.items()}
+    files = {str(name)[len(base) + 1 :]: info for name, info in entries.items()}
     # Some servers also list folders, as empty objects.
     return {
         name: int(info["size"])

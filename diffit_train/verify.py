@@ -26,16 +26,8 @@ from diffit_train.evaluation.features import FeaturesInfo
 from diffit_train.evaluation.result import RESULT, read_result
 from diffit_train.models.published import read_weights_file
 from diffit_train.progress import Progress, say
-from diffit_train.runs import lease
-from diffit_train.runs.checkpoints import (
-    SNAPSHOTS,
-    checkpoint_url,
-    committed_steps,
-    damage,
-    read_state,
-    step_name,
-)
-from diffit_train.runs.identity import IDENTITY, read_identity, stored_recipe
+from diffit_train.runs.checkpoints import COMMIT, SNAPSHOTS, Checkpoint, step_name
+from diffit_train.runs.run import METADATA, Run
 from diffit_train.training.log import (
     SKIPPED_STEPS,
     WRITE_RANGES,
@@ -95,10 +87,11 @@ def remove_damaged(found: list[Damage]) -> list[Damage]:
     Raises:
         UserError: a run of it is being trained; nothing was removed.
     """
-    places = [re.match(r".+/runs/[^/]+(?=/)", url) for one in found for url in one.check.remove]
+    urls = [url for one in found for url in one.check.remove]
+    places = [re.match(r"(.+)/runs/([^/]+)/", url) for url in urls]
     with contextlib.ExitStack() as held:
-        for run in sorted({match[0] for match in places if match}):
-            held.enter_context(lease.held(run, False, say, lambda: None))
+        for root, run in sorted({(match[1], match[2]) for match in places if match}):
+            held.enter_context(Run(root, run).acquire())
         for check in (one.check for one in found):
             for url in check.remove:
                 storage.remove(url)
@@ -128,8 +121,8 @@ def _checks(url: str) -> Iterator[Check]:
         yield from _export(url)
     elif MANIFEST in names:
         yield from _latents(url)
-    elif names & {IDENTITY, "checkpoints"}:
-        yield from _run(url)
+    elif names & {METADATA, "checkpoints"}:
+        yield from _run(Run(storage.parent(url, 2), folder))
     elif RESULT in names or any(name.startswith("chunk-") for name in names):
         yield from _evaluation(url)
     elif folder == "references":
@@ -157,46 +150,46 @@ def _latents(url: str) -> Iterator[Check]:
         yield Check(entry.name, run, encode, (storage.join(url, entry.name),))
 
 
-def _run(url: str) -> Iterator[Check]:
+def _run(run: Run) -> Iterator[Check]:
     files: dict[str, Callable[[], object]] = {
-        IDENTITY: lambda: _require_identity(url),
-        "recipe.yaml": lambda: stored_recipe(url),
-        "log.jsonl": lambda: _check_log(url),
+        METADATA: lambda: _check_metadata(run),
+        "recipe.yaml": lambda: run.stored_recipe,
+        "log.jsonl": lambda: _check_log(run),
     }
     for name, check in files.items():
         rebuild = LOG if name == "log.jsonl" else TRAIN
-        yield Check(name, check, rebuild, (storage.join(url, name),))
-    yield Check(SKIPPED_STEPS, lambda: SkippedSteps.read(url), WRITE_RANGES)
-    for folder, rebuild in (("", TRAIN), (SNAPSHOTS, "a new training only")):
-        base = storage.join(url, folder) if folder else url
-        for step in committed_steps(base):
-            checkpoint, name = checkpoint_url(base, step), f"{folder}/{step_name(step)}".lstrip("/")
-            run = functools.partial(_check_checkpoint, base, step)
-            remove = (storage.join(checkpoint, "commit.json"), checkpoint)
-            yield Check(name, run, rebuild, remove)
-    for name in storage.list_names(storage.join(url, "export")):
+        yield Check(name, check, rebuild, (storage.join(run.url, name),))
+    yield Check(SKIPPED_STEPS, lambda: SkippedSteps.read(run.url), WRITE_RANGES)
+    kinds = (("", run.checkpoints, TRAIN), (SNAPSHOTS, run.snapshots, "a new training only"))
+    for folder, checkpoints, rebuild in kinds:
+        for step in checkpoints:
+            checkpoint, name = checkpoints[step], f"{folder}/{step_name(step)}".lstrip("/")
+            check = functools.partial(_check_checkpoint, checkpoint)
+            remove = (storage.join(checkpoint.url, COMMIT), checkpoint.url)
+            yield Check(name, check, rebuild, remove)
+    for name in storage.list_names(storage.join(run.url, "export")):
         if name.endswith((".safetensors", "-diffusers")):
-            yield from _named("export", _export(storage.join(url, "export", name)))
+            yield from _named("export", _export(storage.join(run.url, "export", name)))
 
 
-def _require_identity(url: str) -> None:
-    if read_identity(url) is None:
-        raise DamagedFile(storage.join(url, IDENTITY), "it is missing")
+def _check_metadata(run: Run) -> None:
+    if run.metadata is None:
+        raise DamagedFile(storage.join(run.url, METADATA), "it is missing")
 
 
-def _check_log(url: str) -> None:
-    for step in reversed(committed_steps(url)):
+def _check_log(run: Run) -> None:
+    for step in reversed(run.checkpoints.steps):
         try:
-            mark = read_state(url, step).log
+            mark = run.checkpoints[step].state.log
         except DiffitError:  # reported with the checkpoint
             continue
-        TrainingLog(url, step, mark)
+        TrainingLog(run.url, step, mark)
         return
 
 
-def _check_checkpoint(run_url: str, step: int) -> None:
-    if reason := damage(run_url, step):
-        raise DamagedFile(checkpoint_url(run_url, step), reason)
+def _check_checkpoint(checkpoint: Checkpoint) -> None:
+    if reason := checkpoint.find_corruption():
+        raise DamagedFile(checkpoint.url, reason)
 
 
 def _export(url: str) -> Iterator[Check]:

@@ -20,7 +20,7 @@ from diffit_train.data.shards import MANIFEST
 from diffit_train.evaluation.sample import WeightSource, sample_images
 from diffit_train.models.build import build_model
 from diffit_train.runs.checkpoints import save_whole
-from diffit_train.runs.identity import create_identity
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.made import make_manifest, make_shards, make_state
@@ -31,7 +31,7 @@ PIXELS += ("autoencoder.fit.block_out_channels=[8]", "evaluate.guidance.channels
 
 def save_run(recipe: Recipe, name: str, weights: dict[int, dict[str, torch.Tensor]]) -> None:
     """A run whose EMA are the weights at each step, and whose raw weights are beside them."""
-    create_identity(recipe, name)
+    open_run(recipe, name).create()
     for step, ema in weights.items():
         state = make_state(step, recipe_hash=recipe.train_hash())
         values = {"master": {n: v + 0.01 for n, v in ema.items()}, "ema": ema}

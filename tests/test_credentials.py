@@ -12,7 +12,7 @@ from diffit_train.evaluation.sweep import plan_sweep
 from diffit_train.jobs import client
 from diffit_train.jobs.job import job
 from diffit_train.redaction import redact
-from diffit_train.runs.identity import create_identity, stored_recipe
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import CREDENTIALS, tracking_uri
 from tests.conftest import tiny_recipe
 
@@ -33,9 +33,10 @@ def test_a_stored_recipe_has_no_password(tmp_path: Path) -> None:
         "evaluate.features.kind=inception",
         "evaluate.features.name=inception",
     )
-    create_identity(recipe, "one")
+    run = open_run(recipe, "one")
+    run.create()
     assert "hunter2" not in _files(tmp_path / "runs")
-    stored = stored_recipe(str(tmp_path / "runs" / "one"))
+    stored = run.stored_recipe
     assert stored.tracking.uri == BARE
     assert stored.evaluate.reference == "https://host/stats.npz?token=***&x=1"
     assert stored.train_hash() == recipe.train_hash()

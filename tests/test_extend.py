@@ -30,8 +30,8 @@ from diffit_train.evaluation.sample import WeightSource, sample_images
 from diffit_train.export.folder import export_folder
 from diffit_train.models.build import build_model, network_shape
 from diffit_train.plan import Machine, plan
-from diffit_train.runs.identity import find_checkpoint
 from diffit_train.runs.import_export import export_weights
+from diffit_train.runs.run import open_run
 from tests.conftest import tiny_recipe
 from tests.test_api import save_run
 
@@ -131,8 +131,8 @@ def test_a_run_is_sampled_and_exported(trained: Recipe, tmp_path: Path) -> None:
     assert plan(trained, Machine("H100"))["model"]["architecture"] == "mynet.model:ConvNet"
     features = load_features(trained, CPU).extract(images)["features"]
     assert features.shape == (4, 12)
-    step = find_checkpoint(trained, "mine", "newest")[1]
-    file = export_weights(trained, "mine", step, "ema", str(tmp_path / "w.safetensors"))
+    step = open_run(trained, "mine").checkpoint().step
+    file = export_weights(open_run(trained, "mine"), step, "ema", str(tmp_path / "w.safetensors"))
     made = sample_images(trained, WeightSource("mine", file=file), ["0"], "0", str(tmp_path), 1)
     assert len(made["images"]) == 1
     folder = Path(export_folder(trained, "mine", 4, "ema", "", str(tmp_path / "folder")))

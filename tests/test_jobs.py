@@ -29,6 +29,7 @@ from diffit_train.jobs.doctor import check_cluster, checked, differing_versions,
 from diffit_train.jobs.fleet import Fleet, JobState, require_success, submit
 from diffit_train.jobs.job import Job, RuntimeEnv, job
 from diffit_train.jobs.node import Check
+from diffit_train.runs.checkpoints import Checkpoints
 from tests.conftest import tiny_recipe, write_images
 from tests.head import Head, free_port
 from tests.silent import silent_server
@@ -49,7 +50,6 @@ def test_a_chain_of_jobs_and_a_second_attempt(
 ) -> None:
     from diffit_train.data.autoencoder_fit import fit_autoencoder
     from diffit_train.evaluation.features import fit_features
-    from diffit_train.runs.checkpoints import committed_steps
 
     write_images(tmp_path / "images" / "digits")
     recipe = tiny_recipe(tmp_path)
@@ -62,7 +62,7 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     assert "24 images in 5 shards" in capfd.readouterr().err
     assert submit(train, address) == f"{train.name}-2"
     assert "Trained 12 steps" in capfd.readouterr().err
-    assert committed_steps(str(tmp_path / "runs" / "tiny"))[-1] == 12
+    assert Checkpoints(str(tmp_path / "runs" / "tiny")).steps[-1] == 12
     assert submit(train, address) == f"{train.name}-3"
     assert "already trained" in capfd.readouterr().err
 

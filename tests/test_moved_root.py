@@ -18,8 +18,8 @@ from diffit_train.data.reconstructions import draw_reconstructions
 from diffit_train.evaluation.evaluate import evaluate_run
 from diffit_train.evaluation.result import finished_result
 from diffit_train.reports.compare import compare_store
-from diffit_train.runs.identity import run_url, stored_recipe
 from diffit_train.runs.import_export import export_weights
+from diffit_train.runs.run import Run, open_run
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.in_process import in_process
@@ -72,7 +72,7 @@ def test_every_command_keeps_to_a_copy(original: Path, tmp_path: Path) -> None:
     draw_reconstructions(url, str(copy / "verify.png"))
     assert shard.read_bytes() == whole
     recipe = tiny_recipe(copy, *FEW)
-    assert stored_recipe(run_url(recipe, "tiny")).storage.root == str(copy)
+    assert Run(recipe.storage.root, "tiny").recipe.storage.root == str(copy)
     assert load_recipe(str(copy / "runs" / "tiny" / "recipe.yaml")).storage.root == str(copy)
     (made,) = evaluate_run(recipe, "tiny", ["12"])
     assert made["grid"].startswith(str(copy))
@@ -82,7 +82,7 @@ def test_every_command_keeps_to_a_copy(original: Path, tmp_path: Path) -> None:
     assert Path(kept.grid).exists()
     grid = copy / "mlflow-artifacts" / made["mlflow_run_id"] / "artifacts" / "grid.png"
     assert grid.exists()
-    exported = export_weights(recipe, "tiny", 8, "ema", None)
+    exported = export_weights(open_run(recipe, "tiny"), 8, "ema", None)
     assert exported.startswith(str(copy))
     assert str(original).encode() not in Path(exported).read_bytes()
     words = ["sample", "evaluate.sampler.steps=2", "--run", "tiny", "--root", str(copy)]

@@ -23,10 +23,9 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import run_results
 from diffit_train.progress import Progress, counted, print_rows, say
 from diffit_train.redaction import first_line, redact
-from diffit_train.runs import lease
-from diffit_train.runs.checkpoints import committed_steps, read_index, step_name, weights_of
-from diffit_train.runs.identity import IDENTITY, read_identity, stored_recipe
+from diffit_train.runs.checkpoints import Checkpoints, step_name
 from diffit_train.runs.live import Live, read_live
+from diffit_train.runs.run import METADATA, Project, Run
 from diffit_train.tracking import Tracker, unreachable_errors
 
 GB = 1e9
@@ -35,48 +34,40 @@ POLL_S = 1.0
 
 def list_runs(root: str) -> list[dict[str, Any]]:
     """Each run of a project: state, step, last loss, number of evaluations, last sign of life."""
-    root = _existing(root)
-    return [_summary(root, run) for run in _names(root)]
+    return [_summary(run) for run in _project(root).runs]
 
 
-def _names(root: str) -> list[str]:
-    folder = storage.join(root, "runs")
-    names = storage.list_names(folder)
-    return [name for name in names if read_identity(storage.join(folder, name)) is not None]
+def _project(root: str) -> Project:
+    project = Project(root)
+    if not storage.exists(project.root):
+        raise UserError(f"--root {project.root} does not exist; give the folder of a project")
+    return project
 
 
-def _existing(root: str) -> str:
-    root = storage.absolute(root)
-    if fault := storage.missing_slash(root):
-        raise UserError(f"--root is {root!r}: {fault}")
-    if not storage.exists(root):
-        raise UserError(f"--root {root} does not exist; give the folder of a project")
-    return root
-
-
-def _found(root: str, run: str) -> str:
-    """Folder of a run that exists."""
-    url = storage.join(root, "runs", run)
-    if not storage.exists(url):
-        known = ", ".join(_names(root)) or "none"
+def _existing(root: str, name: str) -> Run:
+    """A run whose folder exists, even if it is half removed."""
+    project = _project(root)
+    run = Run(project.root, name)
+    if not storage.exists(run.url):
+        known = ", ".join(run.name for run in project.runs) or "none"
         raise UserError(
-            f"run {run!r} does not exist in {storage.display_path(root)}, whose runs are: {known}"
+            f"run {name!r} does not exist in {storage.display_path(project.root)}, whose runs are: "
+            f"{known}"
         )
-    return url
+    return run
 
 
-def _summary(root: str, run: str) -> dict[str, Any]:
-    url = storage.join(root, "runs", run)
-    recipe, live, steps = stored_recipe(url), read_live(url), committed_steps(url)
+def _summary(run: Run) -> dict[str, Any]:
+    recipe, live, steps = run.recipe, read_live(run.url), run.checkpoints.steps
     return {
-        "run": run,
+        "run": run.name,
         "state": _state(live, steps, recipe.train.steps),
         "step": max(live.step if live and live.is_training() else 0, *steps, 0),
         "steps": recipe.train.steps,
         "loss": live.loss if live else None,
         "images_per_s": live.images_per_s if live else None,
         "checkpoints": len(steps),
-        "evaluations": len(list(run_results(root, run))),
+        "evaluations": len(list(run_results(run.root, run.name))),
         "last_write_s": live.written_s if live else None,
         "recipe": recipe.name,
     }
@@ -93,21 +84,18 @@ def _state(live: Live | None, committed: list[int], steps: int) -> str:
     return "stopped" if committed else "empty"
 
 
-def show_run(root: str, run: str) -> dict[str, Any]:
+def show_run(root: str, name: str) -> dict[str, Any]:
     """A run's state, checkpoints with sizes, exported files and evaluations."""
-    root = _existing(root)
-    url = _found(root, run)
-    files, start, live = storage.sizes(url), stored_recipe(url).train.start, read_live(url)
+    run = _existing(root, name)
+    files, start, live = storage.sizes(run.url), run.recipe.train.start, read_live(run.url)
     checkpoints = []
-    for step in committed_steps(url):
+    for step in run.checkpoints:
         folder = f"checkpoints/{step_name(step)}/"
         size = sum(size for path, size in files.items() if path.startswith(folder))
-        checkpoints.append(
-            {"step": step, "bytes": size, "holds": weights_of(read_index(url, step))}
-        )
+        checkpoints.append({"step": step, "bytes": size, "holds": run.checkpoints[step].weights})
     return {
-        **_summary(root, run),
-        "url": url,
+        **_summary(run),
+        "url": run.url,
         "bytes": sum(files.values()),
         "started_from": start and f"{start.run}@{start.step} {start.weights}",
         "checkpoints": checkpoints,
@@ -118,13 +106,13 @@ def show_run(root: str, run: str) -> dict[str, Any]:
         ],
         "evaluations": [
             {"step": one.step, "evaluation": one.key, "samples": one.samples, **one.metrics}
-            for one in run_results(root, run)
+            for one in run_results(run.root, run.name)
         ],
         "said": list(live.lines) if live else [],
     }
 
 
-def remove_run(root: str, run: str, yes: bool, in_mlflow: bool = False) -> dict[str, Any]:
+def remove_run(root: str, name: str, yes: bool, in_mlflow: bool = False) -> dict[str, Any]:
     """List a run's files and evaluations, ask, and remove them.
 
     Args:
@@ -135,10 +123,9 @@ def remove_run(root: str, run: str, yes: bool, in_mlflow: bool = False) -> dict[
         UserError: it is being trained.
         DiffitError: MLflow did not delete its runs; no file was removed.
     """
-    root = _existing(root)
-    url = _found(root, run)
-    evaluations = storage.join(root, "evaluations", run)
-    places = [place for place in (evaluations, url) if storage.exists(place)]
+    run = _existing(root, name)
+    evaluations = storage.join(run.root, "evaluations", name)
+    places = [place for place in (evaluations, run.url) if storage.exists(place)]
     found = {place: storage.sizes(place) for place in places}
     total = sum(sum(files.values()) for files in found.values())
     rows = [
@@ -149,29 +136,29 @@ def remove_run(root: str, run: str, yes: bool, in_mlflow: bool = False) -> dict[
         }
         for place, files in found.items()
     ]
-    print_rows(f"run {run}", rows)
-    identity = read_identity(url) if in_mlflow else None
-    if identity is None:
+    print_rows(f"run {name}", rows)
+    metadata = run.metadata if in_mlflow else None
+    if metadata is None:
         say("MLflow keeps the run's curves")
     else:
         with _mlflow_errors():
-            tracker = Tracker.of(stored_recipe(url))
-            recorded = tracker.with_evaluations(identity.uuid)
+            tracker = Tracker.of(run.recipe)
+            recorded = tracker.with_evaluations(metadata.uuid)
             place = redact(tracker.uri)
         say(f"{counted(len(recorded), 'run')} in MLflow at {place} will be deleted as well")
     say("A registered model loses its weights with the run")
-    agreed = yes or _agreed(run, total / GB)
+    agreed = yes or _agreed(name, total / GB)
     if agreed:
-        with lease.held(url, False, say, lambda: None):
-            if identity is not None:
+        with run.acquire():
+            if metadata is not None:
                 with _mlflow_errors():
                     tracker.delete(recorded)
             storage.remove(evaluations)
             # Without it the folder is no run any more; a killed removal can be repeated.
-            storage.remove(storage.join(url, IDENTITY))
-            storage.remove(url)
+            storage.remove(storage.join(run.url, METADATA))
+            storage.remove(run.url)
         say(f"removed {total / GB:.3f} GB")
-    return {"run": run, "bytes": total, "removed": agreed}
+    return {"run": name, "bytes": total, "removed": agreed}
 
 
 @contextmanager
@@ -205,8 +192,7 @@ def follow_training(
     Raises:
         DiffitError: training failed, or has given no sign of life for long.
     """
-    root = _existing(root)
-    url = _found(root, run)
+    url = _existing(root, run).url
     live = read_live(url)
     if live is None:
         raise UserError(f"run {run!r} has no training to follow; `diffit runs show {run}` shows it")
@@ -226,7 +212,7 @@ def follow_training(
             live = read_live(url) or live
             if live.said < said:  # another training has begun
                 said = 0
-    state = _state(live, committed_steps(url), live.steps)
+    state = _state(live, Checkpoints(url).steps, live.steps)
     say(f"run {run}: {state} at step {live.step:,} of {live.steps:,}")
     if state in ("failed", "killed"):
         silent = timedelta(seconds=round(time.time() - live.written_s))
@@ -241,9 +227,8 @@ def newest_training(root: str) -> str:
     Raises:
         UserError: there is none, or several are being trained.
     """
-    root = _existing(root)
-    found = {run: read_live(storage.join(root, "runs", run)) for run in _names(root)}
-    lives = {run: live for run, live in found.items() if live is not None}
+    runs = {run.name: read_live(run.url) for run in _project(root).runs}
+    lives = {run: live for run, live in runs.items() if live is not None}
     training = [run for run, live in lives.items() if live.is_training()]
     if len(training) > 1:
         raise UserError(f"several runs are being trained; name one: {', '.join(training)}")

@@ -23,8 +23,9 @@ from diffit_train.commands.options import (
 )
 from diffit_train.errors import UserError
 from diffit_train.progress import say
-from diffit_train.runs.identity import NEWEST, find_checkpoint, parse_step
-from diffit_train.runs.select import recipe_and_run, split_recipe
+from diffit_train.runs.checkpoints import NEWEST
+from diffit_train.runs.run import open_run
+from diffit_train.runs.select import select_run, split_recipe
 
 
 class ExportFormat(StrEnum):
@@ -75,7 +76,8 @@ def sample_command(
     Example: `diffit sample --run demo --root my-project --class 3 --class 7 --animate`
     """
     if weights is None:
-        recipe, run = recipe_and_run("sample", name, overrides, root, run)
+        chosen = select_run("sample", name, overrides, root, run)
+        recipe, run = chosen.recipe, chosen.name
     else:
         from diffit_train.runs.import_export import recipe_of_weights
 
@@ -114,8 +116,9 @@ def import_command(
     from diffit_train.runs.import_export import import_file, recipe_of_weights
 
     recipe = recipe_of_weights(file, name, overrides or (), root, allow_pickle)
-    result = import_file(recipe, run or recipe.name, file, step, allow_pickle)
-    print_result(result, as_json)
+    into = open_run(recipe, run)
+    checkpoint = import_file(into, file, step, allow_pickle)
+    print_result({"run": into.name, "url": into.url, "step": checkpoint.step}, as_json)
 
 
 def export_command(
@@ -179,26 +182,26 @@ def export_command(
     if sigma_rel is not None and diffusers:
         raise UserError("--sigma-rel writes a safetensors file; remove --format diffusers")
     command = "export --format diffusers" if diffusers else "export"
-    recipe, run = recipe_and_run(command, name, overrides, root, run)
+    chosen = select_run(command, name, overrides, root, run)
     target = None if out is None else output("--out", out)
     if sigma_rel is not None:
         from diffit_train.runs.phema import reconstruct_ema
 
-        find_checkpoint(recipe, run, NEWEST)
-        made = reconstruct_ema(recipe, run, sigma_rel, parse_step(step), target)
-        print_result({**asdict(made), "run": run, "sigma_rel": sigma_rel}, as_json)
+        chosen.checkpoint()
+        made = reconstruct_ema(chosen, sigma_rel, step, target)
+        print_result({**asdict(made), "run": chosen.name, "sigma_rel": sigma_rel}, as_json)
         return
-    number = find_checkpoint(recipe, run, step)[1]
-    result: dict[str, Any] = {"run": run, "step": number, "weights": weights}
+    number = chosen.checkpoint(step).step
+    result: dict[str, Any] = {"run": chosen.name, "step": number, "weights": weights}
     if diffusers:
         from diffit_train.export.folder import export_folder
 
-        url = export_folder(recipe, run, number, weights, license_id or "", target)
+        url = export_folder(chosen.recipe, chosen.name, number, weights, license_id or "", target)
         result["folder"], use = url, "; its README.md says how diffusers samples from it"
     else:
         from diffit_train.runs.import_export import export_weights
 
-        url = export_weights(recipe, run, number, weights, target)
+        url = export_weights(chosen, number, weights, target)
         result["file"], use = url, ""
-    say(f"wrote {storage.display_path(url)}: {weights} of {run}, step {number:,}{use}")
+    say(f"wrote {storage.display_path(url)}: {weights} of {chosen.name}, step {number:,}{use}")
     print_result(result, as_json)

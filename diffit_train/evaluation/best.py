@@ -15,6 +15,7 @@ from diffit_train.progress import say
 from diffit_train.redaction import first_line
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
 from diffit_train.runs.identity import run_url, stored_recipe
+from diffit_train.runs.run import Run
 from diffit_train.tracking import (
     BEST,
     BEST_VALIDATED,
@@ -165,7 +166,9 @@ def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker, alias: s
     width = recipe.evaluate.reconstructed
     try:
         if width is None:
-            file = import_export.export_weights(recipe, run, best.step, weights, None)
+            file = import_export.export_weights(
+                Run(recipe.storage.root, run, recipe), best.step, weights
+            )
         else:
             file = reconstructed_url(run_url(recipe, run), width, best.step)
         tags = {"step": best.step, metric: best.metrics[metric], "weights": weights}

@@ -17,6 +17,7 @@ from diffit_train.evaluation.result import Result, evaluation_url, finished_resu
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
 from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
+from diffit_train.runs.run import Run
 from diffit_train.runs.start import init_from
 
 # Seconds between checks for new checkpoints.
@@ -90,7 +91,7 @@ def _computed(
         if width is not None and not storage.exists(reconstructed_url(url, width, step)):
             from diffit_train.runs.phema import reconstruct_ema
 
-            reconstruct_ema(recipe, run, width, step)
+            reconstruct_ema(Run(recipe.storage.root, run, recipe), width, step)
     requests = [runner.Request(recipe, run, step, sweep, npz) for recipe, step in missing]
     made = iter(runner.evaluate(requests, address))
     return [next(made) if result is None else result for result in found]

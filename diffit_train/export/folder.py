@@ -41,6 +41,7 @@ from diffit_train.models.published import CHECKSUM, require_finite, tensors_chec
 from diffit_train.runs.checkpoints import read_weights
 from diffit_train.runs.identity import run_url
 from diffit_train.runs.import_export import export_metadata
+from diffit_train.runs.run import Run
 
 INDEX, PIPELINE = "model_index.json", "pipeline.py"
 # First line of the pipeline, by which a former export is recognized.
@@ -85,7 +86,7 @@ def export_folder(
             "precision": recipe.evaluate.precision,
         }
         (folder / PIPELINE).write_text(join_modules("diffit_train.export.pipeline", _TITLE))
-        about = export_metadata(recipe, run, step, kind)
+        about = export_metadata(Run(recipe.storage.root, run, recipe), step, kind)
         (folder / "recipe.yaml").write_text(about["recipe"])
         (folder / "README.md").write_text(model_card(recipe, run, step, kind, license_id))
         _write_json(folder / INDEX, index)

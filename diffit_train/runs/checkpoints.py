@@ -21,8 +21,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_SCHEMA = 1
+COMMIT = "commit.json"
+# Stands for the step of the newest checkpoint.
+NEWEST = "newest"
+# Folder of EMA snapshots under a run, in the checkpoint format.
+SNAPSHOTS = "ema-snapshots"
 STEP_DIGITS = 10
 # Neighboring pieces of a file are read together, up to this size: one request to an object store.
 READ_BYTES = 16 * 2**20
@@ -144,185 +150,291 @@ def step_name(step: int) -> str:
     return f"step-{step:0{STEP_DIGITS}d}"
 
 
-def checkpoint_url(run_url: str, step: int) -> str:
-    """Folder of a run's checkpoint."""
-    return storage.join(run_url, "checkpoints", step_name(step))
-
-
 def reconstructed_url(run_url: str, sigma_rel: float, step: int) -> str:
     """File for an EMA reconstructed from a run's snapshots."""
     return storage.join(run_url, "export", f"ema-{sigma_rel:g}-{step:010d}.safetensors")
 
 
-def committed_steps(run_url: str) -> list[int]:
-    """Steps of the run's committed checkpoints, ascending."""
-    folder = storage.join(run_url, "checkpoints")
-    steps = (
-        re.fullmatch(rf"step-([0-9]{{{STEP_DIGITS}}})", name) for name in storage.list_names(folder)
-    )
-    found = [int(match[1]) for match in steps if match]
-    return [
-        s for s in found if storage.exists(storage.join(checkpoint_url(run_url, s), "commit.json"))
-    ]
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint; its state and index are read and verified once.
 
-
-def require_step(run_url: str, step: int | None) -> int:
-    """The requested step, or the newest.
-
-    Raises:
-        UserError: the run has no such committed checkpoint.
+    Attributes:
+        folder: of the run, or of its EMA snapshots.
     """
-    steps = committed_steps(run_url)
-    if not steps:
-        raise UserError(f"{run_url} has no committed checkpoint; run `diffit train` first")
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        known = ", ".join(str(s) for s in steps)
-        raise UserError(f"{run_url} has no committed checkpoint at step {step}; it has: {known}")
-    return step
 
+    folder: str
+    step: int
 
-def read_state(run_url: str, step: int) -> State:
-    """state.json of a committed checkpoint, its hash verified."""
-    url = checkpoint_url(run_url, step)
-    return _read_model(State, url, "state.json", _commit(url).state_sha256)
+    @property
+    def url(self) -> str:
+        """Its folder."""
+        return storage.join(self.folder, "checkpoints", step_name(self.step))
 
+    @cached_property
+    def commit(self) -> Commit:
+        """commit.json.
 
-def read_index(run_url: str, step: int) -> Index:
-    """index.json of a committed checkpoint, its hash verified."""
-    url = checkpoint_url(run_url, step)
-    index = _read_model(Index, url, "index.json", _commit(url).index_sha256)
-    if index.schema_version != CHECKPOINT_SCHEMA:
-        raise DiffitError(
-            f"{url} has schema {index.schema_version}, but this version reads {CHECKPOINT_SCHEMA}; "
-            "install the version that wrote it"
+        Raises:
+            DiffitError: it was never finished, or is damaged.
+        """
+        try:
+            data = storage.read_bytes(storage.join(self.url, COMMIT))
+            return Commit.model_validate_json(data)
+        except FileNotFoundError as error:
+            raise DiffitError(
+                f"checkpoint {self.url} is not committed: it was never finished"
+            ) from error
+        except ValidationError as error:
+            raise DamagedCheckpoint(self.url, "commit.json is not a commit marker") from error
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that identifies its contents: the hash of its index."""
+        return self.commit.index_sha256
+
+    @cached_property
+    def state(self) -> State:
+        """state.json, its hash verified."""
+        return _read_model(State, self.url, "state.json", self.commit.state_sha256)
+
+    @cached_property
+    def index(self) -> Index:
+        """index.json, its hash verified."""
+        index = _read_model(Index, self.url, "index.json", self.commit.index_sha256)
+        if index.schema_version != CHECKPOINT_SCHEMA:
+            raise DiffitError(
+                f"{self.url} has schema {index.schema_version}, but this version reads "
+                f"{CHECKPOINT_SCHEMA}; install the version that wrote it"
+            )
+        return index
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of its weights: raw, and its EMAs."""
+        kinds = [kind for kind in self.index.kinds if kind not in STATES[1:]]
+        return ["raw" if kind == "master" else kind for kind in kinds]
+
+    def load(self, weights: str) -> dict[str, Tensor]:
+        """Every trainable parameter in full, by name, in fp32; reads no other state's bytes.
+
+        Args:
+            weights: `raw` for the master weights, or the name of an EMA.
+
+        Raises:
+            UserError: the checkpoint has no such weights, or some are NaN or infinite.
+            DiffitError: a file is missing or damaged.
+        """
+        from diffit_train.models.published import require_finite
+
+        if weights not in self.weights:
+            imported = "" if "raw" in self.weights else ": its weights were imported"
+            raise UserError(
+                f"checkpoint {self.url} has no weights {weights!r}, only "
+                f"{', '.join(self.weights)}{imported}"
+            )
+        shapes = {name: p.shape for name, p in self.index.parameters.items()}
+        wanted = [Slice(name, 0, math.prod(shape)) for name, shape in shapes.items()]
+        kind: StateName = "master" if weights == "raw" else weights
+        flat = self.read(wanted, (kind,))[kind]
+        tensors = {s.name: t.view(shapes[s.name]) for s, t in zip(wanted, flat, strict=True)}
+        require_finite(tensors, f"{weights} of {self.url}")
+        return tensors
+
+    def read(
+        self, wanted: Sequence[Slice], kinds: tuple[StateName, ...]
+    ) -> dict[StateName, list[Tensor]]:
+        """For each state name, the wanted slices as 1-D float32 tensors, in the order given.
+
+        Raises:
+            UserError, DiffitError: as `fill`.
+        """
+        import torch
+
+        out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
+        targets = [{kind: out[kind][number] for kind in kinds} for number in range(len(wanted))]
+        self.fill(list(zip(wanted, targets, strict=True)), kinds)
+        return out
+
+    def fill(
+        self,
+        wanted: Sequence[tuple[Slice, Mapping[StateName, Tensor]]],
+        kinds: tuple[StateName, ...],
+    ) -> None:
+        """Read slices into existing 1-D tensors of any device and precision.
+
+        Only what holds part of them is read, and verified while it is read; after an error, the
+        tensors hold anything.
+
+        Raises:
+            UserError: the checkpoint lacks one of the states, for example because it was imported.
+            DiffitError: a file is missing or damaged, or a parameter is not in the checkpoint.
+        """
+        index = self.index
+        absent = [kind for kind in kinds if kind not in index.kinds]
+        if absent:
+            raise UserError(
+                f"checkpoint {self.url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
+                + ("" if "master" in index.kinds else ": its weights were imported")
+            )
+        pieces: dict[tuple[StateName, str, int], _Wanted] = {}
+        for part, targets in wanted:
+            if part.name not in index.parameters:
+                raise DiffitError(
+                    f"{self.url} has no parameter {part.name!r}: it holds a different model"
+                )
+            for piece in index.parameters[part.name].pieces:
+                start = max(part.offset, piece.offset)
+                length = min(part.offset + part.length, piece.offset + piece.length) - start
+                if length <= 0:
+                    continue
+                for kind in kinds:
+                    target = targets[kind][start - part.offset :][:length]
+                    key = (kind, piece.file, piece.start)
+                    read = pieces.setdefault(key, _Wanted(kind, piece))
+                    read.targets.append((start - piece.offset, target))
+        _read_pieces(self.url, list(pieces.values()))
+
+    def find_corruption(self) -> str | None:
+        """What is damaged, or None; reads every byte.
+
+        Raises:
+            DiffitError: it could not be checked, for example because storage is unreachable.
+        """
+        try:
+            _ = self.state
+            pieces = [piece for p in self.index.parameters.values() for piece in p.pieces]
+            wanted = [_Wanted(kind, piece) for piece in pieces for kind in self.index.kinds]
+            _read_pieces(self.url, wanted)
+        except DamagedCheckpoint as error:
+            return error.what
+        return None
+
+    def write_commit(
+        self,
+        state: State,
+        shapes: Mapping[str, torch.Size],
+        ranks: Sequence[Mapping[str, Piece]],
+        kinds: tuple[StateName, ...],
+    ) -> None:
+        """Write the index, the state and, last, the commit marker of what the ranks wrote."""
+        by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
+        for pieces in ranks:
+            for name, piece in pieces.items():
+                by_name[name].append(piece)
+        index = Index(
+            schema_version=CHECKPOINT_SCHEMA,
+            kinds=kinds,
+            parameters={
+                name: Parameter(
+                    shape=tuple(shapes[name]),
+                    pieces=tuple(sorted(pieces, key=lambda piece: piece.offset)),
+                )
+                for name, pieces in by_name.items()
+            },
         )
-    return index
+        _require_whole(index)
+        hashes = {}
+        for file, record in (("index", index), ("state", state)):
+            data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
+            storage.write_bytes(storage.join(self.url, f"{file}.json"), data)
+            hashes[f"{file}_sha256"] = storage.sha256_bytes(data)
+        storage.write_json(storage.join(self.url, COMMIT), Commit(**hashes).model_dump())
+
+    def revoke(self) -> None:
+        """Remove the commit marker, so that the checkpoint is not used any more."""
+        storage.remove(storage.join(self.url, COMMIT))
+
+    def remove(self) -> None:
+        """Remove it, the commit marker first: a half-removed checkpoint never looks complete."""
+        self.revoke()
+        storage.remove(self.url)
 
 
-def damage(run_url: str, step: int) -> str | None:
-    """What is damaged in a committed checkpoint, or None; reads every byte.
-
-    Raises:
-        DiffitError: it could not be checked, for example because storage is unreachable.
-    """
-    try:
-        read_state(run_url, step)
-        index = read_index(run_url, step)
-        _read_pieces(
-            checkpoint_url(run_url, step),
-            [
-                _Wanted(kind, piece)
-                for parameter in index.parameters.values()
-                for piece in parameter.pieces
-                for kind in index.kinds
-            ],
-        )
-    except DamagedCheckpoint as error:
-        return error.what
-    return None
-
-
-def checkpoint_digest(run_url: str, step: int) -> str:
-    """SHA-256 that identifies a checkpoint's contents: the hash of its index."""
-    return _commit(checkpoint_url(run_url, step)).index_sha256
-
-
-def weights_of(index: Index) -> list[str]:
-    """Names of the weights in a checkpoint: raw, and its EMAs."""
-    kinds = [kind for kind in index.kinds if kind not in STATES[1:]]
-    return ["raw" if kind == "master" else kind for kind in kinds]
-
-
-def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
-    """Every trainable parameter in full, by name, in fp32; reads no other kind's bytes.
+class Checkpoints:
+    """The committed checkpoints of a run by step, listed once: one request for 1,000 files.
 
     Args:
-        kind: `raw` for the master weights, or the name of an EMA.
-
-    Raises:
-        UserError: the checkpoint has no such weights, or some are NaN or infinite.
-        DiffitError: a file is missing or damaged.
+        folder: of the run, or of its EMA snapshots.
     """
-    from diffit_train.models.published import require_finite
 
-    index = read_index(run_url, step)
-    known = weights_of(index)
-    if kind not in known:
-        imported = "" if "raw" in known else ": its weights were imported"
-        raise UserError(
-            f"checkpoint {checkpoint_url(run_url, step)} has no weights {kind!r}, only "
-            f"{', '.join(known)}{imported}"
-        )
-    wanted = [Slice(name, 0, math.prod(p.shape)) for name, p in index.parameters.items()]
-    source: StateName = "master" if kind == "raw" else kind
-    flat = read_slices(run_url, step, wanted, (source,))[source]
-    weights = {
-        s.name: t.view(index.parameters[s.name].shape) for s, t in zip(wanted, flat, strict=True)
-    }
-    require_finite(weights, f"{kind} of {checkpoint_url(run_url, step)}")
-    return weights
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
 
+    @cached_property
+    def _by_step(self) -> dict[int, Checkpoint]:
+        files = storage.sizes(storage.join(self.folder, "checkpoints"))
+        names = (re.fullmatch(rf"step-([0-9]{{{STEP_DIGITS}}})/{COMMIT}", name) for name in files)
+        steps = sorted(int(match[1]) for match in names if match)
+        return {step: Checkpoint(self.folder, step) for step in steps}
 
-def read_slices(
-    run_url: str, step: int, wanted: list[Slice], kinds: tuple[StateName, ...]
-) -> dict[StateName, list[Tensor]]:
-    """For each state name, the wanted slices as 1-D float32 tensors, in the order given.
+    def refresh(self) -> Self:
+        """List them again when they are next asked for."""
+        self.__dict__.pop("_by_step", None)
+        return self
 
-    Raises:
-        UserError, DiffitError: as `fill_slices`.
-    """
-    import torch
+    @property
+    def steps(self) -> list[int]:
+        """Their steps, ascending."""
+        return list(self._by_step)
 
-    out = {kind: [torch.empty(s.length) for s in wanted] for kind in kinds}
-    targets = [{kind: out[kind][number] for kind in kinds} for number in range(len(wanted))]
-    fill_slices(run_url, step, list(zip(wanted, targets, strict=True)), kinds)
-    return out
+    @property
+    def latest(self) -> Checkpoint | None:
+        """The newest one."""
+        return self._by_step[self.steps[-1]] if self._by_step else None
 
+    @property
+    def latest_step(self) -> int:
+        """Its step; 0 if there is none."""
+        return max(self._by_step, default=0)
 
-def fill_slices(
-    run_url: str,
-    step: int,
-    wanted: Sequence[tuple[Slice, Mapping[StateName, Tensor]]],
-    kinds: tuple[StateName, ...],
-) -> None:
-    """Read slices into existing 1-D tensors of any device and precision.
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_step)
 
-    Only what holds part of them is read, and verified while it is read; after an error, the
-    tensors hold anything.
+    def __len__(self) -> int:
+        return len(self._by_step)
 
-    Raises:
-        UserError: the checkpoint lacks one of the states, for example because it was imported.
-        DiffitError: a file is missing or damaged, or a parameter is not in the checkpoint.
-    """
-    index = read_index(run_url, step)
-    url = checkpoint_url(run_url, step)
-    absent = [kind for kind in kinds if kind not in index.kinds]
-    if absent:
-        raise UserError(
-            f"checkpoint {url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
-            + ("" if "master" in index.kinds else ": its weights were imported")
-        )
-    pieces: dict[tuple[StateName, str, int], _Wanted] = {}
-    for part, targets in wanted:
-        if part.name not in index.parameters:
-            raise DiffitError(f"{url} has no parameter {part.name!r}: it holds a different model")
-        for piece in index.parameters[part.name].pieces:
-            start, length = _overlap(part, piece)
-            if length <= 0:
-                continue
-            for kind in kinds:
-                target = targets[kind][start - part.offset :][:length]
-                key = (kind, piece.file, piece.start)
-                found = pieces.setdefault(key, _Wanted(kind, piece))
-                found.targets.append((start - piece.offset, target))
-    _read_pieces(url, list(pieces.values()))
+    def __contains__(self, step: object) -> bool:
+        return step in self._by_step
 
+    def __getitem__(self, step: int | str) -> Checkpoint:
+        """The checkpoint of a step, or the `newest`.
 
-def _overlap(part: Slice, piece: Piece) -> tuple[int, int]:
-    start = max(part.offset, piece.offset)
-    return start, min(part.offset + part.length, piece.offset + piece.length) - start
+        Raises:
+            UserError: there is none.
+        """
+        if not self._by_step:
+            raise UserError(f"{self.folder} has no committed checkpoint; run `diffit train` first")
+        if step == NEWEST:
+            return self._by_step[self.steps[-1]]
+        if isinstance(step, str) and not step.isdigit():
+            raise UserError(f"--step is {step!r}, but must be a step number or {NEWEST!r}")
+        if int(step) not in self._by_step:
+            known = ", ".join(map(str, self))
+            raise UserError(
+                f"{self.folder} has no committed checkpoint at step {step}; it has: {known}"
+            )
+        return self._by_step[int(step)]
+
+    def prune(self, keep: int, every: int | None = None, protected: Iterable[int] = ()) -> None:
+        """Remove all but step 0, the newest `keep`, and permanent ones.
+
+        Args:
+            every: checkpoints at multiples of this many steps are kept permanently.
+            protected: steps that are still needed, for example for a pending evaluation.
+        """
+        needed = set(protected)
+        for step in [s for s in self.refresh() if s > 0][:-keep]:
+            if step not in needed and not (every is not None and step % every == 0):
+                self._by_step[step].remove()
+        self.refresh()
+
+    def remove_unfinished(self) -> None:
+        """Remove those that were never committed."""
+        folder = storage.join(self.folder, "checkpoints")
+        committed = map(step_name, self.refresh())
+        for name in set(storage.list_names(folder)).difference(committed):
+            storage.remove(storage.join(folder, name))
 
 
 @dataclass(frozen=True)
@@ -393,15 +505,6 @@ def _read_row(url: str, row: Sequence[_Wanted]) -> None:
                 target.copy_(values[offset : offset + len(target)])
 
 
-def _commit(url: str) -> Commit:
-    try:
-        return Commit.model_validate_json(storage.read_bytes(storage.join(url, "commit.json")))
-    except FileNotFoundError as error:
-        raise DiffitError(f"checkpoint {url} is not committed: it was never finished") from error
-    except ValidationError as error:
-        raise DamagedCheckpoint(url, "commit.json is not a commit marker") from error
-
-
 def _read_model(model: type[M], url: str, file: str, sha256: str) -> M:
     try:
         data = storage.read_bytes(storage.join(url, file))
@@ -413,10 +516,6 @@ def _read_model(model: type[M], url: str, file: str, sha256: str) -> M:
         return model.model_validate_json(data)
     except ValidationError as error:
         raise DamagedCheckpoint(url, f"{file}: {error.error_count()} invalid fields") from error
-
-
-# Folder of EMA snapshots under a run, in the checkpoint format.
-SNAPSHOTS = "ema-snapshots"
 
 
 def piece_file(rank: int, world: int) -> str:
@@ -486,11 +585,11 @@ def _header(slices: Sequence[OwnedSlice]) -> bytes:
 def save_whole(
     values: dict[StateName, dict[str, Tensor]],
     shapes: dict[str, torch.Size],
-    run_url: str,
+    folder: str,
     state: State,
 ) -> None:
     """Write a checkpoint from full tensors, by state name and parameter, in a single process."""
-    url, name = checkpoint_url(run_url, state.step), piece_file(0, 1)
+    checkpoint, name = Checkpoint(folder, state.step), piece_file(0, 1)
     slices = [
         OwnedSlice(Slice(key, 0, shape.numel()), {k: v[key].reshape(-1) for k, v in values.items()})
         for key, shape in shapes.items()
@@ -498,75 +597,13 @@ def save_whole(
     with ExitStack() as stack:
         files: dict[StateName, Path] = {}
         for kind in values:
-            file = storage.atomic_file(storage.join(url, kind, name), pieces_bytes(slices))
+            file = storage.atomic_file(
+                storage.join(checkpoint.url, kind, name), pieces_bytes(slices)
+            )
             files[kind] = stack.enter_context(file)
             write_pieces(files[kind], slices, kind)
         pieces = hash_pieces(place_pieces(slices, name), files)
-    commit_checkpoint(url, state, shapes, [pieces], tuple(values))
-
-
-def prune(run_url: str, keep: int, every: int | None = None, protected: Iterable[int] = ()) -> None:
-    """Remove all committed checkpoints except step 0, the newest `keep`, and permanent ones.
-
-    The commit marker is removed first, so a half-removed checkpoint never looks complete.
-
-    Args:
-        every: checkpoints at multiples of this many steps are kept permanently.
-        protected: steps that are still needed, for example because their evaluation is pending.
-    """
-    needed = set(protected)
-    for step in [s for s in committed_steps(run_url) if s > 0][:-keep]:
-        if step in needed or (every is not None and step % every == 0):
-            continue
-        url = checkpoint_url(run_url, step)
-        storage.remove(storage.join(url, "commit.json"))
-        storage.remove(url)
-
-
-def remove_unfinished(run_url: str) -> None:
-    """Remove the checkpoints and snapshots of a run that were never committed."""
-    for base in (run_url, storage.join(run_url, SNAPSHOTS)):
-        folder, committed = storage.join(base, "checkpoints"), map(step_name, committed_steps(base))
-        for name in set(storage.list_names(folder)).difference(committed):
-            storage.remove(storage.join(folder, name))
-    storage.remove_temporary(run_url)
-
-
-def commit_checkpoint(
-    url: str,
-    state: State,
-    shapes: dict[str, torch.Size],
-    ranks: Sequence[Mapping[str, Piece]],
-    kinds: tuple[StateName, ...],
-) -> None:
-    """Write the index, the state and, last, the commit marker for the pieces the ranks wrote."""
-    by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
-    for pieces in ranks:
-        for name, piece in pieces.items():
-            by_name[name].append(piece)
-    index = Index(
-        schema_version=CHECKPOINT_SCHEMA,
-        kinds=kinds,
-        parameters={
-            name: Parameter(
-                shape=tuple(shapes[name]),
-                pieces=tuple(sorted(pieces, key=lambda piece: piece.offset)),
-            )
-            for name, pieces in by_name.items()
-        },
-    )
-    _require_whole(index)
-    texts = {
-        "index.json": json.dumps(index.model_dump(mode="json"), indent=1).encode(),
-        "state.json": json.dumps(state.model_dump(mode="json"), indent=1).encode(),
-    }
-    for file, data in texts.items():
-        storage.write_bytes(storage.join(url, file), data)
-    commit = Commit(
-        index_sha256=storage.sha256_bytes(texts["index.json"]),
-        state_sha256=storage.sha256_bytes(texts["state.json"]),
-    )
-    storage.write_json(storage.join(url, "commit.json"), commit.model_dump())
+    checkpoint.write_commit(state, shapes, [pieces], tuple(values))
 
 
 def _require_whole(index: Index) -> None:
@@ -582,3 +619,69 @@ def _require_whole(index: Index) -> None:
             expected *= side
         if end != expected:
             raise RuntimeError(f"checkpoint pieces of {name} hold {end} of {expected} elements")
+
+
+# ---- To be replaced by the objects ----
+
+
+def checkpoint_url(run_url: str, step: int) -> str:
+    """As `Checkpoint.url`."""
+    return Checkpoint(run_url, step).url
+
+
+def committed_steps(run_url: str) -> list[int]:
+    """As `Checkpoints.steps`."""
+    return Checkpoints(run_url).steps
+
+
+def read_state(run_url: str, step: int) -> State:
+    """As `Checkpoint.state`."""
+    return Checkpoint(run_url, step).state
+
+
+def read_index(run_url: str, step: int) -> Index:
+    """As `Checkpoint.index`."""
+    return Checkpoint(run_url, step).index
+
+
+def checkpoint_digest(run_url: str, step: int) -> str:
+    """As `Checkpoint.digest`."""
+    return Checkpoint(run_url, step).digest
+
+
+def read_weights(run_url: str, step: int, kind: str) -> dict[str, Tensor]:
+    """As `Checkpoint.load`."""
+    return Checkpoint(run_url, step).load(kind)
+
+
+def fill_slices(
+    run_url: str,
+    step: int,
+    wanted: Sequence[tuple[Slice, Mapping[StateName, Tensor]]],
+    kinds: tuple[StateName, ...],
+) -> None:
+    """As `Checkpoint.fill`."""
+    Checkpoint(run_url, step).fill(wanted, kinds)
+
+
+def commit_checkpoint(
+    url: str,
+    state: State,
+    shapes: dict[str, torch.Size],
+    ranks: Sequence[Mapping[str, Piece]],
+    kinds: tuple[StateName, ...],
+) -> None:
+    """As `Checkpoint.write_commit`."""
+    Checkpoint(storage.parent(url, 2), state.step).write_commit(state, shapes, ranks, kinds)
+
+
+def prune(run_url: str, keep: int, every: int | None = None, protected: Iterable[int] = ()) -> None:
+    """As `Checkpoints.prune`."""
+    Checkpoints(run_url).prune(keep, every, protected)
+
+
+def remove_unfinished(run_url: str) -> None:
+    """As `Run.remove_unfinished`."""
+    for folder in (run_url, storage.join(run_url, SNAPSHOTS)):
+        Checkpoints(folder).remove_unfinished()
+    storage.remove_temporary(run_url)

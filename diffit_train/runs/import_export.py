@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +22,13 @@ from diffit_train.progress import say
 from diffit_train.redaction import redact
 from diffit_train.runs.checkpoints import (
     STEP_DIGITS,
+    Checkpoint,
     State,
     StateName,
-    committed_steps,
-    read_weights,
     save_whole,
 )
 from diffit_train.runs.deepspeed import is_deepspeed_checkpoint, read_deepspeed_checkpoint
-from diffit_train.runs.identity import check_recipe, create_identity, run_url, stored_recipe
+from diffit_train.runs.run import Run
 from diffit_train.tracking import Tracker
 
 
@@ -48,82 +46,68 @@ def recipe_of_weights(
     """
     if name is not None:
         return load_recipe(name, overrides, root)
-    found = recipe_of_file(storage.absolute(file), allow_pickle)
-    if found is None:
+    known = recipe_of_file(storage.absolute(file), allow_pickle)
+    if known is None:
         raise UserError(
             f"{file} does not name its model; name its recipe (`diffit sample RECIPE --weights`, "
             "`diffit import --recipe RECIPE`)"
         )
-    text, reference = found
+    text, reference = known
     if text:
         return load_recipe_text(text, reference, overrides, root)
     say(f"{file} has the shapes of recipe {reference}")
     return load_recipe(reference, overrides, root)
 
 
-def import_file(
-    recipe: Recipe, run: str, file: str, step: int | None, allow_pickle: bool
-) -> dict[str, Any]:
-    """Import a weight file into a run.
+def import_file(run: Run, file: str, step: int | None, allow_pickle: bool) -> Checkpoint:
+    """Create a run from a weight file, or from a folder of DeepSpeed's `save_checkpoint`.
 
     Args:
-        step: step of the new checkpoint; None for the file's own.
-    """
-    file = storage.absolute(file)
-    if is_deepspeed_checkpoint(file):
-        url, number = import_deepspeed(recipe, run, file, allow_pickle)
-        say(
-            f"imported {storage.display_path(file)} into run {storage.display_path(url)} at step "
-            f"{number:,}; training can resume from it, and its EMAs restart"
-        )
-    else:
-        url, number = import_weights(recipe, run, file, step, allow_pickle)
-        say(
-            f"imported {storage.display_path(file)} into run {storage.display_path(url)} as the "
-            f"EMA of step {number:,}"
-        )
-    return {"run": run, "url": url, "step": number}
-
-
-def import_weights(
-    recipe: Recipe, run: str, file: str, step: int | None = None, allow_pickle: bool = False
-) -> tuple[str, int]:
-    """Create a run from a weight file, ready to sample and evaluate; its folder and step.
-
-    Args:
-        step: step to store the weights under; None for the step recorded in the file, else 0.
+        step: step of the new checkpoint; None for the file's own, else 0.
 
     Raises:
         UserError: the run already exists, the file does not hold the recipe's model, or the step
             cannot be a checkpoint's.
     """
-    _require_new(recipe, run)
-    tensors, said = read_weights_and_step(file, allow_pickle)
-    step = _folder_step(step if step is not None else said, file)
-    weights = check_published(build_model(recipe), tensors, file)
+    file = storage.absolute(file)
+    if run.checkpoints:
+        raise UserError(f"run {run.name!r} in {run.root} already exists; choose another --run")
+    deepspeed = is_deepspeed_checkpoint(file)
+    load = import_deepspeed if deepspeed else import_weights
+    checkpoint = load(run, file, step, allow_pickle)
+    what = "at step" if deepspeed else "as the EMA of step"
+    resume = "; training can resume from it, and its EMAs restart" if deepspeed else ""
+    say(
+        f"imported {storage.display_path(file)} into run {storage.display_path(run.url)} {what} "
+        f"{checkpoint.step:,}{resume}"
+    )
+    return checkpoint
+
+
+def import_weights(run: Run, file: str, step: int | None, allow_pickle: bool) -> Checkpoint:
+    """Create a run from a file with the published names, ready to sample and evaluate."""
+    tensors, recorded = read_weights_and_step(file, allow_pickle)
+    step = _folder_step(step if step is not None else recorded, file)
+    weights = check_published(build_model(run.recipe), tensors, file)
     shapes = {name: value.shape for name, value in weights.items()}
     state = {"step": step, "images_seen": 0, "optimizer_steps": 0}
-    return _new_run(recipe, run, file, {"ema": weights}, shapes, state), step
+    return _save_imported(run, file, {"ema": weights}, shapes, state)
 
 
-def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) -> tuple[str, int]:
-    """Create a run from DeepSpeed's own checkpoint, ready to resume; its folder and step.
+def import_deepspeed(run: Run, folder: str, step: int | None, allow_pickle: bool) -> Checkpoint:
+    """Create a run from DeepSpeed's own checkpoint, ready to resume; its step is its own.
 
     Master weights and Adam's moments are imported. DeepSpeed keeps no EMA, so the recipe's EMAs
     restart from the master weights.
-
-    Raises:
-        UserError: the run already exists, or the checkpoint does not hold the recipe's model.
     """
-    _require_new(recipe, run)
     if not allow_pickle:
         raise UserError(
             f"{folder} is a DeepSpeed checkpoint made of pickles, which can run arbitrary code "
             "when loaded; if you trust it, pass --allow-pickle"
         )
-    found = read_deepspeed_checkpoint(folder)
+    recipe, loaded = run.recipe, read_deepspeed_checkpoint(folder)
     shapes = {n: p.shape for n, p in build_model(recipe).named_parameters() if p.requires_grad}
-    masters = found.values["master"]
+    masters = loaded.values["master"]
     wrong = [f"missing: {n}" for n in sorted(shapes.keys() - masters.keys())]
     wrong += [f"unexpected: {n}" for n in sorted(masters.keys() - shapes.keys())]
     wrong += [
@@ -136,23 +120,22 @@ def import_deepspeed(recipe: Recipe, run: str, folder: str, allow_pickle: bool) 
         raise UserError(
             "\n  ".join([f"{folder} does not hold this recipe's model:", *wrong[:8], *more])
         )
-    for kind, parameters in found.values.items():
+    for kind, parameters in loaded.values.items():
         require_finite(parameters, f"{kind} in {folder}")
-    _folder_step(found.step, folder)
-    values = {**found.values, **dict.fromkeys(recipe.train.ema, masters)}
     state = {
-        "step": found.step,
-        "images_seen": found.step * recipe.train.batch_size,
-        "optimizer_steps": found.optimizer_steps,
+        "step": _folder_step(loaded.step, folder),
+        "images_seen": loaded.step * recipe.train.batch_size,
+        "optimizer_steps": loaded.optimizer_steps,
     }
-    return _new_run(recipe, run, folder, values, shapes, state), found.step
+    values = {**loaded.values, **dict.fromkeys(recipe.train.ema, masters)}
+    return _save_imported(run, folder, values, shapes, state)
 
 
 def _folder_step(step: int | str, file: str) -> int:
     """The step as a number; none is 0.
 
     Raises:
-        UserError: it is not one, or has more digits than the folder of a checkpoint.
+        UserError: it is not a number, or has more digits than the folder of a checkpoint.
     """
     text = str(step) or "0"
     if not (text.isascii() and text.isdecimal() and len(text) <= STEP_DIGITS):
@@ -163,69 +146,59 @@ def _folder_step(step: int | str, file: str) -> int:
     return int(text)
 
 
-def _require_new(recipe: Recipe, run: str) -> None:
-    if committed_steps(run_url(recipe, run)):
-        raise UserError(
-            f"run {run!r} in {recipe.storage.root} already exists; choose another --run"
-        )
-
-
-def _new_run(
-    recipe: Recipe,
-    run: str,
+def _save_imported(
+    run: Run,
     file: str,
     values: dict[StateName, dict[str, Tensor]],
     shapes: dict[str, torch.Size],
     counts: dict[str, int],
-) -> str:
-    """Create identity, MLflow run and checkpoint of a run with imported values."""
-    url = run_url(recipe, run)
-    known = check_recipe(recipe, run)
-    # Before the identity: if MLflow is unavailable, nothing must be written.
+) -> Checkpoint:
+    """Create metadata, MLflow run and checkpoint of a run with imported values."""
+    recipe, known = run.recipe, run.check()
+    # Before the metadata: if MLflow is unavailable, nothing must be written.
     tracker = Tracker.of(recipe)
-    identity = known or create_identity(recipe, run)
+    metadata = known or run.create()
     tags = {
-        "diffit.recipe_hash": identity.recipe_hash,
+        "diffit.recipe_hash": metadata.recipe_hash,
         "diffit.imported_from": storage.display_path(file),
         "mlflow.source.name": "diffit import",
     }
     mlflow_run_id = tracker.training_run(
-        recipe.tracking.experiment, identity.uuid, identity.name, recipe.flat(), tags
+        recipe.tracking.experiment, metadata.uuid, run.name, recipe.flat(), tags
     )
     state = State(
         **counts,
-        recipe_hash=identity.recipe_hash,
+        recipe_hash=metadata.recipe_hash,
         mlflow_run_id=mlflow_run_id,
         world_size=1,
         zero_stage=0,
     )
-    save_whole(values, shapes, url, state)
+    save_whole(values, shapes, run.url, state)
     tracker.finish(mlflow_run_id)
-    return url
+    return run.refresh().checkpoints[state.step]
 
 
-def export_weights(recipe: Recipe, run: str, step: int, kind: str, out: str | None = None) -> str:
+def export_weights(run: Run, step: int, weights: str, out: str | None = None) -> str:
     """Write a checkpoint's weights to one safetensors file under the published names; its URL.
 
     Args:
-        kind: `raw`, or the name of an EMA.
-        out: output file; None for RUN/export/KIND-STEP.safetensors.
+        weights: `raw`, or the name of an EMA.
+        out: output file; None for RUN/export/WEIGHTS-STEP.safetensors.
 
     Raises:
         UserError: its weights are NaN or infinite.
         DiffitError: the checkpoint is damaged.
     """
-    url = run_url(recipe, run)
-    out = out or storage.join(url, "export", f"{kind}-{step:010d}.safetensors")
-    weights = read_weights(url, step, kind)
-    write_published(build_model(recipe), weights, out, export_metadata(recipe, run, step, kind))
+    out = out or storage.join(run.url, "export", f"{weights}-{step:010d}.safetensors")
+    tensors = run.checkpoints[step].load(weights)
+    write_published(build_model(run.recipe), tensors, out, export_metadata(run, step, weights))
     return out
 
 
-def export_metadata(recipe: Recipe, run: str, step: int, weights: str) -> dict[str, str]:
+def export_metadata(run: Run, step: int, weights: str) -> dict[str, str]:
     """Metadata of an exported file: the run's own recipe, with the current tracking URI."""
     # A file may be passed on: no root, and no credentials.
-    uri = recipe.tracking.uri
-    tracking = recipe.tracking.model_copy(update={"uri": uri and redact(uri)})
-    own = stored_recipe(run_url(recipe, run)).model_copy(update={"tracking": tracking})
-    return {"run": run, "step": str(step), "weights": weights, "recipe": stored_text(own)}
+    uri = run.recipe.tracking.uri
+    tracking = run.recipe.tracking.model_copy(update={"uri": uri and redact(uri)})
+    own = run.stored_recipe.model_copy(update={"tracking": tracking})
+    return {"run": run.name, "step": str(step), "weights": weights, "recipe": stored_text(own)}

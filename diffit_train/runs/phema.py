@@ -15,21 +15,13 @@ import numpy as np
 import torch
 
 from diffit_train import storage
-from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
 from diffit_train.models.published import write_published
 from diffit_train.progress import Progress, say
-from diffit_train.runs.checkpoints import (
-    SNAPSHOTS,
-    Slice,
-    committed_steps,
-    read_index,
-    read_slices,
-    reconstructed_url,
-)
-from diffit_train.runs.identity import run_url
+from diffit_train.runs.checkpoints import NEWEST, Slice, reconstructed_url
 from diffit_train.runs.import_export import export_metadata
+from diffit_train.runs.run import Run
 
 # sigma_rel of the plain mean over training, gamma = 0.
 WIDEST_PROFILE = 12**-0.5
@@ -132,13 +124,13 @@ class Reconstruction:
 
 
 def reconstruct_ema(
-    recipe: Recipe, run: str, sigma_rel: float, step: int | None = None, out: str | None = None
+    run: Run, sigma_rel: float, step: int | str = NEWEST, out: str | None = None
 ) -> Reconstruction:
     """Reconstruct the EMA with another power profile from a run's snapshots (EDM2, section 3).
 
     Args:
         sigma_rel: width of the profile, relative to the training up to `step`.
-        step: step of the EMA; None for the newest snapshot.
+        step: step of the EMA, or `newest` for that of the newest snapshot.
         out: output file; None for `checkpoints.reconstructed_url`.
 
     Raises:
@@ -149,44 +141,46 @@ def reconstruct_ema(
             f"--sigma-rel is {sigma_rel}, but must be above 0 and below {WIDEST_PROFILE:.4f}, "
             "the width of the plain mean"
         )
-    url = run_url(recipe, run)
-    snapshots, profiles = storage.join(url, SNAPSHOTS), recipe.train.power_profiles()
-    steps = committed_steps(snapshots)
+    recipe, steps = run.recipe, run.snapshots.steps
+    profiles = recipe.train.power_profiles()
     if not profiles or not steps:
         raise UserError(
-            f"run {run!r} has no EMA snapshots; train with power-function EMAs in train.ema (for "
-            "example sigma_rel 0.05 and 0.1) and set train.ema_snapshot_every"
+            f"run {run.name!r} has no EMA snapshots; train with power-function EMAs in train.ema "
+            "(for example sigma_rel 0.05 and 0.1) and set train.ema_snapshot_every"
         )
-    step = steps[-1] if step is None else step
-    if not 0 < step <= steps[-1]:
-        raise UserError(f"--step is {step}, but the snapshots of {run!r} end at step {steps[-1]}")
+    at = steps[-1] if step == NEWEST else int(step) if str(step).isdigit() else 0
+    if not 0 < at <= steps[-1]:
+        raise UserError(
+            f"--step is {step}, but the snapshots of {run.name!r} end at step {steps[-1]}"
+        )
     gammas = {name: power_exponent(width) for name, width in profiles.items()}
     taken = [s for s in steps if s > 0]
     sources = [(s, name) for s in taken for name in profiles]
     solution = reconstruct(
-        [Profile(s, gammas[name]) for s, name in sources], Profile(step, power_exponent(sigma_rel))
+        [Profile(s, gammas[name]) for s, name in sources], Profile(at, power_exponent(sigma_rel))
     )
     coefficients = dict(zip(sources, solution.coefficients.tolist(), strict=True))
-    shapes = {n: torch.Size(p.shape) for n, p in read_index(snapshots, taken[0]).parameters.items()}
+    parameters = run.snapshots[taken[0]].index.parameters
+    shapes = {name: torch.Size(parameter.shape) for name, parameter in parameters.items()}
     wanted = [Slice(name, 0, shape.numel()) for name, shape in shapes.items()]
     sums = [torch.zeros(s.length, dtype=torch.float64) for s in wanted]
     with Progress("reconstruct", len(taken), "snapshots") as progress:
-        for number, at in enumerate(taken, start=1):
-            for kind, values in read_slices(snapshots, at, wanted, tuple(profiles)).items():
+        for number, s in enumerate(taken, start=1):
+            for kind, values in run.snapshots[s].read(wanted, tuple(profiles)).items():
                 for total, value in zip(sums, values, strict=True):
-                    total.add_(value, alpha=coefficients[at, kind])
+                    total.add_(value, alpha=coefficients[s, kind])
             progress.update(number)
     weights = {s.name: t.float().view(shapes[s.name]) for s, t in zip(wanted, sums, strict=True)}
-    out = out or reconstructed_url(url, sigma_rel, step)
-    metadata = export_metadata(recipe, run, step, f"sigma_rel {sigma_rel:g}")
+    out = out or reconstructed_url(run.url, sigma_rel, at)
+    metadata = export_metadata(run, at, f"sigma_rel {sigma_rel:g}")
     write_published(build_model(recipe), weights, out, metadata)
     say(
-        f"wrote {storage.display_path(out)}: sigma_rel {sigma_rel:g} of {run}, step {step:,}, from "
-        f"{len(sources)} snapshots; profile error {solution.error:.2%}"
+        f"wrote {storage.display_path(out)}: sigma_rel {sigma_rel:g} of {run.name}, step {at:,}, "
+        f"from {len(sources)} snapshots; profile error {solution.error:.2%}"
     )
     if solution.error > POOR_PROFILE:
         say(
             "warning: the profile is far from the requested one; choose a sigma_rel closer to "
             "those in train.ema, or take more snapshots"
         )
-    return Reconstruction(out, step, solution.error, len(sources))
+    return Reconstruction(out, at, solution.error, len(sources))

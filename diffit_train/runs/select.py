@@ -1,6 +1,6 @@
-"""The run that a command uses, and its recipe: what the command needs comes from the run.
+"""The run that a command uses: what the command needs comes from the run.
 
-RECIPE and KEY=VALUE only say what is to differ, and only keys that belong to the command can.
+RECIPE and KEY=VALUE only name what is to differ, and only keys that belong to the command can.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from diffit_train.config.base import flatten
 from diffit_train.data.known_autoencoder import recognized
 from diffit_train.errors import UserError
 from diffit_train.progress import say
-from diffit_train.runs.identity import read_identity, run_url, stored_recipe
-from diffit_train.runs.start import with_start
+from diffit_train.runs.run import Project, Run, differences, open_run
 
 # Keys that may differ from the run's, by command. A key that determines the weights never may; a
 # copy of the autoencoder elsewhere counts as the same one.
@@ -23,7 +22,7 @@ _GENERATION = ("evaluate.", "scaling.", "model.attention", "autoencoder.source",
 # What a folder for diffusers samples by, where nothing else is asked for.
 _SAMPLING = tuple(f"evaluate.{key}" for key in ("sampler.", "guidance.", "pixels", "precision"))
 _SAMPLING += ("autoencoder.source", *_WHERE)
-OWN_KEYS = {
+ALLOWED_KEYS = {
     "sample": _GENERATION,
     "evaluate": _GENERATION,
     "export": _WHERE,
@@ -32,17 +31,17 @@ OWN_KEYS = {
 _SHOWN = 6
 
 
-def recipe_and_run(
+def select_run(
     command: str,
-    name: str | None,
-    overrides: Sequence[str] | None,
-    root: str | None,
-    run: str | None,
-) -> tuple[Recipe, str]:
-    """The recipe that a command uses, and the run it works on.
+    name: str | None = None,
+    overrides: Sequence[str] | None = None,
+    root: str | None = None,
+    run: str | None = None,
+) -> Run:
+    """The run that a command uses, with the recipe to use it by.
 
     Args:
-        command: its words, a key of `OWN_KEYS`.
+        command: its words, a key of `ALLOWED_KEYS`.
         name: RECIPE; None for the run's own. Text with a `=` is an override.
         root: project; by default RECIPE's, or the working directory.
         run: by default RECIPE's name, or the only run of the project.
@@ -52,28 +51,38 @@ def recipe_and_run(
     """
     name, words = split_recipe(name, overrides)
     if name is None:
-        return _own_recipe(command, words, storage.absolute(root or "."), run)
+        return with_overrides(Project(root or ".").run(run), command, words)
     try:
-        asked = recognized(load_recipe(name, words, root))
+        recipe = recognized(load_recipe(name, words, root))
     except UserError as error:
         raise UserError(f"{error}{_hint(name, root or '.')}") from error
-    run = run or asked.name
-    url = run_url(asked, run)
-    asked = with_start(asked, run)
-    if read_identity(url) is None:
-        return asked, run  # whoever looks for its checkpoint says what to do
-    stored = stored_recipe(url)
-    if asked.train_hash() == stored.train_hash():
-        return asked, run
-    _refuse_others(command, words, asked, stored, run)
+    chosen = open_run(recipe, run)
+    asked = chosen.recipe
+    # Where there is no run, whoever looks for its checkpoint explains what to do.
+    if chosen.metadata is None or asked.train_hash() == chosen.stored_recipe.train_hash():
+        return chosen
+    stored = chosen.stored_recipe
+    _refuse_others(command, words, asked, chosen)
     kept = {key: getattr(asked, key) for key in ("evaluate", "scaling", "storage", "tracking")}
     merged = stored.model_copy(update=kept)
     determining = {key.replace("order.", "data.", 1) for key in flatten(stored.train_identity())}
     taken = [key for key in _differences(asked, merged) if key in determining]
     more = f" and {len(taken) - _SHOWN} more" if len(taken) > _SHOWN else ""
-    say(f"taken from run {run!r}, not from {name}: {', '.join(taken[:_SHOWN])}{more}")
+    say(f"taken from run {chosen.name!r}, not from {name}: {', '.join(taken[:_SHOWN])}{more}")
     # The sections have not been checked against one another.
-    return validate(merged.model_dump(mode="json"), name), run
+    return chosen.using(validate(merged.model_dump(mode="json"), name))
+
+
+def with_overrides(run: Run, command: str, overrides: Sequence[str]) -> Run:
+    """The run, used with overrides of its own recipe.
+
+    Raises:
+        UserError: a key is to differ that does not belong to the command.
+    """
+    text = storage.read_bytes(storage.join(run.url, "recipe.yaml")).decode()
+    asked = recognized(load_recipe_text(text, f"of run {run.name!r}", overrides, run.root))
+    _refuse_others(command, overrides, asked, run)
+    return run.using(asked)
 
 
 def split_recipe(name: str | None, overrides: Sequence[str] | None) -> tuple[str | None, list[str]]:
@@ -84,67 +93,48 @@ def split_recipe(name: str | None, overrides: Sequence[str] | None) -> tuple[str
     return name, words
 
 
-def _own_recipe(
-    command: str, overrides: Sequence[str], root: str, run: str | None
-) -> tuple[Recipe, str]:
-    """The run's recipe with overrides."""
-    if fault := storage.missing_slash(root):
-        raise UserError(f"--root is {root!r}: {fault}")
-    runs = storage.list_names(storage.join(root, "runs"))
-    known = f"{storage.display_path(root)}, whose runs are: {', '.join(runs) or 'none'}"
-    if run is None and len(runs) > 1:
-        raise UserError(f"name the run with --run: there are several in {known}")
-    if run is None and not runs:
-        place = storage.display_path(root)
-        raise UserError(f"{place} has no run; check --root, or train one first")
-    run = run or runs[0]
-    url = storage.join(root, "runs", run)
-    if read_identity(url) is None:
-        raise UserError(
-            f"run {run!r} does not exist in {known}; train it first, or pass another --run or "
-            "--root"
-        )
-    text = storage.read_bytes(storage.join(url, "recipe.yaml")).decode()
-    asked = recognized(load_recipe_text(text, f"of run {run!r}", overrides, root))
-    _refuse_others(command, overrides, asked, stored_recipe(url), run)
-    return asked, run
-
-
-def _refuse_others(
-    command: str, overrides: Sequence[str], asked: Recipe, stored: Recipe, run: str
-) -> None:
+def _refuse_others(command: str, overrides: Sequence[str], asked: Recipe, run: Run) -> None:
     """Refuse overrides that change what does not belong to the command.
 
     Raises:
         UserError: names the keys, with both values.
     """
-    named = {text.partition("=")[0] for text in overrides}
-    own = OWN_KEYS[command]
+    names = {text.partition("=")[0] for text in overrides}
+    allowed = ALLOWED_KEYS[command]
     wrong = [
         f"{key} is {mine!r}, in the run {theirs!r}"
-        for key, (mine, theirs) in _differences(asked, stored).items()
-        if any(key == name or key.startswith(f"{name}.") for name in named)
-        and not key.startswith(own)
+        for key, (mine, theirs) in _differences(asked, run.stored_recipe).items()
+        if any(key == name or key.startswith(f"{name}.") for name in names)
+        and not key.startswith(allowed)
     ]
     if wrong:
-        keys = ", ".join(key + "*" if key.endswith(".") else key for key in own)
+        keys = ", ".join(key + "*" if key.endswith(".") else key for key in allowed)
         raise UserError(
-            f"`diffit {command}` takes this from run {run!r}: {'; '.join(wrong)}; remove it, or "
-            f"choose another --run (keys that can differ: {keys})"
+            f"`diffit {command}` takes this from run {run.name!r}: {'; '.join(wrong)}; remove it, "
+            f"or choose another --run (keys that can differ: {keys})"
         )
 
 
 def _differences(one: Recipe, other: Recipe) -> dict[str, tuple[object, object]]:
     """Keys that differ, with both values."""
-    mine, theirs = flatten(one.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
-    keys = sorted(mine.keys() | theirs.keys())
-    pairs = {key: (mine.get(key), theirs.get(key)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return differences(one.model_dump(mode="json"), other.model_dump(mode="json"))
 
 
 def _hint(name: str, root: str) -> str:
     """Advice where RECIPE is the name of a run."""
     if name in packaged_recipes() or "/" in name:
         return ""
-    known = read_identity(storage.join(storage.absolute(root), "runs", name))
+    known = Run(storage.absolute(root), name).metadata
     return f"\nthere is a run of that name: pass --run {name}" if known else ""
+
+
+def recipe_and_run(
+    command: str,
+    name: str | None,
+    overrides: Sequence[str] | None,
+    root: str | None,
+    run: str | None,
+) -> tuple[Recipe, str]:
+    """To be replaced by `select_run`."""
+    chosen = select_run(command, name, overrides, root, run)
+    return chosen.recipe, chosen.name

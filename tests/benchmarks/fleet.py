@@ -39,8 +39,8 @@ from diffit_train.evaluation.generate import Generator, run_weights
 from diffit_train.evaluation.pool import Actors, EvaluationPool, Generation
 from diffit_train.evaluation.references import FoundReference, Reference, Statistics
 from diffit_train.evaluation.scores import MetricSuite
-from diffit_train.runs.checkpoints import committed_steps
-from diffit_train.runs.identity import run_url
+from diffit_train.runs.checkpoints import Checkpoints
+from diffit_train.runs.run import Run
 from tests.benchmarks.common import print_table
 from tests.faults.fleet import copy_root
 
@@ -69,7 +69,7 @@ class _Bare:
     def __init__(self, recipe: Recipe, step: int) -> None:
         torch.set_num_threads(1)
         self.recipe = recipe
-        weights = run_weights(recipe, run_url(recipe, "demo"), step)
+        weights = run_weights(recipe, Run(recipe.storage.root, "demo").url, step)
         self.generator = Generator(recipe, weights, load_autoencoder(recipe, CPU))
         self.network = load_features(recipe, CPU)
 
@@ -96,7 +96,7 @@ class _Started:
         """Seconds for all images, written to a temporary folder."""
         folder = tempfile.mkdtemp(prefix="diffit-bench-")
         started_s = time.perf_counter()
-        source = run_url(self.recipe, "demo")
+        source = Run(self.recipe.storage.root, "demo").url
         target = EvaluationTarget(source, self.step, folder, "key")
         for _ in self.fleet.generate([_all_chunks(self.recipe, target)]):
             pass
@@ -114,7 +114,7 @@ def _all_chunks(recipe: Recipe, target: EvaluationTarget) -> Generation:
 def overhead(root: Path, samples: int, rounds: int, batches: int) -> None:
     """One actor against a bare loop."""
     recipe = _recipe(root, 1, samples, batches)
-    step = committed_steps(run_url(recipe, "demo"))[-1]
+    step = Checkpoints(Run(recipe.storage.root, "demo").url).steps[-1]
     with ray_session.connected():
         started = _Started(recipe, step)
         bare = _Bare(recipe, step)
@@ -139,7 +139,7 @@ def actors(root: Path, samples: int, rounds: int) -> None:
     with ray_session.connected():
         for count in found:
             recipe = _recipe(root, count, samples, 1)
-            started = _Started(recipe, committed_steps(run_url(recipe, "demo"))[-1])
+            started = _Started(recipe, Checkpoints(Run(recipe.storage.root, "demo").url).steps[-1])
             found[count] = [started.seconds() for _ in range(rounds)]
             started.fleet.close()
     one = float(np.median(found[1]))
@@ -244,7 +244,9 @@ def _in_sequence(recipe: Recipe, step: int, folder: Path, found: FoundReference)
     """Idle share of actors that wait until all chunks are summed, one by one, and measured."""
     with patch.object(pools, "SLOTS", 1):
         fleet = EvaluationPool(recipe)
-        target = EvaluationTarget(run_url(recipe, "demo"), step, str(folder / "chunks"), "key")
+        target = EvaluationTarget(
+            Run(recipe.storage.root, "demo").url, step, str(folder / "chunks"), "key"
+        )
         for _ in fleet.generate([_all_chunks(recipe, target)]):
             pass
         suite = MetricSuite(recipe)
@@ -263,7 +265,7 @@ def idle(root: Path, samples: int, fleet: int) -> None:
     changes = [f"scaling.evaluate_actors={fleet}", f"evaluate.samples={samples}"]
     copy = str(copy_root(root, folder))
     recipe = load_recipe("demo", [*changes, "evaluate.batch_size=64"], root=copy)
-    step = committed_steps(run_url(recipe, "demo"))[-1]
+    step = Checkpoints(Run(recipe.storage.root, "demo").url).steps[-1]
     ray.init("local", num_cpus=fleet, include_dashboard=False, log_to_driver=False)
     with _simulated(folder) as found:
         before = _in_sequence(recipe, step, folder, found)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffit_train.config import dump_recipe
-from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.runs.checkpoints import Checkpoints
 from tests.cluster.machines import REPOSITORY, Network, why_not
 from tests.conftest import tiny_recipe
 from tests.training.test_train import _copy
@@ -33,7 +33,7 @@ def test_training_waits_for_nodes_and_gives_them_back(encoded: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         seen = json.loads(done.stdout.splitlines()[-1])
         print(seen)
-        assert committed_steps(str(root / "runs" / "grown"))[-1] == 12
+        assert Checkpoints(str(root / "runs" / "grown")).steps[-1] == 12
     assert seen["before"] == 0
     assert seen["nodes"] == seen["trains_on"] == 2
     assert seen["status"] == 0

@@ -24,10 +24,10 @@ from diffit_train.commands.runs import (
 from diffit_train.config import stored_text
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs import lease
-from diffit_train.runs.checkpoints import committed_steps, save_whole
-from diffit_train.runs.identity import create_identity, read_identity
+from diffit_train.runs.checkpoints import Checkpoints, save_whole
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.live import LiveWriter, live_until_end, read_live
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.head import free_port
@@ -40,7 +40,7 @@ def _run(root: Path, run: str, *steps: int) -> str:
     """A run with small checkpoints."""
     recipe = tiny_recipe(root)
     url = str(root / "runs" / run)
-    create_identity(recipe, run)
+    open_run(recipe, run).create()
     values = {"w": torch.arange(1000.0)}
     for step in steps:
         state = make_state(step, recipe_hash=recipe.train_hash())
@@ -125,7 +125,8 @@ def test_a_run_is_removed_only_when_agreed_and_idle(
 def test_a_run_is_removed_from_mlflow_if_asked(tmp_path: Path) -> None:
     tracker = Tracker.of(tiny_recipe(tmp_path))
     for run in ("mine", "kept", "other"):
-        identity = read_identity(_run(tmp_path, run, 4))
+        _run(tmp_path, run, 4)
+        identity = open_run(tiny_recipe(tmp_path), run).metadata
         assert identity is not None
         parent = tracker.training_run("e", identity.uuid, run, {}, {})
         tracker.evaluation_run("e", parent, "key", f"evaluation of {run}", {}, {})
@@ -177,7 +178,7 @@ def test_nothing_is_removed_while_mlflow_is_away(
     monkeypatch.setattr(Tracker, "delete", forbid)
     with pytest.raises(DiffitError, match="Permission denied; rerun the command, or without"):
         remove_run(str(tmp_path), "mine", yes=True, in_mlflow=True)
-    assert committed_steps(url) == [4]
+    assert Checkpoints(url).steps == [4]
     assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffit_train import storage
 from diffit_train.config import dump_recipe, load_recipe
@@ -22,10 +23,12 @@ from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
 from diffit_train.evaluation.references import check_reference_file
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, save_whole
 from diffit_train.runs.lease import held
 from tests.conftest import tiny_recipe
 from tests.data.test_sources import write_as
 from tests.evaluation.test_reference_files import CONTENT, serving
+from tests.made import make_state
 from tests.s3 import BUCKET, S3Server
 
 ROOT = f"s3://{BUCKET}/project"
@@ -72,6 +75,19 @@ def test_a_run_is_held(server: S3Server) -> None:
         with held(url, False, print, lambda: None) as lease:
             assert lease.number == number
             lease.require()
+
+
+def test_the_steps_of_a_run_are_one_request(server: S3Server) -> None:
+    url = storage.join(ROOT, "runs", "listed")
+    values, shapes = {"w": torch.zeros(4)}, {"w": torch.Size([4])}
+    for step in (0, 8, 16):
+        save_whole({"master": values, "ema": values}, shapes, url, make_state(step))
+    Checkpoint(url, 8).revoke()
+    requests: list[str] = []
+    events = storage.filesystem(url)[0].s3.meta.events
+    events.register("before-send.s3", lambda request, **rest: requests.append(request.url))
+    assert Checkpoints(url).steps == [0, 16]
+    assert len(requests) == 1
 
 
 def test_written_files_can_be_read(server: S3Server) -> None:

@@ -40,7 +40,7 @@ from diffit_train.evaluation.runner import Request, make_reference
 from diffit_train.evaluation.scoring import grid_images
 from diffit_train.reports.collect import collect
 from diffit_train.reports.compare import compare_store
-from diffit_train.runs.checkpoints import checkpoint_digest, read_state
+from diffit_train.runs.checkpoints import Checkpoint
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.in_process import in_process
@@ -87,7 +87,7 @@ def test_a_result_has_metrics_a_grid_and_an_mlflow_child(
         assert Image.open(result.grid).size[0] > 300
         tracker = Tracker.of(recipe)
         child = next(r for r in tracker.runs() if r.run_id == result.mlflow_run_id)
-        parent = read_state(str(root / "runs" / "tiny"), result.step).mlflow_run_id
+        parent = Checkpoint(str(root / "runs" / "tiny"), result.step).state.mlflow_run_id
         assert (child.parent_id, child.status) == (parent, "FINISHED")
         assert child.params["evaluate.sampler.steps"] == "3"
         logged = {f"eval/{name}": value for name, value in result.metrics.items()}
@@ -96,7 +96,7 @@ def test_a_result_has_metrics_a_grid_and_an_mlflow_child(
         reference = child.tags["diffit.reference_digest"]
         assert result.reference_digest == reference
         assert list((root / "references").glob(f"digits-digits-{reference[:12]}.safetensors"))
-        assert child.tags["diffit.checkpoint_digest"] == checkpoint_digest(source, result.step)
+        assert child.tags["diffit.checkpoint_digest"] == Checkpoint(source, result.step).digest
         inputs = tracker.client.get_run(result.mlflow_run_id).inputs.dataset_inputs
         assert [i.dataset.name.startswith("digits-digits-") for i in inputs] == [True]
         for name, value in logged.items():
@@ -312,7 +312,7 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     assert found is not None
     assert found["step"] == best.step
     tracker = Tracker.of(recipe)
-    parent = read_state(str(tmp_path / "runs" / "tiny"), best.step).mlflow_run_id
+    parent = Checkpoint(str(tmp_path / "runs" / "tiny"), best.step).state.mlflow_run_id
     tags = tracker.client.get_run(parent).data.tags
     assert tags["diffit.best_step"] == str(best.step)
     assert tags["diffit.best_metric"] == "fd_digits"
@@ -336,7 +336,7 @@ def test_best_never_moves_between_protocols(
     recipe = tiny_recipe(_copy(root, tmp_path))
     shutil.copytree(root / "evaluations", tmp_path / "evaluations")
     tracker, numbers = Tracker.of(recipe), itertools.count()
-    parent = read_state(str(tmp_path / "runs" / "tiny"), 0).mlflow_run_id
+    parent = Checkpoint(str(tmp_path / "runs" / "tiny"), 0).state.mlflow_run_id
 
     def stored(recipe: Recipe, step: int, value: float, **changes: object) -> Result:
         """An evaluation of a step, as if it had been measured."""
@@ -419,7 +419,7 @@ def test_a_sweep_runs_locally_and_resumes(
     children = [r for r in Tracker.of(recipe).runs() if r.tags.get("diffit.sweep") == "first"]
     assert len(children) == 4
     # A sweep is not part of the run's own curve.
-    parent = read_state(str(tmp_path / "runs" / "tiny"), 12).mlflow_run_id
+    parent = Checkpoint(str(tmp_path / "runs" / "tiny"), 12).state.mlflow_run_id
     curve = Tracker.of(recipe).history(parent, "eval/fd_digits")
     assert [step for step, _ in curve] == [0, 12]
 

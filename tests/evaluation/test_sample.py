@@ -18,8 +18,9 @@ from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
 from diffit_train.evaluation.animation import Animation
 from diffit_train.evaluation.sample import WeightSource, choose_classes, parse_seeds, sample_images
-from diffit_train.runs.checkpoints import committed_steps, read_weights
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.runs.import_export import export_weights, import_file, recipe_of_weights
+from diffit_train.runs.run import open_run
 from tests.conftest import tiny_recipe
 
 
@@ -64,9 +65,9 @@ def test_a_run_and_its_export_give_the_same_images_in_any_batch(
     assert [p["class"] for p in result["images"]] == ["b"] * 3 + ["c"] * 3
     assert Image.open(tmp_path / "run" / "grid.png").size[0] > 100
 
-    file = export_weights(recipe, "tiny", 12, "ema", str(tmp_path / "w.safetensors"))
+    file = export_weights(open_run(recipe, "tiny"), 12, "ema", str(tmp_path / "w.safetensors"))
     tensors = load_file(file)
-    ema = read_weights(str(trained / "runs" / "tiny"), 12, "ema")
+    ema = Checkpoint(str(trained / "runs" / "tiny"), 12).load("ema")
     assert set(ema) < set(tensors)
     assert all(torch.equal(tensors[name], value) for name, value in ema.items())
 
@@ -136,13 +137,15 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     trained: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(trained)
-    file = export_weights(recipe, "tiny", 8, "raw", str(tmp_path / "raw.safetensors"))
+    file = export_weights(open_run(recipe, "tiny"), 8, "raw", str(tmp_path / "raw.safetensors"))
     # The file itself names its recipe.
     mine = recipe_of_weights(file, None, ["storage.root=" + str(trained)], None)
     assert mine == recipe
-    result = import_file(mine, "imported", file, 8, False)
-    assert committed_steps(result["url"]) == [8]
-    again = export_weights(recipe, "imported", 8, "ema", str(tmp_path / "again.safetensors"))
+    result = import_file(open_run(mine, "imported"), file, 8, False)
+    assert result.step == 8
+    again = export_weights(
+        open_run(recipe, "imported"), 8, "ema", str(tmp_path / "again.safetensors")
+    )
     before, after = load_file(file), load_file(again)
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -153,11 +156,11 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
         assert np.array_equal(_images(tmp_path / "b")[name], image)
 
     with pytest.raises(UserError, match=r"run 'imported' .* exists; choose another --run"):
-        import_file(recipe, "imported", file, 8, False)
+        import_file(open_run(recipe, "imported"), file, 8, False)
     with pytest.raises(
         UserError, match=r"has no weights 'raw', only ema: its weights were imported"
     ):
-        export_weights(recipe, "imported", 8, "raw", None)
+        export_weights(open_run(recipe, "imported"), 8, "raw", None)
     with pytest.raises(UserError, match=r"imported without optimizer state"):
         train_run(recipe, "imported")
 
@@ -166,24 +169,23 @@ def test_an_export_records_its_step_and_its_runs_recipe(trained: Path, tmp_path:
     # Overrides of the export command are not part of how the run was trained.
     recipe = tiny_recipe(trained, "evaluate.seed=5", "tracking.experiment=other")
     out = str(tmp_path / "w.safetensors")
-    file = export_weights(recipe, "tiny", 8, "ema", out)
+    file = export_weights(open_run(recipe, "tiny"), 8, "ema", out)
     said = recipe_of_weights(file, None, (), str(trained))
     assert said == tiny_recipe(trained, "tracking.experiment=other")
     own = recipe_of_weights(file, None, (), str(tmp_path / "project"))
-    assert import_file(own, "own", file, None, False)["step"] == 8
-    assert committed_steps(str(tmp_path / "project" / "runs" / "own")) == [8]
-    given = import_file(own, "given", file, 3, False)
-    assert given["step"] == 3
-    assert committed_steps(given["url"]) == [3]
+    assert import_file(open_run(own, "own"), file, None, False).step == 8
+    assert Checkpoints(str(tmp_path / "project" / "runs" / "own")).steps == [8]
+    given = import_file(open_run(own, "given"), file, 3, False)
+    assert given.step == 3
 
 
 def test_without_mlflow_nothing_is_imported(trained: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(trained)
     out = str(tmp_path / "w.safetensors")
-    file = export_weights(recipe, "tiny", 8, "ema", out)
+    file = export_weights(open_run(recipe, "tiny"), 8, "ema", out)
     remote = recipe_of_weights(file, None, (), "memory://import")
     with pytest.raises(UserError, match=r"set a server, such as tracking\.uri="):
-        import_file(remote, "x", file, None, False)
+        import_file(open_run(remote, "x"), file, None, False)
     assert not storage.exists("memory://import")
 
 
@@ -192,7 +194,7 @@ def test_files_of_another_model_are_rejected(trained: Path, tmp_path: Path) -> N
     file = str(tmp_path / "other.safetensors")
     save_file({"x": torch.zeros(1)}, file)
     with pytest.raises(UserError, match=r"missing: blocks\.0\.attn"):
-        import_file(recipe, "other", file, 0, False)
+        import_file(open_run(recipe, "other"), file, 0, False)
     assert not (trained / "runs" / "other").exists()
     with pytest.raises(UserError, match="run 'none' does not exist"):
         sample_images(recipe, WeightSource("none"), [], "0", str(tmp_path / "o"), 1)

@@ -18,8 +18,8 @@ from diffit_train.commands.train import train_run
 from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.training_samples import KEY, TrainingSamples, quick_recipe
-from diffit_train.runs.checkpoints import committed_steps, read_state
-from diffit_train.runs.identity import run_url
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
+from diffit_train.runs.run import Run
 from diffit_train.tracking import Tracker
 from diffit_train.training.log import TrainingLog
 from diffit_train.training.samples import SampleThread
@@ -126,8 +126,8 @@ def copy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def test_grids_of_a_run_are_drawn_once_and_logged(copy: Path) -> None:
     recipe = tiny_recipe(copy, "train.sample_every=4")
-    samples, url = TrainingSamples(recipe, "tiny"), run_url(recipe, "tiny")
-    steps = committed_steps(url)
+    samples, url = TrainingSamples(recipe, "tiny"), Run(recipe.storage.root, "tiny").url
+    steps = Checkpoints(url).steps
     due = samples.due(steps)
     assert due
     for step in due:
@@ -141,7 +141,7 @@ def test_grids_of_a_run_are_drawn_once_and_logged(copy: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(file).convert("RGB")), pixels)
 
     tracker = Tracker.of(recipe)
-    run_id = read_state(url, steps[-1]).mlflow_run_id
+    run_id = Checkpoint(url, steps[-1]).state.mlflow_run_id
     for _ in range(2):
         samples.send(run_id)
         assert tracker.image_steps(run_id, KEY) == set(due)
@@ -152,9 +152,9 @@ def test_grids_of_a_run_are_drawn_once_and_logged(copy: Path) -> None:
 def test_grids_wait_for_mlflow(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     recipe = tiny_recipe(copy, "train.sample_every=12")
-    url = run_url(recipe, "tiny")
+    url = Run(recipe.storage.root, "tiny").url
     away = tiny_recipe(copy, "train.sample_every=12", "tracking.uri=http://127.0.0.1:9")
-    run_id = read_state(url, committed_steps(url)[-1]).mlflow_run_id
+    run_id = Checkpoint(url, Checkpoints(url).steps[-1]).state.mlflow_run_id
     said: list[str] = []
     thread = SampleThread(
         TrainingSamples(away, "tiny"), url, run_id, lambda: 1, threading.Event(), said.append, True
@@ -171,8 +171,8 @@ def test_grids_wait_for_mlflow(copy: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_recipe_is_stored_with_the_run(trained: Path) -> None:
     recipe = tiny_recipe(trained)
-    url = run_url(recipe, "tiny")
-    run_id = read_state(url, committed_steps(url)[-1]).mlflow_run_id
+    url = Run(recipe.storage.root, "tiny").url
+    run_id = Checkpoint(url, Checkpoints(url).steps[-1]).state.mlflow_run_id
     stored = Tracker.of(recipe).artifact(run_id, "recipe.yaml")
     assert stored == storage.read_bytes(storage.join(url, "recipe.yaml"))
 
@@ -185,8 +185,8 @@ def test_the_curve_is_the_same_with_grids(copy: Path) -> None:
     names = ("loss", "grad_norm")
     curves = []
     for run in ("tiny", "watched"):
-        url = run_url(recipe, run)
-        records = TrainingLog(url, committed_steps(url)[-1]).records
+        url = Run(recipe.storage.root, run).url
+        records = TrainingLog(url, Checkpoints(url).steps[-1]).records
         curves.append([[record[name] for name in names] for record in records])
     assert curves[0] == curves[1]
     weights = [

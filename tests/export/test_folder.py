@@ -18,7 +18,7 @@ from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import autoencoder_url
 from diffit_train.evaluation.result import Result, evaluated_identity, evaluation_url, write_result
 from diffit_train.export.folder import export_folder
-from diffit_train.runs.identity import find_checkpoint
+from diffit_train.runs.run import open_run
 from tests.conftest import tiny_recipe
 from tests.test_api import make_run
 from tests.test_extend import OWN, forget, write_package
@@ -118,7 +118,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in RUNS:
         recipe = make_project(root, name)
         add_evaluation(recipe, name)
-        step = find_checkpoint(recipe, name, "newest")[1]
+        step = open_run(recipe, name).checkpoint().step
         pipe = str(root / f"{name}-pipe")
         found[name] = Path(export_folder(recipe, name, step, "ema", "cc-by-4.0", pipe))
     # The images of its network are made before its package is gone.

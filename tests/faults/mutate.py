@@ -67,9 +67,9 @@ from diffit_train.evaluation.result import (
 from diffit_train.evaluation.sweep import open_sweep, plan_sweep, read_sweep
 from diffit_train.models.build import build_model
 from diffit_train.models.published import read_weights_and_step
-from diffit_train.runs.checkpoints import read_state, read_weights, save_whole
-from diffit_train.runs.identity import create_identity, read_identity, stored_recipe
+from diffit_train.runs.checkpoints import Checkpoint, save_whole
 from diffit_train.runs.import_export import export_weights
+from diffit_train.runs.run import Run, open_run
 from diffit_train.tracking import Tracker, unreachable_errors
 from diffit_train.training.log import SkippedSteps, TrainingLog, as_metrics
 from tests.conftest import tiny_recipe, write_images
@@ -148,7 +148,7 @@ def _latent_kinds(root: Path) -> dict[str, Kind]:
 
 
 def _run(recipe: Recipe) -> None:
-    identity = create_identity(recipe, "one", load_manifest(_latents_of(recipe)).samples_digest)
+    identity = open_run(recipe, "one").create()
     folder = f"{recipe.storage.root}/runs/one"
     tracker = Tracker.of(recipe)
     mlflow_run_id = tracker.training_run("demo", identity.uuid, "one", recipe.flat(), {})
@@ -170,7 +170,7 @@ def _run(recipe: Recipe) -> None:
     )
     shapes = {name: value.shape for name, value in weights.items()}
     save_whole({"master": weights, "ema": weights}, shapes, folder, state)
-    export_weights(recipe, "one", 40, "ema")
+    export_weights(open_run(recipe, "one"), 40, "ema")
 
 
 def _latents_of(recipe: Recipe) -> str:
@@ -183,10 +183,10 @@ def _run_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
     export = next((folder / "export").iterdir())
 
     def log() -> Any:
-        return TrainingLog(url, 40, read_state(url, 40).log).records
+        return TrainingLog(url, 40, Checkpoint(url, 40).state.log).records
 
     def weights() -> Any:
-        return read_state(url, 40), read_weights(url, 40, "ema")
+        return Checkpoint(url, 40).state, Checkpoint(url, 40).load("ema")
 
     def tracked() -> Any:
         try:
@@ -195,9 +195,9 @@ def _run_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
             raise DiffitError(f"mlflow.db: {error}") from error
 
     return {
-        "run.json": Kind(folder / "run.json", lambda: read_identity(url)),
+        "run.json": Kind(folder / "run.json", lambda: Run(str(root), "one").metadata),
         "recipe of a run": Kind(
-            folder / "recipe.yaml", lambda: stored_recipe(url).train_identity()
+            folder / "recipe.yaml", lambda: Run(str(root), "one").stored_recipe.train_identity()
         ),
         "log": Kind(folder / "log.jsonl", log),
         "skipped steps": Kind(folder / "skipped-steps.json", lambda: SkippedSteps.read(url)),

@@ -25,7 +25,7 @@ from typing import Any
 from diffit_train.commands.encode import encode_latents
 from diffit_train.commands.train import train_run
 from diffit_train.config import Recipe, dump_recipe, load_recipe
-from diffit_train.runs.checkpoints import committed_steps, damage
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.tracking import Tracker
 from diffit_train.training.log import TrainingLog
 from tests.benchmarks.common import print_table
@@ -118,7 +118,7 @@ def soak(root: Path, minutes: float, seed: int) -> tuple[list[Fault], int]:
             if len(nodes.cluster.worker_nodes) < 3:
                 nodes.add()
         driver.end(signal.SIGTERM)
-    return faults, committed_steps(str(root / "runs" / RUN))[-1]
+    return faults, Checkpoints(str(root / "runs" / RUN)).steps[-1]
 
 
 def _tell(faults: list[Fault]) -> None:
@@ -149,7 +149,9 @@ def _tell(faults: list[Fault]) -> None:
 def _compare(root: Path, last: int) -> dict[str, Any]:
     """Compare the run with an uninterrupted one on two workers."""
     run = str(root / "runs" / RUN)
-    bad = [text for step in committed_steps(run) if (text := damage(run, step))]
+    bad = [
+        text for step in Checkpoints(run).steps if (text := Checkpoint(run, step).find_corruption())
+    ]
     recipe = _recipe(root, "2")
     train = recipe.train.model_copy(update={"steps": last})
     train_run(recipe.model_copy(update={"train": train}), "undisturbed")

@@ -34,7 +34,7 @@ from diffit_train.config import dump_recipe
 from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.shards import latents_url
 from diffit_train.evaluation.features import fit_features
-from diffit_train.runs.checkpoints import read_weights
+from diffit_train.runs.checkpoints import Checkpoint
 from tests.benchmarks.common import print_table
 from tests.conftest import tiny_recipe, write_images
 from tests.faults.driver import Nodes
@@ -195,7 +195,7 @@ def _differences(mine: Path, theirs: Path) -> list[str]:
             found.append(file.name)
     runs = [root / "runs" / "storm" for root in (mine, theirs)]
     for kind in ("raw", "ema"):
-        a, b = (read_weights(str(run), STEPS, kind) for run in runs)
+        a, b = (Checkpoint(str(run), STEPS).load(kind) for run in runs)
         if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
             found.append(f"{kind} weights")
     logs = [_values(run / "log.jsonl") for run in runs]

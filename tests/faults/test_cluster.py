@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffit_train.config import dump_recipe
-from diffit_train.runs.checkpoints import committed_steps, damage
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.training.driver import STOPPED, train
 from tests.conftest import tiny_recipe
 from tests.faults.driver import Driver, Nodes
@@ -34,8 +34,8 @@ def test_nodes_leave_and_join(encoded: Path, tmp_path: Path) -> None:
     script = [sys.executable, "-m", "tests.faults.test_cluster", str(recipe)]
     subprocess.run(script, check=True, timeout=900)
     run = tmp_path / "runs" / "elastic"
-    assert committed_steps(str(run)) == [0, 9500, 10_000]
-    assert all(damage(str(run), step) is None for step in (0, 9500, 10_000))
+    assert Checkpoints(str(run)).steps == [0, 9500, 10_000]
+    assert all(Checkpoint(str(run), step).find_corruption() is None for step in (0, 9500, 10_000))
     train(tiny_recipe(encoded, *LONGER), "undisturbed")
     mine, theirs = _losses(tmp_path, "elastic"), _losses(encoded, "undisturbed")
     assert [step for step, _ in mine] == [step for step, _ in theirs]
@@ -92,7 +92,7 @@ def _disturb(recipe: Path) -> None:
 
         assert driver.end(signal.SIGTERM) == STOPPED
         assert driver.said("(checkpoint saved); rerun the same command to resume")
-        stopped = committed_steps(str(recipe.parent / "runs" / "elastic"))[-1]
+        stopped = Checkpoints(str(recipe.parent / "runs" / "elastic")).steps[-1]
         nodes.add()
         driver.start()
         again = driver.wait_begun(left.at_s)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from diffit_train.config import dump_recipe
-from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.runs.checkpoints import Checkpoints
 from tests.conftest import tiny_recipe
 from tests.faults.driver import Driver
 from tests.training.test_train import _copy, _losses, _no_doubled_points
@@ -47,16 +47,16 @@ def test_a_command_that_wakes_up_late_changes_nothing(encoded: Path, tmp_path: P
     assert third.said(f"process {late.process.pid} on ")
     assert third.said("diffit train --wait")
 
-    late.wait(lambda: committed_steps(str(run))[-1:] >= [100])
+    late.wait(lambda: Checkpoints(str(run)).steps[-1:] >= [100])
     stopped = _everything_of(late)
     for process in stopped:
         process.suspend()
-    assert committed_steps(str(run))[-1] < 1500, "the run ended before it could be stopped"
+    assert Checkpoints(str(run)).steps[-1] < 1500, "the run ended before it could be stopped"
     try:
         second.start()
         assert second.process.wait(timeout=600) == 0, [line.text for line in second.lines[-9:]]
         assert second.said("which holds the run, to answer")
-        assert committed_steps(str(run))[-1] == 1500
+        assert Checkpoints(str(run)).steps[-1] == 1500
         before, losses = _hashes(run), _losses(tmp_path, "killed")
     finally:
         for process in stopped:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffit_train.config import dump_recipe
-from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.runs.checkpoints import Checkpoints
 from diffit_train.training.driver import train
 from tests.conftest import tiny_recipe
 from tests.faults.test_cluster import LONG
@@ -68,7 +68,7 @@ def _log(root: Path) -> str:
 
 
 def _steps(root: Path) -> list[int]:
-    return committed_steps(str(root / "runs" / "killed"))
+    return Checkpoints(str(root / "runs" / "killed")).steps
 
 
 def _resumed(root: Path) -> list[int]:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from diffit_train.config import dump_recipe
-from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.runs.checkpoints import Checkpoints
 from diffit_train.training import stall
 from diffit_train.training.driver import train
 from diffit_train.training.stall import StallGuard
@@ -95,7 +95,7 @@ def test_training_replaces_a_stopped_rank(encoded: Path, tmp_path: Path) -> None
     (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny_recipe(tmp_path, *changes)))
     run, driver = tmp_path / "runs" / "killed", Driver(tmp_path / "recipe.yaml", "killed")
     driver.start()
-    driver.wait(lambda: run.exists() and committed_steps(str(run))[-1:] >= [80])
+    driver.wait(lambda: run.exists() and Checkpoints(str(run)).steps[-1:] >= [80])
     for worker in psutil.Process(driver.process.pid).children(recursive=True):
         if worker.name().startswith("ray::RayTrainW"):
             worker.send_signal(signal.SIGSTOP)

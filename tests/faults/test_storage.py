@@ -10,7 +10,7 @@ import pytest
 
 from diffit_train import storage
 from diffit_train.config import dump_recipe
-from diffit_train.runs.checkpoints import committed_steps, damage
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.training.driver import train
 from tests.conftest import tiny_recipe
 from tests.faults.driver import Driver
@@ -47,14 +47,14 @@ def test_training_survives_a_storage_outage(
         driver, run = Driver(recipe, "stormy", root=ROOT), storage.join(ROOT, "runs", "stormy")
         driver.start()
         begun = driver.wait_begun(0.0)
-        driver.wait(lambda: max(committed_steps(run), default=0) > 0)
+        driver.wait(lambda: max(Checkpoints(run).steps, default=0) > 0)
         server.stop()
         time.sleep(10)
         server.start()
         assert driver.process.wait(timeout=300) == 0, [line.text for line in driver.lines[-5:]]
         assert driver.begun(begun.at_s) is None  # the outage did not kill the workers
-        assert committed_steps(run) == [0, 980, 1000]
-        assert damage(run, 1000) is None
+        assert Checkpoints(run).steps == [0, 980, 1000]
+        assert Checkpoint(run, 1000).find_corruption() is None
         mine = storage.read_bytes(storage.join(run, "log.jsonl")).decode().splitlines()
         theirs = (encoded / "runs" / "steady-storage" / "log.jsonl").read_text().splitlines()
         for a, b in zip(map(json.loads, mine), map(json.loads, theirs), strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from diffit_train.config import dump_recipe
-from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.runs.checkpoints import Checkpoints
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.faults.driver import Driver
@@ -62,7 +62,7 @@ def test_points_missed_by_a_server_are_sent_later(encoded: Path, tmp_path: Path)
     first, second = Driver(recipe, "away"), Driver(recipe, "away")
     with _server(server, port):
         first.start()
-        first.wait(lambda: max(committed_steps(str(run)), default=0) > 0, 600)
+        first.wait(lambda: max(Checkpoints(str(run)).steps, default=0) > 0, 600)
     assert first.process.wait(timeout=600) == 0, [line.text for line in first.lines[-9:]]
     assert first.said("points are kept in log.jsonl")
     records = [json.loads(line) for line in (run / "log.jsonl").open()]

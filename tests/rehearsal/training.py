@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from diffit_train.runs.run import Run
 from tests.rehearsal import stand_in
 
 FIRST, LAST, COUNTED = 6, 9, 4
@@ -135,7 +136,6 @@ def _train(device: Any, rank: int, world: int, root: Path, name: str) -> dict[st
     from torch.nn import functional
 
     from diffit_train.config import load_recipe
-    from diffit_train.runs.identity import run_url
     from diffit_train.training import loop, recorder
     from tests.gpu.loader import write_latents
 
@@ -173,7 +173,7 @@ def _train(device: Any, rank: int, world: int, root: Path, name: str) -> dict[st
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         loop.Trainer._train_step = step  # type: ignore[method-assign]
-    log = Path(run_url(recipe, name)) / "log.jsonl"
+    log = Path(Run(recipe.storage.root, name).url) / "log.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()]
     return {
         "reached": reached,

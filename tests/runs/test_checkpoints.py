@@ -12,15 +12,7 @@ from safetensors.torch import load_file
 from diffit_train import storage
 from diffit_train.errors import DiffitError
 from diffit_train.runs import checkpoints
-from diffit_train.runs.checkpoints import (
-    STATES,
-    Slice,
-    checkpoint_url,
-    damage,
-    read_slices,
-    read_weights,
-    save_whole,
-)
+from diffit_train.runs.checkpoints import STATES, Checkpoint, Slice, save_whole
 from tests.made import make_state
 
 KINDS = (*STATES, "ema")
@@ -59,9 +51,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_a_reader_of_one_kind_reads_its_bytes_once(saved: str, read: dict[str, int]) -> None:
-    weights = read_weights(saved, 3, "ema")
+    weights = Checkpoint(saved, 3).load("ema")
     assert all(torch.equal(weights[name], value) for name, value in _values()["ema"].items())
-    file = Path(checkpoint_url(saved, 3), "ema", "rank-00000-of-00001.safetensors")
+    file = Path(Checkpoint(saved, 3).url, "ema", "rank-00000-of-00001.safetensors")
     assert read.keys() == {"ema/rank-00000-of-00001.safetensors"}
     # What no parameter lies in, such as the header, need not be read.
     assert sum(read.values()) == 4 * sum(shape.numel() for shape in SHAPES.values())
@@ -70,28 +62,32 @@ def test_a_reader_of_one_kind_reads_its_bytes_once(saved: str, read: dict[str, i
 
 
 def test_a_part_is_read_and_verified_by_pieces(saved: str, read: dict[str, int]) -> None:
-    (found,) = read_slices(saved, 3, [Slice("b", 100, 50)], ("master",))["master"]
+    (found,) = Checkpoint(saved, 3).read([Slice("b", 100, 50)], ("master",))["master"]
     assert torch.equal(found, _values()["master"]["b"][100:150])
     assert sum(read.values()) == 4 * 300
-    file = Path(checkpoint_url(saved, 3), "master", "rank-00000-of-00001.safetensors")
+    file = Path(Checkpoint(saved, 3).url, "master", "rank-00000-of-00001.safetensors")
     data = bytearray(file.read_bytes())
     data[-8] ^= 1  # in `b`
     file.write_bytes(data)
-    (again,) = read_slices(saved, 3, [Slice("a", 0, 5)], ("master",))["master"]
+    (again,) = Checkpoint(saved, 3).read([Slice("a", 0, 5)], ("master",))["master"]
     assert torch.equal(again, _values()["master"]["a"].reshape(-1)[:5])
     with pytest.raises(DiffitError, match=r"is damaged: master/rank-0.* its recorded sha256"):
-        read_weights(saved, 3, "raw")
-    assert "master/rank-00000-of-00001.safetensors differs" in (damage(saved, 3) or "")
+        Checkpoint(saved, 3).load("raw")
+    assert "master/rank-00000-of-00001.safetensors differs" in (
+        Checkpoint(saved, 3).find_corruption() or ""
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_a_truncated_file_is_damaged(saved: str, kept: int) -> None:
-    file = Path(checkpoint_url(saved, 3), "ema", "rank-00000-of-00001.safetensors")
+    file = Path(Checkpoint(saved, 3).url, "ema", "rank-00000-of-00001.safetensors")
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(DiffitError, match=r"is damaged: ema/rank-0.* its recorded sha256"):
-        read_weights(saved, 3, "ema")
+        Checkpoint(saved, 3).load("ema")
     file.unlink()
-    assert damage(saved, 3) == "ema/rank-00000-of-00001.safetensors is missing"
+    assert (
+        Checkpoint(saved, 3).find_corruption() == "ema/rank-00000-of-00001.safetensors is missing"
+    )
 
 
 @pytest.mark.parametrize("most", [1, 64, 2**20])
@@ -100,7 +96,7 @@ def test_pieces_that_follow_each_other_are_read_together(
 ) -> None:
     monkeypatch.setattr(checkpoints, "READ_BYTES", most)
     wanted = [Slice("c", 0, 1), Slice("a", 3, 40), Slice("a", 40, 20), Slice("b", 0, 300)]
-    found = read_slices(saved, 3, wanted, KINDS)
+    found = Checkpoint(saved, 3).read(wanted, KINDS)
     for kind in KINDS:
         for part, tensor in zip(wanted, found[kind], strict=True):
             whole = _values()[kind][part.name].reshape(-1)
@@ -110,11 +106,11 @@ def test_pieces_that_follow_each_other_are_read_together(
 
 
 def test_a_later_schema_is_refused(saved: str) -> None:
-    folder = Path(checkpoint_url(saved, 3))
+    folder = Path(Checkpoint(saved, 3).url)
     index = json.loads((folder / "index.json").read_text()) | {"schema_version": 9}
     (folder / "index.json").write_text(json.dumps(index))
     commit = json.loads((folder / "commit.json").read_text())
     commit["index_sha256"] = storage.sha256_file(folder / "index.json")
     (folder / "commit.json").write_text(json.dumps(commit))
     with pytest.raises(DiffitError, match=r"schema 9, but this version reads 1; install"):
-        read_weights(saved, 3, "ema")
+        Checkpoint(saved, 3).load("ema")

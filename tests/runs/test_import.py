@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
-from diffit_train.runs.checkpoints import committed_steps, read_weights, save_whole
-from diffit_train.runs.import_export import import_weights
+from diffit_train.runs.checkpoints import Checkpoint, save_whole
+from diffit_train.runs.import_export import import_file
+from diffit_train.runs.run import open_run
 from tests.conftest import tiny_recipe
 from tests.made import make_state
 
@@ -28,20 +29,21 @@ def _file(folder: Path, **metadata: str) -> str:
 def test_a_step_without_a_folder_is_refused(step: str, tmp_path: Path) -> None:
     file = _file(tmp_path, step=step)
     with pytest.raises(UserError, match=r"w\.safetensors has step .* not a number.*pass --step"):
-        import_weights(tiny_recipe(tmp_path), "new", file)
+        import_file(open_run(tiny_recipe(tmp_path), "new"), file, None, False)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("step", [-1, 10**10])
-def test_a_given_step_has_a_folder_too(step: int, tmp_path: Path) -> None:
+def test_a_given_step_has_a_folder(step: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a number from 0 to 9,999,999,999"):
-        import_weights(tiny_recipe(tmp_path), "new", _file(tmp_path), step)
+        import_file(open_run(tiny_recipe(tmp_path), "new"), _file(tmp_path), step, False)
     assert not (tmp_path / "runs").exists()
 
 
 def test_the_largest_step_is_found_again(tmp_path: Path) -> None:
-    url, step = import_weights(tiny_recipe(tmp_path), "new", _file(tmp_path, step="9" * 10))
-    assert committed_steps(url) == [step] == [9_999_999_999]
+    run = open_run(tiny_recipe(tmp_path), "new")
+    checkpoint = import_file(run, _file(tmp_path, step="9" * 10), None, False)
+    assert run.checkpoints.steps == [checkpoint.step] == [9_999_999_999]
 
 
 def test_weights_of_a_checkpoint_are_finite(tmp_path: Path) -> None:
@@ -49,4 +51,4 @@ def test_weights_of_a_checkpoint_are_finite(tmp_path: Path) -> None:
     shapes = {name: value.shape for name, value in values.items()}
     save_whole({"ema": values}, shapes, str(tmp_path), STATE)
     with pytest.raises(UserError, match=r"ema of .*step-0000000003 holds NaN or .* in bad; use"):
-        read_weights(str(tmp_path), 3, "ema")
+        Checkpoint(str(tmp_path), 3).load("ema")

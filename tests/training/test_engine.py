@@ -13,20 +13,7 @@ from diffit_train import storage
 from diffit_train.config.train import Train
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.latent import LatentDiffiT, Shape
-from diffit_train.runs.checkpoints import (
-    STATES,
-    Slice,
-    State,
-    checkpoint_url,
-    committed_steps,
-    damage,
-    prune,
-    read_index,
-    read_slices,
-    read_state,
-    read_weights,
-    require_step,
-)
+from diffit_train.runs.checkpoints import STATES, Checkpoint, Checkpoints, Slice, State
 from diffit_train.runs.deepspeed import is_deepspeed_checkpoint, read_deepspeed_checkpoint
 from diffit_train.training.checkpointer import (
     FAILED_SAVES,
@@ -129,7 +116,7 @@ def _resume_and_save(
 ) -> None:
     engine = _engine(_model(), train, rank, world)
     assert load_checkpoint(engine, run, step).step == step
-    _assert_computes_with(engine, read_weights(run, step, "raw"))
+    _assert_computes_with(engine, Checkpoint(run, step).load("raw"))
     _save(engine, into, step)
     _steps(engine, step, steps)
     _save(engine, into, steps)
@@ -158,9 +145,9 @@ def _plain(train: Train, steps: int) -> tuple[dict[str, torch.Tensor], ...]:
 
 
 def _contents(run: str, step: int) -> dict[str, torch.Tensor]:
-    shapes = {n: p.shape for n, p in read_index(run, step).parameters.items()}
+    shapes = {n: p.shape for n, p in Checkpoint(run, step).index.parameters.items()}
     wanted = [Slice(n, 0, torch.Size(shape).numel()) for n, shape in sorted(shapes.items())]
-    loaded = read_slices(run, step, wanted, KINDS)
+    loaded = Checkpoint(run, step).read(wanted, KINDS)
     return {
         f"{kind}/{part.name}": values
         for kind in KINDS
@@ -197,7 +184,7 @@ def test_training_equals_a_plain_loop(
     train, run = _train(zero_stage=stage, **changes), str(tmp_path)
     on_ranks(world, _train_and_save, run, train, 8)
     weights, ema, moments = _plain(train, 8)
-    saved, saved_ema = read_weights(run, 8, "raw"), read_weights(run, 8, "ema")
+    saved, saved_ema = Checkpoint(run, 8).load("raw"), Checkpoint(run, 8).load("ema")
     contents, largest = _contents(run, 8), max(float(m.abs().max()) for m in moments.values())
     assert saved.keys() == weights.keys()
     for name in weights:
@@ -210,7 +197,7 @@ def test_training_equals_a_plain_loop(
         # Moments are linear in the gradients, so they reveal a wrong scale or clip.
         mine, plain = contents[f"exp_avg/{name}"], moments[name].reshape(-1)
         torch.testing.assert_close(mine, plain, atol=3e-3 * largest, rtol=0.0)
-    assert read_state(run, 8).optimizer_steps == 8
+    assert Checkpoint(run, 8).state.optimizer_steps == 8
 
 
 @pytest.mark.parametrize(
@@ -258,8 +245,8 @@ def test_a_damaged_checkpoint_is_reported(
     trained: str, tmp_path: Path, file: str, how: str
 ) -> None:
     run = str(_copy(trained, tmp_path))
-    assert damage(run, 2) is None
-    path = Path(checkpoint_url(run, 2)) / file
+    assert Checkpoint(run, 2).find_corruption() is None
+    path = Path(Checkpoint(run, 2).url) / file
     data = bytearray(path.read_bytes())
     if how == "remove":
         path.unlink()
@@ -269,29 +256,29 @@ def test_a_damaged_checkpoint_is_reported(
         data[-2] ^= 1
         path.write_bytes(data)
     with pytest.raises(DiffitError, match=rf"step-0000000002 is damaged: {file}"):
-        read_state(run, 2)
-        read_weights(run, 2, "ema")
-    assert (damage(run, 2) or "").startswith(file)
+        _ = Checkpoint(run, 2).state
+        Checkpoint(run, 2).load("ema")
+    assert (Checkpoint(run, 2).find_corruption() or "").startswith(file)
     if file.startswith("ema/"):  # the other kinds are in other files
-        assert read_weights(run, 2, "raw")
+        assert Checkpoint(run, 2).load("raw")
 
 
 def test_a_checkpoint_needs_a_commit_marker(trained: str, tmp_path: Path) -> None:
     run = str(_copy(trained, tmp_path))
-    storage.remove(storage.join(checkpoint_url(run, 2), "commit.json"))
-    assert committed_steps(run) == [0]
+    storage.remove(storage.join(Checkpoint(run, 2).url, "commit.json"))
+    assert Checkpoints(run).steps == [0]
     with pytest.raises(DiffitError, match="not committed"):
-        read_weights(run, 2, "ema")
+        Checkpoint(run, 2).load("ema")
     with pytest.raises(UserError, match="no committed checkpoint at step 2; it has: 0"):
-        require_step(run, 2)
-    assert require_step(run, None) == 0
+        Checkpoints(run)[2]
+    assert Checkpoints(run)["newest"].step == 0
     with pytest.raises(UserError, match="no committed checkpoint"):
-        require_step(str(tmp_path / "nothing"), None)
+        Checkpoints(str(tmp_path / "nothing"))["newest"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained: str) -> None:
     with pytest.raises(DiffitError, match=r"'blocks\.9\.x': it holds a different model"):
-        read_slices(trained, 2, [Slice("blocks.9.x", 0, 4)], KINDS)
+        Checkpoint(trained, 2).read([Slice("blocks.9.x", 0, 4)], KINDS)
 
 
 def _save_where_one_rank_cannot(rank: int, world: int, run: str) -> None:
@@ -305,7 +292,7 @@ def _save_where_one_rank_cannot(rank: int, world: int, run: str) -> None:
 
 def test_a_rank_that_cannot_write_stops_the_commit(tmp_path: Path) -> None:
     on_ranks(2, _save_where_one_rank_cannot, str(tmp_path))
-    assert committed_steps(str(tmp_path)) == []
+    assert Checkpoints(str(tmp_path)).steps == []
 
 
 def test_retention_keeps_the_newest_and_the_first(trained: str, tmp_path: Path) -> None:
@@ -314,8 +301,8 @@ def test_retention_keeps_the_newest_and_the_first(trained: str, tmp_path: Path) 
     for step in (4, 6, 8):
         (folder / "step-0000000002").rename(folder / f"step-{step:010d}")
         _copy_step(folder, step)
-    prune(str(run), keep=2)
-    assert committed_steps(str(run)) == [0, 6, 8]
+    Checkpoints(str(run)).prune(keep=2)
+    assert Checkpoints(str(run)).steps == [0, 6, 8]
 
 
 def _copy_step(folder: Path, step: int) -> None:
@@ -434,13 +421,13 @@ def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) ->
     on_ranks(2, _find_newest, str(run), 2, "")
     # An unreachable checkpoint is not considered damaged.
     on_ranks(2, _storage_is_away, str(run))
-    assert committed_steps(str(run)) == [0, 2]
+    assert Checkpoints(str(run)).steps == [0, 2]
     name = "rank-00001-of-00002.safetensors"
-    file = Path(checkpoint_url(str(run), 2)) / "exp_avg" / name
+    file = Path(Checkpoint(str(run), 2).url) / "exp_avg" / name
     file.write_bytes(file.read_bytes()[:-3])
     on_ranks(2, _find_newest, str(run), 0, f"exp_avg/{name} differs")
-    assert committed_steps(str(run)) == [0]
-    (Path(checkpoint_url(str(run), 0)) / "master" / name).unlink()
+    assert Checkpoints(str(run)).steps == [0]
+    (Path(Checkpoint(str(run), 0).url) / "master" / name).unlink()
     on_ranks(2, _all_damaged, str(run))
     on_ranks(2, _find_newest, str(tmp_path / "nothing"), None, "")
 
@@ -463,7 +450,7 @@ def _save_with_failures(rank: int, world: int, run: str) -> None:
 def test_training_survives_a_few_failed_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file where a folder is wanted")
     on_ranks(2, _save_with_failures, str(tmp_path))
-    assert committed_steps(str(tmp_path)) == [0]
+    assert Checkpoints(str(tmp_path)).steps == [0]
 
 
 def test_retention_keeps_every_kth_permanently(trained: str, tmp_path: Path) -> None:
@@ -472,10 +459,10 @@ def test_retention_keeps_every_kth_permanently(trained: str, tmp_path: Path) -> 
     for step in (4, 6, 8, 10):
         (folder / "step-0000000002").rename(folder / f"step-{step:010d}")
         _copy_step(folder, step)
-    prune(str(run), keep=1, every=4, protected={6})
-    assert committed_steps(str(run)) == [0, 4, 6, 8, 10]
-    prune(str(run), keep=2, every=4)
-    assert committed_steps(str(run)) == [0, 4, 8, 10]
+    Checkpoints(str(run)).prune(keep=1, every=4, protected={6})
+    assert Checkpoints(str(run)).steps == [0, 4, 6, 8, 10]
+    Checkpoints(str(run)).prune(keep=2, every=4)
+    assert Checkpoints(str(run)).steps == [0, 4, 8, 10]
 
 
 def test_inverse_sqrt_decay_starts_at_lr_decay_start() -> None:

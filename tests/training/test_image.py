@@ -16,8 +16,8 @@ from diffit_train.data.shards import latents_url, read_shard
 from diffit_train.errors import UserError
 from diffit_train.evaluation.evaluate import evaluate_run
 from diffit_train.evaluation.features import fit_features
-from diffit_train.runs.checkpoints import read_state, read_weights
-from diffit_train.runs.identity import create_identity
+from diffit_train.runs.checkpoints import Checkpoint
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
 from diffit_train.training import loop
 from tests.data.test_cifar10 import write_cifar10
@@ -64,7 +64,7 @@ def _train(
 
 
 def _run(recipe: Recipe, run: str, *stops: int | None, world: int = 1) -> Path:
-    identity = create_identity(recipe, run)
+    identity = open_run(recipe, run).create()
     run_id = Tracker.of(recipe).training_run("t", identity.uuid, run, {}, {})
     for stop_after in stops:
         on_ranks(world, _train, recipe, run, run_id, stop_after)
@@ -108,7 +108,7 @@ def test_an_interrupted_run_is_the_same(recipe: Recipe, whole: Path) -> None:
     run = _run(recipe, "stopped", 33, None)
     assert _curve(run) == _curve(whole)
     for state in ("raw", "ema"):
-        mine, theirs = (read_weights(str(url), 60, state) for url in (run, whole))
+        mine, theirs = (Checkpoint(str(url), 60).load(state) for url in (run, whole))
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
@@ -124,7 +124,7 @@ def test_more_workers_give_the_same_curve(recipe: Recipe, whole: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_metrics_are_computed(recipe: Recipe, whole: Path) -> None:
     fit_features(recipe)
-    assert read_state(str(whole), 60).images_seen == 960
+    assert Checkpoint(str(whole), 60).state.images_seen == 960
     (result,) = evaluate_run(recipe, "whole", [])
     assert result["metrics"]["fd_tiny"] > 0.0
     assert result["nfe"] == 7

@@ -24,12 +24,11 @@ from diffit_train.data.loader import Batch
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.evaluate import evaluate_run
 from diffit_train.models.build import build_model
-from diffit_train.runs.checkpoints import checkpoint_url, committed_steps, read_state, read_weights
-from diffit_train.runs.identity import create_identity
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.runs.import_export import export_weights, import_file, recipe_of_weights
 from diffit_train.runs.lease import LostLeaseError
 from diffit_train.runs.phema import reconstruct_ema
-from diffit_train.runs.start import init_from
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
 from diffit_train.training import control, loop
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
@@ -145,7 +144,7 @@ def _run(root: Path, run: str, world: int, expected: int, *changes: str, **rest:
     """Train on some ranks; returns the run's folder."""
     recipe = tiny_recipe(root, *STEPS, *changes)
     url = root / "runs" / run
-    identity = create_identity(recipe, run)
+    identity = open_run(recipe, run).create()
     tracker = Tracker.of(recipe)
     run_id = tracker.training_run("demo", identity.uuid, run, {}, {})
     on_ranks(world, functools.partial(_train, **rest), recipe, run, run_id, expected)
@@ -182,7 +181,7 @@ def _loses_its_lease(
 
 def _same_weights(a: Path, b: Path, step: int) -> None:
     for kind in ("raw", "ema"):
-        mine, theirs = read_weights(str(a), step, kind), read_weights(str(b), step, kind)
+        mine, theirs = Checkpoint(str(a), step).load(kind), Checkpoint(str(b), step).load(kind)
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
@@ -218,42 +217,42 @@ def test_bf16_weights_follow_the_fp32_curve(encoded: Path, whole: Path) -> None:
     for mine, theirs in zip(_log(run), _log(whole), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.03)
     # Master weights are fp32: they hold values that bf16 cannot.
-    masters = read_weights(str(run), 24, "raw").values()
+    masters = Checkpoint(str(run), 24).load("raw").values()
     assert any(not torch.equal(value, value.bfloat16().float()) for value in masters)
 
 
 def test_a_stopped_run_resumes_as_if_uninterrupted(encoded: Path, whole: Path) -> None:
     # In the middle of a log interval, whose sums must not be lost.
     run = _run(encoded, "stopped", 2, 11, stop_after=11)
-    assert committed_steps(str(run)) == [0, 8, 11]
-    assert read_state(str(run), 11).interval is not None
+    assert Checkpoints(str(run)).steps == [0, 8, 11]
+    assert Checkpoint(str(run), 11).state.interval is not None
     recipe = tiny_recipe(encoded, *STEPS)
-    on_ranks(2, _train, recipe, "stopped", read_state(str(run), 11).mlflow_run_id, 24)
+    on_ranks(2, _train, recipe, "stopped", Checkpoint(str(run), 11).state.mlflow_run_id, 24)
     assert _curve(run) == _curve(whole)
     _same_weights(run, whole, 24)
-    points = Tracker.of(recipe).history(read_state(str(run), 24).mlflow_run_id, "train/loss")
+    points = Tracker.of(recipe).history(Checkpoint(str(run), 24).state.mlflow_run_id, "train/loss")
     assert [step for step, _ in points] == list(range(2, 25, 2))
 
 
 @pytest.mark.slow
 def test_a_preemption_saves_one_checkpoint(encoded: Path, whole: Path) -> None:
     run = _run(encoded, "preempted", 2, 24, stop_after=None, preempt=True)
-    assert committed_steps(str(run)) == [0, 1, 8, 16, 24]
+    assert Checkpoints(str(run)).steps == [0, 1, 8, 16, 24]
     assert _curve(run) == _curve(whole)
 
 
 def test_a_resize_waits_for_a_checkpoint(encoded: Path, whole: Path) -> None:
     run = _run(encoded, "resized", 2, 24, resize_after=11)
-    assert committed_steps(str(run)) == [0, 8, 11, 16, 24]
+    assert Checkpoints(str(run)).steps == [0, 8, 11, 16, 24]
     assert _curve(run) == _curve(whole)
 
 
 def test_a_checkpoint_is_due_by_time(encoded: Path) -> None:
     every = ("train.steps=5", "train.checkpoint_every=100")
     run = _run(encoded, "often", 2, 5, *every, "train.checkpoint_every_s=0.0001")
-    assert committed_steps(str(run)) == [0, 1, 2, 3, 4, 5]
+    assert Checkpoints(str(run)).steps == [0, 1, 2, 3, 4, 5]
     run = _run(encoded, "seldom", 2, 5, *every, "train.checkpoint_every_s=3600")
-    assert committed_steps(str(run)) == [0, 5]
+    assert Checkpoints(str(run)).steps == [0, 5]
 
 
 QUICK = {("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16_autocast", 3)}
@@ -273,11 +272,11 @@ def test_stop_and_preemption_are_noticed_in_bad_steps(
     changes = (f"train.precision={precision}", f"train.zero_stage={stage}")
     rest: dict[str, Any] = {"stop_after": 2, "preempt": True, "bad_steps": (0, 1)}
     run = _run(encoded, f"bad-{precision}-{stage}", 2, 2, *changes, **rest)
-    assert committed_steps(str(run)) == [0, 1, 2]
-    assert read_state(str(run), 2).optimizer_steps == 0
+    assert Checkpoints(str(run)).steps == [0, 1, 2]
+    assert Checkpoint(str(run), 2).state.optimizer_steps == 0
     records = [json.loads(line) for line in (run / "bad-steps.jsonl").open()]
     assert [(record["step"], record["loss"]) for record in records] == [(0, "nan"), (1, "nan")]
-    before, after = (read_weights(str(run), step, "raw") for step in (0, 2))
+    before, after = (Checkpoint(str(run), step).load("raw") for step in (0, 2))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -288,7 +287,7 @@ def test_bad_batches_are_reported_and_skipped(encoded: Path) -> None:
     assert [record["step"] for record in records] == [5, 9]
     assert all(len(record["keys"]) == 8 and record["shards"] for record in records)
     assert all(record["loss"] == "nan" for record in records)
-    state = read_state(str(run), 24)
+    state = Checkpoint(str(run), 24).state
     assert (state.step, state.optimizer_steps) == (24, 22)
     skipped = {record["step"]: record.get("skipped_steps", 0) for record in _log(run)}
     assert {step: n for step, n in skipped.items() if n} == {6: 1, 10: 1}
@@ -307,7 +306,7 @@ def test_too_many_consecutive_bad_batches_cause_a_rollback(
     SkippedSteps(((10, 12),)).write(str(knowing))
     assert _run(encoded, "knowing", 2, 24) == knowing
     _same_weights(run, knowing, 24)
-    assert read_state(str(run), 24).optimizer_steps == 21
+    assert Checkpoint(str(run), 24).state.optimizer_steps == 21
 
 
 def _gives_up(rank: int, world: int, recipe: Recipe, run: str, run_id: str) -> None:
@@ -319,33 +318,33 @@ def test_a_run_without_rollbacks_left_stops(encoded: Path) -> None:
     recipe = tiny_recipe(
         encoded, *STEPS, "train.max_consecutive_bad_steps=2", "train.max_rollbacks=0"
     )
-    identity = create_identity(recipe, "hopeless")
+    identity = open_run(recipe, "hopeless").create()
     run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "hopeless", {}, {})
     on_ranks(2, _gives_up, recipe, "hopeless", run_id)
-    assert committed_steps(str(encoded / "runs" / "hopeless")) == [0]
+    assert Checkpoints(str(encoded / "runs" / "hopeless")).steps == [0]
 
 
 def test_training_goes_on_while_its_lease_cannot_be_read(encoded: Path) -> None:
     recipe = tiny_recipe(encoded, *STEPS)
-    identity = create_identity(recipe, "outage")
+    identity = open_run(recipe, "outage").create()
     run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "outage", {}, {})
     on_ranks(2, _meets_an_outage, recipe, "outage", run_id)
     run = encoded / "runs" / "outage"
-    assert committed_steps(str(run)) == [0, 16, 24]
+    assert Checkpoints(str(run)).steps == [0, 16, 24]
     parts = list((run / "checkpoints" / "step-0000000008").rglob("*"))
     assert not [path for path in parts if path.is_file()]
 
 
 def test_without_its_lease_a_run_writes_nothing(encoded: Path) -> None:
     recipe = tiny_recipe(encoded, *STEPS)
-    identity = create_identity(recipe, "lost")
+    identity = open_run(recipe, "lost").create()
     run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "lost", {}, {})
     on_ranks(2, _loses_its_lease, recipe, "lost", run_id, 11)
     run = encoded / "runs" / "lost"
-    assert committed_steps(str(run)) == [0, 8]
+    assert Checkpoints(str(run)).steps == [0, 8]
     assert [record["step"] for record in _log(run)] == [2, 4, 6, 8]
     on_ranks(2, _loses_its_lease, recipe, "lost", run_id, -1)
-    assert committed_steps(str(run)) == [0, 8]
+    assert Checkpoints(str(run)).steps == [0, 8]
 
 
 @pytest.mark.slow
@@ -357,7 +356,7 @@ def test_steps_beyond_a_limit_are_skipped(encoded: Path, whole: Path) -> None:
     records = [json.loads(line) for line in (run / "bad-steps.jsonl").open()]
     assert 0 < len(records) < 24
     assert all(float(record["grad_norm"]) > limit for record in records)
-    assert read_state(str(run), 24).optimizer_steps == 24 - len(records)
+    assert Checkpoint(str(run), 24).state.optimizer_steps == 24 - len(records)
 
 
 def test_trace_and_snapshots_are_written_on_request(encoded: Path) -> None:
@@ -366,11 +365,11 @@ def test_trace_and_snapshots_are_written_on_request(encoded: Path) -> None:
     run = _run(encoded, "looked-at", 1, 24, *changes)
     trace = run / "profile" / "steps-3-4.json.gz"
     assert trace.stat().st_size > 1000
-    assert committed_steps(str(run / "ema-snapshots")) == [6, 12, 18, 24]
-    snapshot, checkpoint = read_weights(str(run / "ema-snapshots"), 24, "a"), str(run)
+    assert Checkpoints(str(run / "ema-snapshots")).steps == [6, 12, 18, 24]
+    snapshot, checkpoint = Checkpoint(str(run / "ema-snapshots"), 24).load("a"), str(run)
     assert all(
         torch.equal(value, snapshot[name])
-        for name, value in read_weights(checkpoint, 24, "a").items()
+        for name, value in Checkpoint(checkpoint, 24).load("a").items()
     )
     record = _log(run)[-1]
     names = ("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "memory_gib")
@@ -384,10 +383,10 @@ def test_an_ema_is_reconstructed_from_snapshots(encoded: Path, whole: Path, tmp_
     changes += ["train.ema={ema: {decay: 0.9}, a: {sigma_rel: 0.05}, b: {sigma_rel: 0.2}}"]
     run = _run(encoded, "snapshots", 1, 24, *changes)
     recipe = tiny_recipe(encoded, *STEPS, *changes)
-    same = reconstruct_ema(recipe, "snapshots", 0.05)
+    same = reconstruct_ema(open_run(recipe, "snapshots"), 0.05)
     assert same.error < 1e-9
     assert same.file == f"{run}/export/ema-0.05-0000000024.safetensors"
-    kept = read_weights(str(run), 24, "a")
+    kept = Checkpoint(str(run), 24).load("a")
     made = load_file(same.file)
     for name, value in kept.items():
         torch.testing.assert_close(made[name], value, atol=1e-7, rtol=1e-6)
@@ -398,7 +397,7 @@ def test_an_ema_is_reconstructed_from_snapshots(encoded: Path, whole: Path, tmp_
     assert result["evaluate"]["weights"] == "sigma_rel:0.07"
     # At a step without a snapshot, the weights are interpolated.
     out = str(tmp_path / "x.safetensors")
-    between = reconstruct_ema(recipe, "snapshots", 0.1, 21, out)
+    between = reconstruct_ema(open_run(recipe, "snapshots"), 0.1, 21, out)
     assert 0.0 < between.error < 0.2
     assert recipe_of(out).train == recipe.train
     for wrong, words in (
@@ -406,9 +405,9 @@ def test_an_ema_is_reconstructed_from_snapshots(encoded: Path, whole: Path, tmp_
         ((0.1, 99), r"--step is 99, but the snapshots of 'snapshots' end at step 24"),
     ):
         with pytest.raises(UserError, match=words):
-            reconstruct_ema(recipe, "snapshots", *wrong)
+            reconstruct_ema(open_run(recipe, "snapshots"), *wrong)
     with pytest.raises(UserError, match=r"no EMA snapshots; train with"):
-        reconstruct_ema(tiny_recipe(encoded, *STEPS), "whole", 0.1)
+        reconstruct_ema(open_run(tiny_recipe(encoded, *STEPS), "whole"), 0.1)
 
 
 def recipe_of(file: str) -> Recipe:
@@ -436,18 +435,19 @@ def test_a_run_resumes_from_deepspeeds_own_checkpoint(encoded: Path, tmp_path: P
     recipe = tiny_recipe(encoded, *STEPS)
     on_ranks(2, _deepspeed_alone, recipe, str(tmp_path))
     with pytest.raises(UserError, match=r"made of pickles.*--allow-pickle"):
-        import_file(recipe, "taken-over", str(tmp_path), 0, False)
-    result = import_file(recipe, "taken-over", str(tmp_path), 0, True)
-    assert result["step"] == 5
-    state = read_state(result["url"], 5)
+        import_file(open_run(recipe, "taken-over"), str(tmp_path), 0, False)
+    run = open_run(recipe, "taken-over")
+    checkpoint = import_file(run, str(tmp_path), 0, True)
+    assert checkpoint.step == 5
+    state = checkpoint.state
     assert (state.optimizer_steps, state.images_seen) == (5, 40)
     on_ranks(2, _train, recipe, "taken-over", state.mlflow_run_id, 24)
-    assert read_state(result["url"], 24).optimizer_steps == 24
+    assert run.refresh().checkpoints[24].state.optimizer_steps == 24
     with pytest.raises(UserError, match=r"run 'taken-over' .* exists"):
-        import_file(recipe, "taken-over", str(tmp_path), 0, True)
+        import_file(open_run(recipe, "taken-over"), str(tmp_path), 0, True)
     wider = tiny_recipe(encoded, *STEPS, "model.hidden_size=32")
     with pytest.raises(UserError, match=r"wrong size: .* has [\d,]+ elements, expected"):
-        import_file(wider, "wider", str(tmp_path), 0, True)
+        import_file(open_run(wider, "wider"), str(tmp_path), 0, True)
     assert not (encoded / "runs" / "wider").exists()
 
 
@@ -456,30 +456,30 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     changes = ["data.name=large", "data.resolution=32", *STEPS]
     large = tiny_recipe(encoded, *changes)
     encode_latents(large)
-    recipe = init_from(large, "larger", "whole@16", "ema")
+    recipe = open_run(large, "larger", "whole@16", "ema").recipe
     start = recipe.train.start
     assert start is not None
     assert (start.run, start.step, recipe.model.position_side) == ("whole", 16, 2)
-    identity = create_identity(recipe, "larger")
+    identity = open_run(recipe, "larger").create()
     run_id = Tracker.of(recipe).training_run("demo", identity.uuid, "larger", {}, {})
     on_ranks(2, _train, recipe, "larger", run_id, 24)
-    source, first = read_weights(str(whole), 16, "ema"), encoded / "runs" / "larger"
-    begun = read_weights(str(first), 0, "raw")
+    source, first = Checkpoint(str(whole), 16).load("ema"), encoded / "runs" / "larger"
+    begun = Checkpoint(str(first), 0).load("raw")
     assert torch.equal(begun["blocks.0.mlp.fc1.weight"], source["blocks.0.mlp.fc1.weight"])
     table = "blocks.0.attn.relative_position_bias_table"
     assert (source[table].shape[0], begun[table].shape[0]) == (9, 49)
     # Rerunning resumes, although the source has newer checkpoints.
-    again = init_from(large, "larger", "whole", "ema")
+    again = open_run(large, "larger", "whole", "ema").recipe
     assert again.train_hash() == recipe.train_hash()
     assert train_run(large, "larger", init="whole")["step"] == 24
     # Other commands need no --init-from.
     assert train_run(large, "larger")["step"] == 24
-    export_weights(init_from(large, "larger"), "larger", 24, "raw")
+    export_weights(open_run(large, "larger"), 24, "raw")
     # Once the run has its own checkpoints, the source is no longer needed.
     gone = whole.rename(whole.parent / "gone")
     more = tiny_recipe(encoded, *changes, "train.keep_every=24")
-    assert init_from(more, "larger", "whole", "ema").train_hash() == recipe.train_hash()
-    shutil.rmtree(checkpoint_url(str(first), 24))
+    assert open_run(more, "larger", "whole", "ema").recipe.train_hash() == recipe.train_hash()
+    shutil.rmtree(Checkpoint(str(first), 24).url)
     assert train_run(more, "larger", init="whole")["step"] == 24
     gone.rename(whole)
     for wrong, words in (
@@ -490,8 +490,8 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
         (("whole", "whole", "ema"), r"--init-from is run 'whole' itself"),
     ):
         with pytest.raises(UserError, match=words):
-            init_from(large, *wrong)
+            open_run(large, *wrong)
     wider = tiny_recipe(encoded, *changes, "model.hidden_size=32")
-    wider = init_from(wider, "wider", "whole", "ema")
+    wider = open_run(wider, "wider", "whole", "ema").recipe
     with pytest.raises(UserError, match=r"whole@24 holds a different model than the recipe's"):
         train_run(wider, "wider")

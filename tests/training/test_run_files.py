@@ -12,20 +12,9 @@ import pytest
 from diffit_train import storage
 from diffit_train.commands.verify import check
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.runs.checkpoints import (
-    committed_steps,
-    read_state,
-    remove_unfinished,
-    save_whole,
-)
-from diffit_train.runs.identity import (
-    check_recipe,
-    create_identity,
-    read_identity,
-    record_steps,
-    stored_recipe,
-)
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, remove_unfinished, save_whole
 from diffit_train.runs.import_export import export_weights
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
 from diffit_train.training.log import (
     SkippedSteps,
@@ -49,7 +38,7 @@ def run(tmp_path: Path) -> Path:
     from diffit_train.models.build import build_model
 
     recipe = tiny_recipe(tmp_path)
-    identity = create_identity(recipe, "one")
+    identity = open_run(recipe, "one").create()
     folder = tmp_path / "runs" / "one"
     tracker = Tracker.of(recipe)
     tags = {"diffit.recipe_hash": identity.recipe_hash}
@@ -68,7 +57,7 @@ def run(tmp_path: Path) -> Path:
     for step in (3, 4, 7, 8):
         append_bad_step(str(folder), {"step": step})
     SkippedSteps().adding(3, 4).adding(7, 8).write(str(folder))
-    export_weights(recipe, "one", 6, "ema")
+    export_weights(open_run(recipe, "one"), 6, "ema")
     return folder
 
 
@@ -97,7 +86,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_log_is_named_and_begins_again(how: str, run: Path) -> None:
-    file, mark = run / "log.jsonl", read_state(str(run), 6).log
+    file, mark = run / "log.jsonl", Checkpoint(str(run), 6).state.log
     text = DAMAGE[how](file.read_text())
     file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=f"{file} is damaged: .*; remove it"):
@@ -143,23 +132,24 @@ def test_damaged_ranges_are_named_and_stay(text: str, run: Path) -> None:
     ],
 )
 def test_a_damaged_recipe_is_named_and_comes_back(change: Any, run: Path, tmp_path: Path) -> None:
-    before, file = stored_recipe(str(run)), run / "recipe.yaml"
+    it = open_run(tiny_recipe(tmp_path), "one")
+    before, file = it.stored_recipe, run / "recipe.yaml"
     file.write_bytes(change(file.read_text()).encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=rf"(?s){file} is damaged: .*delete it; `diffit train`"):
-        stored_recipe(str(run))
+        _ = it.refresh().stored_recipe
     check(str(run), remove=True)
-    record_steps(tiny_recipe(tmp_path), "one")  # as training does
-    assert stored_recipe(str(run)) == before
+    it.record_steps()  # as training does
+    assert it.refresh().stored_recipe == before
 
 
 def test_a_damaged_identity_is_named_and_removed(run: Path, tmp_path: Path) -> None:
     file = run / "run.json"
     file.write_text(file.read_text()[:-9])
     with pytest.raises(DiffitError, match=f"{file} is damaged: .*train the run again"):
-        read_identity(str(run))
+        open_run(tiny_recipe(tmp_path), "one")
     assert list(check(str(run), remove=True)["removed"]) == ["run.json"]
-    assert check_recipe(tiny_recipe(tmp_path), "one") is None
-    assert committed_steps(str(run)) == [6]
+    assert open_run(tiny_recipe(tmp_path), "one").check() is None
+    assert Checkpoints(str(run)).steps == [6]
 
 
 def test_damaged_exports_and_checkpoints_are_removed(run: Path) -> None:
@@ -172,7 +162,7 @@ def test_damaged_exports_and_checkpoints_are_removed(run: Path) -> None:
         check(str(run), remove=False)
     removed = check(str(run), remove=True)["removed"]
     assert list(removed) == ["step-0000000006", f"export/{export.name}"]
-    assert committed_steps(str(run)) == []
+    assert Checkpoints(str(run)).steps == []
     assert not list((run / "export").iterdir())
 
 

@@ -19,8 +19,8 @@ import torch
 from diffit_train.config import dump_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.sample import WeightSource, sample_images
-from diffit_train.runs.checkpoints import committed_steps, read_state, read_weights
-from diffit_train.runs.identity import finished_step
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
 from diffit_train.training.driver import train
 from tests.conftest import tiny_recipe
@@ -48,9 +48,9 @@ def _copy(encoded: Path, root: Path) -> Path:
 
 def test_a_run_leaves_log_checkpoints_and_metrics(trained: Path) -> None:
     recipe, run = tiny_recipe(trained), trained / "runs" / "tiny"
-    assert committed_steps(str(run)) == [0, 4, 8, 12]
+    assert Checkpoints(str(run)).steps == [0, 4, 8, 12]
     assert [step for step, _ in _losses(trained, "tiny")] == [2, 4, 6, 8, 10, 12]
-    state = read_state(str(run), 12)
+    state = Checkpoint(str(run), 12).state
     assert (state.images_seen, state.optimizer_steps) == (96, 12)
     assert state.recipe_hash == recipe.train_hash()
     record = next(r for r in Tracker.of(recipe).runs() if r.run_id == state.mlflow_run_id)
@@ -67,19 +67,19 @@ def test_a_run_leaves_log_checkpoints_and_metrics(trained: Path) -> None:
 
 def test_training_moves_the_weights_and_the_ema_trails(trained: Path) -> None:
     run = str(trained / "runs" / "tiny")
-    start, raw, ema = read_weights(run, 0, "raw"), read_weights(run, 12, "raw"), None
-    ema = read_weights(run, 12, "ema")
+    start, raw, ema = Checkpoint(run, 0).load("raw"), Checkpoint(run, 12).load("raw"), None
+    ema = Checkpoint(run, 12).load("ema")
     assert start.keys() == raw.keys() == ema.keys()
     moved = sum(float((raw[n] - start[n]).norm()) for n in raw)
     trailed = sum(float((ema[n] - start[n]).norm()) for n in raw)
     assert 0 < trailed < moved
-    initial_ema = read_weights(run, 0, "ema")
+    initial_ema = Checkpoint(run, 0).load("ema")
     assert all(torch.equal(initial_ema[n], start[n]) for n in start)
 
 
 def test_a_finished_run_is_left_unchanged(trained: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (trained / "runs").rglob("*")}
-    assert finished_step(tiny_recipe(trained), "tiny") == 12
+    assert open_run(tiny_recipe(trained), "tiny").finished_step == 12
     assert train(tiny_recipe(trained), "tiny") == 12
     assert {p: p.stat().st_mtime_ns for p in (trained / "runs").rglob("*")} == before
 
@@ -145,7 +145,7 @@ def _start(root: Path) -> subprocess.Popen[bytes]:
 
 def _wait_for_step(root: Path, step: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 180
-    while max(committed_steps(str(root / "runs" / "killed")), default=0) < step:
+    while max(Checkpoints(str(root / "runs" / "killed")).steps, default=0) < step:
         assert process.poll() is None, "training ended before it could be killed"
         assert time.monotonic() < deadline, "training did not reach the step"
         time.sleep(0.02)
@@ -178,11 +178,11 @@ def test_the_curve_is_unchanged_by_a_killed_worker_and_a_killed_command(
         process.kill()
         process.wait()
     time.sleep(5)  # workers exit on their own once the command is gone
-    assert max(committed_steps(str(tmp_path / "runs" / "killed"))) < 1500
+    assert max(Checkpoints(str(tmp_path / "runs" / "killed")).steps) < 1500
     assert train(tiny_recipe(tmp_path, *LONGER), "killed") == 1500
     assert _losses(tmp_path, "killed") == undisturbed
     _no_doubled_points(tmp_path, undisturbed)
-    assert committed_steps(str(tmp_path / "runs" / "killed")) == [0, 1440, 1480, 1500]
+    assert Checkpoints(str(tmp_path / "runs" / "killed")).steps == [0, 1440, 1480, 1500]
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_ctrl_c_has_its_own_status_and_the_run_can_be_resumed(
     assert "Stop requested; saving a checkpoint; Ctrl-C again quits at once" in said
     (record,) = [r for r in Tracker.of(tiny_recipe(tmp_path)).runs() if r.name == "killed"]
     assert record.status == "KILLED"
-    saved = max(committed_steps(str(tmp_path / "runs" / "killed")))
+    saved = max(Checkpoints(str(tmp_path / "runs" / "killed")).steps)
     assert f"Stopped at step {saved} (checkpoint saved); rerun the same command to resume" in said
     assert saved % 40  # not a step where one is due anyway
     assert "Traceback" not in said
@@ -250,7 +250,7 @@ def test_another_objective_and_model_with_many_options(encoded: Path, tmp_path: 
     losses = [loss for _, loss in _losses(encoded, "flow")]
     # The untrained velocity is zero, so the loss starts near E (noise - x_0)^2, at least 2.
     assert losses[0] > 1.0
-    weights = read_weights(str(encoded / "runs" / "flow"), 6, "raw")
+    weights = Checkpoint(str(encoded / "runs" / "flow"), 6).load("raw")
     assert not any("y_embedder" in name for name in weights)
     assert weights["final_layer.linear.weight"].shape == (16, 16)
     source = WeightSource("flow")

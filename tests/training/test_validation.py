@@ -11,7 +11,7 @@ from diffit_train.commands.train import train_run
 from diffit_train.errors import UserError
 from diffit_train.evaluation.evaluate import watch_run
 from diffit_train.evaluation.result import finished_result
-from diffit_train.runs.checkpoints import read_state
+from diffit_train.runs.checkpoints import Checkpoint
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 
@@ -30,7 +30,7 @@ def test_checkpoints_are_evaluated_during_training(
     results = [finished_result(smaller, "watched", step) for step in (8, 16)]
     assert [r.step for r in results if r] == [8, 16]
     # They are not part of the curve of full evaluations, which have more samples.
-    run_id = read_state(str(tmp_path / "runs" / "watched"), 16).mlflow_run_id
+    run_id = Checkpoint(str(tmp_path / "runs" / "watched"), 16).state.mlflow_run_id
     tracker = Tracker.of(recipe)
     curve = tracker.history(run_id, "validation/fd_digits")
     assert curve == [(r.step, pytest.approx(r.metrics["fd_digits"])) for r in results if r]
