@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from pydantic.fields import FieldInfo
 
 from diffit_train.cli import app
 from diffit_train.config import keys, packaged_recipes
@@ -67,14 +66,13 @@ change its keys, which are listed in [recipes.md](recipes.md).
 def recipes_page() -> str:
     """The page of recipe keys."""
     parts = [GENERATED, RECIPES_HEAD.strip(), _packaged_table(), _preset_table()]
-    for prefix, model in keys.sections():
+    for prefix, text, members in keys.sections():
         title = prefix.replace("*", "NAME") or "Top level"
-        rows = [
-            _recipe_row(prefix.replace("*", "NAME"), *item) for item in model.model_fields.items()
-        ]
         heading = f"## `{title}`" if prefix else f"## {title}"
-        parts.append(f"{heading}\n\n{_paragraphs(model.__doc__ or '')}")
-        parts.append(_table(("key", "type", "default", "meaning"), rows))
+        parts.append(f"{heading}\n\n{_paragraphs(text)}")
+        parts.append(
+            _table(("key", "type", "default", "meaning"), [_recipe_row(key) for key in members])
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,15 +92,18 @@ def _preset_table() -> str:
     return text + "next to it change them.\n\n" + _table(("preset", *keys), rows)
 
 
-def _recipe_row(prefix: str, name: str, field: FieldInfo) -> tuple[str, str, str, str]:
-    key = f"{prefix}.{name}" if prefix else name
-    kind = keys.type_text(field, code=lambda text: f"`{text}`").replace("|", r"\|")
-    default = keys.default_text(field)
-    if field.is_required() or keys.is_section(field):
-        default = "see below" if keys.is_section(field) else "**required**"
+def _recipe_row(key: keys.Key) -> tuple[str, str, str, str]:
+    kind = keys.type_text(key, code=lambda text: f"`{text}`").replace("|", r"\|")
+    default = keys.default_text(key)
+    if key.is_section:
+        default = "see below"
+    elif key.field.is_required() and not key.union:
+        default = "**required**"
     elif default:
         default = f"`{default}`"
-    return f"`{key}`", kind, default, _sentence(keys.meaning(field))
+    only = f"{', '.join(key.variants)}: " if key.variants else ""
+    name = key.name.replace("*", "NAME")
+    return f"`{name}`", kind, default, _sentence(only + key.meaning)
 
 
 # ---- Commands ----

@@ -43,7 +43,7 @@ OWN = (
     "autoencoder={kind: identity, latent_channels: 3, downsample: 1}",
     "model={architecture: 'mynet.model:ConvNet', options: {width: 8, depth: 2}}",
     "diffusion={objective: 'mynet.objective:Restore'}",
-    "evaluate.sampler={name: own, steps: 3}",
+    "evaluate.sampler={name: custom, steps: 3}",
     "evaluate.guidance.channels=3",
     "evaluate.features={name: colors, kind: 'mynet.features:Colors'}",
 )
@@ -218,7 +218,7 @@ def test_entry_points_are_the_same_classes(package: Path, tmp_path: Path) -> Non
         ("model.mlp_ratio=2.0", r"model.mlp_ratio is 2.0, .*set model.options instead"),
         ("model={options: {width: 3}}", r"model.options has width, but model.architecture is"),
         ("diffusion={options: {a: 3}}", r"diffusion.options has a, but diffusion.objective is"),
-        ("evaluate.sampler.name=heun", r"must be one of own when diffusion.objective is"),
+        ("evaluate.sampler.name=heun", r"must be one of custom when diffusion.objective is"),
         ("evaluate.features.name=inception", r"reserved for the published network"),
         ("train.augment=0.1", r"is not one of ours, which know the labels of the augmentation"),
     ],

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from diffit_train.config.base import Fraction, Name, Positive, PositiveInt, Section
+from diffit_train.config.base import Fraction, Name, Positive, PositiveInt, Section, Variants
 from diffit_train.plugins import Plugged
 
-# Samplers of each objective.
+# Samplers of each objective; of a custom one `custom`.
 SAMPLERS = {
     "epsilon": ("ddpm", "ddim", "dpmpp_2m", "heun"),
     "flow": ("euler", "heun", "sde"),
-    "edm": ("heun",),
+    **dict.fromkeys(("edm", "vp", "ve"), ("edm",)),
 }
-# That of an objective of another package.
-OWN_SAMPLER = "own"
-
-# Options of `evaluate.sampler`, and the only sampler that has each.
-SAMPLER_OPTIONS = {
-    "eta": "ddim",
-    "spacing": "ddim",
-    "diffusion": "sde",
-    "last_step": "sde",
-    "last_step_size": "sde",
-}
-
-# Options of `evaluate.guidance`, and the only kind that has each.
-GUIDANCE_OPTIONS = {"power": "power_cosine", "low": "interval", "high": "interval"}
 
 FEATURES = Plugged("evaluate.features.kind", "diffit_train.features", ("inception", "classifier"))
 
@@ -45,23 +30,74 @@ FREE_KEYS = ("compile", "keep_images")
 OWN = "own"
 
 
-class EdmSampling(Section):
-    """Sampling with the objective edm (Karras et al. 2022, algorithm 2 and table 1)."""
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
-    levels: Literal["edm", "vp", "ve"] = Field(
-        default="edm",
-        description="noise levels that are visited; edm: by sigma_min, sigma_max and rho; vp, ve: "
-        "those of the variance-preserving and the variance-exploding diffusion",
+
+class _Sampler(Section):
+    name: str
+    steps: PositiveInt = Field(default=250, description="sampling steps")
+
+
+class PlainSampler(_Sampler):
+    """A sampler without options."""
+
+    name: Literal["ddpm", "dpmpp_2m", "heun", "euler", "custom"] = Field(
+        default="ddpm",
+        description="ddpm, dpmpp_2m: for objective epsilon; heun: for epsilon and flow; euler: for "
+        "flow; custom: that of a custom objective",
     )
-    sigma_min: Positive = Field(default=0.002, description="edm: lowest noise level above 0")
-    sigma_max: Positive = Field(default=80.0, description="edm: highest noise level")
+
+
+class Ddim(_Sampler):
+    """DDIM."""
+
+    name: Literal["ddim"] = Field(default="ddim", description="ddim: for epsilon")
+    eta: Fraction = Field(
+        default=0.0, description="noise added at each step; 0: none, 1: as much as DDPM"
+    )
+    spacing: Literal["even", "ddim"] = Field(
+        default="even",
+        description="timesteps visited; even: evenly spaced, first and last included; ddim: every "
+        "n-th from the first, as in the DDIM paper (ADM's ddimN)",
+    )
+
+
+class Sde(_Sampler):
+    """The flow's SDE."""
+
+    name: Literal["sde"] = Field(default="sde", description="sde: for flow")
+    steps: Annotated[int, Field(ge=2)] = Field(default=250, description="sampling steps")
+    diffusion: Literal["2sigma", "sigma"] = Field(
+        default="2sigma",
+        description="squared diffusion coefficient w(t), where sigma(t) = t; 2sigma: 2 t, as in "
+        "SiT's code (which calls it sigma); sigma: t",
+    )
+    last_step: Literal["mean", "euler"] = Field(
+        default="mean",
+        description="last step, taken without noise; mean: along the SDE's drift (SiT's code); "
+        "euler: along the velocity",
+    )
+    last_step_size: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.04, description="length of the last step, where the whole path is 1"
+    )
+
+
+class EdmSampler(_Sampler):
+    """EDM's sampler (Karras et al. 2022, algorithm 2 and table 1)."""
+
+    name: Literal["edm"] = Field(
+        default="edm", description="edm: EDM's, by Heun's method, for edm, vp and ve"
+    )
+    steps: Annotated[int, Field(ge=2)] = Field(default=18, description="sampling steps")
+    sigma_min: Positive = Field(default=0.002, description="lowest noise level above 0")
+    sigma_max: Positive = Field(default=80.0, description="highest noise level")
     rho: Positive = Field(
-        default=7.0, description="edm: exponent; larger values take shorter steps at low noise"
+        default=7.0, description="exponent; larger values take shorter steps at low noise"
     )
-    churn: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+    churn: NotNegative = Field(
         default=0.0, description="S_churn, noise added in all steps together; 0: deterministic"
     )
-    churn_min: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+    churn_min: NotNegative = Field(
         default=0.0, description="S_min, lowest noise level at which noise is added"
     )
     churn_max: Positive | None = Field(
@@ -72,89 +108,76 @@ class EdmSampling(Section):
     )
 
     @model_validator(mode="after")
-    def _range_is_one(self) -> Self:
+    def _sigmas_ascend(self) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(
-                f"evaluate.sampler.edm.sigma_min is {self.sigma_min}, but must be less than "
-                f"evaluate.sampler.edm.sigma_max ({self.sigma_max})"
+                f"evaluate.sampler.sigma_min is {self.sigma_min}, but must be less than "
+                f"evaluate.sampler.sigma_max ({self.sigma_max})"
             )
         return self
 
 
-class Sampler(Section):
-    """How latents are sampled."""
-
-    name: Literal["ddpm", "ddim", "dpmpp_2m", "heun", "euler", "sde", "own"] = Field(
-        default="ddpm",
-        description="for epsilon: ddpm, ddim, dpmpp_2m or heun; for flow: euler, heun or sde; for "
-        "edm: heun; for a custom objective: own",
-    )
-    steps: PositiveInt = Field(default=250, description="sampling steps")
-    eta: Fraction = Field(
-        default=0.0, description="ddim: noise added at each step; 0: none, 1: as much as DDPM"
-    )
-    spacing: Literal["even", "ddim"] = Field(
-        default="even",
-        description="ddim: timesteps visited; even: evenly spaced, first and last included; ddim: "
-        "every n-th from the first, as in the DDIM paper (ADM's ddimN)",
-    )
-    diffusion: Literal["2sigma", "sigma"] = Field(
-        default="2sigma",
-        description="sde: squared diffusion coefficient w(t), where sigma(t) = t; 2sigma: 2 t, as "
-        "in SiT's code (which calls it sigma); sigma: t",
-    )
-    last_step: Literal["mean", "euler"] = Field(
-        default="mean",
-        description="sde: last step, taken without noise; mean: along the SDE's drift (SiT's "
-        "code); euler: along the velocity",
-    )
-    last_step_size: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.04, description="sde: length of the last step, where the whole path is 1"
-    )
-
-    edm: EdmSampling = EdmSampling()
-
-    @model_validator(mode="after")
-    def _options_belong(self) -> Self:
-        for key, owner in SAMPLER_OPTIONS.items():
-            value, default = getattr(self, key), type(self).model_fields[key].default
-            if self.name != owner and value != default:
-                raise ValueError(
-                    f"evaluate.sampler.{key} is {value!r}, but evaluate.sampler.name is "
-                    f"{self.name!r}; only sampler {owner!r} has this option"
-                )
-        if self.name == "sde" and self.steps < 2:
-            raise ValueError(
-                f"evaluate.sampler.steps is {self.steps}, but sampler 'sde' needs at least 2"
-            )
-        return self
+# How latents are sampled.
+Sampler = Annotated[PlainSampler | Ddim | Sde | EdmSampler, Variants("name", "ddpm")]
 
 
-class Guidance(Section):
-    """Classifier-free guidance."""
+class NoGuidance(Section):
+    """No guidance."""
 
-    kind: Literal["constant", "power_cosine", "interval", "none"] = Field(
-        default="power_cosine",
-        description="schedule of the guidance weight; power_cosine: from 1 at t = T to scale at "
-        "t = 0; interval: scale between low and high, else 1; none: no guidance",
-    )
-    scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
-        default=4.4, description="guidance scale; 1: no guidance"
-    )
-    power: Positive = Field(default=4.0, description="power_cosine: exponent")
-    low: Fraction = Field(default=0.0, description="interval: lowest guided noise level, 0 to 1")
-    high: Fraction = Field(default=1.0, description="interval: highest guided noise level, 0 to 1")
+    kind: Literal["none"] = Field(default="none", description="none: no guidance")
+
+    @property
+    def title(self) -> str:
+        """For messages and names."""
+        return self.kind
+
+
+class _Guidance(Section):
+    kind: str
+    scale: NotNegative = Field(default=4.4, description="guidance scale; 1: no guidance")
     channels: PositiveInt | Literal["all"] = Field(
         default=3, description="leading latent channels that are guided; published DiffiT: 3"
     )
-    skip_within: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+    skip_within: NotNegative = Field(
         default=1e-4,
         description="skip the unconditional forward pass where the guidance weight is this close "
         "to 1",
     )
 
+    @property
+    def title(self) -> str:
+        """For messages and names."""
+        return f"{self.kind} {self.scale:g}"
+
+
+class ConstantGuidance(_Guidance):
+    """The same weight at all noise levels."""
+
+    kind: Literal["constant"] = Field(
+        default="constant", description="constant: scale at all noise levels"
+    )
+
+
+class PowerCosineGuidance(_Guidance):
+    """A weight that rises as the noise falls."""
+
+    kind: Literal["power_cosine"] = Field(
+        default="power_cosine", description="power_cosine: from 1 at t = T to scale at t = 0"
+    )
+    power: Positive = Field(default=4.0, description="exponent")
+
+
+class IntervalGuidance(_Guidance):
+    """A weight on an interval of noise levels."""
+
+    kind: Literal["interval"] = Field(
+        default="interval", description="interval: scale between low and high, else 1"
+    )
+    low: Fraction = Field(default=0.0, description="lowest guided noise level, 0 to 1")
+    high: Fraction = Field(default=1.0, description="highest guided noise level, 0 to 1")
+
     @model_validator(mode="after")
-    def _interval_is_one(self) -> Self:
+    def _levels_ascend(self) -> Self:
         if self.low >= self.high:
             raise ValueError(
                 f"evaluate.guidance.low is {self.low}, but must be less than "
@@ -163,23 +186,11 @@ class Guidance(Section):
         return self
 
 
-def without_effect(key: str, settings: Mapping[str, str], objective: str | None) -> bool:
-    """Whether a key changes nothing beside the others, as that of another sampler.
-
-    Args:
-        key: dotted, below `evaluate`.
-        settings: the values of such keys.
-        objective: `diffusion.objective`; None if unknown.
-    """
-    section, _, name = key.rpartition(".")
-    if section == "sampler" and name in SAMPLER_OPTIONS:
-        return settings.get("sampler.name") != SAMPLER_OPTIONS[name]
-    if section == "sampler.edm":
-        return objective not in (None, "edm")
-    kind = settings.get("guidance.kind")
-    if section != "guidance" or name == "kind" or kind is None:
-        return False
-    return kind == "none" or GUIDANCE_OPTIONS.get(name, kind) != kind
+# Classifier-free guidance.
+Guidance = Annotated[
+    NoGuidance | ConstantGuidance | PowerCosineGuidance | IntervalGuidance,
+    Variants("kind", "power_cosine"),
+]
 
 
 class FeaturesFit(Section):
@@ -279,8 +290,10 @@ class Evaluate(Section):
     seed: int = Field(
         default=0, ge=0, description="seed of labels and noise; image i depends on (seed, i) only"
     )
-    sampler: Sampler = Sampler()
-    guidance: Guidance = Guidance()
+    sampler: Sampler = Field(default=PlainSampler(), description="How latents are sampled.")
+    guidance: Guidance = Field(
+        default=PowerCosineGuidance(), description="Classifier-free guidance."
+    )
     labels: Literal["random", "balanced"] = Field(
         default="random",
         description="random: uniformly random, as in ADM, DiT and the published DiffiT; balanced: "
@@ -311,12 +324,6 @@ class Evaluate(Section):
     )
     grid_columns: PositiveInt = Field(default=10, description="images per class in grid.png")
     grid_rows: PositiveInt = Field(default=10, description="classes in grid.png")
-
-    @field_validator("reference")
-    @classmethod
-    def _empty_is_own(cls, reference: str) -> str:
-        # Recipes stored before `own` had a name.
-        return reference or OWN
 
     @property
     def reconstructed(self) -> float | None:

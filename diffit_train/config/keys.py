@@ -6,7 +6,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import takewhile
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from diffit_train.config.base import CUSTOM, Section, Variants, section_of, variants_of
 from diffit_train.config.load import dump_recipe
 from diffit_train.config.recipe import Recipe
 from diffit_train.plugins import Plugged
@@ -27,23 +28,32 @@ _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 def commented(recipe: Recipe) -> str:
     """The resolved recipe as YAML, with what each key means above it."""
-    meanings = [
-        (f"{section}.{name}".lstrip("."), " ".join(meaning(field).split()))
-        for section, model in sections()
-        for name, field in model.model_fields.items()
-        if not is_section(field)
-    ]
+    meanings = dict(_meanings(recipe))
     lines: list[str] = []
     stack: list[tuple[int, str]] = []  # depth and name of the sections around a line
     for line in dump_recipe(recipe).splitlines():
         if match := re.match(r"( *)([\w.-]+):( |$)", line):
             depth = len(match[1])
             stack = [*((d, name) for d, name in stack if d < depth), (depth, match[2])]
-            path = ".".join(name for _, name in stack)
-            texts = [text for pattern, text in meanings if fnmatchcase(path, pattern) and text]
-            lines += [f"{match[1]}# {text}" for text in texts[:1]]
+            if text := meanings.get(".".join(name for _, name in stack)):
+                lines.append(f"{match[1]}# {text}")
         lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def _meanings(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and meanings of the values of a section."""
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), f"{prefix}{name}"
+        inner = {key: value} if isinstance(value, Section) else {}
+        if isinstance(value, dict):
+            inner = {f"{key}.{n}": v for n, v in value.items() if isinstance(v, Section)}
+        for part, model in inner.items():
+            yield from _meanings(model, f"{part}.")
+            if union := variants_of(field):
+                yield f"{part}.{union[0].key}", tag_meaning(*union)
+        if not isinstance(value, Section):
+            yield key, " ".join((field.description or "").split())
 
 
 def recipe_text(name: str) -> str:
@@ -57,55 +67,103 @@ def recipe_title(text: str) -> str:
     return " ".join(takewhile(bool, lines)).rstrip(".")
 
 
-def sections(
-    model: type[BaseModel] = Recipe, prefix: str = ""
-) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section of the recipe with its dotted name; `*` stands for a name of one's own."""
-    yield prefix, model
-    for name, field in model.model_fields.items():
-        key = f"{prefix}.{name}" if prefix else name
-        for inner, suffix in _inner_models(field.annotation):
-            yield from sections(inner, key + suffix)
+@dataclass(frozen=True)
+class Key:
+    """A key, or a section, of the recipe.
+
+    Attributes:
+        name: dotted; `*` stands for a custom name.
+        variants: those of its section that have it; empty if all do.
+    """
+
+    name: str
+    field: FieldInfo
+    meaning: str
+    variants: tuple[str, ...] = ()
+    union: tuple[Variants, dict[str, type[Section]]] | None = None
+
+    @property
+    def is_section(self) -> bool:
+        """Whether it is a section."""
+        return not self.union and bool(section_of(self.field) or variants_of(self.field))
+
+
+def sections() -> Iterator[tuple[str, str, list[Key]]]:
+    """Every section of the recipe: dotted name, meaning and keys."""
+    yield from _section("", Recipe, Recipe.__doc__ or "")
+
+
+def _section(name: str, model: type[Section], text: str) -> Iterator[tuple[str, str, list[Key]]]:
+    prefix = f"{name}." if name else ""
+    keys = [Key(prefix + n, field, meaning(field)) for n, field in model.model_fields.items()]
+    yield name, text, keys
+    yield from _inner(keys)
+
+
+def _inner(keys: Sequence[Key]) -> Iterator[tuple[str, str, list[Key]]]:
+    """The sections among keys."""
+    for key in keys:
+        if union := variants_of(key.field):
+            inner = _variant_keys(f"{key.name}.", *union)
+            yield key.name, key.meaning, inner
+            yield from _inner(inner)
+            continue
+        for model, suffix in _models(key.field.annotation):
+            yield from _section(key.name + suffix, model, model.__doc__ or "")
+
+
+def _variant_keys(prefix: str, mark: Variants, known: dict[str, type[Section]]) -> list[Key]:
+    """The keys of a union: the one that chooses, those of all, and those of some variants."""
+    chosen = next(iter(known.values())).model_fields[mark.key]
+    keys = {mark.key: Key(prefix + mark.key, chosen, tag_meaning(mark, known), (), (mark, known))}
+    for name, model in known.items():
+        for n, field in model.model_fields.items():
+            if n != mark.key:
+                same = f"{n} {field!r}"
+                owners = keys[same].variants if same in keys else ()
+                named = "custom class" if name == CUSTOM else name
+                keys[same] = Key(prefix + n, field, meaning(field), (*owners, named))
+    return [replace(k, variants=()) if len(k.variants) == len(known) else k for k in keys.values()]
+
+
+def tag_meaning(mark: Variants, known: dict[str, type[Section]]) -> str:
+    """What the values of the key mean that chooses a variant."""
+    texts = [model.model_fields[mark.key].description or "" for model in known.values()]
+    return "; ".join(dict.fromkeys(texts))
 
 
 def all_names() -> list[str]:
-    """Dotted names of every key and section; `*` stands for a name of one's own."""
-    found = []
-    for prefix, model in sections():
-        found += [f"{prefix}.{name}" if prefix else name for name in model.model_fields]
-        if prefix.endswith(".*"):
-            found.append(prefix)
-    return found
+    """Dotted names of every key and section; `*` stands for a custom name."""
+    names = [key.name for _, _, keys in sections() for key in keys]
+    return [*dict.fromkeys(names), *(name for name, _, _ in sections() if name.endswith(".*"))]
 
 
-def _inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
-    """Models inside an annotation, with `.*` for those that are values of a dictionary."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models(annotation: Any) -> Iterator[tuple[type[Section], str]]:
+    """Sections inside an annotation, with `.*` for those that are values of a dictionary."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation, ""
         return
     suffix = ".*" if get_origin(annotation) is dict else ""
     for argument in get_args(annotation):
-        for inner, deeper in _inner_models(argument):
+        for inner, deeper in _models(argument):
             yield inner, suffix + deeper
 
 
 # ---- One key ----
 
 
-def is_section(field: FieldInfo) -> bool:
-    """Whether a field is a section of its own."""
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-
-
 def meaning(field: FieldInfo) -> str:
     """What a key, or a section, is for."""
-    if is_section(field):
-        return (field.annotation.__doc__ or "").strip().split("\n\n")[0]
-    return field.description or ""
+    if section := section_of(field):
+        return (section.__doc__ or "").strip().split("\n\n")[0]
+    return " ".join((field.description or "").split())
 
 
-def default_text(field: FieldInfo) -> str:
+def default_text(key: Key) -> str:
     """The default as a recipe would have it; empty for a section, or where there is none."""
+    if key.union:
+        return key.union[0].default
+    field = key.field
     if field.is_required():
         return ""
     default = field.get_default(call_default_factory=True)
@@ -131,12 +189,20 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def type_text(field: FieldInfo, code: Code = str) -> str:
+def type_text(key: Key, code: Code = str) -> str:
     """The type of a key with its bounds.
 
     Args:
         code: marks values, such as the choices of a key.
     """
+    field = key.field
+    if key.union:
+        mark, known = key.union
+        if CUSTOM not in known:
+            return " | ".join(map(code, known))
+        field = known[CUSTOM].model_fields[mark.key]
+    if key.is_section:
+        return "section"
     return _type(field.annotation, field.metadata, code)
 
 
@@ -159,11 +225,11 @@ def _type(annotation: Any, metadata: Sequence[Any], code: Code) -> str:
         return code("null")
     if annotation is Any:
         return "value"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
     if plugged := [item for item in metadata if isinstance(item, Plugged)]:
         own = " | ".join(code(name) for name in plugged[0].own)
         return f"{own} | {code('MODULE:CLASS')} | entry point in {code(plugged[0].group)}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section"
     return _NAMES.get(annotation, str(annotation)) + _bounds(_constraints(metadata), code)
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from diffit_train import storage
+from diffit_train.config.base import Section, Variants, section_of, variants_of
 from diffit_train.config.evaluate import OWN, PUBLISHED
 from diffit_train.config.presets import PRESETS
 from diffit_train.config.recipe import Recipe
@@ -80,6 +84,8 @@ def _resolve(
 ) -> Recipe:
     _forget_derived(tree, overrides)
     for override in overrides:
+        _choose_variant(tree, *_split(override))
+    for override in overrides:
         _apply(tree, override)
     if root is not None:
         _apply(tree, f"storage.root={json.dumps(root)}")
@@ -122,7 +128,7 @@ def validate(tree: dict[str, Any], reference: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = sorted({_explain(dict(e)) for e in error.errors()})
+        lines = sorted({_explain(e) for e in error.errors()})
         raise UserError(
             "\n".join([f"recipe {reference}:", *(f"  {line}" for line in lines)])
         ) from None
@@ -267,64 +273,143 @@ def _shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]} …"
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _split(override: str) -> tuple[list[str], Any]:
+    """The parts of the key, and the value."""
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise UserError(
             f"override {override!r} must have the form key.sub=value, for example train.lr=1e-4"
         )
     try:
-        value = _yaml(text)
+        return key.split("."), _yaml(text)
     except ValueError as error:
         raise UserError(f"override {override!r}: value {text!r} is not valid YAML") from error
-    *sections, last = key.split(".")
+
+
+def _choose_variant(tree: dict[str, Any], parts: list[str], value: Any) -> None:
+    """Drop from the file what a variant that an override chooses does not have."""
+    if parts == ["model", "preset"] and value in PRESETS:
+        for size in PRESETS[value]:
+            _node(tree, ["model"]).pop(size, None)
+        parts, value = ["model", "architecture"], PRESETS[value]["architecture"]
+    model: type[Section] = Recipe
+    for depth, part in enumerate(parts[:-1]):
+        field = model.model_fields.get(part)
+        if field is None:
+            return
+        if found := variants_of(field):
+            mark, known = found
+            node = _node(tree, parts[: depth + 1])
+            was = known.get(mark.name(node.get(mark.key, mark.default), known))
+            new = known.get(mark.name(value, known))
+            if parts[depth + 1 :] == [mark.key] and was and new and was is not new:
+                for name in {*node} - {*_common(was, new)}:
+                    del node[name]
+            return
+        model = section_of(field) or model
+
+
+def _common(one: type[Section], other: type[Section]) -> list[str]:
+    """Names of the keys that two variants share, with the same type and default."""
+    theirs = other.model_fields
+    return [
+        name
+        for name, mine in one.model_fields.items()
+        if name in theirs
+        and (mine.annotation, mine.default) == (theirs[name].annotation, theirs[name].default)
+    ]
+
+
+def _node(tree: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """The section of a tree; empty if it has none."""
+    node: Any = tree
+    for part in parts:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else {}
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    (*sections, last), value = _split(override)
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {section!r} is {child!r}, not a section")
         node = child
-    if key == "model.preset" and isinstance(value, str) and value in PRESETS:
-        # A preset sets all its sizes, including those set in the file.
-        for size in PRESETS[value]:
-            node.pop(size, None)
     node[last] = value
 
 
-def _section_keys(location: Sequence[str | int]) -> list[str]:
-    """Known keys of the section that holds the last part of `location`."""
-    model: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
-            return []
-        if not issubclass(field.annotation, BaseModel):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
+@dataclass
+class _Place:
+    """Where an error is: its key, the section around it, and how its variant was chosen."""
+
+    key: str = ""
+    field: FieldInfo | None = None
+    section: type[Section] | None = Recipe
+    union: tuple[Variants, dict[str, type[Section]]] | None = None
+    chosen: str = ""
 
 
-def _explain(error: dict[str, Any]) -> str:
-    # The names of a union's members are pydantic's own; an unknown key is the user's.
-    unknown = error["type"] == "extra_forbidden"
-    parts = [str(part) for part in error["loc"]]
-    kept = len(parts) - 1 if unknown else len(parts)
-    location = [part for i, part in enumerate(parts) if i >= kept or not set("-[") & set(part)]
-    key = ".".join(location)
-    if unknown:
-        known = _section_keys(location)
-        name, colon, value = location[-1].partition(":")
-        if colon and value:
-            return f"unknown key {key!r}; YAML needs a space after the colon: {name}: {value}"
-        whole = [f"{part}.{key}" for part in known if key in _section_keys([part, key])]
-        if len(parts) == 1 and whole:
-            return f"unknown key {key!r} (did you mean {' or '.join(map(repr, whole))}?)"
-        hint = nearest(location[-1], known) or f"; allowed here: {', '.join(known)}"
-        return f"unknown key {key!r}{hint}"
+def _place(error: ErrorDetails) -> _Place:
+    """The place of an error; pydantic's locations also name variants and a union's members."""
+    place, names = _Place(), []
+    for number, part in enumerate(map(str, error["loc"]), 1):
+        if place.field and (union := variants_of(place.field)):
+            place.union, place.chosen, place.section = union, part, union[1].get(part)
+            place.field = None
+            continue
+        if place.field:
+            place.section, place.union = section_of(place.field), None
+        unknown = error["type"] == "extra_forbidden" and number == len(error["loc"])
+        if place.section or unknown or not set("-[") & set(part):
+            names.append(part)
+        place.field = place.section.model_fields.get(part) if place.section else None
+    place.key = ".".join(names)
+    return place
+
+
+def _unknown_key(place: _Place, last: str) -> str:
+    """A message on a key that does not exist, or not with the variant."""
+    around = place.key.removesuffix(last).rstrip(".")
+    name, colon, value = last.partition(":")
+    if colon and value:
+        return f"unknown key {place.key!r}; YAML needs a space after the colon: {name}: {value}"
+    known = list(place.section.model_fields) if place.section else []
+    if place.union:
+        mark, variants = place.union
+        if owners := [value for value, model in variants.items() if last in model.model_fields]:
+            return (
+                f"{place.key} is a key of {around}.{mark.key}={' or '.join(owners)}, but "
+                f"{around}.{mark.key} is {place.chosen!r}"
+            )
+    if not around:
+        inside = {part: section_of(field) for part, field in Recipe.model_fields.items()}
+        whole = [f"{part}.{last}" for part, s in inside.items() if s and last in s.model_fields]
+        if whole:
+            return f"unknown key {last!r} (did you mean {' or '.join(map(repr, whole))}?)"
+    allowed = f"; allowed here: {', '.join(known)}" if known else ""
+    return f"unknown key {place.key!r}{nearest(last, known) or allowed}"
+
+
+def _explain(error: ErrorDetails) -> str:
+    place = _place(error)
+    key = place.key
+    if error["type"] == "extra_forbidden":
+        return _unknown_key(place, str(error["loc"][-1]))
+    if error["type"] == "union_tag_invalid":
+        union, tag = place.field and variants_of(place.field), error["ctx"]["tag"]
+        assert union
+        mark, known = union
+        return (
+            f"{key}.{mark.key} is {tag!r}, but must be one of {', '.join(known)}"
+            f"{nearest(tag, known)}"
+        )
+    if error["type"] == "union_tag_not_found":
+        return f"{key} is {_shortened(redact(repr(error['input'])))}, but must be a section"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if not location:
+    if not key:
         return message
     if isinstance(error["input"], dict):
         return message if key in message else f"{key}: {message}"

@@ -14,8 +14,8 @@ from diffit_train import storage
 from diffit_train.config.autoencoder import Autoencoder
 from diffit_train.config.base import Name, Section, flatten
 from diffit_train.config.data import Data
-from diffit_train.config.diffusion import Diffusion, ddim_stride
-from diffit_train.config.evaluate import FREE_KEYS, OWN_SAMPLER, SAMPLERS, EdmSampling, Evaluate
+from diffit_train.config.diffusion import Diffusion, Epsilon, Flow, ddim_stride
+from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, Evaluate
 from diffit_train.config.model import Model
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
@@ -30,7 +30,9 @@ class Recipe(Section):
     data: Data
     autoencoder: Autoencoder
     model: Model = Model()
-    diffusion: Diffusion = Diffusion()
+    diffusion: Diffusion = Field(
+        default=Epsilon(), description="The forward process and the prediction target."
+    )
     train: Train
     evaluate: Evaluate
     scaling: Scaling = Scaling()
@@ -161,36 +163,21 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_diffusion_and_evaluation(self) -> Self:
         diffusion, evaluate = self.diffusion, self.evaluate
-        if diffusion.beta_start >= diffusion.beta_end:
+        sampler, guidance = evaluate.sampler, evaluate.guidance
+        samplers = SAMPLERS.get(diffusion.objective, ("custom",))
+        if sampler.name not in samplers:
             raise ValueError(
-                f"diffusion.beta_start is {diffusion.beta_start}, but must be less than "
-                f"diffusion.beta_end ({diffusion.beta_end})"
-            )
-        if diffusion.objective != "edm" and evaluate.sampler.edm != EdmSampling():
-            changed = evaluate.sampler.edm.model_dump(exclude_defaults=True)
-            raise ValueError(
-                f"evaluate.sampler.edm has {', '.join(changed)}, but diffusion.objective is "
-                f"{diffusion.objective!r}; only objective 'edm' has these options"
-            )
-        if diffusion.objective == "edm" and evaluate.sampler.steps < 2:
-            raise ValueError(
-                f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at least 2 when "
-                "diffusion.objective is 'edm'"
-            )
-        discrete = diffusion.objective != "edm" and not diffusion.plugged
-        if discrete and evaluate.sampler.steps > diffusion.timesteps:
-            raise ValueError(
-                f"evaluate.sampler.steps is {evaluate.sampler.steps}, but must be at most "
-                f"diffusion.timesteps ({diffusion.timesteps})"
-            )
-        if evaluate.sampler.spacing == "ddim":
-            _check_ddim_stride(evaluate.sampler.steps, diffusion.timesteps)
-        samplers = SAMPLERS.get(diffusion.objective, (OWN_SAMPLER,))
-        if evaluate.sampler.name not in samplers:
-            raise ValueError(
-                f"evaluate.sampler.name is {evaluate.sampler.name!r}, but must be one of "
+                f"evaluate.sampler.name is {sampler.name!r}, but must be one of "
                 f"{', '.join(samplers)} when diffusion.objective is {diffusion.objective!r}"
             )
+        if isinstance(diffusion, Epsilon | Flow):
+            if sampler.steps > diffusion.timesteps:
+                raise ValueError(
+                    f"evaluate.sampler.steps is {sampler.steps}, but must be at most "
+                    f"diffusion.timesteps ({diffusion.timesteps})"
+                )
+            if sampler.name == "ddim" and sampler.spacing == "ddim":
+                _check_ddim_stride(sampler.steps, diffusion.timesteps)
         weights = ("raw", *self.train.ema)
         if evaluate.reconstructed is not None:
             if not self.train.power_profiles():
@@ -202,15 +189,16 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluate.weights is {evaluate.weights!r}, but must be one of {', '.join(weights)}"
             )
-        guided = evaluate.guidance.channels
-        if guided != "all" and guided > self.autoencoder.latent_channels:
+        if guidance.kind == "none":
+            return self
+        if guidance.channels != "all" and guidance.channels > self.autoencoder.latent_channels:
             raise ValueError(
-                f"evaluate.guidance.channels is {guided}, but must be at most "
+                f"evaluate.guidance.channels is {guidance.channels}, but must be at most "
                 f"autoencoder.latent_channels ({self.autoencoder.latent_channels})"
             )
-        if not self.model.conditional and evaluate.guidance.kind != "none":
+        if not self.model.conditional:
             raise ValueError(
-                f"evaluate.guidance.kind is {evaluate.guidance.kind!r}, but must be 'none' when "
+                f"evaluate.guidance.kind is {guidance.kind!r}, but must be 'none' when "
                 "model.conditional is false"
             )
         return self
@@ -242,9 +230,7 @@ class Recipe(Section):
             **self.encode_identity(),
             "order": self.data.model_dump(mode="json", include={"name", "lanes", "shuffle_window"}),
             "model": self.model.model_dump(mode="json", exclude=self._unused_model_keys()),
-            "diffusion": self.diffusion.model_dump(
-                mode="json", exclude=self.diffusion.unused_keys()
-            ),
+            "diffusion": self.diffusion.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json", exclude=free),
         }
 
@@ -253,16 +239,11 @@ class Recipe(Section):
         free: dict[str, Any] = {"features": {"fit"}, **dict.fromkeys(FREE_KEYS, True)}
         if not self.evaluate.features.plugged:
             free["features"].add("options")
-        free["sampler"] = self._unused_edm()
         return self.evaluate.model_dump(mode="json", exclude=free)
 
     def _unused_model_keys(self) -> set[str]:
         """Keys of `model` that belong to no hash."""
         return {"preset", "attention", *self.model.unused_keys()}
-
-    def _unused_edm(self) -> set[str]:
-        """`edm` where another objective does not use it, which then belongs to no hash."""
-        return set() if self.diffusion.objective == "edm" else {"edm"}
 
     def encode_hash(self) -> str:
         """SHA-256 of `encode_identity`."""

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffit_train.config.diffusion import Edm
-from diffit_train.config.evaluate import EdmSampling, Sampler
+from diffit_train.config.diffusion import Edm, Song
+from diffit_train.config.evaluate import EdmSampler, Sampler
 from diffit_train.diffusion.guidance import Denoiser
 from diffit_train.diffusion.samplers import Noise, SamplerFunction, edm_heun
 
@@ -30,8 +30,6 @@ Sigma = TypeVar("Sigma", float, Tensor)
 BETA_SLOPE, BETA_MIN, VP_FIRST, VP_TIMESTEPS = 19.9, 0.1, 1e-5, 1000
 # VE: lowest and highest sigma.
 VE_RANGE = (0.02, 100.0)
-# Where VP's sampling steps end, in t.
-VP_LAST_STEP = 1e-3
 
 
 def _functions(value: float | Tensor) -> Any:
@@ -98,18 +96,18 @@ class EdmObjective(ABC):
 
     def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """Heun's method in float64 (Karras et al. 2022, algorithm 2), from standard normal x."""
-        options = sampler.edm
+        assert sampler.name == "edm"
         run: SamplerFunction[list[float]] = functools.partial(
             edm_heun,
-            churn=options.churn,
-            churn_range=(options.churn_min, options.churn_max or math.inf),
-            churn_noise=options.churn_noise,
+            churn=sampler.churn,
+            churn_range=(sampler.churn_min, sampler.churn_max or math.inf),
+            churn_noise=sampler.churn_noise,
         )
 
         def denoised(x: Tensor, sigma: float) -> Tensor:
             return self.denoised(denoise(x, sigma), x, sigma)
 
-        return run(sampling_levels(options, sampler.steps), denoised, x.double(), noise).float()
+        return run(sampling_levels(sampler), denoised, x.double(), noise).float()
 
     def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
         """D(x; sigma)."""
@@ -190,28 +188,18 @@ class VEObjective(EdmObjective):
         return 1.0 / sigma**2
 
 
-def build_edm(section: Edm) -> EdmObjective:
-    """The recipe's variant."""
-    if section.variant == "vp":
-        return VPObjective()
-    if section.variant == "ve":
-        return VEObjective()
-    return KarrasObjective(section.p_mean, section.p_std, section.sigma_data)
+def build_edm(section: Edm | Song) -> EdmObjective:
+    """The recipe's objective."""
+    if section.objective == "edm":
+        return KarrasObjective(section.p_mean, section.p_std, section.sigma_data)
+    return VPObjective() if section.objective == "vp" else VEObjective()
 
 
-def sampling_levels(options: EdmSampling, steps: int) -> list[float]:
-    """The sigmas that a sampler visits, decreasing, and 0 at the end (table 1, "time steps")."""
-    fraction = np.linspace(0.0, 1.0, steps)
-    high, low = options.sigma_max, options.sigma_min
-    if options.levels == "vp":
-        sigmas = [vp_sigma(t) for t in (1.0 + fraction * (VP_LAST_STEP - 1.0)).tolist()]
-    elif options.levels == "ve":
-        low, high = VE_RANGE
-        sigmas = (high * (low / high) ** fraction).tolist()
-    else:
-        root = 1.0 / options.rho
-        sigmas = ((high**root + fraction * (low**root - high**root)) ** options.rho).tolist()
-    return [*sigmas, 0.0]
+def sampling_levels(sampler: EdmSampler) -> list[float]:
+    """The sigmas that the sampler visits, decreasing, and 0 at the end (table 1, "time steps")."""
+    fraction, root = np.linspace(0.0, 1.0, sampler.steps), 1.0 / sampler.rho
+    high, low = sampler.sigma_max**root, sampler.sigma_min**root
+    return [*((high + fraction * (low - high)) ** sampler.rho).tolist(), 0.0]
 
 
 def _per_image(value: float | Tensor, like: Tensor) -> float | Tensor:

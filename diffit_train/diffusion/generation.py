@@ -71,14 +71,11 @@ def generate_latents(
         x, t = objective.precondition(x, t)
         return network(x, t, y)
 
-    denoise = guided(
-        predict,
-        labels,
-        null_label,
-        weight,
-        noise.shape[0] if guidance.channels == "all" else guidance.channels,
-        guidance.skip_within,
-    )
+    channels, skip_within = noise.shape[0], 0.0
+    if guidance.kind != "none":
+        skip_within = guidance.skip_within
+        channels = channels if guidance.channels == "all" else guidance.channels
+    denoise = guided(predict, labels, null_label, weight, channels, skip_within)
 
     def watched(x: Tensor, t: float) -> Tensor:
         output = denoise(x, t)

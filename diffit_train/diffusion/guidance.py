@@ -38,13 +38,13 @@ def interval(scale: float, low: float, high: float) -> Weight:
 
 def build_weight(guidance: Guidance) -> Weight:
     """The recipe's guidance weight."""
-    if guidance.kind == "constant":
-        return constant(guidance.scale)
+    if guidance.kind == "none":
+        return constant(1.0)
     if guidance.kind == "power_cosine":
         return power_cosine(guidance.scale, guidance.power)
     if guidance.kind == "interval":
         return interval(guidance.scale, guidance.low, guidance.high)
-    return constant(1.0)
+    return constant(guidance.scale)
 
 
 def skipped_fraction(weight: Weight, levels: list[float], skip_within: float) -> float:

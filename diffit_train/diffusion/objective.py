@@ -17,7 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffit_train.config.diffusion import OBJECTIVES, Diffusion
+from diffit_train.config.diffusion import (
+    OBJECTIVES,
+    CustomObjective,
+    Diffusion,
+    PackagedDiffusion,
+)
 from diffit_train.config.evaluate import Sampler
 from diffit_train.config.recipe import Recipe
 from diffit_train.diffusion.edm import build_edm
@@ -114,10 +119,11 @@ class EpsilonObjective:
         """Run the recipe's sampler on the respaced schedule."""
         run: dict[str, SamplerFunction[Schedule]] = {
             "ddpm": ddpm,
-            "ddim": functools.partial(ddim, eta=sampler.eta),
             "dpmpp_2m": dpmpp_2m,
             "heun": heun,
         }
+        if sampler.name == "ddim":
+            run["ddim"] = functools.partial(ddim, eta=sampler.eta)
         return run[sampler.name](self._respaced(sampler), denoise, x, noise)
 
     def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
@@ -127,9 +133,10 @@ class EpsilonObjective:
 
     def _respaced(self, sampler: Sampler) -> Schedule:
         """The sampler's schedule; kept, as its tables are copied to the device once."""
-        how = (sampler.spacing, sampler.steps)
+        spacing = sampler.spacing if sampler.name == "ddim" else "even"
+        how = (spacing, sampler.steps)
         if how not in self._schedules:
-            space = ddim_spaced if sampler.spacing == "ddim" else evenly_spaced
+            space = ddim_spaced if spacing == "ddim" else evenly_spaced
             kept = space(len(self.schedule), sampler.steps)
             self._schedules[how] = respace(self.schedule, kept)
         return self._schedules[how]
@@ -167,19 +174,12 @@ class FlowObjective:
         def velocity(x: Tensor, t: float) -> Tensor:
             return denoise(x, t * self.timesteps)
 
-        run: dict[str, SamplerFunction[Sequence[float]]] = {
-            "euler": flow_euler,
-            "heun": flow_heun,
-            "sde": functools.partial(
-                flow_sde,
-                diffusion=SDE_DIFFUSION[sampler.diffusion],
-                last_step=sampler.last_step,
-            ),
-        }
         if sampler.name == "sde":
             times = [*np.linspace(1.0, sampler.last_step_size, sampler.steps).tolist(), 0.0]
-        else:
-            times = np.linspace(1.0, 0.0, sampler.steps + 1).tolist()
+            scale = SDE_DIFFUSION[sampler.diffusion]
+            return flow_sde(times, velocity, x, noise, scale, sampler.last_step)
+        run: dict[str, SamplerFunction[Sequence[float]]] = {"euler": flow_euler, "heun": flow_heun}
+        times = np.linspace(1.0, 0.0, sampler.steps + 1).tolist()
         return run[sampler.name](times, velocity, x, noise)
 
     def predicted_x0(self, output: Tensor, x: Tensor, t: float) -> Tensor:
@@ -196,22 +196,22 @@ def load_objective(diffusion: Diffusion) -> Objective:
     Raises:
         UserError: it cannot be made, or lacks methods.
     """
-    if not diffusion.plugged:
+    if not isinstance(diffusion, CustomObjective):
         return build_objective(diffusion)
     made: Objective = OBJECTIVES.make(diffusion.objective, diffusion.options)
     require(OBJECTIVES.key, diffusion.objective, made, METHODS)
     return made
 
 
-def build_objective(diffusion: Diffusion) -> Objective:
+def build_objective(diffusion: PackagedDiffusion) -> Objective:
     """The recipe's objective, one of ours."""
-    if diffusion.objective == "edm":
-        return build_edm(diffusion.edm)
+    if diffusion.objective == "epsilon":
+        return EpsilonObjective(
+            linear_schedule(diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
+        )
     if diffusion.objective == "flow":
         return FlowObjective(diffusion.timesteps)
-    return EpsilonObjective(
-        linear_schedule(diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
-    )
+    return build_edm(diffusion)
 
 
 def sampler_sigmas(diffusion: Diffusion, sampler: Sampler) -> list[float]:
@@ -231,7 +231,7 @@ def nfe_per_image(recipe: Recipe) -> float:
     """NFE per image, including those for guidance."""
     guidance = recipe.evaluate.guidance
     visited = sampler_sigmas(recipe.diffusion, recipe.evaluate.sampler)
-    if not recipe.model.conditional:
+    if not recipe.model.conditional or guidance.kind == "none":
         return float(len(visited))
     share = skipped_fraction(build_weight(guidance), visited, guidance.skip_within)
     return 2.0 * len(visited) * (1.0 - share)

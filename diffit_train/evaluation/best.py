@@ -146,7 +146,7 @@ def _notes(recipe: Recipe, run: str, best: Result, metric: str) -> ModelNotes:
         version=(
             f"Step {best.step:,}, weights {recipe.evaluate.weights}: {metric} "
             f"{best.metrics[metric]:.4g} on {best.samples:,} samples, {sampler.name} "
-            f"{sampler.steps}, guidance {guidance.kind} {guidance.scale:g}."
+            f"{sampler.steps}, guidance {guidance.title}."
         ),
         inputs=inputs,
         outputs={"output": ("float32", (-1, made, size, size))},

@@ -79,8 +79,8 @@ def evaluation_key(recipe: Recipe, source: str, step: int) -> str:
         features_digest(recipe),
     ]
     sampler, guidance = evaluate.sampler, evaluate.guidance
-    name = f"{sampler.name}{sampler.steps}-{guidance.kind}{guidance.scale:g}"
-    return f"{name.replace('_', '')}-{storage.digest(identity)[:10]}"
+    name = f"{sampler.name}{sampler.steps}-{guidance.title}"
+    return f"{name.translate(str.maketrans('', '', '_ '))}-{storage.digest(identity)[:10]}"
 
 
 def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:

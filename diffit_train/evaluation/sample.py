@@ -174,7 +174,7 @@ def sample(
     sampler, guidance = recipe.evaluate.sampler, recipe.evaluate.guidance
     how = f"{sampler.name} {sampler.steps}"
     if names and guidance.kind != "none":
-        how += f", guidance {guidance.kind} {guidance.scale:g}"
+        how += f", guidance {guidance.title}"
     draw_grid(shown, names, f"{title}\n{how}", grid)
     result = {
         "weights": title,

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.evaluate import Sampler
+from diffit_train.config.evaluate import Ddim, PlainSampler, Sampler
 from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.evaluation.generate import Generator, class_names, load_decoder, run_weights
 from diffit_train.evaluation.grid import draw_grid
@@ -28,8 +28,6 @@ from diffit_train.tracking import Tracker, unreachable_errors
 
 # Sampling steps at most, images of a class, and images of a model without labels.
 STEPS, SEEDS, UNLABELED = 20, 4, 2 * ROW
-# Samplers that need many steps, and what stands in for them.
-_QUICK = {"ddpm": "ddim", "sde": "euler"}
 # Name of the images in MLflow.
 KEY = "samples"
 # Note in the folder that MLflow lacks some of the grids.
@@ -38,18 +36,21 @@ _UNSENT = "unsent"
 
 def quick_recipe(recipe: Recipe) -> Recipe:
     """The recipe that grids are drawn by: an EMA, few steps, in fp32."""
-    evaluate = recipe.evaluate
-    sampler = Sampler.model_validate(
-        {
-            "name": _QUICK.get(evaluate.sampler.name, evaluate.sampler.name),
-            "steps": min(STEPS, evaluate.sampler.steps),
-            "edm": evaluate.sampler.edm,
-        }
-    )
+    evaluate, sampler = recipe.evaluate, _quick_sampler(recipe.evaluate.sampler)
     known = (evaluate.weights, *recipe.train.ema, "raw")
     weights = next(name for name in known if name == "raw" or name in recipe.train.ema)
     changed = {"sampler": sampler, "weights": weights, "compile": False, "precision": "fp32"}
     return recipe.model_copy(update={"evaluate": evaluate.model_copy(update=changed)})
+
+
+def _quick_sampler(sampler: Sampler) -> Sampler:
+    """The sampler with few steps, or one that needs fewer."""
+    steps = min(STEPS, sampler.steps)
+    if sampler.name in ("ddpm", "ddim"):
+        return Ddim(steps=steps)
+    if sampler.name == "sde":
+        return PlainSampler(name="euler", steps=steps)
+    return sampler.model_copy(update={"steps": steps})
 
 
 class TrainingSamples:

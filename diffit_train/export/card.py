@@ -62,7 +62,7 @@ def _usage(recipe: Recipe) -> str:
     dtype = _DTYPES.get(recipe.autoencoder.precision)
     typed = f'    dtype={{"vae": {dtype}, "default": torch.float32}},\n' if dtype else ""
     sampler, guidance = recipe.evaluate.sampler, recipe.evaluate.guidance
-    guided = "" if guidance.kind == "none" else f", guidance {guidance.kind} {guidance.scale:g}"
+    guided = "" if guidance.kind == "none" else f", guidance {guidance.title}"
     return (
         "```python\n"
         + ("import torch\n" if dtype else "")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.diffusion import OBJECTIVES
+from diffit_train.config.diffusion import OBJECTIVES, CustomObjective
 from diffit_train.config.model import ARCHITECTURES
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import UserError
@@ -160,7 +160,7 @@ def _write_scheduler(recipe: Recipe, folder: Path) -> list[str]:
     name, kind = "diffit_scheduler", "DiffiTScheduler"
     _write_config(folder / "scheduler_config.json", kind, config)
     own, objective = {}, load_objective(recipe.diffusion)
-    if plugged := recipe.diffusion.plugged:
+    if plugged := isinstance(recipe.diffusion, CustomObjective):
         own = {
             "from diffit_train.diffusion.objective import build_objective": _import(
                 type(objective), "Own"

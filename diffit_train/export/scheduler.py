@@ -49,8 +49,10 @@ class DiffiTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             scale: of the guidance; None for the configured one.
         """
         sampler, guidance = _section(self.config.sampler), _section(self.config.guidance)
-        sampler.steps = sampler.steps if steps is None else steps
-        guidance.scale = guidance.scale if scale is None else scale
+        if steps is not None:
+            sampler.steps = steps
+        if scale is not None:
+            guidance.scale = scale
         noise = ImageNoise([(seed, 0) for seed in seeds], shape)
         weight = weight_of_noise(self.objective, guidance)
         return generate_latents(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from diffit_train.config.evaluate import FREE_KEYS, INCEPTION, OWN, without_effect
+from diffit_train.config.evaluate import FREE_KEYS, INCEPTION, OWN
 from diffit_train.errors import UserError
 from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.storage import ROOT_PREFIX
@@ -266,12 +266,7 @@ def _evaluation(child: RunRecord, parent: RunRecord, names: Mapping[str, str]) -
         for key, value in child.params.items()
         if key.startswith("evaluate.")
     }
-    objective = parent.params.get("diffusion.objective")
-    settings = {
-        key: value
-        for key, value in settings.items()
-        if not (key.startswith(_WITHOUT_EFFECT) or without_effect(key, settings, objective))
-    }
+    settings = {k: v for k, v in settings.items() if not k.startswith(_WITHOUT_EFFECT)}
     if name := names.get(child.tags.get(TAG_REFERENCE, "")):
         settings["reference"] = name
     return Evaluation(

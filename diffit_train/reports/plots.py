@@ -133,9 +133,7 @@ def _loss_panel(groups: list[RunGroup]) -> Panel:
 
 
 def _number(key: str, r: Replicates) -> float | None:
-    """A setting as a number; None if it is not a number, or guidance is off."""
-    if key.startswith("guidance.") and r.settings.get("guidance.kind") == "none":
-        return None
+    """A setting as a number; None if it is not a number, or has no effect."""
     try:
         return float(plain(r.settings.get(key)))
     except ValueError:

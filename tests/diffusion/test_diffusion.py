@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from scipy.stats import norm
 
 from diffit_train.config.diffusion import ddim_stride
-from diffit_train.config.evaluate import Guidance
+from diffit_train.config.evaluate import ConstantGuidance, IntervalGuidance, NoGuidance
 from diffit_train.diffusion import guidance, samplers
 from diffit_train.diffusion.gaussian import (
     add_noise,
@@ -252,11 +252,11 @@ def test_no_guidance_needs_no_unconditional_pass() -> None:
 
 
 def test_interval_guidance_is_off_outside_its_interval() -> None:
-    section = Guidance(kind="interval", scale=2.0, low=0.2, high=0.6)
+    section = IntervalGuidance(scale=2.0, low=0.2, high=0.6)
     weight = guidance.build_weight(section)
     assert [weight(level) for level in (0.199, 0.2, 0.6, 0.601)] == [1.0, 2.0, 2.0, 1.0]
-    assert guidance.build_weight(Guidance(kind="none", scale=9.0))(0.5) == 1.0
-    assert guidance.build_weight(Guidance(kind="constant", scale=9.0))(0.5) == 9.0
+    assert guidance.build_weight(NoGuidance())(0.5) == 1.0
+    assert guidance.build_weight(ConstantGuidance(scale=9.0))(0.5) == 9.0
 
 
 def test_idle_unconditional_passes_are_skipped_and_counted() -> None:

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from pydantic import TypeAdapter
 from scipy import optimize, stats
 from torch import Tensor
 
-from diffit_train.config.diffusion import Diffusion
-from diffit_train.config.evaluate import Sampler
+from diffit_train.config.diffusion import Diffusion, Epsilon, Flow
+from diffit_train.config.evaluate import Ddim, Sampler, Sde
 from diffit_train.diffusion import samplers
 from diffit_train.diffusion.edm import EdmObjective
 from diffit_train.diffusion.flow import flow_loss, interpolate, score
@@ -25,6 +26,7 @@ from diffit_train.diffusion.objective import build_objective, sampler_sigmas
 from diffit_train.diffusion.schedule import evenly_spaced, linear_schedule, respace
 
 ADM = linear_schedule(1000, 1e-4, 0.02)
+DIFFUSION, SAMPLER = TypeAdapter(Diffusion), TypeAdapter(Sampler)
 WEIGHTS, MEANS, STDS = np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.2, 0.3])
 
 
@@ -164,8 +166,8 @@ def _sampled(steps: int, size: float, **options: str) -> tuple[float, float]:
     def fresh(_: int) -> Tensor:
         return torch.randn(200_000, 1, 1, 1, generator=generator, dtype=torch.float64)
 
-    sampler = Sampler(name="sde", steps=steps, last_step_size=size, **options)
-    objective = build_objective(Diffusion(objective="flow"))
+    sampler = Sde(steps=steps, last_step_size=size, **options)
+    objective = build_objective(Flow())
 
     def denoise(x: Tensor, t: float) -> Tensor:
         return _velocity_of_one_normal(x, t / 1000)
@@ -204,7 +206,7 @@ def test_the_flow_sde_reaches_the_exact_moments(diffusion: str, last_step: str) 
 
 def test_sits_defaults() -> None:
     """From train_utils.py in willisma/SiT: sigma (2 sigma here), Mean, 0.04."""
-    sampler = Sampler(name="sde")
+    sampler = Sde()
     assert (sampler.diffusion, sampler.last_step, sampler.last_step_size) == (
         "2sigma",
         "mean",
@@ -267,24 +269,24 @@ def test_flow_score() -> None:
     ],
 )
 def test_number_of_denoiser_calls(objective: str, name: str, steps: int, calls: int) -> None:
-    diffusion = Diffusion(objective=objective)
-    visited = sampler_sigmas(diffusion, Sampler(name=name, steps=steps))
+    diffusion = DIFFUSION.validate_python({"objective": objective})
+    sampler = SAMPLER.validate_python({"name": name, "steps": steps})
+    visited = sampler_sigmas(diffusion, sampler)
     assert len(visited) == calls
     assert visited[0] == (0.999 if objective == "epsilon" else 1.0)
     assert all(0 <= level <= 1 for level in visited)
 
 
 def test_ddim_visits_the_timesteps_of_the_wanted_spacing() -> None:
-    sampler = Sampler(name="ddim", steps=50, spacing="ddim")
-    visited = sampler_sigmas(Diffusion(), sampler)
+    visited = sampler_sigmas(Epsilon(), Ddim(steps=50, spacing="ddim"))
     assert visited == [t / 1000 for t in range(980, -1, -20)]
-    even = sampler_sigmas(Diffusion(), Sampler(name="ddim", steps=50))
+    even = sampler_sigmas(Epsilon(), Ddim(steps=50))
     assert (even[0], even[-1]) == (0.999, 0)
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "flow"])
 def test_the_true_prediction_minimizes_the_objective(objective: str) -> None:
-    made = build_objective(Diffusion(objective=objective))
+    made = build_objective(DIFFUSION.validate_python({"objective": objective}))
     random = np.random.default_rng(0)
     t = torch.from_numpy(made.draw(random, 64))
     assert 0 <= t.min() < 200 < 800 < t.max() < 1000
@@ -299,28 +301,20 @@ def test_the_true_prediction_minimizes_the_objective(objective: str) -> None:
     assert (made.loss(truth + 0.5, x0, t, noise) > best + 0.1).all()
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"objective": "epsilon"},
-        {"objective": "flow"},
-        *({"objective": "edm", "edm": {"variant": name}} for name in ("edm", "vp", "ve")),
-    ],
-    ids=str,
-)
-def test_x0_is_what_the_models_output_says(section: dict[str, object]) -> None:
+@pytest.mark.parametrize("name", ["epsilon", "flow", "edm", "vp", "ve"])
+def test_x0_is_what_the_models_output_says(name: str) -> None:
     """The output of a model that knows x_0, at a noise level as the sampler gives it."""
-    objective = build_objective(Diffusion.model_validate(section))
+    objective = build_objective(DIFFUSION.validate_python({"objective": name}))
     torch.manual_seed(0)
     x0, noise = torch.randn(2, 3, 3, 4, 4).unbind()
-    t = 300 if section["objective"] != "edm" else 1.7
+    t = 300 if name in ("epsilon", "flow") else 1.7
     levels = torch.full((3,), t)
     x = objective.noisy(x0, levels, noise)
     if isinstance(objective, EdmObjective):
         c_skip, c_out, *_ = objective.coefficients(float(t))
         x = x.double()
         output = ((x0 - c_skip * x) / c_out).float()
-    elif section["objective"] == "flow":
+    elif name == "flow":
         output = noise - x0
     else:
         output = torch.cat([noise, torch.randn_like(noise)], dim=1)

@@ -33,8 +33,8 @@ RUNS = {
         "model={architecture: image_diffit, conditional: false}",
         "model.image={channels: [8, 16], blocks: [1, 1], head_size: 8, time_size: 16}",
         "diffusion.objective=edm",
-        "evaluate.sampler={name: heun, steps: 3, edm: {churn: 1.0}}",
-        "evaluate.guidance={kind: none, channels: 3}",
+        "evaluate.sampler={name: edm, steps: 3, churn: 1.0}",
+        "evaluate.guidance={kind: none}",
     ),
     "own": OWN,
 }

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from diffit_train.config.diffusion import Diffusion
+from diffit_train.config.diffusion import PackagedDiffusion
 from diffit_train.config.evaluate import SAMPLERS, Sampler
 from diffit_train.config.train import EmaProfile, Train
 from diffit_train.diffusion.objective import build_objective
@@ -191,8 +192,9 @@ def samplers(report: Report) -> None:
 
 def _sampler(report: Report, objective: str, name: str) -> None:
     steps = 10 if report.machine.tiny else 50
-    sampler = Sampler(name=name, steps=steps, eta=0.5 if name == "ddim" else 0.0)
-    diffusion = Diffusion(objective=objective)
+    eta = {"eta": 0.5} if name == "ddim" else {}
+    sampler = TypeAdapter(Sampler).validate_python({"name": name, "steps": steps, **eta})
+    diffusion = TypeAdapter(PackagedDiffusion).validate_python({"objective": objective})
     results = []
     for device, dtype in (("cpu", torch.float64), (report.machine.device, torch.float32)):
         generator = np.random.default_rng(0)
@@ -206,7 +208,7 @@ def _sampler(report: Report, objective: str, name: str) -> None:
     report.check("samplers against float64", f"{objective}, {name}, {steps} steps", error, 1e-3)
 
 
-def _gaussian_prediction(diffusion: Diffusion, x: Tensor, t: float) -> Tensor:
+def _gaussian_prediction(diffusion: PackagedDiffusion, x: Tensor, t: float) -> Tensor:
     """What an ideal model predicts where the data are normal with mean 0.5 and deviation 0.7."""
     mean, variance = 0.5, 0.49
     if diffusion.objective == "flow":
@@ -215,7 +217,7 @@ def _gaussian_prediction(diffusion: Diffusion, x: Tensor, t: float) -> Tensor:
         noise = time / spread * (x - (1 - time) * mean)
         return noise - (mean + (1 - time) * variance / spread * (x - (1 - time) * mean))
     if diffusion.objective == "edm":
-        data = diffusion.edm.sigma_data
+        data = diffusion.sigma_data
         total = t**2 + data**2
         clean = mean + variance / (variance + t**2) * (x - mean)
         # As a network does, in fp32.

@@ -150,7 +150,7 @@ def test_parts_that_a_network_lacks_are_refused(overrides: list[str], message: s
 
 
 def test_recipes_build_them() -> None:
-    overrides = ["model={architecture: ncsnpp, conditional: true}", "diffusion.edm.variant=ve"]
+    overrides = ["model={architecture: ncsnpp, conditional: true}", "diffusion.objective=ve"]
     with torch.device("meta"):
         model = build_model(load_recipe("cifar10", overrides))
     assert isinstance(model, UNet)

@@ -22,9 +22,10 @@ WAITS = ("read", "to_host", "to_device:blocking", "sync")
 def samplers() -> dict[str, dict[str, int]]:
     """What the host waits for while each sampler runs, the second time."""
     import torch
+    from pydantic import TypeAdapter
 
     from diffit_train.config.diffusion import Diffusion
-    from diffit_train.config.evaluate import SAMPLERS, Guidance, Sampler
+    from diffit_train.config.evaluate import SAMPLERS, PowerCosineGuidance, Sampler
     from diffit_train.diffusion.generation import ImageNoise, generate_latents, weight_of_noise
     from diffit_train.diffusion.objective import build_objective
     from diffit_train.models.latent import LatentDiffiT, Shape
@@ -33,13 +34,13 @@ def samplers() -> dict[str, dict[str, int]]:
     device = torch.device("cuda")
     waits = {}
     for name, known in SAMPLERS.items():
-        objective = build_objective(Diffusion(objective=name))
+        objective = build_objective(TypeAdapter(Diffusion).validate_python({"objective": name}))
         shape = Shape(
             latent_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=10,
             out_channels=8 if name == "epsilon" else 4,
         )  # fmt: skip
         model = LatentDiffiT(shape).to(device).eval().requires_grad_(False)
-        guidance = Guidance()
+        guidance = PowerCosineGuidance()
         weight = weight_of_noise(objective, guidance)
 
         def predict(x: Any, t: Any, y: Any, model: Any = model) -> Any:
@@ -52,9 +53,10 @@ def samplers() -> dict[str, dict[str, int]]:
                 noise = ImageNoise([(0, i) for i in range(4)], (4, 8, 8))
                 labels = torch.zeros(4, dtype=torch.long, device=device)
                 stand_in.reset_counters()
+                chosen = TypeAdapter(Sampler).validate_python({"name": sampler, "steps": 6})
                 with torch.no_grad():
                     generate_latents(
-                        objective, Sampler(name=sampler, steps=6), guidance, weight, predict,
+                        objective, chosen, guidance, weight, predict,
                         noise, labels, 10,
                     )  # fmt: skip
             waits[f"{name}, {sampler}"] = stand_in.counters(*WAITS)
