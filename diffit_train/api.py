@@ -148,7 +148,7 @@ class Latents(IterableDataset[LatentBatch]):
     """The batches that training sees, in its exact order, without end.
 
     Yields batches, so wrap it in `DataLoader(latents, batch_size=None)`. Several workers of a
-    DataLoader, and several ranks, share each batch as the ranks of a training do: by lanes.
+    DataLoader, and several ranks, share each batch as the ranks of a training do: by streams.
 
     Args:
         url: folder of the latents, ROOT/latents/NAME.
@@ -189,9 +189,9 @@ class Latents(IterableDataset[LatentBatch]):
         if info is not None:
             rank, world = rank * info.num_workers + info.id, world * info.num_workers
         order = self._new_order()
-        lanes = order.rank_lanes(rank, world)
+        streams = order.rank_streams(rank, world)
         with LatentLoader(
-            self.url, self.manifest, order, lanes, self.start_step, _as_tensors
+            self.url, self.manifest, order, streams, self.start_step, _as_tensors
         ) as loader:
             yield from loader
 

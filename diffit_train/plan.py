@@ -325,7 +325,7 @@ def latent_bytes(recipe: Recipe) -> int:
 
 
 def loader_bytes(recipe: Recipe, images: int | None) -> int:
-    """Host memory of the latents that a rank holds: the shards of its lanes' windows.
+    """Host memory of the latents that a rank holds: the shards of its streams' windows.
 
     With those that its threads are reading, once as a file and once as values.
 
@@ -333,7 +333,9 @@ def loader_bytes(recipe: Recipe, images: int | None) -> int:
         images: images of the latents; None if unknown.
     """
     data, world = recipe.data, recipe.scaling.max_workers
-    shards = math.ceil(data.lanes / world) * (data.shuffle_window // data.images_per_shard + 2)
+    shards = math.ceil(data.shuffle_streams / world) * (
+        data.shuffle_window // data.images_per_shard + 2
+    )
     if images is not None:
         shards = min(shards, math.ceil(images / data.images_per_shard))
     return (shards + 2 * min(READERS, shards)) * data.images_per_shard * latent_bytes(recipe)

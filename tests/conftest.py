@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("busy")
 TINY = [
     "data.num_classes=3",
     "data.images_per_shard=5",
-    "data.lanes=4",
+    "data.shuffle_streams=4",
     "data.shuffle_window=4",
     "data.max_rejected_fraction=0.2",
     "autoencoder.batch_size=4",

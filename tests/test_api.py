@@ -100,12 +100,12 @@ def test_latents_come_in_the_order_of_training(tmp_path: Path) -> None:
     url = make_latents(tmp_path)
     latents = dt.Latents(url)
     recipe = tiny_recipe(tmp_path)
-    order = SampleOrder([10] * 4, 8, recipe.data.lanes, 4, recipe.train.seed)
+    order = SampleOrder([10] * 4, 8, recipe.data.shuffle_streams, 4, recipe.train.seed)
     assert latents.steps_per_epoch == order.steps_per_epoch == 5
     assert latents.classes == ["a", "b", "c"]
     seen = []
     for step, batch in zip(range(12), latents, strict=False):
-        picked = [p for lane in range(order.lanes) for p in order.lane_samples(step, lane)]
+        picked = [p for stream in range(order.streams) for p in order.stream_samples(step, stream)]
         assert batch.step == step
         assert batch.keys.tolist() == [10 * shard + offset for shard, offset in picked]
         assert batch.labels.tolist() == [key % 3 for key in batch.keys.tolist()]

@@ -39,7 +39,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "extend.md"
 CPU = torch.device("cpu")
 OWN = (
     "data={name: blobs, source: 'blobs://24', format: 'mynet.source:Blobs', resolution: 16, "
-    "num_classes: 3, images_per_shard: 6, lanes: 4, shuffle_window: 4}",
+    "num_classes: 3, images_per_shard: 6, shuffle_streams: 4, shuffle_window: 4}",
     "autoencoder={kind: identity, latent_channels: 3, downsample: 1}",
     "model={architecture: 'mynet.model:ConvNet', options: {width: 8, depth: 2}}",
     "diffusion={objective: 'mynet.objective:Restore'}",

@@ -79,7 +79,7 @@ def test_cost_follows_from_the_time_of_a_step() -> None:
 
 
 def _steps(*overrides: str, **machine: float) -> dict[str, Any]:
-    recipe = load_recipe("imagenet256", ["data.lanes=256", *overrides])
+    recipe = load_recipe("imagenet256", ["data.shuffle_streams=256", *overrides])
     return plan(recipe, Machine("H100", **machine), measured=False)["time"]
 
 
@@ -257,8 +257,8 @@ def test_a_batch_of_the_autoencoder_needs_no_more_than_its_slices() -> None:
 def test_latents_on_the_host_are_what_the_loader_may_hold() -> None:
     recipe = load_recipe("imagenet256", ["scaling.workers=8"])
     counts = [512] * 2503
-    order = SampleOrder(counts, 256, recipe.data.lanes, recipe.data.shuffle_window, 0)
-    shards = len(order.rank_lanes(0, 8)) * order.shards_per_window()
+    order = SampleOrder(counts, 256, recipe.data.shuffle_streams, recipe.data.shuffle_window, 0)
+    shards = len(order.rank_streams(0, 8)) * order.shards_per_window()
     held = loader_bytes(recipe, sum(counts))
     assert held == (shards + 2 * READERS) * 512 * latent_bytes(recipe)
     assert loader_bytes(recipe, 512) == 3 * 512 * latent_bytes(recipe)

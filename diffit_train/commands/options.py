@@ -174,10 +174,10 @@ def read_recipe(name: str, overrides: list[str] | None, root: str | None) -> Rec
 
 def read_known_recipe(name: str, overrides: list[str] | None, root: str | None) -> Recipe:
     """The recipe of a command line; a copy of the latents' autoencoder counts as that one."""
-    from diffit_train.data.known_autoencoder import recognized
+    from diffit_train.data.known_autoencoder import resolve_alias
 
     recipe = read_recipe(name, overrides, root)
     url = recipe.storage.root
     if storage.is_local(url) and storage.local_path(url).is_file():
         raise UserError(f"storage.root is {url}, a file; choose a folder by --root")
-    return recognized(recipe)
+    return resolve_alias(recipe)

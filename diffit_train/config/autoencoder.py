@@ -42,7 +42,7 @@ class Autoencoder(Section):
         default="",
         description="Hugging Face Hub id, or folder in diffusers format (`root:` means under ROOT)",
     )
-    known_as: str = Field(
+    alias: str = Field(
         default="",
         description="source by which latents and runs know the weights, where `source` is a copy "
         "of them, such as a mirror on S3; empty: `source`",
@@ -80,12 +80,12 @@ class Autoencoder(Section):
             return {**values, "fit": {**fit, "block_out_channels": levels}}
         return values
 
-    _sources = field_validator("source", "known_as")(without_credentials)
+    _sources = field_validator("source", "alias")(without_credentials)
 
     @property
     def name(self) -> str:
         """The source by which the weights are known."""
-        return self.known_as or self.source
+        return self.alias or self.source
 
     def identity(self) -> dict[str, Any]:
         """The keys that determine the latents.
@@ -93,7 +93,7 @@ class Autoencoder(Section):
         An fp32 autoencoder ran in TF32 on a GPU before there was a key for it: the hash is the
         same for both.
         """
-        keys = self.model_dump(mode="json", exclude={"fit", "known_as"})
+        keys = self.model_dump(mode="json", exclude={"fit", "alias"})
         keys["source"] = self.name
         if self.precision == "tf32":
             keys["precision"] = "fp32"

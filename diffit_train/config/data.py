@@ -65,13 +65,13 @@ class Data(Section):
         default=None,
         description="number of images, used by `diffit plan` before they are encoded",
     )
-    lanes: PositiveInt = Field(
+    shuffle_streams: PositiveInt = Field(
         default=64,
         description="parallel streams of samples, independent of the number of workers: any number "
         "of workers up to this works, if there are as many shards",
     )
     shuffle_window: PositiveInt = Field(
-        default=1024, description="consecutive samples of a lane that are shuffled together"
+        default=1024, description="consecutive samples of a stream that are shuffled together"
     )
 
     _source = field_validator("source")(without_credentials)

@@ -90,11 +90,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_training(self) -> Self:
         train, data, scaling = self.train, self.data, self.scaling
-        _divides("data.lanes", data.lanes, "train.batch_size", train.batch_size)
-        if scaling.max_workers > data.lanes:
+        _divides("data.shuffle_streams", data.shuffle_streams, "train.batch_size", train.batch_size)
+        if scaling.max_workers > data.shuffle_streams:
             raise ValueError(
-                f"scaling.workers is {scaling.workers}, but must be at most data.lanes "
-                f"({data.lanes}); lower it, or raise data.lanes"
+                f"scaling.workers is {scaling.workers}, but must be at most data.shuffle_streams "
+                f"({data.shuffle_streams}); lower it, or raise data.shuffle_streams"
             )
         _divides(
             "train.log_every", train.log_every, "train.checkpoint_every", train.checkpoint_every
@@ -228,7 +228,9 @@ class Recipe(Section):
             free.add("lr_decay_start")
         return {
             **self.encode_identity(),
-            "order": self.data.model_dump(mode="json", include={"name", "lanes", "shuffle_window"}),
+            "order": self.data.model_dump(
+                mode="json", include={"name", "shuffle_streams", "shuffle_window"}
+            ),
             "model": self.model.model_dump(mode="json", exclude=self._unused_model_keys()),
             "diffusion": self.diffusion.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json", exclude=free),

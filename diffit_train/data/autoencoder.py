@@ -174,7 +174,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
     model = model.to(device, memory_format=_layout(device)).eval().requires_grad_(False)
     rounded = section.precision == "tf32"
     loaded = LoadedAutoencoder(model, section.name, scale, device, dtype, rounded)
-    if section.known_as:
+    if section.alias:
         _require_known_weights(recipe, loaded)
     return loaded
 
@@ -186,7 +186,7 @@ def _require_known_weights(recipe: Recipe, loaded: LoadedAutoencoder) -> None:
         return
     if loaded.weight_hash() != load_manifest(url).autoencoder_sha256:
         raise UserError(
-            f"autoencoder.known_as is {loaded.id}, but the weights at {autoencoder_url(recipe)} "
+            f"autoencoder.alias is {loaded.id}, but the weights at {autoencoder_url(recipe)} "
             f"are not those that {url} was encoded with; set autoencoder.source to a copy of them"
         )
 

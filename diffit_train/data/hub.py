@@ -33,7 +33,7 @@ def require_from_hub(name: str) -> None:
         raise UserError(
             f"autoencoder.source {name} is not in the cache {constants.HF_HUB_CACHE}, and cannot "
             f"be downloaded: {reason}; copy it from a machine with network, and set "
-            f"autoencoder.source to that folder or s3:// prefix with autoencoder.known_as={name}"
+            f"autoencoder.source to that folder or s3:// prefix with autoencoder.alias={name}"
         )
 
 

@@ -8,18 +8,18 @@ from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.progress import say
 
 
-def recognized(recipe: Recipe) -> Recipe:
-    """The recipe, with `autoencoder.known_as` set if its weights are a copy of the latents' own.
+def resolve_alias(recipe: Recipe) -> Recipe:
+    """The recipe, with `autoencoder.alias` set if its weights are a copy of the latents' own.
 
     Latents, and with them runs and evaluations, are known by the source of their autoencoder. Where
     a recipe differs from that of the latents under its `data.name` in the source alone, and the
     weights there have the same hash, it is the same recipe.
     """
     url = latents_url(recipe)
-    if recipe.autoencoder.known_as or not storage.exists(storage.join(url, MANIFEST)):
+    if recipe.autoencoder.alias or not storage.exists(storage.join(url, MANIFEST)):
         return recipe
     manifest = load_manifest(url)
-    section = recipe.autoencoder.model_copy(update={"known_as": manifest.autoencoder})
+    section = recipe.autoencoder.model_copy(update={"alias": manifest.autoencoder})
     same = recipe.model_copy(update={"autoencoder": section})
     if recipe.encode_hash() == manifest.recipe_hash or same.encode_hash() != manifest.recipe_hash:
         return recipe

@@ -1,9 +1,9 @@
 """Latents in training order, which depends on recipe and step, not on workers or restarts.
 
-Each epoch, the shards are permuted and concatenated; the sequence of samples is split into lanes
-of equal length; within a lane, samples are shuffled window by window. A global batch takes the
-same number of samples from every lane, and a rank serves a contiguous range of lanes. Lanes do not
-turn over their windows at the same step, so that shards are needed one by one.
+Each epoch, the shards are permuted and concatenated, and the sequence of samples is cut into
+shuffle streams of equal length; within a stream, samples are shuffled window by window. A global
+batch takes the same number of samples from every stream, and a rank serves a contiguous range of
+streams. Their windows are staggered, so that shards are needed one by one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 # Threads of a rank that read shards.
 READERS = 16
-# The golden ratio's fraction, times 2^64: its multiples spread evenly over any range of lanes.
+# The golden ratio's fraction, times 2^64: its multiples spread evenly over any range of streams.
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Window(NamedTuple):
-    """Samples of a lane that are shuffled together: its steps, and the shards they lie in."""
+    """Samples of a stream that are shuffled together: its steps, and the shards they lie in."""
 
     first_step: int
     last_step: int
@@ -45,9 +45,9 @@ class SampleOrder:
 
     Args:
         counts: number of images in each shard.
-        batch_size: global batch size; a multiple of `lanes`.
-        lanes: maximum number of lanes; reduced to its largest divisor not above the shard count.
-        window: samples of a lane that are shuffled together.
+        batch_size: global batch size; a multiple of `streams`.
+        streams: most shuffle streams; reduced to the largest divisor not above the shard count.
+        window: samples of a stream that are shuffled together.
         seed: the run's seed.
 
     Raises:
@@ -58,23 +58,25 @@ class SampleOrder:
         self,
         counts: Sequence[int],
         batch_size: int,
-        lanes: int,
+        streams: int,
         window: int,
         seed: int,
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.samples, self.batch_size = int(self.counts.sum()), batch_size
         self.window, self.seed = window, seed
-        self.lanes = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(counts))
+        self.streams = max(
+            d for d in range(1, streams + 1) if streams % d == 0 and d <= len(counts)
+        )
         self.steps_per_epoch = self.samples // batch_size
         if not self.steps_per_epoch:
             raise UserError(
                 f"train.batch_size is {batch_size}, but there are only {self.samples} images; "
                 "lower it"
             )
-        self.per_lane = batch_size // self.lanes
+        self.per_stream = batch_size // self.streams
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        # By lane: epoch, number and permutation of the window read last.
+        # By stream: epoch, number and permutation of the window read last.
         self._last: dict[int, tuple[int, int, np.ndarray]] = {}
 
     @classmethod
@@ -89,20 +91,20 @@ class SampleOrder:
         return cls(
             [entry.count for entry in manifest.shards],
             recipe.train.batch_size if batch_size is None else batch_size,
-            recipe.data.lanes,
+            recipe.data.shuffle_streams,
             recipe.data.shuffle_window,
             recipe.train.seed if seed is None else seed,
         )
 
-    def lane_samples(self, step: int, lane: int) -> list[tuple[int, int]]:
-        """(shard, offset in the shard) of each sample of a lane in a step's batch."""
+    def stream_samples(self, step: int, stream: int) -> list[tuple[int, int]]:
+        """(shard, offset in the shard) of each sample of a stream in a step's batch."""
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
         shards, starts = self._permuted(epoch)
-        length = self._lane_length()
-        first = epoch_step * self.per_lane
+        length = self._stream_length()
+        first = epoch_step * self.per_stream
         indices = [
-            lane * length + self._shuffled(epoch, lane, index, length)
-            for index in range(first, first + self.per_lane)
+            stream * length + self._shuffled(epoch, stream, index, length)
+            for index in range(first, first + self.per_stream)
         ]
         rows = np.searchsorted(starts, indices, side="right") - 1
         return [
@@ -115,11 +117,11 @@ class SampleOrder:
         whole = np.searchsorted(np.cumsum(np.sort(self.counts)), self.window, side="right")
         return int(whole) + 2
 
-    def windows(self, lane: int, step: int) -> Iterator[Window]:
-        """The windows of a lane from the one that holds its first sample of a step; endless."""
+    def windows(self, stream: int, step: int) -> Iterator[Window]:
+        """The windows of a stream from the one that holds its first sample of a step; endless."""
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
-        length, shift = self._lane_length(), self._shift(lane)
-        number = (epoch_step * self.per_lane + shift) // self.window
+        length, shift = self._stream_length(), self._shift(stream)
+        number = (epoch_step * self.per_stream + shift) // self.window
         while True:
             start = max(0, number * self.window - shift)
             stop = min(length, (number + 1) * self.window - shift)
@@ -128,41 +130,42 @@ class SampleOrder:
                 continue
             shards, starts = self._permuted(epoch)
             first, last = np.searchsorted(
-                starts, [lane * length + start, lane * length + stop - 1], side="right"
+                starts, [stream * length + start, stream * length + stop - 1], side="right"
             )
             begin = epoch * self.steps_per_epoch
             yield Window(
-                first_step=begin + start // self.per_lane,
-                last_step=begin + (stop - 1) // self.per_lane,
+                first_step=begin + start // self.per_stream,
+                last_step=begin + (stop - 1) // self.per_stream,
                 shards=tuple(shards[first - 1 : last].tolist()),
             )
             number += 1
 
-    def _lane_length(self) -> int:
-        return self.steps_per_epoch * self.per_lane
+    def _stream_length(self) -> int:
+        return self.steps_per_epoch * self.per_stream
 
-    def _shift(self, lane: int) -> int:
-        """How much shorter than the others a lane's first window is."""
-        if self._lane_length() <= self.window:
+    def _shift(self, stream: int) -> int:
+        """How much shorter than the others a stream's first window is."""
+        if self._stream_length() <= self.window:
             return 0
-        return (lane * _GOLDEN % 2**64) * self.window >> 64
+        return (stream * _GOLDEN % 2**64) * self.window >> 64
 
-    def rank_lanes(self, rank: int, world: int) -> range:
-        """The contiguous lanes of a rank; some ranks have one more if they do not divide evenly.
+    def rank_streams(self, rank: int, world: int) -> range:
+        """The contiguous streams of a rank; some ranks have one more if they do not divide evenly.
 
         Raises:
-            UserError: there are more ranks than lanes.
+            UserError: there are more ranks than streams.
         """
-        if world > self.lanes:
+        if world > self.streams:
             raise UserError(
-                f"{world} workers cannot share the {self.lanes} lanes of {len(self.counts)} "
-                "shards; lower scaling.workers, or encode with fewer data.images_per_shard"
+                f"{world} workers cannot share the {self.streams} shuffle streams of "
+                f"{len(self.counts)} shards; lower scaling.workers, or encode with "
+                "fewer data.images_per_shard"
             )
-        return range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
+        return range(rank * self.streams // world, (rank + 1) * self.streams // world)
 
     def largest_share(self, world: int) -> int:
         """Images per batch on the rank with the largest share."""
-        return self.per_lane * max(len(self.rank_lanes(rank, world)) for rank in range(world))
+        return self.per_stream * max(len(self.rank_streams(rank, world)) for rank in range(world))
 
     def _permuted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and the index of each one's first sample."""
@@ -174,21 +177,21 @@ class SampleOrder:
             self._epochs[epoch] = (shards, ends - self.counts[shards])
         return self._epochs[epoch]
 
-    def _shuffled(self, epoch: int, lane: int, index: int, length: int) -> int:
-        """The index in the lane before shuffling of the sample that is at `index` after it."""
-        shift = self._shift(lane)
+    def _shuffled(self, epoch: int, stream: int, index: int, length: int) -> int:
+        """The index in the stream before shuffling of the sample that is at `index` after it."""
+        shift = self._shift(stream)
         number = (index + shift) // self.window
         start = max(0, number * self.window - shift)
-        if lane not in self._last or self._last[lane][:2] != (epoch, number):
+        if stream not in self._last or self._last[stream][:2] != (epoch, number):
             size = min(length, (number + 1) * self.window - shift) - start
-            random = generator(self.seed, WINDOW, epoch, lane, number)
-            self._last[lane] = (epoch, number, random.permutation(size))
-        return start + int(self._last[lane][2][index - start])
+            random = generator(self.seed, WINDOW, epoch, stream, number)
+            self._last[stream] = (epoch, number, random.permutation(size))
+        return start + int(self._last[stream][2][index - start])
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of a lane's n samples in a step."""
+    """The randomness of a stream's n samples in a step."""
 
     t: np.ndarray  # (n,) int64, timesteps
     noise: np.ndarray  # (n, C, h, w) float32
@@ -200,15 +203,15 @@ class Draws:
 def draw(
     seed: int,
     step: int,
-    lane: int,
+    stream: int,
     count: int,
     shape: tuple[int, int, int],
     frames: int,
     draw_timesteps: Callable[[np.random.Generator, int], np.ndarray],
     label_dropout: float,
 ) -> Draws:
-    """Timesteps, noise, posterior noise, flips and label dropout, seeded by (seed, step, lane)."""
-    random = generator(seed, SAMPLE, step, lane)
+    """Draw timesteps, noise, posterior noise, flips and label dropout of a stream's samples."""
+    random = generator(seed, SAMPLE, step, stream)
     return Draws(
         t=draw_timesteps(random, count),
         noise=random.standard_normal((count, *shape), dtype=np.float32),
@@ -220,10 +223,10 @@ def draw(
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's share of a global batch, ordered by lane."""
+    """A rank's share of a global batch, ordered by stream."""
 
     step: int
-    lanes: range
+    streams: range
     keys: np.ndarray  # (n,) int64, input indices of the images
     shards: tuple[str, ...]  # names of their shards
     moments: np.ndarray  # (n, F, 2C, h, w) float32
@@ -234,11 +237,11 @@ class LatentLoader(Generic[T]):
     """Iterates over a rank's batches from a given step; a thread prepares them ahead.
 
     The order is known, so other threads read shards before the windows that need them begin, as
-    many as memory for `SampleOrder.shards_per_window` shards a lane allows.
+    many as memory for `SampleOrder.shards_per_window` shards a stream allows.
 
     Args:
         url: folder of the latents.
-        lanes: the rank's lanes, from `SampleOrder.rank_lanes`.
+        streams: the rank's streams, from `SampleOrder.rank_streams`.
         prepare: called by the thread on each batch; iteration yields its results.
         read: reads a shard.
         prefetch: number of batches to prepare ahead.
@@ -254,7 +257,7 @@ class LatentLoader(Generic[T]):
         url: str,
         manifest: Manifest,
         order: SampleOrder,
-        lanes: range,
+        streams: range,
         start_step: int,
         prepare: Callable[[Batch], T],
         read: Callable[[str, ShardEntry], Shard] = read_shard,
@@ -264,14 +267,14 @@ class LatentLoader(Generic[T]):
     ) -> None:
         self.url, self.manifest, self.order = url, manifest, order
         self.prepare, self.read = prepare, read
-        self.lanes = lanes
+        self.streams = streams
         self.step = start_step
         self.wait_s = 0.0
-        self._capacity = len(self.lanes) * order.shards_per_window()
+        self._capacity = len(self.streams) * order.shards_per_window()
         self._look_ahead = look_ahead
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="shards")
         self._shards: dict[int, Future[Shard]] = {}
-        # Windows of the lanes in the order of their first step, and the last step of each shard.
+        # Windows of the streams in the order of their first step, and the last step of each shard.
         self._coming: Iterator[Window] = iter(())
         self._next: Window | None = None
         self._needed_until: dict[int, int] = {}
@@ -318,11 +321,11 @@ class LatentLoader(Generic[T]):
     def batch(self, step: int) -> Batch:
         """This rank's share of a step's batch."""
         self._fetch(step)
-        picked = [p for lane in self.lanes for p in self.order.lane_samples(step, lane)]
+        picked = [p for stream in self.streams for p in self.order.stream_samples(step, stream)]
         samples = [(self._shards[number].result(), offset) for number, offset in picked]
         return Batch(
             step=step,
-            lanes=self.lanes,
+            streams=self.streams,
             keys=np.array([shard.keys[offset] for shard, offset in samples]),
             shards=tuple(sorted({self.manifest.shards[number].name for number, _ in picked})),
             moments=np.stack([as_float(s.moments[offset]) for s, offset in samples]),
@@ -332,7 +335,7 @@ class LatentLoader(Generic[T]):
     def _fetch(self, step: int) -> None:
         """Start reading the shards of the windows of a step, and of later ones as memory allows."""
         if step != self._position + 1 or self._next is None:
-            self._coming = heapq.merge(*(self.order.windows(n, step) for n in self.lanes))
+            self._coming = heapq.merge(*(self.order.windows(n, step) for n in self.streams))
             self._next = next(self._coming)
             self._needed_until = dict.fromkeys(self._shards, -1)
         self._position = step

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe, load_recipe_text, packaged_recipes, validate
 from diffit_train.config.base import flatten
-from diffit_train.data.known_autoencoder import recognized
+from diffit_train.data.known_autoencoder import resolve_alias
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.runs.run import Project, Run, differences, open_run
@@ -53,7 +53,7 @@ def select_run(
     if name is None:
         return with_overrides(Project(root or ".").run(run), command, words)
     try:
-        recipe = recognized(load_recipe(name, words, root))
+        recipe = resolve_alias(load_recipe(name, words, root))
     except UserError as error:
         raise UserError(f"{error}{_hint(name, root or '.')}") from error
     chosen = open_run(recipe, run)
@@ -80,7 +80,7 @@ def with_overrides(run: Run, command: str, overrides: Sequence[str]) -> Run:
         UserError: a key is to differ that does not belong to the command.
     """
     text = storage.read_bytes(storage.join(run.url, "recipe.yaml")).decode()
-    asked = recognized(load_recipe_text(text, f"of run {run.name!r}", overrides, run.root))
+    asked = resolve_alias(load_recipe_text(text, f"of run {run.name!r}", overrides, run.root))
     _refuse_others(command, overrides, asked, run)
     return run.using(asked)
 

@@ -47,9 +47,9 @@ class TrainingBatch:
 
 
 class BatchBuilder:
-    """Draws noise levels, noise, posterior samples, flips and label dropout, lane by lane.
+    """Draws noise levels, noise, posterior samples, flips and label dropout, stream by stream.
 
-    Called by the loader's thread; the result depends only on the seed, the step and the lanes.
+    Called by the loader's thread; the result depends only on the seed, the step and the streams.
     """
 
     def __init__(
@@ -61,24 +61,24 @@ class BatchBuilder:
     def __call__(self, batch: Batch) -> TrainingBatch:
         """Turn a batch of samples into a training batch."""
         manifest, train = self.manifest, self.recipe.train
-        count = len(batch.labels) // len(batch.lanes)
+        count = len(batch.labels) // len(batch.streams)
         shape = (manifest.channels, manifest.height, manifest.width)
-        lanes = [
+        streams = [
             draw(
                 train.seed,
                 batch.step,
-                lane,
+                stream,
                 count,
                 shape,
                 manifest.frames,
                 self.objective.draw,
                 train.label_dropout,
             )
-            for lane in batch.lanes
+            for stream in batch.streams
         ]
 
         def joined(name: str) -> Tensor:
-            return torch.cat([torch.from_numpy(getattr(lane, name)) for lane in lanes])
+            return torch.cat([torch.from_numpy(getattr(stream, name)) for stream in streams])
 
         moments = torch.from_numpy(batch.moments)[torch.arange(len(batch.labels)), joined("flip")]
         x0 = sample_latent(moments, joined("posterior"), manifest.scale)
@@ -88,17 +88,17 @@ class BatchBuilder:
         if train.augment:
             drawn = [
                 draw_augmentation(
-                    generator(train.seed, AUGMENTATION, batch.step, lane), count, train.augment
+                    generator(train.seed, AUGMENTATION, batch.step, stream), count, train.augment
                 )
-                for lane in batch.lanes
+                for stream in batch.streams
             ]
             joint = joined_augmentation(drawn)
             extras["augment"] = torch.from_numpy(joint.labels)
             augmentation = Resampling.of(joint, manifest.height)
         if self.recipe.model.dropout:
             seeds = [
-                generator(train.seed, DROPOUT, batch.step, lane).integers(2**31, size=count)
-                for lane in batch.lanes
+                generator(train.seed, DROPOUT, batch.step, stream).integers(2**31, size=count)
+                for stream in batch.streams
             ]
             extras["dropout_seeds"] = torch.from_numpy(np.concatenate(seeds))
         tensors = (x0, joined("t"), joined("noise"), y)

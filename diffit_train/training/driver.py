@@ -245,8 +245,8 @@ def _mlflow_run(recipe: Recipe, identity: RunMetadata, manifest: Manifest) -> st
 
 
 def _check_order(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuse a batch that is larger than the data, or more workers than lanes."""
-    SampleOrder.of(recipe, manifest).rank_lanes(0, recipe.scaling.max_workers)
+    """Refuse a batch that is larger than the data, or more workers than streams."""
+    SampleOrder.of(recipe, manifest).rank_streams(0, recipe.scaling.max_workers)
 
 
 def _check_latents(recipe: Recipe) -> Manifest:

@@ -190,7 +190,7 @@ class Trainer:
             self.latents_url,
             self.manifest,
             self.order,
-            self.order.rank_lanes(self.rank, self.world),
+            self.order.rank_streams(self.rank, self.world),
             self.step,
             self.build_batch,
             cache.read if cache else read_shard,

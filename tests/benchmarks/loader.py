@@ -56,7 +56,7 @@ def with_loader(url: str, manifest: Manifest) -> float:
     steps = sum(counts) // BATCH
     start = time.perf_counter()
     with LatentLoader(
-        url, manifest, order, order.rank_lanes(0, 1), 0, lambda batch: batch
+        url, manifest, order, order.rank_streams(0, 1), 0, lambda batch: batch
     ) as loader:
         for number, _ in enumerate(loader, start=1):
             if number == steps:
@@ -106,7 +106,7 @@ def with_tarfile(url: str, manifest: Manifest) -> float:
     return count / (time.perf_counter() - start)
 
 
-def paced_loader(lanes: int, readers: int, look_ahead: bool, steps: int) -> LatentLoader[Batch]:
+def paced_loader(streams: int, readers: int, look_ahead: bool, steps: int) -> LatentLoader[Batch]:
     """The loader of one of 8 ranks, amid an epoch and over its end; a read only sleeps."""
     entry = ShardEntry(name="shard-000000.tar", count=PER_SHARD, bytes=0, sha256="", first_index=0)
     shards = [entry] * 2502 + [entry.model_copy(update={"count": 143})]
@@ -118,12 +118,12 @@ def paced_loader(lanes: int, readers: int, look_ahead: bool, steps: int) -> Late
         return shard
 
     manifest = make_manifest(shards, channels=4, side=32)
-    order = SampleOrder([s.count for s in shards], BATCH, lanes, 1024, 0)
+    order = SampleOrder([s.count for s in shards], BATCH, streams, 1024, 0)
     return LatentLoader(
         "",
         manifest,
         order,
-        order.rank_lanes(3, 8),
+        order.rank_streams(3, 8),
         order.steps_per_epoch - steps // 2,
         lambda batch: batch,
         read,
@@ -148,9 +148,9 @@ class VirtualPool:
         return future
 
 
-def virtual_wait(lanes: int, readers: int, look_ahead: bool, steps: int) -> float:
+def virtual_wait(streams: int, readers: int, look_ahead: bool, steps: int) -> float:
     """Share of time that a rank waits if nothing but reading takes time."""
-    loader = paced_loader(lanes, readers, look_ahead, steps)
+    loader = paced_loader(streams, readers, look_ahead, steps)
     loader._pool.shutdown()
     pool = VirtualPool(readers)
     loader._pool = pool  # type: ignore[assignment]
@@ -161,7 +161,9 @@ def virtual_wait(lanes: int, readers: int, look_ahead: bool, steps: int) -> floa
         # The thread goes on when the queue of `PREFETCH` batches has room.
         pool.now = max(ready, taken[number - PREFETCH - 1] if number > PREFETCH else 0.0)
         loader._fetch(step)
-        needed = {n for lane in loader.lanes for n, _ in loader.order.lane_samples(step, lane)}
+        needed = {
+            n for stream in loader.streams for n, _ in loader.order.stream_samples(step, stream)
+        }
         ready = max(pool.now, *(pool.done[loader._shards[n]] for n in needed))
         due = taken[-1] + 1 / STEPS_PER_S if taken else ready
         taken.append(max(ready, due))
@@ -169,9 +171,9 @@ def virtual_wait(lanes: int, readers: int, look_ahead: bool, steps: int) -> floa
     return waited / (taken[-1] - taken[0])
 
 
-def data_wait(lanes: int, readers: int, look_ahead: bool, steps: int) -> tuple[float, float]:
+def data_wait(streams: int, readers: int, look_ahead: bool, steps: int) -> tuple[float, float]:
     """Share of time one of 8 ranks waits at a fixed pace, and seconds to its first batch."""
-    loader = paced_loader(lanes, readers, look_ahead, steps)
+    loader = paced_loader(streams, readers, look_ahead, steps)
     begun_s = time.perf_counter()
     with loader:
         for number, _ in enumerate(loader):
@@ -195,10 +197,10 @@ def main() -> None:
     parser.add_argument("--virtual-steps", type=int, default=4000)
     options = parser.parse_args()
     ways_to_wait = {
-        "64 lanes, one reader": (64, 1, False),
-        "256 lanes, one reader": (256, 1, False),
-        "64 lanes, 16 readers ahead": (64, 16, True),
-        "256 lanes, 16 readers ahead": (256, 16, True),
+        "64 streams, one reader": (64, 1, False),
+        "256 streams, one reader": (256, 1, False),
+        "64 streams, 16 readers ahead": (64, 16, True),
+        "256 streams, 16 readers ahead": (256, 16, True),
     }
     # The lowest of some rounds: other work on this machine also holds up the loader's threads.
     rounds = [

@@ -20,16 +20,16 @@ from tests.benchmarks.common import print_table
 IMAGES, CLASSES, PER_SHARD, BATCH, WINDOW = 1_281_167, 1_000, 512, 256, 1024
 
 
-def classes_seen(labels: np.ndarray, lanes: int, first: int, batches: int, seed: int = 0) -> int:
+def classes_seen(labels: np.ndarray, streams: int, first: int, batches: int, seed: int = 0) -> int:
     """Number of classes in successive batches of a source with these labels, (n,)."""
     counts = np.bincount(np.arange(len(labels)) // PER_SHARD).tolist()
-    order = SampleOrder(counts, BATCH, lanes, WINDOW, seed)
+    order = SampleOrder(counts, BATCH, streams, WINDOW, seed)
     starts = np.cumsum([0, *counts])
     found = {
         int(labels[starts[shard] + offset])
         for step in range(first, first + batches)
-        for lane in range(order.lanes)
-        for shard, offset in order.lane_samples(step, lane)
+        for stream in range(order.streams)
+        for shard, offset in order.stream_samples(step, stream)
     }
     return len(found)
 
@@ -53,9 +53,9 @@ def permuted(labels: np.ndarray) -> np.ndarray:
 def main() -> None:
     by_class = sorted_labels(IMAGES, CLASSES)
     ways = {
-        "sorted, 256 lanes": (by_class, 256),
-        "permuted, 64 lanes": (permuted(by_class), 64),
-        "permuted, 256 lanes": (permuted(by_class), 256),
+        "sorted, 256 streams": (by_class, 256),
+        "permuted, 64 streams": (permuted(by_class), 64),
+        "permuted, 256 streams": (permuted(by_class), 256),
     }
     rows = []
     for name, way in ways.items():

@@ -24,7 +24,7 @@ STEPS, LOG_EVERY, CHECKPOINT_EVERY = 900, 10, 50
 # Of the demo, what a node of one CPU does in a minute.
 SMALL = [
     "data.images_per_shard=256",
-    "data.lanes=4",
+    "data.shuffle_streams=4",
     "autoencoder.fit.steps=30",
     "model.hidden_size=64",
     "model.depth=4",

@@ -139,10 +139,10 @@ def test_probabilities() -> None:
 
 def test_an_image_is_augmented_alike_in_any_batch() -> None:
     images = torch.rand(12, 3, 16, 16)
-    parts = [draw_augmentation(np.random.default_rng(lane), 4, 0.7) for lane in range(3)]
+    parts = [draw_augmentation(np.random.default_rng(stream), 4, 0.7) for stream in range(3)]
     whole = augment(images, Resampling.of(joined_augmentation(parts), 16))
-    for lane, part in enumerate(parts):
-        alone = augment(images[4 * lane : 4 * lane + 4], Resampling.of(part, 16))
-        torch.testing.assert_close(whole[4 * lane : 4 * lane + 4], alone, rtol=0, atol=1e-5)
+    for stream, part in enumerate(parts):
+        alone = augment(images[4 * stream : 4 * stream + 4], Resampling.of(part, 16))
+        torch.testing.assert_close(whole[4 * stream : 4 * stream + 4], alone, rtol=0, atol=1e-5)
     none = Augmentation(np.zeros((12, 2), bool), np.stack([np.eye(2, 3)] * 12), np.zeros((12, 9)))
     assert torch.equal(augment(images, Resampling.of(none, 16)), images)

@@ -24,7 +24,7 @@ from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder, s
 from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.autoencoder_memory import Part, activation_values, slice_size
 from diffit_train.data.fit import fit
-from diffit_train.data.known_autoencoder import recognized
+from diffit_train.data.known_autoencoder import resolve_alias
 from diffit_train.data.shards import MANIFEST, finished_manifest, latents_url
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
@@ -334,11 +334,11 @@ def test_a_copy_of_the_weights_is_the_same_recipe(encoded_recipe: Recipe, tmp_pa
     recipe, copy = encoded_recipe, tmp_path / "mirror"
     shutil.copytree(tmp_path / "autoencoders" / "digits", copy)
     mirrored = tiny_recipe(tmp_path, f"autoencoder.source={copy}")
-    assert recognized(recipe) is recipe
+    assert resolve_alias(recipe) is recipe
     assert mirrored.encode_hash() != recipe.encode_hash()
-    known = recognized(mirrored)
+    known = resolve_alias(mirrored)
     assert known.autoencoder.source == str(copy)
-    assert known.autoencoder.known_as == recipe.autoencoder.source
+    assert known.autoencoder.alias == recipe.autoencoder.source
     assert (known.encode_hash(), known.train_hash()) == (recipe.encode_hash(), recipe.train_hash())
     assert finished_manifest(known) == finished_manifest(recipe)
     assert load_autoencoder(known, torch.device("cpu")).id == recipe.autoencoder.source
@@ -356,9 +356,9 @@ def test_other_weights_are_not_taken_for_a_copy(tmp_path: Path) -> None:
         next(model.parameters()).add_(1e-3)
     model.save_pretrained(copy)
     other = tiny_recipe(tmp_path, f"autoencoder.source={copy}")
-    assert recognized(other) is other
+    assert resolve_alias(other) is other
     named = tiny_recipe(
-        tmp_path, f"autoencoder.source={copy}", "autoencoder.known_as=root:autoencoders/digits"
+        tmp_path, f"autoencoder.source={copy}", "autoencoder.alias=root:autoencoders/digits"
     )
     with pytest.raises(UserError, match="are not those that .* was encoded with"):
         load_autoencoder(named, torch.device("cpu"))

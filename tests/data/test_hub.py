@@ -34,7 +34,7 @@ def test_a_hub_out_of_reach_is_refused_with_the_way_out(listening: socket.socket
     listening.close()
     with pytest.raises(UserError, match=f"{NAME} is not in the cache .* cannot be reached") as said:
         require_from_hub(NAME)
-    assert f"autoencoder.known_as={NAME}" in str(said.value)
+    assert f"autoencoder.alias={NAME}" in str(said.value)
 
 
 def test_offline_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,16 +29,18 @@ from tests.made import make_manifest, make_shards
 @st.composite
 def orders(drawing: st.DrawFn) -> SampleOrder:
     counts = drawing(st.lists(st.integers(1, 40), min_size=1, max_size=12))
-    lanes = drawing(st.sampled_from([1, 2, 4, 8]))
-    batch = lanes * drawing(st.integers(1, 3))
+    streams = drawing(st.sampled_from([1, 2, 4, 8]))
+    batch = streams * drawing(st.integers(1, 3))
     if sum(counts) < batch:
         counts.append(batch)
     window, seed = drawing(st.integers(1, 50)), drawing(st.integers(0, 1000))
-    return SampleOrder(counts, batch, lanes, window, seed)
+    return SampleOrder(counts, batch, streams, window, seed)
 
 
 def _batch(order: SampleOrder, step: int) -> list[tuple[int, int]]:
-    return [sample for lane in range(order.lanes) for sample in order.lane_samples(step, lane)]
+    return [
+        sample for stream in range(order.streams) for sample in order.stream_samples(step, stream)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,9 +56,9 @@ def test_an_epoch_uses_each_sample_at_most_once_and_drops_less_than_a_batch(
 
 @settings(max_examples=30, deadline=None)
 @given(orders(), st.integers(0, 50))
-def test_every_lane_gives_the_same_number_of_samples(order: SampleOrder, step: int) -> None:
-    for lane in range(order.lanes):
-        assert len(order.lane_samples(step, lane)) == order.batch_size // order.lanes
+def test_every_stream_gives_the_same_number_of_samples(order: SampleOrder, step: int) -> None:
+    for stream in range(order.streams):
+        assert len(order.stream_samples(step, stream)) == order.batch_size // order.streams
 
 
 @settings(max_examples=30, deadline=None)
@@ -64,7 +66,9 @@ def test_every_lane_gives_the_same_number_of_samples(order: SampleOrder, step: i
 def test_the_order_depends_on_the_step_alone(order: SampleOrder, steps: list[int]) -> None:
     """Jumping around, as after a restart, gives the same as going straight through."""
     fresh = [
-        SampleOrder(order.counts.tolist(), order.batch_size, order.lanes, order.window, order.seed)
+        SampleOrder(
+            order.counts.tolist(), order.batch_size, order.streams, order.window, order.seed
+        )
         for _ in steps
     ]
     for step, new in zip(steps, fresh, strict=True):
@@ -80,21 +84,21 @@ def test_epochs_and_seeds_differ_and_leave_out_other_samples() -> None:
     assert _batch(SampleOrder([10] * 7, 16, 4, 8, seed=1), 0) != _batch(order, 0)
 
 
-def test_samples_are_shuffled_but_each_lane_reads_few_shards() -> None:
+def test_samples_are_shuffled_but_each_stream_reads_few_shards() -> None:
     order = SampleOrder([100] * 16, 32, 8, 100, seed=0)
-    lane = [s for step in range(order.steps_per_epoch) for s in order.lane_samples(step, 3)]
-    assert len({shard for shard, _ in lane}) <= 3
-    assert lane != sorted(lane)
+    stream = [s for step in range(order.steps_per_epoch) for s in order.stream_samples(step, 3)]
+    assert len({shard for shard, _ in stream}) <= 3
+    assert stream != sorted(stream)
 
 
 @settings(max_examples=60, deadline=None)
 @given(orders(), st.integers(0, 3))
 def test_no_window_touches_more_shards_than_are_cached(order: SampleOrder, epoch: int) -> None:
-    for lane in range(order.lanes):
+    for stream in range(order.streams):
         first = epoch * order.steps_per_epoch
         steps = range(first, first + order.steps_per_epoch)
-        row = [sample for step in steps for sample in order.lane_samples(step, lane)]
-        begin = order.window - order._shift(lane)
+        row = [sample for step in steps for sample in order.stream_samples(step, stream)]
+        begin = order.window - order._shift(stream)
         for start, stop in itertools.pairwise([0, *range(begin, len(row), order.window), len(row)]):
             touched = {shard for shard, _ in row[start:stop]}
             assert len(touched) <= order.shards_per_window()
@@ -103,21 +107,21 @@ def test_no_window_touches_more_shards_than_are_cached(order: SampleOrder, epoch
 @settings(max_examples=60, deadline=None)
 @given(orders(), st.integers(0, 40))
 def test_windows_tell_which_shards_a_step_needs(order: SampleOrder, first: int) -> None:
-    for lane in range(order.lanes):
-        windows, current = order.windows(lane, first), []
+    for stream in range(order.streams):
+        windows, current = order.windows(stream, first), []
         for step in range(first, first + 3 * order.steps_per_epoch):
             current = [w for w in current if w.last_step >= step]
             while not current or current[-1].last_step <= step:
                 current.append(next(windows))
             needed = {shard for w in current if w.first_step <= step for shard in w.shards}
-            assert {shard for shard, _ in order.lane_samples(step, lane)} <= needed
+            assert {shard for shard, _ in order.stream_samples(step, stream)} <= needed
             assert all(len(w.shards) <= order.shards_per_window() for w in current)
 
 
-def test_lanes_turn_over_their_windows_at_different_steps() -> None:
+def test_streams_turn_over_their_windows_at_different_steps() -> None:
     order = SampleOrder([512] * 2502, 256, 256, 1024, 0)
     for rank in (0, 5):
-        windows = [order.windows(lane, 0) for lane in order.rank_lanes(rank, 8)]
+        windows = [order.windows(stream, 0) for stream in order.rank_streams(rank, 8)]
         starts = [w.first_step for row in windows for w in itertools.islice(row, 4)]
         assert max(starts.count(step) for step in set(starts) - {0}) <= 2
 
@@ -139,7 +143,7 @@ def test_shards_are_read_ahead_within_memory_and_at_once_after_a_restart(
             now -= 1
         return read_shard(url, entry)
 
-    loader = LatentLoader(url, manifest, order, order.rank_lanes(0, 1), 2, _as_it_is, read)
+    loader = LatentLoader(url, manifest, order, order.rank_streams(0, 1), 2, _as_it_is, read)
     loader._fetch(2)
     assert 3 <= len(loader._shards) <= 4 * order.shards_per_window()
     loader._pool.shutdown()
@@ -151,22 +155,22 @@ def test_a_short_last_shard_does_not_enlarge_the_cache() -> None:
     assert SampleOrder([512] * 100 + [1], 64, 64, 1024, 0).shards_per_window() <= 5
 
 
-def test_few_shards_reduce_the_lanes() -> None:
-    assert SampleOrder([50, 50, 50], 64, 64, 8, 0).lanes == 2
-    assert SampleOrder([50] * 100, 64, 64, 8, 0).lanes == 64
-    assert SampleOrder([99], 64, 64, 8, 0).lanes == 1
+def test_few_shards_reduce_the_streams() -> None:
+    assert SampleOrder([50, 50, 50], 64, 64, 8, 0).streams == 2
+    assert SampleOrder([50] * 100, 64, 64, 8, 0).streams == 64
+    assert SampleOrder([99], 64, 64, 8, 0).streams == 1
 
 
-def test_ranks_share_the_lanes_and_concatenate_to_the_global_batch() -> None:
+def test_ranks_share_the_streams_and_concatenate_to_the_global_batch() -> None:
     order = SampleOrder([10] * 8, 16, 8, 8, seed=0)
     for world in range(1, 9):
-        lanes = [lane for rank in range(world) for lane in order.rank_lanes(rank, world)]
-        assert lanes == list(range(8))
-        shares = [2 * len(order.rank_lanes(rank, world)) for rank in range(world)]
+        streams = [stream for rank in range(world) for stream in order.rank_streams(rank, world)]
+        assert streams == list(range(8))
+        shares = [2 * len(order.rank_streams(rank, world)) for rank in range(world)]
         assert max(shares) == order.largest_share(world)
         assert max(shares) - min(shares) in (0, 2)
-    with pytest.raises(UserError, match=r"9 workers .* 8 lanes .*scaling\.workers"):
-        order.rank_lanes(0, 9)
+    with pytest.raises(UserError, match=r"9 workers .* 8 shuffle streams .*scaling\.workers"):
+        order.rank_streams(0, 9)
 
 
 def test_too_few_images_are_refused() -> None:
@@ -182,13 +186,13 @@ def _timesteps(random: np.random.Generator, count: int) -> np.ndarray:
     return random.integers(1000, size=count)
 
 
-def test_draws_depend_on_seed_step_and_lane_alone() -> None:
-    base = {"seed": 1, "step": 2, "lane": 3, "count": 4, "shape": (2, 3, 3), "frames": 2}
+def test_draws_depend_on_seed_step_and_stream_alone() -> None:
+    base = {"seed": 1, "step": 2, "stream": 3, "count": 4, "shape": (2, 3, 3), "frames": 2}
     base |= {"draw_timesteps": _timesteps, "label_dropout": 0.5}
     first, again = draw(**base), draw(**base)
     for name in ("t", "noise", "posterior", "flip", "drop"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
-    for change in ({"seed": 2}, {"step": 3}, {"lane": 4}):
+    for change in ({"seed": 2}, {"step": 3}, {"stream": 4}):
         assert (draw(**base | change).noise != first.noise).all()
     assert (first.noise != first.posterior).all()
 
@@ -219,12 +223,12 @@ def _keys(latents: tuple[str, Manifest], world: int, first: int, last: int) -> l
     for rank in range(world):
         order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
         with LatentLoader(
-            url, manifest, order, order.rank_lanes(rank, world), first, _as_it_is
+            url, manifest, order, order.rank_streams(rank, world), first, _as_it_is
         ) as loader:
             for batch in loader:
                 batches[batch.step - first] += batch.keys.tolist()
                 assert (batch.labels == batch.keys % 3).all()
-                assert batch.moments.shape == (2 * len(batch.lanes), 1, 4, 2, 2)
+                assert batch.moments.shape == (2 * len(batch.streams), 1, 4, 2, 2)
                 assert batch.shards
                 if batch.step == last - 1:
                     break
@@ -247,7 +251,7 @@ def test_a_damaged_shard_reaches_the_consumer(
     for shard in manifest.shards[:3]:
         (tmp_path / shard.name).write_bytes((Path(url) / shard.name).read_bytes())
     order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
-    loader = LatentLoader(str(tmp_path), manifest, order, order.rank_lanes(0, 1), 0, _as_it_is)
+    loader = LatentLoader(str(tmp_path), manifest, order, order.rank_streams(0, 1), 0, _as_it_is)
     with pytest.raises(DiffitError, match=r"shard-000003\.tar is missing"), loader:
         for batch in loader:
             assert batch.step < 20

@@ -73,7 +73,7 @@ def fed(
     build = BatchBuilder(recipe, manifest, steps.objective, device)
     started_s = time.perf_counter()
     with LatentLoader(
-        str(folder), manifest, order, order.rank_lanes(0, 1), 0, build, read
+        str(folder), manifest, order, order.rank_streams(0, 1), 0, build, read
     ) as latents:
         batches = iter(latents)
         first: TrainingBatch = next(batches)

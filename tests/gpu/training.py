@@ -46,7 +46,7 @@ def run(report: Report) -> None:
 def variants(machine: Machine, tokens: int) -> dict[str, list[str]]:
     """Changes to the recipe, by name; each names all keys that another one changes."""
     batch = machine.batch(tokens)
-    size = [f"train.batch_size={batch}", f"data.lanes={batch}"]
+    size = [f"train.batch_size={batch}", f"data.shuffle_streams={batch}"]
     bf16 = ["train.zero_stage=2", "train.precision=bf16"]
     found = {
         "bf16": bf16,

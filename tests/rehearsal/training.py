@@ -34,7 +34,7 @@ PIXELS = [
 ]
 SMALL = [
     "data.images_per_shard=5",
-    "data.lanes=4",
+    "data.shuffle_streams=4",
     "data.shuffle_window=4",
     "train.batch_size=8",
     "train.warmup_steps=2",

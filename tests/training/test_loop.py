@@ -197,7 +197,7 @@ def whole(encoded: Path) -> Path:
         (1, ("train.micro_batch_size=3",)),
         pytest.param(1, ("train.zero_stage=0",), marks=pytest.mark.slow),
         (2, ("train.zero_stage=3", "train.micro_batch_size=2")),
-        # Four lanes of two images: one rank has twice as many as the others.
+        # Four streams of two images: one rank has twice as many as the others.
         pytest.param(3, ("train.micro_batch_size=1",), marks=pytest.mark.slow),
         pytest.param(4, (), marks=pytest.mark.slow),
     ],

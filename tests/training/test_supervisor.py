@@ -134,10 +134,10 @@ def test_a_batch_that_is_too_large_is_refused_before_ray_starts(
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(driver.ray_session, "connected", start)
-    many = ("data.lanes=8", "train.batch_size=8", "scaling.workers=8")
+    many = ("data.shuffle_streams=8", "train.batch_size=8", "scaling.workers=8")
     for changes, wanted in (
         (("train.batch_size=1000",), "train.batch_size is 1000, but there are only 24 images"),
-        (many, "8 workers cannot share the 4 lanes of 5 shards"),
+        (many, "8 workers cannot share the 4 shuffle streams of 5 shards"),
     ):
         with pytest.raises(UserError, match=wanted):
             driver.train(tiny_recipe(encoded, *changes), "refused")
