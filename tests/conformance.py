@@ -30,6 +30,7 @@ from diffit_train.evaluation import references
 from diffit_train.evaluation.chunks import FEATURES
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import INCEPTION_SHA256
+from diffit_train.evaluation.metrics import NEIGHBORS
 from diffit_train.evaluation.scores import MetricSuite
 from diffit_train.progress import Progress, print_rows, say
 from tests.half_precision import precision_recall_half
@@ -153,7 +154,7 @@ def _metrics(
             progress.update(progress.done + len(pixels))
     found = suite.values(known)
     if known.features is not None:
-        features, neighbors = np.concatenate(suite.features), recipe.evaluate.num_neighbors
+        features, neighbors = np.concatenate(suite.features), NEIGHBORS
         rounded = precision_recall_half(known.features, features, neighbors)
         found |= zip(_OF_DISTANCES, rounded, strict=True)
     return found

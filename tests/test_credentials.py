@@ -30,8 +30,7 @@ def test_a_stored_recipe_has_no_password(tmp_path: Path) -> None:
         tmp_path,
         f"tracking.uri={URI}",
         f"evaluate.reference={web}",
-        "evaluate.features.kind=inception",
-        "evaluate.features.name=inception",
+        "evaluate.features={kind: inception}",
     )
     run = open_run(recipe, "one")
     run.create()

@@ -27,7 +27,6 @@ class AutoencoderFit(Section):
     norm_num_groups: PositiveInt = Field(
         default=8, description="groups of each GroupNorm; must divide every block_out_channels"
     )
-    seed: int = Field(default=0, ge=0, description="seed of the initial weights and the batches")
 
 
 class Autoencoder(Section):

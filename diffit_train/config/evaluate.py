@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from diffit_train.config.base import Fraction, Name, Positive, PositiveInt, Section, Variants
 from diffit_train.plugins import Plugged
@@ -194,7 +194,7 @@ Guidance = Annotated[
 
 
 class FeaturesFit(Section):
-    """How `diffit fit features` trains a small custom classifier."""
+    """How `diffit fit features` trains a small classifier."""
 
     steps: PositiveInt = Field(default=400, description="optimizer steps in total")
     batch_size: PositiveInt = Field(default=64, description="images per step")
@@ -204,64 +204,76 @@ class FeaturesFit(Section):
         description="channels of each convolution; each but the first halves the resolution",
     )
     features: PositiveInt = Field(default=64, description="size of the feature vector")
-    held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.2, description="fraction of the images held out to measure accuracy"
-    )
-    seed: int = Field(
-        default=0, ge=0, description="seed of the split, the initial weights and the batches"
-    )
 
 
-class Features(Section):
-    """The feature network that metrics are computed with."""
+def _not_reserved(name: str) -> str:
+    if name == INCEPTION:
+        raise ValueError(
+            "this name is reserved for the published network; choose another name, or set "
+            "evaluate.features.kind=inception"
+        )
+    return name
 
-    name: Name = Field(
-        description="the Frechet distance is called fd_NAME; `inception` is reserved for the "
-        "published network, whose distance is the FID"
-    )
-    kind: Annotated[str, FEATURES] = Field(
-        default="classifier",
-        description="inception: Inception-2015; classifier: your own, from `diffit fit features`; "
-        "or a custom class, with the arguments in evaluate.features.options",
-    )
-    options: dict[str, Any] = Field(default={}, description="arguments of a custom feature network")
-    source: str = Field(
-        default="published",
-        description="Inception weight file, folder written by `diffit fit features`, or weight "
-        "file of your custom class (`root:` means under ROOT); published: download the published "
-        "Inception weights once; your own class has no file then",
-    )
-    fit: FeaturesFit = FeaturesFit()
 
-    @model_validator(mode="after")
-    def _name_matches_kind(self) -> Self:
-        if self.kind != "inception" and self.name == INCEPTION:
-            raise ValueError(
-                "evaluate.features.name is 'inception', but that name is reserved for the "
-                "published network; give your classifier another name, or set "
-                "evaluate.features.kind=inception"
-            )
-        if self.options and not self.plugged:
-            raise ValueError(
-                f"evaluate.features.options has {', '.join(self.options)}, but "
-                f"evaluate.features.kind is {self.kind!r}; only a custom class has options"
-            )
-        if self.kind == "classifier" and self.source == PUBLISHED:
-            raise ValueError(
-                "evaluate.features.source is 'published', but no classifier is published; set it "
-                "to the folder written by `diffit fit features`, for example root:features/own"
-            )
-        return self
-
-    @property
-    def plugged(self) -> bool:
-        """Whether the network is another package's."""
-        return FEATURES.is_plugged(self.kind)
+class _Features(Section):
+    kind: str
+    name: Annotated[Name, AfterValidator(_not_reserved)] = Field(
+        description="the Frechet distance is called fd_NAME"
+    )
 
     @property
     def published(self) -> bool:
         """Whether distances on these features may be called FID."""
-        return self.kind == "inception" and self.name == INCEPTION
+        return False
+
+
+class Inception(_Features):
+    """Inception-2015."""
+
+    kind: Literal["inception"] = Field(default="inception", description="inception: Inception-2015")
+    name: Name = Field(
+        default=INCEPTION,
+        description="inception: the published network, whose Frechet distance is the FID; with "
+        "other weights fd_NAME",
+    )
+    source: str = Field(
+        default=PUBLISHED,
+        description="weight file (`root:` means under ROOT); published: download the published "
+        "weights once",
+    )
+
+    @property
+    def published(self) -> bool:
+        """Whether distances on these features may be called FID."""
+        return self.name == INCEPTION
+
+
+class ClassifierFeatures(_Features):
+    """A small classifier of the images' own classes."""
+
+    kind: Literal["classifier"] = Field(
+        default="classifier", description="classifier: one that `diffit fit features` trained"
+    )
+    source: str = Field(
+        description="folder written by `diffit fit features`, such as root:features/mine"
+    )
+    fit: FeaturesFit = FeaturesFit()
+
+
+class CustomFeatures(_Features):
+    """A custom class."""
+
+    kind: Annotated[str, FEATURES] = Field(description="or a custom class")
+    source: str | None = Field(
+        default=None, description="its weight file (`root:` means under ROOT); null: it has none"
+    )
+    options: dict[str, Any] = Field(default={}, description="arguments of a custom network")
+
+
+# The feature network that metrics are computed with.
+Features = Annotated[
+    Inception | ClassifierFeatures | CustomFeatures, Variants("kind", "classifier")
+]
 
 
 class Evaluate(Section):
@@ -304,15 +316,12 @@ class Evaluate(Section):
         description="conversion of decoded pixels to uint8; truncate: as in ADM and the published "
         "DiffiT",
     )
-    features: Features
+    features: Features = Field(description="The feature network that metrics are computed with.")
     reference: str = Field(
         default=OWN,
         description="statistics of the real images; own: computed from data.source; else an .npz "
         "file in ADM's or EDM's format: a path (`root:` means under ROOT), an s3:// URL, or an "
         "https:// URL, downloaded once into ROOT/references",
-    )
-    num_neighbors: PositiveInt = Field(
-        default=3, description="k nearest neighbors of precision and recall"
     )
     reference_images: PositiveInt = Field(
         default=10_000, description="maximum number of real images used for precision and recall"
@@ -322,8 +331,9 @@ class Evaluate(Section):
         description="images that are kept as files; grid: those of grid.png, as 50,000 of 256x256 "
         "are 9.8 GB. `diffit evaluate --npz` keeps all in samples.npz",
     )
-    grid_columns: PositiveInt = Field(default=10, description="images per class in grid.png")
-    grid_rows: PositiveInt = Field(default=10, description="classes in grid.png")
+    grid: tuple[PositiveInt, PositiveInt] = Field(
+        default=(10, 10), description="classes, and images of each, in grid.png"
+    )
 
     @property
     def reconstructed(self) -> float | None:

@@ -113,7 +113,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     changed: dict[str, Any] = {}
     if evaluate.reference != OWN:
         changed["reference"] = _absolute(evaluate.reference)
-    if features.source != PUBLISHED:
+    if features.source and features.source != PUBLISHED:
         changed["features"] = features.model_copy(update={"source": _absolute(features.source)})
     update["evaluate"] = evaluate.model_copy(update=changed)
     return recipe.model_copy(update=update)

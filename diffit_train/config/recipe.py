@@ -239,8 +239,6 @@ class Recipe(Section):
     def evaluate_identity(self) -> dict[str, Any]:
         """The keys that determine the metrics of a given checkpoint."""
         free: dict[str, Any] = {"features": {"fit"}, **dict.fromkeys(FREE_KEYS, True)}
-        if not self.evaluate.features.plugged:
-            free["features"].add("options")
         return self.evaluate.model_dump(mode="json", exclude=free)
 
     def _unused_model_keys(self) -> set[str]:

@@ -106,11 +106,11 @@ def _train_autoencoder(recipe: Recipe, url: str, identity: str) -> dict[str, Any
     import torch
     from diffusers import AutoencoderKL
 
-    from diffit_train.data.fit import fit
+    from diffit_train.data.fit import SEED, fit
 
     section, pixels = recipe.autoencoder.fit, _all_pixels(recipe)
     levels = len(section.block_out_channels)
-    torch.manual_seed(section.seed)
+    torch.manual_seed(SEED)
     model: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -136,7 +136,6 @@ def _train_autoencoder(recipe: Recipe, url: str, identity: str) -> dict[str, Any
         loss,
         steps=section.steps,
         lr=section.lr,
-        seed=section.seed,
         state_url=storage.join(url, AUTOENCODER_STATE),
         identity=identity,
         title="autoencoder",

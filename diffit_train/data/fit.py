@@ -1,6 +1,6 @@
 """A resumable training loop for small models: autoencoders and feature classifiers.
 
-A fit depends only on its seed and steps. Killed at any time and rerun, it resumes from its last
+A fit depends only on its steps. Killed at any time and rerun, it resumes from its last
 saved state and ends with the same weights.
 """
 
@@ -22,6 +22,8 @@ from diffit_train.data.randomness import generator
 from diffit_train.progress import Progress
 
 SAVE_EVERY_S = 10.0
+# Seed of initial weights and batches, and of the images that are held out.
+SEED = 0
 
 LossOfStep = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
 
@@ -32,7 +34,6 @@ def fit(
     *,
     steps: int,
     lr: float,
-    seed: int,
     state_url: str,
     identity: str,
     title: str,
@@ -53,7 +54,7 @@ def fit(
     with Progress(title, steps, "steps", done=first) as progress:
         for step in range(first, steps):
             optimizer.param_groups[0]["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            value, shown = loss(step, generator(seed, step))
+            value, shown = loss(step, generator(SEED, step))
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import FEATURES as FEATURE_KINDS
-from diffit_train.config.evaluate import PUBLISHED
-from diffit_train.data.fit import fit
+from diffit_train.config.evaluate import CustomFeatures
+from diffit_train.data.fit import SEED, fit
 from diffit_train.data.preprocess import to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.sources import list_images
@@ -25,6 +25,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, LOGITS, PREDICTIONS, SPATIAL
 from diffit_train.evaluation.features import (
     FeaturesInfo,
+    classifier_fit,
     features_digest,
     features_info,
     features_url,
@@ -34,6 +35,8 @@ from diffit_train.plugins import require
 
 WEIGHTS = "model.safetensors"
 CLASSIFIER_STATE = "fit-state.safetensors"
+# Fraction of the images that is held out to measure accuracy.
+HELD_OUT_FRACTION = 0.2
 # Images are shifted randomly by up to this many pixels during fitting, against overfitting.
 SHIFT_PIXELS = 1
 
@@ -108,8 +111,8 @@ def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
         DiffitError: its weights are damaged.
     """
     section = recipe.evaluate.features
-    if section.plugged:
-        return _plugged_features(recipe, device)
+    if isinstance(section, CustomFeatures):
+        return _custom_features(recipe, section, device)
     if section.kind == "inception":
         source = features_url(recipe)
         network, _ = load_inception(source, device, any_weights=not section.published)
@@ -137,11 +140,13 @@ class _CheckedFeatures:
         return {FEATURES: np.asarray(features, np.float32)}
 
 
-def _plugged_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
-    section, url = recipe.evaluate.features, features_url(recipe)
+def _custom_features(
+    recipe: Recipe, section: CustomFeatures, device: torch.device
+) -> FeatureNetwork:
     # The hash of its file, if it has one, is that of its first use.
     features_digest(recipe)
-    with nullcontext() if url == PUBLISHED else storage.local_copy(url) as path:
+    file = section.source and storage.local_copy(features_url(recipe))
+    with file or nullcontext() as path:
         source = None if path is None else str(path)
         network = FEATURE_KINDS.make(section.kind, section.options, source, device)
     require(FEATURE_KINDS.key, section.kind, network, ["extract"])
@@ -161,15 +166,15 @@ def _load_classifier(recipe: Recipe) -> Classifier:
 
 def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
     """Fit the classifier on the recipe's images, measure its held-out accuracy, and save it."""
-    section, url = recipe.evaluate.features.fit, features_url(recipe)
+    section, url = classifier_fit(recipe), features_url(recipe)
     listing = list_images(recipe)
     images = read_items(listing.source, listing.items, recipe.data.resolution)
     labels = np.array(listing.labels)[images.kept]
-    order = np.random.Generator(np.random.Philox(section.seed)).permutation(len(labels))
-    held_out, used = np.split(order, [max(1, round(section.held_out_fraction * len(labels)))])
+    order = np.random.Generator(np.random.Philox(SEED)).permutation(len(labels))
+    held_out, used = np.split(order, [max(1, round(HELD_OUT_FRACTION * len(labels)))])
     if not len(used):
         raise UserError(f"{listing.url} has too few images to fit a classifier: {len(labels)}")
-    torch.manual_seed(section.seed)
+    torch.manual_seed(SEED)
     model = Classifier(
         recipe.data.resolution, len(listing.classes), list(section.channels), section.features
     )
@@ -187,7 +192,6 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
         loss,
         steps=section.steps,
         lr=section.lr,
-        seed=section.seed,
         state_url=storage.join(url, CLASSIFIER_STATE),
         identity=identity,
         title="features",
@@ -201,7 +205,7 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
 def _save_classifier(
     recipe: Recipe, url: str, model: Classifier, identity: str, classes: list[str], accuracy: float
 ) -> FeaturesInfo:
-    section: Any = recipe.evaluate.features.fit
+    section = classifier_fit(recipe)
     with storage.atomic_file(storage.join(url, WEIGHTS)) as path:
         save_file(model.state_dict(), str(path))
         sha256 = storage.sha256_file(path)

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
 
 from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.evaluate import FEATURES, PUBLISHED
+from diffit_train.config.evaluate import (
+    FEATURES,
+    PUBLISHED,
+    ClassifierFeatures,
+    CustomFeatures,
+    FeaturesFit,
+)
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import say
 from diffit_train.redaction import redact
@@ -34,10 +41,9 @@ class FeaturesInfo(storage.Record):
 
 
 def features_url(recipe: Recipe) -> str:
-    """Folder of the recipe's feature network, or Inception's weight file."""
-    if recipe.evaluate.features.source == PUBLISHED:
-        return PUBLISHED
-    return storage.resolve(recipe.storage.root, recipe.evaluate.features.source)
+    """Folder or weight file of the recipe's feature network; `PUBLISHED` as it is."""
+    source = recipe.evaluate.features.source or ""
+    return source if source == PUBLISHED else storage.resolve(recipe.storage.root, source)
 
 
 def features_info(recipe: Recipe) -> FeaturesInfo:
@@ -73,13 +79,7 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
     Raises:
         UserError: the folder holds another network, or the images cannot be read.
     """
-    if recipe.evaluate.features.kind != "classifier":
-        raise UserError(
-            f"evaluate.features.kind is {recipe.evaluate.features.kind!r}, which is not fitted; "
-            "only evaluate.features.kind=classifier is"
-        )
-    url = features_url(recipe)
-    fit = recipe.evaluate.features.fit.model_dump(mode="json")
+    url, fit = features_url(recipe), classifier_fit(recipe).model_dump(mode="json")
     identity = storage.digest([recipe.image_identity(), fit])
     if storage.exists(storage.join(url, "features.json")):
         info = features_info(recipe)
@@ -99,6 +99,21 @@ def fit_features(recipe: Recipe) -> FeaturesInfo:
     return info
 
 
+def classifier_fit(recipe: Recipe) -> FeaturesFit:
+    """How the recipe's classifier is fitted.
+
+    Raises:
+        UserError: its features are not those of a classifier.
+    """
+    section = recipe.evaluate.features
+    if not isinstance(section, ClassifierFeatures):
+        raise UserError(
+            f"evaluate.features.kind is {section.kind!r}, which is not fitted; only "
+            "evaluate.features.kind=classifier is"
+        )
+    return section.fit
+
+
 def features_digest(recipe: Recipe) -> str:
     """SHA-256 of the feature network's weights.
 
@@ -107,20 +122,20 @@ def features_digest(recipe: Recipe) -> str:
             than at its first use.
     """
     section = recipe.evaluate.features
-    if section.kind == "classifier":
+    if isinstance(section, ClassifierFeatures):
         return features_info(recipe).sha256
     if section.published:
         return INCEPTION_SHA256
-    url = features_url(recipe)
-    if section.plugged:
+    made_of: list[Any] = []
+    if isinstance(section, CustomFeatures):
         FEATURES.load(section.kind)  # named here, before anything starts
-    if section.plugged and url == PUBLISHED:
-        return storage.digest([section.kind, section.options])
+        made_of = [section.kind, section.options]
+        if section.source is None:
+            return storage.digest(made_of)
+    url = features_url(recipe)
     sha256 = _file_digest(url)
     check_pinned_hash(recipe.storage.root, "evaluate.features.source", redact(url), sha256)
-    if section.plugged:
-        return storage.digest([section.kind, section.options, sha256])
-    return sha256
+    return storage.digest([*made_of, sha256]) if made_of else sha256
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from typing import Self
 import numpy as np
 
 Array = np.ndarray
+# k of precision and recall, as ADM's.
+NEIGHBORS = 3
 # Rows of features converted to float64, or compared in one block of distances, at a time.
 _BLOCK_ROWS = 2048
 # A negative eigenvalue above this fraction of the largest is not rounding; statistics stored in

@@ -11,6 +11,7 @@ from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.chunks import FEATURES, LABELS, LOGITS, PREDICTIONS, SPATIAL
 from diffit_train.evaluation.metrics import (
+    NEIGHBORS,
     FeatureStats,
     InceptionScore,
     frechet_distance,
@@ -127,9 +128,7 @@ class MetricSuite:
             yield distance_name("sfd", own, published), _distance(self.spatial, reference.spatial)
         features = np.concatenate(self.features)
         if reference.features is not None:
-            precision, recall = precision_recall(
-                reference.features, features, evaluate.num_neighbors
-            )
+            precision, recall = precision_recall(reference.features, features, NEIGHBORS)
             yield "precision", precision
             yield "recall", recall
             kernel, _ = kernel_distance(reference.features, features)

@@ -127,8 +127,7 @@ def grid_images(recipe: Recipe) -> dict[int, list[int]]:
         evaluate.seed,
         evaluate.samples,
         recipe.data.num_classes,
-        evaluate.grid_rows,
-        evaluate.grid_columns,
+        *evaluate.grid,
     )
 
 

@@ -28,7 +28,7 @@ DEFINITION = "sweep.json"
 MOST_MEMBERS = 10_000
 _SECTION = "evaluate."
 # Keys that a sweep cannot vary: its metrics would not be comparable.
-_FIXED = ("evaluate.features.", "evaluate.reference", "evaluate.num_neighbors")
+_FIXED = ("evaluate.features.", "evaluate.reference")
 
 
 class Member(storage.Record):

@@ -18,7 +18,7 @@ from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker
 # Recipe keys of a run's location and resources; they do not change its results.
 LOCATION_KEYS = ("storage.", "tracking.", "scaling.", "name")
 # Keys of `evaluate` that do not change any metric.
-_WITHOUT_EFFECT = ("batch_size", *FREE_KEYS, "grid_columns", "grid_rows", "features.fit.")
+_WITHOUT_EFFECT = ("batch_size", *FREE_KEYS, "grid", "features.fit.")
 MAX_NAMED = 20
 
 
@@ -28,7 +28,7 @@ class Protocol(NamedTuple):
     A Frechet distance falls as the number of `samples` grows, and depends on features and
     reference. References are identified by digest, so one file at two paths is the same reference
     and two files at one path are not; evaluations of earlier versions have no digest and use the
-    path. Precision and recall also depend on the number of neighbors and of real images. The
+    path. Precision and recall also depend on the number of real images. The
     `precision` of the model's arithmetic changes a distance by more than rounding: after hundreds
     of sampling steps images differ.
     """
@@ -36,7 +36,7 @@ class Protocol(NamedTuple):
     samples: int | None = None
     features: str = ""
     reference: str = ""
-    num_neighbors: str = ""
+    reference_images: str = ""
     precision: str = ""
 
 
@@ -290,14 +290,13 @@ def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
     reference = plain(settings.get("reference"))
     if reference in ("", OWN):
         reference = _reference_name({}, parent)
-    nearest = (plain(settings.get(key)) for key in ("num_neighbors", "reference_images"))
     samples = plain(settings.get("samples"))
     return Protocol(
         samples=int(samples) if samples else None,
         # Only the published network is called inception, wherever its weight file is.
         features=name if name == INCEPTION or not source else f"{name} of {source}",
         reference=reference,
-        num_neighbors=" of ".join(text for text in nearest if text),
+        reference_images=plain(settings.get("reference_images")),
         precision=plain(settings.get("precision")),
     )
 

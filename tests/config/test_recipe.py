@@ -53,7 +53,6 @@ def test_packaged_recipes_survive_a_round_trip(name: str) -> None:
                 "evaluate.guidance.scale": 4.4,
                 "evaluate.guidance.power": 4.0,
                 "evaluate.guidance.channels": 3,
-                "evaluate.num_neighbors": 3,
                 "evaluate.reference_images": 10_000,
             },
         ),

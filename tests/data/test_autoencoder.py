@@ -47,7 +47,7 @@ def _fit(folder: Path, die_at: int | None = None, identity: str = "a") -> nn.Mod
         return value, {"mse": value.item()}
 
     state = str(folder / "state.safetensors")
-    fit(model, loss, steps=30, lr=0.1, seed=0, state_url=state, identity=identity, title="t")
+    fit(model, loss, steps=30, lr=0.1, state_url=state, identity=identity, title="t")
     return model
 
 

@@ -170,9 +170,7 @@ def test_another_feature_network_is_noticed(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3, np.float32)}, str(file))
     recipe = tiny_recipe(
         tmp_path,
-        "evaluate.features.kind=inception",
-        "evaluate.features.name=mine",
-        f"evaluate.features.source={file}",
+        f"evaluate.features={{kind: inception, name: mine, source: '{file}'}}",
     )
     digest = features.features_digest(recipe)
     assert digest == features.features_digest(recipe)

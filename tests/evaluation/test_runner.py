@@ -221,8 +221,8 @@ def test_only_the_grids_images_stay_unless_all_are_wanted(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, (_, result) = evaluated
-    all_kept = tiny_recipe(_copy(root, tmp_path), "evaluate.grid_columns=1")
-    recipe = tiny_recipe(tmp_path, "evaluate.grid_columns=1", "evaluate.keep_images=grid")
+    all_kept = tiny_recipe(_copy(root, tmp_path), "evaluate.grid=[10,1]")
+    recipe = tiny_recipe(tmp_path, "evaluate.grid=[10,1]", "evaluate.keep_images=grid")
     source = str(tmp_path / "runs" / "tiny")
     assert evaluation_key(recipe, source, 12) == evaluation_key(all_kept, source, 12)
     (made,) = evaluate_run(recipe, "tiny", ["12"])
@@ -239,7 +239,7 @@ def test_only_the_grids_images_stay_unless_all_are_wanted(
     (folder / "chunk-0000000-0000004.json").unlink()
     wide = tiny_recipe(
         tmp_path,
-        "evaluate.grid_columns=1",
+        "evaluate.grid=[10,1]",
         "evaluate.keep_images=grid",
         "scaling.evaluate_batches=2",
     )
@@ -503,7 +503,7 @@ def test_the_key_depends_on_the_content_of_the_reference_not_its_path(
 
     first, second, third = (key(path) for path in paths)
     assert first == second != third
-    assert key("own") == key("''") == evaluation_key(tiny_recipe(root), run_url, 12) != first
+    assert key("own") == evaluation_key(tiny_recipe(root), run_url, 12) != first
     paths[0].write_bytes(b"two")
     assert key(paths[0]) == third
     with pytest.raises(UserError, match="does not exist"):

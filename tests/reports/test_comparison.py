@@ -71,7 +71,6 @@ EVALUATE = {
     "evaluate.features.name": "inception",
     "evaluate.features.source": "published",
     "evaluate.reference": "",
-    "evaluate.num_neighbors": 3,
     "evaluate.reference_images": 10000,
 }
 COLORS = {"base-s0": (200, 10, 10), "base-s1": (10, 200, 10), "<b>": (10, 10, 200)}

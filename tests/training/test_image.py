@@ -49,8 +49,7 @@ TINY = [
     "evaluate.compile=false",
     "evaluate.sampler.steps=4",
     "evaluate.features={name: tiny, source: 'root:features/tiny', fit: {steps: 4, channels: [4]}}",
-    "evaluate.grid_rows=2",
-    "evaluate.grid_columns=2",
+    "evaluate.grid=[2,2]",
     "scaling={workers: 1, encode_actors: 1, evaluate_actors: 1}",
 ]
 
