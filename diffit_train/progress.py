@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Self
 
@@ -24,6 +26,29 @@ _console = Console(stderr=True)
 def say(message: str) -> None:
     """Print a line for the user to standard error; standard output is for results."""
     _console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, show: Callable[[str], object]) -> None:
+        super().__init__(logging.INFO)
+        self.show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.show(record.getMessage())
+
+
+@contextmanager
+def show_log(show: Callable[[str], object] = say) -> Iterator[None]:
+    """Show what this package logs during the block, as text."""
+    package, handler = logging.getLogger(__package__), _Handler(show)
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
 
 
 def counted(number: int, noun: str, nouns: str = "") -> str:

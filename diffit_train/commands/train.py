@@ -43,6 +43,7 @@ def train_run(
     init_weights: str = "ema",
     *,
     wait: bool = False,
+    local: bool = False,
 ) -> dict[str, Any]:
     """Train a run; return its name, folder and last step.
 
@@ -50,6 +51,7 @@ def train_run(
         init: RUN or RUN@STEP to start a new run from.
         init_weights: its weights: raw, or the name of an EMA.
         wait: whether to wait for another command that trains the run.
+        local: train in this process, without Ray.
     """
     recipe = init_from(recipe, run, init, init_weights)
     step = finished_step(recipe, run)
@@ -58,7 +60,7 @@ def train_run(
         from diffit_train.training import driver
 
         validate, samples = _validation(recipe, run), _samples(recipe, run)
-        step = driver.train(recipe, run, address, validate, samples=samples, wait=wait)
+        step = driver.train(recipe, run, address, validate, samples=samples, wait=wait, local=local)
     else:
         say("already trained" + (f" to step {step:,}" if step > recipe.train.steps else ""))
         send_unsent(recipe, run, say)
@@ -123,6 +125,10 @@ def train_command(
     wait: Annotated[
         bool, typer.Option("--wait", help="If another command trains this run, wait for it.")
     ] = False,
+    local: Annotated[
+        bool,
+        typer.Option("--local", help="Train in this process without Ray, for a debugger."),
+    ] = False,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -136,5 +142,7 @@ def train_command(
     Example: `diffit train imagenet512 --root s3://bucket/project --init-from imagenet256@400000`
     """
     recipe = read_known_recipe(name, overrides, root)
-    result = train_run(recipe, run or recipe.name, address, init, init_weights, wait=wait)
+    result = train_run(
+        recipe, run or recipe.name, address, init, init_weights, wait=wait, local=local
+    )
     print_result(result, as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from diffit_train.runs.checkpoints import (
 )
 from diffit_train.runs.lease import LostLeaseError
 from diffit_train.training.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 # Consecutive failed checkpoints before training stops: storage may be unavailable for a while.
 FAILED_SAVES = 3
@@ -67,17 +70,11 @@ class CheckpointWriter:
     commits. All ranks must make the same calls in the same order.
 
     Args:
-        say: told about failures that training survives.
-        doing: told what this rank does, also by the thread, which may take long.
+        engine: whose state to write.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        say: Callable[[str], None] = lambda text: None,
-        doing: Callable[[str, bool], None] = lambda what, slow: None,
-    ) -> None:
-        self.engine, self.say, self.doing = engine, say, doing
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         # The threads use their own group: their collectives must not mix with training's.
         self.group = dist.new_group(backend="gloo")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -108,7 +105,6 @@ class CheckpointWriter:
         """
         started_s = time.monotonic()
         self.wait()
-        self.doing("writing a checkpoint", True)
         if len(self.failures) >= FAILED_SAVES:
             raise UnrecoverableError(self.failures[-1])
         kinds = tuple(kinds or (*STATES, *self.engine.train.ema))
@@ -141,7 +137,6 @@ class CheckpointWriter:
             DiffitError: the ranks could not agree on one, as another rank has ended.
         """
         if self._thread is not None:
-            self.doing("waiting for a checkpoint", True)
             self._thread.join()
             self._thread = None
         if self._broken is not None:
@@ -188,7 +183,6 @@ class CheckpointWriter:
                     raise DiffitError(refused)
                 if error is not None:
                     raise error
-                self.doing(f"writing {saving.url}", True)
                 mine = hash_pieces(saving.pieces, paths)
         except Exception as problem:
             mine = f"rank {self.rank}: {problem}"
@@ -215,7 +209,7 @@ class CheckpointWriter:
         text = f"checkpoint {saving.url} could not be written: {'; '.join(verdict[0])}"
         self.failures += [text] * (FAILED_SAVES if verdict[1] else 1)
         if self.rank == 0:
-            self.say(f"Save failed: {text}")
+            logger.info(f"Save failed: {text}")
 
     def _refused(self, saving: _Saving) -> tuple[str | None, bool]:
         """Why rank 0 may not write the checkpoint, None if it may; and whether for good."""
@@ -264,10 +258,10 @@ def agreed_steps(run_url: str, group: dist.ProcessGroup | None = None) -> list[i
     return list(steps[0])
 
 
-def load_newest(engine: Engine, run_url: str, say: Callable[[str], None]) -> State | None:
+def load_newest(engine: Engine, run_url: str) -> State | None:
     """Load the newest committed checkpoint that is intact (collective); None without checkpoints.
 
-    A damaged checkpoint is reported and loses its commit marker, so that training writes it again
+    A damaged checkpoint is logged and loses its commit marker, so that training writes it again
     at that step.
 
     Raises:
@@ -284,7 +278,7 @@ def load_newest(engine: Engine, run_url: str, say: Callable[[str], None]) -> Sta
                     f"{error}; there is no earlier checkpoint; choose another --run"
                 ) from error
             if dist.get_rank() == 0:
-                say(f"Resuming from step {steps[-1]:,}: {error}")
+                logger.info(f"Resuming from step {steps[-1]:,}: {error}")
                 storage.remove(storage.join(checkpoint_url(run_url, step), "commit.json"))
             dist.barrier()
     return None

@@ -1,21 +1,19 @@
-"""`diffit train`: Ray Train starts and restarts the workers; this process shows progress."""
+"""`diffit train`: checks, the lease, MLflow; then training under Ray Train or in this process."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Protocol
 
-import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+import torch.distributed as dist
 
 from diffit_train import ray_session, storage
-from diffit_train.background import background_thread
 from diffit_train.config import Recipe, stored_text
 from diffit_train.data.loader import SampleOrder
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
@@ -23,8 +21,9 @@ from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError, Interrupted, UserError
 from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
+from diffit_train.models.precision import tf32
 from diffit_train.models.transfer import check_transfer
-from diffit_train.progress import Progress, say
+from diffit_train.progress import Progress, say, show_log
 from diffit_train.redaction import first_line
 from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import (
@@ -45,7 +44,6 @@ from diffit_train.runs.identity import (
     run_url,
     store_run,
 )
-from diffit_train.runs.live import LiveWriter, live_until_end
 from diffit_train.tracking import (
     TAG_STEPS,
     Tracker,
@@ -53,15 +51,28 @@ from diffit_train.tracking import (
     tracking_uri,
     unreachable_errors,
 )
-from diffit_train.training import ray_train
+from diffit_train.training.checkpoint_thread import CheckpointThread
+from diffit_train.training.cluster import Stop, loss_and_rate
 from diffit_train.training.log import check_run_files
-from diffit_train.training.samples import Samples, SampleThread
-from diffit_train.training.status import TrainingStatus
-from diffit_train.training.supervisor import Supervisor, cause_of
-from diffit_train.training.worker import POLL_S, Validate
 
 # 128 + SIGTERM or SIGINT, the shell's status for a process ended by it.
 STOPPED, INTERRUPTED = 143, 130
+
+# Evaluates the checkpoint of a step while training continues; returns a one-line summary.
+Validate = Callable[[int], str]
+
+
+class Samples(Protocol):
+    """What draws a run's grids; see `evaluation.training_samples`."""
+
+    def due(self, steps: Iterable[int]) -> list[int]:
+        """Those of the checkpoints at `steps` whose grid is to be drawn."""
+
+    def draw(self, step: int) -> None:
+        """Draw the grid of a checkpoint."""
+
+    def send(self, mlflow_run_id: str) -> None:
+        """Log the grids that the MLflow run lacks."""
 
 
 def train(
@@ -72,6 +83,7 @@ def train(
     *,
     samples: Samples | None = None,
     wait: bool = False,
+    local: bool = False,
 ) -> int:
     """Train a run to its last step, resuming it if it exists; returns that step.
 
@@ -83,6 +95,7 @@ def train(
         validate: evaluates a checkpoint every `train.validate_every` steps while training runs.
         samples: draws a grid every `train.sample_every` steps while training runs.
         wait: whether to wait for another command that trains the run.
+        local: train in this process, without Ray, evaluations and samples.
 
     Raises:
         UserError: bad input, or another command trains the run; nothing was written.
@@ -109,8 +122,10 @@ def train(
         if done is not None:
             return done
         remove_unfinished(run_url(recipe, run))
-        with ray_session.connected(address):
-            ray_session.require(*recipe.scaling.needs("train"), "training", recipe.scaling.wait_s)
+        with contextlib.nullcontext() if local else ray_session.connected(address):
+            if not local:
+                needs = recipe.scaling.needs("train")
+                ray_session.require(*needs, "training", recipe.scaling.wait_s)
             known = check_recipe(recipe, run)
             identity = known or new_metadata(recipe, run, manifest.samples_digest)
             # Before anything is written: a new run is refused without MLflow.
@@ -119,7 +134,41 @@ def train(
                 store_run(recipe, identity)
             identity = record_latents(run_url(recipe, run), identity, manifest)
             record_steps(recipe, run)
-            return _tracked_fit(recipe, run, mlflow_run_id, validate, samples, held, stop)
+            with _mlflow_status(recipe, mlflow_run_id), _on_signals(stop):
+                _say_start(recipe, held.url, local)
+                if local:
+                    _locally(recipe, mlflow_run_id, held, stop)
+                else:
+                    _under_ray(recipe, run, mlflow_run_id, validate, samples, held, stop)
+                return _end(recipe, run, held.url, stop)
+
+
+def _say_start(recipe: Recipe, url: str, local: bool) -> None:
+    workers = recipe.scaling.workers  # a number or a range
+    what = "in this process" if local else f"with {workers} worker{'' if workers == 1 else 's'}"
+    say(
+        f"Training {what}, from step {max(committed_steps(url), default=0):,} of "
+        f"{recipe.train.steps:,}, attention kernel {_kernel(recipe)}"
+    )
+    if local and (recipe.train.validate_every or recipe.train.sample_every):
+        say("Without Ray, checkpoints are neither evaluated nor sampled during training")
+
+
+@contextlib.contextmanager
+def _mlflow_status(recipe: Recipe, mlflow_run_id: str) -> Iterator[None]:
+    """Give the MLflow run the final status of training."""
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        try:
+            Tracker.of(recipe).finish(mlflow_run_id, status)
+        except unreachable_errors() as error:
+            say(f"Could not mark the MLflow run {status}: {first_line(error)}")
 
 
 def _kernel(recipe: Recipe) -> str:
@@ -162,34 +211,6 @@ def _check_start(recipe: Recipe) -> None:
     index = read_index(url, start.step)
     shapes = {name: torch.Size(p.shape) for name, p in index.parameters.items()}
     check_transfer(model, shapes, f"{start.run}@{start.step}")
-
-
-def _tracked_fit(
-    recipe: Recipe,
-    run: str,
-    mlflow_run_id: str,
-    validate: Validate | None,
-    samples: Samples | None,
-    held: lease.Lease,
-    stop: Stop,
-) -> int:
-    """Train, and give the MLflow run the final status of training."""
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    url = run_url(recipe, run)
-    live = LiveWriter(url, max(committed_steps(url), default=0), recipe.train.steps, say, held)
-    try:
-        with live_until_end(live):
-            step = _run_ray_train(recipe, run, mlflow_run_id, validate, samples, held, stop, live)
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        try:
-            Tracker.of(recipe).finish(mlflow_run_id, status)
-        except unreachable_errors() as error:
-            say(f"Could not mark the MLflow run {status}: {first_line(error)}")
-    return step
 
 
 def _tags(recipe: Recipe, identity: RunMetadata, manifest: Manifest) -> dict[str, str]:
@@ -256,7 +277,23 @@ def _check_latents(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _run_ray_train(
+def _end(recipe: Recipe, run: str, url: str, stop: Stop) -> int:
+    """The step that training has reached.
+
+    Raises:
+        SystemExit: SIGTERM told it to stop (status 143), or Ctrl-C (130).
+    """
+    step = max(committed_steps(url), default=0)
+    if step < recipe.train.steps:
+        if stop.is_set():
+            say(f"Stopped at step {step:,}; rerun the same command to resume from there")
+            raise Interrupted(INTERRUPTED) if stop.by_ctrl_c else SystemExit(STOPPED)
+        raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
+    say(f"Trained {step:,} steps of {recipe.train.batch_size} images")
+    return step
+
+
+def _under_ray(
     recipe: Recipe,
     run: str,
     mlflow_run_id: str,
@@ -264,85 +301,76 @@ def _run_ray_train(
     samples: Samples | None,
     held: lease.Lease,
     stop: Stop,
-    live: LiveWriter,
-) -> int:
-    """Train by Ray Train to the end or until told to stop; returns the step reached.
+) -> None:
+    from diffit_train.training.cluster import RayTraining
 
-    Raises:
-        DiffitError: training failed more often than allowed.
-        SystemExit: SIGTERM told it to stop (status 143), or Ctrl-C (130).
-        KeyboardInterrupt: a second Ctrl-C.
-    """
-    from ray.train import TrainingFailedError
+    training = RayTraining(recipe, run, held, mlflow_run_id, stop)
+    on_cpu, every = not recipe.scaling.gpus_per_worker, recipe.train.validate_every
+    with contextlib.ExitStack() as stack:
+        if samples is not None and recipe.train.sample_every is not None:
+            draw = functools.partial(_draw, samples, mlflow_run_id)
+            thread = CheckpointThread(held.url, samples.due, draw, "draw samples of", stop, on_cpu)
+            stack.enter_context(thread)
+        if validate is not None and every:
+            first = max(max(committed_steps(held.url), default=0), 1)
+            training.set_validated(first - 1)
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    status = TrainingStatus.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    url = run_url(recipe, run)
-    scratch = storage.join(url, "ray")
-    storage.remove(scratch)
-    worker_config = {
-        "recipe": recipe.model_dump(mode="json"),
-        "run": run,
-        "mlflow_run_id": mlflow_run_id,
-        "status": status,
-        "lease": held,
-    }
-    supervisor = Supervisor(status, recipe.scaling, max(committed_steps(url), default=0))
-    trainer = ray_train.new_trainer(recipe, worker_config, scratch, validate, supervisor)
-    saved = "checkpoint saved"
+            def due(steps: list[int]) -> list[int]:
+                return [step for step in steps if step >= first and step % every == 0]
+
+            def evaluate(step: int) -> None:
+                try:
+                    say(validate(step))
+                finally:
+                    training.set_validated(step)
+
+            thread = CheckpointThread(held.url, due, evaluate, "evaluate", stop, on_cpu)
+            stack.enter_context(thread)
+        training.run()
+
+
+def _draw(samples: Samples, mlflow_run_id: str, step: int) -> None:
+    """Draw the grid of a checkpoint and log it."""
+    samples.draw(step)
     try:
-        start = max(committed_steps(url), default=0)
-        with (
-            _on_signals(stop),
-            _drawing(recipe, samples, url, mlflow_run_id, status, stop),
-            _progress(recipe, status, start, stop, live),
-            ray_train.settings(),
-        ):
-            trainer.fit()
-            if reason := ray.get(status.why_failed.remote()):
-                raise DiffitError(f"training of {run!r} failed: {reason}")
-    except TrainingFailedError as error:
-        if not stop.is_set():
-            reason = ray.get(status.why_failed.remote()) or cause_of(error)
-            raise DiffitError(f"training of {run!r} failed: {reason}") from error
-        saved = f"newest checkpoint; {cause_of(error)}"
-    finally:
-        ray.kill(status)
-    storage.remove(scratch)
-    step = max(committed_steps(url), default=0)
-    if step < recipe.train.steps:
-        if stop.is_set():
-            say(f"Stopped at step {step:,} ({saved}); rerun the same command to resume from there")
-            raise Interrupted(INTERRUPTED) if stop.by_ctrl_c else SystemExit(STOPPED)
-        raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
-    say(f"Trained {step:,} steps of {recipe.train.batch_size} images")
-    return step
+        samples.send(mlflow_run_id)
+    except unreachable_errors() as error:
+        say(f"Could not log samples to MLflow; they are kept: {first_line(error)}")
 
 
-def _drawing(
-    recipe: Recipe,
-    samples: Samples | None,
-    url: str,
-    mlflow_run_id: str,
-    status: Any,
-    stop: Stop,
-) -> contextlib.AbstractContextManager[object]:
-    """What draws grids while training runs, if the recipe wants them."""
-    if samples is None or recipe.train.sample_every is None:
-        return contextlib.nullcontext()
+def _locally(recipe: Recipe, mlflow_run_id: str, held: lease.Lease, stop: Stop) -> None:
+    """Train in this process, which is the only rank."""
+    from diffit_train.training.checkpointer import UnrecoverableError
+    from diffit_train.training.trainer import Trainer
 
-    def newest() -> int:
-        return int(ray.get(status.newest_checkpoint.remote()))
-
-    return SampleThread(
-        samples, url, mlflow_run_id, newest, stop, say, on_cpu=not recipe.scaling.gpus_per_worker
+    device = torch.device("cuda" if recipe.scaling.gpus_per_worker else "cpu")
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # for DeepSpeed
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
     )
-
-
-class Stop(threading.Event):
-    """A request to save and exit."""
-
-    by_ctrl_c = False
+    try:
+        with (
+            show_log(),
+            tf32(recipe.train.precision == "tf32"),
+            Trainer(recipe, held, mlflow_run_id, device) as trainer,
+            Progress("train", recipe.train.steps, "steps", done=trainer.step) as progress,
+        ):
+            detail = ""
+            for step in trainer:
+                detail = loss_and_rate(step.record) or detail
+                progress.update(step.step, detail)
+                trainer.requests.stop = stop.is_set()
+                if step.stop:
+                    trainer.save()
+                    break
+            trainer.finish()
+    except UnrecoverableError as error:
+        raise DiffitError(f"training failed: {error}") from error
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -360,60 +388,12 @@ def _on_signals(stop: Stop) -> Iterator[None]:
         stop.by_ctrl_c = True
         stop.set()
 
-    ended = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    terminated = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     broken = signal.getsignal(signal.SIGINT)
     if broken is not signal.SIG_IGN:  # as in a background job of a shell
         signal.signal(signal.SIGINT, interrupted)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, ended)
+        signal.signal(signal.SIGTERM, terminated)
         signal.signal(signal.SIGINT, broken)
-
-
-@contextlib.contextmanager
-def _progress(
-    recipe: Recipe, status: Any, start: int, stop: Stop, live: LiveWriter
-) -> Iterator[None]:
-    """Show the status actor's record and lines while the block runs; forward a stop request."""
-    steps = recipe.train.steps
-    workers = recipe.scaling.workers  # a number or a range
-    say(
-        f"Starting {workers} training worker{'' if workers == 1 else 's'} at step {start:,} of "
-        f"{steps:,}, attention kernel {_kernel(recipe)}"
-    )
-    seen = 0
-
-    def show(progress: Progress) -> dict[str, Any]:
-        nonlocal seen
-        record, lines = ray.get(status.read.remote(seen))
-        seen += len(lines)
-        for line in lines:
-            say(line)
-        live.update(record, lines)
-        if "step" in record:
-            detail = ""
-            if "loss" in record:
-                detail = f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} images/s"
-            progress.update(record["step"], detail)
-        return dict(record)
-
-    def watch(ended: threading.Event) -> None:
-        with Progress("train", steps, "steps", done=start) as progress:
-            begun = stop_sent = False
-            begun_s = time.monotonic()
-            while not ended.wait(POLL_S):
-                if stop.is_set() and not stop_sent:
-                    stop_sent = True
-                    again = "; Ctrl-C again quits at once" if stop.by_ctrl_c else ""
-                    say(f"Stop requested; saving a checkpoint{again}")
-                    status.stop.remote()
-                if not show(progress):
-                    progress.update(start, f"({time.monotonic() - begun_s:.0f} s)")
-                elif not begun:
-                    begun = True
-                    progress.restart_clock()
-            show(progress)
-
-    with background_thread("training-progress", watch):
-        yield

@@ -5,20 +5,23 @@ After too many consecutive ones the run rolls back to its last checkpoint and sk
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
 from diffit_train.data.loader import Batch
-from diffit_train.runs.lease import LostLeaseError
+from diffit_train.runs.lease import Lease, LostLeaseError
 from diffit_train.training.checkpointer import UnrecoverableError
 from diffit_train.training.control import ControlPlane
 from diffit_train.training.log import SkippedSteps, append_bad_step
 
+logger = logging.getLogger(__name__)
 
-def require_lease(control: ControlPlane) -> None:
-    """Stop all ranks if another command trains the run now.
+
+def require_lease(lease: Lease, control: ControlPlane) -> None:
+    """Stop all ranks if another command trains the run now (collective).
 
     Raises:
         UnrecoverableError: it does.
@@ -26,7 +29,7 @@ def require_lease(control: ControlPlane) -> None:
     problem: list[str | None] = [None]
     if control.rank == 0:
         try:
-            control.hooks.require_lease()
+            lease.require()
         except LostLeaseError as error:
             problem = [str(error)]
     dist.broadcast_object_list(problem, src=0, group=control.group)
@@ -42,7 +45,7 @@ class BadStepGuard:
     """Counts consecutive bad steps, reports each, and requests rollbacks.
 
     Args:
-        url: folder of the run.
+        lease: of the run.
         control: this rank's control plane.
         wait_for_checkpoint: returns once no checkpoint is in progress.
 
@@ -51,11 +54,11 @@ class BadStepGuard:
     """
 
     def __init__(
-        self, url: str, control: ControlPlane, wait_for_checkpoint: Callable[[], None]
+        self, lease: Lease, control: ControlPlane, wait_for_checkpoint: Callable[[], None]
     ) -> None:
-        self.url, self.control = url, control
+        self.lease, self.url, self.control = lease, lease.url, control
         self.wait_for_checkpoint = wait_for_checkpoint
-        self.skipped = SkippedSteps.read(url)
+        self.skipped = SkippedSteps.read(self.url)
         self._consecutive: list[int] = []
         self._since_record = 0
 
@@ -94,7 +97,7 @@ class BadStepGuard:
                 "or raise train.max_rollbacks"
             )
         self.wait_for_checkpoint()
-        require_lease(control)
+        require_lease(self.lease, control)
         if control.rank == 0:
             self.skipped.adding(first, batch.step).write(self.url)
         dist.barrier(group=control.group)
@@ -113,7 +116,7 @@ class BadStepGuard:
         }
         append_bad_step(self.url, record)
         more = " …" if len(shards) > 4 else ""
-        self.control.hooks.say(
+        logger.info(
             f"Skipped step {step:,}: loss {loss:.4g}, gradient norm {grad_norm:.4g}; shards "
             f"{', '.join(shards[:4])}{more}; keys in {self.url}/bad-steps.jsonl"
         )

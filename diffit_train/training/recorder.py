@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +17,8 @@ from torch import Tensor
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.runs.checkpoints import LogMark
-from diffit_train.runs.lease import LostLeaseError
+from diffit_train.runs.lease import Lease, LostLeaseError
 from diffit_train.tracking import Curves
-from diffit_train.training.control import TrainerHooks
 from diffit_train.training.engine import learning_rate
 from diffit_train.training.log import TrainingLog, as_metrics, mark_unsent
 from diffit_train.training.telemetry import (
@@ -29,6 +30,8 @@ from diffit_train.training.telemetry import (
     slowest_rank,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class StepProfiler:
     """Profiles some steps of rank 0 with torch.profiler and stores the trace with the run.
@@ -36,12 +39,10 @@ class StepProfiler:
     Args:
         steps: first and last step; None for none.
         url: folder of the run.
-        say: told where the trace is.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, url: str, say: Callable[[str], None]) -> None:
-        self.steps = steps if dist.get_rank() == 0 else None
-        self.url, self.say = url, say
+    def __init__(self, steps: tuple[int, int] | None, url: str) -> None:
+        self.steps, self.url = steps if dist.get_rank() == 0 else None, url
         self._profile: torch.profiler.profile | None = None
 
     @contextmanager
@@ -62,13 +63,13 @@ class StepProfiler:
                 local = Path(folder) / "trace.json.gz"
                 self._profile.export_chrome_trace(str(local))
                 storage.write_bytes(url, local.read_bytes())
-            self.say(f"Profile: {url}")
+            logger.info(f"Profile: {url}")
 
 
-def _is_held(hooks: TrainerHooks) -> bool:
+def _is_held(lease: Lease) -> bool:
     """Whether no other command has taken over the run."""
     try:
-        hooks.require_lease()
+        lease.require()
     except LostLeaseError:
         return False
     return True
@@ -81,38 +82,34 @@ class Recorder:
 
     Args:
         recipe: the run's recipe.
-        url: the run's folder.
+        lease: of the run.
         mlflow_run_id: the MLflow run to log to.
         speed: the run's speed meter.
         device: where the model runs.
-        hooks: told about each record.
         step: the current step; later records are dropped.
         mark: the checkpoint's mark of the log.
-        begins: told of each phase of a step when it begins.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        url: str,
+        lease: Lease,
         mlflow_run_id: str,
         speed: SpeedMeter,
         device: torch.device,
-        hooks: TrainerHooks,
         step: int,
         mark: LogMark | None,
-        begins: Callable[[str], None],
     ) -> None:
-        self.recipe, self.url, self.hooks = recipe, url, hooks
+        self.recipe, self.url = recipe, lease.url
         self.speed, self.device = speed, device
         self.losses = LossMeter(self.device)
-        self.watch = Stopwatch(self.device, begins)
-        self.log = TrainingLog(url, step, mark)
+        self.watch = Stopwatch(self.device)
+        self.log = TrainingLog(self.url, step, mark)
         self._grad_norm = float("nan")
         self._curves: Curves | None = None
         if dist.get_rank() == 0:
             # A restarted run repeats the steps after its checkpoint; MLflow has some of them.
-            self._curves = Curves(recipe, mlflow_run_id, hooks.say, lambda: _is_held(hooks))
+            self._curves = Curves(recipe, mlflow_run_id, logger.info, lambda: _is_held(lease))
             for record in self.log.records:
                 self._curves.put(record["step"], as_metrics(record))
 
@@ -121,13 +118,18 @@ class Recorder:
         self._grad_norm = grad_norm
         self.losses.add(losses, noise_levels)
 
-    def record(self, step: int, waited_s: float, checkpoint_s: float, bad_steps: int) -> None:
+    def record(
+        self, step: int, waited_s: float, checkpoint_s: float, bad_steps: int
+    ) -> tuple[dict[str, float], dict[str, Any]]:
         """Record the interval that ends at `step` (collective).
 
         Args:
             waited_s: the loader's total wait so far.
             checkpoint_s: how long checkpoints blocked the interval.
             bad_steps: steps of the interval that were skipped.
+
+        Returns:
+            Seconds a step by phase of this rank; and the record, empty on other ranks than 0.
         """
         train = self.recipe.train
         steps = step % train.log_every or train.log_every
@@ -136,13 +138,12 @@ class Recorder:
         values |= self.speed.measure(steps, waited_s)
         seconds = self.watch.take() | {"data": waited_s - waited_before_s}
         phases = {name: seconds.get(name, 0.0) / steps for name in PHASES}
-        self.hooks.report_phases(phases)
         values["slowest_rank"], slowest = slowest_rank(phases, self.device)
         values |= {f"{name}_s": value for name, value in slowest.items()}
         values["checkpoint_s"] = checkpoint_s
         self.speed.restart(waited_s)
         if self._curves is None:
-            return
+            return phases, {}
         values["lr"] = learning_rate(train, step - 1)
         values["memory_gib"] = peak_memory_bytes(self.device) / storage.GIB
         if math.isfinite(self._grad_norm):
@@ -152,7 +153,7 @@ class Recorder:
         record = {"step": step, **values}
         self.log.append(record)
         self._curves.put(step, as_metrics(record))
-        self.hooks.report(record)
+        return phases, record
 
     def close(self) -> None:
         """Send the remaining points; leave a note in the run if MLflow is unreachable."""

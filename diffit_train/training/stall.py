@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from typing import Self
 
 from diffit_train import storage
 from diffit_train.errors import DiffitError
@@ -44,8 +45,10 @@ class StallGuard:
         """Note progress: what begins now, and whether it may be slow."""
         self._doing = (what, slow, time.monotonic())
 
-    def leave(self) -> None:
-        """End the watch."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._left.set()
 
     def _watch(self) -> None:

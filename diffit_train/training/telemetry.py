@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -104,13 +104,9 @@ class Stopwatch:
 
     Args:
         device: where the steps are computed.
-        begins: told of each phase when it begins.
     """
 
-    def __init__(
-        self, device: torch.device, begins: Callable[[str], None] = lambda name: None
-    ) -> None:
-        self.begins = begins
+    def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -118,7 +114,6 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the block to `name`."""
-        self.begins(name)
         if self.cuda:
             start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

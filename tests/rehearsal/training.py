@@ -92,16 +92,6 @@ RANKS = {
 }
 
 
-class _Hooks:
-    """Nobody who wants anything."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: False
-
-    def validating(self) -> set[int]:
-        return set()
-
-
 class _Curves:
     """MLflow is not part of this."""
 
@@ -136,7 +126,8 @@ def _train(device: Any, rank: int, world: int, root: Path, name: str) -> dict[st
     from torch.nn import functional
 
     from diffit_train.config import load_recipe
-    from diffit_train.training import loop, recorder
+    from diffit_train.runs.lease import Lease
+    from diffit_train.training import recorder, trainer
     from tests.gpu.loader import write_latents
 
     linear = functional.linear
@@ -146,33 +137,37 @@ def _train(device: Any, rank: int, world: int, root: Path, name: str) -> dict[st
     recipe = load_recipe(packaged, changes, root=str(root))
     # Ranks write the same bytes, each for itself.
     manifest = write_latents(recipe, root / f"latents-{packaged}-{rank}", shards=4)
-    loop.latents_url = lambda _: str(root / f"latents-{packaged}-{rank}")  # type: ignore
-    loop.load_manifest = lambda _: manifest  # type: ignore[assignment]
-    loop.matmul_flops_per_s = lambda *_: 1e12  # type: ignore[assignment]
+    trainer.latents_url = lambda _: str(root / f"latents-{packaged}-{rank}")  # type: ignore
+    trainer.load_manifest = lambda _: manifest  # type: ignore[assignment]
+    trainer.matmul_flops_per_s = lambda *_: 1e12  # type: ignore[assignment]
     recorder.Curves = _Curves  # type: ignore[assignment, misc]
-    step, counted = loop.Trainer._train_step, {}
+    step, counted = trainer.Trainer._train_step, {}
 
-    def counting(self: Any, batch: Any) -> None:
+    def counting(self: Any, batch: Any) -> Any:
         if device.type == "cuda" and self.step == COUNTED:
             stand_in.reset_counters()
-        step(self, batch)
+        decision = step(self, batch)
         if device.type == "cuda" and self.step == COUNTED:
             counted.update(stand_in.counters())
+        return decision
 
-    loop.Trainer._train_step = counting  # type: ignore[method-assign]
+    trainer.Trainer._train_step = counting  # type: ignore[method-assign]
     reached = []
     try:
         for steps in (FIRST, LAST):
             shorter = recipe.train.model_copy(update={"steps": steps})
             part = recipe.model_copy(update={"train": shorter})
-            reached.append(loop.train_until_done(part, name, "none", device, _Hooks()))  # type: ignore
+            lease = Lease(run_url(recipe, name), 1, "")
+            with trainer.Trainer(part, lease, "none", device) as training:
+                reached += [number.step for number in training][-1:]
+                training.finish()
     except Exception as error:
         if world > 1:  # the other ranks would wait for this one
             raise
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        loop.Trainer._train_step = step  # type: ignore[method-assign]
+        trainer.Trainer._train_step = step  # type: ignore[method-assign]
     log = Path(Run(recipe.storage.root, name).url) / "log.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()]
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ import torch.distributed as dist
 from diffit_train.config.train import Train
 from diffit_train.data.loader import Batch
 from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.progress import show_log
+from diffit_train.runs.lease import Lease
 from diffit_train.training import control
 from diffit_train.training.checkpointer import UnrecoverableError
-from diffit_train.training.control import ControlPlane, Decision
+from diffit_train.training.control import ControlPlane, Decision, Requests
 from diffit_train.training.engine import Engine
 from diffit_train.training.guard import BadStepGuard, RollbackRequested
 from diffit_train.training.log import SkippedSteps
@@ -27,66 +28,19 @@ from tests.training.device_reads import DeviceReads
 from tests.training.ranks import on_ranks
 
 
-class Recorded:
-    """Hooks that record their calls."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.validated: list[int] = []
-        self.stopping = self.preempting = self.resizing = False
-        self.asked = 0
-
-    def report(self, record: dict[str, Any]) -> None:
-        raise AssertionError("the control plane reports nothing")
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def require_lease(self) -> None:
-        pass
-
-    def should_stop(self) -> bool:
-        return self.stopping
-
-    def doing(self, what: str, slow: bool = False) -> None:
-        pass
-
-    def report_phases(self, seconds: Mapping[str, float]) -> None:
-        raise AssertionError("the control plane reports nothing")
-
-    def saved(self, step: int) -> None:
-        raise AssertionError("the control plane saves nothing")
-
-    def should_resize(self) -> bool:
-        return self.resizing
-
-    def await_resize(self, saved: bool) -> None:
-        raise AssertionError("the control plane does not wait")
-
-    def preempted(self) -> bool:
-        self.asked += 1
-        return self.preempting
-
-    def validate(self, step: int) -> None:
-        self.validated.append(step)
-
-    def validating(self) -> set[int]:
-        return {step for step in self.validated if step > 3}
-
-
 def _decide(plane: ControlPlane, loss_sum: float, grad_norm: float) -> Decision:
     return plane.decide(torch.tensor(loss_sum, dtype=torch.float64), torch.tensor(grad_norm))
 
 
 def _decides(rank: int, world: int) -> None:
     control.PREEMPTION_POLL_S = 0.0
-    hooks = Recorded()
+    requests = Requests()
     train = Train(steps=10, batch_size=4, loss_limit=5.0, grad_norm_limit=2.0)
-    plane = ControlPlane(train, hooks)
+    plane = ControlPlane(train, requests)
 
     # The loss is the mean over the global batch: (2 + 6) / 4.
     first = _decide(plane, 2.0 if rank == 0 else 6.0, 1.0)
-    assert first == Decision(True, 2.0, 1.0, False, True, 0)
+    assert first == Decision(True, 2.0, 1.0, stop=False, check_preemption=False, save=False)
 
     # A bad loss on any rank, or a bad norm, rejects the step on all ranks.
     for mine, norm in ((math.nan if rank else 1.0, 1.0), (12.0, 1.0), (1.0, 2.5), (1.0, math.inf)):
@@ -95,63 +49,19 @@ def _decides(rank: int, world: int) -> None:
     # DeepSpeed's -1 is a norm that is not finite.
     assert _decide(plane, 1.0, -1.0).grad_norm == math.inf
 
-    # Only rank 0 is asked to stop; all ranks stop, and stay stopped.
-    hooks.stopping = rank == 0
+    # Only rank 0 is asked, and all ranks stop; or look for a preemption, but not all the time.
+    requests.stop = rank == 0
+    assert _decide(plane, 1.0, 1.0).stop
+    requests.stop, requests.watch_preemption = rank == 1, rank == 0
     decision = _decide(plane, 1.0, 1.0)
-    assert decision.stop
-    plane.follow(decision)
-    hooks.stopping = False
-    plane.follow(_decide(plane, 1.0, 1.0))
-    assert plane.stop
-
-    # The same holds for a resize, which ends with the next decision.
-    hooks.resizing = rank == 0
-    plane.follow(_decide(plane, 1.0, 1.0))
-    assert plane.resizing
-    hooks.resizing = False
-    plane.follow(_decide(plane, 1.0, 1.0))
-    assert not plane.resizing
-
-    # One validation starts per step, in order, on all ranks.
-    if rank == 0:
-        plane.pending_validation.extend([3, 6, 9])
-    plane.follow(_decide(plane, 1.0, 1.0))
-    assert hooks.validated == [3]
-    if rank == 0:  # 3 has only just begun
-        assert plane.awaiting_validation() == {3, 6, 9}
-    plane.validate_pending()
-    assert hooks.validated == [3, 6, 9]
+    assert (decision.stop, decision.check_preemption) == (False, True)
+    control.PREEMPTION_POLL_S = 3600.0
+    assert not _decide(plane, 1.0, 1.0).check_preemption
     dist.barrier()
 
 
 def test_all_ranks_make_the_same_decision() -> None:
     on_ranks(2, _decides)
-
-
-def _preempts(rank: int, world: int) -> None:
-    control.PREEMPTION_POLL_S = 0.0
-    hooks = Recorded()
-    plane = ControlPlane(Train(steps=10, batch_size=4), hooks)
-    plane.follow(_decide(plane, 1.0, 1.0))
-    assert (plane.preempted, hooks.asked) == (False, 1)
-    hooks.preempting = True
-    plane.follow(_decide(plane, 1.0, 1.0))
-    assert (plane.preempted, hooks.asked) == (True, 2)
-    plane.saved_for_preemption()
-    plane.follow(_decide(plane, 1.0, 1.0))
-    # Once saved, it is not polled again.
-    assert (plane.preempted, hooks.asked) == (False, 2)
-
-    # No polling in between.
-    control.PREEMPTION_POLL_S = 3600.0
-    later = ControlPlane(Train(steps=10, batch_size=4), hooks)
-    later._polled_s = control.time.monotonic()
-    assert not _decide(later, 1.0, 1.0).check_preemption
-    dist.barrier()
-
-
-def test_a_preemption_triggers_one_checkpoint() -> None:
-    on_ranks(2, _preempts)
 
 
 def _batch(step: int, rank: int) -> Batch:
@@ -161,34 +71,34 @@ def _batch(step: int, rank: int) -> Batch:
 
 
 def _guards(rank: int, world: int, folder: Path) -> None:
-    url, hooks, waited = str(folder), Recorded(), []
+    lease, waited, lines = Lease(str(folder), 1, ""), [], list[str]()
     changes: dict[str, Any] = {"max_consecutive_bad_steps": 2, "max_rollbacks": 1}
-    plane = ControlPlane(Train(steps=99, batch_size=4, **changes), hooks)
-    guard = BadStepGuard(url, plane, lambda: waited.append(True))
+    plane = ControlPlane(Train(steps=99, batch_size=4, **changes), Requests())
+    guard = BadStepGuard(lease, plane, lambda: waited.append(True))
     guard.record_skip(_batch(5, rank), math.nan, 1.0)
     guard.record_ok()
     guard.record_skip(_batch(7, rank), math.nan, 1.0)
-    with pytest.raises(RollbackRequested):
+    with pytest.raises(RollbackRequested), show_log(lines.append):
         guard.record_skip(_batch(8, rank), 1.0, math.inf)
     assert waited == [True]
     assert guard.pop_count() == 3
     assert guard.pop_count() == 0
 
-    again = BadStepGuard(url, plane, lambda: None)
+    again = BadStepGuard(lease, plane, lambda: None)
     assert again.skipped == SkippedSteps(((7, 8),))
     again.record_skip(_batch(9, rank), math.nan, 1.0)
     with pytest.raises(UnrecoverableError, match=r"2 consecutive steps from 9 .*\(1 rollbacks\)"):
         again.record_skip(_batch(10, rank), math.nan, 1.0)
     if rank == 0:
-        assert (
+        (line,) = lines
+        assert line.startswith(
             "Skipped step 8: loss 1, gradient norm inf; shards shard-0.tar, shard-1.tar; keys"
-            in (hooks.lines[2])
         )
         records = [json.loads(line) for line in (folder / "bad-steps.jsonl").open()]
         assert [r["step"] for r in records] == [5, 7, 8, 9, 10]
         assert records[0]["keys"] == [5, 15]
     else:
-        assert not hooks.lines
+        assert not lines
     dist.barrier()
 
 
@@ -203,7 +113,7 @@ def _counts_reads(rank: int, world: int, stage: int, clip: float | None, precisi
                   hidden_size=8, depth=2, num_heads=2)  # fmt: skip
     train = Train(steps=9, batch_size=4, zero_stage=stage, grad_clip=clip, precision=precision)
     engine = Engine(LatentDiffiT(shape), train, rank, world, torch.device("cpu"), 2)
-    plane, meter = ControlPlane(train, Recorded()), LossMeter(torch.device("cpu"))
+    plane, meter = ControlPlane(train, Requests()), LossMeter(torch.device("cpu"))
     x, t, y = torch.randn(1, 2, 4, 4), torch.tensor([7]), torch.tensor([1])
 
     def step(number: int) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.encode import encode
@@ -19,11 +18,10 @@ from diffit_train.evaluation.features import fit_features
 from diffit_train.runs.checkpoints import Checkpoint
 from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
-from diffit_train.training import loop
 from tests.data.test_cifar10 import write_cifar10
 from tests.in_process import in_process
 from tests.training.ranks import on_ranks
-from tests.training.test_loop import Hooks
+from tests.training.test_trainer import _train
 
 TINY = [
     "data.source=root:images/cifar-10-batches-bin",
@@ -54,19 +52,12 @@ TINY = [
 ]
 
 
-def _train(
-    rank: int, world: int, recipe: Recipe, run: str, run_id: str, stop_after: int | None
-) -> None:
-    device = torch.device("cpu")
-    loop.train_until_done(recipe, run, run_id, device, Hooks(stop_after, False, None))
-    dist.barrier()
-
-
-def _run(recipe: Recipe, run: str, *stops: int | None, world: int = 1) -> Path:
+def _run(recipe: Recipe, run: str, *ends: int, world: int = 1) -> Path:
+    """Train, stopping after each of the steps but the last."""
     identity = open_run(recipe, run).create()
     run_id = Tracker.of(recipe).training_run("t", identity.uuid, run, {}, {})
-    for stop_after in stops:
-        on_ranks(world, _train, recipe, run, run_id, stop_after)
+    for end in ends:
+        on_ranks(world, _train, recipe, run, run_id, end, end if end < 60 else None)
     return Path(recipe.storage.root) / "runs" / run
 
 
@@ -92,7 +83,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.fixture(scope="module")
 def whole(recipe: Recipe) -> Path:
     """An uninterrupted run of one rank."""
-    return _run(recipe, "whole", None)
+    return _run(recipe, "whole", 60)
 
 
 def test_the_loss_falls(whole: Path) -> None:
@@ -104,7 +95,7 @@ def test_the_loss_falls(whole: Path) -> None:
 
 def test_an_interrupted_run_is_the_same(recipe: Recipe, whole: Path) -> None:
     """With dropout and augmentation."""
-    run = _run(recipe, "stopped", 33, None)
+    run = _run(recipe, "stopped", 33, 60)
     assert _curve(run) == _curve(whole)
     for state in ("raw", "ema"):
         mine, theirs = (Checkpoint(str(url), 60).load(state) for url in (run, whole))
@@ -115,7 +106,7 @@ def test_an_interrupted_run_is_the_same(recipe: Recipe, whole: Path) -> None:
 def test_more_workers_give_the_same_curve(recipe: Recipe, whole: Path) -> None:
     overrides = [*TINY, "train.micro_batch_size=3"]
     other = load_recipe("cifar10", overrides, root=recipe.storage.root)
-    run = _run(other, "two", None, world=2)
+    run = _run(other, "two", 60, world=2)
     for mine, theirs in zip(_curve(run), _curve(whole), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
 

@@ -1,11 +1,14 @@
-"""One rank's training loop: depends on recipe and seed, not on world size or restarts."""
+"""One rank's training: a function of recipe and seed, not of world size or restarts."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
-from typing import Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -25,8 +28,9 @@ from diffit_train.models.build import build_model
 from diffit_train.models.cost import training_flops_per_image
 from diffit_train.models.transfer import transfer_weights
 from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
-from diffit_train.runs.checkpoints import SNAPSHOTS, State, prune, read_weights
+from diffit_train.runs.checkpoints import SNAPSHOTS, State, committed_steps, prune, read_weights
 from diffit_train.runs.identity import run_url
+from diffit_train.runs.lease import Lease
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
 from diffit_train.training.checkpointer import (
     CheckpointWriter,
@@ -34,73 +38,81 @@ from diffit_train.training.checkpointer import (
     agreed_steps,
     load_newest,
 )
-from diffit_train.training.control import ControlPlane, Decision, TrainerHooks
+from diffit_train.training.control import ControlPlane, Decision, Requests
 from diffit_train.training.engine import Engine
 from diffit_train.training.guard import BadStepGuard, RollbackRequested, require_lease
 from diffit_train.training.recorder import Recorder, StepProfiler
+from diffit_train.training.stall import StallGuard
 from diffit_train.training.telemetry import SpeedMeter, matmul_flops_per_s
 
+logger = logging.getLogger(__name__)
 
-def train_until_done(
-    recipe: Recipe, run: str, mlflow_run_id: str, device: torch.device, hooks: TrainerHooks
-) -> int:
-    """Train from the newest checkpoint, rolling back when needed; returns the step reached.
 
-    That is the recipe's last step, or an earlier one if a stop was requested.
+@dataclass(frozen=True)
+class Step:
+    """What a finished step tells whoever runs the training; on every rank.
+
+    Attributes:
+        step: steps trained so far.
+        stop: all ranks are to save and exit.
+        check_preemption: all ranks are to look whether a node is about to be preempted.
+        phases: seconds a step by phase of this rank, at the end of a log interval.
+        record: the log's new record, on rank 0 at the end of a log interval.
     """
-    while True:
-        with Trainer(recipe, run, mlflow_run_id, device, hooks) as trainer:
-            try:
-                return trainer.run()
-            except RollbackRequested:
-                hooks.say("Rolling back to the last checkpoint")
-        del trainer
-        gc.collect()
 
-
-# Between reports of the step alone.
-REPORT_S = 1.0
+    step: int
+    stop: bool = False
+    check_preemption: bool = False
+    phases: Mapping[str, float] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
-    """One rank's training, from the newest intact checkpoint to the recipe's last step.
+    """Iterates over the steps of a run, from the newest intact checkpoint to the recipe's last.
 
-    torch.distributed must be initialized.
+    It writes checkpoints where they are due, skips bad steps and rolls back. Whoever runs it calls
+    `finish` after the last step; to stop earlier, `save` before that. torch.distributed must be
+    initialized; all ranks must make the same calls.
 
     Args:
         recipe: the run's recipe.
-        run: the run's name.
+        lease: of the run.
         mlflow_run_id: the MLflow run that rank 0 logs to.
         device: where the model runs.
-        hooks: callbacks to whoever runs the training.
+        stall: learns what this rank begins; None: nobody watches.
+
+    Attributes:
+        step: steps trained so far.
+        requests: of whoever runs this, from any thread; only rank 0's count.
+        saved_s: when the newest checkpoint was committed, as `time.monotonic` says; on rank 0.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        run: str,
+        lease: Lease,
         mlflow_run_id: str,
         device: torch.device,
-        hooks: TrainerHooks,
+        stall: StallGuard | None = None,
     ) -> None:
         if recipe.train.deterministic:
             enable_determinism(kernel_name(recipe.model.attention, device))
-        self.recipe, self.device, self.hooks = recipe, device, hooks
-        self.mlflow_run_id = mlflow_run_id
-        self.url = run_url(recipe, run)
+        self.recipe, self.device, self.stall = recipe, device, stall
+        self.lease, self.mlflow_run_id = lease, mlflow_run_id
+        self.url = lease.url
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        hooks.doing("starting", slow=True)
-        self.control = ControlPlane(recipe.train, hooks)
-        require_lease(self.control)
+        self._doing("starting", slow=True)
+        self.requests = Requests()
+        self.control = ControlPlane(recipe.train, self.requests)
+        require_lease(lease, self.control)
         self.objective = load_objective(recipe.diffusion)
         self.latents_url = latents_url(recipe)
         self.manifest = load_manifest(self.latents_url)
         self.build_batch = BatchBuilder(recipe, self.manifest, self.objective, device)
         self.order = SampleOrder.of(recipe, self.manifest)
-        self.profiler = StepProfiler(recipe.train.profile_steps, self.url, hooks.say)
+        self.profiler = StepProfiler(recipe.train.profile_steps, self.url)
+        self.saved_s = time.monotonic()
         self._start_engine()
-        self.guard = BadStepGuard(self.url, self.control, self.writer.wait)
-        self._shown_s = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -132,28 +144,23 @@ class Trainer:
         share = self.order.largest_share(self.world)
         self.micro_batches = math.ceil(share / (train.micro_batch_size or share))
         self.engine = Engine(model, train, self.rank, self.world, self.device, self.micro_batches)
-        self.writer = CheckpointWriter(self.engine, self.hooks.say, self.hooks.doing)
-        self.hooks.doing("loading the newest checkpoint", slow=True)
-        state = load_newest(self.engine, self.url, self.hooks.say)
-        self.step = self.first_step = 0 if state is None else state.step
+        self.writer = CheckpointWriter(self.engine)
+        self.guard = BadStepGuard(self.lease, self.control, self.writer.wait)
+        self._doing("loading the newest checkpoint", slow=True)
+        state = load_newest(self.engine, self.url)
+        self.step = self.first_step = self._begun_step = 0 if state is None else state.step
         self.recorder = Recorder(
             self.recipe,
-            self.url,
+            self.lease,
             self.mlflow_run_id,
             speed,
             self.device,
-            self.hooks,
             self.step,
             None if state is None else state.log,
-            self._begin,
         )
         if state is None:
-            self.writer.save_now(self.url, self._state(), before_commit=self.hooks.require_lease)
+            self.writer.save_now(self.url, self._state(), before_commit=self.lease.require)
             return
-        every = train.validate_every
-        if every and self.step and self.step % every == 0:
-            # The run may have stopped before this checkpoint was evaluated.
-            self.control.pending_validation.append(self.step)
         if state.interval is not None and self.rank == 0:
             self.recorder.losses.restore(state.interval)
 
@@ -175,17 +182,33 @@ class Trainer:
 
     # ---- Running ----
 
-    def run(self) -> int:
-        """Train to the last step or a stop request; returns the step, saved and logged.
+    def __iter__(self) -> Iterator[Step]:
+        """Train step by step.
 
         Raises:
-            RollbackRequested: too many consecutive bad steps.
             UnrecoverableError: too many rollbacks, or checkpoints cannot be written.
         """
+        while self.step < self.recipe.train.steps:
+            rolled_back = False
+            try:
+                yield from self._steps()
+            except RollbackRequested:
+                rolled_back = True
+            if rolled_back:  # after the exception, whose frames hold the engine
+                self._roll_back()
+
+    def _roll_back(self) -> None:
+        logger.info("Rolling back to the last checkpoint")
+        self.recorder.close()
+        self.engine.destroy()
+        del self.engine, self.writer, self.guard, self.recorder
+        gc.collect()
+        self._start_engine()
+
+    def _steps(self) -> Iterator[Step]:
+        """Steps up to the last one or a rollback."""
         train, recorder = self.recipe.train, self.recorder
-        if self.step >= train.steps:
-            return self.step
-        cache = shard_cache(self.recipe.scaling, self.latents_url, self.manifest, self.hooks.say)
+        cache = shard_cache(self.recipe.scaling, self.latents_url, self.manifest, logger.info)
         with LatentLoader(
             self.latents_url,
             self.manifest,
@@ -195,44 +218,40 @@ class Trainer:
             self.build_batch,
             cache.read if cache else read_shard,
         ) as loader:
-            self.hooks.report({"step": self.step})
             recorder.speed.restart(loader.wait_s)
-            self._begin("data")
             for batch in loader:
+                # The first step compiles and fills caches.
+                self._doing(f"step {self.step:,}", slow=self.step == self.first_step)
                 with self.profiler.step(self.step):
-                    self._train_step(batch)
+                    decision = self._train_step(batch)
                 self.step += 1
-                self._show_step()
                 last = self.step == train.steps
+                phases: Mapping[str, float] = {}
+                record: Mapping[str, Any] = {}
                 if self.step % train.log_every == 0 or last:
-                    checkpoint_s = self.writer.take_blocked_s()
-                    bad_steps = self.guard.pop_count()
-                    recorder.record(self.step, loader.wait_s, checkpoint_s, bad_steps)
-                self._save_where_due(last)
-                if last or self.control.stop:
-                    break
-                if self.control.resizing:
-                    self._await_resize()
-                self._begin("data")
-        self.hooks.doing("finishing", slow=True)
-        self._finish()
-        return self.step
+                    blocked_s, skipped = self.writer.take_blocked_s(), self.guard.pop_count()
+                    phases, record = recorder.record(self.step, loader.wait_s, blocked_s, skipped)
+                if train.ema_snapshot_every and self.step % train.ema_snapshot_every == 0:
+                    names = tuple(train.power_profiles())
+                    self.writer.save(storage.join(self.url, SNAPSHOTS), self._state(), names)
+                timed = decision is not None and decision.save
+                if self.step % train.checkpoint_every == 0 or timed or last:
+                    self.save()
+                stop = decision is not None and decision.stop
+                check = decision is not None and decision.check_preemption
+                yield Step(self.step, stop, check, phases, record)
+                if last:
+                    return
 
-    def _begin(self, phase: str) -> None:
-        """Note that a phase of the step begins; the first step compiles and fills caches."""
-        self.hooks.doing(f"{phase} of step {self.step:,}", slow=self.step == self.first_step)
+    def _doing(self, what: str, slow: bool = False) -> None:
+        if self.stall is not None:
+            self.stall.doing(what, slow)
 
-    def _show_step(self) -> None:
-        """Report the step as progress, also between log records."""
-        now_s = time.monotonic()
-        if self.rank == 0 and now_s - self._shown_s >= REPORT_S:
-            self._shown_s = now_s
-            self.hooks.report({"step": self.step})
-
-    def _train_step(self, batch: TrainingBatch) -> None:
+    def _train_step(self, batch: TrainingBatch) -> Decision | None:
+        """Train a step; returns what the ranks decided, None where an earlier rollback skips it."""
         if self.step in self.guard.skipped:
             self.engine.update_ema(self.step)
-            return
+            return None
         losses, noise_levels = self._backward(batch)
         loss_sum = losses.double().sum()
         decision: Decision | None = None
@@ -247,12 +266,12 @@ class Trainer:
             self.engine.update_ema(self.step)
         if decision is None:
             raise RuntimeError(f"DeepSpeed took step {self.step} without computing its norm")
-        self.control.follow(decision)
         if taken:
             self.guard.record_ok()
             self.recorder.add(losses, noise_levels, decision.grad_norm)
         else:
             self.guard.record_skip(batch.source, decision.loss, decision.grad_norm)
+        return decision
 
     def _backward(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Accumulate gradients of this rank's samples; their losses and noise levels in [0, 1]."""
@@ -282,61 +301,51 @@ class Trainer:
 
     # ---- Saving ----
 
-    def _save_where_due(self, last: bool) -> None:
-        train, control = self.recipe.train, self.control
-        if train.ema_snapshot_every and self.step % train.ema_snapshot_every == 0:
-            names = tuple(train.power_profiles())
-            self.writer.save(storage.join(self.url, SNAPSHOTS), self._state(), names)
-        preempted = control.preempted
-        due = self.step % train.checkpoint_every == 0 or control.save_due or control.resizing
-        if due or last or control.stop or preempted:
-            self._save()
-        if preempted:
-            self.writer.wait()
-            if not self.writer.failures:
-                control.saved_for_preemption()
-                self.hooks.say(f"Node preemption announced; checkpoint saved at step {self.step:,}")
+    def save(self) -> None:
+        """Begin a checkpoint of this step, unless there is one; its thread also prunes older ones.
 
-    def _await_resize(self) -> None:
-        """Wait until the checkpoint just begun is committed, and then to be replaced."""
-        started_s = time.monotonic()
-        self.writer.wait()
-        self.hooks.doing("waiting to be replaced", slow=True)
-        self.hooks.await_resize(saved=not self.writer.failures)
-        self.control.resizing = False
-        self.recorder.speed.pause(time.monotonic() - started_s)
-
-    def _save(self) -> None:
-        """Write the log, then the checkpoint that covers it, then apply retention."""
-        train, log, started_s = self.recipe.train, self.recorder.log, time.monotonic()
-        step, records = self.step, len(self.recorder.log.records)
+        Raises:
+            UnrecoverableError: too many consecutive checkpoints failed.
+        """
+        if self.step == self._begun_step:
+            return
+        self._begun_step = self.step
+        log, started_s = self.recorder.log, time.monotonic()
+        records = len(log.records)
 
         def write_log() -> None:  # in the checkpoint's thread: training may have added records
-            self.hooks.require_lease()
+            self.lease.require()
             if records:
                 storage.write_text(log.url, log.text(records))
 
-        def retain() -> None:
-            self.hooks.saved(step)
-            if train.validate_every and step % train.validate_every == 0:
-                self.control.pending_validation.append(step)
-            try:
-                waiting = self.control.awaiting_validation()
-                prune(self.url, train.keep_checkpoints, train.keep_every, waiting)
-            except (OSError, DiffitError) as error:
-                self.hooks.say(f"Could not remove old checkpoints: {error}")
-
-        self.control.save_due = False
+        self._doing("saving a checkpoint", slow=True)
         self.control.saved()
         self.writer.save(
             self.url,
             self._state(),
-            before_parts=self.hooks.require_lease,
+            before_parts=self.lease.require,
             before_commit=write_log,
-            after_commit=retain,
+            after_commit=self._prune,
         )
         # Waiting for a checkpoint does not count toward step time.
         self.recorder.speed.pause(time.monotonic() - started_s)
+
+    def wait(self) -> bool:
+        """Return once no checkpoint is in progress; whether the last one was committed."""
+        self._doing("waiting for a checkpoint", slow=True)
+        self.writer.wait()
+        return not self.writer.failures
+
+    def _prune(self) -> None:
+        """Apply retention; on rank 0, in the checkpoint's thread."""
+        self.saved_s = time.monotonic()
+        train, validated = self.recipe.train, self.requests.validated
+        steps = committed_steps(self.url) if train.validate_every else []
+        waiting = {n for n in steps if n % (train.validate_every or 1) == 0 and n > validated}
+        try:
+            prune(self.url, train.keep_checkpoints, train.keep_every, waiting)
+        except (OSError, DiffitError) as error:
+            logger.info(f"Could not remove old checkpoints: {error}")
 
     def _state(self) -> State:
         interval = None
@@ -354,18 +363,16 @@ class Trainer:
             log=self.recorder.log.mark(),
         )
 
-    def _finish(self) -> None:
-        """Wait for the last checkpoint; retry it once if it failed.
+    def finish(self) -> None:
+        """Wait for the checkpoint of this step; retry it once if it failed.
 
         Raises:
             UnrecoverableError: it cannot be written.
         """
-        self.writer.wait()
+        self.wait()
         if self.step not in agreed_steps(self.url, self.control.group):
-            self.writer.failures = []
-            self._save()
-            self.writer.wait()
-            if self.writer.failures:
+            self.writer.failures, self._begun_step = [], -1
+            self.save()
+            if not self.wait():
                 raise UnrecoverableError(self.writer.failures[-1])
-        if not self.control.stop:
-            self.control.validate_pending()
+        self._doing("sending the last points", slow=True)

@@ -1,4 +1,4 @@
-"""The training loop without Ray: any world size, stops, bad steps, rollbacks."""
+"""The Trainer without Ray: any world size, stops, bad steps, rollbacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,82 +25,24 @@ from diffit_train.data.loader import Batch
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.evaluate import evaluate_run
 from diffit_train.models.build import build_model
+from diffit_train.progress import show_log
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.runs.import_export import export_weights, import_file, recipe_of_weights
-from diffit_train.runs.lease import LostLeaseError
+from diffit_train.runs.lease import Lease, LostLeaseError
 from diffit_train.runs.phema import reconstruct_ema
 from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
-from diffit_train.training import control, loop
+from diffit_train.training import control
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
 from diffit_train.training.checkpointer import UnrecoverableError
 from diffit_train.training.log import SkippedSteps
 from diffit_train.training.telemetry import PHASES
+from diffit_train.training.trainer import Trainer
 from tests.conftest import tiny_recipe
 from tests.training.ranks import on_ranks
 
 CPU = torch.device("cpu")
 STEPS = ("train.steps=24", "train.checkpoint_every=8", "train.log_every=2")
-
-
-class Hooks:
-    """Hooks that request a stop after some steps, or announce a preemption or a resize."""
-
-    def __init__(
-        self,
-        stop_after: int | None,
-        preempt: bool,
-        resize_after: int | None,
-        lost_after: int | None = None,
-    ) -> None:
-        self.stop_after, self.preempt, self.resize_after = stop_after, preempt, resize_after
-        self.lost_after = lost_after
-        self.outage, self.failed = False, 0
-        self.asked, self.awaited = 0, 0
-        self.lines: list[str] = []
-        self.committed: list[int] = []
-        self.steps: list[int] = []
-
-    def report(self, record: dict[str, Any]) -> None:
-        self.steps.append(record["step"])
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def doing(self, what: str, slow: bool = False) -> None:
-        pass
-
-    def report_phases(self, seconds: Mapping[str, float]) -> None:
-        assert seconds.keys() == set(PHASES)
-
-    def saved(self, step: int) -> None:
-        self.committed.append(step)
-
-    def should_resize(self) -> bool:
-        return self.asked == self.resize_after
-
-    def await_resize(self, saved: bool) -> None:
-        assert saved
-        assert dist.get_rank() or self.committed[-1] == self.resize_after
-        self.awaited += 1
-
-    def require_lease(self) -> None:
-        in_checkpoint = threading.current_thread().name == "checkpoint"
-        if self.outage and in_checkpoint and 8 <= self.asked < 16:  # that of step 8
-            self.failed += 1
-            raise OSError("storage is unreachable")
-        if self.lost_after is not None and self.asked > self.lost_after:
-            raise LostLeaseError("another command has taken over")
-
-    def should_stop(self) -> bool:
-        self.asked += 1
-        return self.stop_after is not None and self.asked >= self.stop_after
-
-    def preempted(self) -> bool:
-        return self.preempt
-
-    def validating(self) -> set[int]:
-        return set()
 
 
 def _train(
@@ -112,10 +55,10 @@ def _train(
     stop_after: int | None = None,
     preempt: bool = False,
     bad_steps: tuple[int, ...] = (),
-    resize_after: int | None = None,
+    lease: Lease | None = None,
 ) -> None:
-    control.PREEMPTION_POLL_S = loop.REPORT_S = 0.0
-    hooks = Hooks(stop_after, preempt, resize_after)
+    """Train, and stop after some steps, or save once for a preemption."""
+    control.PREEMPTION_POLL_S = 0.0
     build: Callable[..., Any] = BatchBuilder.__call__
 
     def spoilt(self: BatchBuilder, batch: Batch) -> TrainingBatch:
@@ -125,19 +68,56 @@ def _train(
         return made
 
     BatchBuilder.__call__ = spoilt  # type: ignore[method-assign]
+    lease = lease or Lease(f"{recipe.storage.root}/runs/{run}", 1, "")
     try:
-        step = loop.train_until_done(recipe, run, run_id, CPU, hooks)
+        with Trainer(recipe, lease, run_id, CPU) as trainer:
+            first, saved = trainer.step, False
+            trainer.requests.watch_preemption = preempt
+            trainer.requests.stop = rank == 0 and stop_after == 1
+            for number, step in enumerate(trainer, first + 1):
+                if isinstance(lease, FaultyLease):
+                    lease.step[0] = step.step
+                assert number == step.step or SkippedSteps.read(lease.url).ranges
+                assert not step.phases or step.phases.keys() == set(PHASES)
+                assert bool(step.record) == (rank == 0 and bool(step.phases))
+                if step.check_preemption and not saved:
+                    trainer.save()
+                    saved = trainer.wait()
+                # Only rank 0 is asked.
+                trainer.requests.stop = rank == 0 and step.step + 1 == stop_after
+                if step.stop:
+                    trainer.save()
+                    break
+            trainer.finish()
+            assert trainer.step == expected
     finally:
         BatchBuilder.__call__ = build  # type: ignore[method-assign]
-    assert step == expected, step
-    if rank == 0:  # though log_every is 2
-        assert {*range(max(hooks.steps[0], 1), expected + 1)} <= {*hooks.steps}
-    assert hooks.awaited == (resize_after is not None)
-    if preempt and rank == 0:
-        assert any(
-            "preemption announced; checkpoint saved at step 1" in line for line in hooks.lines
-        )
     dist.barrier()
+
+
+@dataclass(frozen=True)
+class FaultyLease(Lease):
+    """A lease that another command takes over, or whose storage is away for a checkpoint.
+
+    Attributes:
+        lost_after: the step.
+        step: that training has reached.
+        failed: how often it could not be read.
+    """
+
+    lost_after: float = math.inf
+    outage: bool = False
+    step: list[int] = field(default_factory=lambda: [0])
+    failed: list[int] = field(default_factory=list)
+
+    def require(self) -> None:
+        (step,) = self.step
+        in_checkpoint = threading.current_thread().name == "checkpoint"
+        if self.outage and in_checkpoint and 7 <= step < 15 and not self.failed:  # that of step 8
+            self.failed.append(step)
+            raise OSError("storage is unreachable")
+        if step > self.lost_after:
+            raise LostLeaseError("another command has taken over")
 
 
 def _run(root: Path, run: str, world: int, expected: int, *changes: str, **rest: Any) -> Path:
@@ -161,21 +141,21 @@ def _curve(run: Path) -> list[tuple[float, ...]]:
 
 
 def _meets_an_outage(rank: int, world: int, recipe: Recipe, run: str, run_id: str) -> None:
-    hooks = Hooks(None, False, None)
-    hooks.outage = True
-    assert loop.train_until_done(recipe, run, run_id, CPU, hooks) == 24
+    lease = FaultyLease(f"{recipe.storage.root}/runs/{run}", 1, "", outage=True)
+    lines: list[str] = []
+    with show_log(lines.append):
+        _train(rank, world, recipe, run, run_id, 24, lease=lease)
     if rank == 0:
-        assert hooks.failed == 1
-        assert any("could not be written: rank 0: storage is" in line for line in hooks.lines)
-    dist.barrier()
+        assert lease.failed
+        assert any("step-0000000008 could not be written" in line for line in lines)
 
 
 def _loses_its_lease(
     rank: int, world: int, recipe: Recipe, run: str, run_id: str, lost_after: int
 ) -> None:
-    hooks = Hooks(None, False, None, lost_after)
+    lease = FaultyLease(f"{recipe.storage.root}/runs/{run}", 1, "", lost_after=lost_after)
     with pytest.raises(UnrecoverableError, match="another command has taken over"):
-        loop.train_until_done(recipe, run, run_id, CPU, hooks)
+        _train(rank, world, recipe, run, run_id, 24, lease=lease)
     dist.barrier()
 
 
@@ -238,12 +218,6 @@ def test_a_stopped_run_resumes_as_if_uninterrupted(encoded: Path, whole: Path) -
 def test_a_preemption_saves_one_checkpoint(encoded: Path, whole: Path) -> None:
     run = _run(encoded, "preempted", 2, 24, stop_after=None, preempt=True)
     assert Checkpoints(str(run)).steps == [0, 1, 8, 16, 24]
-    assert _curve(run) == _curve(whole)
-
-
-def test_a_resize_waits_for_a_checkpoint(encoded: Path, whole: Path) -> None:
-    run = _run(encoded, "resized", 2, 24, resize_after=11)
-    assert Checkpoints(str(run)).steps == [0, 8, 11, 16, 24]
     assert _curve(run) == _curve(whole)
 
 

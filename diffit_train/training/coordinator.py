@@ -1,0 +1,212 @@
+"""The actor that runs Ray Train, and through which the command and the workers talk.
+
+Ray Train's own checkpoints and resumption are not used: it would resume an old name with another
+recipe, and its snapshot may be truncated. Workers that start, for whatever reason, resume from the
+newest committed checkpoint of the run; Ray gets a fresh name each time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayActorError
+
+from diffit_train import ray_session, storage
+from diffit_train.config import Recipe
+from diffit_train.progress import counted
+
+# Ray Train looks after its workers every 0.5 s instead of every 2 s; and after 20 s without room
+# for them, it counts again how many an elastic run may have.
+RAY_TRAIN = {"HEALTH_CHECK_INTERVAL_S": "0.5", "WORKER_GROUP_START_TIMEOUT_S": "20"}
+
+
+class Failure(NamedTuple):
+    """Why a worker group ended.
+
+    Attributes:
+        cause: one line.
+        final: restarting the workers would not help.
+        preempted: Ray had announced the end of a node.
+    """
+
+    cause: str
+    final: bool = False
+    preempted: bool = False
+
+
+class News(NamedTuple):
+    """What has happened since the command asked last.
+
+    Attributes:
+        record: the newest values that rank 0 has reported.
+        lines: for the user.
+        failures: worker groups that ended.
+        workers: of the group that trains; 0 while there is none.
+        placed: whether the cluster has placed a group.
+    """
+
+    record: dict[str, Any]
+    lines: list[str]
+    failures: list[Failure]
+    workers: int
+    placed: bool
+
+
+# `fit` has a thread to itself; the others run one after the other, in the order of the calls.
+@ray.remote(num_cpus=0, concurrency_groups={"fit": 1})
+class Coordinator:
+    """One training under Ray Train. Killing this actor ends the training."""
+
+    def __init__(self) -> None:
+        for name, value in RAY_TRAIN.items():
+            os.environ.setdefault(f"RAY_TRAIN_{name}", value)
+        self.record: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.failures: list[Failure] = []
+        self.workers = self.groups = 0
+        self.stopping = self.placed = False
+        self.validated = math.inf
+        self.reported: Failure | None = None
+
+    @ray.method(concurrency_group="fit")  # type: ignore[untyped-decorator]
+    def fit(self, recipe: Recipe, config: Mapping[str, Any], scratch: str) -> None:
+        """Train to the end or a stop; Ray Train restarts workers that fail.
+
+        Args:
+            config: what each worker gets.
+            scratch: URL for Ray Train's own state.
+
+        Raises:
+            ray.train.TrainingFailedError: Ray Train gave up.
+        """
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        from diffit_train.training.stall import SLOW_FACTOR
+        from diffit_train.training.worker import FailureReporter, NodeNetwork, train_worker
+
+        me, scaling = ray.get_runtime_context().current_actor, recipe.scaling
+        resources = {"CPU": float(scaling.cpus_per_worker)}
+        if scaling.gpus_per_worker:
+            resources["GPU"] = float(scaling.gpus_per_worker)
+        environment = {} if scaling.gpus_per_worker else {"env_vars": ray_session.KEEP_FREED_MEMORY}
+        fewest, most = scaling.min_workers, scaling.max_workers
+        trainer = TorchTrainer(
+            train_worker,
+            torch_config=NodeNetwork(
+                coordinator=me, timeout_s=math.ceil(SLOW_FACTOR * scaling.stall_timeout_s)
+            ),
+            train_loop_config={
+                **config,
+                "recipe": recipe.model_dump(mode="json"),
+                "coordinator": me,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=most if fewest == most else (fewest, most),
+                # The command notices that a run can grow, and lets it save first.
+                elastic_resize_monitor_interval_s=math.inf,
+                use_gpu=scaling.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=f"attempt-{uuid.uuid4().hex[:12]}",
+                worker_runtime_env=environment,
+                failure_config=FailureConfig(
+                    max_failures=-1,
+                    max_preemption_failures=scaling.max_preemptions,
+                    controller_failure_limit=-1,
+                ),
+                callbacks=[FailureReporter(me)],
+                **_ray_storage(scratch),
+            ),
+        )
+        try:
+            trainer.fit()
+        finally:
+            self.workers, self.placed = 0, False
+
+    # ---- For the command ----
+
+    def news(self, seen: int, failures: int) -> News:
+        """What is new after the first `seen` lines and `failures`."""
+        return News(
+            self.record, self.lines[seen:], self.failures[failures:], self.workers, self.placed
+        )
+
+    def stop(self) -> None:
+        """Ask the workers to save and exit."""
+        self.stopping = True
+
+    def resume(self) -> None:
+        """Let workers train again after a stop."""
+        self.stopping = False
+
+    def set_validated(self, step: float) -> None:
+        """Note that no checkpoint up to this step awaits its evaluation."""
+        self.validated = step
+
+    # ---- For the workers ----
+
+    def start_group(self, workers: int) -> None:
+        """Note that a worker group has started."""
+        self.placed = True
+        started = counted(workers, "worker has", "workers have")
+        self.say(f"{started} started; loading the model")
+
+    def begin(self, workers: int, step: int) -> None:
+        """Note that a worker group begins to train."""
+        self.groups += 1
+        self.workers = workers
+        verb = "Resuming" if self.groups > 1 else "Training"
+        self.say(f"{verb} from step {step:,} on {counted(workers, 'worker')}")
+
+    def report(self, record: Mapping[str, Any]) -> None:
+        """Take over the values of a record."""
+        self.record = {**self.record, **record}
+
+    def say(self, line: str) -> None:
+        """Add a line for the user."""
+        self.lines.append(line)
+
+    def poll(self) -> tuple[bool, float]:
+        """Whether workers are to save and exit, and up to which step checkpoints are evaluated."""
+        return self.stopping, self.validated
+
+    def explain(self, failure: Failure) -> None:
+        """Note why a worker is about to fail; what it does to its peers is not the cause."""
+        if self.reported is None or failure.final > self.reported.final:
+            self.reported = failure
+
+    def fail(self, failure: Failure) -> None:
+        """Note that a worker group has ended."""
+        self.failures.append(self.reported or failure)
+        self.reported, self.workers, self.placed = None, 0, False
+
+
+def cause_of(error: BaseException) -> str:
+    """The last line of the innermost failure: the actual error."""
+    failures = getattr(error, "worker_failures", None) or {}
+    text = str(next(iter(failures.values()), error))
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def was_preempted(error: BaseException) -> bool:
+    """Whether a worker has died because Ray had announced the end of its node."""
+    cause = getattr(error, "health_check_failure", error)
+    return isinstance(cause, RayActorError) and cause.preempted
+
+
+def _ray_storage(url: str) -> dict[str, Any]:
+    """RunConfig arguments for where Ray Train keeps its own state."""
+    if storage.is_local(url):
+        return {"storage_path": str(storage.local_path(url).absolute())}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = storage.filesystem(url)
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
