@@ -98,6 +98,14 @@ def tiny_recipe(root: Path, *overrides: str) -> Recipe:
     return load_recipe("demo", [*TINY, *overrides], root=str(root))
 
 
+def train(recipe: Recipe, run: str) -> int:
+    """Train a run as `diffit train` does; returns its step."""
+    from diffit_train.runs.run import open_run
+    from diffit_train.training.driver import train
+
+    return train(open_run(recipe, run))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray cluster on this machine with two CPUs."""
@@ -144,7 +152,5 @@ def encoded(project: Path, ray_session: None) -> Path:
 @pytest.fixture(scope="session")
 def trained(encoded: Path) -> Path:
     """The project with a run `tiny`, trained without interruption by one worker."""
-    from diffit_train.training.driver import train
-
     train(tiny_recipe(encoded), "tiny")
     return encoded

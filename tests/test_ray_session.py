@@ -13,6 +13,7 @@ import pytest
 from diffit_train import ray_session
 from diffit_train.data import encode
 from diffit_train.evaluation.pool import EvaluationPool
+from diffit_train.runs.run import open_run
 from diffit_train.training import driver
 from tests.conftest import tiny_recipe
 
@@ -111,7 +112,7 @@ def test_stages_ask_for_what_the_recipe_says_they_need(
     recipe = tiny_recipe(tmp_path, *(f"scaling.{change}" for change in changes))
     run = {
         "encode": lambda: ExitStack().enter_context(encode._cluster(recipe, None)),
-        "train": lambda: driver.train(recipe, "tiny"),
+        "train": lambda: driver.train(open_run(recipe, "tiny")),
         "evaluate": lambda: EvaluationPool(recipe).actors,
     }[stage]
     monkeypatch.setattr(encode, "_require_autoencoder", lambda recipe: None)

@@ -26,8 +26,7 @@ from diffit_train.config.evaluate import OWN
 from diffit_train.evaluation.best import register_best
 from diffit_train.progress import say
 from diffit_train.redaction import first_line
-from diffit_train.runs.identity import finished_step, run_url
-from diffit_train.runs.start import init_from
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import unreachable_errors
 from diffit_train.training.log import send_unsent
 
@@ -53,20 +52,20 @@ def train_run(
         wait: whether to wait for another command that trains the run.
         local: train in this process, without Ray.
     """
-    recipe = init_from(recipe, run, init, init_weights)
-    step = finished_step(recipe, run)
+    trained = open_run(recipe, run, init, init_weights)
+    recipe, step = trained.recipe, trained.finished_step
     if step is None:
-        say(f"Training {storage.display_path(run_url(recipe, run))}")
+        say(f"Training {storage.display_path(trained.url)}")
         from diffit_train.training import driver
 
         validate, samples = _validation(recipe, run), _samples(recipe, run)
-        step = driver.train(recipe, run, address, validate, samples=samples, wait=wait, local=local)
+        step = driver.train(trained, address, validate, samples=samples, wait=wait, local=local)
     else:
         say("already trained" + (f" to step {step:,}" if step > recipe.train.steps else ""))
-        send_unsent(recipe, run, say)
+        send_unsent(trained)
         _send_samples(recipe, run)
-    say(f"run {storage.display_path(run_url(recipe, run))} is at step {step:,}")
-    return {"run": run, "url": run_url(recipe, run), "step": step}
+    say(f"run {storage.display_path(trained.url)} is at step {step:,}")
+    return {"run": run, "url": trained.url, "step": step}
 
 
 def _samples(recipe: Recipe, run: str) -> TrainingSamples | None:

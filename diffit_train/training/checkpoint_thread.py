@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
@@ -14,7 +14,8 @@ from diffit_train import storage
 from diffit_train.errors import DiffitError
 from diffit_train.progress import say
 from diffit_train.redaction import first_line
-from diffit_train.runs.checkpoints import committed_steps
+from diffit_train.runs.checkpoints import Checkpoints
+from diffit_train.runs.run import Run
 
 # Seconds between looks for a new checkpoint.
 LOCAL_POLL_S, REMOTE_POLL_S = 1.0, 5.0
@@ -31,7 +32,7 @@ class CheckpointThread:
     is reported, and training goes on.
 
     Args:
-        url: folder of the run.
+        run: whose checkpoints.
         due: which of the committed steps are due.
         handle: handles one; called once for each step.
         what: what it does, such as "draw samples of".
@@ -41,14 +42,14 @@ class CheckpointThread:
 
     def __init__(
         self,
-        url: str,
-        due: Callable[[list[int]], list[int]],
+        run: Run,
+        due: Callable[[Iterable[int]], list[int]],
         handle: Callable[[int], None],
         what: str,
         stop: threading.Event,
         on_cpu: bool,
     ) -> None:
-        self.url, self.due, self.handle, self.what = url, due, handle, what
+        self.url, self.due, self.handle, self.what = run.url, due, handle, what
         self.stop, self.on_cpu = stop, on_cpu
         self._ended = threading.Event()
         self._handled: set[int] = set()
@@ -76,7 +77,7 @@ class CheckpointThread:
 
     def _handle_due(self) -> None:
         try:
-            steps = self.due(committed_steps(self.url))
+            steps = self.due(Checkpoints(self.url))
         except (DiffitError, OSError) as error:
             say(f"Could not list checkpoints: {first_line(error)}")
             return

@@ -17,19 +17,16 @@ from diffit_train import storage
 from diffit_train.errors import DiffitError
 from diffit_train.runs.checkpoints import (
     STATES,
+    Checkpoint,
+    Checkpoints,
     DamagedCheckpoint,
     Piece,
     State,
     StateName,
-    checkpoint_url,
-    commit_checkpoint,
-    committed_steps,
-    fill_slices,
     hash_pieces,
     piece_file,
     pieces_bytes,
     place_pieces,
-    read_state,
     write_pieces,
 )
 from diffit_train.runs.lease import LostLeaseError
@@ -53,7 +50,7 @@ def _nothing() -> None:
 class _Saving:
     """A checkpoint in progress: this rank's part is on disk, the thread does the rest."""
 
-    url: str
+    checkpoint: Checkpoint
     state: State
     kinds: tuple[StateName, ...]
     pieces: dict[str, Piece]
@@ -85,7 +82,7 @@ class CheckpointWriter:
 
     def save(
         self,
-        run_url: str,
+        checkpoint: Checkpoint,
         state: State,
         kinds: Sequence[StateName] | None = None,
         before_parts: Callable[[], None] = _nothing,
@@ -109,9 +106,11 @@ class CheckpointWriter:
             raise UnrecoverableError(self.failures[-1])
         kinds = tuple(kinds or (*STATES, *self.engine.train.ema))
         owned = self.engine.owned()
-        url, name = checkpoint_url(run_url, state.step), piece_file(self.rank, self.world)
+        url, name = checkpoint.url, piece_file(self.rank, self.world)
         pieces = place_pieces(owned, name)
-        saving = _Saving(url, state, kinds, pieces, before_parts, before_commit, after_commit)
+        saving = _Saving(
+            checkpoint, state, kinds, pieces, before_parts, before_commit, after_commit
+        )
         stack, error = contextlib.ExitStack(), None
         paths: dict[StateName, Path] = {}
         try:
@@ -147,13 +146,13 @@ class CheckpointWriter:
         seconds, self.blocked_s = self.blocked_s, 0.0
         return seconds
 
-    def save_now(self, run_url: str, state: State, **rest: Any) -> None:
+    def save_now(self, checkpoint: Checkpoint, state: State, **rest: Any) -> None:
         """Write a checkpoint and return once it is committed.
 
         Raises:
             UnrecoverableError: it could not be written.
         """
-        self.save(run_url, state, **rest)
+        self.save(checkpoint, state, **rest)
         started_s = time.monotonic()
         self.wait()
         self.blocked_s += time.monotonic() - started_s
@@ -194,8 +193,8 @@ class CheckpointWriter:
         if not failed and self.rank == 0:
             try:
                 saving.before_commit()
-                commit_checkpoint(
-                    saving.url, saving.state, self.engine.shapes, everyone, saving.kinds
+                saving.checkpoint.write_commit(
+                    saving.state, self.engine.shapes, everyone, saving.kinds
                 )
             except Exception as problem:
                 failed, final = [f"rank 0: {problem}"], isinstance(problem, LostLeaseError)
@@ -206,7 +205,7 @@ class CheckpointWriter:
             if self.rank == 0:
                 saving.after_commit()
             return
-        text = f"checkpoint {saving.url} could not be written: {'; '.join(verdict[0])}"
+        text = f"checkpoint {saving.checkpoint.url} could not be written: {'; '.join(verdict[0])}"
         self.failures += [text] * (FAILED_SAVES if verdict[1] else 1)
         if self.rank == 0:
             logger.info(f"Save failed: {text}")
@@ -223,7 +222,7 @@ class CheckpointWriter:
         return answer[0], answer[1]
 
 
-def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
+def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> State:
     """Load master weights, moments and EMA, from any world size and ZeRO stage (collective).
 
     Each rank reads what it owns, so all together read every byte once; the weights that the model
@@ -236,29 +235,29 @@ def load_checkpoint(engine: Engine, run_url: str, step: int) -> State:
     problem: str | None = None
     state = None
     try:
-        state = read_state(run_url, step)
+        state = checkpoint.state
         kinds = (*STATES, *engine.train.ema)
-        fill_slices(run_url, step, [(s.slice, s.values) for s in engine.owned()], kinds)
+        checkpoint.fill([(s.slice, s.values) for s in engine.owned()], kinds)
     except DamagedCheckpoint as error:
         problem = error.what
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     found = [text for text in problems if text is not None]
     if found or state is None:
-        raise DamagedCheckpoint(checkpoint_url(run_url, step), found[0])
+        raise DamagedCheckpoint(checkpoint.url, found[0])
     engine.publish_owned()
     engine.set_optimizer_steps(state.optimizer_steps)
     return state
 
 
-def agreed_steps(run_url: str, group: dist.ProcessGroup | None = None) -> list[int]:
-    """The run's committed steps as rank 0 sees them (collective)."""
-    steps: list[Any] = [committed_steps(run_url) if dist.get_rank() == 0 else None]
+def agreed_steps(checkpoints: Checkpoints, group: dist.ProcessGroup | None = None) -> list[int]:
+    """The committed steps as rank 0 sees them (collective)."""
+    steps: list[Any] = [checkpoints.refresh().steps if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(steps, group=group)
     return list(steps[0])
 
 
-def load_newest(engine: Engine, run_url: str) -> State | None:
+def load_newest(engine: Engine, checkpoints: Checkpoints) -> State | None:
     """Load the newest committed checkpoint that is intact (collective); None without checkpoints.
 
     A damaged checkpoint is logged and loses its commit marker, so that training writes it again
@@ -267,11 +266,11 @@ def load_newest(engine: Engine, run_url: str) -> State | None:
     Raises:
         DiffitError: all checkpoints are damaged.
     """
-    steps = agreed_steps(run_url)
+    steps = agreed_steps(checkpoints)
     while steps:
-        step = steps.pop()
+        checkpoint = Checkpoint(checkpoints.folder, steps.pop())
         try:
-            return load_checkpoint(engine, run_url, step)
+            return load_checkpoint(engine, checkpoint)
         except DamagedCheckpoint as error:
             if not steps:
                 raise DiffitError(
@@ -279,6 +278,6 @@ def load_newest(engine: Engine, run_url: str) -> State | None:
                 ) from error
             if dist.get_rank() == 0:
                 logger.info(f"Resuming from step {steps[-1]:,}: {error}")
-                storage.remove(storage.join(checkpoint_url(run_url, step), "commit.json"))
+                checkpoint.revoke()
             dist.barrier()
     return None

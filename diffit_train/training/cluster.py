@@ -13,14 +13,13 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import storage
-from diffit_train.config import Recipe
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError
 from diffit_train.progress import Progress, say
 from diffit_train.ray_session import missing_resources
-from diffit_train.runs.checkpoints import committed_steps
 from diffit_train.runs.lease import Lease
-from diffit_train.training.coordinator import Coordinator, Failure, News, cause_of
+from diffit_train.runs.run import Run
+from diffit_train.training.coordinator import PLACEMENT_S, Coordinator, Failure, News, cause_of
 
 # A run of fixed size waits at least this long for a node, as nodes come back from a reboot.
 LOST_NODE_WAIT_S = 300.0
@@ -131,22 +130,19 @@ class Wait:
 
 
 class RayTraining:
-    """Runs a training under Ray Train during `run`; the connected cluster has what it needs.
+    """Runs a training under Ray Train; the connected cluster has what it needs.
 
     Args:
-        recipe: the run's recipe.
-        run: its name.
+        run: with its recipe.
         lease: of the run.
         mlflow_run_id: the MLflow run that rank 0 logs to.
         stop: set when training is to save and exit.
     """
 
-    def __init__(
-        self, recipe: Recipe, run: str, lease: Lease, mlflow_run_id: str, stop: Stop
-    ) -> None:
-        self.recipe, self.url, self.stop = recipe, lease.url, stop
+    def __init__(self, run: Run, lease: Lease, mlflow_run_id: str, stop: Stop) -> None:
+        self.run, self.scaling, self.stop = run, run.recipe.scaling, stop
         self._config = {"run": run, "mlflow_run_id": mlflow_run_id, "lease": lease}
-        self._scratch = storage.join(lease.url, "ray")
+        self._scratch = storage.join(run.url, "ray")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.coordinator: Any = Coordinator.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._news = News({}, [], [], 0, False)
@@ -155,18 +151,17 @@ class RayTraining:
         self._tried_workers = 0
         self._grown_s = time.monotonic()
 
-    def run(self) -> None:
+    def run_to_end(self) -> None:
         """Train to the end or a stop request.
 
         Raises:
             DiffitError: training failed more often than allowed, or no node came in time.
         """
-        start = max(committed_steps(self.url), default=0)
-        self._limits = Limits(self.recipe.scaling, start)
-        self._wait = Wait(self.recipe.scaling)
+        start = self.run.checkpoints.latest_step
+        self._limits, self._wait = Limits(self.scaling, start), Wait(self.scaling)
         storage.remove(self._scratch)
         try:
-            with Progress("train", self.recipe.train.steps, "steps", done=start) as progress:
+            with Progress("train", self.run.recipe.train.steps, "steps", start) as progress:
                 while not self._fit(progress, start):
                     pass
         finally:
@@ -179,8 +174,8 @@ class RayTraining:
 
     def _fit(self, progress: Progress, start: int) -> bool:
         """Run Ray Train once; whether training is over."""
-        ref = self.coordinator.fit.remote(self.recipe, self._config, self._scratch)
-        started_s, stopping = time.monotonic(), False
+        ref = self.coordinator.fit.remote(self.scaling, self._config, self._scratch)
+        started_s, stopping, self._was_placed = time.monotonic(), False, False
         while not ray.wait([ref], timeout=POLL_S)[0]:
             self._take_news(progress)
             if "step" not in self._news.record:
@@ -202,8 +197,10 @@ class RayTraining:
             ray.get(ref)
         except RayActorError as error:
             raise DiffitError(f"the process that runs Ray Train died: {cause_of(error)}") from error
-        except RayError as error:  # a worker that died while it started, for example
-            self._count(Failure(cause_of(getattr(error, "cause", error))))
+        except RayError as error:  # the workers did not start
+            no_room = not self._was_placed and time.monotonic() - started_s >= PLACEMENT_S
+            if not no_room:
+                self._count(Failure(cause_of(getattr(error, "cause", error))))
             return self.stop.is_set()
         if self._growing and not self.stop.is_set():
             self._growing = False
@@ -225,9 +222,9 @@ class RayTraining:
         for failure in news.failures:
             self._count(failure)
         if news.placed:
-            self._wait = Wait(self.recipe.scaling)
+            self._wait, self._was_placed = Wait(self.scaling), True
         elif line := self._wait.check(
-            time.monotonic(), missing_resources(*self.recipe.scaling.needs("train"))
+            time.monotonic(), missing_resources(*self.scaling.needs("train"))
         ):
             say(line)
         if "step" in news.record:
@@ -238,12 +235,12 @@ class RayTraining:
     def _count(self, failure: Failure) -> None:
         self._growing = False
         if not self.stop.is_set():
-            newest = max(committed_steps(self.url), default=0)
+            newest = self.run.checkpoints.refresh().latest_step
             say(self._limits.count(failure, newest))
 
     def _can_grow(self) -> bool:
         """Whether an elastic run has room for more workers; each number is tried once."""
-        scaling, workers = self.recipe.scaling, self._news.workers
+        scaling, workers = self.scaling, self._news.workers
         now_s = time.monotonic()
         if self._growing or not workers or workers >= scaling.max_workers:
             return False

@@ -17,12 +17,16 @@ import ray
 from ray.exceptions import RayActorError
 
 from diffit_train import ray_session, storage
-from diffit_train.config import Recipe
+from diffit_train.config.scaling import Scaling
 from diffit_train.progress import counted
 
-# Ray Train looks after its workers every 0.5 s instead of every 2 s; and after 20 s without room
-# for them, it counts again how many an elastic run may have.
-RAY_TRAIN = {"HEALTH_CHECK_INTERVAL_S": "0.5", "WORKER_GROUP_START_TIMEOUT_S": "20"}
+# For how long Ray Train tries to place workers.
+PLACEMENT_S = 20.0
+# Its workers are looked after more often than every 2 s.
+RAY_TRAIN = {
+    "HEALTH_CHECK_INTERVAL_S": "0.5",
+    "WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_S:g}",
+}
 
 
 class Failure(NamedTuple):
@@ -74,7 +78,7 @@ class Coordinator:
         self.reported: Failure | None = None
 
     @ray.method(concurrency_group="fit")  # type: ignore[untyped-decorator]
-    def fit(self, recipe: Recipe, config: Mapping[str, Any], scratch: str) -> None:
+    def fit(self, scaling: Scaling, config: Mapping[str, Any], scratch: str) -> None:
         """Train to the end or a stop; Ray Train restarts workers that fail.
 
         Args:
@@ -90,7 +94,7 @@ class Coordinator:
         from diffit_train.training.stall import SLOW_FACTOR
         from diffit_train.training.worker import FailureReporter, NodeNetwork, train_worker
 
-        me, scaling = ray.get_runtime_context().current_actor, recipe.scaling
+        me = ray.get_runtime_context().current_actor
         resources = {"CPU": float(scaling.cpus_per_worker)}
         if scaling.gpus_per_worker:
             resources["GPU"] = float(scaling.gpus_per_worker)
@@ -101,11 +105,7 @@ class Coordinator:
             torch_config=NodeNetwork(
                 coordinator=me, timeout_s=math.ceil(SLOW_FACTOR * scaling.stall_timeout_s)
             ),
-            train_loop_config={
-                **config,
-                "recipe": recipe.model_dump(mode="json"),
-                "coordinator": me,
-            },
+            train_loop_config={**config, "coordinator": me},
             scaling_config=ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 # The command notices that a run can grow, and lets it save first.
@@ -117,9 +117,7 @@ class Coordinator:
                 name=f"attempt-{uuid.uuid4().hex[:12]}",
                 worker_runtime_env=environment,
                 failure_config=FailureConfig(
-                    max_failures=-1,
-                    max_preemption_failures=scaling.max_preemptions,
-                    controller_failure_limit=-1,
+                    max_failures=-1, max_preemption_failures=-1, controller_failure_limit=0
                 ),
                 callbacks=[FailureReporter(me)],
                 **_ray_storage(scratch),

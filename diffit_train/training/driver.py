@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe, stored_text
@@ -21,29 +20,11 @@ from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError, Interrupted, UserError
 from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
-from diffit_train.models.precision import tf32
 from diffit_train.models.transfer import check_transfer
-from diffit_train.progress import Progress, say, show_log
+from diffit_train.progress import say
 from diffit_train.redaction import first_line
-from diffit_train.runs import lease
-from diffit_train.runs.checkpoints import (
-    checkpoint_digest,
-    committed_steps,
-    read_index,
-    read_state,
-    remove_unfinished,
-)
-from diffit_train.runs.identity import (
-    RunMetadata,
-    check_latents,
-    check_recipe,
-    finished_step,
-    new_metadata,
-    record_latents,
-    record_steps,
-    run_url,
-    store_run,
-)
+from diffit_train.runs.lease import Lease
+from diffit_train.runs.run import Run, RunMetadata
 from diffit_train.tracking import (
     TAG_STEPS,
     Tracker,
@@ -52,7 +33,8 @@ from diffit_train.tracking import (
     unreachable_errors,
 )
 from diffit_train.training.checkpoint_thread import CheckpointThread
-from diffit_train.training.cluster import Stop, loss_and_rate
+from diffit_train.training.cluster import RayTraining, Stop
+from diffit_train.training.local import train_locally
 from diffit_train.training.log import check_run_files
 
 # 128 + SIGTERM or SIGINT, the shell's status for a process ended by it.
@@ -76,8 +58,7 @@ class Samples(Protocol):
 
 
 def train(
-    recipe: Recipe,
-    run: str,
+    run: Run,
     address: str | None = None,
     validate: Validate | None = None,
     *,
@@ -85,7 +66,7 @@ def train(
     wait: bool = False,
     local: bool = False,
 ) -> int:
-    """Train a run to its last step, resuming it if it exists; returns that step.
+    """Train a run to its recipe's last step, resuming it if it exists; returns that step.
 
     A finished run is left unchanged. On SIGTERM, and on the first Ctrl-C, the workers save a
     checkpoint and exit, and this function raises SystemExit with status 143, or 130.
@@ -101,56 +82,99 @@ def train(
         UserError: bad input, or another command trains the run; nothing was written.
         DiffitError: training failed more often than `scaling.max_failures` allows.
     """
-    done = finished_step(recipe, run)
-    if done is not None:
-        return done
-    _check_resumable(run_url(recipe, run))
-    manifest = _check_latents(recipe)
-    _check_order(recipe, manifest)
-    if known := check_recipe(recipe, run):
-        check_latents(run_url(recipe, run), known, manifest)
-        check_run_files(run_url(recipe, run))
-    if not committed_steps(run_url(recipe, run)):
-        _check_start(recipe)
-    tracking_uri(recipe)
-    storage.require_writable(recipe.storage.root)
-    _kernel(recipe)
-    _require_own_classes(recipe)
-    stop = Stop()
-    with lease.held(run_url(recipe, run), wait, say, stop.set) as held:
-        done = finished_step(recipe, run)  # by the command that was waited for
+    if run.finished_step is not None:
+        return run.finished_step
+    recipe, stop = run.recipe, Stop()
+    manifest = _check(run)
+    with run.acquire(wait, stop.set) as lease:
+        done = run.refresh().finished_step  # by the command that was waited for
         if done is not None:
             return done
-        remove_unfinished(run_url(recipe, run))
+        run.remove_unfinished()
         with contextlib.nullcontext() if local else ray_session.connected(address):
             if not local:
                 needs = recipe.scaling.needs("train")
                 ray_session.require(*needs, "training", recipe.scaling.wait_s)
-            known = check_recipe(recipe, run)
-            identity = known or new_metadata(recipe, run, manifest.samples_digest)
+            metadata = run.check() or run.new_metadata(manifest.samples_digest)
             # Before anything is written: a new run is refused without MLflow.
-            mlflow_run_id = _mlflow_run(recipe, identity, manifest)
-            if known is None:
-                store_run(recipe, identity)
-            identity = record_latents(run_url(recipe, run), identity, manifest)
-            record_steps(recipe, run)
+            mlflow_run_id = _mlflow_run(run, metadata, manifest)
+            if run.metadata is None:
+                run.create(metadata)
+            run.record_latents(manifest.samples_digest)
+            run.record_steps()
             with _mlflow_status(recipe, mlflow_run_id), _on_signals(stop):
-                _say_start(recipe, held.url, local)
+                _say_start(run, local)
                 if local:
-                    _locally(recipe, mlflow_run_id, held, stop)
+                    train_locally(run, lease, mlflow_run_id, stop)
                 else:
-                    _under_ray(recipe, run, mlflow_run_id, validate, samples, held, stop)
-                return _end(recipe, run, held.url, stop)
+                    _train_under_ray(run, lease, mlflow_run_id, validate, samples, stop)
+                return _reached_step(run, stop)
 
 
-def _say_start(recipe: Recipe, url: str, local: bool) -> None:
-    workers = recipe.scaling.workers  # a number or a range
+def _check(run: Run) -> Manifest:
+    """Refuse what cannot be trained before anything is written; the manifest of the latents."""
+    recipe = run.recipe
+    newest = run.checkpoints.latest
+    if newest is not None and "raw" not in newest.weights:
+        raise UserError(
+            f"the weights of {run.url} were imported without optimizer state, so training cannot "
+            "resume from them; they can be sampled and evaluated; to train, choose another --run"
+        )
+    manifest = load_manifest(latents_url(recipe))
+    require_recipe(recipe, manifest.recipe_hash)
+    # No larger batch than the data, no more workers than streams.
+    SampleOrder.of(recipe, manifest).rank_streams(0, recipe.scaling.max_workers)
+    if run.check() is not None:
+        run.check_latents(manifest.samples_digest)
+        check_run_files(run)
+    if newest is None:
+        _check_start(run)
+    tracking_uri(recipe)
+    storage.require_writable(recipe.storage.root)
+    _kernel(recipe)
+    if recipe.model.plugged:
+        with torch.device("meta"):
+            build_model(recipe)
+    load_objective(recipe.diffusion)
+    return manifest
+
+
+def _kernel(recipe: Recipe) -> str:
+    """The workers' attention kernel; a UserError if their device does not support it."""
+    device = torch.device("cuda" if recipe.scaling.gpus_per_worker else "cpu")
+    return kernel_name(recipe.model.attention, device)
+
+
+def _check_start(run: Run) -> None:
+    """Refuse to start from a checkpoint that is missing or has changed."""
+    start = run.recipe.train.start
+    if start is None:
+        return
+    source = Run(run.root, start.run)
+    if (
+        start.step not in source.checkpoints
+        or source.checkpoints[start.step].digest != start.digest
+    ):
+        raise UserError(
+            f"train.start is step {start.step} of run {start.run!r}, but that checkpoint in "
+            f"{storage.display_path(source.url)} has been removed or replaced; pass --init-from "
+            "again"
+        )
+    with torch.device("meta"):
+        model = build_model(run.recipe)
+    parameters = source.checkpoints[start.step].index.parameters
+    shapes = {name: torch.Size(p.shape) for name, p in parameters.items()}
+    check_transfer(model, shapes, f"{start.run}@{start.step}")
+
+
+def _say_start(run: Run, local: bool) -> None:
+    train, workers = run.recipe.train, run.recipe.scaling.workers  # a number or a range
     what = "in this process" if local else f"with {workers} worker{'' if workers == 1 else 's'}"
     say(
-        f"Training {what}, from step {max(committed_steps(url), default=0):,} of "
-        f"{recipe.train.steps:,}, attention kernel {_kernel(recipe)}"
+        f"Training {what}, from step {run.checkpoints.latest_step:,} of {train.steps:,}, "
+        f"attention kernel {_kernel(run.recipe)}"
     )
-    if local and (recipe.train.validate_every or recipe.train.sample_every):
+    if local and (train.validate_every or train.sample_every):
         say("Without Ray, checkpoints are neither evaluated nor sampled during training")
 
 
@@ -171,52 +195,10 @@ def _mlflow_status(recipe: Recipe, mlflow_run_id: str) -> Iterator[None]:
             say(f"Could not mark the MLflow run {status}: {first_line(error)}")
 
 
-def _kernel(recipe: Recipe) -> str:
-    """The workers' attention kernel; a UserError if their device does not support it."""
-    device = torch.device("cuda" if recipe.scaling.gpus_per_worker else "cpu")
-    return kernel_name(recipe.model.attention, device)
-
-
-def _require_own_classes(recipe: Recipe) -> None:
-    """Refuse a network or objective of another package that cannot be made, before Ray starts."""
-    if recipe.model.plugged:
-        with torch.device("meta"):
-            build_model(recipe)
-    load_objective(recipe.diffusion)
-
-
-def _check_resumable(url: str) -> None:
-    """Refuse a run with imported weights: it has no optimizer state."""
-    steps = committed_steps(url)
-    if steps and "master" not in read_index(url, steps[-1]).kinds:
-        raise UserError(
-            f"the weights of {url} were imported without optimizer state, so training cannot "
-            "resume from them; they can be sampled and evaluated; to train, choose another --run"
-        )
-
-
-def _check_start(recipe: Recipe) -> None:
-    """Refuse to start from a checkpoint that is missing or has changed."""
-    start = recipe.train.start
-    if start is None:
-        return
-    url = run_url(recipe, start.run)
-    if start.step not in committed_steps(url) or checkpoint_digest(url, start.step) != start.digest:
-        raise UserError(
-            f"train.start is step {start.step} of run {start.run!r}, but that checkpoint in "
-            f"{storage.display_path(url)} has been removed or replaced; pass --init-from again"
-        )
-    with torch.device("meta"):
-        model = build_model(recipe)
-    index = read_index(url, start.step)
-    shapes = {name: torch.Size(p.shape) for name, p in index.parameters.items()}
-    check_transfer(model, shapes, f"{start.run}@{start.step}")
-
-
-def _tags(recipe: Recipe, identity: RunMetadata, manifest: Manifest) -> dict[str, str]:
+def _tags(recipe: Recipe, metadata: RunMetadata, manifest: Manifest) -> dict[str, str]:
     """What the run is found by in MLflow, and where it comes from."""
     tags = {
-        "diffit.recipe_hash": identity.recipe_hash,
+        "diffit.recipe_hash": metadata.recipe_hash,
         "diffit.dataset_digest": manifest.digest,
         TAG_STEPS: str(recipe.train.steps),
         "mlflow.source.name": "diffit train",
@@ -233,30 +215,29 @@ def _tags(recipe: Recipe, identity: RunMetadata, manifest: Manifest) -> dict[str
     return tags
 
 
-def _mlflow_run(recipe: Recipe, identity: RunMetadata, manifest: Manifest) -> str:
+def _mlflow_run(run: Run, metadata: RunMetadata, manifest: Manifest) -> str:
     """The run's id in MLflow. A resumed run reads it from its checkpoint if MLflow is down.
 
     Raises:
         UserError: MLflow is unreachable and the run is new.
     """
+    recipe = run.recipe
     try:
         tracker = Tracker.of(recipe)
         run_id = tracker.training_run(
             recipe.tracking.experiment,
-            identity.uuid,
-            identity.name,
+            metadata.uuid,
+            run.name,
             recipe.flat(),
-            _tags(recipe, identity, manifest),
+            _tags(recipe, metadata, manifest),
         )
         tracker.log_dataset(run_id, recipe.data.name, manifest.digest, recipe.data.source)
     except unreachable_errors() as error:
-        url = run_url(recipe, identity.name)
-        steps = committed_steps(url)
-        if not steps:
+        if not run.checkpoints:
             kind = UserError if isinstance(error, UserError) else DiffitError
             raise kind(f"a new run needs MLflow: {first_line(error)}") from error
         say(f"Continuing without MLflow: {first_line(error)}")
-        return read_state(url, steps[-1]).mlflow_run_id
+        return run.mlflow_run_id
     say(f"Curves: {tracker.curves_link(run_id)}")
     try:
         tracker.log_text(run_id, stored_text(recipe), "recipe.yaml")
@@ -265,57 +246,42 @@ def _mlflow_run(recipe: Recipe, identity: RunMetadata, manifest: Manifest) -> st
     return run_id
 
 
-def _check_order(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuse a batch that is larger than the data, or more workers than streams."""
-    SampleOrder.of(recipe, manifest).rank_streams(0, recipe.scaling.max_workers)
-
-
-def _check_latents(recipe: Recipe) -> Manifest:
-    """The manifest of the latents, checked against the recipe."""
-    manifest = load_manifest(latents_url(recipe))
-    require_recipe(recipe, manifest.recipe_hash)
-    return manifest
-
-
-def _end(recipe: Recipe, run: str, url: str, stop: Stop) -> int:
+def _reached_step(run: Run, stop: Stop) -> int:
     """The step that training has reached.
 
     Raises:
         SystemExit: SIGTERM told it to stop (status 143), or Ctrl-C (130).
     """
-    step = max(committed_steps(url), default=0)
-    if step < recipe.train.steps:
+    step, train = run.refresh().checkpoints.latest_step, run.recipe.train
+    if step < train.steps:
         if stop.is_set():
             say(f"Stopped at step {step:,}; rerun the same command to resume from there")
             raise Interrupted(INTERRUPTED) if stop.by_ctrl_c else SystemExit(STOPPED)
-        raise DiffitError(f"training of {run!r} ended at step {step} of {recipe.train.steps}")
-    say(f"Trained {step:,} steps of {recipe.train.batch_size} images")
+        raise DiffitError(f"training of {run.name!r} ended at step {step} of {train.steps}")
+    say(f"Trained {step:,} steps of {train.batch_size} images")
     return step
 
 
-def _under_ray(
-    recipe: Recipe,
-    run: str,
+def _train_under_ray(
+    run: Run,
+    lease: Lease,
     mlflow_run_id: str,
     validate: Validate | None,
     samples: Samples | None,
-    held: lease.Lease,
     stop: Stop,
 ) -> None:
-    from diffit_train.training.cluster import RayTraining
-
-    training = RayTraining(recipe, run, held, mlflow_run_id, stop)
+    recipe, training = run.recipe, RayTraining(run, lease, mlflow_run_id, stop)
     on_cpu, every = not recipe.scaling.gpus_per_worker, recipe.train.validate_every
     with contextlib.ExitStack() as stack:
         if samples is not None and recipe.train.sample_every is not None:
             draw = functools.partial(_draw, samples, mlflow_run_id)
-            thread = CheckpointThread(held.url, samples.due, draw, "draw samples of", stop, on_cpu)
+            thread = CheckpointThread(run, samples.due, draw, "draw samples of", stop, on_cpu)
             stack.enter_context(thread)
         if validate is not None and every:
-            first = max(max(committed_steps(held.url), default=0), 1)
+            first = max(run.checkpoints.latest_step, 1)
             training.set_validated(first - 1)
 
-            def due(steps: list[int]) -> list[int]:
+            def due(steps: Iterable[int]) -> list[int]:
                 return [step for step in steps if step >= first and step % every == 0]
 
             def evaluate(step: int) -> None:
@@ -324,9 +290,8 @@ def _under_ray(
                 finally:
                     training.set_validated(step)
 
-            thread = CheckpointThread(held.url, due, evaluate, "evaluate", stop, on_cpu)
-            stack.enter_context(thread)
-        training.run()
+            stack.enter_context(CheckpointThread(run, due, evaluate, "evaluate", stop, on_cpu))
+        training.run_to_end()
 
 
 def _draw(samples: Samples, mlflow_run_id: str, step: int) -> None:
@@ -336,41 +301,6 @@ def _draw(samples: Samples, mlflow_run_id: str, step: int) -> None:
         samples.send(mlflow_run_id)
     except unreachable_errors() as error:
         say(f"Could not log samples to MLflow; they are kept: {first_line(error)}")
-
-
-def _locally(recipe: Recipe, mlflow_run_id: str, held: lease.Lease, stop: Stop) -> None:
-    """Train in this process, which is the only rank."""
-    from diffit_train.training.checkpointer import UnrecoverableError
-    from diffit_train.training.trainer import Trainer
-
-    device = torch.device("cuda" if recipe.scaling.gpus_per_worker else "cpu")
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # for DeepSpeed
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.HashStore(),  # type: ignore[attr-defined]
-        rank=0,
-        world_size=1,
-    )
-    try:
-        with (
-            show_log(),
-            tf32(recipe.train.precision == "tf32"),
-            Trainer(recipe, held, mlflow_run_id, device) as trainer,
-            Progress("train", recipe.train.steps, "steps", done=trainer.step) as progress,
-        ):
-            detail = ""
-            for step in trainer:
-                detail = loss_and_rate(step.record) or detail
-                progress.update(step.step, detail)
-                trainer.requests.stop = stop.is_set()
-                if step.stop:
-                    trainer.save()
-                    break
-            trainer.finish()
-    except UnrecoverableError as error:
-        raise DiffitError(f"training failed: {error}") from error
-    finally:
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

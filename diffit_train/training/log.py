@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.metric_names import TRAINING
+from diffit_train.progress import say
 from diffit_train.runs.checkpoints import (
     DamagedCheckpoint,
     LogMark,
-    committed_steps,
-    read_state,
 )
-from diffit_train.runs.identity import run_url
+from diffit_train.runs.run import Run
+from diffit_train.tracking import Curves
 
 SKIPPED_STEPS = "skipped-steps.json"
 BAD_STEPS = "bad-steps.jsonl"
@@ -151,20 +150,20 @@ class SkippedSteps:
         storage.write_text(storage.join(url, SKIPPED_STEPS), text)
 
 
-def check_run_files(url: str) -> None:
+def check_run_files(run: Run) -> None:
     """Check what a resumed run reads before any worker starts.
 
     Raises:
         UserError: a file is damaged.
     """
-    SkippedSteps.read(url)
-    steps = committed_steps(url)
-    if steps:
+    SkippedSteps.read(run.url)
+    newest = run.checkpoints.latest
+    if newest is not None:
         try:
-            mark = read_state(url, steps[-1]).log
+            mark = newest.state.log
         except DamagedCheckpoint:
             return  # the one before it is used, and the log compared with it
-        TrainingLog(url, steps[-1], mark)
+        TrainingLog(run.url, newest.step, mark)
 
 
 def append_bad_step(url: str, record: dict[str, Any]) -> None:
@@ -179,19 +178,14 @@ def mark_unsent(url: str) -> None:
     storage.write_text(storage.join(url, "metrics-unsent"), "")
 
 
-def send_unsent(recipe: Recipe, run: str, say: Callable[[str], None]) -> None:
+def send_unsent(run: Run) -> None:
     """Send any points that MLflow is missing."""
-    url = run_url(recipe, run)
-    mark = storage.join(url, "metrics-unsent")
-    if not storage.exists(mark):
+    mark = storage.join(run.url, "metrics-unsent")
+    newest = run.checkpoints.latest
+    if newest is None or not storage.exists(mark):
         return
-    from diffit_train.tracking import Curves
-
-    steps = committed_steps(url)
-    if not steps:
-        return
-    curves = Curves(recipe, read_state(url, steps[-1]).mlflow_run_id, say)
-    for record in TrainingLog(url, steps[-1]).records:
+    curves = Curves(run.recipe, newest.state.mlflow_run_id, say)
+    for record in TrainingLog(run.url, newest.step).records:
         curves.put(record["step"], as_metrics(record))
     if curves.close():
         storage.remove(mark)

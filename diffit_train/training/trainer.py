@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.config import Recipe
 from diffit_train.data.augment import augment
 from diffit_train.data.cache import shard_cache
 from diffit_train.data.loader import LatentLoader, SampleOrder
@@ -28,9 +27,9 @@ from diffit_train.models.build import build_model
 from diffit_train.models.cost import training_flops_per_image
 from diffit_train.models.transfer import transfer_weights
 from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
-from diffit_train.runs.checkpoints import SNAPSHOTS, State, committed_steps, prune, read_weights
-from diffit_train.runs.identity import run_url
+from diffit_train.runs.checkpoints import Checkpoint, State
 from diffit_train.runs.lease import Lease
+from diffit_train.runs.run import Run
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
 from diffit_train.training.checkpointer import (
     CheckpointWriter,
@@ -75,7 +74,7 @@ class Trainer:
     initialized; all ranks must make the same calls.
 
     Args:
-        recipe: the run's recipe.
+        run: with its recipe.
         lease: of the run.
         mlflow_run_id: the MLflow run that rank 0 logs to.
         device: where the model runs.
@@ -89,17 +88,18 @@ class Trainer:
 
     def __init__(
         self,
-        recipe: Recipe,
+        run: Run,
         lease: Lease,
         mlflow_run_id: str,
         device: torch.device,
         stall: StallGuard | None = None,
     ) -> None:
+        self.run, self.recipe, self.url = run, run.recipe, run.url
+        recipe = run.recipe
         if recipe.train.deterministic:
             enable_determinism(kernel_name(recipe.model.attention, device))
-        self.recipe, self.device, self.stall = recipe, device, stall
+        self.device, self.stall = device, stall
         self.lease, self.mlflow_run_id = lease, mlflow_run_id
-        self.url = lease.url
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._doing("starting", slow=True)
         self.requests = Requests()
@@ -132,7 +132,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         model = build_model(self.recipe)
         speed = self._speed_meter(model)
-        if train.start is not None and not agreed_steps(self.url):
+        if train.start is not None and not agreed_steps(self.run.checkpoints):
             self._load_start(model)
         model.to(self.device)
         use_kernel(model, self.recipe.model.attention, self.device)
@@ -147,7 +147,7 @@ class Trainer:
         self.writer = CheckpointWriter(self.engine)
         self.guard = BadStepGuard(self.lease, self.control, self.writer.wait)
         self._doing("loading the newest checkpoint", slow=True)
-        state = load_newest(self.engine, self.url)
+        state = load_newest(self.engine, self.run.checkpoints)
         self.step = self.first_step = self._begun_step = 0 if state is None else state.step
         self.recorder = Recorder(
             self.recipe,
@@ -159,7 +159,8 @@ class Trainer:
             None if state is None else state.log,
         )
         if state is None:
-            self.writer.save_now(self.url, self._state(), before_commit=self.lease.require)
+            checkpoint = Checkpoint(self.url, 0)
+            self.writer.save_now(checkpoint, self._state(), before_commit=self.lease.require)
             return
         if state.interval is not None and self.rank == 0:
             self.recorder.losses.restore(state.interval)
@@ -176,7 +177,7 @@ class Trainer:
         start = self.recipe.train.start
         assert start is not None
         if self.rank == 0:
-            weights = read_weights(run_url(self.recipe, start.run), start.step, start.weights)
+            weights = Run(self.run.root, start.run).checkpoints[start.step].load(start.weights)
             taken = transfer_weights(model, weights, f"{start.run}@{start.step}")
             model.load_state_dict(taken, strict=False)
 
@@ -233,7 +234,8 @@ class Trainer:
                     phases, record = recorder.record(self.step, loader.wait_s, blocked_s, skipped)
                 if train.ema_snapshot_every and self.step % train.ema_snapshot_every == 0:
                     names = tuple(train.power_profiles())
-                    self.writer.save(storage.join(self.url, SNAPSHOTS), self._state(), names)
+                    snapshot = Checkpoint(self.run.snapshots.folder, self.step)
+                    self.writer.save(snapshot, self._state(), names)
                 timed = decision is not None and decision.save
                 if self.step % train.checkpoint_every == 0 or timed or last:
                     self.save()
@@ -321,7 +323,7 @@ class Trainer:
         self._doing("saving a checkpoint", slow=True)
         self.control.saved()
         self.writer.save(
-            self.url,
+            Checkpoint(self.url, self.step),
             self._state(),
             before_parts=self.lease.require,
             before_commit=write_log,
@@ -340,10 +342,11 @@ class Trainer:
         """Apply retention; on rank 0, in the checkpoint's thread."""
         self.saved_s = time.monotonic()
         train, validated = self.recipe.train, self.requests.validated
-        steps = committed_steps(self.url) if train.validate_every else []
-        waiting = {n for n in steps if n % (train.validate_every or 1) == 0 and n > validated}
+        every, checkpoints = train.validate_every, self.run.checkpoints.refresh()
         try:
-            prune(self.url, train.keep_checkpoints, train.keep_every, waiting)
+            later = [step for step in checkpoints if step > validated]
+            waiting = [step for step in later if every and step % every == 0]
+            checkpoints.prune(train.keep_checkpoints, train.keep_every, waiting)
         except (OSError, DiffitError) as error:
             logger.info(f"Could not remove old checkpoints: {error}")
 
@@ -370,7 +373,7 @@ class Trainer:
             UnrecoverableError: it cannot be written.
         """
         self.wait()
-        if self.step not in agreed_steps(self.url, self.control.group):
+        if self.step not in agreed_steps(self.run.checkpoints, self.control.group):
             self.writer.failures, self._begun_step = [], -1
             self.save()
             if not self.wait():

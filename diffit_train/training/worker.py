@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train as one rank of a worker group, from the newest checkpoint to the end or a stop."""
-    coordinator, lease = config["coordinator"], config["lease"]
-    recipe = Recipe.model_validate(config["recipe"])
+    coordinator, run, lease = config["coordinator"], config["run"], config["lease"]
+    recipe: Recipe = run.recipe
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -66,8 +66,8 @@ def train_worker(config: dict[str, Any]) -> None:
             show_log(print if rank else coordinator.say.remote),
             tf32(recipe.train.precision == "tf32"),
             StallGuard(recipe.scaling.stall_timeout_s, stalled) as stall,
-            Trainer(recipe, lease, config["mlflow_run_id"], device, stall) as trainer,
-            Link(coordinator, config["run"], rank, world, trainer) as link,
+            Trainer(run, lease, config["mlflow_run_id"], device, stall) as trainer,
+            Link(coordinator, run.name, rank, world, trainer) as link,
         ):
             saved_for_preemption = False
             for step in trainer:

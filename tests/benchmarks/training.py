@@ -27,6 +27,7 @@ from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import use_kernel
 from diffit_train.plan import state_bytes
 from diffit_train.ray_session import KEEP_FREED_MEMORY
+from diffit_train.runs.checkpoints import Checkpoint
 from diffit_train.training.checkpointer import CheckpointWriter
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import interleaved_seconds, print_table
@@ -156,7 +157,7 @@ def _checkpoint(rank: int, world: int, size: str) -> None:
     for number in range(1, 4):
         state = state.model_copy(update={"step": number})
         started_s = time.perf_counter()
-        writer.save(folder[0], state)
+        writer.save(Checkpoint(folder[0], number), state)
         blocked_s = time.perf_counter() - started_s
         writer.wait()
         whole_s = time.perf_counter() - started_s

@@ -49,9 +49,8 @@ from diffit_train.data.shards import (
 )
 from diffit_train.data.sources import Item, Location, Source, list_images
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.training.driver import train
 from diffit_train.verify import verify
-from tests.conftest import tiny_recipe
+from tests.conftest import tiny_recipe, train
 from tests.data.test_sources import write_as
 from tests.in_process import in_process
 

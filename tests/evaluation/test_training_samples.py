@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffit_train.training.samples import SampleThread
 from PIL import Image
 
 from diffit_train import storage
@@ -22,7 +23,6 @@ from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.runs.run import Run
 from diffit_train.tracking import Tracker
 from diffit_train.training.log import TrainingLog
-from diffit_train.training.samples import SampleThread
 from tests.conftest import tiny_recipe
 
 

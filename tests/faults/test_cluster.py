@@ -13,8 +13,8 @@ import pytest
 
 from diffit_train.config import dump_recipe
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
-from diffit_train.training.driver import STOPPED, train
-from tests.conftest import tiny_recipe
+from diffit_train.training.driver import STOPPED
+from tests.conftest import tiny_recipe, train
 from tests.faults.driver import Driver, Nodes
 from tests.training.test_train import _copy, _losses, _no_doubled_points
 

@@ -13,8 +13,7 @@ import pytest
 
 from diffit_train.evaluation import runner
 from diffit_train.evaluation.runner import Request
-from diffit_train.training.driver import train
-from tests.conftest import tiny_recipe
+from tests.conftest import tiny_recipe, train
 
 # For connections of Ray's actors that were killed.
 SETTLED_S = 20.0

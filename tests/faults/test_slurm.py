@@ -11,8 +11,7 @@ import pytest
 
 from diffit_train.config import dump_recipe
 from diffit_train.runs.checkpoints import Checkpoints
-from diffit_train.training.driver import train
-from tests.conftest import tiny_recipe
+from tests.conftest import tiny_recipe, train
 from tests.faults.test_cluster import LONG
 from tests.slurm import Slurm, why_not
 from tests.training.test_train import _copy, _losses, _no_doubled_points

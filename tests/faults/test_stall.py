@@ -17,9 +17,8 @@ import pytest
 from diffit_train.config import dump_recipe
 from diffit_train.runs.checkpoints import Checkpoints
 from diffit_train.training import stall
-from diffit_train.training.driver import train
 from diffit_train.training.stall import StallGuard
-from tests.conftest import tiny_recipe
+from tests.conftest import tiny_recipe, train
 from tests.faults.driver import Driver
 from tests.training.test_train import _copy, _losses, _no_doubled_points
 

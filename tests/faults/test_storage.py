@@ -11,8 +11,7 @@ import pytest
 from diffit_train import storage
 from diffit_train.config import dump_recipe
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
-from diffit_train.training.driver import train
-from tests.conftest import tiny_recipe
+from tests.conftest import tiny_recipe, train
 from tests.faults.driver import Driver
 from tests.s3 import BUCKET, S3Server
 

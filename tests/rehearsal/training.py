@@ -157,8 +157,8 @@ def _train(device: Any, rank: int, world: int, root: Path, name: str) -> dict[st
         for steps in (FIRST, LAST):
             shorter = recipe.train.model_copy(update={"steps": steps})
             part = recipe.model_copy(update={"train": shorter})
-            lease = Lease(run_url(recipe, name), 1, "")
-            with trainer.Trainer(part, lease, "none", device) as training:
+            each = Run(recipe.storage.root, name, part)
+            with trainer.Trainer(each, Lease(each.url, 1, ""), "none", device) as training:
                 reached += [number.step for number in training][-1:]
                 training.finish()
     except Exception as error:

@@ -13,6 +13,7 @@ from diffit_train import storage
 from diffit_train.config.train import Train
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.progress import show_log
 from diffit_train.runs.checkpoints import STATES, Checkpoint, Checkpoints, Slice, State
 from diffit_train.runs.deepspeed import is_deepspeed_checkpoint, read_deepspeed_checkpoint
 from diffit_train.training.checkpointer import (
@@ -92,7 +93,9 @@ def _steps(engine: Engine, first: int, last: int) -> None:
 
 
 def _save(engine: Engine, run: str, step: int) -> None:
-    CheckpointWriter(engine).save_now(run, _state(step, engine, engine.world_size))
+    CheckpointWriter(engine).save_now(
+        Checkpoint(run, step), _state(step, engine, engine.world_size)
+    )
 
 
 def _train_and_save(rank: int, world: int, run: str, train: Train, steps: int) -> None:
@@ -115,7 +118,7 @@ def _resume_and_save(
     rank: int, world: int, run: str, step: int, train: Train, steps: int, into: str
 ) -> None:
     engine = _engine(_model(), train, rank, world)
-    assert load_checkpoint(engine, run, step).step == step
+    assert load_checkpoint(engine, Checkpoint(run, step)).step == step
     _assert_computes_with(engine, Checkpoint(run, step).load("raw"))
     _save(engine, into, step)
     _steps(engine, step, steps)
@@ -393,7 +396,8 @@ def test_a_rejected_step_changes_only_the_ema(tmp_path: Path, stage: int, precis
 
 def _find_newest(rank: int, world: int, run: str, expected: int | None, words: str) -> None:
     lines: list[str] = []
-    state = load_newest(_engine(_model(), _train(), rank, world), run, lines.append)
+    with show_log(lines.append):
+        state = load_newest(_engine(_model(), _train(), rank, world), Checkpoints(run))
     assert (state.step if state else None) == expected
     assert bool(lines) == (rank == 0 and bool(words))
     assert all(words in line for line in lines)
@@ -406,14 +410,14 @@ def _storage_is_away(rank: int, world: int, run: str) -> None:
     before, storage.read_range = storage.read_range, away
     try:
         with pytest.raises(DiffitError, match="could not reach"):
-            load_newest(_engine(_model(), _train(), rank, world), run, print)
+            load_newest(_engine(_model(), _train(), rank, world), Checkpoints(run))
     finally:
         storage.read_range = before
 
 
 def _all_damaged(rank: int, world: int, run: str) -> None:
     with pytest.raises(DiffitError, match=r"is damaged.*no earlier checkpoint"):
-        load_newest(_engine(_model(), _train(), rank, world), run, print)
+        load_newest(_engine(_model(), _train(), rank, world), Checkpoints(run))
 
 
 def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) -> None:
@@ -435,16 +439,18 @@ def test_a_damaged_newest_checkpoint_is_skipped(trained: str, tmp_path: Path) ->
 def _save_with_failures(rank: int, world: int, run: str) -> None:
     engine = _engine(_model(), _train(), rank, world)
     lines: list[str] = []
-    writer = CheckpointWriter(engine, lines.append)
-    writer.save(run, _state(0, engine, world))
+    writer = CheckpointWriter(engine)
+    writer.save(Checkpoint(run, 0), _state(0, engine, world))
     writer.wait()
-    for step in range(1, 1 + FAILED_SAVES):
-        writer.save(f"{run}/blocked" if rank == 1 else run, _state(step, engine, world))
-    writer.wait()
+    with show_log(lines.append):
+        for step in range(1, 1 + FAILED_SAVES):
+            folder = f"{run}/blocked" if rank == 1 else run
+            writer.save(Checkpoint(folder, step), _state(step, engine, world))
+        writer.wait()
     assert len(writer.failures) == FAILED_SAVES
     assert len(lines) == (FAILED_SAVES if rank == 0 else 0)
     with pytest.raises(DiffitError, match=r"step-0000000003 could not be written: rank 1"):
-        writer.save(run, _state(4, engine, world))
+        writer.save(Checkpoint(run, 4), _state(4, engine, world))
 
 
 def test_training_survives_a_few_failed_checkpoints(tmp_path: Path) -> None:

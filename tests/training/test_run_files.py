@@ -14,7 +14,7 @@ from diffit_train.commands.verify import check
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, remove_unfinished, save_whole
 from diffit_train.runs.import_export import export_weights
-from diffit_train.runs.run import open_run
+from diffit_train.runs.run import Run, open_run
 from diffit_train.tracking import Tracker
 from diffit_train.training.log import (
     SkippedSteps,
@@ -66,7 +66,7 @@ def _names(run: Path) -> list[str]:
 
 
 def test_an_undamaged_run_is_good(run: Path) -> None:
-    check_run_files(str(run))
+    check_run_files(Run(str(run.parent.parent), run.name))
     assert _names(run) == []
 
 
@@ -90,13 +90,13 @@ def test_a_damaged_log_is_named_and_begins_again(how: str, run: Path) -> None:
     text = DAMAGE[how](file.read_text())
     file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=f"{file} is damaged: .*; remove it"):
-        check_run_files(str(run))
+        check_run_files(Run(str(run.parent.parent), run.name))
     with pytest.raises(DiffitError, match=r"(?s)1 damaged part in .*log\.jsonl: .*--remove"):
         check(str(run), remove=False)
     check(str(run), remove=True)
     assert not file.exists()
     assert _names(run) == []
-    check_run_files(str(run))
+    check_run_files(Run(str(run.parent.parent), run.name))
     log = TrainingLog(str(run), 6, mark)
     log.append(_record(8))
     storage.write_text(log.url, log.text())

@@ -22,8 +22,7 @@ from diffit_train.evaluation.sample import WeightSource, sample_images
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
-from diffit_train.training.driver import train
-from tests.conftest import tiny_recipe
+from tests.conftest import tiny_recipe, train
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -30,7 +30,7 @@ from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.runs.import_export import export_weights, import_file, recipe_of_weights
 from diffit_train.runs.lease import Lease, LostLeaseError
 from diffit_train.runs.phema import reconstruct_ema
-from diffit_train.runs.run import open_run
+from diffit_train.runs.run import Run, open_run
 from diffit_train.tracking import Tracker
 from diffit_train.training import control
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
@@ -68,9 +68,10 @@ def _train(
         return made
 
     BatchBuilder.__call__ = spoilt  # type: ignore[method-assign]
-    lease = lease or Lease(f"{recipe.storage.root}/runs/{run}", 1, "")
+    started = Run(recipe.storage.root, run, recipe)
+    lease = lease or Lease(started.url, 1, "")
     try:
-        with Trainer(recipe, lease, run_id, CPU) as trainer:
+        with Trainer(started, lease, run_id, CPU) as trainer:
             first, saved = trainer.step, False
             trainer.requests.watch_preemption = preempt
             trainer.requests.stop = rank == 0 and stop_after == 1

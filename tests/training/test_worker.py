@@ -16,13 +16,14 @@ import ray.train.torch
 import ray.util.metrics
 import torch
 
-from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.models.build import build_model
-from diffit_train.runs.lease import Lease
-from diffit_train.training import loop, worker
-from diffit_train.training.status import TrainingStatus
-from diffit_train.training.worker import RayHooks, choose_interface
+from diffit_train.runs.run import open_run
+from diffit_train.training import worker
+from diffit_train.training.control import Requests
+from diffit_train.training.coordinator import Coordinator, Failure
+from diffit_train.training.trainer import Step
+from diffit_train.training.worker import Link, choose_interface
 from tests.conftest import tiny_recipe
 
 
@@ -65,84 +66,52 @@ def test_gauges_show_the_age_of_the_checkpoint_and_phases_by_rank(
     shown.clear()
     monkeypatch.setattr(ray.util.metrics, "Gauge", RecordedGauge)
     monkeypatch.setattr(worker, "POLL_S", 0.02)
-    status: Any = TrainingStatus.remote()  # type: ignore[attr-defined]
-    hooks = RayHooks(status, 0, 2, "mine", Lease("unused", 1, ""))
-    hooks.report({"step": 8, "loss": 0.5})
-    ages = _wait_for(lambda: shown.get(("diffit_train_checkpoint_age_s", "mine"), []))
-    grown = _wait_for(lambda: [age for age in ages if age >= 0.5])[0]
-    hooks.saved(8)
-    assert ray.get(status.newest_checkpoint.remote()) == 8
-    _wait_for(lambda: ages[-1] < grown)
-    # Also while a stop is under way.
-    ray.get(status.stop.remote())
-    _wait_for(hooks.should_stop)
-    seen = len(ages)
-    _wait_for(lambda: ages[seen:])
-    RayHooks(status, 1, 2, "mine", Lease("unused", 1, "")).report_phases(
-        {"data": 0.25, "forward": 0.5}
-    )
+    coordinator: Any = Coordinator.remote()  # type: ignore[attr-defined]
+    trainer: Any = SimpleNamespace(step=0, requests=Requests(), saved_s=time.monotonic())
+    with Link(coordinator, "mine", 0, 2, trainer) as link:
+        link.report(Step(8, record={"loss": 0.5}))
+        ages = _wait_for(lambda: shown.get(("diffit_train_checkpoint_age_s", "mine"), []))
+        grown = _wait_for(lambda: [age for age in ages if age >= 0.5])[0]
+        trainer.saved_s = time.monotonic()
+        _wait_for(lambda: ages[-1] < grown)
+        # Also while a stop is under way.
+        assert not trainer.requests.stop
+        ray.get([coordinator.stop.remote(), coordinator.set_validated.remote(7)])
+        _wait_for(lambda: trainer.requests.stop)
+        assert trainer.requests.validated == 7
+        seen = len(ages)
+        _wait_for(lambda: ages[seen:])
+    news = ray.get(coordinator.news.remote(0, 0))
+    assert news.record == {"step": 8, "loss": 0.5}
+    other: Any = SimpleNamespace(step=0, requests=Requests(), saved_s=0.0)
+    Link(coordinator, "mine", 1, 2, other).report(Step(8, phases={"forward": 0.5}))
     assert shown["diffit_train_loss", "mine"] == [0.5]
     assert shown["diffit_train_rank_phase_s", "mine", "1", "forward"] == [0.5]
-    hooks.leave()
-    ray.kill(status)
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_workers_answer_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "POLL_S", 0.02)
-    monkeypatch.setattr(worker, "RESIZE_WAIT_S", 0.0)
-    waited: list[str] = []
-    monkeypatch.setattr(RayHooks, "say", lambda self, text: waited.append(text))
-    status: Any = TrainingStatus.remote()  # type: ignore[attr-defined]
-    hooks, other = (
-        RayHooks(status, 0, 2, "mine", Lease("unused", 1, "")),
-        RayHooks(status, 1, 2, "mine", Lease("unused", 1, "")),
-    )
-    assert not hooks.should_resize()
-    for saved in (True, False):
-        ray.get(status.request_resize.remote())
-        _wait_for(hooks.should_resize)
-        other.await_resize(saved)
-        assert not ray.get(status.resize_answered.remote())
-        waited.clear()
-        hooks.await_resize(saved)
-        assert bool(waited) == saved
-        assert ray.get(status.resize_answered.remote())
-        _wait_for(lambda: not hooks.should_resize())
-    hooks.leave()
-    ray.kill(status)
+    ray.kill(coordinator)
 
 
 def test_a_class_that_a_node_lacks_is_named_and_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    hooks = SimpleNamespace(
-        rank=1,
-        status=SimpleNamespace(fail=SimpleNamespace(remote=said.append)),
-        leave=lambda: None,
-        answer_resize=lambda: None,
-    )
+    explained: list[Failure] = []
+    coordinator = SimpleNamespace(explain=SimpleNamespace(remote=explained.append))
     context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
-    monkeypatch.setattr(worker, "RayHooks", lambda *_: hooks)
-    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray, "get", lambda value, timeout: value)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
-
-    def build(recipe: Recipe, *_: object) -> None:
-        build_model(recipe)
-
-    monkeypatch.setattr(loop, "train_until_done", build)
+    monkeypatch.setattr(worker, "Trainer", lambda run, *_: build_model(run.recipe))
     recipe = tiny_recipe(tmp_path, "model={architecture: 'nowhere.model:Net'}")
-    config = {"recipe": recipe.model_dump(), "run": "r", "mlflow_run_id": "m"}
-    config |= {"status": None, "lease": None}
+    config = {"run": open_run(recipe, "r"), "mlflow_run_id": "m", "lease": None}
     threads = torch.get_num_threads()
     with pytest.raises(UserError):
-        worker.train_worker(config)
+        worker.train_worker({**config, "coordinator": coordinator})
     torch.set_num_threads(threads)
-    (reason,) = said
-    assert reason.startswith(f"on node {socket.gethostname()}: model.architecture is 'nowhere.mod")
-    assert "on a cluster: on every node" in reason
+    (failure,) = explained
+    assert failure.final
+    assert failure.cause.startswith(
+        f"on node {socket.gethostname()}: model.architecture is 'nowhere.mod"
+    )
+    assert "on a cluster: on every node" in failure.cause
 
 
 def _wait_for(what: Any) -> Any:
