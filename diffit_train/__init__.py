@@ -4,10 +4,16 @@ In Python:
 
     import diffit_train as dt
 
-    model = dt.load("my-project", run="demo", weights="ema")
-    images = model.sample(classes=[3, 4], seeds=range(8))  # (16, R, R, 3) uint8
+    run = dt.Project("my-project").run("demo")
+    images = run.load(weights="ema").sample(classes=[3, 4], seeds=range(8))  # (16, R, R, 3) uint8
+    run.recipe, run.checkpoints.steps, run.evaluations, run.log
     for batch in dt.Latents("my-project/latents/digits"): ...  # in training's exact order
     table = dt.compare("my-project")  # a pandas DataFrame
+
+    recipe = dt.load_recipe("imagenet256", root="s3://bucket/project")
+    dt.encode(recipe)
+    run = dt.train(recipe, "first")
+    results = dt.evaluate(run)
 
 These names, and those of `diffit_train.extend` for custom classes, are the surface; every
 other module is private. Importing the package imports none of them: torch and the others are
@@ -16,40 +22,70 @@ imported when a name is first used.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffit_train.api import LatentBatch, Latents, Model, load
+    from diffit_train.api import (
+        Project,
+        Run,
+        compute_references,
+        encode,
+        evaluate,
+        load,
+        load_recipe,
+        open_run,
+        train,
+    )
+    from diffit_train.config import Recipe
+    from diffit_train.data.latents import LatentBatch, Latents
     from diffit_train.errors import DiffitError, UserError
+    from diffit_train.evaluation.model import Model
     from diffit_train.reports.compare import compare
+    from diffit_train.runs.checkpoints import Checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoint",
     "DiffitError",
     "LatentBatch",
     "Latents",
     "Model",
+    "Project",
+    "Recipe",
+    "Run",
     "UserError",
     "__version__",
     "compare",
+    "compute_references",
+    "encode",
+    "evaluate",
     "load",
+    "load_recipe",
+    "open_run",
+    "train",
 ]
 
-_API = ("LatentBatch", "Latents", "Model", "load")
-_ERRORS = ("DiffitError", "UserError")
+_MODULES = {
+    "api": (
+        *("Project", "Run", "load_recipe", "open_run", "load"),
+        *("encode", "compute_references", "train", "evaluate"),
+    ),
+    "config": ("Recipe",),
+    "data.latents": ("LatentBatch", "Latents"),
+    "errors": ("DiffitError", "UserError"),
+    "evaluation.model": ("Model",),
+    "reports.compare": ("compare",),
+    "runs.checkpoints": ("Checkpoint",),
+}
 
 
 def __getattr__(name: str) -> object:
     """Import what is asked for."""
-    from importlib import import_module
-
-    if name in _API:
-        return getattr(import_module("diffit_train.api"), name)
-    if name in _ERRORS:
-        return getattr(import_module("diffit_train.errors"), name)
-    if name == "compare":
-        return import_module("diffit_train.reports.compare").compare
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"diffit_train.{module}"), name)
     raise AttributeError(f"module 'diffit_train' has no attribute {name!r}")
 
 

@@ -1,99 +1,95 @@
-"""The Python surface, which `diffit_train` itself exports: trained models and latents.
+"""The Python API, which `diffit_train` itself exports.
 
-What is not exported there is private and may change.
+What is not exported there is private and may change. Nothing here imports torch, Ray or MLflow
+before it needs them: what is finished is found at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
-
-from diffit_train import storage
+from diffit_train import config, storage
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import load_autoencoder
-from diffit_train.data.loader import Batch, LatentLoader, SampleOrder
-from diffit_train.data.shards import load_manifest, recipe_of
+from diffit_train.config.evaluate import OWN
+from diffit_train.data.known_autoencoder import resolve_alias
+from diffit_train.data.shards import Manifest, finished_manifest, latents_url, missing_files
 from diffit_train.errors import UserError
-from diffit_train.evaluation.generate import Generator, class_names, run_weights
-from diffit_train.evaluation.sample import choose_classes
+from diffit_train.evaluation import evaluate as evaluation
+from diffit_train.evaluation.best import register_best
+from diffit_train.evaluation.result import Result, run_results
+from diffit_train.progress import counted, say
+from diffit_train.redaction import first_line
+from diffit_train.runs import run as runs
 from diffit_train.runs.checkpoints import NEWEST
-from diffit_train.runs.select import select_run
+from diffit_train.runs.select import with_overrides
+from diffit_train.tracking import unreachable_errors
+from diffit_train.training.log import send_unsent
+
+if TYPE_CHECKING:
+    from diffit_train.data.latents import Latents
+    from diffit_train.evaluation.model import Model
+    from diffit_train.evaluation.training_samples import TrainingSamples
 
 
-class Model:
-    """The weights of a run's checkpoint, ready to sample; made by `load`.
+class Run(runs.Run):
+    """A run of a project: its recipe, metadata, checkpoints, evaluations and log."""
 
-    Attributes:
-        recipe: the run's recipe, with what was changed for sampling.
-        run: name of the run.
-        step: step of the checkpoint.
-        classes: names of the classes; empty for a model without labels.
-    """
-
-    def __init__(self, recipe: Recipe, run: str, step: int, generator: Generator) -> None:
-        self.recipe, self.run, self.step = recipe, run, step
-        self.classes: list[str] = class_names(recipe) if recipe.model.conditional else []
-        self._generator = generator
-
-    def __repr__(self) -> str:
-        return f"<Model {self.run}, step {self.step:,}, {self.recipe.evaluate.weights}>"
-
-    def sample(
+    def load(
         self,
-        classes: Sequence[int | str] | None = None,
-        seeds: Sequence[int] = (0,),
-        batch_size: int = 16,
-    ) -> np.ndarray:
-        """Images of each class and seed, (classes * seeds, R, R, 3) uint8, seeds innermost.
-
-        An image is that of `diffit sample`: it depends on its class and seed only, but for
-        rounding.
+        step: int | str = NEWEST,
+        weights: str | None = None,
+        changes: Sequence[str] = (),
+        device: str | None = None,
+    ) -> Model:
+        """Load a checkpoint's weights, ready to sample.
 
         Args:
-            classes: numbers or names; None for all. A model without labels has none.
-            seeds: of the noise, 0 or larger.
-            batch_size: images at once.
+            step: of the checkpoint.
+            weights: `raw`, or the name of an EMA; None for the recipe's `evaluate.weights`.
+            changes: KEY=VALUE that are to differ for sampling, such as
+                `evaluate.sampler.steps=50`.
+            device: such as `cuda:1`; None for a GPU if there is one.
 
         Raises:
-            UserError: there is no such class or seed.
+            UserError: the checkpoint, weights or autoencoder do not exist, or a key does not
+                belong to sampling.
         """
-        if any(seed < 0 for seed in seeds):
-            raise UserError(f"seeds are {list(seeds)}, but must be 0 or larger")
-        labels = self._labels(classes)
-        wanted = [(label, seed) for label in labels for seed in seeds]
-        parts = []
-        for start in range(0, len(wanted), batch_size):
-            chunk = wanted[start : start + batch_size]
-            keys = [(seed, 0) for _, seed in chunk]
-            parts.append(self._generator(keys, [label for label, _ in chunk]))
-        side = self.recipe.data.resolution
-        return np.concatenate(parts) if parts else np.zeros((0, side, side, 3), np.uint8)
+        from diffit_train.evaluation.model import Model
 
-    def _labels(self, classes: Sequence[int | str] | None) -> list[int]:
-        if not self.classes:
-            if classes:
-                raise UserError(f"classes are {list(classes)}, but the model has no labels")
-            return [0]
-        if classes is None:
-            return list(range(len(self.classes)))
-        labels = []
-        for one in classes:
-            if isinstance(one, str):
-                labels += choose_classes(self.classes, [one])
-            elif 0 <= one < len(self.classes):
-                labels.append(int(one))
-            else:
-                raise UserError(
-                    f"class is {one}, but must be a name or a number from 0 to "
-                    f"{len(self.classes) - 1}"
-                )
-        return labels
+        words = [*changes, *([f"evaluate.weights={weights}"] if weights else [])]
+        run = with_overrides(self, "sample", words)
+        return Model(run, run.checkpoint(step).step, device)
+
+    @property
+    def evaluations(self) -> list[Result]:
+        """The results of its finished evaluations."""
+        return list(run_results(self.root, self.name))
+
+
+class Project(runs.Project):
+    """A project: latents, runs and evaluations under a root folder or `s3://bucket/prefix`."""
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        """Its runs, by name."""
+        return [Run(run.root, run.name) for run in super().runs]
+
+    def run(self, name: str | None = None) -> Run:
+        """A run that exists; None for the only one.
+
+        Raises:
+            UserError: there is no such run, or there are several.
+        """
+        run = super().run(name)
+        return Run(run.root, run.name)
+
+    def latents(self, name: str, **options: Any) -> Latents:
+        """The batches of a data set that training sees; the options are those of `Latents`."""
+        from diffit_train.data.latents import Latents
+
+        return Latents(self.latents_url(name), **options)
 
 
 def load(
@@ -104,102 +100,151 @@ def load(
     changes: Sequence[str] = (),
     device: str | None = None,
 ) -> Model:
-    """Load a trained model.
+    """Short for `Project(root).run(run).load(…)`."""
+    return Project(root).run(run).load(step, weights, changes, device)
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), root: str | None = None) -> Recipe:
+    """Read and check a recipe; a copy of the latents' autoencoder counts as that one.
 
     Args:
-        root: project folder or s3://bucket/prefix.
-        run: name of the run; None for the only one.
-        step: of the checkpoint; `newest` for the last one.
-        weights: `raw`, or the name of an EMA; None for the recipe's `evaluate.weights`.
-        changes: KEY=VALUE that are to differ for sampling, such as `evaluate.sampler.steps=50`.
-        device: such as `cuda:1`; None for a GPU if there is one.
+        name: a packaged name, or the path or URL of a YAML file.
+        overrides: KEY=VALUE, where later ones win.
+        root: project folder or s3://bucket/prefix; None for the recipe's `storage.root`.
 
     Raises:
-        UserError: the run, checkpoint, weights or autoencoder do not exist, or a key does not
-            belong to sampling.
+        UserError: the recipe is invalid; names the key, its value and what is allowed.
     """
-    words = [*changes, *([f"evaluate.weights={weights}"] if weights else [])]
-    chosen = select_run("sample", None, words, root, run)
-    recipe, number = chosen.recipe, chosen.checkpoint(step).step
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tensors = run_weights(recipe, chosen.url, number)
-    generator = Generator(recipe, tensors, load_autoencoder(recipe, place))
-    return Model(recipe, chosen.name, number, generator)
+    recipe = config.load_recipe(name, overrides, root)
+    url = recipe.storage.root
+    if storage.is_local(url) and storage.local_path(url).is_file():
+        raise UserError(f"storage.root is {url}, a file; choose a folder by --root")
+    return resolve_alias(recipe)
 
 
-class LatentBatch(NamedTuple):
-    """A batch of encoded images.
-
-    Attributes:
-        step: of training, from 0.
-        moments: (n, F, 2C, h, w) float32: the posterior's mean, then its log-variance, unscaled,
-            or pixels; F is 2 with the horizontal flip.
-        labels: (n,) int64.
-        keys: (n,) int64, indices of the images in the sorted input.
-    """
-
-    step: int
-    moments: Tensor
-    labels: Tensor
-    keys: Tensor
+def open_run(recipe: Recipe, name: str | None = None) -> Run:
+    """The run that a recipe trains, new or existing; its default name is the recipe's."""
+    run = runs.open_run(recipe, name)
+    return Run(run.root, run.name, run.recipe)
 
 
-class Latents(IterableDataset[LatentBatch]):
-    """The batches that training sees, in its exact order, without end.
-
-    Yields batches, so wrap it in `DataLoader(latents, batch_size=None)`. Several workers of a
-    DataLoader, and several ranks, share each batch as the ranks of a training do: by streams.
+def encode(recipe: Recipe, *, address: str | None = None, append: bool = False) -> Manifest:
+    """Encode the recipe's images to shards of latents, unless they are there.
 
     Args:
-        url: folder of the latents, ROOT/latents/NAME.
-        batch_size: global; None for that of the recipe that encoded them.
-        seed: of the order; None for the recipe's `train.seed`.
-        start_step: the first step.
-        rank: of this process.
-        world: number of processes.
-
-    Raises:
-        UserError: there are no finished latents, or fewer samples than a batch needs.
+        address: of the Ray cluster; None for a new one on this machine.
+        append: add new images as new shards.
     """
+    url, manifest = latents_url(recipe), finished_manifest(recipe)
+    if manifest is None or append or missing_files(url, manifest):
+        say(f"Encoding {storage.display_path(recipe.data.source)}")
+        from diffit_train.data import encode as stage
 
-    def __init__(
-        self,
-        url: str,
-        batch_size: int | None = None,
-        seed: int | None = None,
-        start_step: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.url = storage.absolute(url)
-        self.manifest, recipe = load_manifest(self.url), recipe_of(self.url)
-        self.start_step, self.rank, self.world = start_step, rank, world
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}, but must be at least 1")
-        self._new_order = partial(SampleOrder.of, recipe, self.manifest, batch_size, seed)
-        self.steps_per_epoch = self._new_order().steps_per_epoch
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes."""
-        return list(self.manifest.classes)
-
-    def __iter__(self) -> Iterator[LatentBatch]:
-        info, rank, world = get_worker_info(), self.rank, self.world
-        if info is not None:
-            rank, world = rank * info.num_workers + info.id, world * info.num_workers
-        order = self._new_order()
-        streams = order.rank_streams(rank, world)
-        with LatentLoader(
-            self.url, self.manifest, order, streams, self.start_step, _as_tensors
-        ) as loader:
-            yield from loader
-
-
-def _as_tensors(batch: Batch) -> LatentBatch:
-    return LatentBatch(
-        batch.step,
-        torch.from_numpy(batch.moments),
-        torch.from_numpy(batch.labels.astype(np.int64)),
-        torch.from_numpy(batch.keys.astype(np.int64)),
+        manifest = stage.encode(recipe, address, append)
+    else:
+        say("already encoded")
+    say(
+        f"latents {storage.display_path(url)}: {counted(manifest.totals.written, 'image')} in "
+        f"{counted(len(manifest.shards), 'shard')}, {manifest.totals.rejected:,} rejected"
     )
+    return manifest
+
+
+def train(
+    recipe: Recipe,
+    name: str | None = None,
+    *,
+    address: str | None = None,
+    init_from: str | None = None,
+    init_weights: str = "ema",
+    wait: bool = False,
+    local: bool = False,
+) -> Run:
+    """Train a run to its last step, resuming it if it exists.
+
+    Args:
+        name: of the run; None for the recipe's.
+        address: of the Ray cluster; None for a new one on this machine.
+        init_from: RUN or RUN@STEP to start a new run from.
+        init_weights: its weights: raw, or the name of an EMA.
+        wait: whether to wait for another command that trains the run.
+        local: train in this process, without Ray.
+    """
+    opened = runs.open_run(recipe, name, init_from, init_weights)
+    run = Run(opened.root, opened.name, opened.recipe)
+    shown, step = storage.display_path(run.url), run.finished_step
+    if step is None:
+        say(f"Training {shown}")
+        from diffit_train.training import driver
+
+        validate, samples = _validation(run), _samples(run)
+        step = driver.train(run, address, validate, samples=samples, wait=wait, local=local)
+    else:
+        say("already trained" + (f" to step {step:,}" if step > run.recipe.train.steps else ""))
+        send_unsent(run)
+        _send_samples(run)
+    say(f"run {shown} is at step {step:,}")
+    return run.refresh()
+
+
+def _samples(run: Run) -> TrainingSamples | None:
+    """What draws grids during training; None if the recipe has none."""
+    if run.recipe.train.sample_every is None:
+        return None
+    from diffit_train.evaluation.training_samples import TrainingSamples
+
+    return TrainingSamples(run.recipe, run.name)
+
+
+def _send_samples(run: Run) -> None:
+    """Log the grids that MLflow lacked when training ended."""
+    samples = _samples(run)
+    if samples is not None:
+        try:
+            samples.send_unsent()
+        except unreachable_errors() as error:
+            say(f"Could not log samples to MLflow; they are kept: {first_line(error)}")
+
+
+def _validation(run: Run) -> Callable[[int], str] | None:
+    """The function that evaluates checkpoints during training; None if the recipe has none."""
+    recipe = run.recipe
+    if recipe.train.validate_every is None:
+        return None
+    from diffit_train.data.sources import list_images
+    from diffit_train.evaluation import runner
+
+    changed = {"samples": recipe.train.validate_samples}
+    evaluate = recipe.evaluate.model_copy(update=changed)
+    recipe = recipe.model_copy(update={"evaluate": evaluate})
+    runner.check(recipe)
+    if recipe.evaluate.reference == OWN:
+        list_images(recipe)
+    return functools.partial(validate_checkpoint, recipe, run.name)
+
+
+def validate_checkpoint(recipe: Recipe, run: str, step: int) -> str:
+    """Evaluate a checkpoint during training; return a line with its metrics."""
+    from diffit_train.evaluation import runner
+
+    request = runner.Request(recipe, run, step, curve="validation")
+    result = request.finished or runner.evaluate([request])[0]
+    register_best(recipe, run, [result], validated=True)
+    metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    return f"step {step:,} evaluated: {metrics}  {storage.display_path(result.grid)}"
+
+
+def evaluate(
+    run: runs.Run, steps: Sequence[int | str] = (NEWEST,), *, address: str | None = None
+) -> list[Result]:
+    """Evaluate checkpoints of a run, unless they are; one result for each.
+
+    Args:
+        address: of the Ray cluster; None for a new one on this machine.
+    """
+    words = [str(step) for step in steps]
+    results = evaluation.evaluate_run(run.recipe, run.name, words, address)
+    return [Result.model_validate(result) for result in results]
+
+
+compute_references = evaluation.compute_references

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import diffit_train
+from diffit_train.api import load_recipe
 from diffit_train.commands.ablate import ablate_command
 from diffit_train.commands.attention import attention_command
 from diffit_train.commands.compare import compare_command
@@ -24,6 +25,7 @@ from diffit_train.commands.jobs import (
     jobs_list_command,
     jobs_stop_command,
 )
+from diffit_train.commands.options import Overrides, RecipeName, Root, RunName, Steps
 from diffit_train.commands.pipeline import pipeline_command
 from diffit_train.commands.plan import plan_command
 from diffit_train.commands.recipe import recipe_new_command, recipe_show_command
@@ -33,7 +35,9 @@ from diffit_train.commands.sweep import sweep_command
 from diffit_train.commands.train import train_command
 from diffit_train.commands.verify import verify_command
 from diffit_train.commands.weights import export_command, import_command, sample_command
+from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, Interrupted, UserError
+from diffit_train.jobs.node import load_forwarded
 from diffit_train.progress import say
 from diffit_train.redaction import first_line
 
@@ -135,6 +139,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = None if arguments is None else list(arguments)
     sys.exit(exit_status(lambda: app(words)))
+
+
+def run_job(body: Callable[[Recipe, str | None, list[str]], object]) -> None:
+    """Run an entry point of `pipelines/` and exit with its status.
+
+    Args:
+        body: gets the recipe, the name of the run and the steps of the command line.
+    """
+    load_forwarded()
+    command = typer.Typer(pretty_exceptions_enable=False)
+
+    @command.command(help=body.__doc__)
+    def job(
+        name: RecipeName,
+        overrides: Overrides = None,
+        root: Root = None,
+        run: RunName = None,
+        step: Steps = None,
+    ) -> None:
+        body(load_recipe(name, overrides or (), root), run, step or [])
+
+    sys.exit(exit_status(command))
 
 
 def exit_status(body: Callable[[], object]) -> int:

@@ -1,13 +1,19 @@
-"""`diffit encode` as the entry point of a Ray job, on the cluster that the job runs on.
+"""Encode images to shards of latents: the Ray job of `diffit submit encode`.
 
 ray job submit --working-dir . -- python pipelines/encode.py RECIPE [KEY=VALUE ...]
 """
 
-import sys
+from __future__ import annotations
 
-from diffit_train.__main__ import main
-from diffit_train.jobs.node import load_forwarded
+import diffit_train as dt
+from diffit_train.cli import run_job
+
+
+def encode(recipe: dt.Recipe, name: str | None, steps: list[str]) -> None:
+    """Encode what is not encoded yet, on all nodes of the job's cluster."""
+    manifest = dt.encode(recipe)
+    print(f"{manifest.totals}; mean of the channels {manifest.mean}, deviation {manifest.std}")
+
 
 if __name__ == "__main__":
-    load_forwarded()
-    main(["encode", *sys.argv[1:]])
+    run_job(encode)

@@ -1,13 +1,20 @@
-"""`diffit evaluate` as the entry point of a Ray job, on the cluster that the job runs on.
+"""Measure checkpoints of a run: the Ray job of `diffit submit evaluate`.
 
-ray job submit --working-dir . -- python pipelines/evaluate.py RECIPE [KEY=VALUE ...]
+ray job submit --working-dir . -- python pipelines/evaluate.py RECIPE [--run RUN] [--step STEP ...]
 """
 
-import sys
+from __future__ import annotations
 
-from diffit_train.__main__ import main
-from diffit_train.jobs.node import load_forwarded
+import diffit_train as dt
+from diffit_train.cli import run_job
+
+
+def evaluate(recipe: dt.Recipe, name: str | None, steps: list[str]) -> None:
+    """Generate images from each checkpoint and compute the metrics that the recipe asks for."""
+    run = dt.open_run(recipe, name)
+    for result in dt.evaluate(run, steps or ["newest"]):
+        print(f"step {result.step:,}: {result.metrics}, images in {result.grid}")
+
 
 if __name__ == "__main__":
-    load_forwarded()
-    main(["evaluate", *sys.argv[1:]])
+    run_job(evaluate)

@@ -1,13 +1,19 @@
-"""`diffit train` as the entry point of a Ray job, on the cluster that the job runs on.
+"""Train a run: the Ray job of `diffit submit train`.
 
-ray job submit --working-dir . -- python pipelines/train.py RECIPE [KEY=VALUE ...]
+ray job submit --working-dir . -- python pipelines/train.py RECIPE [KEY=VALUE ...] [--run RUN]
 """
 
-import sys
+from __future__ import annotations
 
-from diffit_train.__main__ import main
-from diffit_train.jobs.node import load_forwarded
+import diffit_train as dt
+from diffit_train.cli import run_job
+
+
+def train(recipe: dt.Recipe, name: str | None, steps: list[str]) -> None:
+    """Train on the latents from the newest checkpoint to the recipe's last step."""
+    run = dt.train(recipe, name)
+    print(f"checkpoints at steps {run.checkpoints.steps}, MLflow run {run.mlflow_run_id}")
+
 
 if __name__ == "__main__":
-    load_forwarded()
-    main(["train", *sys.argv[1:]])
+    run_job(train)

@@ -75,6 +75,9 @@ def test_samples_are_those_of_the_command(root: Path, tmp_path: Path) -> None:
 def test_checkpoint_weights_and_sampler_can_be_chosen(root: Path) -> None:
     model = dt.load(str(root), "mine", 4, "raw", ["evaluate.sampler.steps=2"], "cpu")
     assert repr(model) == "<Model mine, step 4, raw>"
+    run = dt.Project(str(root)).run("mine")
+    assert repr(run.load(4, weights="raw")) == repr(model)
+    assert (run.checkpoints.steps, run.evaluations, run.log) == ([4, 8], [], [])
     assert model.recipe.evaluate.sampler.steps == 2
     newest = dt.load(str(root), "mine").sample([0])
     assert not np.array_equal(model.sample([0]), newest)

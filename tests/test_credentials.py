@@ -55,14 +55,14 @@ def test_the_environment_has_the_password(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_job_has_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CREDENTIALS, raising=False)
-    with_password = job("train", tiny_recipe(tmp_path, f"tracking.uri={URI}"), "one", ())
+    with_password = job("train", open_run(tiny_recipe(tmp_path, f"tracking.uri={URI}"), "two"), ())
     with pytest.raises(UserError, match=rf"{BARE} holds a password.* export {CREDENTIALS} .*--env"):
         client._stage_files(with_password, tmp_path)
     assert "hunter2" not in _files(tmp_path)
     monkeypatch.setenv(CREDENTIALS, URI)
     (tmp_path / "job").mkdir()
     bare = tiny_recipe(tmp_path, f"tracking.uri={BARE}")
-    client._stage_files(job("train", bare, "one", (), [CREDENTIALS]), tmp_path / "job")
+    client._stage_files(job("train", open_run(bare, "one"), (), [CREDENTIALS]), tmp_path / "job")
     assert "hunter2" not in (tmp_path / "job" / "recipe.yaml").read_text()
 
 

@@ -30,6 +30,7 @@ from diffit_train.jobs.fleet import Fleet, JobState, require_success, submit
 from diffit_train.jobs.job import Job, RuntimeEnv, job
 from diffit_train.jobs.node import Check
 from diffit_train.runs.checkpoints import Checkpoints
+from diffit_train.runs.run import Run, open_run
 from tests.conftest import tiny_recipe, write_images
 from tests.head import Head, free_port
 from tests.silent import silent_server
@@ -54,7 +55,7 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     write_images(tmp_path / "images" / "digits")
     recipe = tiny_recipe(tmp_path)
     fit_autoencoder(recipe)
-    train, encode = job("train", recipe, "tiny", []), job("encode", recipe, None, [])
+    train, encode = job("train", open_run(recipe, "tiny"), []), job("encode", open_run(recipe), [])
     with pytest.raises(UserError, match=f"job {train.name}-1 rejected its input"):
         submit(train, address)
     assert "no finished latents" in capfd.readouterr().err
@@ -78,7 +79,7 @@ def test_a_chain_of_jobs_and_a_second_attempt(
 
     # The whole chain as one job: only what is missing is computed.
     fit_features(recipe)
-    pipeline = job("pipeline", recipe, "tiny", ["0"])
+    pipeline = job("pipeline", open_run(recipe, "tiny"), ["0"])
     assert submit(pipeline, address) == f"{pipeline.name}-1"
     said = capfd.readouterr().err
     assert "stage 1 of 4, encode\nalready encoded" in said
@@ -89,16 +90,16 @@ def test_a_chain_of_jobs_and_a_second_attempt(
 
 
 def test_runs_of_one_name_under_two_roots_are_two_jobs(tmp_path: Path) -> None:
-    one, two = (Job("train", tiny_recipe(tmp_path / name), "tiny") for name in "ab")
+    one, two = (Job("train", open_run(tiny_recipe(tmp_path / name), "tiny")) for name in "ab")
     assert one.title == two.title == "train-tiny"
     assert one.name != two.name
     remote = tiny_recipe(tmp_path, "storage.root=s3://key:secret@bucket/x", "tracking.uri=http://m")
-    assert "secret" not in str(Job("train", remote, "tiny").metadata())
+    assert "secret" not in str(Job("train", Run(remote.storage.root, "tiny", remote)).metadata())
 
 
 def test_a_running_job_is_followed_not_doubled(address: str, tmp_path: Path) -> None:
     client = JobSubmissionClient(address)
-    waiting = Job("train", tiny_recipe(tmp_path), "waiting")
+    waiting = Job("train", open_run(tiny_recipe(tmp_path), "waiting"))
     client.submit_job(
         entrypoint="sleep 2", submission_id="slow", metadata={"diffit.name": waiting.name}
     )
@@ -109,7 +110,7 @@ def test_a_running_job_is_followed_not_doubled(address: str, tmp_path: Path) -> 
 def _shell_job(monkeypatch: pytest.MonkeyPatch, folder: Path, run: str, command: str) -> Job:
     """A job whose entry point is a shell command."""
     monkeypatch.setattr(Job, "entrypoint", lambda job, python: command.format(python=python))
-    return Job("train", tiny_recipe(folder), run, env=("DIFFIT_TEST_SECRET",))
+    return Job("train", open_run(tiny_recipe(folder), run), env=("DIFFIT_TEST_SECRET",))
 
 
 def test_a_stopped_job_may_save_first(
@@ -210,8 +211,9 @@ def test_a_cluster_is_checked_before_a_job_is_sent(
     client = JobSubmissionClient(address)
     (tmp_path / "file").write_text("not a folder")
     changes = ("scaling.workers=3", "scaling.gpus_per_worker=1")
-    bad = job("train", tiny_recipe(tmp_path / "file" / "root", *changes), "unfit", [])
-    checks, chosen = check_cluster(bad.recipe, ("train",), address)
+    recipe = tiny_recipe(tmp_path / "file" / "root", *changes)
+    bad = job("train", Run(recipe.storage.root, "unfit", recipe), [])
+    checks, chosen = check_cluster(recipe, ("train",), address)
     assert {check.check for check in checks} >= {"python", "ray", "torch", "gpus", "disk", "root"}
     assert chosen == "none"
     assert {check.check for check in checks if check.fix} == {"root", "train"}
@@ -385,8 +387,8 @@ def test_a_silent_job_server_is_given_up_at_the_limit(monkeypatch: pytest.Monkey
 
 
 def _fleet(folder: Path, count: int) -> list[Job]:
-    recipe, sweep = tiny_recipe(folder), f"s{abs(hash(folder)) % 10**8}"
-    return [Job("evaluate", recipe, "r", (), sweep, number) for number in range(count)]
+    run, sweep = open_run(tiny_recipe(folder), "r"), f"s{abs(hash(folder)) % 10**8}"
+    return [Job("evaluate", run, (), sweep, number) for number in range(count)]
 
 
 class _Cluster:
@@ -456,13 +458,13 @@ def test_a_stopped_job_ends_its_fleet(
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(UserError, match="stage is 'trian'"):
-        job("trian", recipe, None, [])
+        job("trian", open_run(recipe), [])
     with pytest.raises(UserError, match="--step is only for evaluate"):
-        job("train", recipe, None, ["3"])
+        job("train", open_run(recipe), ["3"])
     with pytest.raises(UserError, match="could not reach a Ray job server"):
-        submit(job("train", recipe, None, []), f"http://127.0.0.1:{free_port()}")
+        submit(job("train", open_run(recipe), []), f"http://127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match=r"must look like http://head:8265"):
-        submit(job("train", recipe, None, []), "head:8265")
+        submit(job("train", open_run(recipe), []), "head:8265")
 
 
 @pytest.mark.parametrize(
@@ -473,7 +475,7 @@ def test_nodes_may_install_from_a_mirror(
     index: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", index)
-    wanted = Job("train", tiny_recipe(tmp_path), "r", runtime_env="pip")
+    wanted = Job("train", open_run(tiny_recipe(tmp_path), "r"), runtime_env="pip")
     given = locked_packages(wanted, tmp_path)["pip"]["pip_install_options"]
     assert given == ["--require-hashes", "--no-deps", *options]
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://user:word@mirror/cpu")
@@ -483,16 +485,19 @@ def test_nodes_may_install_from_a_mirror(
 
 def test_job_name_metadata_and_entrypoint(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    evaluation = job("evaluate", recipe, "a run", ["0", "newest"])
+    evaluation = job("evaluate", open_run(recipe, "a run"), ["0", "newest"])
     expected = "python evaluate.py recipe.yaml --run 'a run' --step 0 --step newest"
     assert evaluation.entrypoint("python") == expected
     assert evaluation.title == "evaluate-a run"
     assert evaluation.name.startswith("evaluate-a run-")
-    assert job("encode", recipe, None, []).entrypoint("python") == "python encode.py recipe.yaml"
+    assert (
+        job("encode", open_run(recipe), []).entrypoint("python") == "python encode.py recipe.yaml"
+    )
     axes = ["guidance.scale=1:2:1", "sampler.steps=2,3"]
-    pool = Job("evaluate", recipe, "r", ["12"], "first", axes=axes)
+    pool = Job("evaluate", open_run(recipe, "r"), ["12"], "first", axes=axes)
     assert pool.title == "evaluate-r-first"
     assert pool.entrypoint("python") == (
-        "python sweep.py recipe.yaml --run r --step 12 --vary guidance.scale=1:2:1 "
+        "python -m diffit_train.jobs.node sweep recipe.yaml --run r --step 12 "
+        "--vary guidance.scale=1:2:1 "
         "--vary sampler.steps=2,3 --name first"
     )

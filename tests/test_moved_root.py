@@ -10,8 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from diffit_train.api import encode as encode_latents
 from diffit_train.cli import app, exit_status
-from diffit_train.commands.encode import encode_latents
 from diffit_train.commands.verify import check
 from diffit_train.config import load_recipe
 from diffit_train.data.reconstructions import draw_reconstructions

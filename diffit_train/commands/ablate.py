@@ -34,7 +34,7 @@ from diffit_train.jobs.job import Job
 from diffit_train.metric_names import distance_name
 from diffit_train.progress import print_rows, say
 from diffit_train.reports.plots import draw_ablation
-from diffit_train.runs.identity import finished_step
+from diffit_train.runs.run import Run, open_run
 
 SEEN, NOT_SEEN, WITHIN = "seen", "not seen", "within the spread over seeds"
 
@@ -47,14 +47,14 @@ def run_ablation(
     root: str | None = None,
     address: str | None = None,
     fleet: FleetOptions | None = None,
-    run_one: Callable[[Recipe, str, str | None], float] | None = None,
+    run_one: Callable[[Run, str | None], float] | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate every row with every seed; finished runs are kept, killed ones resumed.
 
     Args:
         overrides: of every row's recipe.
         fleet: first run every row as a Ray job; None to run them here, one after another.
-        run_one: from recipe, run and address to the distance; None for the whole pipeline.
+        run_one: from run and address to the distance; None for the whole pipeline.
 
     Returns:
         The rows with mean and spread, and whether the paper's order was seen.
@@ -63,28 +63,30 @@ def run_ablation(
     members = [
         (
             row,
-            ablation.run_of(row, scale, seed),
-            ablation.recipe_of(row, scale, seed, overrides, root),
+            open_run(
+                ablation.recipe_of(row, scale, seed, overrides, root),
+                ablation.run_of(row, scale, seed),
+            ),
         )
         for seed in range(seeds)
         for row in ablation.rows
     ]
-    recipe = members[0][2]
+    recipe = members[0][1].recipe
     if fleet is not None:
-        jobs = [Job("pipeline", recipe, run) for _, run, recipe in members]
+        jobs = [Job("pipeline", run) for _, run in members]
         run_as_jobs(ablation.name, jobs, ablation.trains, fleet)
-    found: dict[str, list[float]] = {row: [] for row in ablation.rows}
-    for number, (row, run, own) in enumerate(members, start=1):
-        say(f"{ablation.name}: run {number} of {len(members)}, {run}")
-        found[row].append((run_one or _distance)(own, run, address))
+    distances: dict[str, list[float]] = {row: [] for row in ablation.rows}
+    for number, (row, run) in enumerate(members, start=1):
+        say(f"{ablation.name}: run {number} of {len(members)}, {run.name}")
+        distances[row].append((run_one or _distance)(run.refresh(), address))
     result = {
         "ablation": ablation.name,
         "title": ablation.title,
         "scale": scale,
         "seeds": seeds,
         "metric": _metric(recipe),
-        "rows": [_summary(name, ablation, values) for name, values in found.items()],
-        "order": paper_order(ablation, found),
+        "rows": [_summary(name, ablation, values) for name, values in distances.items()],
+        "order": paper_order(ablation, distances),
     }
     out = storage.join(recipe.storage.root, "ablations", f"{ablation.name}-{scale}")
     storage.write_json(f"{out}.json", result)
@@ -105,8 +107,9 @@ def run_as_jobs(name: str, jobs: list[Job], parallel: bool, fleet: FleetOptions)
     Raises:
         DiffitError: some failed for good; the others are kept.
     """
-    if jobs[0].recipe.evaluate.features.kind == "classifier":
-        fit_features(jobs[0].recipe)
+    recipe = jobs[0].run.recipe
+    if recipe.evaluate.features.kind == "classifier":
+        fit_features(recipe)
     waiting = [job for job in jobs if not _is_done(job)]
     batches = [waiting[:1], waiting[1:]] if parallel else [[job] for job in waiting]
     states = [
@@ -118,7 +121,7 @@ def run_as_jobs(name: str, jobs: list[Job], parallel: bool, fleet: FleetOptions)
             batch,
             fleet,
             _is_done,
-            lambda job, s: {"run": job.run, "state": s.state, "job": s.submission_id},
+            lambda job, s: {"run": job.run.name, "state": s.state, "job": s.submission_id},
         )
     ]
     failed = [state for state in states if state.state != "done"]
@@ -132,24 +135,23 @@ def run_as_jobs(name: str, jobs: list[Job], parallel: bool, fleet: FleetOptions)
 
 def _is_done(job: Job) -> bool:
     """Whether a run is trained to its last step and evaluated."""
-    return _finished(job.recipe, job.run) is not None
+    return _finished(job.run.refresh()) is not None
 
 
-def _finished(recipe: Recipe, run: str) -> Result | None:
+def _finished(run: Run) -> Result | None:
     """The evaluation of a run that is trained to its last step."""
-    step = finished_step(recipe, run)
-    return None if step is None else finished_result(recipe, run, step)
+    step = run.finished_step
+    return None if step is None else finished_result(run.recipe, run.name, step)
 
 
-def _distance(recipe: Recipe, run: str, address: str | None) -> float:
+def _distance(run: Run, address: str | None) -> float:
     """The Frechet distance of a run, after every stage that is not finished."""
-    done = _finished(recipe, run)
-    if done is not None:
-        return done.metrics[_metric(recipe)]
-    if recipe.evaluate.features.kind == "classifier":
-        fit_features(recipe)
-    (evaluated,) = run_pipeline(recipe, run, [], address)["evaluate"]
-    return float(evaluated["metrics"][_metric(recipe)])
+    recipe, result = run.recipe, _finished(run)
+    if result is None:
+        if recipe.evaluate.features.kind == "classifier":
+            fit_features(recipe)
+        (result,) = run_pipeline(recipe, run.name, address=address)[1]
+    return result.metrics[_metric(recipe)]
 
 
 def _metric(recipe: Recipe) -> str:
@@ -169,7 +171,7 @@ def _summary(name: str, ablation: Ablation, values: list[float]) -> dict[str, An
     }
 
 
-def paper_order(ablation: Ablation, found: dict[str, list[float]]) -> str:
+def paper_order(ablation: Ablation, distances: dict[str, list[float]]) -> str:
     """Whether the paper's order of the rows shows in the distances, for each seed's.
 
     Every pair is compared with the standard deviation of its difference: the order is seen if all
@@ -179,12 +181,13 @@ def paper_order(ablation: Ablation, found: dict[str, list[float]]) -> str:
     order = ablation.order()
     if len(order) < 2:
         return "the paper gives no order"
-    if min(len(found[name]) for name in order) < 2:
+    if min(len(distances[name]) for name in order) < 2:
         return "not decided: one seed has no spread"
     verdicts = []
     for better, worse in itertools.combinations(order, 2):
-        difference = statistics.fmean(found[worse]) - statistics.fmean(found[better])
-        spread = math.hypot(statistics.stdev(found[worse]), statistics.stdev(found[better]))
+        better_values, worse_values = distances[better], distances[worse]
+        difference = statistics.fmean(worse_values) - statistics.fmean(better_values)
+        spread = math.hypot(statistics.stdev(worse_values), statistics.stdev(better_values))
         verdicts.append(0 if abs(difference) <= spread else math.copysign(1, difference))
     if min(verdicts) < 0:
         return NOT_SEEN

@@ -10,16 +10,16 @@ import typer
 
 from diffit_train import storage
 from diffit_train.commands.options import Json, ProjectRoot, output, print_result
-from diffit_train.config import Recipe
 from diffit_train.errors import UserError
 from diffit_train.progress import say
-from diffit_train.runs.identity import NEWEST
-from diffit_train.runs.select import recipe_and_run
+from diffit_train.runs.checkpoints import NEWEST
+from diffit_train.runs.run import Run
+from diffit_train.runs.select import select_run
 
 
 def draw_attention(
     root: str,
-    run: str,
+    name: str,
     label: str,
     token: tuple[int, int],
     seed: int,
@@ -33,33 +33,31 @@ def draw_attention(
     Args:
         label: name or number of the class to generate.
         without: the other run, such as one without TMSA.
-        step: of the checkpoint of `run`, or `newest`.
+        step: of the checkpoint of the run, or `newest`.
     """
     from diffit_train.evaluation.attention_maps import Trajectory, draw_trajectories, trajectory
     from diffit_train.evaluation.generate import class_names, run_weights
     from diffit_train.evaluation.sample import choose_classes
-    from diffit_train.runs.checkpoints import read_state
-    from diffit_train.runs.identity import find_checkpoint, run_url
     from diffit_train.tracking import Tracker, unreachable_errors
 
-    def drawn(name: str, text: str) -> tuple[Recipe, int, Trajectory]:
-        recipe, _ = recipe_and_run("sample", None, None, root, name)
-        number = find_checkpoint(recipe, name, text)[1]
+    def drawn(run: Run, step: str) -> Trajectory:
+        recipe, number = run.recipe, run.checkpoint(step).step
         (chosen,) = choose_classes(class_names(recipe), [label])
-        weights = run_weights(recipe, run_url(recipe, name), number)
-        title = f"{name}, step {number:,}"
-        return recipe, number, trajectory(recipe, weights, chosen, seed, token, block, title)
+        weights = run_weights(recipe, run.url, number)
+        title = f"{run.name}, step {number:,}"
+        return trajectory(recipe, weights, chosen, seed, token, block, title)
 
-    recipe, number, first = drawn(run, step)
-    rows = [first] + ([drawn(without, NEWEST)[2]] if without else [])
+    shown = select_run("sample", root=root, run=name)
+    rows = [drawn(shown, step)]
+    if without:
+        rows.append(drawn(select_run("sample", root=root, run=without), NEWEST))
     draw_trajectories(rows, out)
     say(storage.display_path(out))
-    state = read_state(run_url(recipe, run), number)
     try:
         with tempfile.TemporaryDirectory(prefix="diffit-attention-") as folder:
             file = Path(folder) / "attention.png"
             file.write_bytes(storage.read_bytes(out))
-            Tracker.of(recipe).log_artifact(state.mlflow_run_id, file)
+            Tracker.of(shown.recipe).log_artifact(shown.mlflow_run_id, file)
     except unreachable_errors() as error:
         say(f"MLflow does not have the image: {type(error).__name__}")
     return {

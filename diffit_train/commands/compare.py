@@ -8,24 +8,16 @@ from typing import Annotated
 
 import typer
 
-from diffit_train import storage
 from diffit_train.commands.options import Json, output, print_result
 from diffit_train.errors import UserError
-from diffit_train.runs.identity import read_identity, stored_recipe
+from diffit_train.runs.run import Project
 
 
 def _tracking_of_runs(root: str, selection: Sequence[str]) -> str | None:
     """The tracking URI that the runs were trained with; None for the root's own database."""
-    folder = storage.join(storage.absolute(root), "runs")
-    if storage.missing_slash(root):
-        return None
     chosen = {text.partition("@")[0].partition("/")[0] for text in selection}
-    for run in storage.list_names(folder):
-        if not chosen or run in chosen:
-            url = storage.join(folder, run)
-            if read_identity(url) and (uri := stored_recipe(url).tracking.uri):
-                return uri
-    return None
+    runs = [run for run in Project(root).runs if not chosen or run.name in chosen]
+    return next((uri for run in runs if (uri := run.recipe.tracking.uri)), None)
 
 
 def compare_command(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from diffit_train import storage
+from diffit_train.api import encode, load_recipe
 from diffit_train.commands.options import (
     Address,
     Json,
@@ -14,36 +14,8 @@ from diffit_train.commands.options import (
     RecipeName,
     Root,
     print_result,
-    read_known_recipe,
 )
-from diffit_train.config import Recipe
-from diffit_train.progress import counted, say
-
-
-def encode_latents(
-    recipe: Recipe, address: str | None = None, append: bool = False
-) -> dict[str, Any]:
-    """Encode the recipe's images; return a summary of the latents."""
-    from diffit_train.data.shards import finished_manifest, latents_url, missing_files
-
-    manifest = finished_manifest(recipe)
-    if manifest is None or append or missing_files(latents_url(recipe), manifest):
-        say(f"Encoding {storage.display_path(recipe.data.source)}")
-        from diffit_train.data import encode as stage
-
-        manifest = stage.encode(recipe, address, append)
-    else:
-        say("already encoded")
-    say(
-        f"latents {storage.display_path(latents_url(recipe))}: "
-        f"{counted(manifest.totals.written, 'image')} in {counted(len(manifest.shards), 'shard')}, "
-        f"{manifest.totals.rejected:,} rejected"
-    )
-    return {
-        "latents": latents_url(recipe),
-        **manifest.totals.model_dump(),
-        "digest": manifest.digest,
-    }
+from diffit_train.data.shards import latents_url
 
 
 def encode_command(
@@ -61,4 +33,7 @@ def encode_command(
 
     Example: `diffit encode imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
     """
-    print_result(encode_latents(read_known_recipe(name, overrides, root), address, append), as_json)
+    recipe = load_recipe(name, overrides or (), root)
+    manifest = encode(recipe, address=address, append=append)
+    summary = {**manifest.totals.model_dump(), "digest": manifest.digest}
+    print_result({"latents": latents_url(recipe), **summary}, as_json)

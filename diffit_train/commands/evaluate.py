@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from diffit_train.api import load_recipe
 from diffit_train.commands.options import (
     Address,
     Json,
@@ -17,11 +18,10 @@ from diffit_train.commands.options import (
     RunOverrides,
     Steps,
     print_result,
-    read_known_recipe,
 )
 from diffit_train.errors import UserError
 from diffit_train.evaluation.evaluate import compute_references, evaluate_run, watch_run
-from diffit_train.runs.select import recipe_and_run
+from diffit_train.runs.select import select_run
 
 
 def evaluate_command(
@@ -54,11 +54,11 @@ def evaluate_command(
     """
     if watch and step:
         raise UserError("--watch evaluates every checkpoint; remove --step")
-    recipe, run = recipe_and_run("evaluate", name, overrides, root, run)
+    chosen = select_run("evaluate", name, overrides, root, run)
     if watch:
-        results = watch_run(recipe, run, address)
+        results = watch_run(chosen.recipe, chosen.name, address)
     else:
-        results = evaluate_run(recipe, run, step or [], address, sweep_member, npz)
+        results = evaluate_run(chosen.recipe, chosen.name, step or [], address, sweep_member, npz)
     print_result(results, as_json)
 
 
@@ -75,4 +75,4 @@ def references_command(
 
     Example: `diffit references imagenet256 --root s3://bucket/project data.source=s3://bucket/train`
     """
-    print_result(compute_references(read_known_recipe(name, overrides, root), address), as_json)
+    print_result(compute_references(load_recipe(name, overrides or (), root), address), as_json)

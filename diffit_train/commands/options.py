@@ -170,14 +170,3 @@ def print_result(value: Any, as_json: bool) -> None:
 def read_recipe(name: str, overrides: list[str] | None, root: str | None) -> Recipe:
     """The recipe of a command line."""
     return load_recipe(name, overrides or (), root)
-
-
-def read_known_recipe(name: str, overrides: list[str] | None, root: str | None) -> Recipe:
-    """The recipe of a command line; a copy of the latents' autoencoder counts as that one."""
-    from diffit_train.data.known_autoencoder import resolve_alias
-
-    recipe = read_recipe(name, overrides, root)
-    url = recipe.storage.root
-    if storage.is_local(url) and storage.local_path(url).is_file():
-        raise UserError(f"storage.root is {url}, a file; choose a folder by --root")
-    return resolve_alias(recipe)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-from diffit_train.commands.encode import encode_latents
+from diffit_train.api import (
+    Run,
+    compute_references,
+    encode,
+    evaluate,
+    load_recipe,
+    train,
+)
 from diffit_train.commands.options import (
     Address,
     InitFrom,
@@ -17,37 +23,38 @@ from diffit_train.commands.options import (
     RunName,
     Steps,
     print_result,
-    read_known_recipe,
 )
-from diffit_train.commands.train import train_run
 from diffit_train.config import Recipe
-from diffit_train.evaluation.evaluate import compute_references, evaluate_run
+from diffit_train.evaluation.result import Result
 from diffit_train.jobs.job import STAGE_LINE
 from diffit_train.progress import say
-from diffit_train.runs.start import init_from
+from diffit_train.runs.checkpoints import NEWEST
 
 
 def run_pipeline(
-    recipe: Recipe, run: str, steps: list[str], address: str | None = None
-) -> dict[str, Any]:
-    """Run every stage that is not finished; returns the result of each.
+    recipe: Recipe,
+    name: str | None = None,
+    steps: Sequence[str] = (),
+    address: str | None = None,
+    init_from: str | None = None,
+    init_weights: str = "ema",
+) -> tuple[Run, list[Result]]:
+    """Run every stage that is not finished; returns the run and its evaluations.
 
     Args:
         steps: checkpoints to evaluate; none for the newest.
         address: of the Ray cluster.
     """
-    stages: dict[str, Callable[[], Any]] = {
-        "encode": lambda: encode_latents(recipe, address),
-        "references": lambda: compute_references(recipe, address),
-        "train": lambda: train_run(recipe, run, address),
-        "evaluate": lambda: evaluate_run(recipe, run, steps, address),
-    }
-    results = {}
-    for number, (name, stage) in enumerate(stages.items(), start=1):
-        say(f"{STAGE_LINE}stage {number} of {len(stages)}, {name}")
-        results[name] = stage()
-    say(f"{STAGE_LINE}all {len(stages)} stages are done")
-    return results
+    say(f"{STAGE_LINE}stage 1 of 4, encode")
+    encode(recipe, address=address)
+    say(f"{STAGE_LINE}stage 2 of 4, references")
+    compute_references(recipe, address)
+    say(f"{STAGE_LINE}stage 3 of 4, train")
+    run = train(recipe, name, address=address, init_from=init_from, init_weights=init_weights)
+    say(f"{STAGE_LINE}stage 4 of 4, evaluate")
+    results = evaluate(run, steps or [NEWEST], address=address)
+    say(f"{STAGE_LINE}all 4 stages are done")
+    return run, results
 
 
 def pipeline_command(
@@ -65,6 +72,7 @@ def pipeline_command(
 
     Example: `diffit pipeline imagenet256 --root s3://bucket/project --address auto`
     """
-    recipe = read_known_recipe(name, overrides, root)
-    recipe = init_from(recipe, run or recipe.name, init, init_weights)
-    print_result(run_pipeline(recipe, run or recipe.name, step or [], address), as_json)
+    recipe = load_recipe(name, overrides or (), root)
+    trained, results = run_pipeline(recipe, run, step or (), address, init, init_weights)
+    evaluated = [result.model_dump(mode="json") for result in results]
+    print_result({"run": trained.name, "url": trained.url, "evaluate": evaluated}, as_json)

@@ -24,7 +24,8 @@ from diffit_train.commands.options import (
 from diffit_train.jobs.doctor import checked
 from diffit_train.jobs.fleet import submit
 from diffit_train.jobs.job import job
-from diffit_train.runs.start import init_from
+from diffit_train.runs.run import open_run
+from diffit_train.runs.select import select_run
 
 
 def submit_command(
@@ -76,9 +77,11 @@ def submit_command(
 
     Example: `diffit submit train imagenet256 --address http://head:8265 --root s3://bucket/project`
     """
-    recipe = read_recipe(name, overrides, root)
-    recipe = init_from(recipe, run or recipe.name, init, init_weights)
-    wanted = job(stage, recipe, run, step or [], env or [])
+    if stage == "evaluate":
+        chosen = select_run("evaluate", name, overrides, root, run)
+    else:
+        chosen = open_run(read_recipe(name, overrides, root), run, init, init_weights)
+    wanted = job(stage, chosen, step or [], env or [])
     wanted = checked(wanted, address, python, runtime_env, check=check)
     submission_id = submit(wanted, address, follow=follow, python=python, restarts=restarts)
     print_result({"submission_id": submission_id, "name": wanted.name}, as_json)

@@ -24,7 +24,6 @@ from diffit_train.commands.options import (
     Steps,
     print_result,
 )
-from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import sweep as stage
 from diffit_train.evaluation.evaluate import evaluate_all
@@ -34,10 +33,9 @@ from diffit_train.jobs.doctor import checked
 from diffit_train.jobs.fleet import Fleet, JobState, submit
 from diffit_train.jobs.job import Job, RuntimeEnvChoice
 from diffit_train.progress import StatesTable, counted, print_rows, say
-from diffit_train.runs.checkpoints import read_state
-from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
-from diffit_train.runs.select import recipe_and_run
-from diffit_train.runs.start import init_from
+from diffit_train.runs.checkpoints import NEWEST
+from diffit_train.runs.run import Run
+from diffit_train.runs.select import select_run
 from diffit_train.tracking import tracking_uri
 
 
@@ -61,8 +59,7 @@ class FleetOptions:
 
 
 def run_sweep(
-    recipe: Recipe,
-    run: str,
+    run: Run,
     steps: Sequence[str],
     texts: Sequence[str],
     name: str | None,
@@ -79,25 +76,24 @@ def run_sweep(
     Raises:
         DiffitError: some evaluations failed or were stopped; the others are kept.
     """
-    recipe = init_from(recipe, run)
-    wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
-    plan = stage.plan_sweep(recipe, run, list(wanted), texts, name)
-    root = recipe.storage.root
+    recipe, root = run.recipe, run.root
+    wanted = dict.fromkeys(run.checkpoint(step).step for step in steps or (NEWEST,))
+    plan = stage.plan_sweep(recipe, run.name, list(wanted), texts, name)
     stage.open_sweep(plan, root)
     folder = storage.display_path(plan.url(root))
     say(f"sweep {plan.name!r}: {counted(len(plan.members), 'evaluation')} in {folder}")
     failed: list[str] = []
     if fleet is None:
         pairs = [(member.recipe(recipe), member.step) for member in plan.members]
-        evaluate_all(pairs, run, address, plan.name)
+        evaluate_all(pairs, run.name, address, plan.name)
     elif fleet.pool:
-        _sweep_by_one_job(plan, recipe, texts, fleet)
+        _sweep_by_one_job(plan, run, texts, fleet)
     else:
-        failed = _sweep_by_jobs(plan, recipe, fleet)
+        failed = _sweep_by_jobs(plan, run, fleet)
     found = stage.results(plan, root)
     outputs: dict[str, str] = {}
     if any(result is not None for result in found):
-        outputs = _write_outputs(plan, recipe)
+        outputs = _write_outputs(plan, run)
         print_rows(plan.name, stage.rows(plan, found))
         say(f"{storage.display_path(outputs['csv'])}  {storage.display_path(outputs['plot'])}")
     if failed:
@@ -108,34 +104,31 @@ def run_sweep(
     return {"name": plan.name, "rows": stage.rows(plan, found), **outputs}
 
 
-def _write_outputs(plan: Sweep, recipe: Recipe) -> dict[str, str]:
+def _write_outputs(plan: Sweep, run: Run) -> dict[str, str]:
     """Write sweep.csv and sweep.png as `diffit compare` does; return their URLs."""
     from diffit_train.reports.compare import compare_store
 
-    url = plan.url(recipe.storage.root)
-    state = read_state(run_url(recipe, plan.run), plan.members[0].step)
+    url = plan.url(run.root)
     files = {"csv": storage.join(url, "sweep.csv"), "plot": storage.join(url, "sweep.png")}
     compare_store(
-        recipe.storage.root,
-        tracking_uri(recipe),
-        recipe.tracking.experiment,
+        run.root,
+        tracking_uri(run.recipe),
+        run.recipe.tracking.experiment,
         files["plot"],
-        selection=[f"{state.mlflow_run_id}/{plan.name}"],
+        selection=[f"{run.mlflow_run_id}/{plan.name}"],
         csv=files["csv"],
     )
     return files
 
 
-def _sweep_by_one_job(
-    plan: Sweep, recipe: Recipe, texts: Sequence[str], fleet: FleetOptions
-) -> None:
+def _sweep_by_one_job(plan: Sweep, run: Run, texts: Sequence[str], fleet: FleetOptions) -> None:
     """Run a sweep as one Ray job, and follow it; weights and reference are loaded once."""
-    if None not in stage.results(plan, recipe.storage.root):
+    if None not in stage.results(plan, run.root):
         say("already evaluated")
         return
     steps = [str(step) for step in dict.fromkeys(member.step for member in plan.members)]
     job = checked(
-        Job("evaluate", recipe, plan.run, steps, plan.name, axes=texts),
+        Job("evaluate", run, steps, plan.name, axes=texts),
         fleet.address,
         fleet.python,
         fleet.runtime_env,
@@ -144,14 +137,18 @@ def _sweep_by_one_job(
     submit(job, fleet.address, follow=True, python=fleet.python, restarts=fleet.retries)
 
 
-def _sweep_by_jobs(plan: Sweep, recipe: Recipe, fleet: FleetOptions) -> list[str]:
+def _sweep_by_jobs(plan: Sweep, run: Run, fleet: FleetOptions) -> list[str]:
     """Run a sweep's evaluations as Ray jobs; return the reasons of those that failed."""
-    members = list(enumerate(plan.members))
-    every = {number: member.recipe(recipe) for number, member in members}
-    todo = [Job("evaluate", every[n], plan.run, (str(m.step),), plan.name, n) for n, m in members]
+    todo = [
+        Job(
+            "evaluate", run.using(member.recipe(run.recipe)), (str(member.step),), plan.name, number
+        )
+        for number, member in enumerate(plan.members)
+    ]
 
     def is_done(job: Job) -> bool:
-        return finished_result(job.recipe, plan.run, plan.members[job.number].step) is not None
+        step = plan.members[job.number].step
+        return finished_result(job.run.recipe, job.run.name, step) is not None
 
     states = run_fleet(
         f"sweep {plan.name}",
@@ -270,6 +267,6 @@ def sweep_command(
             option = "--fleet" if fleet else "--pool"
             raise UserError(f"{option} needs a job server, for example --address http://head:8265")
         jobs = FleetOptions(address, pool, max_concurrent, retries, python, runtime_env, check)
-    recipe, run = recipe_and_run("evaluate", name, overrides, root, run)
+    chosen = select_run("evaluate", name, overrides, root, run)
     cluster = None if jobs else address
-    print_result(run_sweep(recipe, run, step or [], vary, sweep_name, cluster, jobs), as_json)
+    print_result(run_sweep(chosen, step or [], vary, sweep_name, cluster, jobs), as_json)

@@ -196,15 +196,16 @@ def send_job(
 
 def _stage_files(job: Job, folder: Path) -> None:
     """Fill the job's working directory: its entry point, the recipe, and this package."""
-    shutil.copy(_shipped("pipelines") / f"{job.script}.py", folder)
+    if job.script:
+        shutil.copy(_shipped("pipelines") / job.script, folder)
     image = job.runtime_env == "image"
     # The check of a cluster brings its own code, to say clearly that the image has none.
     if not image or job.stage == "doctor":
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PACKAGE_FOLDER, folder / PACKAGE_FOLDER.name, ignore=ignored)
     write_requirements(folder, installed=image)
-    require_forwarded(job.recipe, "a job", job.env)
-    (folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
+    require_forwarded(job.run.recipe, "a job", job.env)
+    (folder / "recipe.yaml").write_text(dump_recipe(job.run.recipe))
     write_forwarded(folder, job.env)
 
 
@@ -225,7 +226,7 @@ def locked_packages(job: Job, folder: Path) -> dict[str, Any]:
     """
     if job.runtime_env not in ("pip", "uv"):
         return {}
-    device = "gpu" if job.recipe.scaling.uses_gpus else "cpu"
+    device = "gpu" if job.run.recipe.scaling.uses_gpus else "cpu"
     lock = (_shipped("cluster") / f"requirements-{device}.lock").read_bytes()
     name = f"requirements-{device}-{hashlib.sha256(lock).hexdigest()[:12]}.lock"
     (folder / name).write_bytes(lock)

@@ -23,6 +23,7 @@ from diffit_train.jobs.job import CLUSTER_STAGES, Job, RuntimeEnv, RuntimeEnvCho
 from diffit_train.jobs.node import SHARED_VERSIONS, Check, check_packages
 from diffit_train.progress import counted, say
 from diffit_train.redaction import first_line, redact
+from diffit_train.runs.run import Run
 from diffit_train.tracking import Tracker, unreachable_errors
 
 MIN_DISK_GIB = 10.0
@@ -211,7 +212,7 @@ def checked(
         return replace(job, runtime_env="none" if runtime_env == "auto" else runtime_env)
     stages = CLUSTER_STAGES if job.stage == "pipeline" else (cast(ClusterStage, job.stage),)
     say(f"checking every node of {address}")
-    checks, used = check_cluster(job.recipe, stages, address, python, runtime_env, job.env)
+    checks, used = check_cluster(job.run.recipe, stages, address, python, runtime_env, job.env)
     problems = [check.problem() for check in checks if check.fix]
     for problem in problems:
         say(f"  {problem}")
@@ -246,7 +247,8 @@ def check_cluster(
     """
     _require_no_python(runtime_env, python)
     first: RuntimeEnv = "none" if runtime_env == "auto" else runtime_env
-    job = Job("doctor", recipe, uuid.uuid4().hex[:8], env=env, runtime_env=first, checked=stages)
+    name = Run(recipe.storage.root, uuid.uuid4().hex[:8], recipe)
+    job = Job("doctor", name, env=env, runtime_env=first, checked=stages)
     checks = _report(job, address, python)
     lacking = [f"{check.check} {check.found}" for check in checks if check.package and check.fix]
     if runtime_env != "auto" or (lacking and python is not None):

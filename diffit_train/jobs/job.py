@@ -14,10 +14,10 @@ from importlib.metadata import version
 from typing import Literal, cast
 
 from diffit_train import storage
-from diffit_train.config import Recipe
 from diffit_train.config.scaling import ClusterStage
 from diffit_train.errors import UserError
 from diffit_train.redaction import redact
+from diffit_train.runs.run import Run
 from diffit_train.tracking import git_commit
 
 # What `diffit submit` sends, and the check of a cluster.
@@ -48,8 +48,7 @@ class Job:
     """
 
     stage: JobStage
-    recipe: Recipe
-    run: str
+    run: Run
     steps: Sequence[str] = ()
     sweep: str = ""
     number: int = 0
@@ -61,7 +60,8 @@ class Job:
     @property
     def title(self) -> str:
         """STAGE-RUN, and in a sweep its name and the member's number: what people call the job."""
-        name = f"{self.stage}-{self.run}"
+        encode = self.stage == "encode"  # named after the latents
+        name = f"{self.stage}-{self.run.recipe.data.name if encode else self.run.name}"
         if self.axes:
             return f"{name}-{self.sweep}"
         return f"{name}-{self.sweep}-{self.number:04d}" if self.sweep else name
@@ -69,34 +69,37 @@ class Job:
     @property
     def name(self) -> str:
         """The name by which a later submission finds this one: the title within one root."""
-        root = redact(self.recipe.storage.root)
+        root = redact(self.run.root)
         return f"{self.title}-{storage.digest(root)[:ROOT_DIGITS]}"
 
     @property
-    def script(self) -> str:
-        """Name of its entry point in `pipelines/`."""
-        return "sweep" if self.axes else self.stage
+    def script(self) -> str | None:
+        """Its entry point in `pipelines/`; None for what `diffit` itself runs."""
+        if self.sweep or self.stage == "doctor":
+            return None
+        return "imagenet.py" if self.stage == "pipeline" else f"{self.stage}.py"
 
     def metadata(self) -> dict[str, str]:
         """Metadata of the Ray job."""
-        encode = self.stage == "encode"
-        recipe_hash = self.recipe.encode_hash() if encode else self.recipe.train_hash()
+        encode, recipe = self.stage == "encode", self.run.recipe
         return {
             "diffit.name": self.name,
             "diffit.title": self.title,
             "diffit.stage": self.stage,
-            "diffit.run": self.run,
-            "diffit.root": redact(self.recipe.storage.root),
+            "diffit.run": recipe.data.name if encode else self.run.name,
+            "diffit.root": redact(self.run.root),
             "diffit.commit": git_commit() or "",
-            "diffit.recipe_hash": recipe_hash,
+            "diffit.recipe_hash": recipe.encode_hash() if encode else recipe.train_hash(),
             "diffit.version": version("diffit-train"),
         }
 
     def entrypoint(self, python: str) -> str:
         """The shell command of the job."""
-        words = [python, f"{self.script}.py", "recipe.yaml"]
+        command = "sweep" if self.axes else self.stage
+        words = [self.script] if self.script else ["-m", "diffit_train.jobs.node", command]
+        words = [python, *words, "recipe.yaml"]
         if self.stage in ("train", "evaluate", "pipeline"):
-            words += ["--run", self.run]
+            words += ["--run", self.run.name]
         for step in self.steps:
             words += ["--step", step]
         for axis in self.axes:
@@ -110,14 +113,8 @@ class Job:
         return shlex.join(words)
 
 
-def job(
-    stage: str,
-    recipe: Recipe,
-    run: str | None,
-    steps: Sequence[str],
-    env: Sequence[str] = (),
-) -> Job:
-    """A job for one of the stages; encoding jobs are named after the latents.
+def job(stage: str, run: Run, steps: Sequence[str] = (), env: Sequence[str] = ()) -> Job:
+    """A job for one of the stages.
 
     Raises:
         UserError: unknown stage, or steps for a stage that takes none.
@@ -126,5 +123,4 @@ def job(
         raise UserError(f"stage is {stage!r}, but must be one of {', '.join(STAGES)}")
     if steps and stage not in ("evaluate", "pipeline"):
         raise UserError(f"--step is only for evaluate and pipeline, not for {stage}")
-    name = recipe.data.name if stage == "encode" else run or recipe.name
-    return Job(cast(JobStage, stage), recipe, name, steps, env=env)
+    return Job(cast(JobStage, stage), run, steps, env=env)

@@ -1,5 +1,7 @@
 """What a job brings to a node: variables that were forwarded with it, and checks of its packages.
 
+    python -m diffit_train.jobs.node COMMAND …    any command of `diffit`, inside a job
+
 Imports the standard library and `packaging` only, which every installation of Ray has: a job runs
 this before it imports anything that may be missing.
 """
@@ -8,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -25,7 +29,7 @@ REQUIREMENTS = Path("requirements.txt")
 # environment to everyone who can list jobs.
 FILE = Path("forwarded-environment.json")
 # What Ray's workers call before anything else.
-SETUP_HOOK = f"{__name__}.load_forwarded"
+SETUP_HOOK = "diffit_train.jobs.node.load_forwarded"
 
 
 def write_forwarded(folder: Path, names: Sequence[str]) -> None:
@@ -112,3 +116,20 @@ def check_packages(node: str) -> list[Check]:
         elif name in SHARED_VERSIONS:
             checks.append(Check(node, name, present))
     return checks
+
+
+def main(words: Sequence[str]) -> None:
+    """Run a command of `diffit` in a job; a check of the cluster first lists missing packages."""
+    load_forwarded()
+    if words[0] == "doctor":
+        lacking = [asdict(check) for check in check_packages(platform.node()) if check.fix]
+        if lacking:
+            print(json.dumps(lacking, indent=2))
+            sys.exit(1)
+    from diffit_train.__main__ import main as run
+
+    run(words)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

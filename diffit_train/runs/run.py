@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Self
@@ -277,7 +277,7 @@ class Project:
         return f"<{type(self).__name__} {storage.display_path(self.root)}>"
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> Sequence[Run]:
         """Its runs, by name."""
         folder = storage.join(self.root, "runs")
         runs = [Run(self.root, name) for name in storage.list_names(folder)]

@@ -12,11 +12,11 @@ from PIL import Image
 from diffit_train.commands import ablate, sweep
 from diffit_train.commands.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation
 from diffit_train.commands.sweep import FleetOptions
-from diffit_train.config import Recipe
 from diffit_train.config.ablations import SCALES, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.jobs.fleet import Fleet
 from diffit_train.models.build import build_model
+from diffit_train.runs.run import Run
 
 
 @pytest.mark.parametrize("name", ablation_names())
@@ -93,11 +93,13 @@ def test_an_interrupted_ablation_goes_on(tmp_path: Path) -> None:
     """Every run is asked for again; finished ones answer at once."""
     asked: list[str] = []
 
-    def run_one(recipe: Recipe, run: str, address: str | None) -> float:
-        asked.append(run)
+    def run_one(run: Run, address: str | None) -> float:
+        asked.append(run.name)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return {"bias": 4.0, "mlp": 3.0, "tmsa": 2.0}[recipe.model.image.time] + recipe.train.seed
+        return {"bias": 4.0, "mlp": 3.0, "tmsa": 2.0}[
+            run.recipe.model.image.time
+        ] + run.recipe.train.seed
 
     table, root = find_ablation("table6"), str(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -121,7 +123,7 @@ def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.Mo
 
     def run(fleet: Fleet) -> None:
         jobs = [state.job for state in fleet.states if state.job]
-        sent.append(([job.run for job in jobs], fleet.max_concurrent))
+        sent.append(([job.run.name for job in jobs], fleet.max_concurrent))
         assert {job.stage for job in jobs} == {"pipeline"}
         for state in fleet.states:
             killed = "G-seed1" in state.name

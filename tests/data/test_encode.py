@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from diffit_train import ray_session, storage
-from diffit_train.commands.encode import encode_latents
+from diffit_train.api import encode as encode_latents
 from diffit_train.commands.verify import check
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder, sample_latent

@@ -41,6 +41,7 @@ from diffit_train.evaluation.scoring import grid_images
 from diffit_train.reports.collect import collect
 from diffit_train.reports.compare import compare_store
 from diffit_train.runs.checkpoints import Checkpoint
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.in_process import in_process
@@ -402,7 +403,7 @@ def test_a_sweep_runs_locally_and_resumes(
     root, _ = evaluated
     recipe = tiny_recipe(_copy(root, tmp_path), "evaluate.samples=8")
     texts = ["guidance.scale=1:2:1", "sampler.steps=2,3"]
-    found = run_sweep(recipe, "tiny", ["12"], texts, "first")
+    found = run_sweep(open_run(recipe, "tiny"), ["12"], texts, "first")
     rows = found["rows"]
     pairs = [(row["guidance.scale"], row["sampler.steps"]) for row in rows]
     assert pairs == [(1, 2), (1, 3), (2, 2), (2, 3)]
@@ -426,12 +427,12 @@ def test_a_sweep_runs_locally_and_resumes(
     lost = next((tmp_path / "evaluations" / "tiny").glob("step-*/ddim2-constant2-*"))
     kept = {p: p.stat().st_mtime_ns for p in lost.parent.rglob("result.json")}
     shutil.rmtree(lost)
-    again = run_sweep(recipe, "tiny", ["12"], texts, "first")
+    again = run_sweep(open_run(recipe, "tiny"), ["12"], texts, "first")
     assert again["rows"] == rows
     after = {p: p.stat().st_mtime_ns for p in lost.parent.rglob("result.json")}
     assert {p for p in kept if kept[p] != after[p]} == {lost / "result.json"}
     with pytest.raises(UserError, match="another sweep 'first'"):
-        run_sweep(recipe, "tiny", ["0"], texts, "first")
+        run_sweep(open_run(recipe, "tiny"), ["0"], texts, "first")
 
 
 def test_a_reference_is_computed_in_parts_and_resumes(

@@ -12,8 +12,8 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
 from diffit_train import storage
+from diffit_train.api import train
 from diffit_train.commands.options import output
-from diffit_train.commands.train import train_run
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
 from diffit_train.evaluation.animation import Animation
@@ -162,7 +162,7 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     ):
         export_weights(open_run(recipe, "imported"), 8, "raw", None)
     with pytest.raises(UserError, match=r"imported without optimizer state"):
-        train_run(recipe, "imported")
+        train(recipe, "imported")
 
 
 def test_an_export_records_its_step_and_its_runs_recipe(trained: Path, tmp_path: Path) -> None:

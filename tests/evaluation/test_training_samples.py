@@ -15,7 +15,7 @@ from diffit_train.training.samples import SampleThread
 from PIL import Image
 
 from diffit_train import storage
-from diffit_train.commands.train import train_run
+from diffit_train.api import train
 from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.training_samples import KEY, TrainingSamples, quick_recipe
@@ -165,7 +165,7 @@ def test_grids_wait_for_mlflow(copy: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert said[0].startswith("Could not log samples to MLflow; they are kept: could not reach")
     tracker = Tracker.of(recipe)
     assert not tracker.image_steps(run_id, KEY)
-    train_run(recipe, "tiny")  # already trained
+    train(recipe, "tiny")  # already trained
     assert tracker.image_steps(run_id, KEY) == TrainingSamples(recipe, "tiny").drawn() != set()
 
 
@@ -180,7 +180,7 @@ def test_the_recipe_is_stored_with_the_run(trained: Path) -> None:
 @pytest.mark.slow
 def test_the_curve_is_the_same_with_grids(copy: Path) -> None:
     recipe = tiny_recipe(copy, "train.sample_every=4")
-    train_run(recipe, "watched")
+    train(recipe, "watched")
     assert TrainingSamples(recipe, "watched").drawn()
     names = ("loss", "grad_norm")
     curves = []

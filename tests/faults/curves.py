@@ -24,8 +24,8 @@ import numpy as np
 import psutil
 import ray
 
-from diffit_train.commands.encode import encode_latents
-from diffit_train.commands.train import train_run
+from diffit_train.api import encode as encode_latents
+from diffit_train.api import train
 from diffit_train.config import Recipe, dump_recipe, load_recipe
 from diffit_train.training.log import TrainingLog
 from tests.benchmarks.common import print_table
@@ -114,13 +114,13 @@ def main() -> None:
     killed = _train_while_killed(project, options.seed, options.kills)
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     names = {"two": "2 workers", "killed": f"2 workers, killed {len(killed)} times"}
-    train_run(project.recipe("scaling.workers=2"), "two")
+    train(project.recipe("scaling.workers=2"), "two")
     if not options.killed_only:
         for run, workers in (("one", 1), ("four", 4)):
-            train_run(project.recipe(f"scaling.workers={workers}"), run)
+            train(project.recipe(f"scaling.workers={workers}"), run)
             names[run] = "1 worker" if workers == 1 else f"{workers} workers"
-        train_run(project.recipe("scaling.workers=2", steps=steps // 2), "changed")
-        train_run(project.recipe("scaling.workers=1", "train.zero_stage=3"), "changed")
+        train(project.recipe("scaling.workers=2", steps=steps // 2), "changed")
+        train(project.recipe("scaling.workers=1", "train.zero_stage=3"), "changed")
         names["changed"] = f"2 workers, from step {steps // 2} on 1 worker with ZeRO 3"
     curves = {run: _losses(root, run, steps) for run in names}
     base, rows = curves["two"], []

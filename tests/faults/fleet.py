@@ -22,6 +22,7 @@ import psutil
 
 from diffit_train.commands.sweep import FleetOptions, run_sweep
 from diffit_train.config import Recipe, load_recipe
+from diffit_train.runs.run import open_run
 from tests.benchmarks.common import print_table
 from tests.head import Head
 
@@ -52,14 +53,14 @@ def pooled(
     recipe: Callable[[Path], Recipe], root: Path, run: str, texts: Sequence[str], folder: Path
 ) -> Outcome:
     """Run a sweep here and as one job, one of whose actors is killed; arguments as `disturbed`."""
-    alone = run_sweep(recipe(copy_root(root, folder / "alone")), run, [], texts, "swept")
+    alone = run_sweep(open_run(recipe(copy_root(root, folder / "alone")), run), [], texts, "swept")
     other = copy_root(root, folder / "pool")
     found: list[dict[str, Any]] = []
     with Head(folder / "head.log") as head:
         options = FleetOptions(head.address, pool=True)
 
         def drive() -> None:
-            found.append(run_sweep(recipe(other), run, [], texts, "swept", fleet=options))
+            found.append(run_sweep(open_run(recipe(other), run), [], texts, "swept", fleet=options))
 
         thread = threading.Thread(target=drive)
         thread.start()
@@ -78,14 +79,14 @@ def disturbed(
         recipe: a recipe with an existing root.
         folder: folder for the copies.
     """
-    alone = run_sweep(recipe(copy_root(root, folder / "alone")), run, [], texts, "swept")
+    alone = run_sweep(open_run(recipe(copy_root(root, folder / "alone")), run), [], texts, "swept")
     other = copy_root(root, folder / "fleet")
     found: list[dict[str, Any]] = []
     with Head(folder / "head.log") as head:
         jobs = FleetOptions(head.address, max_concurrent=2)
 
         def drive() -> None:
-            found.append(run_sweep(recipe(other), run, [], texts, "swept", fleet=jobs))
+            found.append(run_sweep(open_run(recipe(other), run), [], texts, "swept", fleet=jobs))
 
         thread = threading.Thread(target=drive)
         thread.start()

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffit_train.commands.encode import encode_latents
-from diffit_train.commands.train import train_run
+from diffit_train.api import encode as encode_latents
 from diffit_train.config import Recipe, dump_recipe, load_recipe
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.tracking import Tracker
@@ -154,7 +153,7 @@ def _compare(root: Path, last: int) -> dict[str, Any]:
     ]
     recipe = _recipe(root, "2")
     train = recipe.train.model_copy(update={"steps": last})
-    train_run(recipe.model_copy(update={"train": train}), "undisturbed")
+    train(recipe.model_copy(update={"train": train}), "undisturbed")
     mine = TrainingLog(run, last).records
     theirs = TrainingLog(str(root / "runs" / "undisturbed"), last).records
     points = _points(root)

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from diffit_train.commands.encode import encode_latents
-from diffit_train.commands.train import train_run
+from diffit_train.api import encode as encode_latents
+from diffit_train.api import train
 from diffit_train.config import Recipe
 from diffit_train.data.loader import Batch
 from diffit_train.errors import DiffitError, UserError
@@ -446,16 +446,16 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     # Rerunning resumes, although the source has newer checkpoints.
     again = open_run(large, "larger", "whole", "ema").recipe
     assert again.train_hash() == recipe.train_hash()
-    assert train_run(large, "larger", init="whole")["step"] == 24
+    assert train(large, "larger", init_from="whole").checkpoints.latest_step == 24
     # Other commands need no --init-from.
-    assert train_run(large, "larger")["step"] == 24
+    assert train(large, "larger").checkpoints.latest_step == 24
     export_weights(open_run(large, "larger"), 24, "raw")
     # Once the run has its own checkpoints, the source is no longer needed.
     gone = whole.rename(whole.parent / "gone")
     more = tiny_recipe(encoded, *changes, "train.keep_every=24")
     assert open_run(more, "larger", "whole", "ema").recipe.train_hash() == recipe.train_hash()
     shutil.rmtree(Checkpoint(str(first), 24).url)
-    assert train_run(more, "larger", init="whole")["step"] == 24
+    assert train(more, "larger", init_from="whole").checkpoints.latest_step == 24
     gone.rename(whole)
     for wrong, words in (
         (("larger", "whole@17", "ema"), r"no committed checkpoint at step 17"),
@@ -469,4 +469,4 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
     wider = tiny_recipe(encoded, *changes, "model.hidden_size=32")
     wider = open_run(wider, "wider", "whole", "ema").recipe
     with pytest.raises(UserError, match=r"whole@24 holds a different model than the recipe's"):
-        train_run(wider, "wider")
+        train(wider, "wider")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffit_train.commands.train import train_run
+from diffit_train.api import train
 from diffit_train.errors import UserError
 from diffit_train.evaluation.evaluate import watch_run
 from diffit_train.evaluation.result import finished_result
@@ -24,7 +24,7 @@ def test_checkpoints_are_evaluated_during_training(
         shutil.copytree(encoded / name, tmp_path / name)
     validate = ("train.validate_every=8", "train.validate_samples=6")
     recipe = tiny_recipe(tmp_path, *validate, "train.steps=16")
-    assert train_run(recipe, "watched")["step"] == 16
+    assert train(recipe, "watched").checkpoints.latest_step == 16
     assert "step 16 evaluated: fd_digits" in capfd.readouterr().err
     smaller = tiny_recipe(tmp_path, *validate, "train.steps=16", "evaluate.samples=6")
     results = [finished_result(smaller, "watched", step) for step in (8, 16)]
@@ -41,7 +41,7 @@ def test_checkpoints_are_evaluated_during_training(
 
     with pytest.raises(UserError, match="there is no feature network"):
         missing = "evaluate.features.source=root:features/none"
-        train_run(tiny_recipe(tmp_path, *validate, missing), "other")
+        train(tiny_recipe(tmp_path, *validate, missing), "other")
     assert not (tmp_path / "runs" / "other").exists()
 
 
