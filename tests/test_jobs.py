@@ -292,7 +292,7 @@ def test_what_is_sent_with_a_job(tmp_path: Path, gpus: int, device: str) -> None
             return {"kind": self.runtime_env}
 
     for kind in get_args(RuntimeEnv):
-        wanted = Named("train", recipe, "r", runtime_env=kind)
+        wanted = Named("train", open_run(recipe, "r"), runtime_env=kind)
         send_job(Client(), wanted, "http://127.0.0.1:8265", None, 1)  # type: ignore[arg-type]
     files = ["recipe.yaml", "requirements.txt", "train.py"]
     assert sent["none"] == ["diffit_train", *files]
@@ -497,7 +497,7 @@ def test_job_name_metadata_and_entrypoint(tmp_path: Path) -> None:
     pool = Job("evaluate", open_run(recipe, "r"), ["12"], "first", axes=axes)
     assert pool.title == "evaluate-r-first"
     assert pool.entrypoint("python") == (
-        "python -m diffit_train.jobs.node sweep recipe.yaml --run r --step 12 "
+        "python -m diffit_train sweep recipe.yaml --run r --step 12 "
         "--vary guidance.scale=1:2:1 "
         "--vary sampler.steps=2,3 --name first"
     )

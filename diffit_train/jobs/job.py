@@ -96,7 +96,7 @@ class Job:
     def entrypoint(self, python: str) -> str:
         """The shell command of the job."""
         command = "sweep" if self.axes else self.stage
-        words = [self.script] if self.script else ["-m", "diffit_train.jobs.node", command]
+        words = [self.script] if self.script else ["-m", "diffit_train", command]
         words = [python, *words, "recipe.yaml"]
         if self.stage in ("train", "evaluate", "pipeline"):
             words += ["--run", self.run.name]

@@ -1,7 +1,5 @@
 """What a job brings to a node: variables that were forwarded with it, and checks of its packages.
 
-    python -m diffit_train.jobs.node COMMAND …    any command of `diffit`, inside a job
-
 Imports the standard library and `packaging` only, which every installation of Ray has: a job runs
 this before it imports anything that may be missing.
 """
@@ -118,18 +116,9 @@ def check_packages(node: str) -> list[Check]:
     return checks
 
 
-def main(words: Sequence[str]) -> None:
-    """Run a command of `diffit` in a job; a check of the cluster first lists missing packages."""
-    load_forwarded()
-    if words[0] == "doctor":
-        lacking = [asdict(check) for check in check_packages(platform.node()) if check.fix]
-        if lacking:
-            print(json.dumps(lacking, indent=2))
-            sys.exit(1)
-    from diffit_train.__main__ import main as run
-
-    run(words)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def require_packages() -> None:
+    """Print what this node lacks as JSON and exit, if it lacks anything."""
+    lacking = [asdict(check) for check in check_packages(platform.node()) if check.fix]
+    if lacking:
+        print(json.dumps(lacking, indent=2))
+        sys.exit(1)

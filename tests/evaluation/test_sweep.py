@@ -19,6 +19,7 @@ from diffit_train.evaluation.sweep import (
     read_sweep,
 )
 from diffit_train.jobs.job import Job
+from diffit_train.runs.run import open_run
 from tests.conftest import tiny_recipe
 
 
@@ -125,9 +126,9 @@ def test_a_sweep_as_one_job_is_sent_to_a_checked_cluster_only(
     plan = plan_sweep(recipe, "tiny", [4], texts, "swept")
     options = command.FleetOptions("http://head:8265", pool=True)
     if ready:
-        command._sweep_by_one_job(plan, recipe, texts, options)
+        command._sweep_by_one_job(plan, open_run(recipe, "tiny"), texts, options)
         assert [(job.sweep, job.runtime_env) for job in sent] == [("swept", "pip")]
     else:
         with pytest.raises(UserError, match="lacks ray"):
-            command._sweep_by_one_job(plan, recipe, texts, options)
+            command._sweep_by_one_job(plan, open_run(recipe, "tiny"), texts, options)
         assert not sent
