@@ -119,6 +119,13 @@ class StatesTable:
         return ", ".join(f"{count} {state}" for state, count in counts.items()) + f", {elapsed}"
 
 
+def loss_and_rate(record: Mapping[str, Any]) -> str:
+    """What the progress line shows of a record; empty before the first one."""
+    if "loss" not in record:
+        return ""
+    return f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} images/s"
+
+
 class Progress:
     """Shows a title, units done and in total, this run's rate, and the time left.
 

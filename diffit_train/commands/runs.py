@@ -21,15 +21,15 @@ from diffit_train.commands.options import (
 )
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import run_results
-from diffit_train.progress import Progress, counted, print_rows, say
+from diffit_train.progress import Progress, counted, loss_and_rate, print_rows, say
 from diffit_train.redaction import first_line, redact
-from diffit_train.runs.checkpoints import Checkpoints, step_name
-from diffit_train.runs.live import Live, read_live
+from diffit_train.runs.checkpoints import step_name
+from diffit_train.runs.lease import Holder, read_holder
 from diffit_train.runs.run import METADATA, Project, Run
 from diffit_train.tracking import Tracker, unreachable_errors
 
 GB = 1e9
-POLL_S = 1.0
+POLL_S = 2.0
 
 
 def list_runs(root: str) -> list[dict[str, Any]]:
@@ -58,36 +58,38 @@ def _existing(root: str, name: str) -> Run:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    recipe, live, steps = run.recipe, read_live(run.url), run.checkpoints.steps
+    recipe, holder = run.recipe, read_holder(run.url)
+    progress = holder.progress if holder else {}
+    trained = progress.get("step", 0) if holder and holder.is_training else 0
     return {
         "run": run.name,
-        "state": _state(live, steps, recipe.train.steps),
-        "step": max(live.step if live and live.is_training() else 0, *steps, 0),
+        "state": _state(run, holder),
+        "step": max(int(trained), run.checkpoints.latest_step),
         "steps": recipe.train.steps,
-        "loss": live.loss if live else None,
-        "images_per_s": live.images_per_s if live else None,
-        "checkpoints": len(steps),
+        "loss": progress.get("loss"),
+        "images_per_s": progress.get("images_per_s"),
+        "checkpoints": len(run.checkpoints),
         "evaluations": len(list(run_results(run.root, run.name))),
-        "last_write_s": live.written_s if live else None,
+        "last_write_s": holder.written_s if holder else None,
         "recipe": recipe.name,
     }
 
 
-def _state(live: Live | None, committed: list[int], steps: int) -> str:
-    """The state of a run in a word; its checkpoints count where nothing else is known."""
-    if live is not None and live.state == "training":
-        return "training" if live.is_training() else "killed"
-    if committed and committed[-1] >= steps:
+def _state(run: Run, holder: Holder | None) -> str:
+    """The state of a run in a word."""
+    if holder is not None and not holder.released:
+        return "training" if holder.is_training else "killed"
+    if run.checkpoints and run.checkpoints.latest_step >= run.recipe.train.steps:
         return "finished"
-    if live is not None and live.state != "finished":
-        return live.state
-    return "stopped" if committed else "empty"
+    if holder is not None and holder.failed:
+        return "failed"
+    return "stopped" if run.checkpoints else "empty"
 
 
 def show_run(root: str, name: str) -> dict[str, Any]:
     """A run's state, checkpoints with sizes, exported files and evaluations."""
     run = _existing(root, name)
-    files, start, live = storage.sizes(run.url), run.recipe.train.start, read_live(run.url)
+    files, start = storage.sizes(run.url), run.recipe.train.start
     checkpoints = []
     for step in run.checkpoints:
         folder = f"checkpoints/{step_name(step)}/"
@@ -108,7 +110,6 @@ def show_run(root: str, name: str) -> dict[str, Any]:
             {"step": one.step, "evaluation": one.key, "samples": one.samples, **one.metrics}
             for one in run_results(run.root, run.name)
         ],
-        "said": list(live.lines) if live else [],
     }
 
 
@@ -184,7 +185,7 @@ def _agreed(run: str, gigabytes: float) -> bool:
 def follow_training(
     root: str, run: str, pause: Callable[[float], None] = time.sleep
 ) -> dict[str, Any]:
-    """Follow a run's training until it ends, as `diffit train` itself shows it.
+    """Follow a run's training until it ends.
 
     Args:
         pause: sleeps for a number of seconds between looks.
@@ -192,33 +193,23 @@ def follow_training(
     Raises:
         DiffitError: training failed, or has given no sign of life for long.
     """
-    url = _existing(root, run).url
-    live = read_live(url)
-    if live is None:
+    followed = _existing(root, run)
+    steps, holder = followed.recipe.train.steps, read_holder(followed.url)
+    if holder is None:
         raise UserError(f"run {run!r} has no training to follow; `diffit runs show {run}` shows it")
-    said = max(0, live.said - len(live.lines))
-    with Progress(f"{run}", live.steps, "steps", live.step) as progress:
-        while True:
-            for line in live.lines[len(live.lines) - (live.said - said) :]:
-                say(line)
-            said = live.said
-            detail = ""
-            if live.loss is not None and live.images_per_s is not None:
-                detail = f"loss {live.loss:.4f}  {live.images_per_s:,.0f} images/s"
-            progress.update(live.step, detail)
-            if not live.is_training():
-                break
+    start = int(holder.progress.get("step", followed.checkpoints.latest_step))
+    with Progress(f"{run}", steps, "steps", start) as progress:
+        while holder is not None and holder.is_training:
+            step = int(holder.progress.get("step", start))
+            progress.update(step, loss_and_rate(holder.progress))
             pause(POLL_S)
-            live = read_live(url) or live
-            if live.said < said:  # another training has begun
-                said = 0
-    state = _state(live, Checkpoints(url).steps, live.steps)
-    say(f"run {run}: {state} at step {live.step:,} of {live.steps:,}")
-    if state in ("failed", "killed"):
-        silent = timedelta(seconds=round(time.time() - live.written_s))
-        reason = "it failed" if state == "failed" else f"no sign of life for {silent}"
-        raise DiffitError(f"training of {run!r} has ended: {reason}")
-    return {"run": run, "state": state, "step": live.step, "steps": live.steps}
+            holder = read_holder(followed.url)
+    found = _summary(followed.refresh())
+    say(f"run {run}: {found['state']} at step {found['step']:,} of {steps:,}")
+    if found["state"] in ("failed", "killed"):
+        how = "failed" if found["state"] == "failed" else "was killed"
+        raise DiffitError(f"training of {run!r} {how}")
+    return {name: found[name] for name in ("run", "state", "step", "steps")}
 
 
 def newest_training(root: str) -> str:
@@ -227,14 +218,14 @@ def newest_training(root: str) -> str:
     Raises:
         UserError: there is none, or several are being trained.
     """
-    runs = {run.name: read_live(run.url) for run in _project(root).runs}
-    lives = {run: live for run, live in runs.items() if live is not None}
-    training = [run for run, live in lives.items() if live.is_training()]
+    runs = {run.name: read_holder(run.url) for run in _project(root).runs}
+    holders = {run: holder for run, holder in runs.items() if holder is not None}
+    training = [run for run, holder in holders.items() if holder.is_training]
     if len(training) > 1:
         raise UserError(f"several runs are being trained; name one: {', '.join(training)}")
-    if not lives:
+    if not holders:
         raise UserError(f"{storage.display_path(root)} has no run that was trained")
-    return training[0] if training else max(lives, key=lambda run: lives[run].written_s)
+    return training[0] if training else max(holders, key=lambda run: holders[run].written_s)
 
 
 def _ago(written_s: float | None) -> str:
@@ -286,7 +277,7 @@ def runs_show_command(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a run: state, checkpoints with sizes, exported files, evaluations, last lines.
+    """Show a run: state, checkpoints with sizes, exported files, evaluations.
 
     Example: `diffit runs show first --root my-project --follow`
     """
@@ -326,10 +317,6 @@ def _print_run(run: str, found: dict[str, Any]) -> None:
     for metrics in dict.fromkeys(tuple(one) for one in found["evaluations"]):
         rows = [one for one in found["evaluations"] if tuple(one) == metrics]
         print_rows(counted(len(rows), "evaluation"), rows)
-    if found["said"]:
-        say("last lines of its training:")
-    for line in found["said"][-10:]:
-        say(f"  {line}")
 
 
 def runs_remove_command(

@@ -1,10 +1,10 @@
-"""Who trains a run: one command at a time, even if others wake up late.
+"""Who trains a run, and how far it is: one command at a time, even if others wake up late.
 
 `RUN/lease/N.json` belongs to the N-th holder; the highest N holds the run. A file is created only
 if it does not exist, so that of two commands one gets the number. The holder rewrites its file
 every `BEAT_S`; a file that does not change for `SILENT_S` belongs to a dead holder. No clock of
-another machine is read. Whatever writes to the run first checks that its number is still the
-highest, so that a holder that was stopped and continued changes nothing.
+another machine decides who holds a run. Whatever writes to the run first checks that its number is
+still the highest, so that a holder that was stopped and continued changes nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from pydantic import Field
 
 from diffit_train import storage
 from diffit_train.background import background_thread
@@ -41,7 +42,10 @@ class Holder(storage.Record):
         boot: of the machine, so that processes of two machines are not confused.
         started: when the process was started, as its machine says.
         beats: how often the holder has renewed it.
+        written_s: when it was last renewed, in seconds since the epoch.
+        progress: newest values of the training: `step`, `loss`, `images_per_s`.
         released: whether the holder is done.
+        failed: whether it ended with an error.
     """
 
     token: str
@@ -50,7 +54,10 @@ class Holder(storage.Record):
     pid: int
     started: float
     beats: int = 0
+    written_s: float = 0.0
+    progress: dict[str, float] = Field(default_factory=dict)
     released: bool = False
+    failed: bool = False
 
     @classmethod
     def me(cls) -> Holder:
@@ -67,6 +74,12 @@ class Holder(storage.Record):
     def name(self) -> str:
         """For messages."""
         return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it trains, as far as can be known from another machine."""
+        silent_s = time.time() - self.written_s
+        return not self.released and silent_s < 1.5 * SILENT_S and not self.is_dead()
 
     def is_dead(self) -> bool:
         """Whether it is of this machine, and its process is gone."""
@@ -96,11 +109,13 @@ class Lease:
         url: of the run.
         number: fencing number.
         token: of the holder, as numbers begin again in a folder that was removed.
+        progress: what the holder's file shows of the training, written with its next renewal.
     """
 
     url: str
     number: int
     token: str
+    progress: dict[str, float] = field(default_factory=dict, compare=False)
 
     def require(self) -> None:
         """Check that it is still held.
@@ -141,6 +156,12 @@ def _numbers(url: str) -> list[int]:
     return sorted(int(name[:8]) for name in names if _NAME.fullmatch(name))
 
 
+def read_holder(url: str) -> Holder | None:
+    """The command that trains a run, or was the last to; None if there was none."""
+    newest = _newest(url)
+    return None if newest is None else newest[1]
+
+
 def _newest(url: str) -> tuple[int, Holder] | None:
     """The highest number, and who has it."""
     while numbers := _numbers(url):
@@ -171,12 +192,15 @@ def held(
         UserError: another command holds it.
     """
     me = Holder.me()
-    lease = _acquire(url, me, wait, say)
+    lease, failed = _acquire(url, me, wait, say), False
     try:
         with background_thread("lease", lambda ended: _beat(lease, me, ended, say, lost)):
             yield lease
+    except Exception:
+        failed = True
+        raise
     finally:
-        _release(lease, me)
+        _release(lease, me, failed)
 
 
 def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Lease:
@@ -203,7 +227,8 @@ def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Le
                 say(f"Waiting for {newest[1].name}, which holds the run, {action}")
         if expired:
             number = newest[0] + 1 if newest else 1
-            if storage.create(_file(url, number), me.model_dump_json().encode()):
+            begun = me.model_copy(update={"written_s": time.time()})
+            if storage.create(_file(url, number), begun.model_dump_json().encode()):
                 break
         else:
             time.sleep(POLL_S)
@@ -229,8 +254,7 @@ def _beat(
             lease.require()
             if _newest(lease.url) is None:
                 return  # the run is being removed
-            file = _file(lease.url, lease.number)
-            storage.write_text(file, me.model_copy(update={"beats": beats}).model_dump_json())
+            _renew(lease, me, beats=beats)
         except LostLeaseError as error:
             say(str(error))
             lost()
@@ -239,7 +263,13 @@ def _beat(
             say(f"Could not renew the lease of {storage.display_path(lease.url)}: {error}")
 
 
-def _release(lease: Lease, me: Holder) -> None:
+def _renew(lease: Lease, me: Holder, **changed: int) -> None:
+    changes = {"written_s": time.time(), "progress": dict(lease.progress), **changed}
+    text = me.model_copy(update=changes).model_dump_json()
+    storage.write_text(_file(lease.url, lease.number), text)
+
+
+def _release(lease: Lease, me: Holder, failed: bool) -> None:
     """Let the next command begin at once; the number stays, as later ones must be higher."""
     try:
         lease.require()
@@ -248,7 +278,6 @@ def _release(lease: Lease, me: Holder) -> None:
         if storage.list_names(lease.url) == [FOLDER]:
             storage.remove(lease.url)  # nothing came of it
             return
-        file = _file(lease.url, lease.number)
-        storage.write_text(file, me.model_copy(update={"released": True}).model_dump_json())
+        _renew(lease, me, released=True, failed=failed)
     except (OSError, DiffitError):
         return  # the next command waits until it looks dead

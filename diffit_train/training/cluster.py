@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from diffit_train import storage
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError
-from diffit_train.progress import Progress, say
+from diffit_train.progress import Progress, loss_and_rate, say
 from diffit_train.ray_session import missing_resources
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.run import Run
@@ -27,13 +26,6 @@ SAY_FIRST_S, SAY_EVERY_S = 5.0, 60.0
 # Workers that can be placed start within this time.
 START_S = 60.0
 POLL_S = 0.5
-
-
-def loss_and_rate(record: Mapping[str, Any]) -> str:
-    """What the progress line shows of a record; empty before the first one."""
-    if "loss" not in record:
-        return ""
-    return f"loss {record['loss']:.4f}  {record['images_per_s']:,.0f} images/s"
 
 
 class Stop(threading.Event):
@@ -142,7 +134,7 @@ class RayTraining:
     def __init__(self, run: Run, lease: Lease, mlflow_run_id: str, stop: Stop) -> None:
         self.run, self.scaling, self.stop = run, run.recipe.scaling, stop
         self._config = {"run": run, "mlflow_run_id": mlflow_run_id, "lease": lease}
-        self._scratch = storage.join(run.url, "ray")
+        self._scratch, self._progress = storage.join(run.url, "ray"), lease.progress
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.coordinator: Any = Coordinator.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._news = News({}, [], [], 0, False)
@@ -230,6 +222,7 @@ class RayTraining:
         if "step" in news.record:
             if "step" not in before.record:
                 progress.restart_clock()
+            self._progress.update(news.record)
             progress.update(news.record["step"], loss_and_rate(news.record))
 
     def _count(self, failure: Failure) -> None:

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from diffit_train.errors import DiffitError
 from diffit_train.models.precision import tf32
-from diffit_train.progress import Progress, show_log
+from diffit_train.progress import Progress, loss_and_rate, show_log
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.run import Run
-from diffit_train.training.cluster import Stop, loss_and_rate
+from diffit_train.training.cluster import Stop
 
 
 def train_locally(run: Run, lease: Lease, mlflow_run_id: str, stop: Stop) -> None:
@@ -45,6 +45,7 @@ def train_locally(run: Run, lease: Lease, mlflow_run_id: str, stop: Stop) -> Non
             for step in trainer:
                 detail = loss_and_rate(step.record) or detail
                 progress.update(step.step, detail)
+                lease.progress.update({"step": step.step, **step.record})
                 trainer.requests.stop = stop.is_set()
                 if step.stop:
                     trainer.save()

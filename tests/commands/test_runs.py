@@ -25,9 +25,8 @@ from diffit_train.config import stored_text
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import Checkpoints, save_whole
-from diffit_train.runs.lease import Lease
-from diffit_train.runs.live import LiveWriter, live_until_end, read_live
-from diffit_train.runs.run import open_run
+from diffit_train.runs.lease import Holder
+from diffit_train.runs.run import Run, open_run
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.head import free_port
@@ -48,20 +47,25 @@ def _run(root: Path, run: str, *steps: int) -> str:
     return url
 
 
-def _writer(url: str) -> LiveWriter:
-    writer = LiveWriter(url, 0, 12, print, Lease(url, 1, ""))
-    writer.every_s = 0.0
-    return writer
+def _hold(url: str, step: int, silent_s: float = 0.0, **changes: bool) -> None:
+    """Write what a command that trains the run, or did, leaves of its lease."""
+    written = {"written_s": time.time() - silent_s, "progress": {"step": step, **RECORD}}
+    holder = Holder.me().model_copy(update=written | changes)
+    storage.write_text(f"{url}/lease/00000001.json", holder.model_dump_json())
 
 
-def test_states_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_runs(tmp_path: Path) -> None:
     _run(tmp_path, "done", 4, 12)
     _run(tmp_path, "begun", 4)
     _run(tmp_path, "new")
-    _writer(_run(tmp_path, "going", 4)).update({"step": 7, **RECORD})
-    with pytest.raises(SystemExit), live_until_end(_writer(_run(tmp_path, "left", 4))):
+    _hold(_run(tmp_path, "going", 4), 7)
+    _hold(_run(tmp_path, "silent", 4), 7, silent_s=100.0)
+    left, broken = Run(str(tmp_path), "left"), Run(str(tmp_path), "broken")
+    for run in (left, broken):
+        _run(tmp_path, run.name, 4)
+    with pytest.raises(SystemExit), left.acquire():
         raise SystemExit(143)
-    with pytest.raises(ZeroDivisionError), live_until_end(_writer(_run(tmp_path, "broken", 4))):
+    with pytest.raises(ZeroDivisionError), broken.acquire():
         raise ZeroDivisionError
     (tmp_path / "runs" / "no-run").mkdir()
     rows = {row["run"]: row for row in list_runs(str(tmp_path))}
@@ -70,29 +74,27 @@ def test_states_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "begun": "stopped",
         "new": "empty",
         "going": "training",
+        "silent": "killed",
         "left": "stopped",
         "broken": "failed",
     }
     going = rows["going"]
     assert (going["step"], going["steps"], going["loss"]) == (7, 12, 0.25)
     assert rows["done"]["step"] == 12
-    # A command that was killed leaves no last word.
-    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 100)
-    rows = {row["run"]: row for row in list_runs(str(tmp_path))}
-    assert (rows["going"]["state"], rows["going"]["step"]) == ("killed", 4)
+    # A command that was killed may have trained further than its checkpoint.
+    assert rows["silent"]["step"] == 4
 
 
 def test_a_run_is_shown_with_the_sizes_of_its_checkpoints(tmp_path: Path) -> None:
     url = _run(tmp_path, "mine", 4, 8)
     storage.write_bytes(f"{url}/export/ema-0000000008.safetensors", bytes(5000))
-    _writer(url).update({"step": 9, **RECORD}, ["Training from step 8 on 1 worker"])
+    _hold(url, 9)
     found = show_run(str(tmp_path), "mine")
     assert [one["step"] for one in found["checkpoints"]] == [4, 8]
     assert all(4000 < one["bytes"] < 8000 for one in found["checkpoints"])
     assert found["checkpoints"][0]["holds"] == ["ema"]
     assert found["exports"] == [{"file": "export/ema-0000000008.safetensors", "bytes": 5000}]
     assert found["bytes"] == sum(p.stat().st_size for p in Path(url).rglob("*") if p.is_file())
-    assert found["said"] == ["Training from step 8 on 1 worker"]
     assert found["evaluations"] == []
     with pytest.raises(UserError, match="'other' does not exist in .*: mine"):
         show_run(str(tmp_path), "other")
@@ -185,14 +187,14 @@ def test_nothing_is_removed_while_mlflow_is_away(
 def test_the_newest_training_is_watched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no run that was trained"):
         newest_training(str(tmp_path))
-    _writer(_run(tmp_path, "first", 4)).write("stopped")
-    _writer(_run(tmp_path, "second", 4)).write("stopped")
+    first, second = _run(tmp_path, "first", 4), _run(tmp_path, "second", 4)
+    _hold(first, 4, silent_s=1.0, released=True)
+    _hold(second, 4, released=True)
     _run(tmp_path, "imported", 4)
     assert newest_training(str(tmp_path)) == "second"
-    _writer(str(tmp_path / "runs" / "first")).update({"step": 7, **RECORD})
-    _writer(str(tmp_path / "runs" / "second")).write("stopped")
+    _hold(first, 7, silent_s=1.0)
     assert newest_training(str(tmp_path)) == "first"
-    _writer(str(tmp_path / "runs" / "second")).update({"step": 7, **RECORD})
+    _hold(second, 7)
     with pytest.raises(UserError, match="several runs are being trained; name one: first, second"):
         newest_training(str(tmp_path))
 
@@ -201,54 +203,25 @@ def test_a_training_is_followed_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = _run(tmp_path, "mine", 0)
-    writer = _writer(url)
-    writer.update({"step": 0}, ["first", "second"])
-    pauses = iter(
-        [
-            lambda: writer.update({"step": 6, **RECORD}, ["third"]),
-            lambda: writer.update({"step": 12, **RECORD}),
-            lambda: (_run_to(url, tmp_path), writer.write("finished")),
-        ]
-    )
+    _hold(url, 0)
+
+    def end() -> None:
+        _run(tmp_path, "mine", 12)
+        _hold(url, 12, released=True)
+
+    pauses = iter([lambda: _hold(url, 6), end])
     found = follow_training(str(tmp_path), "mine", pause=lambda seconds: next(pauses)())
     assert (found["state"], found["step"]) == ("finished", 12)
-    said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if line in ("first", "second", "third")] == [
-        "first",
-        "second",
-        "third",
-    ]
-    assert "run mine: finished at step 12 of 12" in said
+    assert "run mine: finished at step 12 of 12" in capsys.readouterr().err
 
 
-def _run_to(url: str, root: Path) -> None:
-    _run(root, "mine", 12)
-
-
-def test_a_failed_or_silent_training_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_or_silent_training_is_a_failure(tmp_path: Path) -> None:
     url = _run(tmp_path, "mine", 0)
     with pytest.raises(UserError, match="no training to follow"):
         follow_training(str(tmp_path), "mine")
-    writer = _writer(url)
-    writer.write("failed")
-    with pytest.raises(DiffitError, match="has ended: it failed"):
+    _hold(url, 4, released=True, failed=True)
+    with pytest.raises(DiffitError, match="'mine' failed"):
         follow_training(str(tmp_path), "mine")
-    writer.write("training")
-    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 100)
-    with pytest.raises(DiffitError, match="no sign of life for 0:01:4"):
+    _hold(url, 4, silent_s=100.0)
+    with pytest.raises(DiffitError, match="'mine' was killed"):
         follow_training(str(tmp_path), "mine")
-
-
-def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    url = str(tmp_path / "file" / "run")
-    said: list[str] = []
-    writer = LiveWriter(url, 0, 12, said.append, Lease(url, 1, ""))
-    writer.every_s = 0.0
-    for step in range(3):
-        writer.update({"step": step})
-    assert len(said) == 1
-    assert "cannot follow this run" in said[0]
-    assert read_live(str(tmp_path)) is None

@@ -142,7 +142,7 @@ def test_a_batch_that_is_too_large_is_refused_before_ray_starts(
     many = ("data.shuffle_streams=8", "train.batch_size=8", "scaling.workers=8")
     for changes, key in (
         (("train.batch_size=1000",), "train.batch_size is 1000"),
-        (many, "8 workers cannot share the 4 streams"),
+        (many, "8 workers cannot share the 4 shuffle streams"),
     ):
         with pytest.raises(UserError, match=key):
             train(tiny_recipe(encoded, *changes), "refused")
