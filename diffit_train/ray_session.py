@@ -114,7 +114,7 @@ def require(cpus: float, gpus: float, purpose: str, wait_s: float = 0.0) -> None
         raise UserError(
             f"{purpose} needs {missing}; lower the resources under `scaling`, such as "
             "scaling.workers=1, pass the --address of a larger cluster, or, if this one can grow, "
-            "set scaling.wait_s"
+            "set scaling.node_wait_timeout_s"
         )
 
 

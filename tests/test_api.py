@@ -25,8 +25,7 @@ from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 from tests.made import make_manifest, make_shards, make_state
 
-PIXELS = ("autoencoder.kind=identity", "autoencoder.latent_channels=3", "autoencoder.downsample=1")
-PIXELS += ("autoencoder.fit.block_out_channels=[8]", "evaluate.guidance.channels=3")
+PIXELS = ("autoencoder={kind: identity}", "evaluate.guidance.channels=3")
 
 
 def save_run(recipe: Recipe, name: str, weights: dict[int, dict[str, torch.Tensor]]) -> None:

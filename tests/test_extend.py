@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 OWN = (
     "data={name: blobs, source: 'blobs://24', format: 'mynet.source:Blobs', resolution: 16, "
     "num_classes: 3, images_per_shard: 6, shuffle_streams: 4, shuffle_window: 4}",
-    "autoencoder={kind: identity, latent_channels: 3, downsample: 1}",
+    "autoencoder={kind: identity}",
     "model={architecture: 'mynet.model:ConvNet', options: {width: 8, depth: 2}}",
     "diffusion={objective: 'mynet.objective:Restore'}",
     "evaluate.sampler={name: custom, steps: 3}",

@@ -92,7 +92,7 @@ class _Asked(Exception):
 @pytest.mark.parametrize(
     ("stage", "needs"),
     [
-        ("encode", (1.0, 1.0, "encoding", 600.0)),
+        ("encode", (1.0, 0.5, "encoding", 600.0)),
         ("train", (12.0, 3.0, "training", 600.0)),
         ("evaluate", (4.0, 2.0, "evaluation", 600.0)),
     ],
@@ -108,7 +108,7 @@ def test_stages_ask_for_what_the_recipe_says_they_need(
     for name in ("_check_latents", "_check_order", "tracking_uri", "_kernel"):
         monkeypatch.setattr(driver, name, lambda *_: None)
     changes = ["workers=3..4", "cpus_per_worker=4", "gpus_per_worker=1", "evaluate_actors=4"]
-    changes += ["encode_min_actors=2", "encode_actors=3", "gpus_per_actor=0.5", "wait_s=600"]
+    changes += ["encode_actors=3", "gpus_per_actor=0.5", "node_wait_timeout_s=600"]
     recipe = tiny_recipe(tmp_path, *(f"scaling.{change}" for change in changes))
     run = {
         "encode": lambda: ExitStack().enter_context(encode._cluster(recipe, None)),

@@ -1,16 +1,16 @@
-"""Section `autoencoder`: the VAE between images and latents."""
+"""Section `autoencoder`: what is between images and latents."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from diffit_train.config.base import Positive, PositiveInt, Section, without_credentials
+from diffit_train.config.base import Positive, PositiveInt, Section, Variants, without_credentials
 
 
 class AutoencoderFit(Section):
-    """How `diffit fit autoencoder` trains your own AutoencoderKL."""
+    """How `diffit fit autoencoder` trains an AutoencoderKL."""
 
     steps: PositiveInt = Field(default=250, description="optimizer steps in total")
     batch_size: PositiveInt = Field(default=64, description="images per step")
@@ -18,27 +18,21 @@ class AutoencoderFit(Section):
     kl_weight: Positive = Field(
         default=1e-4, description="weight of the KL term added to the MSE loss"
     )
-    block_out_channels: tuple[PositiveInt, ...] = Field(
-        default=(16, 32),
-        description="channels per level; each but the last halves the resolution, so that there "
-        "is one more than autoencoder.downsample halves. Follows from it where it is not given",
-    )
-    layers_per_block: PositiveInt = Field(default=1, description="residual layers per level")
-    norm_num_groups: PositiveInt = Field(
-        default=8, description="groups of each GroupNorm; must divide every block_out_channels"
+    width: Annotated[int, Field(gt=0, multiple_of=8)] = Field(
+        default=16,
+        description="channels of the first level; the others have twice as many, and each halves "
+        "the resolution",
     )
 
+    def block_out_channels(self, downsample: int) -> tuple[int, ...]:
+        """Channels of each level."""
+        return (self.width, *[2 * self.width] * (downsample.bit_length() - 1))
 
-class Autoencoder(Section):
-    """The VAE between images and latents."""
 
-    kind: Literal["kl", "tiny", "identity"] = Field(
-        default="kl",
-        description="kl or tiny: diffusers' AutoencoderKL or AutoencoderTiny; identity: train on "
-        "pixels",
-    )
+class _Latents(Section):
+    kind: str
     source: str = Field(
-        default="",
+        min_length=1,
         description="Hugging Face Hub id, or folder in diffusers format (`root:` means under ROOT)",
     )
     alias: str = Field(
@@ -48,9 +42,7 @@ class Autoencoder(Section):
     )
     latent_channels: PositiveInt = Field(default=4, description="channels of a latent")
     downsample: PositiveInt = Field(
-        default=8,
-        description="image side divided by latent side, in pixels. Follows from "
-        "autoencoder.fit.block_out_channels where only that is given",
+        default=8, description="image side divided by latent side, in pixels"
     )
     scale: Positive | None = Field(
         default=None,
@@ -62,22 +54,6 @@ class Autoencoder(Section):
         description="floating-point type of the autoencoder; tf32: fp32, but a GPU rounds the "
         "factors of products to TF32",
     )
-    fit: AutoencoderFit = AutoencoderFit()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _derive_levels(cls, values: Any) -> Any:
-        """Downsampling by 2 ** (levels - 1), whichever of the two is given."""
-        fit = values.get("fit", {}) if isinstance(values, dict) else None
-        if not isinstance(fit, dict):
-            return values
-        channels, factor = fit.get("block_out_channels"), values.get("downsample")
-        if isinstance(channels, list | tuple) and channels and factor is None:
-            return {**values, "downsample": 2 ** (len(channels) - 1)}
-        if channels is None and isinstance(factor, int) and factor > 0 and factor.bit_count() == 1:
-            levels = (16, *[32] * (factor.bit_length() - 1))
-            return {**values, "fit": {**fit, "block_out_channels": levels}}
-        return values
 
     _sources = field_validator("source", "alias")(without_credentials)
 
@@ -87,13 +63,42 @@ class Autoencoder(Section):
         return self.alias or self.source
 
     def identity(self) -> dict[str, Any]:
-        """The keys that determine the latents.
-
-        An fp32 autoencoder ran in TF32 on a GPU before there was a key for it: the hash is the
-        same for both.
-        """
+        """The keys that determine the latents; fp32 and tf32 count as the same."""
         keys = self.model_dump(mode="json", exclude={"fit", "alias"})
-        keys["source"] = self.name
-        if self.precision == "tf32":
-            keys["precision"] = "fp32"
-        return keys
+        precision = "fp32" if self.precision == "tf32" else self.precision
+        return {**keys, "source": self.name, "precision": precision}
+
+
+class Kl(_Latents):
+    """An AutoencoderKL."""
+
+    kind: Literal["kl"] = Field(default="kl", description="kl: diffusers' AutoencoderKL")
+    fit: AutoencoderFit = AutoencoderFit()
+
+
+class Tiny(_Latents):
+    """An AutoencoderTiny."""
+
+    kind: Literal["tiny"] = Field(default="tiny", description="tiny: diffusers' AutoencoderTiny")
+
+
+class Pixels(Section):
+    """No autoencoder."""
+
+    source: ClassVar[str] = ""
+    alias: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    latent_channels: ClassVar[int] = 3
+    downsample: ClassVar[int] = 1
+    batch_size: ClassVar[int] = 1
+    precision: ClassVar[str] = "fp32"
+
+    kind: Literal["identity"] = Field(default="identity", description="identity: train on pixels")
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that determine the latents."""
+        return self.model_dump()
+
+
+# What is between images and latents.
+Autoencoder = Annotated[Kl | Tiny | Pixels, Variants("kind", "kl")]

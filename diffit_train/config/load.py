@@ -82,7 +82,6 @@ def load_recipe_text(
 def _resolve(
     tree: dict[str, Any], reference: str, overrides: Sequence[str], root: str | None
 ) -> Recipe:
-    _forget_derived(tree, overrides)
     for override in overrides:
         _choose_variant(tree, *_split(override))
     for override in overrides:
@@ -197,26 +196,6 @@ def _parse(text: str, reference: str) -> dict[str, Any]:
             f"recipe {reference} must be a mapping of sections, not {_shortened(repr(tree))}"
         )
     return tree
-
-
-# Keys that follow from one another where only one is given.
-_DERIVED = {
-    "autoencoder.downsample": "autoencoder.fit.block_out_channels",
-    "autoencoder.fit.block_out_channels": "autoencoder.downsample",
-}
-
-
-def _forget_derived(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Drop keys of the file that follow from an overridden one, unless overridden themselves."""
-    named = {override.partition("=")[0] for override in overrides}
-    for key, derived in _DERIVED.items():
-        if key in named and derived not in named:
-            *sections, last = derived.split(".")
-            node = tree
-            for section in sections:
-                child = node.get(section)
-                node = child if isinstance(child, dict) else {}
-            node.pop(last, None)
 
 
 class _Loader(yaml.SafeLoader):

@@ -28,7 +28,7 @@ class Recipe(Section):
 
     name: Name = Field(description="default name of the run")
     data: Data
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder = Field(description="What is between images and latents.")
     model: Model = Model()
     diffusion: Diffusion = Field(
         default=Epsilon(), description="The forward process and the prediction target."
@@ -124,39 +124,6 @@ class Recipe(Section):
             raise ValueError(
                 f"train.warmup_steps is {train.warmup_steps}, but must be less than train.steps "
                 f"({train.steps})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_autoencoder(self) -> Self:
-        fit, kind = self.autoencoder.fit, self.autoencoder.kind
-        if kind == "identity":
-            for key, value, needed in (
-                ("latent_channels", self.autoencoder.latent_channels, 3),
-                ("downsample", self.autoencoder.downsample, 1),
-            ):
-                if value != needed:
-                    raise ValueError(
-                        f"autoencoder.{key} is {value}, but must be {needed} when "
-                        "autoencoder.kind is 'identity'"
-                    )
-        elif not self.autoencoder.source:
-            raise ValueError(
-                f"autoencoder.source is empty, but autoencoder.kind {kind!r} needs a Hugging Face "
-                "Hub id or a folder in diffusers format"
-            )
-        scaling = self.scaling
-        if scaling.encode_min_actors > scaling.encode_actors:
-            raise ValueError(
-                f"scaling.encode_min_actors is {scaling.encode_min_actors}, but must be at most "
-                f"scaling.encode_actors ({scaling.encode_actors})"
-            )
-        for channels in fit.block_out_channels:
-            _divides(
-                "autoencoder.fit.norm_num_groups",
-                fit.norm_num_groups,
-                "autoencoder.fit.block_out_channels",
-                channels,
             )
         return self
 

@@ -22,9 +22,9 @@ class Scaling(Section):
     gpus_per_worker: int = Field(
         default=0, ge=0, le=1, description="GPUs per training worker; 0: train on the CPU"
     )
-    encode_actors: PositiveInt = Field(default=1, description="maximum number of encoding actors")
-    encode_min_actors: PositiveInt = Field(
-        default=1, description="encoding actors at the start; more start when images queue up"
+    encode_actors: PositiveInt = Field(
+        default=1,
+        description="maximum number of encoding actors; one starts, and more when images queue up",
     )
     encode_threads: PositiveInt = Field(
         default=1, description="CPU threads per encoding actor without a GPU"
@@ -43,15 +43,12 @@ class Scaling(Section):
         default=3,
         ge=-1,
         description="restarts after failures of training workers without a new checkpoint in "
-        "between; -1: unlimited",
-    )
-    max_preemptions: int = Field(
-        default=-1, ge=-1, description="restarts after announced preemptions; -1: unlimited"
+        "between, announced preemptions not counted; -1: unlimited",
     )
     resize_check_s: Positive = Field(
         default=60.0, description="seconds between checks whether an elastic run can grow"
     )
-    wait_s: float = Field(
+    node_wait_timeout_s: float = Field(
         default=0.0,
         ge=0.0,
         allow_inf_nan=False,
@@ -93,7 +90,7 @@ class Scaling(Section):
         """CPUs and GPUs that a cluster must have before a stage begins."""
         workers, actors = self.min_workers, self.evaluate_actors
         return {
-            "encode": (1.0, self.encode_min_actors * self.gpus_per_actor),
+            "encode": (1.0, self.gpus_per_actor),
             "train": (
                 float(workers * self.cpus_per_worker),
                 float(workers * self.gpus_per_worker),

@@ -156,9 +156,9 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
         UserError: it is not available, or its latent shape is not the recipe's.
     """
     url, section = autoencoder_url(recipe), recipe.autoencoder
-    dtype = _DTYPES[section.precision]
     if section.kind == "identity":
-        return LoadedAutoencoder(None, "identity", section.scale or 1.0, device, torch.float32)
+        return LoadedAutoencoder(None, "identity", 1.0, device, torch.float32)
+    dtype = _DTYPES[section.precision]
     hub = url == section.source and not is_path(url)
     model = _load_model(url, section.kind, dtype, hub)
     channels, factor = model.config.latent_channels, _downsampling(model)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.config.autoencoder import Kl
 from diffit_train.data.reading import read_items
 from diffit_train.data.sources import list_images
 from diffit_train.errors import UserError
@@ -31,13 +32,11 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
         UserError: the recipe has no autoencoder to fit, the folder holds another one, or the sizes
             are inconsistent.
     """
-    url = _target(recipe)
+    section, url = _target(recipe)
     identity = storage.digest(
         [
             recipe.image_identity(),
-            recipe.autoencoder.model_dump(
-                mode="json", include={"fit", "latent_channels", "downsample"}
-            ),
+            section.model_dump(mode="json", include={"fit", "latent_channels", "downsample"}),
         ]
     )
     marker = storage.join(url, FITTED)
@@ -51,9 +50,9 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
         storage.remove(storage.join(url, AUTOENCODER_STATE))  # of a killed command
         say(f"autoencoder {storage.display_path(url)} is already fitted")
         return report
-    _check_target(recipe, url)
+    _check_target(section, url)
     storage.require_writable(recipe.storage.root)
-    report = {"identity": identity, **_train_autoencoder(recipe, url, identity)}
+    report = {"identity": identity, **_train_autoencoder(recipe, section, url, identity)}
     storage.write_json(marker, report)
     storage.remove(storage.join(url, AUTOENCODER_STATE))
     metrics = f"reconstruction mse {report['reconstruction_mse']:.5f}, scale {report['scale']:.4f}"
@@ -61,8 +60,8 @@ def fit_autoencoder(recipe: Recipe) -> dict[str, Any]:
     return report
 
 
-def _target(recipe: Recipe) -> str:
-    """The folder to fit the recipe's autoencoder into."""
+def _target(recipe: Recipe) -> tuple[Kl, str]:
+    """The recipe's autoencoder, and the folder to fit it into."""
     from diffit_train.data.autoencoder import autoencoder_url, is_path
 
     section = recipe.autoencoder
@@ -82,16 +81,14 @@ def _target(recipe: Recipe) -> str:
             f"autoencoder.source is {url!r}, a model of the Hugging Face Hub; name a folder to fit "
             "one into, such as autoencoder.source=root:autoencoders/mine"
         )
-    return url
+    return section, url
 
 
-def _check_target(recipe: Recipe, url: str) -> None:
-    levels = len(recipe.autoencoder.fit.block_out_channels)
-    if 2 ** (levels - 1) != recipe.autoencoder.downsample:
+def _check_target(section: Kl, url: str) -> None:
+    if section.downsample.bit_count() != 1:
         raise UserError(
-            f"autoencoder.fit.block_out_channels has {levels} levels, which downsample by "
-            f"{2 ** (levels - 1)}, but autoencoder.downsample is {recipe.autoencoder.downsample}; "
-            "change either"
+            f"autoencoder.downsample is {section.downsample}, but must be a power of two to fit an "
+            "autoencoder"
         )
     if storage.exists(storage.join(url, "config.json")) and not storage.exists(
         storage.join(url, AUTOENCODER_STATE)
@@ -102,45 +99,45 @@ def _check_target(recipe: Recipe, url: str) -> None:
         )
 
 
-def _train_autoencoder(recipe: Recipe, url: str, identity: str) -> dict[str, Any]:
+def _train_autoencoder(recipe: Recipe, section: Kl, url: str, identity: str) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKL
 
     from diffit_train.data.fit import SEED, fit
 
-    section, pixels = recipe.autoencoder.fit, _all_pixels(recipe)
-    levels = len(section.block_out_channels)
+    fitted, pixels = section.fit, _all_pixels(recipe)
+    channels = fitted.block_out_channels(section.downsample)
     torch.manual_seed(SEED)
     model: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=section.block_out_channels,
-        layers_per_block=section.layers_per_block,
-        latent_channels=recipe.autoencoder.latent_channels,
-        norm_num_groups=section.norm_num_groups,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=section.latent_channels,
+        norm_num_groups=8,
         sample_size=recipe.data.resolution,
     )
 
     def loss(step: int, random: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = random.integers(len(pixels), size=section.batch_size)
+        rows = random.integers(len(pixels), size=fitted.batch_size)
         x = torch.from_numpy(pixels[rows])
         posterior = model.encode(x).latent_dist
         noise = random.standard_normal(posterior.mean.shape, dtype="float32")
         decoded = model.decode(posterior.mean + posterior.std * torch.from_numpy(noise)).sample
         mse = ((decoded - x) ** 2).mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return mse + section.kl_weight * kl, {"mse": mse.item(), "kl": kl.item()}
+        return mse + fitted.kl_weight * kl, {"mse": mse.item(), "kl": kl.item()}
 
     fit(
         model,
         loss,
-        steps=section.steps,
-        lr=section.lr,
+        steps=fitted.steps,
+        lr=fitted.lr,
         state_url=storage.join(url, AUTOENCODER_STATE),
         identity=identity,
         title="autoencoder",
     )
-    return _save_autoencoder(recipe, url, model, pixels)
+    return {"steps": fitted.steps, **_save_autoencoder(url, model, pixels)}
 
 
 def _all_pixels(recipe: Recipe) -> np.ndarray:
@@ -156,7 +153,7 @@ def _all_pixels(recipe: Recipe) -> np.ndarray:
     return to_model_range(images.pixels)
 
 
-def _save_autoencoder(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) -> dict[str, Any]:
+def _save_autoencoder(url: str, model: Any, pixels: np.ndarray) -> dict[str, Any]:
     """Measure scale and reconstruction error, and write everything but the marker."""
     import torch
 
@@ -178,7 +175,6 @@ def _save_autoencoder(recipe: Recipe, url: str, model: Any, pixels: np.ndarray) 
     image = _image(pixels[shown], reconstruction[shown])
     storage.write_bytes(storage.join(url, "reconstructions.png"), image)
     return {
-        "steps": recipe.autoencoder.fit.steps,
         "scale": scale,
         "reconstruction_mse": float(((reconstruction - pixels) ** 2).mean()),
     }

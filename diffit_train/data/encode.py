@@ -163,7 +163,9 @@ def _restore_shards(
 @contextmanager
 def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
     with ray_session.connected(address):
-        ray_session.require(*recipe.scaling.needs("encode"), "encoding", recipe.scaling.wait_s)
+        ray_session.require(
+            *recipe.scaling.needs("encode"), "encoding", recipe.scaling.node_wait_timeout_s
+        )
         yield
 
 
@@ -237,10 +239,7 @@ def _encode_missing(
     ).map(
         _Encoder,
         fn_constructor_args=(recipe, plan, known_autoencoders),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=min(scaling.encode_min_actors, len(tasks)),
-            max_size=min(actors, len(tasks)),
-        ),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors, len(tasks))),
         num_cpus=actor_cpus,
         num_gpus=scaling.gpus_per_actor or None,
         **(

@@ -15,11 +15,12 @@ def resolve_alias(recipe: Recipe) -> Recipe:
     a recipe differs from that of the latents under its `data.name` in the source alone, and the
     weights there have the same hash, it is the same recipe.
     """
-    url = latents_url(recipe)
-    if recipe.autoencoder.alias or not storage.exists(storage.join(url, MANIFEST)):
+    url, section = latents_url(recipe), recipe.autoencoder
+    known = section.kind == "identity" or section.alias
+    if known or not storage.exists(storage.join(url, MANIFEST)):
         return recipe
     manifest = load_manifest(url)
-    section = recipe.autoencoder.model_copy(update={"alias": manifest.autoencoder})
+    section = section.model_copy(update={"alias": manifest.autoencoder})
     same = recipe.model_copy(update={"autoencoder": section})
     if recipe.encode_hash() == manifest.recipe_hash or same.encode_hash() != manifest.recipe_hash:
         return recipe

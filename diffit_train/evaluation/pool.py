@@ -173,7 +173,9 @@ class EvaluationPool:
         """
         if self._actors is None:
             scaling = self.recipe.scaling
-            ray_session.require(*scaling.needs("evaluate"), "evaluation", scaling.wait_s)
+            ray_session.require(
+                *scaling.needs("evaluate"), "evaluation", scaling.node_wait_timeout_s
+            )
             options: dict[str, Any] = {
                 "num_cpus": 1,
                 "num_gpus": scaling.gpus_per_actor or None,

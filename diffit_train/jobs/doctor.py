@@ -173,14 +173,14 @@ def check_size(recipe: Recipe, stage: ClusterStage) -> Check:
     """Whether the connected cluster has, or may wait for, what a stage needs."""
     cpus, gpus = recipe.scaling.needs(stage)
     missing = ray_session.missing_resources(cpus, gpus)
-    wait_s = recipe.scaling.wait_s
+    wait_s = recipe.scaling.node_wait_timeout_s
     if not missing:
         return Check("cluster", stage, f"enough for {cpus:g} CPUs and {gpus:g} GPUs")
     if wait_s:
         return Check("cluster", stage, f"needs {missing}; waits up to {wait_s:g} s for more")
     fix = (
         "lower the resources under `scaling`, use a larger cluster, or, if this one can grow, set "
-        "scaling.wait_s"
+        "scaling.node_wait_timeout_s"
     )
     return Check("cluster", stage, f"needs {missing}", fix)
 

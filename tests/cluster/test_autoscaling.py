@@ -26,7 +26,7 @@ def test_training_waits_for_nodes_and_gives_them_back(encoded: Path) -> None:
         root.mkdir()
         _copy(encoded, root)
         recipe = root / "recipe.yaml"
-        changes = ("scaling.workers=2", "scaling.wait_s=120")
+        changes = ("scaling.workers=2", "scaling.node_wait_timeout_s=120")
         recipe.write_text(dump_recipe(tiny_recipe(root, *changes)))
         command = [sys.executable, "-m", "tests.cluster.autoscaling", str(recipe)]
         done = machine.run(command, {"PYTHONPATH": str(REPOSITORY)}, timeout_s=800)

@@ -83,7 +83,7 @@ def test_what_follows_what(
     assert job.wait(timeout=60) == status
     text = (tmp_path / "log").read_text()
     head = "--address 127.0.0.1:22310"
-    assert f"diffit train imagenet256 scaling.wait_s=9 --run a run {head}" in text
+    assert f"diffit train imagenet256 scaling.node_wait_timeout_s=9 --run a run {head}" in text
     assert '[{"targets": ["node1:22313","node2:22314"]}]' in text
     assert "token 600 64" in text
     assert all(line in text for line in said), text

@@ -111,6 +111,6 @@ def test_a_cluster_that_may_grow_is_large_enough(
     missing = "3 GPUs, but the Ray cluster has 0"
     monkeypatch.setattr("diffit_train.ray_session.missing_resources", lambda cpus, gpus: missing)
     fixed = check_size(tiny_recipe(tmp_path), "train")
-    assert "scaling.wait_s" in fixed.fix
-    growing = check_size(tiny_recipe(tmp_path, "scaling.wait_s=60"), "train")
+    assert "scaling.node_wait_timeout_s" in fixed.fix
+    growing = check_size(tiny_recipe(tmp_path, "scaling.node_wait_timeout_s=60"), "train")
     assert (growing.found, growing.fix) == (f"needs {missing}; waits up to 60 s for more", "")

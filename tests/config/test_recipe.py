@@ -338,12 +338,15 @@ def test_a_missing_space_in_yaml_is_named() -> None:
         load_recipe("demo", ["train.ema={wide: {sigma_rel:0.1}}"])
 
 
-def test_downsampling_and_levels_follow_from_one_another() -> None:
-    changed = load_recipe("demo", ["autoencoder.fit.block_out_channels=[8,16]"])
-    assert changed.autoencoder.downsample == 2
-    changed = load_recipe("demo", ["autoencoder.downsample=8"])
-    assert changed.autoencoder.fit.block_out_channels == (16, 32, 32, 32)
-    both = ["autoencoder.downsample=2", "autoencoder.fit.block_out_channels=[8,8,8]"]
-    changed = load_recipe("demo", both)  # refused where it is fitted
-    assert changed.autoencoder.downsample == 2
-    assert changed.autoencoder.fit.block_out_channels == (8, 8, 8)
+def test_the_levels_of_a_fitted_autoencoder_follow_from_its_downsampling() -> None:
+    fit = load_recipe("demo", ["autoencoder.fit.width=8"]).autoencoder.fit
+    assert [fit.block_out_channels(n) for n in (1, 4, 8)] == [(8,), (8, 16, 16), (8, 16, 16, 16)]
+
+
+def test_pixels_have_no_keys_of_an_autoencoder() -> None:
+    recipe = load_recipe("demo", ["autoencoder.kind=identity", "evaluate.guidance.channels=3"])
+    assert recipe.flat()["autoencoder.kind"] == "identity"
+    assert (recipe.autoencoder.latent_channels, recipe.latent_size) == (3, 16)
+    for change in ("autoencoder.scale=2", "autoencoder.fit.steps=3"):
+        with pytest.raises(UserError, match=r"autoencoder\.(scale|fit) .*kind.*'identity'"):
+            load_recipe("cifar10", [change])

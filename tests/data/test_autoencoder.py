@@ -115,8 +115,8 @@ def test_a_finished_fit_is_left_unchanged_and_another_refused(project: Path) -> 
 
 def test_impossible_and_foreign_autoencoders_are_refused(project: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "images" / "digits")
-    with pytest.raises(UserError, match="3 levels, which downsample by 4"):
-        fit_autoencoder(tiny_recipe(tmp_path, "autoencoder.downsample=2"))
+    with pytest.raises(UserError, match=r"autoencoder\.downsample is 3"):
+        fit_autoencoder(tiny_recipe(tmp_path, "data.resolution=48", "autoencoder.downsample=3"))
     assert not (tmp_path / "autoencoders").exists()
     shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")
     (tmp_path / "autoencoders" / "digits" / "diffit.json").unlink()
@@ -124,15 +124,14 @@ def test_impossible_and_foreign_autoencoders_are_refused(project: Path, tmp_path
         fit_autoencoder(tiny_recipe(tmp_path))
 
 
-PIXELS = ["autoencoder.kind=identity", "autoencoder.latent_channels=3", "autoencoder.downsample=1"]
-PIXELS += ["evaluate.guidance.channels=3"]
+PIXELS = ["autoencoder={kind: identity}", "evaluate.guidance.channels=3"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (PIXELS, "'identity': the recipe trains on pixels"),
-        (["autoencoder.kind=tiny"], "'tiny', but only an AutoencoderKL is fitted"),
+        (["autoencoder={kind: tiny, source: a, downsample: 4}"], r"autoencoder\.kind is 'tiny'"),
         (["autoencoder.source=stabilityai/sd-vae-ft-ema"], "a model of the Hugging Face Hub; name"),
     ],
 )

@@ -23,8 +23,7 @@ from tests.conftest import tiny_recipe
 from tests.test_api import make_run
 from tests.test_extend import OWN, forget, write_package
 
-PIXELS = ("autoencoder.kind=identity", "autoencoder.latent_channels=3", "autoencoder.downsample=1")
-PIXELS += ("autoencoder.fit.block_out_channels=[8]",)
+PIXELS = ("autoencoder={kind: identity}",)
 # Runs that differ in all that the folder holds: network, autoencoder, objective, labels.
 RUNS = {
     "latent": (),
