@@ -45,7 +45,6 @@ class Limits:
     scaling: Scaling
     newest_step: int
     failures: int = 0
-    preemptions: int = 0
 
     def count(self, failure: Failure, newest_step: int) -> str:
         """Count a failure; returns a line for the user.
@@ -58,19 +57,13 @@ class Limits:
         """
         if failure.final:
             raise DiffitError(failure.cause)
-        scaling = self.scaling
         if failure.preempted:
-            self.preemptions += 1
-            if 0 <= scaling.max_preemptions < self.preemptions:
-                raise DiffitError(
-                    f"a node was preempted (preemptions: {self.preemptions}; "
-                    f"scaling.max_preemptions is {scaling.max_preemptions})"
-                )
             return "Restarting the workers: their node was preempted"
         if newest_step > self.newest_step:
             self.newest_step, self.failures = newest_step, 0
         self.failures += 1
-        most, since = scaling.max_failures, f"since the checkpoint of step {self.newest_step:,}"
+        most = self.scaling.max_failures
+        since = f"since the checkpoint of step {self.newest_step:,}"
         if 0 <= most < self.failures:
             raise DiffitError(
                 f"{failure.cause} (failures {since}: {self.failures}; scaling.max_failures is "
@@ -99,7 +92,7 @@ class Wait:
         """
         waited_s, scaling = now_s - self.since_s, self.scaling
         elastic = scaling.min_workers != scaling.max_workers
-        limit_s = float("inf") if elastic else max(LOST_NODE_WAIT_S, scaling.wait_s)
+        limit_s = float("inf") if elastic else max(LOST_NODE_WAIT_S, scaling.node_wait_timeout_s)
         what = (
             f"training needs {missing}"
             if missing
@@ -111,7 +104,7 @@ class Wait:
         if waited_s > limit_s:
             raise DiffitError(
                 f"{what}; waited {waited_s:.0f} s for another node; rerun the command to resume, "
-                "with a larger scaling.wait_s to wait longer, or with fewer scaling.workers"
+                "with a larger scaling.node_wait_timeout_s, or with fewer scaling.workers"
             )
         first_s = SAY_FIRST_S if missing else START_S
         if waited_s < first_s or (self.said_s is not None and now_s - self.said_s < SAY_EVERY_S):

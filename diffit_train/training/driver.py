@@ -94,7 +94,7 @@ def train(
         with contextlib.nullcontext() if local else ray_session.connected(address):
             if not local:
                 needs = recipe.scaling.needs("train")
-                ray_session.require(*needs, "training", recipe.scaling.wait_s)
+                ray_session.require(*needs, "training", recipe.scaling.node_wait_timeout_s)
             metadata = run.check() or run.new_metadata(manifest.samples_digest)
             # Before anything is written: a new run is refused without MLflow.
             mlflow_run_id = _mlflow_run(run, metadata, manifest)

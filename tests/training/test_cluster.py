@@ -47,12 +47,10 @@ def test_what_a_restart_cannot_cure_ends_the_run() -> None:
         limits.count(Failure("shard 3 is damaged", final=True), 100)
 
 
-def test_preemptions_have_their_own_limit() -> None:
-    limits = Limits(Scaling(max_failures=0, max_preemptions=2), newest_step=0)
-    for _ in range(2):
+def test_preemptions_have_no_limit() -> None:
+    limits = Limits(Scaling(max_failures=0), newest_step=0)
+    for _ in range(3):
         assert limits.count(PREEMPTED, 0) == "Restarting the workers: their node was preempted"
-    with pytest.raises(DiffitError, match=r"preemptions: 3; scaling\.max_preemptions is 2"):
-        limits.count(PREEMPTED, 0)
     with pytest.raises(DiffitError, match=r"scaling\.max_failures is 0"):
         limits.count(DIED, 0)
 
@@ -70,11 +68,12 @@ def test_the_cause_of_a_failure_is_its_last_line() -> None:
 
 @pytest.mark.parametrize(("wait_s", "limit_s"), [(0.0, 300.0), (900.0, 900.0)])
 def test_a_fixed_run_waits_for_a_node(wait_s: float, limit_s: float) -> None:
-    wait, missing = Wait(Scaling(workers=64, wait_s=wait_s), since_s=1000.0), "64 CPUs, not 2"
+    scaling, missing = Scaling(workers=64, node_wait_timeout_s=wait_s), "64 CPUs, not 2"
+    wait = Wait(scaling, since_s=1000.0)
     lines = [wait.check(1000.0 + s, missing) for s in (0.0, 6.0, 20.0, 40.0, 80.0, limit_s - 1)]
     assert [bool(line) for line in lines] == [False, True, False, False, True, True]
     assert lines[1] == f"Waiting up to {limit_s - 6:.0f} s for nodes: training needs {missing}"
-    with pytest.raises(DiffitError, match=rf"{missing}; .*scaling\.wait_s"):
+    with pytest.raises(DiffitError, match=rf"{missing}; .*scaling\.node_wait_timeout_s"):
         wait.check(1001.0 + limit_s, missing)
 
 
