@@ -15,9 +15,16 @@ In Python:
     run = dt.train(recipe, "first")
     results = dt.evaluate(run)
 
-These names, and those of `diffit_train.extend` for custom classes, are the surface; every
-other module is private. Importing the package imports none of them: torch and the others are
-imported when a name is first used.
+A custom class that a recipe names derives from one of these, and refuses bad options by `UserError`
+(docs/extend.md):
+
+    model.architecture      `Backbone`, created with a `NetworkShape`
+    diffusion.objective     `Objective`; sampled with a `Denoiser` and `Noise`
+    evaluate.features.kind  `FeatureNetwork`
+    data.format             `ImageSource`
+
+These names are the surface; every other module is private. Importing the package imports none of
+them: torch and the others are imported when a name is first used.
 """
 
 from __future__ import annotations
@@ -39,19 +46,32 @@ if TYPE_CHECKING:
     )
     from diffit_train.config import Recipe
     from diffit_train.data.latents import LatentBatch, Latents
+    from diffit_train.data.plugged import ImageSource
+    from diffit_train.diffusion.guidance import Denoiser
+    from diffit_train.diffusion.objective import Objective
+    from diffit_train.diffusion.samplers import Noise
     from diffit_train.errors import DiffitError, UserError
+    from diffit_train.evaluation.feature_networks import FeatureNetwork
     from diffit_train.evaluation.model import Model
+    from diffit_train.models.backbone import Backbone, NetworkShape
     from diffit_train.reports.compare import compare
     from diffit_train.runs.checkpoints import Checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backbone",
     "Checkpoint",
+    "Denoiser",
     "DiffitError",
+    "FeatureNetwork",
+    "ImageSource",
     "LatentBatch",
     "Latents",
     "Model",
+    "NetworkShape",
+    "Noise",
+    "Objective",
     "Project",
     "Recipe",
     "Run",
@@ -74,8 +94,14 @@ _MODULES = {
     ),
     "config": ("Recipe",),
     "data.latents": ("LatentBatch", "Latents"),
+    "data.plugged": ("ImageSource",),
+    "diffusion.guidance": ("Denoiser",),
+    "diffusion.objective": ("Objective",),
+    "diffusion.samplers": ("Noise",),
     "errors": ("DiffitError", "UserError"),
+    "evaluation.feature_networks": ("FeatureNetwork",),
     "evaluation.model": ("Model",),
+    "models.backbone": ("Backbone", "NetworkShape"),
     "reports.compare": ("compare",),
     "runs.checkpoints": ("Checkpoint",),
 }

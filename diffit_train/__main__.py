@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             load_forwarded()
             if words[:1] == ["doctor"]:
                 require_packages()
-        from diffit_train.cli import main as run
+        from diffit_train.cli.main import main as run
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)  # 128 + SIGINT

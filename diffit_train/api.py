@@ -15,12 +15,11 @@ from diffit_train.config import Recipe
 from diffit_train.config.evaluate import OWN
 from diffit_train.data.known_autoencoder import resolve_alias
 from diffit_train.data.shards import Manifest, finished_manifest, latents_url, missing_files
-from diffit_train.errors import UserError
+from diffit_train.errors import UserError, first_line
 from diffit_train.evaluation import evaluate as evaluation
 from diffit_train.evaluation.best import register_best
 from diffit_train.evaluation.result import Result, run_results
 from diffit_train.progress import counted, say
-from diffit_train.redaction import first_line
 from diffit_train.runs import run as runs
 from diffit_train.runs.checkpoints import NEWEST
 from diffit_train.runs.select import with_overrides

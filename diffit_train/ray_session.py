@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from diffit_train.errors import UserError
+from diffit_train.errors import UserError, first_line
 from diffit_train.progress import say
-from diffit_train.redaction import first_line
 
 # Without it, Ray would join any cluster that happens to run on this machine.
 NEW_CLUSTER = "local"

@@ -4,7 +4,7 @@ A file appears under its final name only when it is complete: locally through a 
 fsync and rename; on an object store through one upload, which is atomic there.
 
 Transient remote errors (a lost connection, a server that is busy, restarting or silent) are retried
-by botocore, and for longer as `retry` says.
+by botocore, and for longer by `retry`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,29 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 from pydantic import BaseModel, ConfigDict
 
-from diffit_train.errors import DiffitError, UserError
-from diffit_train.redaction import first_line, redact
-from diffit_train.retry import attempt_s, retry
+from diffit_train.errors import DiffitError, UserError, first_line, redact
+from diffit_train.progress import say
 
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+# A call on another machine that fails for a reason that may pass is retried, with growing pauses,
+# for so many seconds; an attempt without any answer ends after a part of that.
+RETRY_LIMIT = "DIFFIT_RETRY_S"
+DEFAULT_LIMIT_S, ATTEMPT_FRACTION = 120.0, 0.25
+# A shorter wait is not logged, and a longer one now and then.
+LOG_AFTER_S, LOG_EVERY_S = 5.0, 60.0
+_logged_s: dict[str, float] = {}
 TEMPORARY_MARK = ".tmp-"
 ROOT_PREFIX = "root:"
 # Data sets of the Hugging Face Hub: hf://datasets/OWNER/NAME/PATH; read only.
@@ -171,6 +181,54 @@ def _place(url: str) -> str:
 def _hub() -> fsspec.AbstractFileSystem:
     # fsspec's own cache has an instance for each thread, which would all ask for the same listings.
     return fsspec.filesystem("hf", skip_instance_cache=True)
+
+
+def limit_s() -> float:
+    """Seconds for which a call on another machine is tried.
+
+    Raises:
+        UserError: the variable is not a positive number.
+    """
+    text = os.environ.get(RETRY_LIMIT)
+    if text is None:
+        return DEFAULT_LIMIT_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < 1e6:
+        raise UserError(f"{RETRY_LIMIT} is {text!r}, but must be a number of seconds above 0")
+    return seconds
+
+
+def attempt_s() -> float:
+    """Seconds after which one attempt without an answer has failed."""
+    return limit_s() * ATTEMPT_FRACTION
+
+
+def retry(what: str, may_pass: Callable[[BaseException], bool]) -> Callable[[Callable[[], T]], T]:
+    """Retry a call while it fails for a reason that may pass: `retry("a server", …)(call)`.
+
+    Args:
+        what: the server that is waited for, such as `s3://bucket`.
+        may_pass: whether another attempt may succeed after an error; other errors are raised.
+    """
+    import tenacity
+
+    def log(state: RetryCallState) -> None:
+        waited_s, now_s = state.seconds_since_start or 0.0, time.monotonic()
+        recent = now_s - _logged_s.get(what, float("-inf")) < LOG_EVERY_S  # by any thread
+        if waited_s >= LOG_AFTER_S and not recent and state.outcome is not None:
+            _logged_s[what] = now_s
+            say(f"waiting for {what} ({waited_s:.0f} s): {first_line(state.outcome.exception())}")
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(may_pass),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=10.0),
+        stop=tenacity.stop_after_delay(limit_s()),
+        before_sleep=log,
+        reraise=True,
+    )
 
 
 def is_transient(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from diffit_train.cli import app
+from diffit_train.cli.main import app
 from diffit_train.config import keys, packaged_recipes
 from diffit_train.config.presets import PRESETS
 

@@ -6,7 +6,7 @@ ray job submit --working-dir . -- python pipelines/train.py RECIPE [KEY=VALUE ..
 from __future__ import annotations
 
 import diffit_train as dt
-from diffit_train.cli import run_job
+from diffit_train.cli.main import run_job
 
 
 def train(recipe: dt.Recipe, name: str | None, steps: list[str]) -> None:

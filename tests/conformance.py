@@ -23,7 +23,7 @@ import torch
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.cli import exit_status
+from diffit_train.cli.main import exit_status
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import references

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from diffit_train.config import dump_recipe, load_recipe, load_recipe_text
-from diffit_train.errors import UserError
+from diffit_train.errors import UserError, redact
 from diffit_train.evaluation.sweep import plan_sweep
 from diffit_train.jobs import client
 from diffit_train.jobs.job import job
-from diffit_train.redaction import redact
 from diffit_train.runs.run import open_run
 from diffit_train.tracking import CREDENTIALS, tracking_uri
 from tests.conftest import tiny_recipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffit_train import storage
-from diffit_train.cli import FAILED, exit_status
+from diffit_train.cli.main import FAILED, exit_status
 from diffit_train.data.shards import write_shard
 from diffit_train.errors import UserError
 from diffit_train.evaluation.committed import commit

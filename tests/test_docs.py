@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from diffit_train.cli import app
+from diffit_train.cli.main import app
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
 from diffit_train.config.keys import all_names
 from diffit_train.errors import UserError

@@ -28,8 +28,8 @@ from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import features_digest, fit_features
 from diffit_train.evaluation.sample import WeightSource, sample_images
 from diffit_train.export.folder import export_folder
+from diffit_train.jobs.plan import Machine, plan
 from diffit_train.models.build import build_model, network_shape
-from diffit_train.plan import Machine, plan
 from diffit_train.runs.import_export import export_weights
 from diffit_train.runs.run import open_run
 from tests.conftest import tiny_recipe
@@ -238,7 +238,7 @@ def test_a_recipe_that_cannot_be_is_refused(
 WRONG = """
 import torch
 from torch import nn
-from diffit_train.extend import Backbone
+from diffit_train import Backbone
 from mynet.model import ConvNet
 from mynet.objective import Restore
 
@@ -322,7 +322,7 @@ def wrong(package: Path) -> Iterator[None]:
         ("mynet.raises:Net", r"mynet.raises failed: ZeroDivisionError: .*; fix that module"),
         ("mynet.model:ConvNat", r"has no class ConvNat \(did you mean 'ConvNet'\?\)"),
         ("mynet.wrong:value", r"has a int, not a class value"),
-        ("mynet.wrong:Plain", r"Plain does not derive from diffit_train.extend.Backbone"),
+        ("mynet.wrong:Plain", r"Plain does not derive from diffit_train.Backbone"),
         ("mynet.wrong:Abstract", r"making a Abstract.* failed: TypeError: .*abstract"),
         ("mynet.wrong:Small", r"have input_shape \(3, 16, 16\)"),
         ("mynet.wrong:Buffered", r"its buffer table .*persistent=False"),

@@ -19,9 +19,9 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 import diffit_train
-from diffit_train import retry
-from diffit_train.cli import app, exit_status
-from diffit_train.commands.jobs import jobs_stop_command
+from diffit_train import storage
+from diffit_train.cli.jobs import jobs_stop_command
+from diffit_train.cli.main import app, exit_status
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.jobs import doctor, fleet
 from diffit_train.jobs.client import CPU_INDEX, connect, list_jobs, locked_packages, send_job
@@ -355,7 +355,7 @@ def test_a_log_is_printed_once_over_lost_connections(
         if pings in (3, 4):
             raise ConnectionError("refused")
 
-    monkeypatch.setenv(retry.LIMIT, "2")
+    monkeypatch.setenv(storage.RETRY_LIMIT, "2")
     server = _Server(log, tails=4)
     server.answers = away
     assert server.follow(monkeypatch).state == "done"
@@ -371,7 +371,7 @@ def test_a_job_server_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatc
     def away(pings: int) -> None:
         raise ConnectionError("refused")
 
-    monkeypatch.setenv(retry.LIMIT, "0.01")
+    monkeypatch.setenv(storage.RETRY_LIMIT, "0.01")
     server = _Server(log, tails=9)
     server.answers = away
     with pytest.raises(DiffitError, match="unreachable"):
@@ -379,7 +379,7 @@ def test_a_job_server_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_silent_job_server_is_given_up_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(retry.LIMIT, "1")
+    monkeypatch.setenv(storage.RETRY_LIMIT, "1")
     with silent_server() as url:
         assert exit_status(lambda: app(["jobs", "list", "--address", url])) == 1
         with pytest.raises(DiffitError, match=f"{url} has not answered"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffit_train.metric_names import TRAINING, distance_name, lower_is_better, sort_key
+from diffit_train.tracking import TRAINING, distance_name, lower_is_better, sort_key
 
 
 def test_only_the_published_network_gives_a_fid() -> None:

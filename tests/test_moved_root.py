@@ -11,8 +11,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from diffit_train.api import encode as encode_latents
-from diffit_train.cli import app, exit_status
-from diffit_train.commands.verify import check
+from diffit_train.cli.main import app, exit_status
+from diffit_train.cli.verify import check
 from diffit_train.config import load_recipe
 from diffit_train.data.reconstructions import draw_reconstructions
 from diffit_train.evaluation.evaluate import evaluate_run

@@ -11,18 +11,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffit_train.commands.plan import plan_command
+from diffit_train.cli.plan import plan_command
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.config.presets import PAPER_COSTS
 from diffit_train.config.train import Train
 from diffit_train.data.autoencoder_memory import CPU_BUDGET
 from diffit_train.data.loader import READERS, SampleOrder
 from diffit_train.errors import UserError
-from diffit_train.models.backbone import trainable_parameters
-from diffit_train.models.cost import activation_bytes
-from diffit_train.models.latent import LatentDiffiT, Shape
-from diffit_train.models.wrap import checkpoint_activations, use_kernel
-from diffit_train.plan import (
+from diffit_train.jobs.plan import (
     DECODE_MULTIPLY_ADDS,
     ENCODE_MULTIPLY_ADDS,
     GPUS,
@@ -42,6 +38,10 @@ from diffit_train.plan import (
     quantity,
     state_bytes,
 )
+from diffit_train.models.backbone import trainable_parameters
+from diffit_train.models.cost import activation_bytes
+from diffit_train.models.latent import LatentDiffiT, Shape
+from diffit_train.models.wrap import checkpoint_activations, use_kernel
 from diffit_train.storage import GIB
 from diffit_train.training.engine import Engine
 from tests.training.ranks import on_ranks

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from diffit_train import retry, storage
+from diffit_train import storage
 from diffit_train.errors import DiffitError, UserError
 from tests.silent import silent_server
 
@@ -16,7 +16,7 @@ LIMIT_S = 6.0
 
 
 def test_a_call_is_repeated_until_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(retry.LIMIT, "1.5")
+    monkeypatch.setenv(storage.RETRY_LIMIT, "1.5")
     begun_s: list[float] = []
 
     def fail() -> None:
@@ -24,7 +24,7 @@ def test_a_call_is_repeated_until_the_limit(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("no answer")
 
     with pytest.raises(ConnectionError):
-        retry.retry("a server", lambda error: isinstance(error, ConnectionError))(fail)
+        storage.retry("a server", lambda error: isinstance(error, ConnectionError))(fail)
     assert len(begun_s) >= 3
     assert 1.5 <= begun_s[-1] - begun_s[0] < 4 * 1.5
 
@@ -37,29 +37,29 @@ def test_other_errors_are_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ValueError("wrong")
 
     with pytest.raises(ValueError, match="wrong"):
-        retry.retry("a server", lambda error: isinstance(error, ConnectionError))(fail)
+        storage.retry("a server", lambda error: isinstance(error, ConnectionError))(fail)
     assert calls == [1]
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
 def test_a_wrong_limit_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(retry.LIMIT, value)
+    monkeypatch.setenv(storage.RETRY_LIMIT, value)
     with pytest.raises(UserError, match=f"DIFFIT_RETRY_S is '{value}'"):
-        retry.limit_s()
+        storage.limit_s()
 
 
 def test_what_is_waited_for_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setenv(retry.LIMIT, "1.5")
-    monkeypatch.setattr(retry, "say", lines.append)
-    monkeypatch.setattr(retry, "LOG_AFTER_S", 0.0)
+    monkeypatch.setenv(storage.RETRY_LIMIT, "1.5")
+    monkeypatch.setattr(storage, "say", lines.append)
+    monkeypatch.setattr(storage, "LOG_AFTER_S", 0.0)
 
     def fail() -> None:
         raise ConnectionError("it is busy")
 
     for _ in range(2):
         with pytest.raises(ConnectionError):
-            retry.retry("the job server", lambda _: True)(fail)
+            storage.retry("the job server", lambda _: True)(fail)
     (line,) = lines
     assert line.startswith("waiting for the job server (")
     assert line.endswith(" s): it is busy")
@@ -89,7 +89,7 @@ def test_a_silent_object_store_is_given_up_at_the_limit(monkeypatch: pytest.Monk
         return time.monotonic() - started_s, str(caught.value)
 
     with silent_server() as url:
-        monkeypatch.setenv(retry.LIMIT, f"{LIMIT_S:g}")
+        monkeypatch.setenv(storage.RETRY_LIMIT, f"{LIMIT_S:g}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, "any")
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)

@@ -13,8 +13,7 @@ from typing import ClassVar
 import pytest
 
 from diffit_train.config import load_recipe
-from diffit_train.errors import DiffitError, UserError
-from diffit_train.redaction import redact
+from diffit_train.errors import DiffitError, UserError, redact
 from diffit_train.tracking import TAG_STEPS, Curves, Tracker, tracking_uri
 from tests.conftest import tiny_recipe
 from tests.silent import silent_server

@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from diffit_train.errors import UserError
-from diffit_train.redaction import redact
+from diffit_train.errors import UserError, redact
 
 # Names become folders of a root.
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from diffit_train.config.base import Fraction, Name, PositiveInt, Section, without_credentials
-from diffit_train.plugins import Plugged
+from diffit_train.config.plugins import Plugged
 
 FORMATS = Plugged(
     "data.format",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from diffit_train.config.base import Positive, Section, Variants
-from diffit_train.plugins import Plugged
+from diffit_train.config.plugins import Plugged
 
 OBJECTIVES = Plugged(
     "diffusion.objective", "diffit_train.objectives", ("epsilon", "flow", "edm", "vp", "ve")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from diffit_train.config.base import Fraction, Name, Positive, PositiveInt, Section, Variants
-from diffit_train.plugins import Plugged
+from diffit_train.config.plugins import Plugged
 
 # Samplers of each objective; of a custom one `custom`.
 SAMPLERS = {

@@ -18,8 +18,8 @@ from pydantic_core import PydanticUndefined
 
 from diffit_train.config.base import CUSTOM, Section, Variants, section_of, variants_of
 from diffit_train.config.load import dump_recipe
+from diffit_train.config.plugins import Plugged
 from diffit_train.config.recipe import Recipe
-from diffit_train.plugins import Plugged
 
 # How a value of a key is marked in a text.
 Code = Callable[[str], str]

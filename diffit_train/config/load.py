@@ -16,11 +16,10 @@ from pydantic_core import ErrorDetails
 from diffit_train import storage
 from diffit_train.config.base import Section, Variants, section_of, variants_of
 from diffit_train.config.evaluate import OWN, PUBLISHED
+from diffit_train.config.plugins import nearest
 from diffit_train.config.presets import PRESETS
 from diffit_train.config.recipe import Recipe
-from diffit_train.errors import UserError
-from diffit_train.plugins import nearest
-from diffit_train.redaction import redact
+from diffit_train.errors import UserError, redact
 
 YAML_SUFFIXES = (".yaml", ".yml")
 # Characters, levels and values of a recipe; the largest packaged one has 4,000, 3 and 120.

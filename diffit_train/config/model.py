@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from diffit_train.config.base import Positive, PositiveInt, Section
+from diffit_train.config.plugins import Plugged
 from diffit_train.config.presets import PRESETS
-from diffit_train.plugins import Plugged
 
 # Architectures on pixels, and on latents.
 UNET_ARCHITECTURES = ("ddpmpp", "ncsnpp")

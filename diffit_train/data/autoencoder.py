@@ -24,9 +24,8 @@ from diffit_train.data.autoencoder_memory import (
     slice_size,
 )
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
-from diffit_train.errors import UserError
+from diffit_train.errors import UserError, first_line
 from diffit_train.models.precision import cudnn_benchmark, tf32
-from diffit_train.redaction import first_line
 
 T = TypeVar("T", np.ndarray, Tensor)
 # diffusers' bounds on the posterior's log-variance.

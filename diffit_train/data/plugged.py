@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from diffit_train.config.data import FORMATS
+from diffit_train.config.plugins import require
 from diffit_train.data.preprocess import UnreadableImage
 from diffit_train.errors import UserError
-from diffit_train.plugins import require
 
 
 class ImageSource(Protocol):

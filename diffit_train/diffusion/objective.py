@@ -24,6 +24,7 @@ from diffit_train.config.diffusion import (
     PackagedDiffusion,
 )
 from diffit_train.config.evaluate import Sampler
+from diffit_train.config.plugins import require
 from diffit_train.config.recipe import Recipe
 from diffit_train.diffusion.edm import build_edm
 from diffit_train.diffusion.flow import flow_loss, interpolate
@@ -47,7 +48,6 @@ from diffit_train.diffusion.schedule import (
     linear_schedule,
     respace,
 )
-from diffit_train.plugins import require
 
 # w(t) = this * sigma(t) in the flow's SDE.
 SDE_DIFFUSION = {"2sigma": 2.0, "sigma": 1.0}

@@ -8,11 +8,9 @@ from typing import Any
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.base import flatten
-from diffit_train.errors import UserError
+from diffit_train.errors import UserError, first_line
 from diffit_train.evaluation.result import Result, evaluated_identity, run_results
-from diffit_train.metric_names import distance_name
 from diffit_train.progress import say
-from diffit_train.redaction import first_line
 from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
 from diffit_train.runs.identity import run_url, stored_recipe
 from diffit_train.runs.run import Run
@@ -22,6 +20,7 @@ from diffit_train.tracking import (
     ModelNotes,
     Registered,
     Tracker,
+    distance_name,
     unreachable_errors,
 )
 

@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from diffit_train.retry import attempt_s, retry
+from diffit_train.storage import attempt_s, retry
 
 _PIECE_BYTES = 1 << 20
 

@@ -17,6 +17,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import FEATURES as FEATURE_KINDS
 from diffit_train.config.evaluate import CustomFeatures
+from diffit_train.config.plugins import require
 from diffit_train.data.fit import SEED, fit
 from diffit_train.data.preprocess import to_model_range
 from diffit_train.data.reading import read_items
@@ -31,7 +32,6 @@ from diffit_train.evaluation.features import (
     features_url,
 )
 from diffit_train.evaluation.inception import Inception, load_inception
-from diffit_train.plugins import require
 
 WEIGHTS = "model.safetensors"
 CLASSIFIER_STATE = "fit-state.safetensors"

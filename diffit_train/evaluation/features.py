@@ -20,9 +20,8 @@ from diffit_train.config.evaluate import (
     CustomFeatures,
     FeaturesFit,
 )
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError, UserError, redact
 from diffit_train.progress import say
-from diffit_train.redaction import redact
 
 # Published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

@@ -15,13 +15,12 @@ from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
 from diffit_train.diffusion.generation import ImageNoise, generate_latents, weight_of_noise
 from diffit_train.diffusion.guidance import build_weight, skipped_fraction
 from diffit_train.diffusion.objective import load_objective, sampler_sigmas
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError, UserError, redact
 from diffit_train.evaluation.features import check_pinned_hash
 from diffit_train.models.build import build_model
 from diffit_train.models.precision import arithmetic
 from diffit_train.models.published import FIXED, check_published, read_weights_file
 from diffit_train.models.wrap import compile_blocks, use_kernel
-from diffit_train.redaction import redact
 from diffit_train.runs.checkpoints import read_weights, reconstructed_url
 
 # What decides how a decoder of diffusers computes; a later version may know more keys.

@@ -17,7 +17,7 @@ from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
 from diffit_train.config.model import ARCHITECTURES
 from diffit_train.diffusion.objective import nfe_per_image
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, first_line
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.actors import EvaluationTarget
 from diffit_train.evaluation.chunks import LABELS, Layout, Range
@@ -38,12 +38,10 @@ from diffit_train.evaluation.result import (
     write_result,
 )
 from diffit_train.evaluation.scoring import Scorer, grid_rows, read_grid
-from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.progress import Progress, say
-from diffit_train.redaction import first_line
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url
-from diffit_train.tracking import TAG_REFERENCE, Tracker, unreachable_errors
+from diffit_train.tracking import EVALUATION, NFE, TAG_REFERENCE, Tracker, unreachable_errors
 
 # Threads that sum finished chunks while actors generate others.
 SUMMING_THREADS = 2

@@ -19,7 +19,7 @@ from diffit_train.evaluation.metrics import (
     precision_recall,
 )
 from diffit_train.evaluation.references import Reference, Statistics
-from diffit_train.metric_names import distance_name
+from diffit_train.tracking import distance_name
 
 # With too few images the covariance is singular, and the distance depends on chance.
 SINGULAR = (

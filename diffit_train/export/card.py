@@ -7,10 +7,10 @@ import yaml
 from diffit_train import __version__, storage
 from diffit_train.config import Recipe
 from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
+from diffit_train.errors import redact
 from diffit_train.evaluation.result import Result, run_results
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.build import build_model
-from diffit_train.redaction import redact
 from diffit_train.runs.checkpoints import read_state
 from diffit_train.runs.identity import run_url, stored_recipe
 

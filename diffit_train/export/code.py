@@ -29,7 +29,7 @@ from diffit_train.models.backbone import Backbone
 
 _OURS = "diffit_train"
 # Of this package; the rest, such as sections of the recipe, is only named in annotations.
-_CARRIED = re.compile(rf"{_OURS}\.(models|diffusion|errors|extend)\b")
+_CARRIED = re.compile(rf"{_OURS}\.(models|diffusion|errors)\b")
 _IMPORT = re.compile(r"^( *)from ([\w.]+) import (\([^)]*\)|.+)\n", re.MULTILINE)
 _HEAD = '''"""{title}
 
@@ -84,14 +84,16 @@ def _add(module: str, text: str, parts: dict[str, str], packages: set[str], seen
     def without(found: re.Match[str]) -> str:
         indent, source, names = found.groups()
         source = resolve_name(source, package)
-        if source == _OURS:
-            source = f"{_OURS}.errors"
-        top = source.partition(".")[0]
+        top, sources = source.partition(".")[0], [source]
         if top not in {*packages, "__future__"}:
             return found[0]
-        if source not in seen and (top in packages - {_OURS} or _CARRIED.match(source)):
-            seen.add(source)
-            _add(source, _source(source), parts, packages, seen)
+        if source == _OURS:  # which imports what it exports when it is used
+            words = re.findall(r"(\w+)(?: as \w+)?", names)
+            sources = [getattr(import_module(_OURS), word).__module__ for word in words]
+        for name in sources:
+            if name not in seen and (top in packages - {_OURS} or _CARRIED.match(name)):
+                seen.add(name)
+                _add(name, _source(name), parts, packages, seen)
         pairs = re.findall(r"(\w+) as (\w+)", names)
         lines = [f"{new} = {old}" for old, new in pairs if new != old]
         return "".join(f"{indent}{line}\n" for line in lines or ["pass"] * bool(indent))

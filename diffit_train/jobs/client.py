@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import diffit_train
-from diffit_train import retry
+from diffit_train import storage
 from diffit_train.config import dump_recipe
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError, UserError, redact
 from diffit_train.jobs.job import STAGE_LINE, Job, RuntimeEnv
 from diffit_train.jobs.node import SETUP_HOOK, write_forwarded, write_requirements
 from diffit_train.ray_session import TOKEN_FILE
-from diffit_train.redaction import redact
 from diffit_train.tracking import require_forwarded
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def ping(address: str) -> None:
     """
     import requests
 
-    requests.get(f"{address}/api/version", timeout=retry.attempt_s())
+    requests.get(f"{address}/api/version", timeout=storage.attempt_s())
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -69,7 +68,7 @@ def connect(address: str) -> JobSubmissionClient:
     if urlsplit(address).scheme not in ("http", "https"):
         raise UserError(f"--address is {address!r}, but must look like http://head:8265")
     try:
-        limited = retry.retry(
+        limited = storage.retry(
             f"the job server at {redact(address)}",
             lambda error: isinstance(error, requests.Timeout),
         )
@@ -82,7 +81,7 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
     except requests.Timeout as error:
         raise DiffitError(
-            f"the job server at {redact(address)} has not answered for {retry.limit_s():g} s; "
+            f"the job server at {redact(address)} has not answered for {storage.limit_s():g} s; "
             "rerun the same command to resume"
         ) from error
     except (OSError, RuntimeError) as error:

@@ -16,13 +16,12 @@ from typing import Any, cast
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
 from diffit_train.config.scaling import ClusterStage
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError, UserError, first_line, redact
 from diffit_train.jobs.client import LIVE, connect, job_attempts
 from diffit_train.jobs.fleet import Fleet, JobState
 from diffit_train.jobs.job import CLUSTER_STAGES, Job, RuntimeEnv, RuntimeEnvChoice
 from diffit_train.jobs.node import SHARED_VERSIONS, Check, check_packages
 from diffit_train.progress import counted, say
-from diffit_train.redaction import first_line, redact
 from diffit_train.runs.run import Run
 from diffit_train.tracking import Tracker, unreachable_errors
 
@@ -91,7 +90,7 @@ def scheduled_gpus() -> float | None:
 
 def _training_bytes(recipe: Recipe) -> int:
     """Memory that `diffit plan` expects on each GPU."""
-    from diffit_train.plan import GPUS, Machine, plan
+    from diffit_train.jobs.plan import GPUS, Machine, plan
 
     estimate = plan(recipe, Machine(next(iter(GPUS)), mfu=1.0), measured=False)
     return int(estimate["memory"]["zero_stage"][str(recipe.train.zero_stage)]["total"])

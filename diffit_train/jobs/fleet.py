@@ -10,12 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from diffit_train import retry
-from diffit_train.errors import DiffitError, UserError
+from diffit_train import storage
+from diffit_train.errors import DiffitError, UserError, first_line
 from diffit_train.jobs.client import LIVE, connect, job_attempts, ping, send_job
 from diffit_train.jobs.job import Job
 from diffit_train.progress import say
-from diffit_train.redaction import first_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -112,7 +111,7 @@ class Fleet:
                 say(f"waiting for {self.address}: {first_line(error)}")
                 self.silent_since_s = now_s
             silent_s = now_s - self.silent_since_s
-            if silent_s > FOLLOWING_LIMITS * retry.limit_s():
+            if silent_s > FOLLOWING_LIMITS * storage.limit_s():
                 raise DiffitError(
                     f"{self.address} has been unreachable for {silent_s:.0f} s; its jobs may still "
                     "be running; rerun the same command to follow them"
@@ -187,10 +186,10 @@ class Fleet:
         """
         import aiohttp
 
-        seen = 0
+        seen, limit_s = 0, storage.attempt_s()
         log = client.tail_job_logs(submission_id)
         with suppress(OSError, RuntimeError, aiohttp.ClientError):  # TimeoutError is an OSError
-            while (text := await asyncio.wait_for(anext(log, None), retry.attempt_s())) is not None:
+            while (text := await asyncio.wait_for(anext(log, None), limit_s)) is not None:
                 printed = self.printed.get(submission_id, 0)
                 new = text[max(0, printed - seen) :]
                 seen += len(text)

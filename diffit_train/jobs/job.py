@@ -15,8 +15,7 @@ from typing import Literal, cast
 
 from diffit_train import storage
 from diffit_train.config.scaling import ClusterStage
-from diffit_train.errors import UserError
-from diffit_train.redaction import redact
+from diffit_train.errors import UserError, redact
 from diffit_train.runs.run import Run
 from diffit_train.tracking import git_commit
 

@@ -86,7 +86,7 @@ def _plugged_model(recipe: Recipe) -> Backbone:
     if not issubclass(found, Backbone):
         raise UserError(
             f"model.architecture is {name!r}, but {found.__name__} does not derive from "
-            "diffit_train.extend.Backbone; docs/extend.md shows one that does"
+            "diffit_train.Backbone; docs/extend.md shows one that does"
         )
     model = ARCHITECTURES.make(name, recipe.model.options, shape)
     if getattr(model, "blocks", None) is None or tuple(model.input_shape) != shape.input_shape:

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffit_train import storage
-from diffit_train.errors import UserError
-from diffit_train.redaction import first_line
+from diffit_train.errors import UserError, first_line
 
 # Computed, not learned: the release includes them, training checkpoints do not.
 FIXED = ("pos_embed", "relative_position_index")

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from diffit_train.config.evaluate import FREE_KEYS, INCEPTION, OWN
 from diffit_train.errors import UserError
-from diffit_train.metric_names import EVALUATION, NFE
 from diffit_train.storage import ROOT_PREFIX
-from diffit_train.tracking import TAG_REFERENCE, RunRecord, Tracker
+from diffit_train.tracking import EVALUATION, NFE, TAG_REFERENCE, RunRecord, Tracker
 
 # Recipe keys of a run's location and resources; they do not change its results.
 LOCATION_KEYS = ("storage.", "tracking.", "scaling.", "name")

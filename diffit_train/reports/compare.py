@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diffit_train import storage
-from diffit_train.errors import UserError
-from diffit_train.redaction import redact
+from diffit_train.errors import UserError, redact
 from diffit_train.reports.collect import RunRow, collect
 from diffit_train.reports.html import write_html
 from diffit_train.reports.plots import draw_panels, panels

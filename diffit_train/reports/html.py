@@ -13,8 +13,8 @@ import pandas as pd
 from PIL import Image
 
 from diffit_train import __version__, storage
+from diffit_train.errors import first_line, redact
 from diffit_train.progress import counted
-from diffit_train.redaction import first_line, redact
 from diffit_train.reports.collect import Evaluation, RunRow
 from diffit_train.reports.plots import Panel, draw_panels
 from diffit_train.reports.ranking import Compared, best_by_protocol, protocols_of

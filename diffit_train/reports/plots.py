@@ -13,7 +13,6 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from diffit_train.metric_names import lower_is_better
 from diffit_train.reports.collect import Protocol, plain
 from diffit_train.reports.ranking import (
     Compared,
@@ -26,6 +25,7 @@ from diffit_train.reports.ranking import (
     pareto_axes,
     protocol_names,
 )
+from diffit_train.tracking import lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

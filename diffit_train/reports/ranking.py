@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffit_train.config.train import EXECUTION_KEYS, KEEPING_KEYS
-from diffit_train.metric_names import lower_is_better, sort_key
 from diffit_train.reports.collect import (
     LOCATION_KEYS,
     Evaluation,
@@ -27,7 +26,7 @@ from diffit_train.reports.collect import (
     plain,
     unknown,
 )
-from diffit_train.tracking import RunRecord
+from diffit_train.tracking import RunRecord, lower_is_better, sort_key
 
 _SEED = "train.seed"
 

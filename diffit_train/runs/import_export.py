@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe, load_recipe_text, stored_text
-from diffit_train.errors import UserError
+from diffit_train.errors import UserError, redact
 from diffit_train.models.build import build_model
 from diffit_train.models.published import (
     check_published,
@@ -19,7 +19,6 @@ from diffit_train.models.published import (
     write_published,
 )
 from diffit_train.progress import say
-from diffit_train.redaction import redact
 from diffit_train.runs.checkpoints import (
     STEP_DIGITS,
     Checkpoint,

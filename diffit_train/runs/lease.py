@@ -24,8 +24,8 @@ import psutil
 from pydantic import Field
 
 from diffit_train import storage
-from diffit_train.background import background_thread
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.progress import say
 
 FOLDER = "lease"
 BEAT_S = 10.0
@@ -179,9 +179,7 @@ def _newest(url: str) -> tuple[int, Holder] | None:
 
 
 @contextmanager
-def held(
-    url: str, wait: bool, say: Callable[[str], None], lost: Callable[[], None]
-) -> Iterator[Lease]:
+def acquire(url: str, wait: bool, lost: Callable[[], None]) -> Iterator[Lease]:
     """Hold a run while the block runs.
 
     Args:
@@ -192,20 +190,23 @@ def held(
         UserError: another command holds it.
     """
     me = Holder.me()
-    lease, failed = _acquire(url, me, wait, say), False
+    lease, ended, failed = _take(url, me, wait), threading.Event(), False
+    thread = threading.Thread(target=_beat, args=(lease, me, ended, lost), daemon=True)
+    thread.start()
     try:
-        with background_thread("lease", lambda ended: _beat(lease, me, ended, say, lost)):
-            yield lease
+        yield lease
     except Exception:
         failed = True
         raise
     finally:
+        ended.set()
+        thread.join()
         _release(lease, me, failed)
 
 
-def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Lease:
+def _take(url: str, me: Holder, wait: bool) -> Lease:
     seen: Holder | None = None
-    number, changed_s, told = 0, 0.0, False
+    number, changed_s, logged = 0, 0.0, False
     while True:
         newest = _newest(url)
         if newest is None or newest[1].released or newest[1].is_dead():
@@ -221,8 +222,8 @@ def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Le
                     )
                 seen, changed_s = newest[1], now_s
             expired = now_s - changed_s > SILENT_S
-            if not told:
-                told = True
+            if not logged:
+                logged = True
                 action = "to end" if wait else "to answer"
                 say(f"Waiting for {newest[1].name}, which holds the run, {action}")
         if expired:
@@ -239,13 +240,7 @@ def _acquire(url: str, me: Holder, wait: bool, say: Callable[[str], None]) -> Le
     return lease
 
 
-def _beat(
-    lease: Lease,
-    me: Holder,
-    ended: threading.Event,
-    say: Callable[[str], None],
-    lost: Callable[[], None],
-) -> None:
+def _beat(lease: Lease, me: Holder, ended: threading.Event, lost: Callable[[], None]) -> None:
     """Renew a lease until the block ends or another command takes over."""
     beats = 0
     while not ended.wait(BEAT_S):

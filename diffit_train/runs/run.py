@@ -27,7 +27,6 @@ from diffit_train.config import Recipe, load_recipe_text, stored_text
 from diffit_train.config.base import flatten, require_name
 from diffit_train.config.train import Start
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.progress import say
 from diffit_train.runs import lease
 from diffit_train.runs.checkpoints import NEWEST, SNAPSHOTS, Checkpoint, Checkpoints
 
@@ -203,7 +202,7 @@ class Run:
         Raises:
             UserError: another command holds it.
         """
-        return lease.held(self.url, wait, say, lost)
+        return lease.acquire(self.url, wait, lost)
 
     def new_metadata(self, latents: str = "") -> RunMetadata:
         """Metadata of a new run; nothing is written."""

@@ -11,9 +11,8 @@ from typing import Self
 import torch
 
 from diffit_train import storage
-from diffit_train.errors import DiffitError
+from diffit_train.errors import DiffitError, first_line
 from diffit_train.progress import say
-from diffit_train.redaction import first_line
 from diffit_train.runs.checkpoints import Checkpoints
 from diffit_train.runs.run import Run
 

@@ -17,12 +17,11 @@ from diffit_train.config import Recipe, stored_text
 from diffit_train.data.loader import SampleOrder
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.diffusion.objective import load_objective
-from diffit_train.errors import DiffitError, Interrupted, UserError
+from diffit_train.errors import DiffitError, Interrupted, UserError, first_line
 from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import say
-from diffit_train.redaction import first_line
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.run import Run, RunMetadata
 from diffit_train.tracking import (

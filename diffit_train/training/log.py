@@ -12,14 +12,13 @@ from pydantic import ValidationError
 
 from diffit_train import storage
 from diffit_train.errors import UserError
-from diffit_train.metric_names import TRAINING
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import (
     DamagedCheckpoint,
     LogMark,
 )
 from diffit_train.runs.run import Run
-from diffit_train.tracking import Curves
+from diffit_train.tracking import TRAINING, Curves
 
 SKIPPED_STEPS = "skipped-steps.json"
 BAD_STEPS = "bad-steps.jsonl"

@@ -22,11 +22,11 @@ from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
 from diffit_train.config import Recipe
+from diffit_train.config.plugins import PluginError
 from diffit_train.errors import DataError
-from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.models.precision import tf32
-from diffit_train.plugins import PluginError
 from diffit_train.progress import show_log
+from diffit_train.tracking import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.training.checkpointer import UnrecoverableError
 from diffit_train.training.coordinator import Failure, cause_of, was_preempted
 from diffit_train.training.stall import StallGuard, exit_with_stacks

@@ -20,9 +20,9 @@ from diffit_train import storage
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.train import Train
 from diffit_train.diffusion.objective import build_objective
+from diffit_train.jobs.plan import state_bytes
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.latent import LatentDiffiT, Shape
-from diffit_train.plan import state_bytes
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import print_table
 from tests.training import ranks

@@ -22,10 +22,10 @@ from torch import Tensor
 from diffit_train.config.diffusion import Diffusion
 from diffit_train.config.train import BUCKET_ELEMENTS, EmaProfile, Train
 from diffit_train.diffusion.objective import build_objective
+from diffit_train.jobs.plan import state_bytes
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.latent import LatentDiffiT, Shape
 from diffit_train.models.wrap import use_kernel
-from diffit_train.plan import state_bytes
 from diffit_train.ray_session import KEEP_FREED_MEMORY
 from diffit_train.runs.checkpoints import Checkpoint
 from diffit_train.training.checkpointer import CheckpointWriter

@@ -16,9 +16,9 @@ import pytest
 import typer
 import yaml
 
-from diffit_train.cli import app
+from diffit_train.cli.main import app
 from diffit_train.config import Recipe, load_recipe
-from diffit_train.plan import Machine, node_sizes, plan
+from diffit_train.jobs.plan import Machine, node_sizes, plan
 from diffit_train.storage import GIB
 from tests.cluster_files import crds
 from tests.cluster_files.test_slurm import SHELLCHECK

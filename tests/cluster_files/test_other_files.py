@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from diffit_train.metric_names import CHECKPOINT_AGE, RANK_PHASE, TRAINING
+from diffit_train.tracking import CHECKPOINT_AGE, RANK_PHASE, TRAINING
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 RAY_UP: dict[str, Any] = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())

@@ -24,7 +24,8 @@ from PIL import Image
 
 from diffit_train import ray_session, storage
 from diffit_train.api import encode as encode_latents
-from diffit_train.commands.verify import check
+from diffit_train.cli.integrity import verify
+from diffit_train.cli.verify import check
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder, sample_latent
 from diffit_train.data.encode import _read_shard_images, encode
@@ -49,7 +50,6 @@ from diffit_train.data.shards import (
 )
 from diffit_train.data.sources import Item, Location, Source, list_images
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.verify import verify
 from tests.conftest import tiny_recipe, train
 from tests.data.test_sources import write_as
 from tests.in_process import in_process
@@ -266,7 +266,7 @@ def test_a_killed_encoding_resumes_to_the_same_bytes(encoded: Path, tmp_path: Pa
     recipe = tiny_recipe(_copy(encoded, tmp_path))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     parts = tmp_path / "latents" / "digits" / "parts"
-    command = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
+    command = [sys.executable, "-c", "from diffit_train.cli.main import main; main()"]
     address = ray.get_runtime_context().gcs_address
     command += ["encode", str(tmp_path / "recipe.yaml"), "--address", address]
     process = subprocess.Popen(command, start_new_session=True)

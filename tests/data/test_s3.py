@@ -24,7 +24,7 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
 from diffit_train.evaluation.references import check_reference_file
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, save_whole
-from diffit_train.runs.lease import held
+from diffit_train.runs.lease import acquire
 from tests.conftest import tiny_recipe
 from tests.data.test_sources import write_as
 from tests.evaluation.test_reference_files import CONTENT, serving
@@ -72,7 +72,7 @@ def test_a_run_is_held(server: S3Server) -> None:
     url = storage.join(ROOT, "runs", "held")
     storage.write_text(storage.join(url, "run.json"), "")
     for number in (1, 2):
-        with held(url, False, print, lambda: None) as lease:
+        with acquire(url, False, lambda: None) as lease:
             assert lease.number == number
             lease.require()
 
@@ -235,7 +235,7 @@ def test_encoding_survives_an_outage(server: S3Server, encoded: Path, tmp_path: 
         update={"storage": tiny_recipe(tmp_path).storage.model_copy(update={"root": ROOT})}
     )
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    command = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
+    command = [sys.executable, "-c", "from diffit_train.cli.main import main; main()"]
     command += ["encode", str(tmp_path / "recipe.yaml")]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_JOB_ID")}
     url = storage.join(ROOT, "latents/digits")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffit_train.commands.attention import parse_token
+from diffit_train.cli.attention import parse_token
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.errors import UserError

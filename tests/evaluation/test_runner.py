@@ -18,7 +18,7 @@ from mlflow.models import Model
 from PIL import Image
 
 from diffit_train import storage
-from diffit_train.commands.sweep import run_sweep
+from diffit_train.cli.sweep import run_sweep
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError

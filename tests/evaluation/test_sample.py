@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from diffit_train import storage
 from diffit_train.api import train
-from diffit_train.commands.options import output
+from diffit_train.cli.options import output
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
 from diffit_train.evaluation.animation import Animation

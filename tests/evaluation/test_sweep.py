@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffit_train.commands import sweep as command
+from diffit_train.cli import sweep as command
 from diffit_train.errors import UserError
 from diffit_train.evaluation.sweep import (
     open_sweep,

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffit_train.cli.integrity import remove_damaged, verify
 from diffit_train.evaluation.chunks import LABELS, Range, committed_chunks, write_chunk
 from diffit_train.evaluation.references import Reference, Statistics, is_stored, write_reference
 from diffit_train.evaluation.result import GRID, Result, write_result
 from diffit_train.storage import sha256_bytes
-from diffit_train.verify import remove_damaged, verify
 
 
 @pytest.fixture

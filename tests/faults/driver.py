@@ -142,7 +142,7 @@ class Driver:
 
     def start(self) -> None:
         """Start or resume."""
-        command = [sys.executable, "-c", "from diffit_train.cli import main; main()", "train"]
+        command = [sys.executable, "-c", "from diffit_train.cli.main import main; main()", "train"]
         command += [self.recipe.name, "--root", self.root, "--run", self.run]
         command += ["--address", self.address] if self.address else []
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from diffit_train.commands.sweep import FleetOptions, run_sweep
+from diffit_train.cli.sweep import FleetOptions, run_sweep
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.runs.run import open_run
 from tests.benchmarks.common import print_table

@@ -152,7 +152,7 @@ def _victims(command: subprocess.Popen[Any] | None) -> dict[str, list[psutil.Pro
 def _run(root: Path, words: tuple[str, ...], storm: Storm | None) -> list[str]:
     """Run a command until it succeeds; what it said when it failed by itself."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", "from diffit_train.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from diffit_train.cli.main import main; main()", *words]
     failures = []
     if storm is not None:
         storm.of_stage = 0

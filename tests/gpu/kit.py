@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from diffit_train.config import Recipe, load_recipe
+from diffit_train.jobs.plan import GPUS, Gpu, state_bytes
 from diffit_train.models.cost import activation_bytes
 from diffit_train.models.latent import LatentDiffiT, Shape
-from diffit_train.plan import GPUS, Gpu, state_bytes
 
 GIB = 2**30
 # A part ends by itself within this time, and is killed after it.

@@ -16,11 +16,11 @@ from torch.autograd import DeviceType
 
 from diffit_train.config import Recipe
 from diffit_train.diffusion.objective import build_objective
+from diffit_train.jobs.plan import Machine as PlannedMachine
+from diffit_train.jobs.plan import plan
 from diffit_train.models.build import build_model
 from diffit_train.models.cost import training_flops_per_image
 from diffit_train.models.wrap import checkpoint_activations, compile_blocks, use_kernel
-from diffit_train.plan import Machine as PlannedMachine
-from diffit_train.plan import plan
 from diffit_train.training.engine import Engine
 from tests.benchmarks.common import matrix_rate, peak_bytes, synchronize
 from tests.benchmarks.full_step import tensor_bytes

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffit_train.cli import app, exit_status
+from diffit_train.cli.main import app, exit_status
 from diffit_train.errors import UserError
 from diffit_train.reports import html
 from diffit_train.reports.collect import Evaluation, Protocol, RunRow, collect

@@ -18,14 +18,15 @@ import pytest
 from diffit_train import storage
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs import lease
-from diffit_train.runs.lease import Holder, Lease, LostLeaseError, held
+from diffit_train.runs.lease import Holder, Lease, LostLeaseError, acquire
 
 # A holder that prints what becomes of it.
 HOLDER = """
 import sys
 from diffit_train.runs import lease
 lease.BEAT_S = 0.2
-with lease.held(sys.argv[1], False, print, lambda: print("lost", flush=True)) as mine:
+lease.say = print
+with lease.acquire(sys.argv[1], False, lambda: print("lost", flush=True)) as mine:
     print("held", flush=True)
     sys.stdin.readline()
     try:
@@ -56,20 +57,27 @@ def _holder(url: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def _hold(url: str, wait: bool = False, said: list[str] | None = None) -> Lease:
+@pytest.fixture(autouse=True)
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is shown to the user."""
+    lines: list[str] = []
+    monkeypatch.setattr(lease, "say", lines.append)
+    return lines
+
+
+def _hold(url: str, wait: bool = False) -> Lease:
     """Take a run and let go of it."""
-    lines = [] if said is None else said
-    with held(url, wait, lines.append, lambda: None) as mine:
+    with acquire(url, wait, lambda: None) as mine:
         mine.require()
         return mine
 
 
-def test_one_after_another(tmp_path: Path) -> None:
-    url, said = str(tmp_path / "run"), list[str]()
+def test_one_after_another(tmp_path: Path, lines: list[str]) -> None:
+    url = str(tmp_path / "run")
     storage.write_text(f"{url}/run.json", "")
-    assert [_hold(url, said=said).number for _ in range(3)] == [1, 2, 3]
+    assert [_hold(url).number for _ in range(3)] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "run" / "lease").iterdir()] == ["00000003.json"]
-    assert not said
+    assert not lines
 
 
 def test_of_many_writers_one_creates_a_file(tmp_path: Path) -> None:
@@ -81,16 +89,16 @@ def test_of_many_writers_one_creates_a_file(tmp_path: Path) -> None:
     assert len(list((tmp_path / "folder").iterdir())) == 1
 
 
-def test_a_living_holder_is_named_or_waited_for(tmp_path: Path) -> None:
-    url, said = str(tmp_path), list[str]()
+def test_a_living_holder_is_named_or_waited_for(tmp_path: Path, lines: list[str]) -> None:
+    url = str(tmp_path)
     storage.write_text(f"{url}/run.json", "")
     with _holder(url) as process:
         assert process.stdin is not None
         with pytest.raises(UserError, match=rf"process {process.pid} on .* is training .* --wait"):
             _hold(url)
         threading.Timer(0.5, process.stdin.close).start()
-        assert _hold(url, wait=True, said=said).number == 2
-    assert said == [
+        assert _hold(url, wait=True).number == 2
+    assert lines == [
         f"Waiting for process {process.pid} on {Holder.me().host}, which holds the run, to end"
     ]
 
@@ -107,10 +115,10 @@ def test_a_killed_holder_is_followed_at_once(
 
 def test_a_folder_of_which_nothing_came_is_removed(tmp_path: Path) -> None:
     url = str(tmp_path / "run")
-    with held(url, False, print, lambda: None) as former:
+    with acquire(url, False, lambda: None) as former:
         pass
     assert not Path(url).exists()
-    with held(url, False, print, lambda: None) as mine:
+    with acquire(url, False, lambda: None) as mine:
         assert mine.number == former.number
         with pytest.raises(LostLeaseError):
             former.require()
@@ -133,13 +141,12 @@ def test_a_stopped_holder_is_followed_and_then_changes_nothing(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("boot", ["of another machine", ""])
-def test_a_silent_holder_elsewhere_is_followed(tmp_path: Path, boot: str) -> None:
+def test_a_silent_holder_elsewhere_is_followed(tmp_path: Path, boot: str, lines: list[str]) -> None:
     """Its process number says nothing here, and its clock is not read."""
     silent = Holder.me().model_copy(update={"boot": boot, "pid": 1, "host": "node7"})
     storage.write_text(str(tmp_path / "lease" / "00000041.json"), silent.model_dump_json())
-    said: list[str] = []
-    assert _hold(str(tmp_path), said=said).number == 42
-    assert said == ["Waiting for process 1 on node7, which holds the run, to answer"]
+    assert _hold(str(tmp_path)).number == 42
+    assert lines == ["Waiting for process 1 on node7, which holds the run, to answer"]
 
 
 def test_a_reused_process_number_is_no_holder() -> None:
@@ -150,7 +157,7 @@ def test_a_reused_process_number_is_no_holder() -> None:
 
 def test_a_lost_lease(tmp_path: Path) -> None:
     lost = threading.Event()
-    with held(str(tmp_path), False, lambda text: None, lost.set) as mine:
+    with acquire(str(tmp_path), False, lost.set) as mine:
         assert storage.create(
             str(tmp_path / "lease" / "00000002.json"), Holder.me().model_dump_json().encode()
         )

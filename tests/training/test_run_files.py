@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from diffit_train import storage
-from diffit_train.commands.verify import check
+from diffit_train.cli.integrity import verify
+from diffit_train.cli.verify import check
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, remove_unfinished, save_whole
 from diffit_train.runs.import_export import export_weights
@@ -23,7 +24,6 @@ from diffit_train.training.log import (
     as_metrics,
     check_run_files,
 )
-from diffit_train.verify import verify
 from tests.conftest import tiny_recipe
 from tests.made import make_state
 

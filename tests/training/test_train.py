@@ -127,7 +127,7 @@ def undisturbed(encoded: Path, ray_session: None) -> list[tuple[int, float]]:
 def _start(root: Path) -> subprocess.Popen[bytes]:
     """`diffit train` with its own cluster."""
     (root / "recipe.yaml").write_text(dump_recipe(tiny_recipe(root, *LONGER)))
-    command = [sys.executable, "-c", "from diffit_train.cli import main; main()", "train"]
+    command = [sys.executable, "-c", "from diffit_train.cli.main import main; main()", "train"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     # A root relative to this directory, which is not the workers' directory.
     command += ["recipe.yaml", "--root", ".", "--run", "killed"]

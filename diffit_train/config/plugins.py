@@ -1,7 +1,7 @@
 """Classes of other packages that a recipe names: by entry point, or as MODULE:CLASS.
 
 A recipe keeps the name as it was given; the class is imported where it is needed, on every node
-that needs it. `extend` has what such a class derives from or provides.
+that needs it. `diffit_train` exports what such a class derives from or provides.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from diffit_train.errors import UserError
-from diffit_train.redaction import first_line
+from diffit_train.errors import UserError, first_line
 
 
 class PluginError(UserError):

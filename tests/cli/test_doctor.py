@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from diffit_train.cli import app, exit_status
+from diffit_train.cli.main import app, exit_status
 from diffit_train.jobs.doctor import check_machine, check_nodes, check_size
 from diffit_train.jobs.node import PACKAGE, Check, check_packages
 from tests.conftest import tiny_recipe

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffit_train.api import load_recipe, train
-from diffit_train.commands.options import (
+from diffit_train.cli.options import (
     Address,
     InitFrom,
     InitWeights,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffit_train.commands import ablate, sweep
-from diffit_train.commands.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation
-from diffit_train.commands.sweep import FleetOptions
+from diffit_train.cli import ablate, sweep
+from diffit_train.cli.ablate import NOT_SEEN, SEEN, WITHIN, paper_order, run_ablation
+from diffit_train.cli.sweep import FleetOptions
 from diffit_train.config.ablations import SCALES, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.jobs.fleet import Fleet

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import (
+from diffit_train.cli.options import (
     CheckCluster,
     ClusterPython,
     Json,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import Json, ProjectRoot, output, print_result
+from diffit_train.cli.options import Json, ProjectRoot, output, print_result
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import NEWEST

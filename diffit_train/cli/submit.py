@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffit_train.commands.options import (
+from diffit_train.cli.options import (
     CheckCluster,
     ClusterPython,
     InitFrom,

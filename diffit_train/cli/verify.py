@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import Json, print_result
+from diffit_train.cli.options import Json, print_result
 from diffit_train.errors import DiffitError
 from diffit_train.progress import counted, say
 
@@ -54,7 +54,7 @@ def check(url: str, remove: bool) -> dict[str, Any]:
     Raises:
         DiffitError: something is damaged and was not removed.
     """
-    from diffit_train.verify import remove_damaged, verify
+    from diffit_train.cli.integrity import remove_damaged, verify
 
     shown, found = storage.display_path(url), verify(url)
     left = remove_damaged(found) if remove else found

@@ -13,8 +13,8 @@ from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
 from diffit_train import storage
-from diffit_train.cli import app
-from diffit_train.commands.runs import (
+from diffit_train.cli.main import app
+from diffit_train.cli.runs import (
     follow_training,
     list_runs,
     newest_training,

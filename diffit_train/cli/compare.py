@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffit_train.commands.options import Json, output, print_result
+from diffit_train.cli.options import Json, output, print_result
 from diffit_train.errors import UserError
 from diffit_train.runs.run import Project
 

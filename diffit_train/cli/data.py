@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffit_train.commands.options import Overrides, RecipeName, Root, read_recipe
+from diffit_train.cli.options import Overrides, RecipeName, Root, read_recipe
 from diffit_train.evaluation.features import fit_features
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffit_train.commands.options import (
+from diffit_train.cli.options import (
     Json,
     Overrides,
     RecipeName,
@@ -14,7 +14,7 @@ from diffit_train.commands.options import (
     print_result,
     read_recipe,
 )
-from diffit_train.plan import (
+from diffit_train.jobs.plan import (
     GPUS_PER_NODE,
     NODE_LINK_GB_PER_S,
     Machine,

@@ -16,11 +16,11 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from diffit_train import __version__
-from diffit_train.cli import app, exit_status, main
+from diffit_train.cli.main import app, exit_status, main
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.ray_session import connected
 
-RUN = [sys.executable, "-c", "from diffit_train.cli import main; main()"]
+RUN = [sys.executable, "-c", "from diffit_train.cli.main import main; main()"]
 COMMANDS = ["plan", "encode", "train", "evaluate", "sample", "compare", "import", "export"]
 COMMANDS += ["submit", "verify", "references", "sweep", "data digits", "fit", "runs show"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from diffit_train.cli import app, exit_status
+from diffit_train.cli.main import app, exit_status
 from diffit_train.config import load_recipe, packaged_recipes
 from diffit_train.config.load import load_recipe_text
 

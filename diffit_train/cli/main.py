@@ -13,33 +13,32 @@ from typer.core import TyperGroup
 
 import diffit_train
 from diffit_train.api import load_recipe
-from diffit_train.commands.ablate import ablate_command
-from diffit_train.commands.attention import attention_command
-from diffit_train.commands.compare import compare_command
-from diffit_train.commands.data import data_digits_command, fit_command
-from diffit_train.commands.doctor import doctor_command
-from diffit_train.commands.encode import encode_command
-from diffit_train.commands.evaluate import evaluate_command, references_command
-from diffit_train.commands.jobs import (
+from diffit_train.cli.ablate import ablate_command
+from diffit_train.cli.attention import attention_command
+from diffit_train.cli.compare import compare_command
+from diffit_train.cli.data import data_digits_command, fit_command
+from diffit_train.cli.doctor import doctor_command
+from diffit_train.cli.encode import encode_command
+from diffit_train.cli.evaluate import evaluate_command, references_command
+from diffit_train.cli.jobs import (
     jobs_follow_command,
     jobs_list_command,
     jobs_stop_command,
 )
-from diffit_train.commands.options import Overrides, RecipeName, Root, RunName, Steps
-from diffit_train.commands.pipeline import pipeline_command
-from diffit_train.commands.plan import plan_command
-from diffit_train.commands.recipe import recipe_new_command, recipe_show_command
-from diffit_train.commands.runs import runs_list_command, runs_remove_command, runs_show_command
-from diffit_train.commands.submit import submit_command
-from diffit_train.commands.sweep import sweep_command
-from diffit_train.commands.train import train_command
-from diffit_train.commands.verify import verify_command
-from diffit_train.commands.weights import export_command, import_command, sample_command
+from diffit_train.cli.options import Overrides, RecipeName, Root, RunName, Steps
+from diffit_train.cli.pipeline import pipeline_command
+from diffit_train.cli.plan import plan_command
+from diffit_train.cli.recipe import recipe_new_command, recipe_show_command
+from diffit_train.cli.runs import runs_list_command, runs_remove_command, runs_show_command
+from diffit_train.cli.submit import submit_command
+from diffit_train.cli.sweep import sweep_command
+from diffit_train.cli.train import train_command
+from diffit_train.cli.verify import verify_command
+from diffit_train.cli.weights import export_command, import_command, sample_command
 from diffit_train.config import Recipe
-from diffit_train.errors import DiffitError, Interrupted, UserError
+from diffit_train.errors import DiffitError, Interrupted, UserError, first_line
 from diffit_train.jobs.node import load_forwarded
 from diffit_train.progress import say
-from diffit_train.redaction import first_line
 
 # Packages whose version decides what a run does.
 VERSIONS = ("torch", "ray", "deepspeed", "mlflow", "diffusers")

@@ -12,17 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import (
+from diffit_train.cli.options import (
     Json,
     ProjectRoot,
     checked_name,
     complete_run,
     print_result,
 )
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import DiffitError, UserError, first_line, redact
 from diffit_train.evaluation.result import run_results
 from diffit_train.progress import Progress, counted, loss_and_rate, print_rows, say
-from diffit_train.redaction import first_line, redact
 from diffit_train.runs.checkpoints import step_name
 from diffit_train.runs.lease import Holder, read_holder
 from diffit_train.runs.run import METADATA, Project, Run

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffit_train.commands.options import Json, print_result
+from diffit_train.cli.options import Json, print_result
 from diffit_train.errors import UserError
 from diffit_train.jobs.client import LIVE, STOP_WAIT_S, connect, find_jobs, list_jobs
 from diffit_train.jobs.fleet import follow_jobs, require_success

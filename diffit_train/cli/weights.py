@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import (
+from diffit_train.cli.options import (
     AllowPickle,
     Json,
     OptionalRecipe,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from diffit_train import storage
-from diffit_train.commands.options import (
+from diffit_train.cli.options import (
     Address,
     CheckCluster,
     ClusterPython,
@@ -23,18 +23,18 @@ from diffit_train.commands.options import (
     RuntimeEnvOption,
     print_result,
 )
-from diffit_train.commands.pipeline import run_pipeline
-from diffit_train.commands.sweep import FleetOptions, run_fleet
+from diffit_train.cli.pipeline import run_pipeline
+from diffit_train.cli.sweep import FleetOptions, run_fleet
 from diffit_train.config import Recipe
 from diffit_train.config.ablations import SCALES, Ablation, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.features import fit_features
 from diffit_train.evaluation.result import Result, finished_result
 from diffit_train.jobs.job import Job
-from diffit_train.metric_names import distance_name
 from diffit_train.progress import print_rows, say
 from diffit_train.reports.plots import draw_ablation
 from diffit_train.runs.run import Run, open_run
+from diffit_train.tracking import distance_name
 
 SEEN, NOT_SEEN, WITHIN = "seen", "not seen", "within the spread over seeds"
 

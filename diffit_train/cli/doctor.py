@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from diffit_train.commands.options import (
+from diffit_train.cli.options import (
     ClusterPython,
     Json,
     Overrides,
