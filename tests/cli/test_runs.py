@@ -115,7 +115,7 @@ def test_a_run_is_removed_only_when_agreed_and_idle(
     assert not remove_run(str(tmp_path), "mine", yes=False)["removed"]
     assert "rerun with --yes" in capsys.readouterr().err
     assert Path(url).exists()
-    training = lease.held(url, False, print, lambda: None)
+    training = lease.acquire(url, False, lambda: None)
     with training, pytest.raises(UserError, match="is training .*; stop it"):
         remove_run(str(tmp_path), "mine", yes=True)
     assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
