@@ -5,11 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import storage
 from diffit_train.config.scaling import Scaling
@@ -18,7 +16,13 @@ from diffit_train.progress import Progress, loss_and_rate, say
 from diffit_train.ray_session import missing_resources
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.run import Run
-from diffit_train.training.coordinator import PLACEMENT_S, Coordinator, Failure, News, cause_of
+from diffit_train.training.coordinator import (
+    PLACEMENT_S,
+    Failure,
+    News,
+    cause_of,
+    start_coordinator,
+)
 
 # A run of fixed size waits at least this long for a node, as nodes come back from a reboot.
 LOST_NODE_WAIT_S = 300.0
@@ -32,45 +36,6 @@ class Stop(threading.Event):
     """A request to save and exit."""
 
     by_ctrl_c = False
-
-
-@dataclass
-class Limits:
-    """Counts failures and preemptions against the recipe's limits.
-
-    A new checkpoint since the last failure makes the next one the first. Ray Train's own limits
-    are off: they count over the whole life of a run.
-    """
-
-    scaling: Scaling
-    newest_step: int
-    failures: int = 0
-
-    def count(self, failure: Failure, newest_step: int) -> str:
-        """Count a failure; returns a line for the user.
-
-        Args:
-            newest_step: of the newest checkpoint.
-
-        Raises:
-            DiffitError: restarting would not help, or there were too many.
-        """
-        if failure.final:
-            raise DiffitError(failure.cause)
-        if failure.preempted:
-            return "Restarting the workers: their node was preempted"
-        if newest_step > self.newest_step:
-            self.newest_step, self.failures = newest_step, 0
-        self.failures += 1
-        most = self.scaling.max_failures
-        since = f"since the checkpoint of step {self.newest_step:,}"
-        if 0 <= most < self.failures:
-            raise DiffitError(
-                f"{failure.cause} (failures {since}: {self.failures}; scaling.max_failures is "
-                f"{most})"
-            )
-        which = f"failure {self.failures}" + (f" of {most} allowed" if most >= 0 else "")
-        return f"Restarting the workers: {failure.cause} ({which} {since})"
 
 
 @dataclass
@@ -128,10 +93,8 @@ class RayTraining:
         self.run, self.scaling, self.stop = run, run.recipe.scaling, stop
         self._config = {"run": run, "mlflow_run_id": mlflow_run_id, "lease": lease}
         self._scratch, self._progress = storage.join(run.url, "ray"), lease.progress
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.coordinator: Any = Coordinator.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        self._news = News({}, [], [], 0, False)
-        self._lines = self._failures = 0
+        self.coordinator = start_coordinator()
+        self._news, self._lines = News({}, [], 0, False), 0
         self._growing = False
         self._tried_workers = 0
         self._grown_s = time.monotonic()
@@ -143,7 +106,7 @@ class RayTraining:
             DiffitError: training failed more often than allowed, or no node came in time.
         """
         start = self.run.checkpoints.latest_step
-        self._limits, self._wait = Limits(self.scaling, start), Wait(self.scaling)
+        self._wait = Wait(self.scaling)
         storage.remove(self._scratch)
         try:
             with Progress("train", self.run.recipe.train.steps, "steps", start) as progress:
@@ -159,7 +122,7 @@ class RayTraining:
 
     def _fit(self, progress: Progress, start: int) -> bool:
         """Run Ray Train once; whether training is over."""
-        ref = self.coordinator.fit.remote(self.scaling, self._config, self._scratch)
+        ref = self.coordinator.fit.remote(self._config, self._scratch)
         started_s, stopping, self._was_placed = time.monotonic(), False, False
         while not ray.wait([ref], timeout=POLL_S)[0]:
             self._take_news(progress)
@@ -182,30 +145,35 @@ class RayTraining:
             ray.get(ref)
         except RayActorError as error:
             raise DiffitError(f"the process that runs Ray Train died: {cause_of(error)}") from error
-        except RayError as error:  # the workers did not start
-            no_room = not self._was_placed and time.monotonic() - started_s >= PLACEMENT_S
-            if not no_room:
-                self._count(Failure(cause_of(getattr(error, "cause", error))))
-            return self.stop.is_set()
+        except RayError as error:
+            self._growing = False
+            if self._news.reason:
+                raise DiffitError(
+                    f"training of {self.run.name!r} failed: {self._news.reason}"
+                ) from error
+            if self.stop.is_set():
+                return True
+            # The workers did not start, if not for lack of room.
+            if self._was_placed or time.monotonic() - started_s < PLACEMENT_S:
+                failure = Failure(cause_of(getattr(error, "cause", error)))
+                if reason := ray.get(self.coordinator.fail.remote(failure)):
+                    raise self._failed(reason) from error
+            return False
         if self._growing and not self.stop.is_set():
             self._growing = False
             ray.get(self.coordinator.resume.remote())
             return False
         return True
 
+    def _failed(self, reason: str) -> DiffitError:
+        return DiffitError(f"training of {self.run.name!r} failed: {reason}")
+
     def _take_news(self, progress: Progress) -> None:
-        """Show what the workers have sent; count failures; limit waiting."""
-        before, self._news = (
-            self._news,
-            ray.get(self.coordinator.news.remote(self._lines, self._failures)),
-        )
-        news = self._news
-        self._lines += len(news.lines)
-        self._failures += len(news.failures)
+        """Show what the workers have sent, and limit waiting."""
+        before, news = self._news, ray.get(self.coordinator.news.remote(self._lines))
+        self._news, self._lines = news, self._lines + len(news.lines)
         for line in news.lines:
             say(line)
-        for failure in news.failures:
-            self._count(failure)
         if news.placed:
             self._wait, self._was_placed = Wait(self.scaling), True
         elif line := self._wait.check(
@@ -217,12 +185,6 @@ class RayTraining:
                 progress.restart_clock()
             self._progress.update(news.record)
             progress.update(news.record["step"], loss_and_rate(news.record))
-
-    def _count(self, failure: Failure) -> None:
-        self._growing = False
-        if not self.stop.is_set():
-            newest = self.run.checkpoints.refresh().latest_step
-            say(self._limits.count(failure, newest))
 
     def _can_grow(self) -> bool:
         """Whether an elastic run has room for more workers; each number is tried once."""

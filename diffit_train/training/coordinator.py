@@ -11,14 +11,18 @@ import math
 import os
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import ray_session, storage
 from diffit_train.config.scaling import Scaling
+from diffit_train.errors import DiffitError
 from diffit_train.progress import counted
+from diffit_train.runs.run import Run
 
 # For how long Ray Train tries to place workers.
 PLACEMENT_S = 20.0
@@ -43,46 +47,87 @@ class Failure(NamedTuple):
     preempted: bool = False
 
 
+@dataclass
+class Limits:
+    """Counts failures against `scaling.max_failures`; preemptions are none.
+
+    A new checkpoint since the last failure makes the next one the first. Ray Train's own limits
+    are off: they count over the whole life of a run.
+    """
+
+    scaling: Scaling
+    newest_step: int
+    failures: int = 0
+
+    def count(self, failure: Failure, newest_step: int) -> str:
+        """Count a failure; returns a line for the user.
+
+        Args:
+            newest_step: of the newest checkpoint.
+
+        Raises:
+            DiffitError: restarting would not help, or there were too many.
+        """
+        if failure.final:
+            raise DiffitError(failure.cause)
+        if failure.preempted:
+            return "Restarting the workers: their node was preempted"
+        if newest_step > self.newest_step:
+            self.newest_step, self.failures = newest_step, 0
+        self.failures += 1
+        most = self.scaling.max_failures
+        since = f"since the checkpoint of step {self.newest_step:,}"
+        if 0 <= most < self.failures:
+            raise DiffitError(
+                f"{failure.cause} (failures {since}: {self.failures}; scaling.max_failures is "
+                f"{most})"
+            )
+        which = f"failure {self.failures}" + (f" of {most} allowed" if most >= 0 else "")
+        return f"Restarting the workers: {failure.cause} ({which} {since})"
+
+
 class News(NamedTuple):
     """What has happened since the command asked last.
 
     Attributes:
         record: the newest values that rank 0 has reported.
         lines: for the user.
-        failures: worker groups that ended.
         workers: of the group that trains; 0 while there is none.
         placed: whether the cluster has placed a group.
+        reason: why training cannot go on; empty while it can.
     """
 
     record: dict[str, Any]
     lines: list[str]
-    failures: list[Failure]
     workers: int
     placed: bool
+    reason: str = ""
 
 
-# `fit` has a thread to itself; the others run one after the other, in the order of the calls.
-@ray.remote(num_cpus=0, concurrency_groups={"fit": 1})
 class Coordinator:
-    """One training under Ray Train. Killing this actor ends the training."""
+    """One training under Ray Train; an actor. Killing it ends the training.
+
+    `fit` has a thread to itself; the others run one after the other, in the order of the calls.
+    """
 
     def __init__(self) -> None:
         for name, value in RAY_TRAIN.items():
             os.environ.setdefault(f"RAY_TRAIN_{name}", value)
         self.record: dict[str, Any] = {}
         self.lines: list[str] = []
-        self.failures: list[Failure] = []
+        self.limits: Limits | None = None
+        self.reason = ""
         self.workers = self.groups = 0
         self.stopping = self.placed = False
         self.validated = math.inf
         self.reported: Failure | None = None
 
     @ray.method(concurrency_group="fit")  # type: ignore[untyped-decorator]
-    def fit(self, scaling: Scaling, config: Mapping[str, Any], scratch: str) -> None:
+    def fit(self, config: Mapping[str, Any], scratch: str) -> None:
         """Train to the end or a stop; Ray Train restarts workers that fail.
 
         Args:
-            config: what each worker gets.
+            config: what each worker gets, such as the run.
             scratch: URL for Ray Train's own state.
 
         Raises:
@@ -94,7 +139,9 @@ class Coordinator:
         from diffit_train.training.stall import SLOW_FACTOR
         from diffit_train.training.worker import FailureReporter, NodeNetwork, train_worker
 
-        me = ray.get_runtime_context().current_actor
+        self.run: Run = config["run"]
+        me, scaling = ray.get_runtime_context().current_actor, self.run.recipe.scaling
+        self.limits = self.limits or Limits(scaling, self.run.checkpoints.latest_step)
         resources = {"CPU": float(scaling.cpus_per_worker)}
         if scaling.gpus_per_worker:
             resources["GPU"] = float(scaling.gpus_per_worker)
@@ -130,11 +177,9 @@ class Coordinator:
 
     # ---- For the command ----
 
-    def news(self, seen: int, failures: int) -> News:
-        """What is new after the first `seen` lines and `failures`."""
-        return News(
-            self.record, self.lines[seen:], self.failures[failures:], self.workers, self.placed
-        )
+    def news(self, seen: int) -> News:
+        """What is new after the first `seen` lines."""
+        return News(self.record, self.lines[seen:], self.workers, self.placed, self.reason)
 
     def stop(self) -> None:
         """Ask the workers to save and exit."""
@@ -180,10 +225,24 @@ class Coordinator:
         if self.reported is None or failure.final > self.reported.final:
             self.reported = failure
 
-    def fail(self, failure: Failure) -> None:
-        """Note that a worker group has ended."""
-        self.failures.append(self.reported or failure)
-        self.reported, self.workers, self.placed = None, 0, False
+    def fail(self, failure: Failure) -> str:
+        """Count the end of a worker group; why training cannot go on, empty if it can."""
+        failure, self.reported = self.reported or failure, None
+        self.workers, self.placed = 0, False
+        assert self.limits is not None
+        try:
+            newest = self.run.checkpoints.refresh().latest_step
+            self.say(self.limits.count(failure, newest))
+        except (DiffitError, OSError) as error:
+            self.reason = str(error)
+        return self.reason
+
+
+def start_coordinator() -> Any:
+    """The handle of a new coordinator, on this machine."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, concurrency_groups={"fit": 1})(Coordinator)
+    return actor.options(scheduling_strategy=here).remote()
 
 
 def cause_of(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig
 
 from diffit_train.config import Recipe
 from diffit_train.config.plugins import PluginError
-from diffit_train.errors import DataError
+from diffit_train.errors import DataError, DiffitError
 from diffit_train.models.precision import tf32
 from diffit_train.progress import show_log
 from diffit_train.tracking import CHECKPOINT_AGE, RANK_PHASE
@@ -158,16 +158,25 @@ class Link:
 
 
 class FailureReporter(UserCallback):  # type: ignore[misc]
-    """Tells the coordinator why workers failed; Ray Train calls it before it restarts them."""
+    """Tells the coordinator why workers failed; Ray Train calls it before it restarts them.
+
+    An error that it raises ends the training.
+    """
 
     def __init__(self, coordinator: Any) -> None:
         self.coordinator = coordinator
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Report the first rank's error."""
+        """Report the first rank's error.
+
+        Raises:
+            DiffitError: training cannot go on.
+        """
         errors = list(worker_exceptions.values())
         preempted = any(was_preempted(error) for error in errors)
-        ray.get(self.coordinator.fail.remote(Failure(cause_of(errors[0]), preempted=preempted)))
+        failure = Failure(cause_of(errors[0]), preempted=preempted)
+        if reason := ray.get(self.coordinator.fail.remote(failure)):
+            raise DiffitError(reason)
 
 
 def choose_interface() -> None:

@@ -91,7 +91,7 @@ def _disturb(recipe: Path) -> None:
         assert left.workers == 1
 
         assert driver.end(signal.SIGTERM) == STOPPED
-        assert driver.said("(checkpoint saved); rerun the same command to resume")
+        assert driver.said("rerun the same command to resume")
         stopped = Checkpoints(str(recipe.parent / "runs" / "elastic")).steps[-1]
         nodes.add()
         driver.start()

@@ -7,15 +7,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
 from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.runs.run import open_run
 from diffit_train.training import cluster, driver
-from diffit_train.training.cluster import Limits, Wait, capacity
-from diffit_train.training.coordinator import Coordinator, Failure, News, cause_of, was_preempted
+from diffit_train.training.cluster import Wait, capacity
+from diffit_train.training.coordinator import (
+    Coordinator,
+    Failure,
+    Limits,
+    News,
+    cause_of,
+    was_preempted,
+)
 from tests.conftest import tiny_recipe, train
 
 DIED = Failure("ValueError: boom")
@@ -100,7 +107,7 @@ def test_an_elastic_run_grows_once_for_each_number_of_workers(
     training: Any = object.__new__(cluster.RayTraining)
     training.scaling = Scaling(workers="1..4", resize_check_s=1e-9)
     training._growing, training._tried_workers, training._grown_s = False, 0, 0.0
-    training._news = News({}, [], [], 2, True)
+    training._news = News({}, [], 2, True)
     assert not training._can_grow()
     room[0] = 3
     assert training._can_grow()
@@ -112,23 +119,36 @@ def test_an_elastic_run_grows_once_for_each_number_of_workers(
     assert not training._can_grow()
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_the_coordinator_keeps_the_first_cause() -> None:
-    actor: Any = Coordinator.remote()  # type: ignore[attr-defined]
-    ray.get([actor.start_group.remote(2), actor.begin.remote(2, 40)])
-    news = ray.get(actor.news.remote(0, 0))
+def test_the_coordinator_keeps_the_first_cause(tmp_path: Path) -> None:
+    coordinator: Any = Coordinator()
+    coordinator.run = open_run(tiny_recipe(tmp_path), "new")
+    coordinator.limits = Limits(Scaling(max_failures=3), newest_step=0)
+    coordinator.start_group(2)
+    coordinator.begin(2, 40)
+    news = coordinator.news(0)
     assert (news.workers, news.placed) == (2, True)
     assert news.lines == [
         "2 workers have started; loading the model",
         "Training from step 40 on 2 workers",
     ]
     stalled, damaged = Failure("rank 1 made no progress"), Failure("damaged", final=True)
-    ray.get([actor.explain.remote(each) for each in (stalled, DIED, damaged)])
-    ray.get([actor.fail.remote(DIED), actor.fail.remote(DIED), actor.begin.remote(1, 40)])
-    news = ray.get(actor.news.remote(2, 0))
-    assert news.failures == [damaged, DIED]
-    assert news.lines == ["Resuming from step 40 on 1 worker"]
-    ray.kill(actor)
+    coordinator.explain(stalled)
+    coordinator.explain(DIED)
+    assert not coordinator.fail(DIED)
+    assert coordinator.news(2) == News(
+        {},
+        [
+            "Restarting the workers: rank 1 made no progress (failure 1 of 3 allowed since the "
+            "checkpoint of step 0)"
+        ],
+        0,
+        False,
+    )
+    coordinator.begin(1, 40)
+    assert coordinator.news(3).lines == ["Resuming from step 40 on 1 worker"]
+    for each in (stalled, damaged, DIED):
+        coordinator.explain(each)
+    assert coordinator.fail(DIED) == coordinator.news(0).reason == "damaged"
 
 
 def test_a_batch_that_is_too_large_is_refused_before_ray_starts(

@@ -21,7 +21,7 @@ from diffit_train.models.build import build_model
 from diffit_train.runs.run import open_run
 from diffit_train.training import worker
 from diffit_train.training.control import Requests
-from diffit_train.training.coordinator import Coordinator, Failure
+from diffit_train.training.coordinator import Failure, start_coordinator
 from diffit_train.training.trainer import Step
 from diffit_train.training.worker import Link, choose_interface
 from tests.conftest import tiny_recipe
@@ -66,7 +66,7 @@ def test_gauges_show_the_age_of_the_checkpoint_and_phases_by_rank(
     shown.clear()
     monkeypatch.setattr(ray.util.metrics, "Gauge", RecordedGauge)
     monkeypatch.setattr(worker, "POLL_S", 0.02)
-    coordinator: Any = Coordinator.remote()  # type: ignore[attr-defined]
+    coordinator = start_coordinator()
     trainer: Any = SimpleNamespace(step=0, requests=Requests(), saved_s=time.monotonic())
     with Link(coordinator, "mine", 0, 2, trainer) as link:
         link.report(Step(8, record={"loss": 0.5}))
@@ -81,7 +81,7 @@ def test_gauges_show_the_age_of_the_checkpoint_and_phases_by_rank(
         assert trainer.requests.validated == 7
         seen = len(ages)
         _wait_for(lambda: ages[seen:])
-    news = ray.get(coordinator.news.remote(0, 0))
+    news = ray.get(coordinator.news.remote(0))
     assert news.record == {"step": 8, "loss": 0.5}
     other: Any = SimpleNamespace(step=0, requests=Requests(), saved_s=0.0)
     Link(coordinator, "mine", 1, 2, other).report(Step(8, phases={"forward": 0.5}))
