@@ -130,7 +130,8 @@ class RayTraining:
                 progress.update(start, f"({time.monotonic() - started_s:.0f} s)")
             if self.stop.is_set():
                 if not self._news.workers:
-                    return True  # nothing to save
+                    say("No workers are running, so there is nothing to save")
+                    return True
                 if not stopping:
                     stopping = True
                     again = "; Ctrl-C again quits at once" if self.stop.by_ctrl_c else ""
@@ -138,7 +139,7 @@ class RayTraining:
                     self.coordinator.stop.remote()
             elif self._can_grow():
                 self._growing = True
-                say("Going on with more workers; saving a checkpoint first")
+                say(f"Going on with {self._tried_workers} workers; saving a checkpoint first")
                 self.coordinator.stop.remote()
         self._take_news(progress)
         try:

@@ -241,8 +241,10 @@ class Coordinator:
 def start_coordinator() -> Any:
     """The handle of a new coordinator, on this machine."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, concurrency_groups={"fit": 1})(Coordinator)
-    return actor.options(scheduling_strategy=here).remote()
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    if settings := {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}:
+        options["runtime_env"] = {"env_vars": settings}
+    return ray.remote(concurrency_groups={"fit": 1}, **options)(Coordinator).remote()
 
 
 def cause_of(error: BaseException) -> str:

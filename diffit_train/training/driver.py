@@ -273,7 +273,7 @@ def _train_under_ray(
     on_cpu, every = not recipe.scaling.gpus_per_worker, recipe.train.validate_every
     with contextlib.ExitStack() as stack:
         if samples is not None and recipe.train.sample_every is not None:
-            draw = functools.partial(_draw, samples, mlflow_run_id)
+            draw = functools.partial(draw_and_log, samples, mlflow_run_id)
             thread = CheckpointThread(run, samples.due, draw, "draw samples of", stop, on_cpu)
             stack.enter_context(thread)
         if validate is not None and every:
@@ -293,7 +293,7 @@ def _train_under_ray(
         training.run_to_end()
 
 
-def _draw(samples: Samples, mlflow_run_id: str, step: int) -> None:
+def draw_and_log(samples: Samples, mlflow_run_id: str, step: int) -> None:
     """Draw the grid of a checkpoint and log it."""
     samples.draw(step)
     try:

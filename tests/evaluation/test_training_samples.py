@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffit_train.training.samples import SampleThread
 from PIL import Image
 
 from diffit_train import storage
@@ -22,6 +21,8 @@ from diffit_train.evaluation.training_samples import KEY, TrainingSamples, quick
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.runs.run import Run
 from diffit_train.tracking import Tracker
+from diffit_train.training.checkpoint_thread import CheckpointThread
+from diffit_train.training.driver import draw_and_log
 from diffit_train.training.log import TrainingLog
 from tests.conftest import tiny_recipe
 
@@ -65,52 +66,37 @@ def _wait(what: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen")
 
 
-class _Stub:
-    """What draws, without a run."""
-
-    def __init__(self, fail: bool = False) -> None:
-        self.drawn: list[int] = []
-        self.sent: list[str] = []
-        self.fail = fail
-
-    def due(self, steps: object) -> list[int]:
-        return [step for step in (10, 20) if step not in self.drawn]
-
-    def draw(self, step: int) -> None:
-        if self.fail:
-            raise DiffitError("no decoder\nat all")
-        self.drawn.append(step)
-
-    def send(self, mlflow_run_id: str) -> None:
-        self.sent.append(mlflow_run_id)
+def _thread(handle: Callable[[int], None], stop: threading.Event, root: Path) -> CheckpointThread:
+    run = Run(str(root), "run")
+    return CheckpointThread(run, lambda _: [10, 20], handle, "draw", stop, on_cpu=True)
 
 
-def _thread(stub: _Stub, said: list[str], stop: threading.Event, root: Path) -> SampleThread:
-    return SampleThread(stub, str(root), "run", lambda: 1, stop, said.append, on_cpu=True)
-
-
-def test_what_is_due_is_drawn_at_the_end_unless_told_to_stop(tmp_path: Path) -> None:
-    said: list[str] = []
-    stub, stop = _Stub(), threading.Event()
-    with _thread(stub, said, stop, tmp_path):
+def test_what_is_due_is_handled_at_the_end_unless_training_stops(tmp_path: Path) -> None:
+    handled, stop = list[int](), threading.Event()
+    with _thread(handled.append, stop, tmp_path):
         pass
-    assert (stub.drawn, stub.sent, said) == ([10, 20], ["run", "run"], [])
-    stub = _Stub()
+    assert handled == [10, 20]
     stop.set()
-    with _thread(stub, said, stop, tmp_path):
+    with _thread(handled.append, stop, tmp_path):
         pass
-    assert not stub.drawn
-    stub = _Stub()
-    with pytest.raises(KeyboardInterrupt), _thread(stub, said, threading.Event(), tmp_path):
+    with pytest.raises(KeyboardInterrupt), _thread(handled.append, threading.Event(), tmp_path):
         raise KeyboardInterrupt
-    assert not stub.drawn
+    assert handled == [10, 20]
 
 
-def test_a_grid_that_cannot_be_drawn_is_said_once(tmp_path: Path) -> None:
-    said: list[str] = []
-    with _thread(_Stub(fail=True), said, threading.Event(), tmp_path):
-        _wait(lambda: len(said) == 2)
-    assert said == [f"Could not draw samples of step {n}: no decoder" for n in (10, 20)]
+def test_a_checkpoint_that_cannot_be_handled_is_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed: list[int] = []
+
+    def fail(step: int) -> None:
+        failed.append(step)
+        raise DiffitError("no decoder\nat all")
+
+    with _thread(fail, threading.Event(), tmp_path):
+        _wait(lambda: failed == [10, 20])
+    lines = [f"Could not draw step {step}: no decoder" for step in (10, 20)]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 @pytest.fixture
@@ -149,20 +135,16 @@ def test_grids_of_a_run_are_drawn_once_and_logged(copy: Path) -> None:
     assert sum(path.endswith(".png") for path in logged) == len(due)
 
 
-def test_grids_wait_for_mlflow(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grids_wait_for_mlflow(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     recipe = tiny_recipe(copy, "train.sample_every=12")
     url = Run(recipe.storage.root, "tiny").url
     away = tiny_recipe(copy, "train.sample_every=12", "tracking.uri=http://127.0.0.1:9")
     run_id = Checkpoint(url, Checkpoints(url).steps[-1]).state.mlflow_run_id
-    said: list[str] = []
-    thread = SampleThread(
-        TrainingSamples(away, "tiny"), url, run_id, lambda: 1, threading.Event(), said.append, True
-    )
-    with thread:
-        pass
-    assert len(said) == 1
-    assert said[0].startswith("Could not log samples to MLflow; they are kept: could not reach")
+    draw_and_log(TrainingSamples(away, "tiny"), run_id, 12)
+    assert "Could not log samples to MLflow" in capsys.readouterr().err
     tracker = Tracker.of(recipe)
     assert not tracker.image_steps(run_id, KEY)
     train(recipe, "tiny")  # already trained
