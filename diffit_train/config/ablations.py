@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from diffit_train.config.load import load_recipe
+from diffit_train.config.load import load_recipe, with_overrides
 from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError
 
@@ -74,7 +74,8 @@ class Ablation(BaseModel):
         scaled, own = _file()["scales"][self.recipe][scale], self.rows[row].set
         common = [*_words(scaled.get("set", {})), f"train.seed={seed}", *overrides]
         rest = {**self.set.get(scale, {}), **own.get(scale, {} if own.keys() & {*SCALES} else own)}
-        return load_recipe(scaled["recipe"], [*common, *_words(rest)], root)
+        recipe = load_recipe(scaled["recipe"], common, root)
+        return with_overrides(recipe, _words(rest), f"of row {row}")
 
     def run_of(self, row: str, scale: str, seed: int) -> str:
         """Name of a row's run; the unchanged recipe has one run for all tables."""

@@ -1,42 +1,92 @@
-"""Section `model`: the transformer."""
+"""Section `model`: the network."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffit_train.config.base import Positive, PositiveInt, Section
+from diffit_train.config.base import Positive, PositiveInt, Section, Variants
 from diffit_train.config.plugins import Plugged
 from diffit_train.config.presets import PRESETS
 
-# Architectures on pixels, and on latents.
-UNET_ARCHITECTURES = ("ddpmpp", "ncsnpp")
-IMAGE_ARCHITECTURES = ("image_diffit", *UNET_ARCHITECTURES)
-LATENT_ARCHITECTURES = ("diffit", "dit", "dit_tmsa")
 ARCHITECTURES = Plugged(
-    "model.architecture", "diffit_train.models", (*LATENT_ARCHITECTURES, *IMAGE_ARCHITECTURES)
+    "model.architecture",
+    "diffit_train.models",
+    ("diffit", "dit", "dit_tmsa", "image_diffit", "ddpmpp", "ncsnpp"),
 )
 
-# Keys of `model` that only latent architectures have.
-LATENT_KEYS = (
-    "preset",
-    "patch_size",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "position_side",
-    "label_init_std",
-)
+MlpRatio = Annotated[Positive, Field(description="hidden width of the MLP divided by that before")]
+Dropout = Annotated[
+    float,
+    Field(ge=0.0, lt=1.0, description="probability of dropping an activation in training"),
+]
 
 
-# Keys that a network of another package does not have.
-_OURS_ONLY = (*LATENT_KEYS, "mlp_ratio")
+class _Model(Section):
+    # Whether it is one of ours that works on pixels instead of latents.
+    on_pixels: ClassVar[bool] = False
+
+    architecture: str
+    conditional: bool = Field(
+        default=True, description="whether the model is conditioned on the label"
+    )
+    attention: Literal["auto", "reference", "sdpa", "chunked", "flex"] = Field(
+        default="auto", description="attention kernel; auto: sdpa on CUDA, chunked elsewhere"
+    )
 
 
-class ImageModel(Section):
+class LatentModel(_Model):
+    """A transformer on latents. Other keys override what `preset` sets."""
+
+    dropout: ClassVar[float] = 0.0
+
+    architecture: Literal["diffit", "dit", "dit_tmsa"] = Field(
+        default="diffit",
+        description="diffit: DiffiT; dit: DiT with adaLN-Zero; dit_tmsa: DiT with TMSA instead of "
+        "adaLN-Zero",
+    )
+    preset: str | None = Field(
+        default=None,
+        description=f"named architecture and sizes, which other keys change: {', '.join(PRESETS)}",
+    )
+    patch_size: PositiveInt = Field(
+        default=2, description="side of a patch, in latent pixels; a patch is one token"
+    )
+    hidden_size: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
+        default=1152, description="width of a token; a multiple of 4 and of num_heads"
+    )
+    depth: PositiveInt = Field(default=28, description="number of transformer blocks")
+    num_heads: PositiveInt = Field(default=16, description="attention heads per block")
+    mlp_ratio: MlpRatio = 4.0
+    position_side: PositiveInt | None = Field(
+        default=None,
+        description="side, in tokens, of the grid that the fixed position embeddings span; null: "
+        "the model's own. A model started from one at another resolution keeps that one's",
+    )
+    label_init_std: Positive = Field(
+        default=0.02, description="standard deviation of the initial label embeddings"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(name, str):
+            return values
+        if name not in PRESETS:
+            raise ValueError(f"model.preset is {name!r}, but must be one of: {', '.join(PRESETS)}")
+        return {**PRESETS[name], **values}
+
+
+class ImageModel(_Model):
     """The image-space DiffiT; stages from the finest resolution to the coarsest."""
 
+    on_pixels: ClassVar[bool] = True
+
+    architecture: Literal["image_diffit"] = Field(
+        default="image_diffit", description="image_diffit: the U-shaped DiffiT on pixels"
+    )
     channels: tuple[PositiveInt, ...] = Field(
         default=(128, 256, 256),
         description="channels of each stage; each stage but the first halves the resolution",
@@ -47,11 +97,10 @@ class ImageModel(Section):
     window: PositiveInt = Field(
         default=4, description="side of the windows of attention, in pixels of the stage"
     )
+    mlp_ratio: MlpRatio = 4.0
     head_size: PositiveInt = Field(default=32, description="channels of an attention head")
     time_size: PositiveInt = Field(default=512, description="size of the time token")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.0, description="probability of dropping an activation in training"
-    )
+    dropout: Dropout = 0.0
     resample: Literal["convolution", "bilinear"] = Field(
         default="convolution", description="how features change their resolution"
     )
@@ -79,32 +128,37 @@ class ImageModel(Section):
     def _stages_fit(self) -> Self:
         if len(self.blocks) != len(self.channels):
             raise ValueError(
-                f"model.image.blocks has {len(self.blocks)} stages, but model.image.channels has "
+                f"model.blocks has {len(self.blocks)} stages, but model.channels has "
                 f"{len(self.channels)}"
             )
         for width in self.channels:
             if width % self.head_size:
                 raise ValueError(
-                    f"model.image.head_size is {self.head_size}, but must divide every "
-                    f"model.image.channels ({width})"
+                    f"model.head_size is {self.head_size}, but must divide every "
+                    f"model.channels ({width})"
                 )
         if self.encoder == "vit" and self.decoder != "setr_mla":
             raise ValueError(
-                f"model.image.decoder is {self.decoder!r}, but must be 'setr_mla' when "
-                "model.image.encoder is 'vit', which has one resolution only"
+                f"model.decoder is {self.decoder!r}, but must be 'setr_mla' when "
+                "model.encoder is 'vit', which has one resolution only"
             )
         without = [part for part in (self.encoder, self.decoder) if part != "diffit"]
         if self.time != "tmsa" and len(without) == 2:
             raise ValueError(
-                f"model.image.time is {self.time!r}, but neither model.image.encoder nor "
-                "model.image.decoder is 'diffit', whose blocks it changes"
+                f"model.time is {self.time!r}, but neither model.encoder nor "
+                "model.decoder is 'diffit', whose blocks it changes"
             )
         return self
 
 
-class UNetModel(Section):
+class UNetModel(_Model):
     """DDPM++ and NCSN++, in the shape that EDM trained on CIFAR-10."""
 
+    on_pixels: ClassVar[bool] = True
+
+    architecture: Literal["ddpmpp", "ncsnpp"] = Field(
+        default="ddpmpp", description="ddpmpp, ncsnpp: convolutional U-Nets on pixels"
+    )
     channels: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
         default=128, description="base of the channels of all stages"
     )
@@ -120,120 +174,20 @@ class UNetModel(Section):
         default=(16,),
         description="sides of the images at which there is attention; always at the coarsest",
     )
-    attention: Literal["plain", "tmsa"] = Field(
-        default="plain", description="plain: self-attention; tmsa: TMSA instead"
-    )
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.0, description="probability of dropping an activation in training"
-    )
+    tmsa: bool = Field(default=False, description="TMSA instead of self-attention")
+    dropout: Dropout = 0.0
 
 
-class Model(Section):
-    """The network. Other keys override what `preset` sets."""
+class CustomModel(_Model):
+    """A custom class."""
 
-    preset: str | None = Field(
-        default=None, description=f"named size: {', '.join(PRESETS)}; null: the keys below"
-    )
-    architecture: Annotated[str, ARCHITECTURES] = Field(
-        default="diffit",
-        description="diffit: DiffiT; dit: DiT with adaLN-Zero; dit_tmsa: DiT with TMSA instead of "
-        "adaLN-Zero; image_diffit: the U-shaped DiffiT on pixels, with the keys of model.image; "
-        "ddpmpp, ncsnpp: convolutional U-Nets on pixels, with the keys of model.unet; or a custom "
-        "class, with the arguments in model.options",
-    )
+    dropout: ClassVar[float] = 0.0
+
+    architecture: Annotated[str, ARCHITECTURES] = Field(description="or a custom class")
     options: dict[str, Any] = Field(default={}, description="arguments of a custom architecture")
-    patch_size: PositiveInt = Field(
-        default=2, description="side of a patch, in latent pixels; a patch is one token"
-    )
-    hidden_size: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
-        default=1152, description="width of a token; a multiple of 4 and of num_heads"
-    )
-    depth: PositiveInt = Field(default=28, description="number of transformer blocks")
-    num_heads: PositiveInt = Field(default=16, description="attention heads per block")
-    mlp_ratio: Positive = Field(
-        default=4.0, description="hidden width of the MLP divided by hidden_size"
-    )
-    conditional: bool = Field(
-        default=True, description="whether the model is conditioned on the label"
-    )
-    position_side: PositiveInt | None = Field(
-        default=None,
-        description="side, in tokens, of the grid that the fixed position embeddings span; null: "
-        "the model's own. A model started from one at another resolution keeps that one's",
-    )
-    label_init_std: Positive = Field(
-        default=0.02, description="standard deviation of the initial label embeddings"
-    )
-    attention: Literal["auto", "reference", "sdpa", "chunked", "flex"] = Field(
-        default="auto", description="attention kernel; auto: sdpa on CUDA, chunked elsewhere"
-    )
 
-    image: ImageModel = ImageModel()
-    unet: UNetModel = UNetModel()
 
-    @model_validator(mode="after")
-    def _keys_belong(self) -> Self:
-        fields = type(self).model_fields
-        refused: tuple[str, ...] = LATENT_KEYS if self.on_pixels else ()
-        if self.plugged:
-            refused = _OURS_ONLY
-        elif self.options:
-            raise ValueError(
-                f"model.options has {', '.join(self.options)}, but model.architecture is "
-                f"{self.architecture!r}; only a custom architecture has options"
-            )
-        instead = "model.options" if self.plugged else "the keys of model.image or model.unet"
-        for key in refused:
-            value, default = getattr(self, key), fields[key].default
-            if value != default:
-                raise ValueError(
-                    f"model.{key} is {value!r}, but model.architecture is "
-                    f"{self.architecture!r}; set {instead} instead"
-                )
-        for key, section, owners in (
-            ("image", self.image, ("image_diffit",)),
-            ("unet", self.unet, UNET_ARCHITECTURES),
-        ):
-            changed = section.model_dump(exclude_defaults=True)
-            if changed and self.architecture not in owners:
-                raise ValueError(
-                    f"model.{key} has {', '.join(changed)}, but model.architecture is "
-                    f"{self.architecture!r}; only {', '.join(owners)} has these parts"
-                )
-        return self
-
-    @property
-    def plugged(self) -> bool:
-        """Whether the network is another package's."""
-        return ARCHITECTURES.is_plugged(self.architecture)
-
-    @property
-    def on_pixels(self) -> bool:
-        """Whether the network is one of ours that works on pixels instead of latents."""
-        return self.architecture in IMAGE_ARCHITECTURES
-
-    @property
-    def dropout(self) -> float:
-        """Probability of dropping an activation."""
-        if not self.on_pixels:
-            return 0.0
-        return self.image.dropout if self.architecture == "image_diffit" else self.unet.dropout
-
-    def unused_keys(self) -> set[str]:
-        """Keys that this architecture does not have."""
-        if self.plugged:
-            return {*_OURS_ONLY, "image", "unet"}
-        if not self.on_pixels:
-            return {"image", "unet", "options"}
-        other = "unet" if self.architecture == "image_diffit" else "image"
-        return {*LATENT_KEYS, other, "options"}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_preset(cls, values: Any) -> Any:
-        name = values.get("preset") if isinstance(values, dict) else None
-        if not isinstance(name, str):
-            return values
-        if name not in PRESETS:
-            raise ValueError(f"model.preset is {name!r}, but must be one of: {', '.join(PRESETS)}")
-        return {**PRESETS[name], **values}
+# The network.
+Model = Annotated[
+    LatentModel | ImageModel | UNetModel | CustomModel, Variants("architecture", "diffit")
+]

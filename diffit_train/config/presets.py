@@ -22,14 +22,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Depth from appendix H.2; the published weights have 28 blocks.
     "diffit_xl_depth30": _preset("diffit", "xl", depth=30),
     **{f"dit_{size}": _preset("dit", size) for size in _SIZES},
-    # SiT's network is DiT's; it trains by flow matching (diffusion.objective=flow).
-    **{f"sit_{size}": _preset("dit", size) for size in _SIZES},
     **{f"dit_tmsa_{size}": _preset("dit_tmsa", size) for size in _SIZES},
 }
 
 # Table 9 of the paper, at 256x256: million parameters, GFLOPs (multiply-adds), FID.
 PAPER_COSTS: dict[str, tuple[float, float, float]] = {
     "dit_xl": (675, 119, 2.27),
-    "sit_xl": (675, 119, 2.06),
     "diffit_xl": (561, 114, 1.73),
 }

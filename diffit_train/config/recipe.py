@@ -16,7 +16,7 @@ from diffit_train.config.base import Name, Section, flatten
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, Epsilon, Flow, ddim_stride
 from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, Evaluate
-from diffit_train.config.model import Model
+from diffit_train.config.model import CustomModel, ImageModel, LatentModel, Model, UNetModel
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
 from diffit_train.config.tracking import Tracking
@@ -29,7 +29,7 @@ class Recipe(Section):
     name: Name = Field(description="default name of the run")
     data: Data
     autoencoder: Autoencoder = Field(description="What is between images and latents.")
-    model: Model = Model()
+    model: Model = Field(default=LatentModel(), description="The network.")
     diffusion: Diffusion = Field(
         default=Epsilon(), description="The forward process and the prediction target."
     )
@@ -50,42 +50,42 @@ class Recipe(Section):
         _divides(
             "autoencoder.downsample", autoencoder.downsample, "data.resolution", data.resolution
         )
-        if model.on_pixels:
-            self._check_stages()
-            return self
-        if model.plugged:
-            return self  # its own class knows
-        _divides("model.patch_size", model.patch_size, "the latent size", self.latent_size)
-        _divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
+        if isinstance(model, ImageModel | UNetModel):
+            self._check_stages(model)
+        elif isinstance(model, LatentModel):
+            _divides("model.patch_size", model.patch_size, "the latent size", self.latent_size)
+            _divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
         return self
 
-    def _check_stages(self) -> None:
+    def _check_stages(self, model: ImageModel | UNetModel) -> None:
         """Sizes of a model on pixels."""
-        image, resolution = self.model.image, self.data.resolution
-        if self.autoencoder.kind != "identity":
+        resolution, kind = self.data.resolution, self.autoencoder.kind
+        if kind != "identity":
             raise ValueError(
-                f"model.architecture is {self.model.architecture!r}, which works on pixels, but "
-                f"autoencoder.kind is {self.autoencoder.kind!r}; set autoencoder.kind=identity"
+                f"model.architecture is {model.architecture!r}, which works on pixels, but "
+                f"autoencoder.kind is {kind!r}; set autoencoder.kind=identity"
             )
-        unet = self.model.architecture != "image_diffit"
-        key, sizes = "unet.multipliers" if unet else "image.channels", image.channels
-        stages = len(self.model.unet.multipliers if unet else sizes)
+        if isinstance(model, ImageModel):
+            key, stages = "channels", len(model.channels)
+        else:
+            key, stages = "multipliers", len(model.multipliers)
         if resolution % 2 ** (stages - 1):
             raise ValueError(
                 f"data.resolution is {resolution}, but the {stages} stages of model.{key} need a "
                 f"multiple of {2 ** (stages - 1)}"
             )
         sides = [resolution >> stage for stage in range(stages)]
-        for side in self.model.unet.attention_resolutions if unet else ():
+        if isinstance(model, ImageModel):
+            for stage, side in enumerate(sides, 1):
+                name = f"the resolution {side} of stage {stage}"
+                _divides("model.window", model.window, name, side)
+            return
+        for side in model.attention_resolutions:
             if side not in sides:
                 raise ValueError(
-                    f"model.unet.attention_resolutions has {side}, but the stages have "
+                    f"model.attention_resolutions has {side}, but the stages have "
                     f"{', '.join(map(str, sides))}"
                 )
-        for stage in () if unet else range(stages):
-            side = resolution >> stage
-            name = f"the resolution {side} of stage {stage + 1}"
-            _divides("model.image.window", image.window, name, resolution >> stage)
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:
@@ -113,7 +113,7 @@ class Recipe(Section):
         if train.augment and not self.model.on_pixels:
             why = (
                 "is not one of ours, which know the labels of the augmentation"
-                if self.model.plugged
+                if isinstance(self.model, CustomModel)
                 else "works on latents, which cannot be augmented"
             )
             raise ValueError(
@@ -198,7 +198,7 @@ class Recipe(Section):
             "order": self.data.model_dump(
                 mode="json", include={"name", "shuffle_streams", "shuffle_window"}
             ),
-            "model": self.model.model_dump(mode="json", exclude=self._unused_model_keys()),
+            "model": self.model.model_dump(mode="json", exclude={"preset", "attention"}),
             "diffusion": self.diffusion.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json", exclude=free),
         }
@@ -207,10 +207,6 @@ class Recipe(Section):
         """The keys that determine the metrics of a given checkpoint."""
         free: dict[str, Any] = {"features": {"fit"}, **dict.fromkeys(FREE_KEYS, True)}
         return self.evaluate.model_dump(mode="json", exclude=free)
-
-    def _unused_model_keys(self) -> set[str]:
-        """Keys of `model` that belong to no hash."""
-        return {"preset", "attention", *self.model.unused_keys()}
 
     def encode_hash(self) -> str:
         """SHA-256 of `encode_identity`."""

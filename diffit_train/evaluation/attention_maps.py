@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.config.model import LatentModel
 from diffit_train.errors import UserError
 from diffit_train.evaluation.generate import Generator, load_decoder
 from diffit_train.models.attention import TMSA, SelfAttention, TimeInBias
@@ -64,7 +65,7 @@ def attention_of(model: Backbone, block: int | None) -> TMSA | SelfAttention:
     (layer,) = layers[block]
     if isinstance(layer, TimeInBias):
         raise UserError(
-            "model.image.time is 'bias', whose attention depends on the image and is not drawn"
+            "model.time is 'bias', whose attention depends on the image and is not drawn"
         )
     return layer
 
@@ -119,7 +120,9 @@ def token_side(generator: Generator, layer: TMSA | SelfAttention) -> int:
     """Side of a layer's grid of tokens."""
     if isinstance(layer, TMSA):
         return layer.side
-    return generator.recipe.latent_size // generator.recipe.model.patch_size
+    section = generator.recipe.model
+    assert isinstance(section, LatentModel)
+    return generator.recipe.latent_size // section.patch_size
 
 
 def trajectory(

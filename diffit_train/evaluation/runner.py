@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe
-from diffit_train.config.model import ARCHITECTURES
+from diffit_train.config.model import ARCHITECTURES, CustomModel
 from diffit_train.diffusion.objective import nfe_per_image
 from diffit_train.errors import DiffitError, first_line
 from diffit_train.evaluation import chunks, references
@@ -100,7 +100,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: the features or the reference file cannot be used.
     """
-    if recipe.model.plugged:
+    if isinstance(recipe.model, CustomModel):
         ARCHITECTURES.load(recipe.model.architecture)
     features_digest(recipe)
     references.check_reference_file(recipe)

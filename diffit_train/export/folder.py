@@ -25,7 +25,7 @@ from torch import Tensor
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.diffusion import OBJECTIVES, CustomObjective
-from diffit_train.config.model import ARCHITECTURES
+from diffit_train.config.model import ARCHITECTURES, CustomModel
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import UserError
 from diffit_train.evaluation.generate import class_names, fill_model, load_decoder
@@ -131,9 +131,10 @@ def _write_transformer(recipe: Recipe, weights: dict[str, Tensor], folder: Path)
     metadata = {"format": "pt"}
     metadata[CHECKSUM] = tensors_checksum(tensors, metadata)
     save_file(tensors, str(file), metadata=metadata)
-    plugged = recipe.model.plugged
+    plugged = isinstance(recipe.model, CustomModel)
+    options = recipe.model.options if isinstance(recipe.model, CustomModel) else None
     shape: Any = network_shape(recipe) if plugged else model.shape
-    config = {"sizes": asdict(shape), "options": recipe.model.options or None}
+    config = {"sizes": asdict(shape), "options": options or None}
     name, kind = "diffit_transformer", "DiffiTTransformer"
     _write_config(folder / "config.json", kind, config)
     own = {

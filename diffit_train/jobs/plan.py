@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.config.model import LatentModel
 from diffit_train.config.presets import PAPER_COSTS, PRESETS
 from diffit_train.config.train import BUCKET_ELEMENTS
 from diffit_train.data.loader import READERS
@@ -271,10 +272,10 @@ def compare(
     """
     if preset not in PRESETS:
         raise UserError(f"--compare is {preset!r}, but must be one of: {', '.join(PRESETS)}")
-    if recipe.model.on_pixels:
+    if not isinstance(recipe.model, LatentModel):
         raise UserError(
             f"--compare is {preset!r}, a model on latents, but recipe {recipe.name!r} trains "
-            f"{recipe.model.architecture} on pixels"
+            f"{recipe.model.architecture}"
         )
     model = recipe.model.model_copy(update={**PRESETS[preset], "preset": preset})
     return plan(recipe.model_copy(update={"model": model}), machine, emas)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffit_train.config import Recipe
-from diffit_train.config.model import ARCHITECTURES, UNET_ARCHITECTURES
+from diffit_train.config.model import ARCHITECTURES, CustomModel, ImageModel, UNetModel
 from diffit_train.config.train import AUGMENT_LABELS
 from diffit_train.errors import UserError
 from diffit_train.models.backbone import Backbone, NetworkShape
@@ -22,35 +22,35 @@ LATENT: dict[str, Callable[[Shape], Backbone]] = {
 }
 
 
+# Keys of `model` that are no sizes.
+_NO_SIZES = {"architecture", "conditional", "attention", "preset", "tmsa"}
+
+
 def latent_shape(recipe: Recipe) -> Shape:
     """Sizes of the recipe's latent transformer."""
-    model, channels = recipe.model, recipe.autoencoder.latent_channels
+    channels = recipe.autoencoder.latent_channels
     return Shape(
         latent_size=recipe.latent_size,
         latent_channels=channels,
         out_channels=2 * channels if recipe.diffusion.learned_variance else channels,
-        num_classes=recipe.data.num_classes if model.conditional else None,
-        patch_size=model.patch_size,
-        hidden_size=model.hidden_size,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        mlp_ratio=model.mlp_ratio,
-        label_init_std=model.label_init_std,
-        position_side=model.position_side,
+        num_classes=recipe.data.num_classes if recipe.model.conditional else None,
+        **recipe.model.model_dump(exclude=_NO_SIZES),
     )
 
 
 def image_shape(recipe: Recipe) -> ImageShape:
     """Sizes of the recipe's image-space DiffiT."""
-    model = recipe.model
-    return ImageShape(mlp_ratio=model.mlp_ratio, **_image_sizes(recipe), **model.image.model_dump())
+    return ImageShape(**_image_sizes(recipe), **recipe.model.model_dump(exclude=_NO_SIZES))
 
 
-def unet_shape(recipe: Recipe) -> UNetShape:
+def unet_shape(recipe: Recipe, model: UNetModel) -> UNetShape:
     """Sizes of the recipe's U-Net."""
-    model = recipe.model
-    kind: Any = model.architecture
-    return UNetShape(kind=kind, **_image_sizes(recipe), **model.unet.model_dump())
+    return UNetShape(
+        kind=model.architecture,
+        attention="tmsa" if model.tmsa else "plain",
+        **_image_sizes(recipe),
+        **model.model_dump(exclude=_NO_SIZES),
+    )
 
 
 def _image_sizes(recipe: Recipe) -> dict[str, Any]:
@@ -75,20 +75,20 @@ def network_shape(recipe: Recipe) -> NetworkShape:
     )
 
 
-def _plugged_model(recipe: Recipe) -> Backbone:
+def _custom_model(recipe: Recipe, section: CustomModel) -> Backbone:
     """The network of another package.
 
     Raises:
         UserError: its class cannot be imported, is no `Backbone`, or does not fit the recipe.
     """
-    name, shape = recipe.model.architecture, network_shape(recipe)
+    name, shape = section.architecture, network_shape(recipe)
     found = ARCHITECTURES.load(name)
     if not issubclass(found, Backbone):
         raise UserError(
             f"model.architecture is {name!r}, but {found.__name__} does not derive from "
             "diffit_train.Backbone; docs/extend.md shows one that does"
         )
-    model = ARCHITECTURES.make(name, recipe.model.options, shape)
+    model = ARCHITECTURES.make(name, section.options, shape)
     if getattr(model, "blocks", None) is None or tuple(model.input_shape) != shape.input_shape:
         raise UserError(
             f"model.architecture is {name!r}, but its {found.__name__} has "
@@ -111,10 +111,11 @@ def build_model(recipe: Recipe) -> Backbone:
     Raises:
         UserError: it is another package's, and cannot be made.
     """
-    if recipe.model.plugged:
-        return _plugged_model(recipe)
-    if recipe.model.architecture in UNET_ARCHITECTURES:
-        return UNet(unet_shape(recipe))
-    if recipe.model.on_pixels:
+    section = recipe.model
+    if isinstance(section, CustomModel):
+        return _custom_model(recipe, section)
+    if isinstance(section, UNetModel):
+        return UNet(unet_shape(recipe, section))
+    if isinstance(section, ImageModel):
         return ImageDiffiT(image_shape(recipe))
-    return LATENT[recipe.model.architecture](latent_shape(recipe))
+    return LATENT[section.architecture](latent_shape(recipe))

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe_text, stored_text
 from diffit_train.config.base import flatten, require_name
+from diffit_train.config.model import LatentModel
 from diffit_train.config.train import Start
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs import lease
@@ -333,7 +334,7 @@ def open_run(
     if recipe.train.start is None and run.metadata is not None:
         stored = run.stored_recipe
         if stored.train.start is not None:
-            run = run.using(_started(recipe, stored.train.start, stored.model.position_side))
+            run = run.using(_started(recipe, stored.train.start, _position_side(stored)))
     return run if init is None else _initialized(run, recipe, init, init_weights)
 
 
@@ -357,24 +358,29 @@ def _initialized(run: Run, recipe: Recipe, init: str, weights: str) -> Run:
         raise UserError(f"--init-weights is {weights!r}, but {init} holds {known}")
     start = Start(run=name, step=checkpoint.step, weights=weights, digest=checkpoint.digest)
     theirs = source.recipe
-    spread = theirs.model.position_side or _grid_side(theirs)
+    spread = _position_side(theirs) or _grid_side(theirs)
     same = _grid_side(theirs) == _grid_side(recipe)
     return run.using(_started(recipe, start, None if same else spread))
 
 
 def _started(recipe: Recipe, start: Start, side: int | None) -> Recipe:
     """The recipe with a start, and with `side` as `model.position_side` unless it sets its own."""
-    update = {"position_side": recipe.model.position_side or side}
-    model = recipe.model.model_copy(update=update)
+    model = recipe.model
+    if isinstance(model, LatentModel):
+        model = model.model_copy(update={"position_side": model.position_side or side})
     train = recipe.train.model_copy(update={"start": start})
     return recipe.model_copy(update={"train": train, "model": model})
 
 
+def _position_side(recipe: Recipe) -> int | None:
+    """`model.position_side`; None for a model without it."""
+    return recipe.model.position_side if isinstance(recipe.model, LatentModel) else None
+
+
 def _grid_side(recipe: Recipe) -> int | None:
     """Side of the grid that fixed positions span; None for a model without them."""
-    if recipe.model.on_pixels:
-        return None
-    return recipe.latent_size // recipe.model.patch_size
+    model = recipe.model
+    return recipe.latent_size // model.patch_size if isinstance(model, LatentModel) else None
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[object, object]]:

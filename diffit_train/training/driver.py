@@ -14,6 +14,7 @@ import torch
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe, stored_text
+from diffit_train.config.model import CustomModel
 from diffit_train.data.loader import SampleOrder
 from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.diffusion.objective import load_objective
@@ -131,7 +132,7 @@ def _check(run: Run) -> Manifest:
     tracking_uri(recipe)
     storage.require_writable(recipe.storage.root)
     _kernel(recipe)
-    if recipe.model.plugged:
+    if isinstance(recipe.model, CustomModel):
         with torch.device("meta"):
             build_model(recipe)
     load_objective(recipe.diffusion)

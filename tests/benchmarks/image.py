@@ -116,7 +116,7 @@ def _steps(device: torch.device, batch: int) -> None:
     for name, overrides, seeds in (
         ("cifar10", [], True),
         ("cifar10, no dropout", [], False),
-        ("cifar10, 2 blocks a stage", ["model.image.blocks=[2,2,2]"], True),
+        ("cifar10, 2 blocks a stage", ["model.blocks=[2,2,2]"], True),
         ("DDPM++", ["model={architecture: ddpmpp, conditional: false}"], False),
     ):
         model = build_model(load_recipe("cifar10", overrides)).to(device)

@@ -64,7 +64,7 @@ def test_tables_share_the_runs_of_the_recipe_itself() -> None:
 
 def test_dimensions_of_table_3() -> None:
     table = find_ablation("table3")
-    sizes = [table.recipe_of(row, "full", 0).model.image for row in table.rows]
+    sizes = [table.recipe_of(row, "full", 0).model for row in table.rows]
     assert [(s.time_size, s.channels) for s in sizes] == [
         (512, (128, 512, 512)),
         (256, (128, 256, 256)),
@@ -97,9 +97,7 @@ def test_an_interrupted_ablation_goes_on(tmp_path: Path) -> None:
         asked.append(run.name)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return {"bias": 4.0, "mlp": 3.0, "tmsa": 2.0}[
-            run.recipe.model.image.time
-        ] + run.recipe.train.seed
+        return {"bias": 4.0, "mlp": 3.0, "tmsa": 2.0}[run.recipe.model.time] + run.recipe.train.seed
 
     table, root = find_ablation("table6"), str(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -148,4 +146,4 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ablation 'table1' does not exist; known: table3"):
         find_ablation("table1")
     with pytest.raises(UserError, match=r"window is 3, but must divide"):
-        run_ablation(find_ablation("table6"), "tiny", 1, ["model.image.window=3"], str(tmp_path))
+        run_ablation(find_ablation("table6"), "tiny", 1, ["model.window=3"], str(tmp_path))

@@ -39,8 +39,9 @@ def _weights(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    image = "{channels: [8, 16], blocks: [1, 1], window: 4, head_size: 8, time_size: 8}"
-    overrides = [f"model.image={image}", "data.resolution=8", "evaluate.sampler.steps=6"]
+    image = "channels: [8, 16], blocks: [1, 1], window: 4, head_size: 8, time_size: 8"
+    network = f"{{architecture: image_diffit, conditional: false, {image}}}"
+    overrides = [f"model={network}", "data.resolution=8", "evaluate.sampler.steps=6"]
     overrides += ["evaluate.compile=false", "evaluate.precision=fp32", "train.augment=0"]
     return load_recipe("cifar10", overrides)
 

@@ -29,8 +29,8 @@ RUNS = {
     "latent": (),
     "image": (
         *PIXELS,
-        "model={architecture: image_diffit, conditional: false}",
-        "model.image={channels: [8, 16], blocks: [1, 1], head_size: 8, time_size: 16}",
+        "model={architecture: image_diffit, conditional: false, channels: [8, 16], blocks: [1, 1], "
+        "head_size: 8, time_size: 16}",
         "diffusion.objective=edm",
         "evaluate.sampler={name: edm, steps: 3, churn: 1.0}",
         "evaluate.guidance={kind: none}",

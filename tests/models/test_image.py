@@ -66,8 +66,8 @@ def test_cifar_has_three_resolutions() -> None:
     expected = [(32, 128), (32, 128), (32, 128), (16, 128), (16, 256), (8, 256), (8, 256)]
     expected += [(16, 256), (16, 256), (32, 256), (32, 128), (32, 3)]
     assert _shapes("cifar10") == expected
-    assert _shapes("cifar10", "model.image.blocks=[2,2,2]") == expected
-    assert _shapes("cifar10", "model.image.resample=bilinear") == expected
+    assert _shapes("cifar10", "model.blocks=[2,2,2]") == expected
+    assert _shapes("cifar10", "model.resample=bilinear") == expected
 
 
 @pytest.mark.parametrize(
@@ -80,12 +80,12 @@ def test_cifar_has_three_resolutions() -> None:
     ],
 )
 def test_published_block_counts(name: str, blocks: str, parameters: int) -> None:
-    recipe = load_recipe(name, [f"model.image.blocks={blocks}"])
+    recipe = load_recipe(name, [f"model.blocks={blocks}"])
     with torch.device("meta"):
         model = build_model(recipe)
     assert trainable_parameters(model) == parameters
     # Encoder and decoder, the coarsest stage once.
-    counts = recipe.model.image.blocks
+    counts = recipe.model.blocks
     assert len(model.blocks) == sum(counts) + sum(counts[:-1])
 
 
@@ -301,20 +301,21 @@ def test_costs_are_counted() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.image.window=3", r"window is 3, but must divide the resolution 32 of stage 1 \(32"),
-        ("model.image.window=16", r"window is 16, but must divide the resolution 8 of stage 3 \(8"),
+        ("model.window=3", r"window is 3, but must divide the resolution 32 of stage 1 \(32"),
+        ("model.window=16", r"window is 16, but must divide the resolution 8 of stage 3 \(8"),
         ("data.resolution=30", r"data\.resolution is 30, but the 3 stages .* multiple of 4"),
-        ("model.image.blocks=[1,2]", r"blocks has 2 stages, but model\.image\.channels has 3"),
-        ("model.image.head_size=48", r"head_size is 48, but must divide .* \(128\)"),
+        ("model.blocks=[1,2]", r"blocks has 2 stages, but model\.channels has 3"),
+        ("model.head_size=48", r"head_size is 48, but must divide .* \(128\)"),
         (
             "model.hidden_size=64",
-            r"model\.hidden_size is 64, .* set the keys of model\.image or model\.unet",
+            r"model\.hidden_size .*architecture=diffit or .* 'image_diffit'",
         ),
-        ("model.image.encoder=vit", r"must be 'setr_mla' when model\.image\.encoder is 'vit'"),
+        ("model.encoder=vit", r"model\.decoder .*'setr_mla' .*model\.encoder"),
         ("autoencoder={kind: kl, source: a/b}", r"works on pixels, but autoencoder\.kind is 'kl'"),
         (
-            "model.image={encoder: multi_resolution, decoder: multi_resolution, time: mlp}",
-            r"model\.image\.time is 'mlp', but neither",
+            "model={architecture: image_diffit, encoder: multi_resolution, "
+            "decoder: multi_resolution, time: mlp}",
+            r"model\.time is 'mlp', .*model\.encoder",
         ),
     ],
 )
@@ -324,7 +325,7 @@ def test_impossible_models_are_refused(override: str, message: str) -> None:
 
 
 def test_latent_models_lack_these_parts() -> None:
-    with pytest.raises(UserError, match=r"model\.image has time, but model\.architecture is 'diff"):
-        load_recipe("imagenet256", ["model.image.time=mlp"])
+    with pytest.raises(UserError, match=r"model\.time .*image_diffit.* 'diffit'"):
+        load_recipe("imagenet256", ["model.time=mlp"])
     with pytest.raises(UserError, match=r"train\.augment is 0\.1, .* cannot be augmented"):
         load_recipe("imagenet256", ["train.augment=0.1"])

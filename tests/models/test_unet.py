@@ -133,14 +133,11 @@ def test_new_networks_begin_near_zero() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.unet.attention=tmsa"], r"model\.unet has attention, but .* only ddpmpp, ncsnpp"),
+        (["model.tmsa=true"], r"model\.tmsa .*ddpmpp or ncsnpp.* 'image_diffit'"),
+        (["model={architecture: ddpmpp, window: 8}"], r"model\.window .*image_diffit.* 'ddpmpp'"),
         (
-            ["model={architecture: ddpmpp, image: {window: 8}}"],
-            r"model\.image has window, .*ddpmpp",
-        ),
-        (
-            ["model={architecture: ddpmpp, unet: {attention_resolutions: [12]}}"],
-            r"attention_resolutions has 12, but the stages have 32, 16, 8",
+            ["model.architecture=ddpmpp", "model.attention_resolutions=[12]"],
+            r"attention_resolutions has 12, .* 32, 16, 8",
         ),
     ],
 )

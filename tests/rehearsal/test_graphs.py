@@ -16,16 +16,16 @@ from diffit_train.models.build import build_model
 from diffit_train.models.wrap import checkpoint_activations, compile_blocks
 
 LATENT = ["data.resolution=64", "model.hidden_size=32", "model.num_heads=2", "model.depth=3"]
-IMAGE = ["model.image.head_size=8", "model.image.time_size=32"]
+IMAGE = ["model.head_size=8", "model.time_size=32"]
 # All stages with fewer channels and blocks; kinds of blocks differ in width or side.
 RECIPES = {
     "imagenet256": (LATENT, 1),
     "cifar10": (
-        [*IMAGE, "model.image.channels=[16,32,32]", "model.image.blocks=[1,1,1]"],
+        [*IMAGE, "model.channels=[16,32,32]", "model.blocks=[1,1,1]"],
         3,
     ),
     "ffhq64": (
-        [*IMAGE, "model.image.channels=[16,32,32,32]", "model.image.blocks=[1,2,1,1]"],
+        [*IMAGE, "model.channels=[16,32,32,32]", "model.blocks=[1,2,1,1]"],
         4,
     ),
 }

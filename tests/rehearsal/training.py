@@ -27,10 +27,10 @@ LATENT = [
 ]
 PIXELS = [
     "data.resolution=16",
-    "model.image.channels=[32,32]",
-    "model.image.blocks=[1,1]",
-    "model.image.head_size=8",
-    "model.image.time_size=32",
+    "model.channels=[32,32]",
+    "model.blocks=[1,1]",
+    "model.head_size=8",
+    "model.time_size=32",
 ]
 SMALL = [
     "data.images_per_shard=5",
