@@ -135,7 +135,7 @@ def test_a_run_is_sampled_and_exported(trained: Recipe, tmp_path: Path) -> None:
     file = export_weights(open_run(trained, "mine"), step, "ema", str(tmp_path / "w.safetensors"))
     made = sample_images(trained, WeightSource("mine", file=file), ["0"], "0", str(tmp_path), 1)
     assert len(made["images"]) == 1
-    folder = Path(export_folder(trained, "mine", 4, "ema", "", str(tmp_path / "folder")))
+    folder = Path(export_folder(open_run(trained, "mine"), 4, "ema", "", str(tmp_path / "folder")))
     code = (folder / "transformer" / "diffit_transformer.py").read_text()
     assert "class ConvNet" in code
     assert "mynet.model ----" in code  # named, not imported
@@ -344,7 +344,7 @@ def test_code_that_does_not_work_in_one_file_is_not_exported(
     weights = {n: p.detach() for n, p in build_model(recipe).named_parameters()}
     save_run(recipe, "mine", {4: weights})
     with pytest.raises(UserError, match="mynet.wrong"):
-        export_folder(recipe, "mine", 4, "ema", "", str(tmp_path / "folder"))
+        export_folder(open_run(recipe, "mine"), 4, "ema", "", str(tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
 
 

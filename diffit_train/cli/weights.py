@@ -196,7 +196,7 @@ def export_command(
     if diffusers:
         from diffit_train.export.folder import export_folder
 
-        url = export_folder(chosen.recipe, chosen.name, number, weights, license_id or "", target)
+        url = export_folder(chosen, number, weights, license_id or "", target)
         result["folder"], use = url, "; its README.md says how diffusers samples from it"
     else:
         from diffit_train.runs.import_export import export_weights

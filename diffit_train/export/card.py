@@ -11,18 +11,17 @@ from diffit_train.errors import redact
 from diffit_train.evaluation.result import Result, run_results
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.build import build_model
-from diffit_train.runs.checkpoints import read_state
-from diffit_train.runs.identity import run_url, stored_recipe
+from diffit_train.runs.run import Run
 
 # Precisions of an autoencoder that are not diffusers' own, and the types that they are loaded in.
 _DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
-def model_card(recipe: Recipe, run: str, step: int, kind: str, license_id: str) -> str:
+def model_card(run: Run, step: int, weights: str, license_id: str) -> str:
     """The card in Markdown, with the metadata of the hub in front.
 
     Args:
-        kind: name of the weights.
+        weights: their name.
         license_id: license of the weights; "" if it is not stated.
     """
     metadata = {
@@ -30,14 +29,14 @@ def model_card(recipe: Recipe, run: str, step: int, kind: str, license_id: str) 
         "library_name": "diffusers",
         "tags": ["diffit", "diffusion", "image-generation"],
     }
-    own = stored_recipe(run_url(recipe, run))
+    recipe, own = run.recipe, run.stored_recipe
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-        f"# {own.name}, run {run}",
-        _summary(own, run, step, kind),
+        f"# {own.name}, run {run.name}",
+        _summary(run, step, weights),
         f"## Use\n\n{_usage(recipe)}",
         f"## Data\n\n{_data(recipe)}",
-        f"## Evaluation\n\n{_evaluation(recipe, run, step)}",
+        f"## Evaluation\n\n{_evaluation(run, step)}",
         "## Recipe\n\n`recipe.yaml`, with which `diffit train` repeats the training. Hash of what "
         f"determines the weights: `{own.train_hash()}`.",
         f"## License\n\n{_license(license_id)}",
@@ -45,14 +44,15 @@ def model_card(recipe: Recipe, run: str, step: int, kind: str, license_id: str) 
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(own: Recipe, run: str, step: int, kind: str) -> str:
-    model, state = build_model(own), read_state(run_url(own, run), step)
+def _summary(run: Run, step: int, weights: str) -> str:
+    own, state = run.stored_recipe, run.checkpoints[step].state
+    model = build_model(own)
     where = "pixels" if own.autoencoder.kind == "identity" else "latents"
     return (
         f"A diffusion network `{own.model.architecture}` on {where} for images of "
         f"{own.data.resolution}x{own.data.resolution} pixels: {model.summary}; "
         f"{trainable_parameters(model):,} parameters. Objective `{own.diffusion.objective}`. "
-        f"Weights `{kind}` of step {step:,}, after {state.images_seen:,} images. Exported by "
+        f"Weights `{weights}` of step {step:,}, after {state.images_seen:,} images. Exported by "
         f"diffit_train {__version__}."
     )
 
@@ -95,13 +95,13 @@ def _data(recipe: Recipe) -> str:
     )
 
 
-def _evaluation(recipe: Recipe, run: str, step: int) -> str:
-    found = [r for r in run_results(recipe.storage.root, run) if r.step == step]
-    if not found:
+def _evaluation(run: Run, step: int) -> str:
+    results = [result for result in run_results(run.root, run.name) if result.step == step]
+    if not results:
         return "This step has not been evaluated."
     rows = ["| weights | samples | sampler | guidance | features | metric | value |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for result in found:
+    for result in results:
         rows += [_row(result, name, value) for name, value in sorted(result.metrics.items())]
     return "\n".join(rows)
 

@@ -37,9 +37,7 @@ from diffit_train.export.code import (
     running,
 )
 from diffit_train.models.build import build_model, network_shape
-from diffit_train.models.published import CHECKSUM, require_finite, tensors_checksum
-from diffit_train.runs.checkpoints import read_weights
-from diffit_train.runs.identity import run_url
+from diffit_train.models.published import CHECKSUM, tensors_checksum
 from diffit_train.runs.import_export import export_metadata
 from diffit_train.runs.run import Run
 
@@ -53,31 +51,31 @@ _DIFFUSERS = "0.42.0"
 
 
 def export_folder(
-    recipe: Recipe, run: str, step: int, kind: str, license_id: str, out: str | None = None
+    run: Run, step: int, weights: str, license_id: str = "", out: str | None = None
 ) -> str:
     """Write the folder of a checkpoint's weights; its URL.
 
     Args:
-        kind: `raw`, or the name of an EMA.
+        weights: `raw`, or the name of an EMA.
         license_id: license of the weights, for the model card; "" if it is not stated.
-        out: folder to write; None for RUN/export/KIND-STEP-diffusers. A former export is replaced.
+        out: folder to write, whose former export is replaced; None for
+            RUN/export/WEIGHTS-STEP-diffusers.
 
     Raises:
         UserError: `out` holds something else, the weights are NaN or infinite, or the code of
             another package does not run on its own.
         DiffitError: the checkpoint is damaged.
     """
-    url = run_url(recipe, run)
-    out = out or storage.join(url, "export", f"{kind}-{step:010d}-diffusers")
+    recipe = run.recipe
+    out = out or storage.join(run.url, "export", f"{weights}-{step:010d}-diffusers")
     _require_replaceable(out)
-    weights = read_weights(url, step, kind)
-    require_finite(weights, f"what {out} is made from")
+    tensors = run.checkpoints[step].load(weights)
     with tempfile.TemporaryDirectory(prefix="diffit-export-") as name:
         folder = Path(name)
         index = {
             "_class_name": [PIPELINE.removesuffix(".py"), "DiffiTPipeline"],
             "_diffusers_version": _DIFFUSERS,
-            "transformer": _write_transformer(recipe, weights, folder / "transformer"),
+            "transformer": _write_transformer(recipe, tensors, folder / "transformer"),
             "scheduler": _write_scheduler(recipe, folder / "scheduler"),
             **_write_vae(recipe, folder / "vae"),
             "id2label": _labels(recipe),
@@ -86,9 +84,9 @@ def export_folder(
             "precision": recipe.evaluate.precision,
         }
         (folder / PIPELINE).write_text(join_modules("diffit_train.export.pipeline", _TITLE))
-        about = export_metadata(Run(recipe.storage.root, run, recipe), step, kind)
+        about = export_metadata(run, step, weights)
         (folder / "recipe.yaml").write_text(about["recipe"])
-        (folder / "README.md").write_text(model_card(recipe, run, step, kind, license_id))
+        (folder / "README.md").write_text(model_card(run, step, weights, license_id))
         _write_json(folder / INDEX, index)
         _publish(folder, out)
     return out

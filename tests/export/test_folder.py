@@ -119,7 +119,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         add_evaluation(recipe, name)
         step = open_run(recipe, name).checkpoint().step
         pipe = str(root / f"{name}-pipe")
-        found[name] = Path(export_folder(recipe, name, step, "ema", "cc-by-4.0", pipe))
+        found[name] = Path(export_folder(open_run(recipe, name), step, "ema", "cc-by-4.0", pipe))
     # The images of its network are made before its package is gone.
     np.save(root / "own.npy", dt.load(str(root / "own")).sample([2, "1"], [0, 5]))
     monkeypatch.undo()
@@ -204,10 +204,10 @@ def test_only_a_former_export_is_replaced(folders: dict[str, Path], tmp_path: Pa
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
     with pytest.raises(dt.UserError, match="mine exists and is not a folder that"):
-        export_folder(recipe, "latent", 8, "ema", "", str(mine))
+        export_folder(open_run(recipe, "latent"), 8, "ema", "", str(mine))
     assert (mine / "notes.txt").read_text() == "mine"
     (mine / "notes.txt").unlink()
     for license_id in ("", "mit"):
-        export_folder(recipe, "latent", 8, "raw", license_id, str(mine))
+        export_folder(open_run(recipe, "latent"), 8, "raw", license_id, str(mine))
     assert "license: mit" in (mine / "README.md").read_text()
     assert not list(mine.rglob("*.tmp-*"))
