@@ -73,31 +73,31 @@ def verify(url: str) -> list[Damage]:
     Raises:
         UserError: it is none of these.
     """
-    checks, found = list(_checks(url)), []
+    checks, damages = list(_checks(url)), []
     with ThreadPoolExecutor(THREADS) as pool, Progress("verify", len(checks), "parts") as progress:
         for number, failed in enumerate(pool.map(_damage, checks), 1):
             progress.update(number)
-            found += [failed] if failed else []
-    return found
+            damages += [failed] if failed else []
+    return damages
 
 
-def remove_damaged(found: list[Damage]) -> list[Damage]:
+def remove_damaged(damages: list[Damage]) -> list[Damage]:
     """Remove what can be written again; what is left.
 
     Raises:
         UserError: a run of it is being trained; nothing was removed.
     """
-    urls = [url for one in found for url in one.check.remove]
+    urls = [url for damage in damages for url in damage.check.remove]
     places = [re.match(r"(.+)/runs/([^/]+)/", url) for url in urls]
     with contextlib.ExitStack() as held:
         for root, run in sorted({(match[1], match[2]) for match in places if match}):
             held.enter_context(Run(root, run).acquire())
-        for check in (one.check for one in found):
+        for check in (damage.check for damage in damages):
             for url in check.remove:
                 storage.remove(url)
             if check.remove:
                 say(f"Removed {check.name}; rebuilt by {check.rebuild}")
-    return [one for one in found if not one.check.remove]
+    return [damage for damage in damages if not damage.check.remove]
 
 
 def _damage(check: Check) -> Damage | None:

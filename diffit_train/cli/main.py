@@ -176,8 +176,8 @@ def exit_status(body: Callable[[], object]) -> int:
         return _interrupted()
     except SystemExit as error:  # typer reports an interruption this way
         status = error.code if isinstance(error.code, int) else 0
-        said = isinstance(error, Interrupted)
-        return _interrupted() if status == INTERRUPTED and not said else status
+        announced = isinstance(error, Interrupted)
+        return _interrupted() if status == INTERRUPTED and not announced else status
     except Exception as error:
         # MLflow is not imported for its errors.
         if type(error).__module__.partition(".")[0] not in ("mlflow", "sqlalchemy"):

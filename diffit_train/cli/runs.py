@@ -106,8 +106,13 @@ def show_run(root: str, name: str) -> dict[str, Any]:
             if path.startswith("export/") and path.endswith(".safetensors")
         ],
         "evaluations": [
-            {"step": one.step, "evaluation": one.key, "samples": one.samples, **one.metrics}
-            for one in run_results(run.root, run.name)
+            {
+                "step": result.step,
+                "evaluation": result.key,
+                "samples": result.samples,
+                **result.metrics,
+            }
+            for result in run_results(run.root, run.name)
         ],
     }
 
@@ -126,15 +131,15 @@ def remove_run(root: str, name: str, yes: bool, in_mlflow: bool = False) -> dict
     run = _existing(root, name)
     evaluations = storage.join(run.root, "evaluations", name)
     places = [place for place in (evaluations, run.url) if storage.exists(place)]
-    found = {place: storage.sizes(place) for place in places}
-    total = sum(sum(files.values()) for files in found.values())
+    files_in = {place: storage.sizes(place) for place in places}
+    total = sum(sum(files.values()) for files in files_in.values())
     rows = [
         {
             "GB": f"{sum(files.values()) / GB:.3f}",
             "files": f"{len(files):,}",
             "where": storage.display_path(place),
         }
-        for place, files in found.items()
+        for place, files in files_in.items()
     ]
     print_rows(f"run {name}", rows)
     metadata = run.metadata if in_mlflow else None
@@ -203,12 +208,12 @@ def follow_training(
             progress.update(step, loss_and_rate(holder.progress))
             pause(POLL_S)
             holder = read_holder(followed.url)
-    found = _summary(followed.refresh())
-    say(f"run {run}: {found['state']} at step {found['step']:,} of {steps:,}")
-    if found["state"] in ("failed", "killed"):
-        how = "failed" if found["state"] == "failed" else "was killed"
+    summary = _summary(followed.refresh())
+    say(f"run {run}: {summary['state']} at step {summary['step']:,} of {steps:,}")
+    if summary["state"] in ("failed", "killed"):
+        how = "failed" if summary["state"] == "failed" else "was killed"
         raise DiffitError(f"training of {run!r} {how}")
-    return {name: found[name] for name in ("run", "state", "step", "steps")}
+    return {name: summary[name] for name in ("run", "state", "step", "steps")}
 
 
 def newest_training(root: str) -> str:
@@ -284,37 +289,37 @@ def runs_show_command(
     if follow:
         print_result(follow_training(root, run), as_json)
         return
-    found = show_run(root, run)
+    shown = show_run(root, run)
     if not as_json:
-        _print_run(run, found)
-    print_result(found, as_json)
+        _print_run(run, shown)
+    print_result(shown, as_json)
 
 
-def _print_run(run: str, found: dict[str, Any]) -> None:
-    place, size = storage.display_path(found["url"]), found["bytes"] / GB
-    step = f"step {found['step']:,} of {found['steps']:,}"
+def _print_run(run: str, shown: dict[str, Any]) -> None:
+    place, size = storage.display_path(shown["url"]), shown["bytes"] / GB
+    step = f"step {shown['step']:,} of {shown['steps']:,}"
     say(
-        f"run {run}, recipe {found['recipe']}: {found['state']} at {step}, {size:.3f} GB in {place}"
+        f"run {run}, recipe {shown['recipe']}: {shown['state']} at {step}, {size:.3f} GB in {place}"
     )
-    if found["started_from"]:
-        say(f"started from {found['started_from']}")
-    if found["loss"] is not None:
-        speed = f"loss {found['loss']:.4f}, {found['images_per_s']:,.0f} images/s"
-        say(f"last progress {_ago(found['last_write_s'])}: {speed}")
-    if found["checkpoints"]:
+    if shown["started_from"]:
+        say(f"started from {shown['started_from']}")
+    if shown["loss"] is not None:
+        speed = f"loss {shown['loss']:.4f}, {shown['images_per_s']:,.0f} images/s"
+        say(f"last progress {_ago(shown['last_write_s'])}: {speed}")
+    if shown["checkpoints"]:
         rows = [
             {
-                "step": f"{one['step']:,}",
-                "GB": f"{one['bytes'] / GB:.3f}",
-                "holds": ", ".join(one["holds"]),
+                "step": f"{row['step']:,}",
+                "GB": f"{row['bytes'] / GB:.3f}",
+                "holds": ", ".join(row["holds"]),
             }
-            for one in found["checkpoints"]
+            for row in shown["checkpoints"]
         ]
         print_rows(counted(len(rows), "checkpoint"), rows)
-    for one in found["exports"]:
-        say(f"{one['file']}  {one['bytes'] / GB:.3f} GB")
-    for metrics in dict.fromkeys(tuple(one) for one in found["evaluations"]):
-        rows = [one for one in found["evaluations"] if tuple(one) == metrics]
+    for row in shown["exports"]:
+        say(f"{row['file']}  {row['bytes'] / GB:.3f} GB")
+    for metrics in dict.fromkeys(tuple(row) for row in shown["evaluations"]):
+        rows = [row for row in shown["evaluations"] if tuple(row) == metrics]
         print_rows(counted(len(rows), "evaluation"), rows)
 
 

@@ -90,18 +90,18 @@ def run_sweep(
         _sweep_by_one_job(plan, run, texts, fleet)
     else:
         failed = _sweep_by_jobs(plan, run, fleet)
-    found = stage.results(plan, root)
+    results = stage.results(plan, root)
     outputs: dict[str, str] = {}
-    if any(result is not None for result in found):
+    if any(result is not None for result in results):
         outputs = _write_outputs(plan, run)
-        print_rows(plan.name, stage.rows(plan, found))
+        print_rows(plan.name, stage.rows(plan, results))
         say(f"{storage.display_path(outputs['csv'])}  {storage.display_path(outputs['plot'])}")
     if failed:
         raise DiffitError(
             f"{len(failed)} of {len(plan.members)} evaluations of sweep {plan.name!r} did not "
             f"finish: {'; '.join(failed[:3])}; rerun the same command to retry them"
         )
-    return {"name": plan.name, "rows": stage.rows(plan, found), **outputs}
+    return {"name": plan.name, "rows": stage.rows(plan, results), **outputs}
 
 
 def _write_outputs(plan: Sweep, run: Run) -> dict[str, str]:

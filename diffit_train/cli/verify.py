@@ -56,13 +56,13 @@ def check(url: str, remove: bool) -> dict[str, Any]:
     """
     from diffit_train.cli.integrity import remove_damaged, verify
 
-    shown, found = storage.display_path(url), verify(url)
-    left = remove_damaged(found) if remove else found
+    shown, damages = storage.display_path(url), verify(url)
+    left = remove_damaged(damages) if remove else damages
     if left:
         rows = (f"\n  {d.check.name}: {d.reason}; rebuilt by {d.check.rebuild}" for d in left)
         raise DiffitError(
             f"{counted(len(left), 'damaged part')} in {shown}:{''.join(rows)}"
             + ("" if remove else "\nrun again with --remove to remove what can be rebuilt")
         )
-    say(f"{shown}: {'all good' if not found else 'what is left is good'}")
-    return {"url": url, "removed": {damage.check.name: damage.reason for damage in found}}
+    say(f"{shown}: {'all good' if not damages else 'what is left is good'}")
+    return {"url": url, "removed": {damage.check.name: damage.reason for damage in damages}}

@@ -131,13 +131,13 @@ def compare_store(
     ranked = main_metric([e for run in runs for e in run.evaluations], metric)
     target = plot if plot is not None else storage.join(root, "compare.png")
     comparison = Comparison(runs, ranked, target, html, csv)
-    found = panels(comparison)
+    drawn = panels(comparison)
     with storage.atomic_file(target) as path, path.open("wb") as file:
-        draw_panels(found, file)
+        draw_panels(drawn, file)
     if csv is not None:
         storage.write_text(csv, csv_text(runs))
     if html is not None:
-        write_html(comparison, found, tracker, html)
+        write_html(comparison, drawn, tracker, html)
     return comparison
 
 

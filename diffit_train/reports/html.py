@@ -50,10 +50,10 @@ def write_html(compared: Compared, panels: Sequence[Panel], tracker: Tracker, ur
         "experiment": ", ".join(experiments),
         "ranked by": compared.metric or "-",
     }
-    found = sheets(compared)
+    tables = sheets(compared)
     # Long tables go below the plots.
-    summary = [sheet for sheet in found if sheet.title in ("runs", "recipe differences")]
-    details = [sheet for sheet in found if sheet not in summary]
+    summary = [sheet for sheet in tables if sheet.title in ("runs", "recipe differences")]
+    details = [sheet for sheet in tables if sheet not in summary]
     chosen, left_out = chosen_grids(compared)
     grids, grid_notes = _grids(chosen, tracker)
     if left_out:

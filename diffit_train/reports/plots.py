@@ -92,7 +92,7 @@ def panels(compared: Compared) -> list[Panel]:
     replicates, metric = compared.replicates, compared.metric
     # A comparison of sweeps only is not about training.
     sweeps_only = bool(replicates) and all(e.sweep for e in compared.evaluations)
-    found = [] if sweeps_only else [_loss_panel(compared.groups)]
+    all_panels = [] if sweeps_only else [_loss_panel(compared.groups)]
     for name in metric_names(compared.evaluations):
         series = _along(replicates, name, lambda r: r.step, "step")
         kept: Lines = {}
@@ -100,17 +100,17 @@ def panels(compared: Compared) -> list[Panel]:
             mine = {s: points for s, points in series.items() if s.group == group}
             # Settings varied at a single step have their own panels.
             kept |= _varying(mine) or (mine if len(mine) == 1 else {})
-        found.append(_panel(name, "step", name, kept))
+        all_panels.append(_panel(name, "step", name, kept))
     if metric is not None:
         for key in differing_settings(replicates):
             # Over the guidance scale this is figure 7a of the paper.
             for name in (metric, "precision", "recall") if key not in _NO_AXES else ():
                 series = _along(replicates, name, partial(_number, key), key)
-                found.append(_panel(f"{name} vs. {key}", key, name, _varying(series)))
-        found.append(_cost_panel(replicates, metric))
+                all_panels.append(_panel(f"{name} vs. {key}", key, name, _varying(series)))
+        all_panels.append(_cost_panel(replicates, metric))
     if (axes := pareto_axes(replicates, metric)) is not None:
-        found.append(_pareto_panel(replicates, axes))
-    return [panel for panel in found if panel.lines]
+        all_panels.append(_pareto_panel(replicates, axes))
+    return [panel for panel in all_panels if panel.lines]
 
 
 def _panel(title: str, x_label: str, metric: str, series: Lines) -> Panel:
@@ -160,9 +160,9 @@ def _pareto_panel(replicates: list[Replicates], axes: tuple[str, str]) -> Panel:
     """Every evaluation, and the Pareto front of each protocol."""
     spreads = [(r.spread(axes[0]), r.spread(axes[1]), r) for r in replicates]
     lines = _dots([Point(x, y, r) for x, y, r in spreads if x is not None and y is not None])
-    found = fronts(replicates, axes)
-    names = protocol_names(found)
-    for style, (protocol, members) in enumerate(found.items()):
+    by_protocol = fronts(replicates, axes)
+    names = protocol_names(by_protocol)
+    for style, (protocol, members) in enumerate(by_protocol.items()):
         x, y = ([s.mean for r in members if (s := r.spread(n))] for n in axes)
         lines.append(Line(_joined("front", names[protocol]), x, y, 7, style, "front"))
     title, spans = f"{axes[1]} vs. {axes[0]}", bool(lower_is_better(axes[1]))
@@ -183,14 +183,14 @@ def _along(
     Args:
         free: `step`, or the setting that varies along the x axis.
     """
-    found: Lines = {}
+    series_points: Lines = {}
     for r in replicates:
         x, y = x_of(r), r.spread(metric)
         if x is not None and y is not None:
             settings = tuple((key, value) for key, value in r.settings.items() if key != free)
             series = Series(r.group, None if free == "step" else r.step, r.protocol, settings)
-            found.setdefault(series, []).append(Point(Spread(x, 0.0, 1), y, r))
-    return {s: sorted(points, key=lambda p: p.x) for s, points in found.items()}
+            series_points.setdefault(series, []).append(Point(Spread(x, 0.0, 1), y, r))
+    return {s: sorted(points, key=lambda p: p.x) for s, points in series_points.items()}
 
 
 def _varying(series: Lines) -> Lines:
@@ -270,13 +270,13 @@ def _short(key: str, keys: Iterable[str]) -> str:
 # ---- Drawing ----
 
 
-def draw_panels(found: Sequence[Panel], file: IO[bytes], width_inches: float = 4.4) -> None:
+def draw_panels(panels: Sequence[Panel], file: IO[bytes], width_inches: float = 4.4) -> None:
     """Write a PNG with up to three panels per row, each with its legend below."""
-    columns = max(1, min(3, len(found)))
-    rows = [found[i : i + columns] for i in range(0, len(found), columns)]
+    columns = max(1, min(3, len(panels)))
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [2.9 + 0.16 * max(len(_legend(panel)) for panel in row) for row in rows]
     figure = _figure(width_inches * columns, sum(heights) or 1.0)
-    if not found:
+    if not panels:
         figure.text(0.5, 0.5, "nothing logged yet", ha="center", va="center")
     parts = figure.subfigures(len(rows) or 1, 1, squeeze=False, height_ratios=heights or None)
     for row, part in zip(rows, parts[:, 0], strict=False):

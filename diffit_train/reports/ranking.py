@@ -87,8 +87,8 @@ class Replicates:
 
     def spread(self, name: str) -> Spread | None:
         """The spread of a metric's finite values; None if there are none."""
-        found = (e.metrics.get(name, math.nan) for e in self.by_seeds.values())
-        values = [value for value in found if math.isfinite(value)]
+        values_of = (e.metrics.get(name, math.nan) for e in self.by_seeds.values())
+        values = [value for value in values_of if math.isfinite(value)]
         return Spread.of(values) if values else None
 
     def cost(self) -> float | None:
@@ -176,23 +176,23 @@ def differing_settings(evaluations: Sequence[Evaluation | Replicates]) -> list[s
 
 def group_runs(runs: Sequence[RunRow]) -> list[RunGroup]:
     """Group runs that differ only in `train.seed`, in order; any other run is its own group."""
-    found: list[tuple[Hashable, list[RunRow]]] = []
+    groups: list[tuple[Hashable, list[RunRow]]] = []
     for run in runs:
         same, seed = _but_for_seed(run.record), run.record.params.get(_SEED)
-        for known, members in found:
+        for known, members in groups:
             taken = {member.record.params.get(_SEED) for member in members}
             # A repeated seed says nothing about the spread over seeds.
             if known == same and seed is not None and not {seed, None} & taken:
                 members.append(run)
                 break
         else:
-            found.append((same, [run]))
-    labels = [_common_name([run.label for run in members]) for _, members in found]
+            groups.append((same, [run]))
+    labels = [_common_name([run.label for run in members]) for _, members in groups]
     return [
         RunGroup(
             label if labels.count(label) == 1 else ", ".join(run.label for run in members), members
         )
-        for label, (_, members) in zip(labels, found, strict=True)
+        for label, (_, members) in zip(labels, groups, strict=True)
     ]
 
 
@@ -219,18 +219,18 @@ def _common_name(labels: list[str]) -> str:
 
 def replicates_of(groups: Sequence[RunGroup]) -> list[Replicates]:
     """Evaluations with metrics, grouped by everything except seeds."""
-    found: dict[Hashable, Replicates] = {}
+    replicates: dict[Hashable, Replicates] = {}
     pairs = [(n, group, run) for n, group in enumerate(groups) for run in group.runs]
     for number, group, run in pairs:
         for e in (e for e in run.evaluations if e.metrics):
             settings = {key: value for key, value in e.settings.items() if key != "seed"}
             key = (number, e.step, e.protocol, tuple(sorted(settings.items())))
-            if key not in found:
-                found[key] = Replicates(number, group.label, e.step, settings, e.protocol)
+            if key not in replicates:
+                replicates[key] = Replicates(number, group.label, e.step, settings, e.protocol)
             seeds = (run.record.params.get(_SEED, "-"), e.settings.get("seed", "-"))
-            found[key].by_seeds[seeds] = e
-            found[key].runs.add(run.label)
-    return list(found.values())
+            replicates[key].by_seeds[seeds] = e
+            replicates[key].runs.add(run.label)
+    return list(replicates.values())
 
 
 # ---- Ranking ----
@@ -354,13 +354,13 @@ def fronts(
 ) -> dict[Protocol, list[Replicates]]:
     """Protocol to the points of its front, by ascending x; omits protocols with one point."""
     lower = (bool(lower_is_better(axes[0])), bool(lower_is_better(axes[1])))
-    found: dict[Protocol, list[tuple[Replicates, tuple[float, float]]]] = {}
+    points: dict[Protocol, list[tuple[Replicates, tuple[float, float]]]] = {}
     for r in replicates:
         x, y = r.spread(axes[0]), r.spread(axes[1])
         if x is not None and y is not None:
-            found.setdefault(r.protocol, []).append((r, (x.mean, y.mean)))
+            points.setdefault(r.protocol, []).append((r, (x.mean, y.mean)))
     return {
         protocol: [members[i][0] for i in pareto_front([p for _, p in members], lower)]
-        for protocol, members in found.items()
+        for protocol, members in points.items()
         if len(members) > 1
     }

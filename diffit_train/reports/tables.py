@@ -77,14 +77,14 @@ def _text(value: Any) -> str:
 
 def sheets(compared: Compared) -> list[Sheet]:
     """The tables, without empty ones."""
-    found = [
+    tables = [
         _runs_sheet(compared),
         _differences_sheet(compared.runs),
         _evaluations_sheet(compared),
         _loss_sheet(compared.groups),
         _seeds_sheet(compared.replicates),
     ]
-    return [sheet for sheet in found if len(sheet.frame)]
+    return [sheet for sheet in tables if len(sheet.frame)]
 
 
 def _runs_sheet(compared: Compared) -> Sheet:
@@ -146,10 +146,10 @@ def _evaluations_sheet(compared: Compared) -> Sheet:
 
 
 def _settings(settings: Mapping[str, str], keys: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {key: plain(settings.get(key)) for key in keys}
-    if found.get("samples", "").isdecimal():
-        found["samples"] = int(found["samples"])
-    return found
+    shown: dict[str, Any] = {key: plain(settings.get(key)) for key in keys}
+    if shown.get("samples", "").isdecimal():
+        shown["samples"] = int(shown["samples"])
+    return shown
 
 
 def _loss_sheet(groups: list[RunGroup]) -> Sheet:

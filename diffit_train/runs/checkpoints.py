@@ -458,7 +458,7 @@ class _Wanted:
 
 def _read_pieces(url: str, wanted: Sequence[_Wanted]) -> None:
     """Read pieces in threads, verify each, and fill its tensors; the first error is raised."""
-    rows = _rows([one for one in wanted if one.piece.length])
+    rows = _rows([piece for piece in wanted if piece.piece.length])
     with ThreadPoolExecutor(READERS) as pool:
         try:
             for _ in pool.map(lambda row: _read_row(url, row), rows):
@@ -471,12 +471,12 @@ def _read_pieces(url: str, wanted: Sequence[_Wanted]) -> None:
 def _rows(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
     """Pieces that follow each other in a file, together up to `READ_BYTES`."""
     row: list[_Wanted] = []
-    for one in sorted(wanted, key=lambda one: (one.file, one.piece.start)):
-        follows = row and (row[-1].file, row[-1].stop) == (one.file, one.piece.start)
-        if row and not (follows and one.stop - row[0].piece.start <= READ_BYTES):
+    for wish in sorted(wanted, key=lambda wish: (wish.file, wish.piece.start)):
+        follows = row and (row[-1].file, row[-1].stop) == (wish.file, wish.piece.start)
+        if row and not (follows and wish.stop - row[0].piece.start <= READ_BYTES):
             yield row
             row = []
-        row.append(one)
+        row.append(wish)
     if row:
         yield row
 
@@ -493,15 +493,15 @@ def _read_row(url: str, row: Sequence[_Wanted]) -> None:
         if error.errno != errno.EINVAL:  # it ends before
             raise
         data = b""
-    for one in row:
-        part = data[one.piece.start - start : one.stop - start]
-        if storage.sha256_bytes(part) != one.piece.sha256.get(one.kind):
+    for wish in row:
+        part = data[wish.piece.start - start : wish.stop - start]
+        if storage.sha256_bytes(part) != wish.piece.sha256.get(wish.kind):
             raise DamagedCheckpoint(url, f"{file} differs from its recorded sha256")
-        if not one.targets:
+        if not wish.targets:
             continue
         values = torch.frombuffer(bytearray(part), dtype=torch.float32)
         with torch.no_grad():  # this mode belongs to the thread
-            for offset, target in one.targets:
+            for offset, target in wish.targets:
                 target.copy_(values[offset : offset + len(target)])
 
 

@@ -385,9 +385,9 @@ def _grid_side(recipe: Recipe) -> int | None:
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[object, object]]:
     """The dotted keys of two nested documents that differ, with both values."""
-    one, other = flatten(mine), flatten(theirs)
+    ours, others = flatten(mine), flatten(theirs)
     return {
-        key: (one.get(key), other.get(key))
-        for key in sorted(one.keys() | other.keys())
-        if one.get(key) != other.get(key)
+        key: (ours.get(key), others.get(key))
+        for key in sorted(ours.keys() | others.keys())
+        if ours.get(key) != others.get(key)
     }

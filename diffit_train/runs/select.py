@@ -115,9 +115,9 @@ def _refuse_others(command: str, overrides: Sequence[str], asked: Recipe, run: R
         )
 
 
-def _differences(one: Recipe, other: Recipe) -> dict[str, tuple[object, object]]:
+def _differences(mine: Recipe, theirs: Recipe) -> dict[str, tuple[object, object]]:
     """Keys that differ, with both values."""
-    return differences(one.model_dump(mode="json"), other.model_dump(mode="json"))
+    return differences(mine.model_dump(mode="json"), theirs.model_dump(mode="json"))
 
 
 def _hint(name: str, root: str) -> str:
