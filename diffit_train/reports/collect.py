@@ -186,21 +186,19 @@ def _selected(
             raise unknown("run", re.split("[@/]", text)[0], labels.values())
         name = max(fitting, key=len)
         matching = [run_id for run_id, known in names.items() if name in known]
-        evaluated = {run_id: evaluations[run_id] for run_id in matching}
-        kept = _restricted(name, evaluated, text.removeprefix(name))
+        by_run = {run_id: evaluations[run_id] for run_id in matching}
+        kept = _restricted(name, by_run, text.removeprefix(name))
         for run_id in matching:
             before = chosen.get(run_id, [])
             chosen[run_id] = [e for e in evaluations[run_id] if e in before or e in kept]
     return chosen
 
 
-def _restricted(
-    name: str, evaluated: Mapping[str, list[Evaluation]], rest: str
-) -> list[Evaluation]:
-    """The evaluations in `found`, restricted by `rest`: @STEP or /SWEEP."""
+def _restricted(name: str, by_run: Mapping[str, list[Evaluation]], rest: str) -> list[Evaluation]:
+    """The evaluations in `by_run`, restricted by `rest`: @STEP or /SWEEP."""
     step_text, _, sweep = rest.partition("/")
     step = step_text.removeprefix("@")
-    kept = [e for mine in evaluated.values() for e in mine]
+    kept = [e for mine in by_run.values() for e in mine]
     if rest and not kept:
         raise UserError(f"run {name!r} has no evaluation yet; run `diffit evaluate` first")
     if sweep:
@@ -209,10 +207,8 @@ def _restricted(
         if not kept:
             raise unknown("sweep", sweep, sweeps, f" of run {name!r}")
     if step == "newest":
-        newest = {
-            run_id: max((e.step for e in mine), default=0) for run_id, mine in evaluated.items()
-        }
-        return [e for run_id, mine in evaluated.items() for e in mine if e.step == newest[run_id]]
+        newest = {run_id: max((e.step for e in mine), default=0) for run_id, mine in by_run.items()}
+        return [e for run_id, mine in by_run.items() for e in mine if e.step == newest[run_id]]
     if step:
         steps = {str(e.step) for e in kept}
         kept = [e for e in kept if str(e.step) == step]

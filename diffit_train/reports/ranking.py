@@ -87,8 +87,8 @@ class Replicates:
 
     def spread(self, name: str) -> Spread | None:
         """The spread of a metric's finite values; None if there are none."""
-        values_of = (e.metrics.get(name, math.nan) for e in self.by_seeds.values())
-        values = [value for value in values_of if math.isfinite(value)]
+        every = (e.metrics.get(name, math.nan) for e in self.by_seeds.values())
+        values = [value for value in every if math.isfinite(value)]
         return Spread.of(values) if values else None
 
     def cost(self) -> float | None:

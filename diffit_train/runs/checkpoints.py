@@ -277,7 +277,7 @@ class Checkpoint:
                 f"checkpoint {self.url} holds no {', '.join(absent)}, only {', '.join(index.kinds)}"
                 + ("" if "master" in index.kinds else ": its weights were imported")
             )
-        pieces: dict[tuple[StateName, str, int], _Wanted] = {}
+        pieces: dict[tuple[StateName, str, int], _Request] = {}
         for part, targets in wanted:
             if part.name not in index.parameters:
                 raise DiffitError(
@@ -291,7 +291,7 @@ class Checkpoint:
                 for kind in kinds:
                     target = targets[kind][start - part.offset :][:length]
                     key = (kind, piece.file, piece.start)
-                    read = pieces.setdefault(key, _Wanted(kind, piece))
+                    read = pieces.setdefault(key, _Request(kind, piece))
                     read.targets.append((start - piece.offset, target))
         _read_pieces(self.url, list(pieces.values()))
 
@@ -304,7 +304,7 @@ class Checkpoint:
         try:
             _ = self.state
             pieces = [piece for p in self.index.parameters.values() for piece in p.pieces]
-            wanted = [_Wanted(kind, piece) for piece in pieces for kind in self.index.kinds]
+            wanted = [_Request(kind, piece) for piece in pieces for kind in self.index.kinds]
             _read_pieces(self.url, wanted)
         except DamagedCheckpoint as error:
             return error.what
@@ -438,7 +438,7 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Request:
     """A kind of a piece to read, and 1-D tensors to fill from an element of it on."""
 
     kind: StateName
@@ -456,9 +456,9 @@ class _Wanted:
         return self.piece.start + 4 * self.piece.length
 
 
-def _read_pieces(url: str, wanted: Sequence[_Wanted]) -> None:
+def _read_pieces(url: str, wanted: Sequence[_Request]) -> None:
     """Read pieces in threads, verify each, and fill its tensors; the first error is raised."""
-    rows = _rows([piece for piece in wanted if piece.piece.length])
+    rows = _rows([request for request in wanted if request.piece.length])
     with ThreadPoolExecutor(READERS) as pool:
         try:
             for _ in pool.map(lambda row: _read_row(url, row), rows):
@@ -468,20 +468,20 @@ def _read_pieces(url: str, wanted: Sequence[_Wanted]) -> None:
             raise
 
 
-def _rows(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
+def _rows(wanted: Sequence[_Request]) -> Iterator[list[_Request]]:
     """Pieces that follow each other in a file, together up to `READ_BYTES`."""
-    row: list[_Wanted] = []
-    for wish in sorted(wanted, key=lambda wish: (wish.file, wish.piece.start)):
-        follows = row and (row[-1].file, row[-1].stop) == (wish.file, wish.piece.start)
-        if row and not (follows and wish.stop - row[0].piece.start <= READ_BYTES):
+    row: list[_Request] = []
+    for request in sorted(wanted, key=lambda request: (request.file, request.piece.start)):
+        follows = row and (row[-1].file, row[-1].stop) == (request.file, request.piece.start)
+        if row and not (follows and request.stop - row[0].piece.start <= READ_BYTES):
             yield row
             row = []
-        row.append(wish)
+        row.append(request)
     if row:
         yield row
 
 
-def _read_row(url: str, row: Sequence[_Wanted]) -> None:
+def _read_row(url: str, row: Sequence[_Request]) -> None:
     import torch
 
     file, start = row[0].file, row[0].piece.start
@@ -493,15 +493,15 @@ def _read_row(url: str, row: Sequence[_Wanted]) -> None:
         if error.errno != errno.EINVAL:  # it ends before
             raise
         data = b""
-    for wish in row:
-        part = data[wish.piece.start - start : wish.stop - start]
-        if storage.sha256_bytes(part) != wish.piece.sha256.get(wish.kind):
+    for request in row:
+        part = data[request.piece.start - start : request.stop - start]
+        if storage.sha256_bytes(part) != request.piece.sha256.get(request.kind):
             raise DamagedCheckpoint(url, f"{file} differs from its recorded sha256")
-        if not wish.targets:
+        if not request.targets:
             continue
         values = torch.frombuffer(bytearray(part), dtype=torch.float32)
         with torch.no_grad():  # this mode belongs to the thread
-            for offset, target in wish.targets:
+            for offset, target in request.targets:
                 target.copy_(values[offset : offset + len(target)])
 
 
