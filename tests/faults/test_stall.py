@@ -107,7 +107,7 @@ def test_training_replaces_a_stopped_rank(encoded: Path, tmp_path: Path) -> None
     assert driver.process.wait(timeout=300) == 0
     assert not worker.is_running()
     (file,) = (run / "stacks").iterdir()
-    assert "training/loop.py" in file.read_text()  # the other rank, in a collective
+    assert "training/trainer.py" in file.read_text()  # the other rank, in a collective
     losses = _losses(tmp_path, "killed")
     for (step, mine), (other, theirs) in zip(losses, _losses(encoded, "whole"), strict=True):
         assert step == other
