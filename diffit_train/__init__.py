@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     )
     from diffit_train.config import Recipe
     from diffit_train.data.latents import LatentBatch, Latents
-    from diffit_train.data.plugged import ImageSource
+    from diffit_train.data.sources.custom import ImageSource
     from diffit_train.diffusion.guidance import Denoiser
     from diffit_train.diffusion.objective import Objective
     from diffit_train.diffusion.samplers import Noise
@@ -94,7 +94,7 @@ _MODULES = {
     ),
     "config": ("Recipe",),
     "data.latents": ("LatentBatch", "Latents"),
-    "data.plugged": ("ImageSource",),
+    "data.sources.custom": ("ImageSource",),
     "diffusion.guidance": ("Denoiser",),
     "diffusion.objective": ("Objective",),
     "diffusion.samplers": ("Noise",),

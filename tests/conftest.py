@@ -128,7 +128,7 @@ def here() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with images, a fitted autoencoder and fitted features; read-only."""
-    from diffit_train.data.autoencoder_fit import fit_autoencoder
+    from diffit_train.data.fit import fit_autoencoder
     from diffit_train.evaluation.features import fit_features
 
     root = tmp_path_factory.mktemp("project")

@@ -17,8 +17,7 @@ import pytest
 from diffit_train import ray_session
 from diffit_train.config import Recipe
 from diffit_train.data import encode as encoding
-from diffit_train.data.encode_plan import EncodedPart, Plan, ShardTask
-from diffit_train.data.sources import ImageList
+from diffit_train.data.encode_plan import EncodedPart, EncodeJob
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation import pool
 from diffit_train.evaluation.actors import EvaluationActor
@@ -38,11 +37,13 @@ def in_process() -> Iterator[None]:
 
 
 def _encode_missing(
-    recipe: Recipe, listing: ImageList, plan: Plan, tasks: Sequence[ShardTask], known: set[str]
+    recipe: Recipe, job: EncodeJob, parts: dict[int, EncodedPart]
 ) -> Iterator[EncodedPart]:
-    encoder = encoding._Encoder(recipe, plan, known)
-    for task in tasks:
-        read = encoding._read_shard_images({"task": task}, listing.source, recipe.data.resolution)
+    encoder = encoding._Encoder(recipe, job.plan(recipe), set())
+    for task in [task for task in job.tasks if task.number not in parts]:
+        read = encoding._read_shard_images(
+            {"task": task}, job.listing.source, recipe.data.resolution
+        )
         part = encoder(read)["part"]
         if isinstance(part, DiffitError):
             raise part

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from diffit_train.data.shards import Manifest, ShardEntry, Totals, write_shard
+from diffit_train.data.manifest import Manifest, ShardEntry, Totals
+from diffit_train.data.shards import write_shard
 from diffit_train.runs.checkpoints import State
 
 

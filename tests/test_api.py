@@ -16,7 +16,7 @@ import diffit_train as dt
 from diffit_train import storage
 from diffit_train.config import Recipe, stored_text
 from diffit_train.data.loader import SampleOrder
-from diffit_train.data.shards import MANIFEST
+from diffit_train.data.manifest import MANIFEST
 from diffit_train.evaluation.sample import WeightSource, sample_images
 from diffit_train.models.build import build_model
 from diffit_train.runs.checkpoints import save_whole

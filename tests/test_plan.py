@@ -15,7 +15,7 @@ from diffit_train.cli.plan import plan_command
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.config.presets import PAPER_COSTS
 from diffit_train.config.train import Train
-from diffit_train.data.autoencoder_memory import CPU_BUDGET
+from diffit_train.data.autoencoder import CPU_BUDGET
 from diffit_train.data.loader import READERS, SampleOrder
 from diffit_train.errors import UserError
 from diffit_train.jobs.plan import (

@@ -53,7 +53,7 @@ def fit_command(
     """
     recipe = read_recipe(name, overrides, root)
     if network is Network.AUTOENCODER:
-        from diffit_train.data.autoencoder_fit import fit_autoencoder
+        from diffit_train.data.fit import fit_autoencoder
 
         fit_autoencoder(recipe)
     else:

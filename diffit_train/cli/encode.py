@@ -15,7 +15,7 @@ from diffit_train.cli.options import (
     Root,
     print_result,
 )
-from diffit_train.data.shards import latents_url
+from diffit_train.data.manifest import latents_url
 
 
 def encode_command(

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from diffit_train import storage
-from diffit_train.data.encode_plan import read_inputs
-from diffit_train.data.shards import INPUTS, MANIFEST, load_manifest, read_shard_bytes, recipe_of
+from diffit_train.data.manifest import INPUTS, MANIFEST, load_manifest, read_inputs, recipe_of
+from diffit_train.data.shards import read_shard_bytes
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.committed import DamagedFile, read_record
 from diffit_train.evaluation.features import FeaturesInfo

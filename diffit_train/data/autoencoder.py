@@ -1,14 +1,19 @@
 """The autoencoder: diffusers' AutoencoderKL or AutoencoderTiny, or the identity; with a scale.
 
 Shapes: B images, R x R pixels, C latent channels, h x w latent pixels.
+
+It works on slices of a batch whose activations fit a budget: a decode of 64 images at 512x512 by
+Stable Diffusion's autoencoder would hold 48 GiB in fp32. Group norms are over one image, so slices
+give the results of the whole batch, up to the rounding of the kernel that a library chooses for a
+size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -17,19 +22,23 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder_memory import (
-    Part,
-    activation_values,
-    budget_bytes,
-    slice_size,
-)
-from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
+from diffit_train.data.autoencoder_source import autoencoder_url, is_hub_id, require_autoencoder
+from diffit_train.data.manifest import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError, first_line
 from diffit_train.models.precision import cudnn_benchmark, tf32
 
 T = TypeVar("T", np.ndarray, Tensor)
+Part = Literal["encode", "decode"]
 # diffusers' bounds on the posterior's log-variance.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+# Tensors that AutoencoderKL holds at once, counted on it: in a residual layer of as many output as
+# input channels; of other input channels, those that it reads; in the attention between encoder and
+# decoder levels.
+KL_RESIDUAL, KL_READ, KL_ATTENTION = 5, 3, 9
+TINY_TENSORS = 3.2
+CPU_BUDGET = 2 * storage.GIB
+# Of a GPU's memory, and of what is free of it: it also holds the model that generates.
+GPU_SHARE, FREE_SHARE = 1 / 8, 1 / 2
 _DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -63,8 +72,7 @@ def to_uint8(x: Tensor, pixels: Literal["round", "truncate"]) -> Tensor:
 class LoadedAutoencoder:
     """A frozen autoencoder on a device; `scale` multiplies its latents.
 
-    `model` is None for the identity, whose latents are pixels in [-1, 1]. It works on slices of a
-    batch whose activations fit a budget; see `autoencoder_memory`.
+    `model` is None for the identity, whose latents are pixels in [-1, 1].
 
     Attributes:
         tf32: whether a GPU may round the inputs of fp32 convolutions and products to TF32.
@@ -143,9 +151,46 @@ class LoadedAutoencoder:
         return out.hexdigest()
 
 
-def autoencoder_url(recipe: Recipe) -> str:
-    """The recipe's autoencoder: a folder or a hub id."""
-    return storage.resolve(recipe.storage.root, recipe.autoencoder.source)
+def activation_values(config: Any, kind: str, part: Part) -> float:
+    """Most values that the autoencoder holds at once, per pixel of the image.
+
+    Args:
+        config: diffusers' configuration of the model.
+        kind: `autoencoder.kind`.
+    """
+    if kind == "tiny":
+        channels: Sequence[int] = getattr(config, f"{part}r_block_out_channels")
+        return TINY_TENSORS * max(channels)
+    channels = config.block_out_channels
+    # A level reads what the next higher, or in decoding the upsampled lower one made.
+    last = len(channels) - 1
+    step = -1 if part == "encode" else 1
+    reads = [channels[min(last, max(0, level + step))] for level in range(last + 1)]
+    values = [
+        max(KL_RESIDUAL * own, KL_READ * read) / 4**level
+        for level, (own, read) in enumerate(zip(channels, reads, strict=True))
+    ]
+    return float(max(*values, KL_ATTENTION * channels[-1] / 4**last))
+
+
+def budget_bytes(device: torch.device) -> int:
+    """Bytes of activations at once.
+
+    On a GPU a share of its memory, so that shards are encoded in the same slices each time, or less
+    if little of it is free.
+    """
+    if device.type != "cuda":
+        return CPU_BUDGET
+    free, total = torch.cuda.mem_get_info(device)
+    # What the allocator keeps for reuse is also free.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(min(GPU_SHARE * total, FREE_SHARE * free))
+
+
+def slice_size(images: int, bytes_each: float, budget: int) -> int:
+    """Images at once: all, or the largest power of two that fits; at least one."""
+    fit = max(1, int(budget // bytes_each)) if bytes_each else images
+    return max(1, images) if fit >= images else 1 << (fit.bit_length() - 1)
 
 
 def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
@@ -158,8 +203,7 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
     if section.kind == "identity":
         return LoadedAutoencoder(None, "identity", 1.0, device, torch.float32)
     dtype = _DTYPES[section.precision]
-    hub = url == section.source and not is_path(url)
-    model = _load_model(url, section.kind, dtype, hub)
+    model = _load_model(recipe, url, dtype)
     channels, factor = model.config.latent_channels, _downsampling(model)
     for key, mine, theirs in (
         ("latent_channels", section.latent_channels, channels),
@@ -170,33 +214,23 @@ def load_autoencoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
                 f"autoencoder.{key} is {mine}, but {url} has {theirs}; set it to {theirs}"
             )
     scale = section.scale if section.scale is not None else float(model.config.scaling_factor)
-    model = model.to(device, memory_format=_layout(device)).eval().requires_grad_(False)
+    # Layout of the convolutions' weights, which their results take over. On a CPU channels last is
+    # faster. On CUDA nothing has been measured, and group norm would copy each tensor back.
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    model = model.to(device, memory_format=layout).eval().requires_grad_(False)
     rounded = section.precision == "tf32"
     loaded = LoadedAutoencoder(model, section.name, scale, device, dtype, rounded)
-    if section.alias:
-        _require_known_weights(recipe, loaded)
-    return loaded
-
-
-def _require_known_weights(recipe: Recipe, loaded: LoadedAutoencoder) -> None:
-    """Refuse weights under a name that are not those that the latents were encoded with."""
-    url = latents_url(recipe)
-    if not storage.exists(storage.join(url, MANIFEST)):
-        return
-    if loaded.weight_hash() != load_manifest(url).autoencoder_sha256:
+    latents = latents_url(recipe)
+    if (
+        section.alias
+        and storage.exists(storage.join(latents, MANIFEST))
+        and loaded.weight_hash() != load_manifest(latents).autoencoder_sha256
+    ):
         raise UserError(
-            f"autoencoder.alias is {loaded.id}, but the weights at {autoencoder_url(recipe)} "
-            f"are not those that {url} was encoded with; set autoencoder.source to a copy of them"
+            f"autoencoder.alias is {loaded.id}, but the weights at {url} are not those that "
+            f"{latents} was encoded with; set autoencoder.source to a copy of them"
         )
-
-
-def _layout(device: torch.device) -> torch.memory_format:
-    """Layout of the convolutions' weights, which their results take over.
-
-    On a CPU channels last is faster, by `tests.benchmarks.autoencoder`. On CUDA nothing has been
-    measured, and group norm would copy each tensor back.
-    """
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    return loaded
 
 
 def _slices(rows: T, size: int) -> list[T]:
@@ -215,22 +249,15 @@ def _downsampling(model: Any) -> int:
     return 2 ** (len(model.config.block_out_channels) - 1)
 
 
-def is_path(source: str) -> bool:
-    """Whether a source is a path; a hub id is NAME/NAME and not an existing folder."""
-    return "://" in source or source.startswith(("/", ".", "~")) or Path(source).exists()
-
-
-def _load_model(url: str, kind: str, dtype: torch.dtype, hub: bool) -> Any:
+def _load_model(recipe: Recipe, url: str, dtype: torch.dtype) -> Any:
     # Download progress bars only fill the logs of actors.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    model_class = AutoencoderTiny if kind == "tiny" else AutoencoderKL
-    if not hub and not storage.exists(storage.join(url, "config.json")):
-        raise UserError(
-            f"autoencoder {url} does not exist; run `diffit fit autoencoder`, or set "
-            "autoencoder.source to a folder in diffusers' format or a hub id"
-        )
+    model_class = AutoencoderTiny if recipe.autoencoder.kind == "tiny" else AutoencoderKL
+    hub = is_hub_id(recipe.autoencoder.source)
+    if not hub:
+        require_autoencoder(recipe)
     # Explicit, because diffusers warns when it falls back to this.
     options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     try:

@@ -28,49 +28,31 @@ def write_digits(folder: str, size: int = 16) -> int:
         raise UserError(f"--size is {size}, but must be one of {SIZES}")
     marker = storage.join(folder, DIGITS_MARKER)
     if storage.exists(marker):
-        return _check_written(folder, storage.read_json(marker), size)
+        written = storage.read_json(marker)
+        if written.get("name") != "digits" or written.get("size") != size:
+            raise UserError(
+                f"{folder} holds {written.get('name')!r} of size {written.get('size')}, not digits "
+                f"of size {size}; choose another folder"
+            )
+        say(f"digits are already in {folder}")
+        return int(written["images"])
     digits, labels = _load_digits()
     images = {
         f"{label}/{number:04d}.png": _png(image, size)
         for number, (image, label) in enumerate(zip(digits, labels, strict=True))
     }
-    there = _own_images(folder, images)
+    there = storage.sizes(folder) if storage.exists(folder) else {}
+    for path, length in there.items():
+        if path not in images or len(images[path]) != length:
+            raise UserError(f"{folder} holds other files ({path!r}); choose an empty folder")
+    missing = sorted(images.keys() - there.keys())
     with Progress("digits", len(images), "images", done=len(there)) as progress:
-        for number, path in enumerate(sorted(images.keys() - there), len(there) + 1):
+        for number, path in enumerate(missing, len(there) + 1):
             storage.write_bytes(storage.join(folder, path), images[path])
             progress.update(number)
     storage.write_json(marker, {"name": "digits", "images": len(images), "size": size})
     say(f"wrote {len(images):,} digits of {size}x{size} pixels to {folder}")
     return len(images)
-
-
-def _own_images(folder: str, images: dict[str, bytes]) -> set[str]:
-    """Paths of the images that an interrupted run has already written.
-
-    Raises:
-        UserError: the folder holds other files; they are never mixed or overwritten.
-    """
-    there: set[str] = set()
-    for name in storage.list_names(folder):
-        below = storage.list_names(storage.join(folder, name))
-        for path in [f"{name}/{image}" for image in below]:
-            url = storage.join(folder, path)
-            if path not in images or storage.read_bytes(url) != images[path]:
-                raise UserError(f"{folder} holds other files ({path!r}); choose an empty folder")
-            there.add(path)
-        if name not in {str(digit) for digit in range(10)}:
-            raise UserError(f"{folder} holds other files ({name!r}); choose an empty folder")
-    return there
-
-
-def _check_written(folder: str, marker: dict[str, Any], size: int) -> int:
-    if marker.get("name") != "digits" or marker.get("size") != size:
-        raise UserError(
-            f"{folder} holds {marker.get('name')!r} of size {marker.get('size')}, not digits of "
-            f"size {size}; choose another folder"
-        )
-    say(f"digits are already in {folder}")
-    return int(marker["images"])
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:

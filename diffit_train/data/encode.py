@@ -12,7 +12,6 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,47 +20,34 @@ import ray
 
 from diffit_train import ray_session, storage
 from diffit_train.config import Recipe, stored_text
-from diffit_train.config.data import FORMATS
-from diffit_train.data.autoencoder import is_path
+from diffit_train.data.autoencoder_source import require_autoencoder
 from diffit_train.data.encode_plan import (
-    REPAIR,
-    RETRY,
     EncodedPart,
     EncodeJob,
     Plan,
     Rejected,
     ShardTask,
     commit_manifest,
-    count_images,
-    encoded_items,
     find_work,
-    make_plan,
     read_encoded_parts,
-    read_plan,
-    repair_tasks,
-    restore_inputs,
-    shard_tasks,
+    rejected_images,
+    require_plan,
     write_plan,
 )
-from diffit_train.data.hub import require_from_hub
-from diffit_train.data.isolated import IsolatedDecoder
-from diffit_train.data.preprocess import Images, to_model_range
-from diffit_train.data.randomness import generator
-from diffit_train.data.reading import read_items
-from diffit_train.data.shards import (
+from diffit_train.data.manifest import (
     INPUTS,
-    MANIFEST,
     RECIPE,
     Manifest,
-    ShardEntry,
-    as_float,
     finished_manifest,
     latents_url,
     missing_files,
-    shard_name,
-    write_shard,
+    write_inputs,
 )
-from diffit_train.data.sources import ImageList, Source, list_images
+from diffit_train.data.preprocess import IsolatedDecoder, to_model_range
+from diffit_train.data.randomness import generator
+from diffit_train.data.reading import Images, read_items
+from diffit_train.data.shards import as_float, shard_name, write_shard
+from diffit_train.data.sources import Source
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.progress import Progress, say
 
@@ -75,6 +61,8 @@ MIN_QUEUED_BYTES = 256 * 2**20
 def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> Manifest:
     """Encode the recipe's images on the Ray cluster at `address`. Rerun it to resume.
 
+    What was removed of finished latents is encoded again.
+
     Args:
         append: encode images added since the latents were finished, as new shards.
 
@@ -82,136 +70,70 @@ def encode(recipe: Recipe, address: str | None = None, append: bool = False) -> 
         UserError: bad input (nothing was written), or too many unreadable images.
         DiffitError: a shard could not be encoded.
     """
-    done = finished_manifest(recipe)
-    if done is not None:
-        done = _restore(recipe, done, address)
-        if not append:
-            return done
-    work = find_work(recipe, done)
-    if work is None:
-        assert done is not None
-        say("No new images to append")
-        return done
-    _check_listed(recipe, work.listing)
-    _require_autoencoder(recipe)
-    storage.require_writable(recipe.storage.root)
-    url = latents_url(recipe)
-    with _cluster(recipe, address):
-        parts = _encode_parts(recipe, url, work)
-    return commit_manifest(recipe, url, work, parts)
-
-
-def _restore(recipe: Recipe, manifest: Manifest, address: str | None) -> Manifest:
-    """Write again what was removed of finished latents.
-
-    Raises:
-        UserError: the images have changed since they were encoded.
-    """
-    url = latents_url(recipe)
-    missing = missing_files(url, manifest)
+    base, url = finished_manifest(recipe), latents_url(recipe)
+    missing = missing_files(url, base) if base else []
     if missing:
-        say(f"Writing again what is missing: {', '.join(missing[:8])}")
+        say(f"Rebuilding what is missing: {', '.join(missing[:8])}")
     if RECIPE in missing:
         storage.write_text(storage.join(url, RECIPE), stored_text(recipe))
-    if not set(missing) - {RECIPE}:
-        return manifest
-    listing = list_images(recipe)
-    if INPUTS in missing:
-        restore_inputs(url, manifest, listing)
-    shards = [name for name in missing if name not in (RECIPE, INPUTS)]
-    return _restore_shards(recipe, manifest, listing, shards, address) if shards else manifest
-
-
-def _restore_shards(
-    recipe: Recipe, manifest: Manifest, listing: ImageList, names: list[str], address: str | None
-) -> Manifest:
-    """Encode shards again, and write the manifest if other hardware gave other bytes."""
-    url = latents_url(recipe)
-    plan = read_plan(url)
-    if plan is not None and plan.input_sha256 != REPAIR:
-        raise UserError(f"encoding to {url} is in progress; finish it first with --append")
-    listing = encoded_items(url, listing)
-    tasks = repair_tasks(manifest, listing, names)
-    _require_autoencoder(recipe)
-    plan = Plan(recipe_hash=recipe.encode_hash(), input_sha256=REPAIR, appended_to=0, order="")
-    restored: dict[str, ShardEntry] = {}
-    known = {manifest.autoencoder_sha256}
-    with (
-        _cluster(recipe, address),
-        Progress("encode", count_images(tasks), "images") as progress,
-    ):
-        for part in _encode_missing(recipe, listing, plan, tasks, known):
-            if part.entry is not None:
-                restored[part.entry.name] = part.entry
-            progress.update(sum(entry.count for entry in restored.values()))
-    shards = [restored.get(entry.name, entry) for entry in manifest.shards]
-    for before in manifest.shards:
-        after = restored.get(before.name)
-        if before.name in names and (after is None or after.count != before.count):
-            raise DiffitError(
-                f"{before.name} held {before.count} images, but {after.count if after else 0} are "
-                "readable now; restore the source and run the same command again"
-            )
-        if after is not None and before.sha256 != after.sha256:
-            say(f"{before.name} has other bytes than before (different hardware?)")
-    manifest = manifest.model_copy(update={"shards": shards})
-    storage.write_text(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1))
-    storage.remove(storage.join(url, "parts"))
-    return manifest
-
-
-@contextmanager
-def _cluster(recipe: Recipe, address: str | None) -> Iterator[None]:
+    if base and not append and not set(missing) - {RECIPE}:
+        return base
+    job = find_work(recipe, base, missing, append)
+    if base and INPUTS in missing:
+        write_inputs(url, job.inputs[: base.totals.input])
+    if base and not job.tasks:
+        if append:
+            say("No new images to append")
+        return base
+    items = [item for task in job.tasks for item in task.items]
+    _check_rejected(recipe, job, [(item.name, item.problem) for item in items if item.problem])
+    require_autoencoder(recipe)
+    storage.require_writable(recipe.storage.root)
     with ray_session.connected(address):
         ray_session.require(
             *recipe.scaling.needs("encode"), "encoding", recipe.scaling.node_wait_timeout_s
         )
-        yield
+        require_plan(recipe, url, job)
+        parts = read_encoded_parts(recipe, url, job)
+        done = sum(part.images for part in parts.values())
+        with Progress("encode", job.images, "images", done) as progress:
+            for part in _encode_missing(recipe, job, parts):
+                parts[part.number] = part
+                done += part.images
+                progress.update(done)
+                rejected = rejected_images(job, parts.values())
+                _check_rejected(recipe, job, [(item.path, item.reason) for item in rejected])
+    return commit_manifest(recipe, url, job, parts)
 
 
-def _encode_parts(recipe: Recipe, url: str, work: EncodeJob) -> dict[int, EncodedPart]:
-    """All parts: those of earlier runs, and those encoded now."""
-    plan = make_plan(recipe, url, work)
-    parts, total = read_encoded_parts(url), len(work.listing)
-    tasks = [task for task in shard_tasks(recipe, work) if task.number not in parts]
-    known = {part.autoencoder_sha256 for part in parts.values()}
-    if work.base:
-        known.add(work.base.autoencoder_sha256)
-    done = total - count_images(tasks)
-    with Progress("encode", total, "images", done) as progress:
-        for part in _encode_missing(recipe, work.listing, plan, tasks, known):
-            parts[part.number] = part
-            done += (part.entry.count if part.entry else 0) + len(part.rejected)
-            progress.update(done)
-            _check_rejected(recipe, url, parts, total)
-    return parts
+def _check_rejected(recipe: Recipe, job: EncodeJob, rejected: Sequence[tuple[str, str]]) -> None:
+    """Stop early on broken input.
 
+    Args:
+        rejected: names and reasons.
 
-def _require_autoencoder(recipe: Recipe) -> None:
-    """Fail early if the autoencoder is not fitted yet, or on a hub that cannot be reached."""
-    source = recipe.autoencoder.source
-    if recipe.autoencoder.kind == "identity":
-        return
-    url = storage.resolve(recipe.storage.root, source)
-    if url != source and not storage.exists(storage.join(url, "config.json")):
+    Raises:
+        UserError: there are too many; with the first ones.
+    """
+    if len(rejected) > job.rejectable(recipe):
         raise UserError(
-            f"autoencoder {url} does not exist; run `diffit fit autoencoder`, or set "
-            "autoencoder.source to a folder in diffusers' format or a hub id"
+            f"{len(rejected):,} of {job.images:,} images cannot be used, more than "
+            f"data.max_rejected_fraction={recipe.data.max_rejected_fraction:g} allows; fix them, "
+            f"data.num_classes ({recipe.data.num_classes}) or the limit:"
+            + "".join(f"\n  {name}: {reason}" for name, reason in rejected[:5])
         )
-    if url == source and not is_path(source):
-        require_from_hub(source)
 
 
 def _encode_missing(
-    recipe: Recipe,
-    listing: ImageList,
-    plan: Plan,
-    tasks: Sequence[ShardTask],
-    known_autoencoders: set[str],
+    recipe: Recipe, job: EncodeJob, parts: dict[int, EncodedPart]
 ) -> Iterator[EncodedPart]:
-    """Run the pipeline over these shards; yields parts in completion order."""
+    """Run the pipeline over the shards without a part; yields parts in completion order."""
+    tasks = [task for task in job.tasks if task.number not in parts]
     if not tasks:
         return
+    known = {part.autoencoder_sha256 for part in parts.values()}
+    if job.base:
+        known.add(job.base.autoencoder_sha256)
     scaling, data = recipe.scaling, recipe.data
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -219,11 +141,10 @@ def _encode_missing(
     # Backpressure: readers pause while this many bytes of images wait for actors, so that memory
     # does not grow with the input. Per actor: the shard it encodes, the next, and those being read;
     # Ray Data counts each row twice in the pipeline.
-    shard_bytes = data.images_per_shard * data.resolution**2 * 3
-    reading = GPU_READ_SHARDS if scaling.gpus_per_actor else READ_SHARDS
-    waiting = 2 * (2 + reading) * scaling.encode_actors * shard_bytes
+    shards = 2 + (GPU_READ_SHARDS if scaling.gpus_per_actor else READ_SHARDS)
+    queued = 2 * shards * scaling.encode_actors * data.images_per_shard * data.resolution**2 * 3
     context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=max(waiting, MIN_QUEUED_BYTES)
+        object_store_memory=max(queued, MIN_QUEUED_BYTES)
     )
     # A full actor pool must leave CPUs for the readers that feed it. Requesting a different number
     # of CPUs also keeps Ray Data from fusing readers into actors.
@@ -234,11 +155,11 @@ def _encode_missing(
     rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
     encoded = rows.map(
         _read_shard_images,
-        fn_args=(listing.source, data.resolution, attempts),
+        fn_args=(job.listing.source, data.resolution, attempts),
         num_cpus=reader_cpus,
     ).map(
         _Encoder,
-        fn_constructor_args=(recipe, plan, known_autoencoders),
+        fn_constructor_args=(recipe, job.plan(recipe), known),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors, len(tasks))),
         num_cpus=actor_cpus,
         num_gpus=scaling.gpus_per_actor or None,
@@ -287,7 +208,7 @@ class _Attempts:
         self.begun: Counter[int] = Counter()
 
     def begin(self, number: int) -> int:
-        """Note that a shard is being read; returns how often it was before."""
+        """Count an attempt; returns the number of earlier ones."""
         self.begun[number] += 1
         return self.begun[number] - 1
 
@@ -306,34 +227,27 @@ def _read_shard_images(
     attempt = 0 if attempts is None else ray.get(attempts.begin.remote(task.number))
     isolated = IsolatedDecoder() if attempt else None
     try:
-        if not FORMATS.is_plugged(source.kind):
-            _require_source(source.url)
-        _require_few_attempts(source.url, task.number, attempt)
-        images = read_items(source, task.items, resolution, decoder=isolated)
-        return {"read": ReadShard(task, images)}
+        # Without its source, a node would find every image unreadable.
+        if not source.exists():
+            raise UserError(
+                f"data.source {source.url} does not exist on node {socket.gethostname()} of the "
+                "cluster; set it to a path that every node can read, such as s3://bucket/prefix"
+            )
+        if attempt >= READER_ATTEMPTS:
+            raise DiffitError(
+                f"the process that reads the images of {shard_name(task.number)} from {source.url} "
+                f"died {attempt} times; see its log and the memory of its node, then rerun the "
+                "command"
+            )
+        return {
+            "read": ReadShard(task, read_items(source, task.items, resolution, decoder=isolated))
+        }
     except DiffitError as error:
         none = Images([], np.zeros((0, resolution, resolution, 3), np.uint8), [])
         return {"read": ReadShard(task, none, error)}
     finally:
         if isolated:
             isolated.close()
-
-
-def _require_source(source: str) -> None:
-    """Fail if this node lacks the source; otherwise every image would look unreadable."""
-    if storage.is_local(source) and not storage.exists(source):
-        raise UserError(
-            f"data.source {source} does not exist on node {socket.gethostname()} of the cluster; "
-            "set it to a path that every node can read, such as s3://bucket/prefix"
-        )
-
-
-def _require_few_attempts(source: str, number: int, attempt: int) -> None:
-    if attempt >= READER_ATTEMPTS:
-        raise DiffitError(
-            f"the process that reads the images of {shard_name(number)} from {source} died "
-            f"{attempt} times; see its log and the memory of its node, then rerun the command"
-        )
 
 
 class _Encoder:
@@ -393,7 +307,7 @@ class _Encoder:
             number=number,
             entry=entry,
             rejected=[
-                Rejected(path=_readable(items[position].name), reason=reason)
+                Rejected(path=_as_text(items[position].name), reason=reason)
                 for position, reason in images.rejected
             ],
             autoencoder_sha256=self.sha256,
@@ -447,41 +361,6 @@ class _Encoder:
         return sampled.sum((0, 2, 3)).tolist(), (sampled**2).sum((0, 2, 3)).tolist()
 
 
-def _readable(name: str) -> str:
+def _as_text(name: str) -> str:
     """A name as valid text: local file names may contain bytes that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _check_rejected(recipe: Recipe, url: str, parts: dict[int, EncodedPart], total: int) -> None:
-    """Stop early on broken input.
-
-    Raises:
-        UserError: with the first reasons; a rerun reads the affected shards again.
-    """
-    rejected = [item for part in parts.values() for item in part.rejected]
-    if len(rejected) <= recipe.data.max_rejected_fraction * total:
-        return
-    # A marker for the rerun: actors may still be writing parts with rejected images.
-    storage.write_text(storage.join(url, "parts", RETRY), "")
-    raise _too_many(recipe, [(item.path, item.reason) for item in rejected], total)
-
-
-def _check_listed(recipe: Recipe, listing: ImageList) -> None:
-    """Stop before anything starts if the listing shows too many problems, such as wrong labels.
-
-    Raises:
-        UserError: with the first ones.
-    """
-    wrong = [(item.name, item.problem) for item in listing.items if item.problem]
-    if len(wrong) > recipe.data.max_rejected_fraction * len(listing.items):
-        raise _too_many(recipe, wrong, len(listing.items))
-
-
-def _too_many(recipe: Recipe, wrong: Sequence[tuple[str, str]], total: int) -> UserError:
-    """An error for too many unusable images, given by name and reason."""
-    return UserError(
-        f"{len(wrong):,} of {total:,} images cannot be used, more than data.max_rejected_fraction="
-        f"{recipe.data.max_rejected_fraction:g} allows; fix them, data.num_classes "
-        f"({recipe.data.num_classes}) or the limit:"
-        + "".join(f"\n  {name}: {reason}" for name, reason in wrong[:5])
-    )

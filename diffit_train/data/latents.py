@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from diffit_train import storage
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder
-from diffit_train.data.shards import load_manifest, recipe_of
+from diffit_train.data.manifest import load_manifest, recipe_of
 from diffit_train.errors import UserError
 
 

@@ -20,8 +20,9 @@ from typing import Generic, NamedTuple, Self, TypeVar
 import numpy as np
 
 from diffit_train.config import Recipe
+from diffit_train.data.manifest import Manifest, ShardEntry
 from diffit_train.data.randomness import SAMPLE, SHARD_ORDER, WINDOW, generator
-from diffit_train.data.shards import Manifest, Shard, ShardEntry, as_float, read_shard
+from diffit_train.data.shards import Shard, as_float, read_shard
 from diffit_train.errors import UserError
 
 T = TypeVar("T")

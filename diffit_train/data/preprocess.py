@@ -1,44 +1,36 @@
-"""From image bytes to pixels, with ADM's center crop.
+"""From image bytes to pixels, with ADM's center crop; in this process, or in a child of it.
 
 Shapes: H x W pixels, 3 channels, uint8; R the target resolution.
 """
 
 from __future__ import annotations
 
-import errno
-import functools
+import contextlib
 import io
+import os
+import struct
+import subprocess
+import sys
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 Array = np.ndarray
+Decoder = Callable[[bytes, int], Array]
 _FILTERS = threading.Lock()
 MAX_RESIZED_PIXELS = 64 * 1024 * 1024
 # Pillow knows fifty formats; some of their decoders start programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # A larger file would fill memory before its header could be refused.
 MAX_FILE_BYTES = 2**30
-# A file's own errors when it is opened: a dangling link, a loop of links, a socket.
-_OF_THE_FILE = frozenset(
-    {
-        errno.ENOENT,
-        errno.EISDIR,
-        errno.ENOTDIR,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENXIO,
-    }
-)
-Decoder = Callable[[bytes, int], Array]
+_REQUEST, _ANSWER = struct.Struct("<QQ"), struct.Struct("<?Q")
+CHILD = (sys.executable, "-m", "diffit_train.data.preprocess")
+# An image is given up after this many children.
+CHILDREN = 2
 
 
 class UnreadableImage(Exception):
@@ -109,79 +101,82 @@ def to_model_range(pixels: Array) -> Array:
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0
 
 
-@dataclass(frozen=True)
-class Images:
-    """Indices of readable images, their pixels (n, R, R, 3) uint8, and the rejected images."""
+class IsolatedDecoder:
+    """`pixels_from` in a child process: an image that kills its decoder costs only itself.
 
-    kept: list[int]
-    pixels: Array
-    rejected: list[tuple[int, str]]
-
-
-def read_images(
-    reads: Sequence[Callable[[], bytes]],
-    resolution: int,
-    problems: Sequence[str] = (),
-    pool: Executor | None = None,
-    ahead: int = 1,
-    decoders: int = 1,
-    decoder: Decoder | None = None,
-) -> Images:
-    """Read, decode and crop; unreadable images are rejected with a reason.
+    For one thread at a time. Slower than decoding in this process, as bytes and pixels are copied.
 
     Args:
-        reads: for each image, a function that returns its bytes.
-        problems: known problem of each image, or ""; an image with a problem is not read.
-        pool: threads that read; None: the caller's.
-        ahead: number of images that they may be ahead.
-        decoders: number of threads that decode at the same time.
-        decoder: from bytes and resolution to pixels; None: `pixels_from`.
-
-    Raises:
-        OSError: reading failed for a reason unrelated to the image, such as a lost connection.
+        command: starts the child; see `serve`.
     """
-    gate = threading.Semaphore(decoders)
 
-    def pixels_of(read: Callable[[], bytes]) -> Array:
-        data = read()
-        with gate:
-            return (decoder or pixels_from)(data, resolution)
+    def __init__(self, command: Sequence[str] = CHILD) -> None:
+        self.command = command
+        self._child: subprocess.Popen[bytes] | None = None
 
-    kept, pixels = [], []
-    rejected = [(position, problem) for position, problem in enumerate(problems) if problem]
-    known = {position for position, _ in rejected}
-    wanted = [position for position in range(len(reads)) if position not in known]
-    jobs = [functools.partial(pixels_of, reads[position]) for position in wanted]
-    for position, result in zip(wanted, _in_order(jobs, pool, ahead), strict=True):
+    def __call__(self, data: bytes, resolution: int) -> Array:
+        """See `pixels_from`; also raises UnreadableImage if every child died."""
+        for _ in range(CHILDREN):
+            try:
+                return self._ask(data, resolution)
+            except (EOFError, BrokenPipeError):
+                self.close()
+        raise UnreadableImage(f"the process that decoded it died, {CHILDREN} times")
+
+    def _ask(self, data: bytes, resolution: int) -> Array:
+        if self._child is None:
+            # A task of Ray may have got its modules from a job's own folder.
+            path = os.pathsep.join(entry for entry in sys.path if entry)
+            self._child = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": path},
+            )
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._child.stdin.write(_REQUEST.pack(resolution, len(data)) + data)
+        self._child.stdin.flush()
+        usable, size = _ANSWER.unpack(_read(self._child.stdout, _ANSWER.size))
+        body = _read(self._child.stdout, size)
+        if not usable:
+            raise UnreadableImage(body.decode())
+        return np.frombuffer(body, np.uint8).reshape(resolution, resolution, 3)
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child is None:
+            return
+        self._child.kill()
+        self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            # What was left to be written went with the child.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
+        self._child = None
+
+
+def _read(file: IO[bytes], size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Decode images until the input ends, as it does when the parent dies.
+
+    A request is resolution, length and bytes of an image; an answer is a flag, a length, and the
+    pixels or the reason why there are none.
+    """
+    while header := requests.read(_REQUEST.size):
+        resolution, size = _REQUEST.unpack(header)
         try:
-            pixels.append(result())
-            kept.append(position)
+            usable, body = True, pixels_from(_read(requests, size), resolution).tobytes()
         except UnreadableImage as error:
-            rejected.append((position, str(error)))
-        except OSError as error:
-            if error.errno not in _OF_THE_FILE and not isinstance(error, FileNotFoundError):
-                raise
-            rejected.append((position, f"{type(error).__name__}: {error.strerror or error}"))
-    shape = (0, resolution, resolution, 3)
-    stacked = np.stack(pixels) if pixels else np.zeros(shape, np.uint8)
-    return Images(kept, stacked, sorted(rejected))
+            usable, body = False, str(error).encode(errors="backslashreplace")
+        answers.write(_ANSWER.pack(usable, len(body)) + body)
+        answers.flush()
 
 
-def _in_order(
-    jobs: Sequence[Callable[[], Array]], pool: Executor | None, ahead: int
-) -> Iterator[Callable[[], Array]]:
-    """For each job a function that returns its result; a pool works on the next `ahead` ones."""
-    if pool is None:
-        yield from jobs
-        return
-    waiting: deque[Future[Array]] = deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result
-        while waiting:
-            yield waiting.popleft().result
-    finally:
-        for future in waiting:
-            future.cancel()
+if __name__ == "__main__":
+    serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -6,7 +6,8 @@ import numpy as np
 
 from diffit_train import storage
 from diffit_train.data.encode_plan import encoded_items
-from diffit_train.data.shards import Manifest, as_float, load_manifest, read_shard, recipe_of
+from diffit_train.data.manifest import Manifest, load_manifest, read_inputs, recipe_of
+from diffit_train.data.shards import as_float, read_shard
 from diffit_train.data.sources import list_images
 
 # Number of originals and reconstructions to draw.
@@ -30,16 +31,17 @@ def draw_reconstructions(url: str, image: str) -> float:
     from diffit_train.data.reading import read_items
 
     manifest, recipe = load_manifest(url), recipe_of(url)
-    by_key = encoded_items(url, list_images(recipe))
+    listing = list_images(recipe)
+    items = encoded_items(listing, read_inputs(url))
     keys, moments = _evenly_spaced_samples(url, manifest)
-    chosen = [by_key.items[key] for key in keys]
-    originals = read_items(by_key.source, chosen, recipe.data.resolution).pixels
+    chosen = [items[key] for key in keys]
+    originals = read_items(listing.source, chosen, recipe.data.resolution).pixels
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
     means = torch.from_numpy(as_float(moments[:, 0, : manifest.channels]))
     decoded = autoencoder.decode(means * manifest.scale)
     error = float(((to_model_range(originals) - to_model_range(decoded)) ** 2).mean())
-    names = [by_key.classes[item.label] for item in chosen]
-    _draw_rows(originals, decoded, names, f"{storage.display_path(url)}: mse {error:.4g}", image)
+    names = [listing.classes[item.label] for item in chosen]
+    draw_rows(originals, decoded, names, f"{storage.display_path(url)}: mse {error:.4g}", image)
     return error
 
 
@@ -57,9 +59,10 @@ def _evenly_spaced_samples(url: str, manifest: Manifest) -> tuple[list[int], np.
     return keys, np.stack(moments)
 
 
-def _draw_rows(
+def draw_rows(
     originals: np.ndarray, decoded: np.ndarray, names: list[str], title: str, image: str
 ) -> None:
+    """Write a PNG of images (n, R, R, 3) above their reconstructions, with a name for each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

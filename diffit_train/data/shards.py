@@ -1,4 +1,4 @@
-"""Latent shards, schema 1: WebDataset tar files and their manifest. Does not import torch.
+"""Latent shards, schema 1: WebDataset tar files, and a cache of them. Does not import torch.
 
 Each image has two members: KEY.latent.npy, float16 (F, 2C, h, w), the posterior's mean then its
 log-variance, unscaled, with the flipped image second if F = 2; and KEY.cls, the label in ASCII.
@@ -10,178 +10,39 @@ times, owners and modes are fixed.
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import io
 import os
+import shutil
 import tarfile
-from collections.abc import Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
+import psutil
+from filelock import FileLock, Timeout
 
 from diffit_train import storage
-from diffit_train.config import Recipe, load_recipe_text
-from diffit_train.errors import DataError, DiffitError, UserError
+from diffit_train.config.scaling import Scaling
+from diffit_train.data.manifest import Manifest, ShardEntry
+from diffit_train.errors import DataError, UserError
 
-MANIFEST_SCHEMA = 1
-MANIFEST = "manifest.json"
-# Names and labels of all input images in key order, one JSON pair per line.
-INPUTS = "inputs.jsonl.gz"
-REJECTED = "rejected.jsonl"
-RECIPE = "recipe.yaml"
-
-
-class ShardEntry(storage.Record):
-    """A committed shard; `first_index` is the input index of its first image."""
-
-    name: str
-    count: int
-    bytes: int
-    sha256: str
-    first_index: int
-
-
-class Totals(storage.Record):
-    """Image counts; input = written + rejected."""
-
-    input: int
-    written: int
-    rejected: int
-
-
-class Manifest(storage.Record):
-    """Contents and provenance of the shards.
-
-    `mean` and `std` are of the scaled, sampled latents, by channel. `segments` are the numbers of
-    input images of the first encoding and of each append; `orders` has for each the SHA-256 of its
-    keys in the order of the shards.
-    """
-
-    schema_version: int
-    recipe_hash: str
-    autoencoder: str
-    autoencoder_sha256: str
-    scale: float
-    channels: int
-    height: int
-    width: int
-    frames: int
-    posterior: bool = True
-    images_per_shard: int
-    segments: list[int]
-    orders: list[str]
-    classes: list[str]
-    input_sha256: str
-    shards: list[ShardEntry]
-    totals: Totals
-    mean: list[float]
-    std: list[float]
-
-    @property
-    def member_shape(self) -> tuple[int, int, int, int]:
-        """Shape of an image's latent member."""
-        channels = self.channels * (2 if self.posterior else 1)
-        return self.frames, channels, self.height, self.width
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 that identifies the data set."""
-        return storage.digest([[s.sha256 for s in self.shards], self.classes, self.scale])
-
-    @property
-    def samples_digest(self) -> str:
-        """SHA-256 of what decides which sample comes when; a repaired shard does not change it."""
-        counts = [shard.count for shard in self.shards]
-        encoded = [self.input_sha256, self.autoencoder_sha256, self.scale, self.frames]
-        return storage.digest([self.segments, self.orders, counts, *encoded])
-
-
-def latents_url(recipe: Recipe) -> str:
-    """Folder of the recipe's latents."""
-    return storage.join(recipe.storage.root, "latents", recipe.data.name)
-
-
-def load_manifest(url: str) -> Manifest:
-    """The manifest of a folder of latents.
-
-    Raises:
-        UserError: it does not exist, so encoding has not finished.
-        DiffitError: it is damaged or has another schema.
-    """
-    name = storage.join(url, MANIFEST)
-    try:
-        manifest = Manifest.model_validate_json(storage.read_bytes(name))
-    except FileNotFoundError as error:
-        raise UserError(f"no finished latents in {url}; run `diffit encode`") from error
-    except ValidationError as error:
-        raise DiffitError(
-            f"{name} is damaged: {error}; delete it and run `diffit encode`"
-        ) from error
-    if manifest.schema_version != MANIFEST_SCHEMA:
-        raise DiffitError(
-            f"{name} has schema {manifest.schema_version}; this version reads {MANIFEST_SCHEMA}"
-        )
-    return manifest
-
-
-def finished_manifest(recipe: Recipe) -> Manifest | None:
-    """The manifest if the recipe's latents are complete; None if they need encoding.
-
-    Raises:
-        UserError: the folder holds the latents of another recipe.
-    """
-    url = latents_url(recipe)
-    if not storage.exists(storage.join(url, MANIFEST)):
-        return None
-    manifest = load_manifest(url)
-    require_recipe(recipe, manifest.recipe_hash)
-    return manifest
-
-
-def missing_files(url: str, manifest: Manifest) -> list[str]:
-    """Names of files of finished latents that were removed; `diffit encode` writes them again."""
-    names = {RECIPE, INPUTS, *(shard.name for shard in manifest.shards)}
-    return sorted(names - set(storage.list_names(url)))
-
-
-def recipe_of(url: str) -> Recipe:
-    """The recipe stored in a folder ROOT/latents/NAME; its root and `data.name` are these.
-
-    Raises:
-        UserError: it is missing or damaged, or the folder is not in a project.
-    """
-    if not storage.parent(url).endswith("/latents"):
-        raise UserError(
-            f"{url} is not in ROOT/latents/, so its images and autoencoder cannot be located; move "
-            "it there"
-        )
-    name, fix = storage.join(url, RECIPE), "delete it, and run `diffit encode` again"
-    try:
-        text = storage.read_bytes(name).decode()
-        recipe = load_recipe_text(text, name, root=storage.parent(url, 2))
-    except FileNotFoundError as error:
-        raise UserError(f"{name} is missing; run `diffit encode` again") from error
-    except (UnicodeDecodeError, UserError) as error:
-        raise UserError(f"{name} is damaged: {error}; {fix}") from error
-    if recipe.encode_hash() != load_manifest(url).recipe_hash:
-        raise UserError(f"{name} is damaged: its hash is not that of {MANIFEST}; {fix}")
-    data = recipe.data.model_copy(update={"name": url.rstrip("/").rsplit("/", 1)[-1]})
-    return recipe.model_copy(update={"data": data})
-
-
-def require_recipe(recipe: Recipe, recipe_hash: str) -> None:
-    """Refuse latents encoded with another recipe.
-
-    Raises:
-        UserError: with both hashes.
-    """
-    if recipe_hash != recipe.encode_hash():
-        raise UserError(
-            f"latents {latents_url(recipe)} were encoded with another recipe (hash "
-            f"{recipe_hash[:12]}, this recipe's is {recipe.encode_hash()[:12]}); use the data and "
-            "autoencoder sections they were encoded with, choose another data.name, or delete that "
-            "folder to encode again"
-        )
+# An automatic cache leaves this part of the disk free.
+KEPT_FREE = 0.2
+# Longest wait for another rank's download; it may have been stopped.
+LOCK_WAIT_S = 60.0
+# A temporary file of this age belongs to a killed rank.
+STALE_S = 3600.0
+# File systems in memory, where copies would take the memory that training needs.
+_IN_MEMORY = ("tmpfs", "ramfs")
+# Bytes of a tar's headers, and of what its members are padded to a multiple of.
+BLOCK = 512
+_FIX = "run `diffit verify FOLDER --remove`, then `diffit encode` again"
 
 
 @dataclass(frozen=True)
@@ -285,11 +146,6 @@ def parse_shard(name: str, entry: ShardEntry, data: bytes) -> Shard:
     return Shard(keys, np.stack(list(latents.values())), np.array([labels[k] for k in latents]))
 
 
-# Bytes of a tar's headers, and of what its members are padded to a multiple of.
-BLOCK = 512
-_FIX = "run `diffit verify FOLDER --remove`, then `diffit encode` again"
-
-
 def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Latents and labels by key, in tar order.
 
@@ -345,3 +201,133 @@ def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
         found.append((name, start, size))
         start += -(-size // BLOCK) * BLOCK
     return found
+
+
+class ShardCache:
+    """A size-limited cache of remote shards, the most recently used ones, on a node's disk.
+
+    The ranks of a node share the folder. Files are named by the SHA-256 of their contents, appear
+    complete, and are verified on every read. Of the ranks that want the same shard at once, one
+    downloads it; the lock only saves requests, so a lost or stale one does no harm.
+
+    Args:
+        limit_bytes: total size of the copies.
+        keep_free: fraction of the disk that copies leave free.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, keep_free: float = 0.0) -> None:
+        self.folder, self.limit_bytes, self.keep_free = folder, limit_bytes, keep_free
+        self._storing = threading.Lock()
+
+    def read(self, url: str, entry: ShardEntry) -> Shard:
+        """A shard, from the cache if possible, else from `url`; errors as `read_shard`."""
+        data = self._copied(entry)
+        if data is None and entry.bytes <= self.limit_bytes:
+            self.folder.mkdir(parents=True, exist_ok=True)  # the node's cleaner may remove it
+            lock = FileLock(self.folder / f"{entry.sha256}.lock", timeout=LOCK_WAIT_S)
+            with contextlib.suppress(Timeout):
+                lock.acquire()
+            try:
+                data = self._copied(entry)  # another rank may have stored it meanwhile
+                if data is None:
+                    data = read_shard_bytes(url, entry)
+                    self._store(entry, data)
+            finally:
+                # Those that wait then find the copy and leave.
+                Path(lock.lock_file).unlink(missing_ok=True)
+                lock.release()
+        elif data is None:
+            data = read_shard_bytes(url, entry)
+        return parse_shard(storage.join(url, entry.name), entry, data)
+
+    def _copy(self, entry: ShardEntry) -> Path:
+        return self.folder / f"{entry.sha256}.tar"
+
+    def _copied(self, entry: ShardEntry) -> bytes | None:
+        """Contents of the copy; None if it is missing or damaged (then it is removed)."""
+        copy = self._copy(entry)
+        try:
+            data = copy.read_bytes()
+            copy.touch()  # mark as most recently used
+        except FileNotFoundError:
+            return None
+        if storage.sha256_bytes(data) == entry.sha256:
+            return data
+        copy.unlink(missing_ok=True)
+        return None
+
+    def _store(self, entry: ShardEntry, data: bytes) -> None:
+        """Commit a copy if there is room; a full disk must not end training.
+
+        Evicts the least recently used copies; other ranks may be doing the same.
+        """
+        with self._storing, contextlib.suppress(storage.DiskFullError):
+            copies = []
+            for path in self.folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    if path.suffix == ".tar":
+                        copies.append((status.st_mtime_ns, status.st_size, path))
+                    elif (
+                        storage.TEMPORARY_MARK in path.name
+                        and time.time() - status.st_mtime > STALE_S
+                    ):
+                        path.unlink(missing_ok=True)
+            disk = shutil.disk_usage(self.folder)
+            total = sum(size for _, size, _ in copies)
+            room = min(self.limit_bytes - total, disk.free - int(self.keep_free * disk.total))
+            for _, size, path in sorted(copies):
+                if room >= entry.bytes:
+                    break
+                path.unlink(missing_ok=True)
+                room += size
+            if room >= entry.bytes:
+                storage.write_bytes(str(self._copy(entry)), data)
+
+
+def shard_cache(
+    scaling: Scaling, url: str, manifest: Manifest, say: Callable[[str], None]
+) -> ShardCache | None:
+    """The cache of `scaling` for the latents at `url`; None without one.
+
+    Where `scaling.shard_cache_gib` is null, remote latents are cached as far as the disk has room,
+    except in a folder that is in memory or cannot be written.
+
+    Raises:
+        UserError: a size is set, but the folder cannot be written.
+    """
+    if storage.is_local(url) or scaling.shard_cache_gib == 0:
+        return None
+    default = Path(tempfile.gettempdir()) / f"diffit-shards-{getpass.getuser()}"
+    folder = Path(scaling.shard_cache_folder) if scaling.shard_cache_folder else default
+    problem = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            problem = "cannot be written"
+    except OSError as error:
+        problem = f"cannot be created ({error.strerror})"
+    if scaling.shard_cache_gib is not None:
+        if problem:
+            raise UserError(f"scaling.shard_cache_folder {folder} {problem}; choose another")
+        return ShardCache(folder, int(scaling.shard_cache_gib * storage.GIB))
+    if not problem and _file_system(folder) in _IN_MEMORY:
+        problem = "is in memory"
+    if problem:
+        say(
+            f"Shards are not cached: {folder} {problem}; set scaling.shard_cache_folder to a "
+            "folder on the node's disk"
+        )
+        return None
+    return ShardCache(folder, sum(shard.bytes for shard in manifest.shards), KEPT_FREE)
+
+
+def _file_system(folder: Path) -> str:
+    """Type of the file system that a folder is on; empty where the system does not tell."""
+    here = folder.resolve()
+    mounts = [
+        (len(mount.mountpoint), mount.fstype)
+        for mount in psutil.disk_partitions(all=True)
+        if here.is_relative_to(mount.mountpoint)
+    ]
+    return max(mounts, default=(0, ""))[1]

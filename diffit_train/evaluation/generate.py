@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.autoencoder import LoadedAutoencoder, autoencoder_url, load_autoencoder
-from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
+from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder
+from diffit_train.data.autoencoder_source import autoencoder_url
+from diffit_train.data.manifest import MANIFEST, latents_url, load_manifest
 from diffit_train.diffusion.generation import ImageNoise, generate_latents, weight_of_noise
 from diffit_train.diffusion.guidance import build_weight, skipped_fraction
 from diffit_train.diffusion.objective import load_objective, sampler_sigmas

@@ -20,9 +20,8 @@ from safetensors.numpy import load, save
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import OWN
-from diffit_train.data.encode_plan import read_inputs
+from diffit_train.data.manifest import MANIFEST, Manifest, latents_url, load_manifest, read_inputs
 from diffit_train.data.reading import read_batches
-from diffit_train.data.shards import MANIFEST, Manifest, latents_url, load_manifest
 from diffit_train.data.sources import IMAGE_COLUMN, ImageList, Item, Source
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL

@@ -6,7 +6,7 @@ import yaml
 
 from diffit_train import __version__, storage
 from diffit_train.config import Recipe
-from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
+from diffit_train.data.manifest import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import redact
 from diffit_train.evaluation.result import Result, run_results
 from diffit_train.models.backbone import trainable_parameters

@@ -18,7 +18,7 @@ from diffit_train.config.model import LatentModel
 from diffit_train.config.presets import PAPER_COSTS, PRESETS
 from diffit_train.config.train import BUCKET_ELEMENTS
 from diffit_train.data.loader import READERS
-from diffit_train.data.shards import MANIFEST, latents_url, load_manifest
+from diffit_train.data.manifest import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import UserError
 from diffit_train.storage import GIB
 
@@ -344,7 +344,7 @@ def loader_bytes(recipe: Recipe, images: int | None) -> int:
 
 def autoencoder_bytes(recipe: Recipe, batch: int) -> int:
     """Activations of an autoencoder on a CPU, which works on slices of a batch."""
-    from diffit_train.data.autoencoder_memory import CPU_BUDGET
+    from diffit_train.data.autoencoder import CPU_BUDGET
 
     image = DECODE_BYTES * recipe.data.resolution**2
     return max(image, min(batch * image, CPU_BUDGET))

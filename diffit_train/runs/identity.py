@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.data.shards import Manifest
+from diffit_train.data.manifest import Manifest
 from diffit_train.runs.checkpoints import NEWEST as NEWEST
 from diffit_train.runs.run import METADATA as IDENTITY
 from diffit_train.runs.run import Run as Run

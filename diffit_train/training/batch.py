@@ -12,8 +12,8 @@ from diffit_train.config import Recipe
 from diffit_train.data.augment import Resampling, draw_augmentation, joined_augmentation
 from diffit_train.data.autoencoder import sample_latent
 from diffit_train.data.loader import Batch, draw
+from diffit_train.data.manifest import Manifest
 from diffit_train.data.randomness import AUGMENTATION, DROPOUT, generator
-from diffit_train.data.shards import Manifest
 from diffit_train.diffusion.objective import Objective
 
 

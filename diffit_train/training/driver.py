@@ -16,7 +16,7 @@ from diffit_train import ray_session, storage
 from diffit_train.config import Recipe, stored_text
 from diffit_train.config.model import CustomModel
 from diffit_train.data.loader import SampleOrder
-from diffit_train.data.shards import Manifest, latents_url, load_manifest, require_recipe
+from diffit_train.data.manifest import Manifest, latents_url, load_manifest, require_recipe
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError, Interrupted, UserError, first_line
 from diffit_train.models.attention_kernels import kernel_name

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.data.augment import augment
-from diffit_train.data.cache import shard_cache
 from diffit_train.data.loader import LatentLoader, SampleOrder
-from diffit_train.data.shards import latents_url, load_manifest, read_shard
+from diffit_train.data.manifest import latents_url, load_manifest
+from diffit_train.data.shards import read_shard, shard_cache
 from diffit_train.diffusion.objective import load_objective
 from diffit_train.errors import DiffitError
 from diffit_train.models.attention_kernels import enable_determinism, kernel_name

@@ -27,7 +27,8 @@ import numpy as np
 
 from diffit_train import storage
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder
-from diffit_train.data.shards import Manifest, Shard, ShardEntry, write_shard
+from diffit_train.data.manifest import Manifest, ShardEntry
+from diffit_train.data.shards import Shard, write_shard
 from tests.benchmarks.common import print_table
 from tests.made import make_manifest
 from tests.s3 import BUCKET, S3Server

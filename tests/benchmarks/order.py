@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 
-from diffit_train.data.encode_order import encode_order
+from diffit_train.data.encode_plan import encode_order
 from diffit_train.data.loader import SampleOrder
 from diffit_train.data.sources import Item
 from tests.benchmarks.common import print_table
@@ -47,7 +47,7 @@ def sorted_labels(images: int, classes: int) -> np.ndarray:
 def permuted(labels: np.ndarray) -> np.ndarray:
     """The labels in the order of encoding."""
     items = cast(Sequence[Item], range(len(labels)))
-    return labels[encode_order(items, "folder", PER_SHARD, 0)]
+    return labels[encode_order(items, False, PER_SHARD, 0)]
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from diffit_train import storage
 from diffit_train.config import load_recipe
-from diffit_train.data.encode_order import encode_order
+from diffit_train.data.encode_plan import encode_order
 from diffit_train.data.preprocess import center_crop, decode
-from diffit_train.data.reading import ImageReader, read_items
+from diffit_train.data.reading import read_items
 from diffit_train.data.sources import ImageList, Item, list_images
 from diffit_train.data.sources.parquet import open_parquet
 from tests.benchmarks.common import print_table
@@ -156,7 +156,7 @@ def measured(kind: str, files: dict[str, bytes], few: int) -> list[list[str]]:
         [f"data.source={source}", "data.num_classes=2", f"data.images_per_shard={len(files) // 2}"],
     )
     listing = list_images(recipe)
-    positions = encode_order(listing.items, listing.kind, recipe.data.images_per_shard, 0)
+    positions = encode_order(listing.items, listing.source.grouped, recipe.data.images_per_shard, 0)
     shard = [listing.items[n] for n in positions[: recipe.data.images_per_shard]]
 
     def read_before() -> int:
@@ -167,9 +167,9 @@ def measured(kind: str, files: dict[str, bytes], few: int) -> list[list[str]]:
         return len(np.stack(pixels))
 
     def read_now() -> int:
-        reader = ImageReader(listing.source, shard)
+        read = listing.source.open(shard)
         with ThreadPoolExecutor(16) as pool:
-            return len(list(pool.map(lambda item: reader.read(item.location), shard)))
+            return len(list(pool.map(lambda item: read(item.location), shard)))
 
     def encode_now() -> int:
         return len(read_items(listing.source, shard, 256).kept)

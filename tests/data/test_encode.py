@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -29,26 +30,25 @@ from diffit_train.cli.verify import check
 from diffit_train.config import Recipe, dump_recipe
 from diffit_train.data.autoencoder import load_autoencoder, sample_latent
 from diffit_train.data.encode import _read_shard_images, encode
-from diffit_train.data.encode_order import encode_order, order_digest
 from diffit_train.data.encode_plan import (
     ShardTask,
+    encode_order,
     find_work,
-    make_plan,
+    require_plan,
     write_plan,
 )
-from diffit_train.data.preprocess import center_crop, decode, to_model_range
-from diffit_train.data.reconstructions import draw_reconstructions
-from diffit_train.data.shards import (
+from diffit_train.data.manifest import (
     Manifest,
-    as_float,
     finished_manifest,
     latents_url,
     load_manifest,
     missing_files,
-    read_shard,
-    write_shard,
 )
-from diffit_train.data.sources import Item, Location, Source, list_images
+from diffit_train.data.preprocess import center_crop, decode, to_model_range
+from diffit_train.data.reconstructions import draw_reconstructions
+from diffit_train.data.shards import as_float, read_shard, write_shard
+from diffit_train.data.sources import Item, Location, list_images
+from diffit_train.data.sources.files import Folder
 from diffit_train.errors import DiffitError, UserError
 from tests.conftest import tiny_recipe, train
 from tests.data.test_sources import write_as
@@ -73,11 +73,11 @@ def test_latents_are_those_of_the_autoencoder(encoded: Path) -> None:
     assert manifest.totals.model_dump() == {"input": 24, "written": 24, "rejected": 0}
     assert [s.count for s in manifest.shards] == [5, 5, 5, 5, 4]
     keys = [read_shard(url, s).keys.tolist() for s in manifest.shards]
-    order = encode_order(list_images(recipe).items, "folder", 5, 0).tolist()
+    order = encode_order(list_images(recipe).items, False, 5, 0).tolist()
     assert [key for some in keys for key in some] == order != sorted(order)
     assert sorted(order) == list(range(24))
     assert [s.first_index for s in manifest.shards] == [some[0] for some in keys]
-    assert manifest.orders == [order_digest(np.array(order))]
+    assert manifest.orders == [hashlib.sha256(np.array(order, "<i8").tobytes()).hexdigest()]
     assert manifest.classes == ["a", "b", "c"]
     assert (manifest.frames, manifest.channels, manifest.height, manifest.width) == (1, 4, 4, 4)
     autoencoder = load_autoencoder(recipe, torch.device("cpu"))
@@ -228,22 +228,22 @@ def test_an_unusable_autoencoder_is_refused_and_can_be_fixed(
     with pytest.raises(UserError, match=words):
         encode(tiny_recipe(tmp_path, override))
     assert not (tmp_path / "latents").exists()
-    make_plan(recipe, latents_url(recipe), find_work(recipe, None))
+    require_plan(recipe, latents_url(recipe), find_work(recipe, None))
 
 
 def test_a_plan_is_binding_once_a_shard_is_finished(encoded: Path, tmp_path: Path) -> None:
     mine = tiny_recipe(_copy(encoded, tmp_path))
     other, url = tiny_recipe(tmp_path, "data.flip=true"), latents_url(mine)
     work = find_work(mine, None)
-    write_plan(url, make_plan(mine, url, work))
-    assert make_plan(other, url, work).recipe_hash == other.encode_hash()
+    write_plan(url, work.plan(mine))
+    require_plan(other, url, work)
     (Path(url) / "parts" / "shard-000000.tar.json").write_text("{}")
-    assert make_plan(mine, url, work).recipe_hash == mine.encode_hash()
+    require_plan(mine, url, work)
     with pytest.raises(UserError, match="were encoded with another recipe"):
-        make_plan(other, url, work)
+        require_plan(other, url, work)
     next((tmp_path / "images").rglob("*.png")).unlink()
     with pytest.raises(UserError, match="have changed since"):
-        make_plan(mine, url, find_work(mine, None))
+        require_plan(mine, url, find_work(mine, None))
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -256,7 +256,8 @@ def test_a_shard_that_cannot_be_written_has_a_reason(project: Path, tmp_path: Pa
 
 def test_a_node_without_the_source_is_not_mistaken_for_unreadable_images(tmp_path: Path) -> None:
     row = {"task": ShardTask(0, [0], [Item("a/1.png", 0, Location("a/1.png"))])}
-    read = _read_shard_images(row, Source(str(tmp_path / "unmounted"), "folder"), 16)["read"]
+    source = Folder(str(tmp_path / "unmounted"), tiny_recipe(tmp_path).data)
+    read = _read_shard_images(row, source, 16)["read"]
     assert "unmounted does not exist on node" in str(read.error)
     assert read.images.rejected == []
 
@@ -409,15 +410,15 @@ def test_damaged_files_are_named_removed_and_encoded_again(encoded: Path, tmp_pa
 
 def test_parquet_is_shuffled_by_row_groups_and_within_blocks_of_them() -> None:
     items = [Item(str(i), 0, Location(f"{i // 500}", i % 100, i // 100 % 5)) for i in range(2000)]
-    order = encode_order(items, "parquet", 25, 0)
+    order = encode_order(items, True, 25, 0)
     assert sorted(order) == list(range(2000))
     blocks = [{k // 100 for k in order[start : start + 200]} for start in range(0, 2000, 200)]
     assert {len(groups) for groups in blocks} == {2}
     assert len(set().union(*blocks)) == 20
     assert max(len({k // 100 for k in order[s : s + 25]}) for s in range(0, 2000, 25)) == 2
-    small = encode_order(items[:150], "parquet", 25, 0)
-    assert (small == encode_order(items[:150], "folder", 25, 0)).all()
-    with_others = encode_order(items, "parquet", 25, 7)
+    small = encode_order(items[:150], True, 25, 0)
+    assert (small == encode_order(items[:150], False, 25, 0)).all()
+    with_others = encode_order(items, True, 25, 7)
     assert (with_others != order).any()
 
 

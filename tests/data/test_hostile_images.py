@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,15 +22,16 @@ import ray
 from PIL import Image
 
 from diffit_train import storage
+from diffit_train.config import load_recipe
 from diffit_train.data import encode as encode_module
 from diffit_train.data import preprocess
-from diffit_train.data.encode_plan import Rejected
-from diffit_train.data.isolated import IsolatedDecoder
-from diffit_train.data.preprocess import UnreadableImage, decode, pixels_from, read_images
+from diffit_train.data.encode_plan import Rejected, ShardTask
+from diffit_train.data.preprocess import IsolatedDecoder, UnreadableImage, decode, pixels_from
 from diffit_train.data.reading import read_items
 from diffit_train.data.sources import Location, cifar10, list_images, source_kind
-from diffit_train.errors import DiffitError, UserError
+from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
+from tests.data.test_reading import read_all
 
 KILLER = b"kill whoever decodes this"
 
@@ -75,7 +78,7 @@ def test_whatever_a_decoder_raises_is_a_rejection(
         raise error("from deep inside")
 
     monkeypatch.setattr(Image, "open", open_image)
-    found = read_images([lambda: b"data"], 4)
+    found = read_all([lambda: b"data"], 4)
     assert found.rejected == [(0, f"{error.__name__}: from deep inside")]
 
 
@@ -127,7 +130,8 @@ def test_images_of_cifar10_are_decodable(monkeypatch: pytest.MonkeyPatch) -> Non
     planes = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
     record = b"\x07" + planes.tobytes()
     monkeypatch.setattr(cifar10, "_files", lambda url: {"data_batch_1.bin": record})
-    image = decode(cifar10.read_image("x", Location("data_batch_1.bin", 0)))
+    source = cifar10.Cifar10("x", load_recipe("cifar10").data)
+    image = decode(source.read(Location("data_batch_1.bin", 0)))
     assert np.array_equal(np.asarray(image), planes.transpose(1, 2, 0))
 
 
@@ -141,10 +145,10 @@ def decode_or_die(data: bytes, resolution: int) -> np.ndarray:
 # A child whose decoder is such a one.
 CHILD = f"""
 import os, sys
-from diffit_train.data import isolated
-real = isolated.pixels_from
-isolated.pixels_from = lambda data, size: os.abort() if data == {KILLER!r} else real(data, size)
-isolated.serve(sys.stdin.buffer, sys.stdout.buffer)
+from diffit_train.data import preprocess
+real = preprocess.pixels_from
+preprocess.pixels_from = lambda data, size: os.abort() if data == {KILLER!r} else real(data, size)
+preprocess.serve(sys.stdin.buffer, sys.stdout.buffer)
 """
 DYING = (sys.executable, "-c", CHILD)
 
@@ -153,7 +157,7 @@ def test_an_image_that_kills_its_decoder_costs_only_itself() -> None:
     files = [_as("PNG"), KILLER, _as("JPEG"), b"text"]
     decoder = IsolatedDecoder(DYING)
     try:
-        found = read_images([lambda data=data: data for data in files], 8, decoder=decoder)  # type: ignore[misc]
+        found = read_all([lambda data=data: data for data in files], 8, decoder=decoder)  # type: ignore[misc]
     finally:
         decoder.close()
     assert found.kept == [0, 2]
@@ -166,7 +170,7 @@ def test_an_image_that_kills_its_decoder_costs_only_itself() -> None:
 
 def test_a_child_ends_with_its_parent() -> None:
     program = (
-        "import os, subprocess; from diffit_train.data.isolated import IsolatedDecoder\n"
+        "import os; from diffit_train.data.preprocess import IsolatedDecoder\n"
         f"decoder = IsolatedDecoder(); decoder({_as('PNG')!r}, 4)\n"
         "print(decoder._child.pid, flush=True); os.kill(os.getpid(), 9)"
     )
@@ -210,9 +214,14 @@ def test_a_reader_that_dies_costs_its_image(
 
 
 def test_a_reader_that_dies_again_and_again_ends_the_encoding(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempts = encode_module.READER_ATTEMPTS
-    encode_module._require_few_attempts(str(tmp_path), 7, attempts - 1)
-    with pytest.raises(DiffitError, match=rf"shard-000007\.tar.*died {attempts} times"):
-        encode_module._require_few_attempts(str(tmp_path), 7, attempts)
+    write_images(tmp_path / "images" / "digits", count=6)
+    listing = list_images(tiny_recipe(tmp_path))
+    row = {"task": ShardTask(7, [0], listing.items[:1])}
+    monkeypatch.setattr(encode_module.ray, "get", lambda attempt: attempt)
+    for attempt in (encode_module.READER_ATTEMPTS - 1, encode_module.READER_ATTEMPTS):
+        attempts = SimpleNamespace(begin=SimpleNamespace(remote=lambda _, n=attempt: n))
+        read = encode_module._read_shard_images(row, listing.source, 8, attempts)["read"]
+        assert bool(read.error) == (attempt == encode_module.READER_ATTEMPTS)
+    assert re.search(rf"shard-000007\.tar.*died {attempt} times", str(read.error))

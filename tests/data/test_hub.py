@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from diffit_train.data.hub import require_from_hub
+from diffit_train.data.autoencoder_source import require_from_hub
 from diffit_train.errors import UserError
 
 NAME = "nobody/has-this-one"

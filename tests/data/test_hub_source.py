@@ -17,7 +17,6 @@ import fsspec
 import pytest
 
 from diffit_train import storage
-from diffit_train.data.reading import ImageReader
 from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from tests.conftest import tiny_recipe, write_images
@@ -183,9 +182,9 @@ def test_images_are_those_of_the_folder(path: str, hub: _Hub, tmp_path: Path) ->
     assert (found.paths, found.labels) == (folder.paths, folder.labels)
     assert not any(item.problem for item in found.items)
     hub.asked.clear()
-    mine, theirs = (ImageReader(x.source, x.items) for x in (found, folder))
+    mine, theirs = (x.source.open(x.items) for x in (found, folder))
     for item, original in zip(found.items, folder.items, strict=True):
-        assert mine.read(item.location) == theirs.read(original.location)
+        assert mine(item.location) == theirs(original.location)
     if not path.endswith(".parquet"):
         # One request an image, which reads no more of an archive than the image, nearly.
         assert hub.asked["range"] + hub.asked["file"] == len(found)

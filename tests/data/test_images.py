@@ -20,12 +20,12 @@ from diffit_train.data.preprocess import (
     UnreadableImage,
     center_crop,
     decode,
-    read_images,
     to_model_range,
 )
 from diffit_train.data.sources import list_images
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
+from tests.data.test_reading import read_all
 
 
 def _bytes(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -143,7 +143,7 @@ def test_an_image_that_cannot_be_opened_is_rejected(error: type[OSError]) -> Non
     def read(path: str) -> bytes:
         raise error(2, "cannot be opened", path)
 
-    found = read_images([functools.partial(read, "a")], 4)
+    found = read_all([functools.partial(read, "a")], 4)
     assert found.rejected == [(0, f"{error.__name__}: cannot be opened")]
 
 
@@ -152,7 +152,7 @@ def test_a_lost_connection_does_not_reject_images() -> None:
         raise ConnectionResetError("reset by peer")
 
     with pytest.raises(ConnectionResetError):
-        read_images([functools.partial(read, "a")], 4)
+        read_all([functools.partial(read, "a")], 4)
 
 
 def test_reading_keeps_positions() -> None:
@@ -162,12 +162,12 @@ def test_reading_keeps_positions() -> None:
         "c": _bytes(Image.new("L", (4, 4))),
     }
     reads = [functools.partial(files.__getitem__, name) for name in "abcc"]
-    found = read_images(reads, 4, ["", "", "", "known to be wrong"])
+    found = read_all(reads, 4, ["", "", "", "known to be wrong"])
     assert found.kept == [0, 2]
     assert found.rejected == [(1, "empty file"), (3, "known to be wrong")]
     assert found.pixels.shape == (2, 4, 4, 3)
     assert found.pixels[0, 0, 0].tolist() == [255, 0, 0]
-    assert read_images(reads[1:2], 4).pixels.shape == (0, 4, 4, 3)
+    assert read_all(reads[1:2], 4).pixels.shape == (0, 4, 4, 3)
 
 
 def test_digits_are_written_once_and_completed(
@@ -206,7 +206,8 @@ def test_bad_digits_requests_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="--size is 20"):
         write_digits(str(tmp_path), 20)
     (tmp_path / "holiday").mkdir()
-    with pytest.raises(UserError, match="'holiday'"):
+    (tmp_path / "holiday" / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="'holiday/1.png'"):
         write_digits(str(tmp_path), 16)
     mine = tmp_path / "mine"
     for path, data in (("3/holiday.png", b"x"), ("0/0000.png", b"not a digit of ours")):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffit_train import storage
-from diffit_train.data.encode_plan import _write_inputs, read_inputs
-from diffit_train.data.shards import Totals
+from diffit_train.data.manifest import Totals, read_inputs, write_inputs
 from diffit_train.errors import DiffitError
 from tests.made import make_manifest
 
@@ -28,14 +27,14 @@ def latents(tmp_path: Path) -> Path:
         totals=Totals(input=2, written=2, rejected=0),
     )
     storage.write_text(str(tmp_path / "manifest.json"), manifest.model_dump_json())
-    _write_inputs(str(tmp_path), INPUTS)
+    write_inputs(str(tmp_path), INPUTS)
     return tmp_path
 
 
 def test_the_list_is_read(latents: Path) -> None:
     assert read_inputs(str(latents)) == INPUTS
     # A killed append may have left more.
-    _write_inputs(str(latents), [*INPUTS, ("c/2.png", 1)])
+    write_inputs(str(latents), [*INPUTS, ("c/2.png", 1)])
     assert read_inputs(str(latents))[:2] == INPUTS
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
-from diffit_train.data.shards import Manifest, Shard, ShardEntry, read_shard
+from diffit_train.data.manifest import Manifest, ShardEntry
+from diffit_train.data.shards import Shard, read_shard
 from diffit_train.errors import DiffitError, UserError
 from tests.benchmarks.loader import virtual_wait
 from tests.benchmarks.order import (

@@ -6,19 +6,19 @@ import functools
 import io
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffit_train import storage
-from diffit_train.data.encode_order import encode_order
-from diffit_train.data.preprocess import read_images
-from diffit_train.data.reading import ImageReader, read_batches, read_items
-from diffit_train.data.sources import ImageList, list_images
+from diffit_train.data.encode_plan import encode_order
+from diffit_train.data.reading import Images, read_batches, read_items
+from diffit_train.data.sources import ImageList, Item, Location, Source, list_images
 from diffit_train.data.sources import parquet as parquet_module
 from tests.conftest import tiny_recipe, write_images
 from tests.data.test_sources import write_as
@@ -28,6 +28,36 @@ def _png(level: int) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (4, 4), (level, level, level)).save(out, "PNG")
     return out.getvalue()
+
+
+class _Reads(Source):
+    """Images by functions that return their bytes."""
+
+    kind = "reads"
+
+    def __init__(self, reads: Sequence[Callable[[], bytes]]) -> None:
+        self.reads = reads
+
+    def list_images(self) -> ImageList:
+        items = [Item(str(n), 0, Location("", n)) for n in range(len(self.reads))]
+        return ImageList(self, ("all",), items)
+
+    def read(self, location: Location) -> bytes:
+        return self.reads[location.start]()
+
+
+def read_all(
+    reads: Sequence[Callable[[], bytes]],
+    resolution: int,
+    problems: Sequence[str] = (),
+    **options: Any,
+) -> Images:
+    """`read_items` of images by functions that return their bytes."""
+    source = _Reads(reads)
+    items = source.list_images().items
+    for number, problem in enumerate(problems):
+        items[number] = items[number]._replace(problem=problem)
+    return read_items(source, items, resolution, **options)
 
 
 def _levels(pixels: np.ndarray) -> list[int]:
@@ -42,8 +72,7 @@ def test_images_are_read_at_the_same_time_and_kept_in_order() -> None:
         return _png(level)
 
     reads = [functools.partial(read, level) for level in range(32)]
-    with ThreadPoolExecutor(8) as pool:
-        found = read_images(reads, 4, pool=pool, ahead=16)
+    found = read_all(reads, 4, threads=8, ahead=16)
     assert found.kept == _levels(found.pixels) == list(range(32))
 
 
@@ -59,8 +88,8 @@ def test_reading_ahead_is_bounded() -> None:
     done = threading.Event()
     done.set()
     reads = [functools.partial(read, n, first if n == 0 else done) for n in range(40)]
-    with ThreadPoolExecutor(8) as pool, ThreadPoolExecutor(1) as consumer:
-        found = consumer.submit(read_images, reads, 4, (), pool, ahead)
+    with ThreadPoolExecutor(1) as consumer:
+        found = consumer.submit(read_all, reads, 4, threads=8, ahead=ahead)
         for _ in range(100):
             threading.Event().wait(0.005)
             assert len(started) <= ahead + 1
@@ -89,8 +118,7 @@ def test_decoders_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(preprocess, "decode", counted)
     reads: list[Callable[[], bytes]] = [functools.partial(_png, level) for level in range(24)]
-    with ThreadPoolExecutor(8) as pool:
-        assert len(read_images(reads, 4, pool=pool, ahead=24, decoders=2).kept) == 24
+    assert len(read_all(reads, 4, threads=8, ahead=24, decoders=2).kept) == 24
     assert most == 2
 
 
@@ -104,8 +132,8 @@ def test_a_lost_connection_ends_reading_ahead() -> None:
         return _png(level)
 
     reads = [functools.partial(read, level) for level in range(1000)]
-    with ThreadPoolExecutor(2) as pool, pytest.raises(ConnectionResetError):
-        read_images(reads, 4, pool=pool, ahead=8)
+    with pytest.raises(ConnectionResetError):
+        read_all(reads, 4, threads=2, ahead=8)
     assert len(started) <= 3 + 8 + 2
 
 
@@ -130,7 +158,7 @@ def test_a_shard_reads_each_row_group_once(
         return real(url)
 
     monkeypatch.setattr(parquet_module, "open_parquet", counted)
-    items = [parquet.items[n] for n in encode_order(parquet.items, "parquet", 13, 0)]
+    items = [parquet.items[n] for n in encode_order(parquet.items, True, 13, 0)]
     groups = {(item.location.file, item.location.size) for item in items}
     found = read_items(parquet.source, items, 8)
     assert found.kept == list(range(26))
@@ -141,10 +169,11 @@ def test_a_shard_reads_each_row_group_once(
 
 
 def test_rows_are_not_kept_once_they_are_taken(parquet: ImageList) -> None:
-    reader = ImageReader(parquet.source, parquet.items[:3])
-    assert all(reader.read(item.location) for item in parquet.items[:3])
-    (group,) = reader._groups.values()
-    assert group._values == {}
+    (item,) = parquet.items[:1]
+    read = parquet.source.open([item])
+    assert read(item.location)
+    with pytest.raises(KeyError):
+        read(item.location)
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -177,8 +206,8 @@ def test_a_remote_image_is_one_request(
             return real(*args, **options)
 
         monkeypatch.setattr(fs, name, counted)
-    reader = ImageReader(listing.source, listing.items)
-    assert [reader.read(item.location) for item in listing.items] == list(files.values())
+    read = listing.source.open(listing.items)
+    assert [read(item.location) for item in listing.items] == list(files.values())
     # A memory file system opens a file for each range by itself.
     assert asked - Counter(open=6) == {"range": 6}
 

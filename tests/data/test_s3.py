@@ -17,8 +17,7 @@ import torch
 
 from diffit_train import storage
 from diffit_train.config import dump_recipe, load_recipe
-from diffit_train.data.reading import ImageReader
-from diffit_train.data.shards import load_manifest
+from diffit_train.data.manifest import load_manifest
 from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
@@ -201,8 +200,8 @@ def test_sources_are_read_from_s3(
         else:
             _upload(local, url)
     found = list_images(tiny_recipe(tmp_path, f"data.source={url}"))
-    reader = ImageReader(found.source, found.items)
-    assert [reader.read(item.location) for item in found.items] == list(files.values())
+    read = found.source.open(found.items)
+    assert [read(item.location) for item in found.items] == list(files.values())
 
 
 @pytest.mark.slow

@@ -13,14 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffit_train.data.shards import (
-    _members,
-    _plain_members,
-    _tar_bytes,
-    load_manifest,
-    read_shard,
-    write_shard,
-)
+from diffit_train.data.manifest import load_manifest
+from diffit_train.data.shards import _members, _plain_members, _tar_bytes, read_shard, write_shard
 from diffit_train.errors import DiffitError, UserError
 
 

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffit_train import storage
-from diffit_train.data.reading import ImageReader
 from diffit_train.data.sources import list_images, source_kind
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
@@ -116,9 +115,9 @@ def test_every_kind_holds_the_same_images(kind: str, remote: bool, tmp_path: Pat
     positions = np.random.default_rng(0).permutation(len(data))
     for order in (range(len(data)), positions, positions[:5]):
         items = [found.items[position] for position in order]
-        reader = ImageReader(found.source, items)
+        read = found.source.open(items)
         with ThreadPoolExecutor(4) as pool:
-            read = list(pool.map(lambda item, reader=reader: reader.read(item.location), items))
+            read = list(pool.map(lambda item, read=read: read(item.location), items))
         assert read == [data[position] for position in order]
 
 
@@ -216,12 +215,12 @@ def test_columns_of_parquet_are_named(tmp_path: Path) -> None:
     found = list_images(tiny_recipe(tmp_path, source, "data.columns={image: img, label: fine}"))
     assert (found.classes, found.labels) == (("cat", "dog", "eel"), (2, 0))
     assert found.paths == ("file:0:0", "y.png")
-    reader = ImageReader(found.source, found.items)
-    assert [reader.read(item.location) for item in found.items] == [b"x", b"y"]
+    read = found.source.open(found.items)
+    assert [read(item.location) for item in found.items] == [b"x", b"y"]
     plain = list_images(tiny_recipe(tmp_path, source, "data.columns.image=raw"))
     assert (plain.labels, plain.paths) == ((0, 1), ("file:0:0", "file:0:1"))
-    reader = ImageReader(plain.source, plain.items)
-    assert [reader.read(item.location) for item in plain.items] == [b"1", b"2"]
+    read = plain.source.open(plain.items)
+    assert [read(item.location) for item in plain.items] == [b"1", b"2"]
     images = [
         list_images(tiny_recipe(tmp_path, source, f"data.columns.image={name}"))
         for name in ("img", "raw")
@@ -234,8 +233,8 @@ def test_parquet_of_one_class_needs_no_labels(tmp_path: Path) -> None:
     changes = [f"data.source={tmp_path}/x.parquet", "data.columns.label=null"]
     found = list_images(tiny_recipe(tmp_path, *changes, "data.num_classes=1"))
     assert (found.labels, found.classes) == ((0, 0), ("0",))
-    reader = ImageReader(found.source, found.items)
-    assert [reader.read(item.location) for item in found.items] == [b"x", b"y"]
+    read = found.source.open(found.items)
+    assert [read(item.location) for item in found.items] == [b"x", b"y"]
     with pytest.raises(UserError, match="num_classes is 3; name the column: .* has image"):
         list_images(tiny_recipe(tmp_path, *changes))
 
@@ -250,8 +249,8 @@ def test_a_pattern_names_some_files_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / split / "part-0.parquet").rename(tmp_path / "all" / f"{split}-0.parquet")
     found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/all/train-*.parquet"))
     assert sorted(found.paths) == sorted(name for name in files if "1" not in name)
-    reader = ImageReader(found.source, found.items)
-    assert all(reader.read(item.location) == files[item.name] for item in found.items)
+    read = found.source.open(found.items)
+    assert all(read(item.location) == files[item.name] for item in found.items)
     both = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/all"))
     assert sorted(both.paths) == sorted(files)
     for pattern, message in (("dev-*.parquet", "matches no file"), ("*.png", "must be .parquet")):
@@ -337,6 +336,6 @@ def test_tars_round_trip(
     (root / "x.tar").write_bytes(_tar(list(files.items())))
     found = list_images(tiny_recipe(root, f"data.source={root}/x.tar"))
     assert list(found.paths) == sorted(files)
-    reader = ImageReader(found.source, found.items)
+    read = found.source.open(found.items)
     for item in found.items:
-        assert reader.read(item.location) == files[item.name]
+        assert read(item.location) == files[item.name]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from diffit_train.data.preprocess import UnreadableImage
-from diffit_train.data.reading import ImageReader, read_items
+from diffit_train.data.reading import read_items
 from diffit_train.data.sources import ImageList, list_images, zips
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images
@@ -37,8 +37,8 @@ def _listed(root: Path, data: bytes, *changes: str) -> ImageList:
 
 
 def _contents(found: ImageList) -> dict[str, bytes]:
-    reader = ImageReader(found.source, found.items)
-    return {item.name: reader.read(item.location) for item in found.items if not item.problem}
+    read = found.source.open(found.items)
+    return {item.name: read(item.location) for item in found.items if not item.problem}
 
 
 class _Unseekable(io.BytesIO):
@@ -159,10 +159,10 @@ def test_an_image_that_inflates_without_end_is_rejected(
     lying = data.replace(struct.pack("<I", 10_001), struct.pack("<I", 99))
     found = _listed(tmp_path, lying)
     assert not found.items[0].problem
-    reader = ImageReader(found.source, found.items)
+    read = found.source.open(found.items)
     with pytest.raises(UnreadableImage, match="inflates to 10,001 bytes"):
-        reader.read(found.items[0].location)
-    assert reader.read(found.items[2].location) == bytes(10_000)
+        read(found.items[0].location)
+    assert read(found.items[2].location) == bytes(10_000)
     # Stored, it takes as many bytes on disk.
     assert len(_contents(_listed(tmp_path, _zip(members, STORED)))) == 4
 

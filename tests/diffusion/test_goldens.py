@@ -17,7 +17,7 @@ import torch
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.config.evaluate import SAMPLERS
 from diffit_train.data.loader import Batch
-from diffit_train.data.shards import Manifest
+from diffit_train.data.manifest import Manifest
 from diffit_train.diffusion.objective import build_objective
 from diffit_train.evaluation.generate import Generator
 from diffit_train.models.build import build_model

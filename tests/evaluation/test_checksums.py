@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from diffit_train.config import Recipe
-from diffit_train.data.shards import load_manifest
+from diffit_train.data.manifest import load_manifest
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import features
 from diffit_train.evaluation.chunks import (

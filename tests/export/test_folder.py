@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 
 import diffit_train as dt
 from diffit_train.config import Recipe, load_recipe
-from diffit_train.data.autoencoder import autoencoder_url
+from diffit_train.data.autoencoder_source import autoencoder_url
 from diffit_train.evaluation.result import Result, evaluated_identity, evaluation_url, write_result
 from diffit_train.export.folder import export_folder
 from diffit_train.runs.run import open_run

@@ -104,8 +104,8 @@ def main() -> None:
     if options.root:
         shutil.copytree(options.root / "latents", root / "latents")
     else:
-        from diffit_train.data.autoencoder_fit import fit_autoencoder
         from diffit_train.data.digits import write_digits
+        from diffit_train.data.fit import fit_autoencoder
 
         write_digits(str(root / "images" / "digits"), 16)
         fit_autoencoder(project.recipe())

@@ -37,11 +37,11 @@ from PIL import Image
 
 from diffit_train.config import dump_recipe, load_recipe, load_recipe_text
 from diffit_train.config.load import packaged_recipes
-from diffit_train.data.autoencoder_fit import fit_autoencoder
 from diffit_train.data.encode import encode
+from diffit_train.data.fit import fit_autoencoder
+from diffit_train.data.manifest import latents_url
 from diffit_train.data.preprocess import UnreadableImage, pixels_from
 from diffit_train.data.reading import read_items
-from diffit_train.data.shards import latents_url
 from diffit_train.data.sources import ImageList, list_images
 from diffit_train.errors import UserError
 from tests.conftest import tiny_recipe, write_images

@@ -27,15 +27,10 @@ import torch
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.autoencoder import load_autoencoder
-from diffit_train.data.autoencoder_fit import fit_autoencoder
-from diffit_train.data.encode_plan import (
-    EncodedPart,
-    commit_manifest,
-    find_work,
-    read_inputs,
-    shard_tasks,
-)
-from diffit_train.data.shards import load_manifest, read_shard, recipe_of, write_shard
+from diffit_train.data.encode_plan import EncodedPart, commit_manifest, find_work
+from diffit_train.data.fit import fit_autoencoder
+from diffit_train.data.manifest import load_manifest, read_inputs, recipe_of
+from diffit_train.data.shards import read_shard, write_shard
 from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.chunks import (
@@ -114,11 +109,10 @@ def build(root: Path) -> dict[str, Kind]:
 
 def _latents(recipe: Recipe) -> None:
     work = find_work(recipe, None)
-    assert work is not None
     url, dice = f"{recipe.storage.root}/latents/digits", np.random.default_rng(0)
     autoencoder = load_autoencoder(recipe, CPU)
     parts = {}
-    for task in shard_tasks(recipe, work):
+    for task in work.tasks:
         labels = [item.label for item in task.items]
         moments = dice.normal(size=(len(labels), 1, 8, 4, 4)).astype(np.float16)
         parts[task.number] = EncodedPart(

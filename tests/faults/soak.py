@@ -185,8 +185,8 @@ def prepare_root(root: Path, recipe: Recipe) -> None:
     """Make the demo's images, autoencoder and latents, unless they exist."""
     if (root / "latents").exists():
         return
-    from diffit_train.data.autoencoder_fit import fit_autoencoder
     from diffit_train.data.digits import write_digits
+    from diffit_train.data.fit import fit_autoencoder
 
     write_digits(str(root / "images" / "digits"), 16)
     fit_autoencoder(recipe)

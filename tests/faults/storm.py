@@ -31,8 +31,8 @@ import psutil
 import torch
 
 from diffit_train.config import dump_recipe
-from diffit_train.data.autoencoder_fit import fit_autoencoder
-from diffit_train.data.shards import latents_url
+from diffit_train.data.fit import fit_autoencoder
+from diffit_train.data.manifest import latents_url
 from diffit_train.evaluation.features import fit_features
 from diffit_train.runs.checkpoints import Checkpoint
 from tests.benchmarks.common import print_table

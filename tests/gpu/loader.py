@@ -15,7 +15,8 @@ import numpy as np
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.data.loader import LatentLoader, SampleOrder
-from diffit_train.data.shards import Manifest, Shard, ShardEntry, read_shard, shard_name
+from diffit_train.data.manifest import Manifest, ShardEntry
+from diffit_train.data.shards import Shard, read_shard, shard_name
 from diffit_train.training.batch import BatchBuilder, TrainingBatch
 from tests.benchmarks.common import synchronize
 from tests.gpu.kit import Report, start_ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffit_train import storage
-from diffit_train.data.shards import Manifest, ShardEntry
+from diffit_train.data.manifest import Manifest, ShardEntry
 from diffit_train.errors import UserError
 from diffit_train.runs.checkpoints import save_whole
 from diffit_train.runs.run import Project, Run, open_run

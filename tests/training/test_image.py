@@ -11,7 +11,8 @@ import torch
 
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.encode import encode
-from diffit_train.data.shards import latents_url, read_shard
+from diffit_train.data.manifest import latents_url
+from diffit_train.data.shards import read_shard
 from diffit_train.errors import UserError
 from diffit_train.evaluation.evaluate import evaluate_run
 from diffit_train.evaluation.features import fit_features

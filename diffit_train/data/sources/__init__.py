@@ -1,4 +1,4 @@
-"""Image sources, local or remote: listing their images. `reading` gets the bytes.
+"""Image sources, local or remote, by format.
 
     folder       one subfolder for each class
     tar, zip     such a folder, packed
@@ -12,50 +12,38 @@ source; and for a recipe of one class, images may be at any depth. Of a folder o
 files, `FOLDER/train-*.parquet` names some.
 
 The order of the images is fixed: folders and archives of folders by name; webdataset and parquet
-by file name, then in file order. An image with a problem in the listing (a label out of range, a
-duplicate name) keeps its index and carries the problem.
+by file name, then in file order.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.data import FORMATS
-from diffit_train.data import plugged
-from diffit_train.data.sources import cifar10
-from diffit_train.data.sources.folder import list_folder
-from diffit_train.data.sources.labels import (
-    DATASET_JSON,
-    labeled,
-    read_dataset_json,
-    read_label_file,
-)
-from diffit_train.data.sources.listing import (
-    IMAGE_COLUMN,
+from diffit_train.data.sources.base import (
     SUFFIXES,
-    Files,
-    Found,
     ImageList,
     Item,
     Location,
     Source,
-    SourceKind,
-    by_folder,
     cleaned,
-    items_digest,
+    open_archive,
+    split_pattern,
     unique,
-    usable_label,
 )
-from diffit_train.data.sources.parquet import list_parquet
-from diffit_train.data.sources.tar import list_ilsvrc, list_tar, open_archive, tar_members
-from diffit_train.data.sources.webdataset import list_webdataset
-from diffit_train.data.sources.zips import list_zip
+from diffit_train.data.sources.cifar10 import Cifar10, is_archive
+from diffit_train.data.sources.custom import CustomSource
+from diffit_train.data.sources.files import Folder
+from diffit_train.data.sources.labels import DATASET_JSON
+from diffit_train.data.sources.parquet import IMAGE_COLUMN, Parquet
+from diffit_train.data.sources.tar import Ilsvrc, Tar, tar_members
+from diffit_train.data.sources.webdataset import WebDataset
+from diffit_train.data.sources.zips import Zip
 from diffit_train.errors import UserError
-from diffit_train.progress import say
 
 __all__ = [
     "IMAGE_COLUMN",
@@ -63,20 +51,35 @@ __all__ = [
     "Item",
     "Location",
     "Source",
-    "SourceKind",
-    "items_digest",
     "list_images",
+    "open_source",
     "source_kind",
 ]
 
-# Formats that hold files, which a folder or a list labels.
-_FILES: dict[SourceKind, Callable[[str], Files]] = {
-    "folder": list_folder,
-    "tar": list_tar,
-    "zip": list_zip,
-    "ilsvrc": list_ilsvrc,
+SOURCES: dict[str, type[Source]] = {
+    source.kind: source for source in (Folder, Tar, Zip, Ilsvrc, WebDataset, Parquet, Cifar10)
 }
-_LABELED_BY_FILE = ("folder", "tar", "zip")
+
+
+def open_source(recipe: Recipe) -> Source:
+    """The recipe's `data.source`.
+
+    Raises:
+        UserError: it is missing, or its format cannot be inferred or has no use for the labels.
+    """
+    data, root = recipe.data, recipe.storage.root
+    url = storage.resolve(root, data.source)
+    custom = FORMATS.is_plugged(data.format)
+    source_class = CustomSource if custom else SOURCES[source_kind(url, data.format)]
+    if data.labels is not None:
+        if not source_class.holds_files:
+            kind = FORMATS.reference(data.format) if custom else source_class.kind
+            raise UserError(
+                f"data.labels is set, but data.source {url} was read as {kind}, which has its own "
+                "labels; set data.format if it is a folder, tar or zip, else data.labels=null"
+            )
+        data = data.model_copy(update={"labels": storage.resolve(root, data.labels)})
+    return source_class(url, data)
 
 
 def list_images(recipe: Recipe) -> ImageList:
@@ -86,91 +89,37 @@ def list_images(recipe: Recipe) -> ImageList:
         UserError: the source is missing, empty or in an unknown format, its number of classes is
             not the recipe's, or its labels are not those of its images.
     """
-    data = recipe.data
-    url = storage.resolve(recipe.storage.root, data.source)
-    own = FORMATS.is_plugged(data.format)
-    kind: SourceKind = FORMATS.reference(data.format) if own else source_kind(url, data.format)  # type: ignore[assignment]
-    if data.labels is not None and kind not in _LABELED_BY_FILE:
+    data, source = recipe.data, open_source(recipe)
+    images = source.list_images()
+    if not images.items:
         raise UserError(
-            f"data.labels is set, but data.source {url} was read as {kind}, which has its own "
-            f"labels; set data.format if it is one of {', '.join(_LABELED_BY_FILE)}, else "
-            "data.labels=null"
+            f"data.source {source.url} holds no images (read as {source.kind}); expected one "
+            f"folder per class with {', '.join(sorted(SUFFIXES))} files; for another format set "
+            "data.format"
         )
-    found = _found(recipe, url, kind)
-    if not found.items:
+    if len(images.classes) != data.num_classes:
         raise UserError(
-            f"data.source {url} holds no images (read as {kind}); expected one folder per class "
-            f"with {', '.join(sorted(SUFFIXES))} files; for another format set data.format"
+            f"data.source {source.url} has {len(images.classes)} classes, but data.num_classes is "
+            f"{data.num_classes}; set data.num_classes={len(images.classes)} or fix the source"
         )
-    if len(found.classes) != data.num_classes:
-        raise UserError(
-            f"data.source {url} has {len(found.classes)} classes, but data.num_classes is "
-            f"{data.num_classes}; set data.num_classes={len(found.classes)} or fix the source"
-        )
-    column = {"image_column": data.columns.image} if kind == "parquet" else {}
-    source = Source(_split_pattern(url)[0], kind, **column)
-    return ImageList(source, tuple(found.classes), list(unique(found.items)))
+    return replace(images, items=list(unique(images.items)))
 
 
-def _found(recipe: Recipe, url: str, kind: SourceKind) -> Found:
-    classes = recipe.data.num_classes
-    if FORMATS.is_plugged(kind):
-        return _list_plugged(kind, url, classes)
-    if kind == "cifar10":
-        return cifar10.list_images(url)
-    if kind == "parquet":
-        folder, files = _files_of(url, ".parquet")
-        return list_parquet(folder, files, recipe.data.columns, classes)
-    if kind == "webdataset":
-        return list_webdataset(*_files_of(url, ".tar"), classes)
-    rows, dataset_json = _FILES[kind](url)
-    if recipe.data.labels is not None:
-        file = storage.resolve(recipe.storage.root, recipe.data.labels)
-        return labeled(rows, read_label_file(file, recipe.data.columns), url, classes)
-    if dataset_json is not None and classes > 1 and rows:
-        labels = read_dataset_json(dataset_json(), f"{DATASET_JSON} in {url}")
-        if labels is not None:
-            say(f"Labels from {labels.origin}")
-            return labeled(rows, labels, url, classes)
-    return by_folder(rows, classes)
-
-
-def _list_plugged(name: str, url: str, num_classes: int) -> Found:
-    """The images of another package's source."""
-    source = plugged.open_source(name, url)
-    items = [
-        Item(image, *usable_label(label, num_classes, Location("", index)))
-        for index, (image, label) in enumerate(plugged.listed(name, source))
-    ]
-    return Found(list(source.classes), items)
-
-
-def _split_pattern(url: str) -> tuple[str, str | None]:
-    """Folder and pattern of `FOLDER/train-*.parquet`; of a file or folder, itself and None."""
-    name = url.rstrip("/").rpartition("/")[2]
-    if not {"*", "?"} & set(name) or "/" not in url or storage.exists(url):
-        return url, None
-    return storage.parent(url), name
-
-
-def _files_of(url: str, ending: str) -> tuple[str, list[str]]:
-    """A folder and the names of its files that end so; of a file, itself and an empty name."""
-    folder, pattern = _split_pattern(url)
-    if pattern is None and not storage.is_folder(folder):
-        return folder, [""]
-    names = [name for name in storage.list_names(folder) if name.endswith(ending)]
-    return folder, fnmatch.filter(names, pattern) if pattern is not None else names
-
-
-def source_kind(url: str, wanted: str) -> SourceKind:
+def source_kind(url: str, wanted: str) -> str:
     """Format of a source: `wanted`, or for `auto` inferred from its name and first members.
 
     Raises:
         UserError: it is missing, or its format cannot be inferred.
     """
-    folder, pattern = _split_pattern(url)
+    folder, pattern = split_pattern(url)
     if not storage.exists(folder):
-        raise UserError(f"data.source {folder} does not exist; {_missing_hint(folder)}")
+        hint = "set it to a folder with one subfolder per class, a tar, zip or parquet files"
+        if folder.startswith(storage.HUB):
+            hint = (
+                "set it to a folder or file of a data set, hf://datasets/OWNER/NAME/PATH; a "
+                "private or gated one needs HF_TOKEN"
+            )
+        raise UserError(f"data.source {folder} does not exist; {hint}")
     if pattern is not None:
         return _kind_of_pattern(url, wanted)
     storage.require_regular(url)
@@ -180,8 +129,8 @@ def source_kind(url: str, wanted: str) -> SourceKind:
             raise UserError(f"data.source {url} is a folder, but data.format is {wanted!r}")
         if not is_folder and wanted == "folder":
             raise UserError(f"data.source {url} is not a folder, but data.format is 'folder'")
-        return wanted  # type: ignore[return-value]
-    if cifar10.is_archive(url):
+        return wanted
+    if is_archive(url):
         return "cifar10"
     if is_folder:
         names = storage.list_names(url)
@@ -200,20 +149,11 @@ def source_kind(url: str, wanted: str) -> SourceKind:
     return _kind_of_tar(url)
 
 
-def _missing_hint(url: str) -> str:
-    if url.startswith(storage.HUB):
-        return (
-            "set it to a folder or file of a data set, hf://datasets/OWNER/NAME/PATH; a private or "
-            "gated one needs HF_TOKEN"
-        )
-    return "set it to a folder with one subfolder per class, a tar, zip or parquet files"
-
-
-def _kind_of_pattern(url: str, wanted: str) -> SourceKind:
-    kinds: dict[str, SourceKind] = {".parquet": "parquet", ".tar": "webdataset"}
-    for ending, kind in kinds.items():
+def _kind_of_pattern(url: str, wanted: str) -> str:
+    for kind, ending in (("parquet", Parquet.ending), ("webdataset", WebDataset.ending)):
         if url.endswith(ending) and wanted in ("auto", kind):
-            if not _files_of(url, ending)[1]:
+            folder, pattern = split_pattern(url)
+            if not fnmatch.filter(storage.list_names(folder), pattern or ""):
                 raise UserError(f"data.source {url} matches no file")
             return kind
     raise UserError(
@@ -222,7 +162,7 @@ def _kind_of_pattern(url: str, wanted: str) -> SourceKind:
     )
 
 
-def _kind_of_tar(url: str) -> SourceKind:
+def _kind_of_tar(url: str) -> str:
     with open_archive(url) as file:
         for member in tar_members(file, url):
             if member.name.endswith(".tar"):

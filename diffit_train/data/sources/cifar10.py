@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffit_train import storage
-from diffit_train.data.sources.listing import Found, Item, Location, usable_label
+from diffit_train.data.sources.base import ImageList, Location, Source, labeled_item
 from diffit_train.errors import UserError
 
 SIDE, RECORD = 32, 1 + 3 * 32 * 32
@@ -25,6 +25,34 @@ BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 CLASS_NAMES = "batches.meta.txt"
 # Of an archive and of a file in it; five times theirs.
 MAX_ARCHIVE_BYTES, MAX_FILE_BYTES = 2**30, 2**27
+
+
+class Cifar10(Source):
+    """The archive or its folder; a location is a file and a row."""
+
+    kind = "cifar10"
+
+    def list_images(self) -> ImageList:
+        """List the training images in the order of the files; see `Source.list_images`."""
+        files = _files(self.url)
+        classes = files[CLASS_NAMES].decode("ascii", "replace").split()
+        items = []
+        for name in BATCHES:
+            labels = np.frombuffer(files[name], np.uint8).reshape(-1, RECORD)[:, 0]
+            for row, label in enumerate(labels.tolist()):
+                where = Location(name, row)
+                items.append(labeled_item(f"{name}:{row}", label, len(classes), where))
+        return ImageList(self, tuple(classes), items)
+
+    def read(self, location: Location) -> bytes:
+        """Return an image in the BMP format, which decoders know."""
+        file, row, _ = location
+        with _reading:
+            planes = np.frombuffer(_files(self.url)[file], np.uint8, RECORD - 1, row * RECORD + 1)
+        pixels = planes.reshape(3, SIDE, SIDE).transpose(1, 2, 0)
+        out = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(out, "BMP")
+        return out.getvalue()
 
 
 def is_archive(url: str) -> bool:
@@ -49,9 +77,9 @@ def _files(url: str) -> dict[str, bytes]:
     wanted = (*BATCHES, CLASS_NAMES)
     if storage.is_folder(url):
         names = storage.list_names(url)
-        found = {n: _read_limited(storage.join(url, n)) for n in names if n in wanted}
+        files = {n: _read_limited(storage.join(url, n)) for n in names if n in wanted}
     else:
-        names, found = [], {}
+        names, files = [], {}
         try:
             with tarfile.open(fileobj=io.BytesIO(_read_limited(url)), mode="r:*") as tar:
                 for member in tar:
@@ -61,7 +89,7 @@ def _files(url: str) -> dict[str, bytes]:
                         raise tarfile.ReadError(f"{name} has {member.size:,} bytes")
                     content = tar.extractfile(member) if name in wanted else None
                     if content is not None:
-                        found[name] = content.read()
+                        files[name] = content.read()
         except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
             raise UserError(f"{url} is not a complete tar ({error}); download it again") from error
     if "data_batch_1" in names:
@@ -69,18 +97,18 @@ def _files(url: str) -> dict[str, bytes]:
             f"{url} is the Python version of CIFAR-10, whose pickles could run code; download "
             "cifar-10-binary.tar.gz instead"
         )
-    missing = [name for name in wanted if name not in found]
+    missing = [name for name in wanted if name not in files]
     if missing:
         raise UserError(
             f"{url} lacks {missing[0]}; it must be cifar-10-binary.tar.gz, or its unpacked folder"
         )
     for name in BATCHES:
-        if not found[name] or len(found[name]) % RECORD:
+        if not files[name] or len(files[name]) % RECORD:
             raise UserError(
-                f"{name} in {url} has {len(found[name]):,} bytes, not a multiple of {RECORD:,}; "
+                f"{name} in {url} has {len(files[name]):,} bytes, not a multiple of {RECORD:,}; "
                 "download it again"
             )
-    return found
+    return files
 
 
 def _read_limited(url: str) -> bytes:
@@ -89,35 +117,3 @@ def _read_limited(url: str) -> bytes:
     if size > MAX_ARCHIVE_BYTES:
         raise UserError(f"{url} has {size:,} bytes; it cannot be CIFAR-10's archive")
     return storage.read_bytes(url)
-
-
-def list_images(url: str) -> Found:
-    """Class names and training images, in the order of the files.
-
-    Raises:
-        UserError: it is not the binary version, or damaged.
-    """
-    files = _files(url)
-    classes = files[CLASS_NAMES].decode("ascii", "replace").split()
-    items = []
-    for name in BATCHES:
-        labels = np.frombuffer(files[name], np.uint8).reshape(-1, RECORD)[:, 0]
-        for row, label in enumerate(labels.tolist()):
-            usable = usable_label(label, len(classes), Location(name, row))
-            items.append(Item(f"{name}:{row}", *usable))
-    return Found(classes, items)
-
-
-def read_image(url: str, location: Location) -> bytes:
-    """An image in the BMP format, which decoders know.
-
-    Args:
-        location: file and row; the rest is not used.
-    """
-    file, row, _ = location
-    with _reading:
-        planes = np.frombuffer(_files(url)[file], np.uint8, RECORD - 1, row * RECORD + 1)
-    pixels = planes.reshape(3, SIDE, SIDE).transpose(1, 2, 0)
-    out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(out, "BMP")
-    return out.getvalue()

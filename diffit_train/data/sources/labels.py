@@ -1,7 +1,4 @@
-"""Labels that stand in a file: a CSV, or a JSON as EDM's `dataset.json`.
-
-The paths in it are relative to the source. Every image has one label, and every label an image:
-whatever else is found is an error that names the first of them.
+"""Labels in a file: a CSV, or a JSON as EDM's `dataset.json`; paths are relative to the source.
 
 Source of the JSON's layout, `{"labels": [[PATH, LABEL], …]}`: EDM's `dataset_tool.py`.
 """
@@ -17,7 +14,7 @@ from typing import Any, NamedTuple
 
 from diffit_train import storage
 from diffit_train.config.data import Columns
-from diffit_train.data.sources.listing import Found, Item, Row, cleaned
+from diffit_train.data.sources.base import cleaned
 from diffit_train.errors import UserError
 
 # EDM's list of labels, at the top of a data set.
@@ -151,42 +148,3 @@ def _by_path(pairs: Iterable[tuple[str, Any]], origin: str) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def labeled(rows: Sequence[Row], labels: Labels, url: str, num_classes: int) -> Found:
-    """Classes and items of images with these labels.
-
-    Args:
-        url: the source, for messages.
-
-    Raises:
-        UserError: an image has no label, a label no image, or a label is out of range.
-    """
-    origin, by_path = labels
-    missing = [row.path for row in rows if row.path not in by_path and not row.problem]
-    if missing:
-        raise UserError(
-            f"{origin} has no label for {len(missing):,} of the {len(rows):,} images in {url}, "
-            f"such as {missing[0]}; add the labels, or move the images away"
-        )
-    here = {row.path for row in rows}
-    unknown = [path for path in by_path if path not in here]
-    if unknown:
-        raise UserError(
-            f"{origin} labels {len(unknown):,} images that {url} does not hold, such as "
-            f"{unknown[0]}; paths are relative to the source: fix or remove them"
-        )
-    names = sorted({name for name in by_path.values() if isinstance(name, str)})
-    classes = names or [str(number) for number in range(num_classes)]
-    index = {name: number for number, name in enumerate(names)}
-    items = []
-    for row in rows:
-        value = by_path.get(row.path, 0)
-        label = index[value] if isinstance(value, str) else value
-        if not 0 <= label < len(classes):
-            raise UserError(
-                f"{origin}: label {label} of {row.path} is not between 0 and {num_classes - 1}; "
-                "fix it, or raise data.num_classes"
-            )
-        items.append(Item(row.path, label, row.location, row.problem))
-    return Found(classes, items)

@@ -7,45 +7,133 @@ bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from diffit_train import storage
-from diffit_train.config.data import Columns
-from diffit_train.data.sources.listing import Found, Item, Location, each, usable_label
-from diffit_train.data.sources.tar import open_archive
+from diffit_train.config.data import Columns, Data
+from diffit_train.data.preprocess import UnreadableImage
+from diffit_train.data.sources.base import (
+    ImageList,
+    Item,
+    Location,
+    RecordSource,
+    labeled_item,
+    numbered,
+    open_archive,
+)
 from diffit_train.errors import UserError
 
+# Column that holds the images, unless the recipe names another.
+IMAGE_COLUMN: str = Columns().image
+# Row groups that are in memory at once, whole.
+WHOLE_ROW_GROUPS = 4
 
-def list_parquet(url: str, files: Sequence[str], columns: Columns, num_classes: int) -> Found:
-    """The rows of parquet files, in the order of the files.
 
-    Args:
-        files: names in the folder `url`; "" for `url` itself.
+class Parquet(RecordSource):
+    """Parquet files, or one; a location is a row in a row group of a file."""
 
-    Raises:
-        UserError: a file is not parquet, is damaged, or lacks a column.
-    """
+    kind, ending, grouped = "parquet", ".parquet", True
 
-    def listed(file: str) -> tuple[list[str] | None, list[Item]]:
-        rows: list[Item] = []
-        name = storage.join(url, file) if file else url
-        with open_parquet(name) as table:
-            wanted = _columns_to_list(name, table.schema_arrow, columns, num_classes)
+    def __init__(self, url: str, data: Data) -> None:
+        super().__init__(url, data)
+        self.columns = data.columns
+        if self.columns.image != IMAGE_COLUMN:
+            self.variant = (self.columns.image,)
+
+    def list_images(self) -> ImageList:
+        """List the rows in the order of the files; see `Source.list_images`."""
+        items: list[Item] = []
+        classes: list[str] | None = None
+        for names, rows in self.each(self._rows):
+            classes = names or classes
+            items += rows
+        return ImageList(self, tuple(classes or numbered(self.data.num_classes)), items)
+
+    def read(self, location: Location) -> bytes:
+        """Return an image; `open` is faster for several."""
+        group = _RowGroup(self, location, [location.start], threading.Semaphore())
+        return group.pop(location.start)
+
+    def open(self, items: Sequence[Item]) -> Callable[[Location], bytes]:
+        """Read each row group once, when the first of its images is wanted; see `Source.open`."""
+        rows = defaultdict(set)
+        for item in items:
+            rows[item.location._replace(start=-1)].add(item.location.start)
+        gate = threading.Semaphore(WHOLE_ROW_GROUPS)
+        groups = {where: _RowGroup(self, where, sorted(rows[where]), gate) for where in rows}
+        return lambda location: groups[location._replace(start=-1)].pop(location.start)
+
+    def _rows(self, file: str) -> tuple[list[str] | None, list[Item]]:
+        """Class names, if the file has them, and items of a file."""
+        url = self.path(file)
+        items: list[Item] = []
+        with open_parquet(url) as table:
+            schema = table.schema_arrow
+            wanted = _columns_to_list(url, schema, self.columns, self.data.num_classes)
             for group in range(table.num_row_groups):
-                with parquet_errors(name, group):
+                with parquet_errors(url, group):
                     count = table.metadata.row_group(group).num_rows
                     read = table.read_row_group(group, columns=wanted) if wanted else None
-                    rows += _items(read, count, file, group, columns, num_classes)
-            return _class_names(table.schema_arrow.metadata or {}, columns.label), rows
+                    items += self._items(read, count, file, group)
+            return _class_names(schema.metadata or {}, self.columns.label), items
 
-    items: list[Item] = []
-    classes: list[str] | None = None
-    for names, rows in each(files, listed):
-        classes = names or classes
-        items += rows
-    return Found(classes or [str(number) for number in range(num_classes)], items)
+    def _items(self, read: Any, count: int, file: str, group: int) -> Iterator[Item]:
+        labels, paths = [0] * count, [None] * count
+        if self.columns.label is not None:
+            labels = read[self.columns.label].to_pylist()
+        if read is not None and self.columns.image in read.schema.names:
+            paths = read[self.columns.image].combine_chunks().field("path").to_pylist()
+        for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
+            name = path or f"{file or 'file'}:{group}:{row}"
+            where = Location(file, row, group)
+            if label is None:
+                yield Item(name, 0, where, "the label is null")
+            else:
+                yield labeled_item(name, int(label), self.data.num_classes, where)
+
+
+class _RowGroup:
+    """Some rows of a row group, read when the first of them is wanted, and kept until then."""
+
+    def __init__(
+        self, source: Parquet, where: Location, rows: list[int], gate: threading.Semaphore
+    ) -> None:
+        self.url, self.group = source.path(where.file), where.size
+        self.column, self.rows, self.gate = source.columns.image, rows, gate
+        self._lock = threading.Lock()
+        self._values: dict[int, bytes] | None = None
+        self._problem = ""
+
+    def pop(self, row: int) -> bytes:
+        """Return the bytes of a row, and forget them.
+
+        Raises:
+            UnreadableImage: the row group is damaged.
+        """
+        with self._lock:
+            if self._values is None and not self._problem:
+                try:
+                    with self.gate:
+                        self._values = storage.with_retries(self.url, self._read)
+                except UserError as error:
+                    self._problem = str(error)
+            if self._values is None:
+                raise UnreadableImage(self._problem)
+            return self._values.pop(row)
+
+    def _read(self) -> dict[int, bytes]:
+        with open_parquet(self.url) as table, parquet_errors(self.url, self.group):
+            plain = not _image_fields(self.url, table.schema_arrow, self.column)
+            read = table.read_row_group(
+                self.group, columns=[self.column if plain else f"{self.column}.bytes"]
+            )
+            values = read[self.column].take(self.rows).combine_chunks()
+            images = (values if plain else values.field("bytes")).to_pylist()
+        return {row: image or b"" for row, image in zip(self.rows, images, strict=True)}
 
 
 def _columns_to_list(url: str, schema: Any, columns: Columns, num_classes: int) -> list[str]:
@@ -54,11 +142,16 @@ def _columns_to_list(url: str, schema: Any, columns: Columns, num_classes: int) 
     Raises:
         UserError: the file lacks a column, or one has another type.
     """
+    import pyarrow as pa
+
     fields = _image_fields(url, schema, columns.image)
     wanted = [f"{columns.image}.path"] if "path" in fields else []
     if columns.label is not None:
-        _require_column(url, schema, "label", columns.label)
-        _require_label_type(url, schema, columns.label)
+        kind = _column_type(url, schema, "label", columns.label)
+        if not pa.types.is_integer(kind):
+            raise UserError(
+                f"{url}: column `{columns.label}` does not have an integer type, but {kind}"
+            )
         wanted.append(columns.label)
     elif num_classes != 1:
         raise UserError(
@@ -68,7 +161,7 @@ def _columns_to_list(url: str, schema: Any, columns: Columns, num_classes: int) 
     return wanted
 
 
-def _require_column(url: str, schema: Any, key: str, name: str) -> None:
+def _column_type(url: str, schema: Any, key: str, name: str) -> Any:
     if schema.names.count(name) > 1:
         raise UserError(f"{url} has {schema.names.count(name)} columns {name!r}; keep one of them")
     if name not in schema.names:
@@ -77,14 +170,7 @@ def _require_column(url: str, schema: Any, key: str, name: str) -> None:
             f"{url} has no column {name!r}; it has {', '.join(schema.names)}: set "
             f"data.columns.{key} to one of them{hint}"
         )
-
-
-def _require_label_type(url: str, schema: Any, name: str) -> None:
-    import pyarrow as pa
-
-    found = schema.field(name).type
-    if not pa.types.is_integer(found):
-        raise UserError(f"{url}: column `{name}` does not have an integer type, but {found}")
+    return schema.field(name).type
 
 
 def _image_fields(url: str, schema: Any, name: str) -> dict[str, Any]:
@@ -95,60 +181,23 @@ def _image_fields(url: str, schema: Any, name: str) -> dict[str, Any]:
     """
     import pyarrow as pa
 
-    _require_column(url, schema, "image", name)
-    column = schema.field(name).type
-    binary = (pa.types.is_binary, pa.types.is_large_binary)
-    if any(kind(column) for kind in binary):
+    kind = _column_type(url, schema, "image", name)
+    binary = (pa.binary(), pa.large_binary())
+    if kind in binary:
         return {}
-    fields = {field.name: field.type for field in column} if pa.types.is_struct(column) else {}
+    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
     if "bytes" not in fields:
         raise UserError(
-            f"{url}: column `{name}` has the type {column}; it needs binary, or a struct of "
-            f"`bytes` and `path`; the columns are {', '.join(schema.names)}"
+            f"{url}: column `{name}` has the type {kind}; it needs binary, or a struct of `bytes` "
+            f"and `path`; the columns are {', '.join(schema.names)}"
         )
-    allowed = {
-        "bytes": binary,
-        "path": (pa.types.is_string, pa.types.is_large_string, pa.types.is_null),
-    }
-    for field in fields.keys() & allowed:
-        if not any(kind(fields[field]) for kind in allowed[field]):
+    text = (pa.string(), pa.large_string(), pa.null())
+    for part, allowed, needed in (("bytes", binary, "binary"), ("path", text, "string")):
+        if part in fields and fields[part] not in allowed:
             raise UserError(
-                f"{url}: column `{name}.{field}` has the type {fields[field]}; it needs "
-                f"{'binary' if field == 'bytes' else 'string'}"
+                f"{url}: column `{name}.{part}` has the type {fields[part]}; it needs {needed}"
             )
     return fields
-
-
-def _items(
-    read: Any, count: int, file: str, group: int, columns: Columns, num_classes: int
-) -> Iterator[Item]:
-    names = read.schema.names if read is not None else []
-    labels, paths = [0] * count, [None] * count
-    if columns.label is not None:
-        labels = read[columns.label].to_pylist()
-    if columns.image in names:
-        paths = read[columns.image].combine_chunks().field("path").to_pylist()
-    for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        name = path or f"{file or 'file'}:{group}:{row}"
-        location = Location(file, row, group)
-        if label is None:
-            yield Item(name, 0, location, "the label is null")
-        else:
-            yield Item(name, *usable_label(int(label), num_classes, location))
-
-
-def read_rows(url: str, group: int, rows: Sequence[int], column: str) -> dict[int, bytes]:
-    """The bytes of the images in some rows of a row group.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    with open_parquet(url) as table, parquet_errors(url, group):
-        plain = not _image_fields(url, table.schema_arrow, column)
-        wanted = column if plain else f"{column}.bytes"
-        values = table.read_row_group(group, columns=[wanted])[column].take(rows).combine_chunks()
-        found = (values if plain else values.field("bytes")).to_pylist()
-    return {row: value or b"" for row, value in zip(rows, found, strict=True)}
 
 
 @contextmanager

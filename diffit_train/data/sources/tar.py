@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import IO, cast
 
 from diffit_train import storage
-from diffit_train.data.sources.labels import DATASET_JSON, MAX_FILE_BYTES
-from diffit_train.data.sources.listing import (
+from diffit_train.data.sources.base import (
     MAX_TEXT_BYTES,
-    Files,
     Location,
-    Row,
-    cleaned,
-    is_image,
-    name_problem,
-    named_once,
+    open_archive,
+    require_size,
 )
+from diffit_train.data.sources.files import File, FileSource
 from diffit_train.errors import UserError
 
 # Sparse and plain members beyond it are not images.
@@ -36,14 +30,6 @@ _EXTENSIONS = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-
-
-@contextmanager
-def open_archive(url: str, read_ahead: bool = True) -> Iterator[IO[bytes]]:
-    """Open a file of a source for listing; see `storage.open_file`."""
-    storage.require_regular(url)
-    with storage.open_file(url, read_ahead) as file:
-        yield file
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -99,44 +85,54 @@ def tar_members(file: IO[bytes] | FileWindow, url: str) -> Iterator[tarfile.TarI
         )
 
 
-def member_problem(member: tarfile.TarInfo, name: str) -> str:
-    """What is wrong with a member under this name, or ""."""
-    if member.issparse():
-        return "a sparse member, which is not stored as a whole"
-    return name_problem(name)
+def sparse_problem(member: tarfile.TarInfo) -> str:
+    """What is wrong with a sparse member; else ""."""
+    return "a sparse member, which is not stored as a whole" if member.issparse() else ""
 
 
-def list_tar(url: str) -> Files:
-    """The images of a packed folder, sorted by path."""
-    rows, dataset_json = [], None
-    with open_archive(url) as file:
-        for member in tar_members(file, url):
-            name, start, size = cleaned(member.name), member.offset_data, member.size
-            if is_image(name):
-                rows.append(Row(name, Location("", start, size), member_problem(member, name)))
-            elif name == DATASET_JSON and size <= MAX_FILE_BYTES and not member.issparse():
-                dataset_json = functools.partial(storage.read_range, url, start, start + size)
-    return Files(named_once(rows), dataset_json)
+class Tar(FileSource):
+    """A packed folder."""
+
+    kind = "tar"
+
+    def files(self) -> Iterator[File]:
+        """List the members."""
+        with open_archive(self.url) as file:
+            for member in tar_members(file, self.url):
+                where = Location("", member.offset_data, member.size)
+                yield File(member.name, where, sparse_problem(member))
+
+    def read(self, location: Location) -> bytes:
+        """Return a member; see `Source.read`."""
+        return read_member(self.url, location)
 
 
-def list_ilsvrc(url: str) -> Files:
-    """The images of a tar of tars, one for each class, sorted by class and path."""
-    rows: list[Row] = []
-    with open_archive(url) as file:
-        for outer in list(tar_members(file, url)):
-            if not outer.name.endswith(".tar"):
-                continue
-            if outer.issparse():
-                raise UserError(f"{outer.name} in {url} is a sparse member; pack it again")
-            name = PurePosixPath(outer.name).name.removesuffix(".tar")
-            inside = FileWindow(file, outer.offset_data, outer.size)
-            for member in tar_members(inside, f"{outer.name} in {url}"):
-                if is_image(member.name):
-                    start = outer.offset_data + member.offset_data
-                    path = f"{name}/{cleaned(member.name)}"
-                    where = Location("", start, member.size)
-                    rows.append(Row(path, where, member_problem(member, path)))
-    return Files(named_once(rows))
+class Ilsvrc(Tar):
+    """A tar of tars, one for each class."""
+
+    kind = "ilsvrc"
+
+    def files(self) -> Iterator[File]:
+        """List the members of the inner tars."""
+        with open_archive(self.url) as file:
+            for outer in list(tar_members(file, self.url)):
+                if not outer.name.endswith(".tar"):
+                    continue
+                if outer.issparse():
+                    raise UserError(f"{outer.name} in {self.url} is a sparse member; pack it again")
+                folder = PurePosixPath(outer.name).name.removesuffix(".tar")
+                inside = FileWindow(file, outer.offset_data, outer.size)
+                for member in tar_members(inside, f"{outer.name} in {self.url}"):
+                    where = Location("", outer.offset_data + member.offset_data, member.size)
+                    path = f"{folder}/{member.name.removeprefix('./')}"
+                    yield File(path, where, sparse_problem(member))
+
+
+def read_member(url: str, location: Location) -> bytes:
+    """Return the bytes of a tar's member."""
+    _, start, size = location
+    require_size(size)
+    return storage.read_range(url, start, start + size) if size else b""
 
 
 class FileWindow(io.RawIOBase):

@@ -3,67 +3,71 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from diffit_train import storage
-from diffit_train.data.sources.listing import (
+from diffit_train.data.sources.base import (
     MAX_TEXT_BYTES,
     SUFFIXES,
-    Found,
+    ImageList,
     Item,
     Location,
+    RecordSource,
     cleaned,
-    each,
-    usable_label,
+    labeled_item,
+    name_problem,
+    numbered,
+    open_archive,
 )
-from diffit_train.data.sources.tar import member_problem, open_archive, tar_members
+from diffit_train.data.sources.tar import read_member, sparse_problem, tar_members
 
 
-def list_webdataset(url: str, files: Sequence[str], num_classes: int) -> Found:
-    """The samples of tars, in the order of the files.
+class WebDataset(RecordSource):
+    """Tars, or one tar, with KEY.jpg (png, webp) and KEY.cls or KEY.json."""
 
-    Args:
-        files: names in the folder `url`; "" for `url` itself.
-    """
-    items: list[Item] = []
-    seen: set[str] = set()
-    for found in each(files, lambda file: list(_samples(url, file, num_classes))):
-        for item in found:
-            twice = item.name in seen and not item.problem
-            items.append(item._replace(problem="the key occurs twice") if twice else item)
-            seen.add(item.name)
-    return Found([str(number) for number in range(num_classes)], items)
+    kind, ending = "webdataset", ".tar"
 
+    def list_images(self) -> ImageList:
+        """List the samples in the order of the files; see `Source.list_images`."""
+        items: list[Item] = []
+        seen: set[str] = set()
+        for samples in self.each(lambda file: list(self._samples(file))):
+            for item in samples:
+                twice = item.name in seen and not item.problem
+                items.append(item._replace(problem="the key occurs twice") if twice else item)
+                seen.add(item.name)
+        return ImageList(self, numbered(self.data.num_classes), items)
 
-def _samples(url: str, file: str, num_classes: int) -> Iterator[Item]:
-    """Samples of a tar; members with the same key must be adjacent."""
-    name = storage.join(url, file) if file else url
-    with open_archive(name) as opened:
-        key, parts = None, {}  # type: ignore[var-annotated]
-        for member in tar_members(opened, name):
-            stem, _, ending = PurePosixPath(cleaned(member.name)).name.partition(".")
-            folder = cleaned(member.name).rpartition("/")[0]
-            this = f"{folder}/{stem}" if folder else stem
-            if key is not None and this != key:
-                yield _sample(file, key, parts, num_classes)
-                parts = {}
-            key = this
-            location = Location(file, member.offset_data, member.size)
-            ending = ending.lower()
-            text, problem = b"", member_problem(member, key)
-            if ending in ("cls", "json") and not problem:
-                if member.size > MAX_TEXT_BYTES:
-                    problem = f"its label has {member.size:,} bytes"
-                else:
-                    position = opened.tell()
-                    opened.seek(member.offset_data)
-                    text = opened.read(member.size)
-                    opened.seek(position)
-            parts.setdefault(ending, _Part(location, text, problem))
-        if key is not None:
-            yield _sample(file, key, parts, num_classes)
+    def read(self, location: Location) -> bytes:
+        """Return an image; see `Source.read`."""
+        return read_member(self.path(location.file), location)
+
+    def _samples(self, file: str) -> Iterator[Item]:
+        """Samples of a tar; members with the same key must be adjacent."""
+        url, classes = self.path(file), self.data.num_classes
+        with open_archive(url) as opened:
+            key, parts = "", {}  # type: ignore[var-annotated]
+            for member in tar_members(opened, url):
+                folder, slash, name = cleaned(member.name).rpartition("/")
+                stem, _, ending = name.partition(".")
+                this = f"{folder}{slash}{stem}"
+                if parts and this != key:
+                    yield _sample(file, key, parts, classes)
+                    parts = {}
+                key, ending, text = this, ending.lower(), b""
+                problem = sparse_problem(member) or name_problem(key)
+                if ending in ("cls", "json") and not problem:
+                    if member.size > MAX_TEXT_BYTES:
+                        problem = f"its label has {member.size:,} bytes"
+                    else:
+                        position = opened.tell()
+                        opened.seek(member.offset_data)
+                        text = opened.read(member.size)
+                        opened.seek(position)
+                where = Location(file, member.offset_data, member.size)
+                parts.setdefault(ending, _Part(where, text, problem))
+            if parts:
+                yield _sample(file, key, parts, classes)
 
 
 class _Part(NamedTuple):
@@ -89,7 +93,7 @@ def _sample(file: str, key: str, parts: dict[str, _Part], num_classes: int) -> I
     # RecursionError: nested lists.
     except (ValueError, TypeError, RecursionError):
         return Item(key, 0, location, "the label is not an integer")
-    return Item(key, *usable_label(label, num_classes, location))
+    return labeled_item(key, label, num_classes, location)
 
 
 def _json_label(data: bytes) -> int:

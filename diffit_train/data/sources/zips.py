@@ -7,24 +7,17 @@ the header itself knows; so a little more than the contents is asked for.
 from __future__ import annotations
 
 import errno
-import functools
 import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from diffit_train import storage
+from diffit_train.data.preprocess import UnreadableImage
+from diffit_train.data.sources.base import Location, is_image, open_archive, require_size
+from diffit_train.data.sources.files import File, FileSource
 from diffit_train.data.sources.labels import DATASET_JSON, MAX_FILE_BYTES
-from diffit_train.data.sources.listing import (
-    Files,
-    Location,
-    Row,
-    is_image,
-    name_problem,
-    named_once,
-)
-from diffit_train.data.sources.tar import open_archive
 from diffit_train.errors import UserError
 
 # A larger image has to be stored uncompressed. An image file hardly shrinks, but a thousand bytes
@@ -43,30 +36,34 @@ _METHODS = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "lzma"}
 _RESOURCE_FORKS = "__MACOSX/"
 
 
-class DamagedMember(Exception):
-    """A member of a zip cannot be read; the message is the reason."""
+class Zip(FileSource):
+    """A packed folder."""
 
+    kind = "zip"
 
-def list_zip(url: str) -> Files:
-    """The images of a packed folder, sorted by path.
+    def files(self) -> Iterator[File]:
+        """List the members.
 
-    Raises:
-        UserError: it is not a zip, is damaged, encrypted, or compressed in another way than by
-            deflate, or its members overlap.
-    """
-    members = [m for m in _members(url) if not m.is_dir() and _is_own(m.filename)]
-    images = [m for m in members if is_image(m.filename)]
-    _require_readable(images, url)
-    rows = [Row(m.filename, _location(m), _problem(m)) for m in images]
-    labels = [m for m in members if m.filename == DATASET_JSON]
-    if not labels:
-        return Files(named_once(rows))
-    _require_readable(labels, url)
-    return Files(named_once(rows), functools.partial(_read_labels, url, labels[-1]))
+        Raises:
+            UserError: it is not a zip, is damaged, encrypted, or compressed in another way than by
+                deflate, or its members overlap.
+        """
+        for member in _members(self.url):
+            name = member.filename
+            if member.is_dir() or name.startswith(_RESOURCE_FORKS):
+                continue
+            if is_image(name) or name == DATASET_JSON:
+                _require_readable(member, self.url)
+            where = Location("", member.header_offset, member.compress_size)
+            yield File(name, where, _problem(member))
 
+    def read(self, location: Location) -> bytes:
+        """Return a member; see `Source.read`."""
+        return read_member(self.url, location)
 
-def _is_own(name: str) -> bool:
-    return not name.startswith(_RESOURCE_FORKS)
+    def read_labels(self, location: Location) -> bytes:
+        """Return a member that is no image, and may inflate to more."""
+        return read_member(self.url, location, MAX_FILE_BYTES)
 
 
 def _members(url: str) -> list[zipfile.ZipInfo]:
@@ -106,22 +103,16 @@ def _require_apart(members: Iterable[zipfile.ZipInfo], end: int, url: str) -> No
         raise UserError(f"{url} is damaged: {before} overlaps the list of members; pack it again")
 
 
-def _require_readable(members: Iterable[zipfile.ZipInfo], url: str) -> None:
-    for member in members:
-        if member.flag_bits & _ENCRYPTED:
-            raise UserError(
-                f"{url} is encrypted (such as {member.filename}); pack it again without a password"
-            )
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            method = _METHODS.get(member.compress_type, f"method {member.compress_type}")
-            raise UserError(
-                f"{url}: {member.filename} is compressed by {method}; pack it again, stored or "
-                "deflated"
-            )
-
-
-def _location(member: zipfile.ZipInfo) -> Location:
-    return Location("", member.header_offset, member.compress_size)
+def _require_readable(member: zipfile.ZipInfo, url: str) -> None:
+    if member.flag_bits & _ENCRYPTED:
+        raise UserError(
+            f"{url} is encrypted (such as {member.filename}); pack it again without a password"
+        )
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        method = _METHODS.get(member.compress_type, f"method {member.compress_type}")
+        raise UserError(
+            f"{url}: {member.filename} is compressed by {method}; pack it again, stored or deflated"
+        )
 
 
 def _problem(member: zipfile.ZipInfo) -> str:
@@ -131,18 +122,11 @@ def _problem(member: zipfile.ZipInfo) -> str:
     deflated = member.compress_type == zipfile.ZIP_DEFLATED
     if deflated and member.file_size > MAX_INFLATED_BYTES:
         return _too_large(member.file_size, MAX_INFLATED_BYTES)
-    return name_problem(member.filename)
+    return ""
 
 
 def _too_large(size: int, limit: int) -> str:
     return f"it inflates to {size:,} bytes, more than {limit:,}; store it uncompressed"
-
-
-def _read_labels(url: str, member: zipfile.ZipInfo) -> bytes:
-    try:
-        return read_member(url, _location(member), MAX_FILE_BYTES)
-    except DamagedMember as error:
-        raise UserError(f"{DATASET_JSON} in {url} cannot be read: {error}") from error
 
 
 def read_member(url: str, location: Location, limit: int = MAX_INFLATED_BYTES) -> bytes:
@@ -153,23 +137,24 @@ def read_member(url: str, location: Location, limit: int = MAX_INFLATED_BYTES) -
         limit: most bytes that they may inflate to.
 
     Raises:
-        DamagedMember: it is damaged, or inflates to more than `limit` bytes.
+        UnreadableImage: it is damaged, or inflates to more than `limit` bytes.
     """
     _, start, size = location
+    require_size(size)
     data = storage.read_range(url, start, start + _HEADER.size + _NAME_BYTES + size)
     if len(data) < _HEADER.size or not data.startswith(_SIGNATURE):
-        raise DamagedMember(f"no member of the zip begins at byte {start:,}")
+        raise UnreadableImage(f"no member of the zip begins at byte {start:,}")
     _, _, flags, method, _, _, crc, _, _, *lengths = _HEADER.unpack_from(data)
     begin = _HEADER.size + sum(lengths)
     contents = data[begin : begin + size]
     if sum(lengths) > _NAME_BYTES:
         contents = storage.read_range(url, start + begin, start + begin + size) if size else b""
     if len(contents) < size:
-        raise DamagedMember("the zip ends in it")
+        raise UnreadableImage("the zip ends in it")
     if method == zipfile.ZIP_DEFLATED:
         contents = _inflated(contents, limit)
     if not flags & _DESCRIPTOR and zlib.crc32(contents) != crc:
-        raise DamagedMember("its CRC-32 is not that of the zip")
+        raise UnreadableImage("its CRC-32 is not that of the zip")
     return contents
 
 
@@ -178,9 +163,9 @@ def _inflated(data: bytes, limit: int) -> bytes:
     try:
         out = decompressor.decompress(data, limit + 1)
     except zlib.error as error:
-        raise DamagedMember(f"its compressed contents are damaged ({error})") from error
+        raise UnreadableImage(f"its compressed contents are damaged ({error})") from error
     if len(out) > limit:
-        raise DamagedMember(_too_large(len(out), limit))
+        raise UnreadableImage(_too_large(len(out), limit))
     if not decompressor.eof:
-        raise DamagedMember("its compressed contents are damaged (they end too early)")
+        raise UnreadableImage("its compressed contents are damaged (they end too early)")
     return out
