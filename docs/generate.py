@@ -8,15 +8,20 @@ neither the width of a terminal nor the order of a dictionary.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
 from diffit_train.cli.main import app
-from diffit_train.config import keys, packaged_recipes
+from diffit_train.config import Recipe, keys, packaged_recipes
+from diffit_train.config.base import CUSTOM, Section, variants_of
+from diffit_train.config.plugins import Plugged
 from diffit_train.config.presets import PRESETS
 
 DOCS = Path(__file__).resolve().parent
@@ -66,7 +71,7 @@ change its keys, which are listed in [recipes.md](recipes.md).
 def recipes_page() -> str:
     """The page of recipe keys."""
     parts = [GENERATED, RECIPES_HEAD.strip(), _packaged_table(), _preset_table()]
-    for prefix, text, members in keys.sections():
+    for prefix, text, members in sections():
         title = prefix.replace("*", "NAME") or "Top level"
         heading = f"## `{title}`" if prefix else f"## {title}"
         parts.append(f"{heading}\n\n{_paragraphs(text)}")
@@ -92,18 +97,140 @@ def _preset_table() -> str:
     return text + "next to it change them.\n\n" + _table(("preset", *keys), rows)
 
 
-def _recipe_row(key: keys.Key) -> tuple[str, str, str, str]:
-    kind = keys.type_text(key, code=lambda text: f"`{text}`").replace("|", r"\|")
-    default = keys.default_text(key)
-    if key.is_section:
-        default = "see below"
-    elif key.field.is_required() and not key.union:
-        default = "**required**"
-    elif default:
-        default = f"`{default}`"
+@dataclass(frozen=True)
+class Key:
+    """A key, or a section, of the recipe.
+
+    Attributes:
+        name: dotted; `*` stands for a custom name.
+        schema: its JSON schema.
+        variants: those of its section that have it; empty if all do.
+    """
+
+    name: str
+    field: FieldInfo
+    schema: dict[str, Any]
+    variants: tuple[str, ...] = ()
+
+    @property
+    def is_section(self) -> bool:
+        """Whether it is a section."""
+        return "$ref" in self.schema or "oneOf" in self.schema
+
+
+def sections() -> Iterator[tuple[str, str, list[Key]]]:
+    """Every section of the recipe: dotted name, meaning and keys."""
+    return _sections("", Recipe)
+
+
+def all_names() -> list[str]:
+    """Dotted names of every key and section; `*` stands for a custom name."""
+    names = [key.name for _, _, members in sections() for key in members]
+    return [*dict.fromkeys(names), *(name for name, _, _ in sections() if name.endswith(".*"))]
+
+
+def _sections(name: str, *variants: type[Section], text: str = "", union: Any = None) -> Any:
+    """A section and those in it, as `sections`."""
+    members: dict[str, Key] = {}
+    for model in variants:
+        values = union[0].values(model) if union else ()
+        values = tuple("custom class" if value == CUSTOM else value for value in values)
+        properties = model.model_json_schema()["properties"]
+        for n, field in model.model_fields.items():
+            dotted, schema = f"{name}.{n}".lstrip("."), properties[n]
+            same = n if union and n == union[0].key else f"{n} {schema}"
+            more = members[same].variants if same in members else ()
+            members[same] = Key(dotted, field, schema, (*more, *values))
+    if union:
+        mark, known = union
+        tags = _plugged(known[CUSTOM].model_fields[mark.key]) if CUSTOM in known else {}
+        tags = tags or {"enum": list(known)}
+        chosen = {**tags, "default": mark.default, "description": keys.tag_meaning(mark, known)}
+        members[mark.key] = replace(members[mark.key], schema=chosen, variants=())
+        all_variants = len(known)
+        members = {
+            same: replace(key, variants=()) if len(key.variants) == all_variants else key
+            for same, key in members.items()
+        }
+    yield name, text or variants[0].__doc__ or "", list(members.values())
+    for key in members.values():
+        if inner := variants_of(key.field):
+            models = dict.fromkeys(inner[1].values())
+            yield from _sections(key.name, *models, text=key.field.description or "", union=inner)
+        for model in _models(key.field.annotation) if not inner else ():
+            by_name = ".*" if get_origin(key.field.annotation) is dict else ""
+            yield from _sections(key.name + by_name, model)
+
+
+def _models(annotation: Any) -> list[type[Section]]:
+    """The sections inside an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _plugged(field: FieldInfo) -> dict[str, Any]:
+    """The schema of a key that may name a custom class; empty if it may not."""
+    for item in field.metadata:
+        if isinstance(item, Plugged):
+            return {"enum": [*item.own, CUSTOM], "group": item.group}
+    return {}
+
+
+def _recipe_row(key: Key) -> tuple[str, str, str, str]:
+    name, schema = key.name.replace("*", "NAME"), {**key.schema, **_plugged(key.field)}
+    default = "see below" if key.is_section else "**required**"
+    if not key.is_section and "default" in schema:
+        default = f"`{_plain(schema['default'])}`"
     only = f"{', '.join(key.variants)}: " if key.variants else ""
-    name = key.name.replace("*", "NAME")
-    return f"`{name}`", kind, default, _sentence(only + key.meaning)
+    meaning = schema.get("description") or _models(key.field.annotation)[0].__doc__ or ""
+    return f"`{name}`", _type(schema), default, _sentence(only + meaning.split("\n\n")[0])
+
+
+_BOUNDS = {
+    "exclusiveMinimum": "> {}",
+    "minimum": "≥ {}",
+    "exclusiveMaximum": "< {}",
+    "maximum": "≤ {}",
+    "multipleOf": "multiple of {}",
+    "maxLength": "of at most {} characters",
+    "pattern": "as `{}`",
+}
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """The type of a key with its bounds, from its JSON schema."""
+    if "$ref" in schema or "oneOf" in schema:
+        return "section"
+    if "anyOf" in schema:
+        return r" \| ".join(_type(part) for part in schema["anyOf"])
+    if values := schema.get("enum", [schema["const"]] if "const" in schema else []):
+        group = [f"entry point in `{schema['group']}`"] if "group" in schema else []
+        return r" \| ".join([*(f"`{_plain(value)}`" for value in values), *group])
+    if schema.get("type") == "array":
+        items = schema.get("prefixItems", [])
+        many = len(items) if items else "list"
+        return f"{many} of {_type(items[0] if items else schema['items'])}"
+    if schema.get("type") == "object":
+        values = [*schema.get("patternProperties", {}).values()]
+        return f"{_type(values[0]) if values else 'value'} by name"
+    names = {"string": "text", "boolean": "true or false", "null": "`null`"}
+    given = {k: schema[k] for k in _BOUNDS if k in schema}
+    bounds = [_BOUNDS[k].format(v if isinstance(v, str) else f"{v:g}") for k, v in given.items()]
+    if schema.get("minLength") == 1:
+        bounds.append("not empty")
+    return " ".join([names.get(schema["type"], schema["type"]), ", ".join(bounds)]).strip()
+
+
+def _plain(value: Any) -> str:
+    """A value as a recipe would have it."""
+    if isinstance(value, float):
+        return f"{value:g}" if value != int(value) or abs(value) >= 1e6 else f"{value:.1f}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {_plain(v)}' for k, v in value.items() if v is not None)}}}"
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 # ---- Commands ----
@@ -186,9 +313,7 @@ def _option_row(option: Any) -> tuple[str, str, str, str]:
         value += ", repeatable"
     flag = option.is_flag
     default = (
-        ""
-        if option.default in (None, False, "", (), []) or flag
-        else f"`{keys.plain(option.default)}`"
+        "" if option.default in (None, False, "", (), []) or flag else f"`{_plain(option.default)}`"
     )
     if flag and option.secondary_opts:
         default = f"`{option.opts[0] if option.default else option.secondary_opts[0]}`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +17,6 @@ import typer
 
 from diffit_train.cli.main import app
 from diffit_train.config import Recipe, load_recipe, packaged_recipes
-from diffit_train.config.keys import all_names
 from diffit_train.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -31,12 +31,13 @@ def _generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
     spec.loader.exec_module(module)
     return module
 
 
 GENERATOR = _generator()
-KEYS = all_names()
+KEYS = GENERATOR.all_names()
 COMMANDS: dict[str, Any] = dict(GENERATOR.leaf_commands())
 
 

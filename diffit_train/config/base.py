@@ -20,6 +20,8 @@ Name = Annotated[str, Field(pattern=f"^{_NAME}$", max_length=LONGEST_NAME)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 CREDENTIALS_IN_URL = (
@@ -53,9 +55,14 @@ def require_name(what: str, value: str) -> str:
 
 
 class Section(BaseModel):
-    """A section of the recipe: immutable, rejects unknown keys, every number finite."""
+    """A section of the recipe: immutable, rejects unknown keys, every number finite.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    The string below a key describes it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 # Stands for the variant of custom classes.

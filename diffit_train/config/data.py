@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from diffit_train.config.base import Fraction, Name, PositiveInt, Section, without_credentials
 from diffit_train.config.plugins import Plugged
@@ -19,60 +19,46 @@ FORMATS = Plugged(
 class Columns(Section):
     """Names of columns: of parquet files, and of a CSV of labels."""
 
-    image: str = Field(
-        default="image",
-        description="images: bytes, or a struct of `bytes` and `path`; in a CSV of labels, their "
-        "paths (there also `path` or `file_name`)",
-    )
-    label: str | None = Field(
-        default="label",
-        description="class indices, in a CSV also class names; null: all images are one class",
-    )
+    image: str = "image"
+    """images: bytes, or a struct of `bytes` and `path`; in a CSV of labels, their paths (there also
+    `path` or `file_name`)"""
+    label: str | None = "label"
+    """class indices, in a CSV also class names; null: all images are one class"""
 
 
 class Data(Section):
     """The images, and the latent shards encoded from them."""
 
-    name: Name = Field(description="name of the latents under ROOT/latents")
-    source: str = Field(
-        description="images: folder, tar, zip or parquet files, or CIFAR-10's archive; a path, "
-        "s3://…, hf://datasets/OWNER/NAME/… (`root:` means under ROOT)"
-    )
-    format: Annotated[str, FORMATS] = Field(
-        default="auto",
-        description="format of the source; auto: detect from its name and contents; or a class of "
-        "your own, to which data.source means what it likes",
-    )
-    columns: Columns = Field(
-        default=Columns(),
-        description="names of the columns of parquet files and of a CSV of labels",
-    )
-    labels: str | None = Field(
-        default=None,
-        description="labels of the images in a folder, tar or zip, by path: a CSV, or a JSON as "
-        "EDM's dataset.json; null: by the source's own dataset.json, or else by its folders",
-    )
-    resolution: PositiveInt = Field(description="side of the square images, in pixels")
-    num_classes: PositiveInt = Field(description="number of classes")
-    flip: bool = Field(
-        default=False, description="also encode each image flipped horizontally (F = 2)"
-    )
-    images_per_shard: PositiveInt = Field(default=512, description="images per shard")
-    max_rejected_fraction: Fraction = Field(
-        default=0.01, description="fail if a larger fraction of the images cannot be used"
-    )
-    expected_images: PositiveInt | None = Field(
-        default=None,
-        description="number of images, used by `diffit plan` before they are encoded",
-    )
-    shuffle_streams: PositiveInt = Field(
-        default=64,
-        description="parallel streams of samples, independent of the number of workers: any number "
-        "of workers up to this works, if there are as many shards",
-    )
-    shuffle_window: PositiveInt = Field(
-        default=1024, description="consecutive samples of a stream that are shuffled together"
-    )
+    name: Name
+    """name of the latents under ROOT/latents"""
+    source: str
+    """images: folder, tar, zip or parquet files, or CIFAR-10's archive; a path, s3://…,
+    hf://datasets/OWNER/NAME/… (`root:` means under ROOT)"""
+    format: Annotated[str, FORMATS] = "auto"
+    """format of the source; auto: detect from its name and contents; or a class of your own, to
+    which data.source means what it likes"""
+    columns: Columns = Columns()
+    """names of the columns of parquet files and of a CSV of labels"""
+    labels: str | None = None
+    """labels of the images in a folder, tar or zip, by path: a CSV, or a JSON as EDM's
+    dataset.json; null: by the source's own dataset.json, or else by its folders"""
+    resolution: PositiveInt
+    """side of the square images, in pixels"""
+    num_classes: PositiveInt
+    """number of classes"""
+    flip: bool = False
+    """also encode each image flipped horizontally (F = 2)"""
+    images_per_shard: PositiveInt = 512
+    """images per shard"""
+    max_rejected_fraction: Fraction = 0.01
+    """fail if a larger fraction of the images cannot be used"""
+    expected_images: PositiveInt | None = None
+    """number of images, used by `diffit plan` before they are encoded"""
+    shuffle_streams: PositiveInt = 64
+    """parallel streams of samples, independent of the number of workers: any number of workers up
+    to this works, if there are as many shards"""
+    shuffle_window: PositiveInt = 1024
+    """consecutive samples of a stream that are shuffled together"""
 
     _source = field_validator("source")(without_credentials)
 

@@ -27,12 +27,14 @@ class Epsilon(_Objective):
 
     learned_variance: ClassVar[bool] = True
 
-    objective: Literal["epsilon"] = Field(
-        default="epsilon", description="epsilon: noise prediction with learned variance (ADM)"
-    )
-    timesteps: Timesteps = Field(default=1000, description="diffusion timesteps T")
-    beta_start: Beta = Field(default=1e-4, description="first beta of the linear noise schedule")
-    beta_end: Beta = Field(default=0.02, description="last beta of the linear noise schedule")
+    objective: Literal["epsilon"] = "epsilon"
+    """epsilon: noise prediction with learned variance (ADM)"""
+    timesteps: Timesteps = 1000
+    """diffusion timesteps T"""
+    beta_start: Beta = 1e-4
+    """first beta of the linear noise schedule"""
+    beta_end: Beta = 0.02
+    """last beta of the linear noise schedule"""
 
     @model_validator(mode="after")
     def _betas_ascend(self) -> Self:
@@ -47,42 +49,40 @@ class Epsilon(_Objective):
 class Flow(_Objective):
     """Flow matching."""
 
-    objective: Literal["flow"] = Field(
-        default="flow", description="flow: velocity on the linear path (SiT)"
-    )
-    timesteps: Timesteps = Field(default=1000, description="time range [0, T) of the model")
+    objective: Literal["flow"] = "flow"
+    """flow: velocity on the linear path (SiT)"""
+    timesteps: Timesteps = 1000
+    """time range [0, T) of the model"""
 
 
 class Edm(_Objective):
     """Preconditioned denoising (Karras et al. 2022, table 1)."""
 
-    objective: Literal["edm"] = Field(
-        default="edm", description="edm: preconditioned denoising (EDM)"
-    )
-    p_mean: Annotated[float, Field(allow_inf_nan=False)] = Field(
-        default=-1.2, description="mean of ln(sigma) in training"
-    )
-    p_std: Positive = Field(default=1.2, description="standard deviation of ln(sigma) in training")
-    sigma_data: Positive = Field(
-        default=0.5, description="standard deviation of the images, whose pixels are in [-1, 1]"
-    )
+    objective: Literal["edm"] = "edm"
+    """edm: preconditioned denoising (EDM)"""
+    p_mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
+    """mean of ln(sigma) in training"""
+    p_std: Positive = 1.2
+    """standard deviation of ln(sigma) in training"""
+    sigma_data: Positive = 0.5
+    """standard deviation of the images, whose pixels are in [-1, 1]"""
 
 
 class Song(_Objective):
     """Song et al.'s diffusions in EDM's terms."""
 
-    objective: Literal["vp", "ve"] = Field(
-        default="vp",
-        description="vp, ve: as edm, with the noise levels and preconditioning of the "
-        "variance-preserving and the variance-exploding diffusion",
-    )
+    objective: Literal["vp", "ve"] = "vp"
+    """vp, ve: as edm, with the noise levels and preconditioning of the variance-preserving and the
+    variance-exploding diffusion"""
 
 
 class CustomObjective(_Objective):
     """A custom class."""
 
-    objective: Annotated[str, OBJECTIVES] = Field(description="or a custom class")
-    options: dict[str, Any] = Field(default={}, description="arguments of a custom objective")
+    objective: Annotated[str, OBJECTIVES]
+    """or a custom class"""
+    options: dict[str, Any] = {}
+    """arguments of a custom objective"""
 
 
 PackagedDiffusion = Epsilon | Flow | Edm | Song

@@ -16,11 +16,7 @@ ARCHITECTURES = Plugged(
     ("diffit", "dit", "dit_tmsa", "image_diffit", "ddpmpp", "ncsnpp"),
 )
 
-MlpRatio = Annotated[Positive, Field(description="hidden width of the MLP divided by that before")]
-Dropout = Annotated[
-    float,
-    Field(ge=0.0, lt=1.0, description="probability of dropping an activation in training"),
-]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Model(Section):
@@ -28,12 +24,10 @@ class _Model(Section):
     on_pixels: ClassVar[bool] = False
 
     architecture: str
-    conditional: bool = Field(
-        default=True, description="whether the model is conditioned on the label"
-    )
-    attention: Literal["auto", "reference", "sdpa", "chunked", "flex"] = Field(
-        default="auto", description="attention kernel; auto: sdpa on CUDA, chunked elsewhere"
-    )
+    conditional: bool = True
+    """whether the model is conditioned on the label"""
+    attention: Literal["auto", "reference", "sdpa", "chunked", "flex"] = "auto"
+    """attention kernel; auto: sdpa on CUDA, chunked elsewhere"""
 
 
 class LatentModel(_Model):
@@ -41,32 +35,26 @@ class LatentModel(_Model):
 
     dropout: ClassVar[float] = 0.0
 
-    architecture: Literal["diffit", "dit", "dit_tmsa"] = Field(
-        default="diffit",
-        description="diffit: DiffiT; dit: DiT with adaLN-Zero; dit_tmsa: DiT with TMSA instead of "
-        "adaLN-Zero",
-    )
-    preset: str | None = Field(
-        default=None,
-        description=f"named architecture and sizes, which other keys change: {', '.join(PRESETS)}",
-    )
-    patch_size: PositiveInt = Field(
-        default=2, description="side of a patch, in latent pixels; a patch is one token"
-    )
-    hidden_size: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
-        default=1152, description="width of a token; a multiple of 4 and of num_heads"
-    )
-    depth: PositiveInt = Field(default=28, description="number of transformer blocks")
-    num_heads: PositiveInt = Field(default=16, description="attention heads per block")
-    mlp_ratio: MlpRatio = 4.0
-    position_side: PositiveInt | None = Field(
-        default=None,
-        description="side, in tokens, of the grid that the fixed position embeddings span; null: "
-        "the model's own. A model started from one at another resolution keeps that one's",
-    )
-    label_init_std: Positive = Field(
-        default=0.02, description="standard deviation of the initial label embeddings"
-    )
+    architecture: Literal["diffit", "dit", "dit_tmsa"] = "diffit"
+    """diffit: DiffiT; dit: DiT with adaLN-Zero; dit_tmsa: DiT with TMSA instead of adaLN-Zero"""
+    preset: str | None = None
+    """named architecture and sizes, which other keys change: diffit_s, diffit_b, diffit_l,
+    diffit_xl, diffit_xl_depth30; dit_s to dit_xl; dit_tmsa_s to dit_tmsa_xl"""
+    patch_size: PositiveInt = 2
+    """side of a patch, in latent pixels; a patch is one token"""
+    hidden_size: Annotated[int, Field(gt=0, multiple_of=4)] = 1152
+    """width of a token; a multiple of 4 and of num_heads"""
+    depth: PositiveInt = 28
+    """number of transformer blocks"""
+    num_heads: PositiveInt = 16
+    """attention heads per block"""
+    mlp_ratio: Positive = 4.0
+    """hidden width of the MLP divided by that of its input"""
+    position_side: PositiveInt | None = None
+    """side, in tokens, of the grid that the fixed position embeddings span; null: the model's own.
+    A model started from one at another resolution keeps that one's"""
+    label_init_std: Positive = 0.02
+    """standard deviation of the initial label embeddings"""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,45 +72,35 @@ class ImageModel(_Model):
 
     on_pixels: ClassVar[bool] = True
 
-    architecture: Literal["image_diffit"] = Field(
-        default="image_diffit", description="image_diffit: the U-shaped DiffiT on pixels"
-    )
-    channels: tuple[PositiveInt, ...] = Field(
-        default=(128, 256, 256),
-        description="channels of each stage; each stage but the first halves the resolution",
-    )
-    blocks: tuple[PositiveInt, ...] = Field(
-        default=(4, 4, 4), description="residual blocks of each stage, in encoder and decoder each"
-    )
-    window: PositiveInt = Field(
-        default=4, description="side of the windows of attention, in pixels of the stage"
-    )
-    mlp_ratio: MlpRatio = 4.0
-    head_size: PositiveInt = Field(default=32, description="channels of an attention head")
-    time_size: PositiveInt = Field(default=512, description="size of the time token")
+    architecture: Literal["image_diffit"] = "image_diffit"
+    """image_diffit: the U-shaped DiffiT on pixels"""
+    channels: tuple[PositiveInt, ...] = (128, 256, 256)
+    """channels of each stage; each stage but the first halves the resolution"""
+    blocks: tuple[PositiveInt, ...] = (4, 4, 4)
+    """residual blocks of each stage, in encoder and decoder each"""
+    window: PositiveInt = 4
+    """side of the windows of attention, in pixels of the stage"""
+    mlp_ratio: Positive = 4.0
+    """hidden width of the MLP divided by that of its input"""
+    head_size: PositiveInt = 32
+    """channels of an attention head"""
+    time_size: PositiveInt = 512
+    """size of the time token"""
     dropout: Dropout = 0.0
-    resample: Literal["convolution", "bilinear"] = Field(
-        default="convolution", description="how features change their resolution"
-    )
-    time: Literal["tmsa", "separate", "bias", "mlp"] = Field(
-        default="tmsa",
-        description="what the time token enters; tmsa: queries, keys and values; separate: an "
-        "attention of its own; bias: the relative-position bias; mlp: the MLP",
-    )
-    time_embedding: Literal["positional", "fourier"] = Field(
-        default="positional",
-        description="features of the noise level, from which the time token is computed",
-    )
-    encoder: Literal["diffit", "multi_resolution", "vit"] = Field(
-        default="diffit",
-        description="diffit: residual blocks with TMSA; multi_resolution: plain transformer "
-        "blocks; vit: plain transformer blocks at the coarsest resolution only",
-    )
-    decoder: Literal["diffit", "multi_resolution", "setr_mla"] = Field(
-        default="diffit",
-        description="diffit and multi_resolution: as the encoder, with skip connections; setr_mla: "
-        "the encoder's features, upsampled and fused by convolutions",
-    )
+    """probability of dropping an activation in training"""
+    resample: Literal["convolution", "bilinear"] = "convolution"
+    """how features change their resolution"""
+    time: Literal["tmsa", "separate", "bias", "mlp"] = "tmsa"
+    """what the time token enters; tmsa: queries, keys and values; separate: an attention of its
+    own; bias: the relative-position bias; mlp: the MLP"""
+    time_embedding: Literal["positional", "fourier"] = "positional"
+    """features of the noise level, from which the time token is computed"""
+    encoder: Literal["diffit", "multi_resolution", "vit"] = "diffit"
+    """diffit: residual blocks with TMSA; multi_resolution: plain transformer blocks; vit: plain
+    transformer blocks at the coarsest resolution only"""
+    decoder: Literal["diffit", "multi_resolution", "setr_mla"] = "diffit"
+    """diffit and multi_resolution: as the encoder, with skip connections; setr_mla: the encoder's
+    features, upsampled and fused by convolutions"""
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
@@ -156,26 +134,21 @@ class UNetModel(_Model):
 
     on_pixels: ClassVar[bool] = True
 
-    architecture: Literal["ddpmpp", "ncsnpp"] = Field(
-        default="ddpmpp", description="ddpmpp, ncsnpp: convolutional U-Nets on pixels"
-    )
-    channels: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
-        default=128, description="base of the channels of all stages"
-    )
-    multipliers: tuple[PositiveInt, ...] = Field(
-        default=(2, 2, 2),
-        description="channels of each stage, in multiples of `channels`; each stage but the first "
-        "halves the resolution",
-    )
-    blocks: PositiveInt = Field(
-        default=4, description="residual blocks of each stage; one more in the decoder"
-    )
-    attention_resolutions: tuple[PositiveInt, ...] = Field(
-        default=(16,),
-        description="sides of the images at which there is attention; always at the coarsest",
-    )
-    tmsa: bool = Field(default=False, description="TMSA instead of self-attention")
+    architecture: Literal["ddpmpp", "ncsnpp"] = "ddpmpp"
+    """ddpmpp, ncsnpp: convolutional U-Nets on pixels"""
+    channels: Annotated[int, Field(gt=0, multiple_of=4)] = 128
+    """base of the channels of all stages"""
+    multipliers: tuple[PositiveInt, ...] = (2, 2, 2)
+    """channels of each stage, in multiples of `channels`; each stage but the first halves the
+    resolution"""
+    blocks: PositiveInt = 4
+    """residual blocks of each stage; one more in the decoder"""
+    attention_resolutions: tuple[PositiveInt, ...] = (16,)
+    """sides of the images at which there is attention; always at the coarsest"""
+    tmsa: bool = False
+    """TMSA instead of self-attention"""
     dropout: Dropout = 0.0
+    """probability of dropping an activation in training"""
 
 
 class CustomModel(_Model):
@@ -183,8 +156,10 @@ class CustomModel(_Model):
 
     dropout: ClassVar[float] = 0.0
 
-    architecture: Annotated[str, ARCHITECTURES] = Field(description="or a custom class")
-    options: dict[str, Any] = Field(default={}, description="arguments of a custom architecture")
+    architecture: Annotated[str, ARCHITECTURES]
+    """or a custom class"""
+    options: dict[str, Any] = {}
+    """arguments of a custom architecture"""
 
 
 # The network.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from diffit_train import storage
 from diffit_train.config.autoencoder import Autoencoder
@@ -26,13 +26,15 @@ from diffit_train.config.train import EXECUTION_KEYS, KEEPING_KEYS, Train
 class Recipe(Section):
     """Everything that defines a run."""
 
-    name: Name = Field(description="default name of the run")
+    name: Name
+    """default name of the run"""
     data: Data
-    autoencoder: Autoencoder = Field(description="What is between images and latents.")
-    model: Model = Field(default=LatentModel(), description="The network.")
-    diffusion: Diffusion = Field(
-        default=Epsilon(), description="The forward process and the prediction target."
-    )
+    autoencoder: Autoencoder
+    """What is between images and latents."""
+    model: Model = LatentModel()
+    """The network."""
+    diffusion: Diffusion = Epsilon()
+    """The forward process and the prediction target."""
     train: Train
     evaluate: Evaluate
     scaling: Scaling = Scaling()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffit_train.config.base import Positive, PositiveInt, Section
+from diffit_train.config.base import NonNegative, Positive, PositiveInt, Section
 
 ClusterStage = Literal["encode", "train", "evaluate"]
 
@@ -14,62 +14,38 @@ ClusterStage = Literal["encode", "train", "evaluate"]
 class Scaling(Section):
     """The cluster resources that each command uses. They never change a result."""
 
-    workers: PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d*\.\.[1-9]\d*$")] = Field(
-        default=1,
-        description="training workers; 2..8: elastic, as many as fit from 2 to 8",
-    )
-    cpus_per_worker: PositiveInt = Field(default=1, description="CPU cores per training worker")
-    gpus_per_worker: int = Field(
-        default=0, ge=0, le=1, description="GPUs per training worker; 0: train on the CPU"
-    )
-    encode_actors: PositiveInt = Field(
-        default=1,
-        description="maximum number of encoding actors; one starts, and more when images queue up",
-    )
-    encode_threads: PositiveInt = Field(
-        default=1, description="CPU threads per encoding actor without a GPU"
-    )
-    evaluate_actors: PositiveInt = Field(default=1, description="evaluation actors")
-    evaluate_batches: PositiveInt = Field(
-        default=1, description="batches that an evaluation actor generates per committed chunk"
-    )
-    gpus_per_actor: float = Field(
-        default=0.0,
-        ge=0.0,
-        allow_inf_nan=False,
-        description="GPUs per encoding or evaluation actor, may be a fraction; 0: use the CPU",
-    )
-    max_failures: int = Field(
-        default=3,
-        ge=-1,
-        description="restarts after failures of training workers without a new checkpoint in "
-        "between, announced preemptions not counted; -1: unlimited",
-    )
-    resize_check_s: Positive = Field(
-        default=60.0, description="seconds between checks whether an elastic run can grow"
-    )
-    node_wait_timeout_s: float = Field(
-        default=0.0,
-        ge=0.0,
-        allow_inf_nan=False,
-        description="seconds to wait for an autoscaling cluster to provide the CPUs and GPUs that "
-        "a command needs; 0: fail at once. Training that has lost a node waits at least 300",
-    )
-    stall_timeout_s: Positive = Field(
-        default=300.0,
-        description="seconds without progress after which a training worker stores its stack "
-        "traces and exits, and all workers restart; before the first step 4 times as long",
-    )
-    shard_cache_gib: float | None = Field(
-        default=None,
-        ge=0.0,
-        allow_inf_nan=False,
-        description="disk space per node for caching remote latent shards, in GiB; null: as much "
-        "as they need, while a fifth of the disk stays free; 0: no cache",
-    )
-    shard_cache_folder: str = Field(
-        default="", description="folder of the shard cache; empty: the node's temporary folder"
-    )
+    workers: PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d*\.\.[1-9]\d*$")] = 1
+    """training workers; 2..8: elastic, as many as fit from 2 to 8"""
+    cpus_per_worker: PositiveInt = 1
+    """CPU cores per training worker"""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """GPUs per training worker; 0: train on the CPU"""
+    encode_actors: PositiveInt = 1
+    """maximum number of encoding actors; one starts, and more when images queue up"""
+    encode_threads: PositiveInt = 1
+    """CPU threads per encoding actor without a GPU"""
+    evaluate_actors: PositiveInt = 1
+    """evaluation actors"""
+    evaluate_batches: PositiveInt = 1
+    """batches that an evaluation actor generates per committed chunk"""
+    gpus_per_actor: NonNegative = 0.0
+    """GPUs per encoding or evaluation actor, may be a fraction; 0: use the CPU"""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """restarts after failures of training workers without a new checkpoint in between, announced
+    preemptions not counted; -1: unlimited"""
+    resize_check_s: Positive = 60.0
+    """seconds between checks whether an elastic run can grow"""
+    node_wait_timeout_s: NonNegative = 0.0
+    """seconds to wait for an autoscaling cluster to provide the CPUs and GPUs that a command needs;
+    0: fail at once. Training that has lost a node waits at least 300"""
+    stall_timeout_s: Positive = 300.0
+    """seconds without progress after which a training worker stores its stack traces and exits, and
+    all workers restart; before the first step 4 times as long"""
+    shard_cache_gib: NonNegative | None = None
+    """disk space per node for caching remote latent shards, in GiB; null: as much as they need,
+    while a fifth of the disk stays free; 0: no cache"""
+    shard_cache_folder: str = ""
+    """folder of the shard cache; empty: the node's temporary folder"""
 
     @property
     def min_workers(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from diffit_train import storage
 from diffit_train.config.base import Section, without_credentials
@@ -11,9 +11,8 @@ from diffit_train.config.base import Section, without_credentials
 class Storage(Section):
     """Where the project is stored."""
 
-    root: str = Field(
-        default=".", description="project folder or s3://bucket/prefix; --root overrides it"
-    )
+    root: str = "."
+    """project folder or s3://bucket/prefix; --root overrides it"""
 
     @field_validator("root")
     @classmethod

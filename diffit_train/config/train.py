@@ -6,7 +6,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffit_train.config.base import Fraction, Name, Positive, PositiveInt, Section
+from diffit_train.config.base import (
+    Fraction,
+    Name,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+)
 
 # Gradient elements that a rank collects before reducing them. DeepSpeed's default bucket is ten
 # times larger and takes 2 GB on every rank in fp32.
@@ -57,17 +65,14 @@ class EmaProfile(Section):
     makes any other profile after training.
     """
 
-    decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
-        default=None, description="EMA decay per step"
-    )
-    half_life_images: Positive | None = Field(default=None, description="EMA half-life, in images")
-    ramp_ratio: Positive | None = Field(
-        default=None,
-        description="limit the half-life to this fraction of the images seen so far",
-    )
-    sigma_rel: Annotated[float, Field(gt=0.0, lt=0.28)] | None = Field(
-        default=None, description="width of EDM2's power-function profile, relative to training"
-    )
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """EMA decay per step"""
+    half_life_images: Positive | None = None
+    """EMA half-life, in images"""
+    ramp_ratio: Positive | None = None
+    """limit the half-life to this fraction of the images seen so far"""
+    sigma_rel: Annotated[float, Field(gt=0.0, lt=0.28)] | None = None
+    """width of EDM2's power-function profile, relative to training"""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -88,142 +93,106 @@ class EmaProfile(Section):
 class Start(Section):
     """The checkpoint that a new run starts from; `diffit train --init-from` fills it in."""
 
-    run: Name = Field(description="name of a run under the same root")
-    step: int = Field(ge=0, description="step of the checkpoint")
-    weights: str = Field(default="ema", description="weights to load: raw, or the name of an EMA")
-    digest: str = Field(description="SHA-256 of the checkpoint's index")
+    run: Name
+    """name of a run under the same root"""
+    step: NonNegativeInt
+    """step of the checkpoint"""
+    weights: str = "ema"
+    """weights to load: raw, or the name of an EMA"""
+    digest: str
+    """SHA-256 of the checkpoint's index"""
 
 
 class Train(Section):
     """Optimization."""
 
-    steps: PositiveInt = Field(description="optimizer steps in total")
-    batch_size: PositiveInt = Field(default=256, description="images per global batch")
-    lr: Positive = Field(default=3e-4, description="peak learning rate")
-    betas: tuple[Fraction, Fraction] = Field(
-        default=(0.9, 0.999), description="AdamW's decay rates of the first and second moments"
-    )
-    weight_decay: float = Field(
-        default=0.0, ge=0.0, allow_inf_nan=False, description="AdamW's weight decay"
-    )
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear learning rate warmup")
-    lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = Field(
-        default="constant",
-        description="learning rate after warmup; cosine: cosine decay to 0 at `steps`; "
-        "inverse_sqrt: constant up to `lr_decay_start`, then proportional to 1/sqrt(step) (EDM2)",
-    )
-    lr_decay_start: PositiveInt = Field(
-        default=70_000, description="inverse_sqrt: step at which the decay starts"
-    )
-    grad_clip: Positive | None = Field(
-        default=None, description="maximum global norm of the gradient; null: no clipping"
-    )
-    label_dropout: Fraction = Field(
-        default=0.1, description="fraction of labels replaced by the null label"
-    )
-    augment: Fraction = Field(
-        default=0.0,
-        description="probability of each augmentation of EDM, whose labels the model is given; on "
-        "pixels only. Images are then also flipped horizontally in half of the cases",
-    )
-    start: Start | None = Field(
-        default=None, description="checkpoint of another run to start from, set by --init-from"
-    )
-    ema: dict[Name, EmaProfile] = Field(
-        default={"ema": EmaProfile(decay=0.9999)},
-        description="EMAs of the weights, by name; evaluate.weights selects one",
-    )
-    ema_snapshot_every: PositiveInt | None = Field(
-        default=None,
-        description="steps between snapshots of the EMAs with sigma_rel; all snapshots are kept",
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage")
-    offload: Literal["none", "optimizer", "parameters"] = Field(
-        default="none",
-        description="what is kept in host memory; optimizer: master weights, moments and EMAs; "
-        "parameters: the weights too (ZeRO stage 3)",
-    )
-    micro_batch_size: PositiveInt | None = Field(
-        default=None,
-        description="maximum number of images per worker and forward pass; gradients accumulate "
-        "over several. null: a worker's whole share of the batch",
-    )
-    precision: Literal["fp32", "tf32", "bf16", "bf16_autocast"] = Field(
-        default="fp32",
-        description="fp32: full float32; tf32: float32 whose matrix products and convolutions run "
-        "on a GPU's tensor cores; bf16: bf16 weights with fp32 master weights; bf16_autocast: fp32 "
-        "weights, bf16 matrix products",
-    )
-    compile: bool = Field(
-        default=False, description="compile the transformer blocks with torch.compile"
-    )
-    activation_checkpointing: Literal["none", "selective", "blocks"] = Field(
-        default="none",
-        description="what the backward pass recomputes; selective: all but matrix products and "
-        "attention; blocks: everything inside a block",
-    )
-    activation_checkpoint_every: PositiveInt = Field(
-        default=1, description="apply activation_checkpointing to every n-th block"
-    )
-    overlap_comm: bool | None = Field(
-        default=None,
-        description="reduce gradients while the backward pass runs; null: at ZeRO stage 3 only",
-    )
-    bucket_elements: PositiveInt | None = Field(
-        default=None,
-        description="gradient elements collected before they are reduced; null: 50,000,000, or "
-        "with overlap_comm at most a tenth of the model",
-    )
-    deterministic: bool = Field(
-        default=False,
-        description="use only operations that give the same bits each time on the same devices; "
-        "slower, and refuses the attention kernel flex",
-    )
-    seed: int = Field(
-        default=0, ge=0, description="seed of the initial weights, sample order and noise"
-    )
-    checkpoint_every: PositiveInt = Field(default=10_000, description="steps between checkpoints")
-    checkpoint_every_s: Positive | None = Field(
-        default=None,
-        description="also write a checkpoint when the last one is this many seconds old; "
-        "null: by steps only",
-    )
-    keep_checkpoints: PositiveInt = Field(
-        default=3, description="number of newest checkpoints kept, in addition to that of step 0"
-    )
-    keep_every: PositiveInt | None = Field(
-        default=None, description="keep every N-th step's checkpoint permanently; null: none"
-    )
-    validate_every: PositiveInt | None = Field(
-        default=None,
-        description="steps between evaluations of checkpoints during training; null: none",
-    )
-    validate_samples: Annotated[int, Field(gt=1)] = Field(
-        default=10_000, description="images generated per evaluation during training"
-    )
-    sample_every: PositiveInt | None = Field(
-        default=None,
-        description="steps between grids of samples of fixed seeds; each is drawn from the first "
-        "checkpoint due, on the CPU of the machine that started the training, and shown in MLflow; "
-        "null: none",
-    )
-    log_every: PositiveInt = Field(default=50, description="steps averaged per log entry")
-    loss_limit: Positive | None = Field(
-        default=None, description="skip and report a step with a larger loss; null: no limit"
-    )
-    grad_norm_limit: Positive | None = Field(
-        default=None,
-        description="skip and report a step with a larger gradient norm; null: no limit",
-    )
-    max_consecutive_bad_steps: PositiveInt = Field(
-        default=5,
-        description="consecutive skipped steps before the run rolls back to its last checkpoint "
-        "and continues without their batches",
-    )
-    max_rollbacks: int = Field(default=3, ge=0, description="rollbacks before the run fails")
-    profile_steps: tuple[int, int] | None = Field(
-        default=None, description="first and last step of a torch.profiler trace; null: no trace"
-    )
+    steps: PositiveInt
+    """optimizer steps in total"""
+    batch_size: PositiveInt = 256
+    """images per global batch"""
+    lr: Positive = 3e-4
+    """peak learning rate"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moments"""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay"""
+    warmup_steps: NonNegativeInt = 0
+    """steps of linear learning rate warmup"""
+    lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    """learning rate after warmup; cosine: cosine decay to 0 at `steps`; inverse_sqrt: constant up
+    to `lr_decay_start`, then proportional to 1/sqrt(step) (EDM2)"""
+    lr_decay_start: PositiveInt = 70_000
+    """inverse_sqrt: step at which the decay starts"""
+    grad_clip: Positive | None = None
+    """maximum global norm of the gradient; null: no clipping"""
+    label_dropout: Fraction = 0.1
+    """fraction of labels replaced by the null label"""
+    augment: Fraction = 0.0
+    """probability of each augmentation of EDM, whose labels the model is given; on pixels only.
+    Images are then also flipped horizontally in half of the cases"""
+    start: Start | None = None
+    """checkpoint of another run to start from, set by --init-from"""
+    ema: dict[Name, EmaProfile] = {"ema": EmaProfile(decay=0.9999)}
+    """EMAs of the weights, by name; evaluate.weights selects one"""
+    ema_snapshot_every: PositiveInt | None = None
+    """steps between snapshots of the EMAs with sigma_rel; all snapshots are kept"""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage"""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """what is kept in host memory; optimizer: master weights, moments and EMAs; parameters: the
+    weights too (ZeRO stage 3)"""
+    micro_batch_size: PositiveInt | None = None
+    """maximum number of images per worker and forward pass; gradients accumulate over several.
+    null: a worker's whole share of the batch"""
+    precision: Literal["fp32", "tf32", "bf16", "bf16_autocast"] = "fp32"
+    """fp32: full float32; tf32: float32 whose matrix products and convolutions run on a GPU's
+    tensor cores; bf16: bf16 weights with fp32 master weights; bf16_autocast: fp32 weights, bf16
+    matrix products"""
+    compile: bool = False
+    """compile the transformer blocks with torch.compile"""
+    activation_checkpointing: Literal["none", "selective", "blocks"] = "none"
+    """what the backward pass recomputes; selective: all but matrix products and attention; blocks:
+    everything inside a block"""
+    activation_checkpoint_every: PositiveInt = 1
+    """apply activation_checkpointing to every n-th block"""
+    overlap_comm: bool | None = None
+    """reduce gradients while the backward pass runs; null: at ZeRO stage 3 only"""
+    bucket_elements: PositiveInt | None = None
+    """gradient elements collected before they are reduced; null: 50,000,000, or with overlap_comm
+    at most a tenth of the model"""
+    deterministic: bool = False
+    """use only operations that give the same bits each time on the same devices; slower, and
+    refuses the attention kernel flex"""
+    seed: NonNegativeInt = 0
+    """seed of the initial weights, sample order and noise"""
+    checkpoint_every: PositiveInt = 10_000
+    """steps between checkpoints"""
+    checkpoint_every_s: Positive | None = None
+    """also write a checkpoint when the last one is this many seconds old; null: by steps only"""
+    keep_checkpoints: PositiveInt = 3
+    """number of newest checkpoints kept, in addition to that of step 0"""
+    keep_every: PositiveInt | None = None
+    """keep every N-th step's checkpoint permanently; null: none"""
+    validate_every: PositiveInt | None = None
+    """steps between evaluations of checkpoints during training; null: none"""
+    validate_samples: Annotated[int, Field(gt=1)] = 10_000
+    """images generated per evaluation during training"""
+    sample_every: PositiveInt | None = None
+    """steps between grids of samples of fixed seeds; each is drawn from the first checkpoint due,
+    on the CPU of the machine that started the training, and shown in MLflow; null: none"""
+    log_every: PositiveInt = 50
+    """steps averaged per log entry"""
+    loss_limit: Positive | None = None
+    """skip and report a step with a larger loss; null: no limit"""
+    grad_norm_limit: Positive | None = None
+    """skip and report a step with a larger gradient norm; null: no limit"""
+    max_consecutive_bad_steps: PositiveInt = 5
+    """consecutive skipped steps before the run rolls back to its last checkpoint and continues
+    without their batches"""
+    max_rollbacks: NonNegativeInt = 3
+    """rollbacks before the run fails"""
+    profile_steps: tuple[int, int] | None = None
+    """first and last step of a torch.profiler trace; null: no trace"""
 
     @model_validator(mode="after")
     def _ema_names_are_free(self) -> Self:
