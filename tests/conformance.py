@@ -31,7 +31,7 @@ from diffit_train.evaluation.chunks import FEATURES
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.features import INCEPTION_SHA256
 from diffit_train.evaluation.metrics import NEIGHBORS
-from diffit_train.evaluation.scores import MetricSuite
+from diffit_train.evaluation.scores import Sums, metrics
 from diffit_train.progress import Progress, print_rows, say
 from tests.half_precision import precision_recall_half
 
@@ -143,18 +143,18 @@ def _metrics(
     network = load_features(recipe, device)
     with references.opened_npz(recipe, reference) as opened:
         known = opened.read(recipe, lambda pixels: network.extract(pixels)[FEATURES])
-    suite = MetricSuite(recipe)
+    sums = Sums()
     with (
         zipfile.ZipFile(samples) as archive,
         references.opened_array(archive) as (file, _, _),
         Progress("conformance", shape[0], "images") as progress,
     ):
         for pixels in references.batches(file, shape):
-            suite.add(network.extract(pixels))
+            sums.add(Sums.of(network.extract(pixels), sums.count))
             progress.update(progress.done + len(pixels))
-    found = suite.values(known)
+    found = metrics(recipe, sums, known)
     if known.features is not None:
-        features, neighbors = np.concatenate(suite.features), NEIGHBORS
+        features, neighbors = np.concatenate(sums.features), NEIGHBORS
         rounded = precision_recall_half(known.features, features, neighbors)
         found |= zip(_OF_DISTANCES, rounded, strict=True)
     return found

@@ -19,7 +19,7 @@ from diffit_train.evaluation.actors import ChunkTask, EvaluationActor, Evaluatio
 from diffit_train.evaluation.chunks import Range
 from diffit_train.evaluation.reference_files import reference_file, reference_identity
 from diffit_train.evaluation.references import FoundReference, PartTask
-from diffit_train.evaluation.scoring import grid_rows
+from diffit_train.evaluation.scores import grid_rows
 from diffit_train.progress import Progress
 
 # A task whose actor died this often is taken to be the cause.

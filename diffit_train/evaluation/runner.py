@@ -37,7 +37,7 @@ from diffit_train.evaluation.result import (
     read_result,
     write_result,
 )
-from diffit_train.evaluation.scoring import Scorer, grid_rows, read_grid
+from diffit_train.evaluation.scores import Scorer, grid_rows, metrics, read_grid, warnings
 from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
 from diffit_train.runs.identity import run_url
@@ -252,19 +252,19 @@ def _finish(
     """Compute the metrics of generated images, log them, and commit the result."""
     request, state, (recipe, target, _, _) = one.request, one.state, one.generation
     run, step, url = request.run, request.step, target.url
-    suite = one.scorer.finish()
-    metrics = suite.values(statistics.result())
-    for warning in suite.warnings(statistics.result()):
+    sums, real = one.scorer.finish(), statistics.result()
+    values = metrics(recipe, sums, real)
+    for warning in warnings(sums, real):
         say(f"note: {warning}")
     grid = storage.join(url, GRID)
-    numbers = "   ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    numbers = "   ".join(f"{name} {value:.3g}" for name, value in values.items())
     title = f"{run}, step {step:,}\n{numbers}"
     names = class_names(recipe) if recipe.model.conditional else None
     draw_grid(read_grid(recipe, url), names, title, grid)
     grid_sha256 = storage.sha256_bytes(storage.read_bytes(grid))
     cost = nfe_per_image(recipe)
     try:
-        child = _track(request, state, target.key, metrics, cost, grid, reference)
+        child = _track(request, state, target.key, values, cost, grid, reference)
     except unreachable_errors() as error:
         raise DiffitError(
             f"computed the metrics of step {step:,} ({numbers}), but could not log them to MLflow: "
@@ -275,7 +275,7 @@ def _finish(
         step=step,
         key=target.key,
         samples=recipe.evaluate.samples,
-        metrics=metrics,
+        metrics=values,
         grid=grid,
         seconds=time.monotonic() - one.started_s,
         idle_fraction=usage.idle_fraction,

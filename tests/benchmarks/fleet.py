@@ -38,7 +38,7 @@ from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.generate import Generator, run_weights
 from diffit_train.evaluation.pool import Actors, EvaluationPool, Generation
 from diffit_train.evaluation.references import FoundReference, Reference, Statistics
-from diffit_train.evaluation.scores import MetricSuite
+from diffit_train.evaluation.scores import Sums, metrics
 from diffit_train.runs.checkpoints import Checkpoints
 from diffit_train.runs.run import Run
 from tests.benchmarks.common import print_table
@@ -249,10 +249,10 @@ def _in_sequence(recipe: Recipe, step: int, folder: Path, found: FoundReference)
         )
         for _ in fleet.generate([_all_chunks(recipe, target)]):
             pass
-        suite = MetricSuite(recipe)
+        sums = Sums()
         for part in chunks.committed_chunks(target.url):
-            suite.add(chunks.read_chunk(target.url, part, target.key))
-        suite.values(found.read())
+            sums.add(Sums.of(chunks.read_chunk(target.url, part, target.key), sums.count))
+        metrics(recipe, sums, found.read())
         share = fleet.usage().idle_fraction
         fleet.close()
     assert share is not None

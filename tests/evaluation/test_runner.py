@@ -37,7 +37,7 @@ from diffit_train.evaluation.result import (
     finished_result,
 )
 from diffit_train.evaluation.runner import Request, make_reference
-from diffit_train.evaluation.scoring import grid_images
+from diffit_train.evaluation.scores import grid_images
 from diffit_train.reports.collect import collect
 from diffit_train.reports.compare import compare_store
 from diffit_train.runs.checkpoints import Checkpoint

@@ -97,7 +97,7 @@ def _disturb(recipe: Path) -> None:
         driver.start()
         again = driver.wait_begun(left.at_s)
         assert again.step == stopped
-        driver.process.wait(timeout=200)
+        driver.process.wait(timeout=600)
         assert driver.process.returncode == 0, json.dumps([line.text for line in driver.lines])
 
 

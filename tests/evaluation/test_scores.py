@@ -10,11 +10,10 @@ import pytest
 
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.errors import DiffitError
-from diffit_train.evaluation import chunks, scoring
+from diffit_train.evaluation import chunks, scores
 from diffit_train.evaluation.chunks import FEATURES, LABELS, LOGITS, SPATIAL, Layout, Range
 from diffit_train.evaluation.metrics import FeatureStats, InceptionScore, frechet_distance
-from diffit_train.evaluation.scores import MetricSuite
-from diffit_train.evaluation.scoring import Scorer, grid_images, grid_rows, read_grid
+from diffit_train.evaluation.scores import Scorer, Sums, grid_images, grid_rows, read_grid
 
 SAMPLES = 1000
 DIMS = 24
@@ -43,7 +42,7 @@ def _write(folder: Path, parts: list[Range]) -> None:
         chunks.write_chunk(str(folder), part, "key", pixels, mine, kept=())
 
 
-def _suite(folder: Path, order: list[list[Range]]) -> MetricSuite:
+def _suite(folder: Path, order: list[list[Range]]) -> Sums:
     with ThreadPoolExecutor(2) as executor:
         scorer = Scorer(_recipe(), str(folder), "key", executor)
         taken = 0
@@ -60,7 +59,7 @@ def test_merged_sums_equal_those_of_one_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Groups that neither chunks nor splits of the Inception score are aligned with.
-    monkeypatch.setattr(scoring, "GROUP", 150)
+    monkeypatch.setattr(scores, "GROUP", 150)
     found = []
     for number, batches in enumerate((1, 5)):
         folder = tmp_path / str(batches)
