@@ -47,6 +47,8 @@ HANG_S = 15.0
 # Kinds of victims by the name of their process.
 VICTIMS = {
     "ray::RayTrainW": "training worker",
+    "ray::Coordinator": "training coordinator",
+    "ray::TrainController": "Ray Train",
     "ray::EvaluationA": "evaluating actor",
     "ray::MapWorker": "encoding actor",
     "ray::Map(": "reader",
