@@ -14,7 +14,7 @@ class DataError(DiffitError):
 
 
 class Interrupted(SystemExit):
-    """Ctrl-C ended a command that has said where it stopped."""
+    """Ctrl-C stopped a command, which has reported where."""
 
 
 class UserError(DiffitError):

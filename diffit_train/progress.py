@@ -87,7 +87,7 @@ class StatesTable:
     def __init__(self, title: str) -> None:
         self.title = title
         self._live: Live | None = None
-        self._said: dict[int, str] = {}
+        self._shown: dict[int, str] = {}
         self._started_s = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -106,12 +106,12 @@ class StatesTable:
             self._live.update(_table(f"{self.title}  {self._summary(rows)}", rows), refresh=True)
             return
         for number, row in enumerate(rows):
-            if self._said.get(number, "waiting") != row["state"]:
+            if self._shown.get(number, "waiting") != row["state"]:
                 rest = "  ".join(
                     f"{key} {value}" for key, value in row.items() if key != "state" and value
                 )
                 say(f"{self.title}  {row['state']}: {rest}  ({self._summary(rows)})")
-            self._said[number] = row["state"]
+            self._shown[number] = row["state"]
 
     def _summary(self, rows: Sequence[Mapping[str, str]]) -> str:
         counts = Counter(row["state"] for row in rows)
@@ -138,9 +138,9 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.first = self.done = self.said = done
+        self.first = self.done = self.shown = done
         self.started_s = time.monotonic()
-        self.said_s = self.started_s
+        self.shown_s = self.started_s
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Self:
@@ -159,7 +159,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.done > self.said:
+        elif self.done > self.shown:
             self._say_line("")
         sys.stderr.flush()
 
@@ -173,11 +173,11 @@ class Progress:
         if self._bar is not None:
             text = f"{self._rate_and_left()}  {detail}".rstrip()
             self._bar.update(self._task, completed=done, detail=text)
-        elif time.monotonic() - self.said_s >= PLAIN_INTERVAL_S:
+        elif time.monotonic() - self.shown_s >= PLAIN_INTERVAL_S:
             self._say_line(detail)
 
     def _say_line(self, detail: str) -> None:
-        self.said_s, self.said = time.monotonic(), self.done
+        self.shown_s, self.shown = time.monotonic(), self.done
         share = f"{self.done:,}/{self.total:,} {self.unit}"
         say(f"{self.title}  {share}  {self._rate_and_left()}  {detail}".rstrip())
 

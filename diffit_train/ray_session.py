@@ -101,7 +101,7 @@ def require(cpus: float, gpus: float, purpose: str, wait_s: float = 0.0) -> None
     """Refuse work that the connected cluster cannot schedule, or wait for the cluster to grow.
 
     Args:
-        wait_s: for how long to wait for an autoscaler, which is told what is needed.
+        wait_s: for how long to wait for an autoscaler, which learns what is needed.
 
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than `purpose` needs.

@@ -64,7 +64,7 @@ _CLIENT_LIBRARIES = ("botocore.", "aiobotocore.", "aiohttp.", "urllib3.", "httpx
 # A ConnectionError of huggingface_hub, which lasts.
 _OFFLINE = "OfflineModeIsEnabled"
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-# safetensors and SQLite raise errors of their own with these texts.
+# safetensors and SQLite raise their own errors with these texts.
 _ENOSPC_TEXT = re.compile(r"os error (?:28|122)\b|No space left on device|disk is full")
 
 
@@ -85,8 +85,8 @@ def is_local(url: str) -> bool:
 
 def missing_slash(url: str) -> str | None:
     """What is wrong with `s3:/bucket/x`, which would otherwise mean a local folder `s3:`."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url)
-    return f"one slash is missing; write {found[1]}://…" if found else None
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url)
+    return f"one slash is missing; write {match[1]}://…" if match else None
 
 
 def odd_root(root: str) -> str | None:

@@ -94,7 +94,7 @@ SIGNATURE = "MLmodel"
 _EVERY_RECORD = "perf/step_s"
 _PARAM_LIMIT = 6000
 _SQLITE = "sqlite:///"
-# Folder of artifacts beside a SQLite file.
+# Folder of artifacts next to a SQLite file.
 _ARTIFACTS = "mlflow-artifacts"
 # Columns of MLflow's database that hold URLs below the folder of the file.
 _LOCATIONS = (
@@ -275,9 +275,9 @@ class Tracker:
     """A connection to MLflow.
 
     Args:
-        uri: a server, which has artifact locations of its own, or
+        uri: a server, which has its own artifact locations, or
             `sqlite:////absolute/path/mlflow.db`, which is created on first use, with artifacts
-            beside it. If that file was copied or moved, what it records follows.
+            next to it. If that file was copied or moved, what it records follows.
 
     Raises:
         UserError: the file cannot be opened.
@@ -357,13 +357,13 @@ class Tracker:
         from mlflow.entities import Param
 
         experiment_id = self._experiment(experiment)
-        found = self.client.search_runs(
+        runs = self.client.search_runs(
             [experiment_id], filter_string=f"tags.`{identity}` = '{tags[identity]}'", max_results=1
         )
         clean = {key: redact(str(value)) for key, value in tags.items()}
-        if found:
-            run_id = found[0].info.run_id
-            clean[TAG_ATTEMPT] = str(int(found[0].data.tags.get(TAG_ATTEMPT, 0)) + 1)
+        if runs:
+            run_id = runs[0].info.run_id
+            clean[TAG_ATTEMPT] = str(int(runs[0].data.tags.get(TAG_ATTEMPT, 0)) + 1)
             self.client.update_run(run_id, status="RUNNING")
             for key, value in clean.items():
                 self.client.set_tag(run_id, key, value)
@@ -427,8 +427,8 @@ class Tracker:
         """Steps at which images of a key were logged."""
         # `log_image` names files KEY+step+STEP+timestamp+….
         files = self.client.list_artifacts(run_id, "images")
-        found = (re.search(rf"/{re.escape(key)}\+step\+(\d+)\+", f.path) for f in files)
-        return {int(match[1]) for match in found if match}
+        matches = (re.search(rf"/{re.escape(key)}\+step\+(\d+)\+", f.path) for f in files)
+        return {int(match[1]) for match in matches if match}
 
     def finish(
         self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
@@ -437,7 +437,7 @@ class Tracker:
         self.client.set_terminated(run_id, status)
 
     def with_evaluations(self, run_uuid: str) -> list[str]:
-        """Ids of the runs of a training's evaluations and, last, of its own."""
+        """Ids of the runs of a training's evaluations and, last, its own."""
         own = self._tagged(TAG_RUN, run_uuid)
         return [child for run in own for child in self._tagged("mlflow.parentRunId", run)] + own
 
@@ -447,15 +447,15 @@ class Tracker:
 
     def _search(self, experiments: list[str], matching: str = "") -> list[Run]:
         """All runs of experiments, oldest first."""
-        found, token = [], None
+        runs, token = [], None
         while True:
             page = self.client.search_runs(
                 experiments, matching, order_by=["attributes.start_time ASC"], page_token=token
             )
-            found += page
+            runs += page
             token = page.token
             if not token:
-                return found
+                return runs
 
     def delete(self, run_ids: Sequence[str]) -> None:
         """Delete runs. MLflow can restore them until `mlflow gc` runs."""

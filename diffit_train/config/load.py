@@ -49,8 +49,8 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), root: str | None 
         UserError: the recipe is invalid; names the key, its value and what is allowed.
     """
     tree = _parse(_read_text(reference), reference)
-    if found := _root_around(reference):
-        _apply(tree, f"storage.root={json.dumps(found)}")
+    if root_of_reference := _root_around(reference):
+        _apply(tree, f"storage.root={json.dumps(root_of_reference)}")
     return _resolve(tree, reference, overrides, root)
 
 
@@ -275,8 +275,8 @@ def _choose_variant(tree: dict[str, Any], parts: list[str], value: Any) -> None:
         field = model.model_fields.get(part)
         if field is None:
             return
-        if found := variants_of(field):
-            mark, known = found
+        if variants := variants_of(field):
+            mark, known = variants
             node = _node(tree, parts[: depth + 1])
             was = known.get(mark.name(node.get(mark.key, mark.default), known))
             new = known.get(mark.name(value, known))

@@ -57,7 +57,7 @@ class Plugged:
             PluginError: it cannot be imported, or is no class; names key, value and fix.
         """
         reference = self.reference(name)
-        said = f"{self.key} is {name!r}" + (f" ({reference})" if reference != name else "")
+        what_it_is = f"{self.key} is {name!r}" + (f" ({reference})" if reference != name else "")
         module_name, _, class_name = reference.partition(":")
         try:
             module = importlib.import_module(module_name)
@@ -73,18 +73,18 @@ class Plugged:
                 else "fix that module"
             )
             raise PluginError(
-                f"{said}, but importing module {module_name} failed: {type(error).__name__}: "
+                f"{what_it_is}, but importing module {module_name} failed: {type(error).__name__}: "
                 f"{reason}; {fix}"
             ) from error
-        found = getattr(module, class_name, None)
-        if not isinstance(found, type):
+        cls = getattr(module, class_name, None)
+        if not isinstance(cls, type):
             classes = [n for n, value in vars(module).items() if isinstance(value, type)]
-            what = "no" if found is None else f"a {type(found).__name__}, not a"
+            what = "no" if cls is None else f"a {type(cls).__name__}, not a"
             raise PluginError(
-                f"{said}, but module {module_name} has {what} class {class_name}"
+                f"{what_it_is}, but module {module_name} has {what} class {class_name}"
                 f"{nearest(class_name, classes)}"
             )
-        return found
+        return cls
 
     def reference(self, name: str) -> str:
         """MODULE:CLASS of a name.
@@ -105,16 +105,16 @@ class Plugged:
         Raises:
             PluginError: as `load`, or its constructor refuses the options.
         """
-        found = self.load(name)
+        cls = self.load(name)
         try:
-            return found(*arguments, **options)
+            return cls(*arguments, **options)
         except UserError:
             raise
         except Exception as error:  # the class's own code may raise anything
             reason = first_line(error)
             given = f" with options {options}" if options else ""
             raise PluginError(
-                f"{self.key} is {name!r}, but making a {found.__name__}{given} failed: "
+                f"{self.key} is {name!r}, but making a {cls.__name__}{given} failed: "
                 f"{type(error).__name__}: {reason}; fix the options, or the class"
             ) from error
 

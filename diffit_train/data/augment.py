@@ -167,8 +167,8 @@ def transform(images: Tensor, inverse: Tensor, pad: int) -> Tensor:
     position = position / 2.0 - REACH - center
     x, y = torch.meshgrid(position, position, indexing="xy")
     points = torch.stack([x, y, torch.ones_like(x)], dim=-1)
-    found = torch.einsum("nij,hwj->nhwi", inverse, points)
-    index = 2.0 * (found + center + pad) + 0.5
+    places = torch.einsum("nij,hwj->nhwi", inverse, points)
+    index = 2.0 * (places + center + pad) + 0.5
     grid = (2.0 * index / (fine.shape[-1] - 1) - 1.0).to(images.dtype)
     moved = F.grid_sample(fine, grid, "bilinear", "zeros", align_corners=True)
     return _downsample(moved)[..., REACH:-REACH, REACH:-REACH]

@@ -184,7 +184,7 @@ def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
     For such headers (POSIX ustar), tarfile would take most of the time of reading a shard. What
     they say is not checked against their checksums: the hash of the whole shard is.
     """
-    found, start = [], 0
+    members, start = [], 0
     while start + BLOCK <= len(data):
         header = data[start : start + BLOCK]
         if header == bytes(BLOCK):  # the end
@@ -198,9 +198,9 @@ def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
         start += BLOCK
         if not plain or size < 0 or start + size > len(data):
             return None
-        found.append((name, start, size))
+        members.append((name, start, size))
         start += -(-size // BLOCK) * BLOCK
-    return found
+    return members
 
 
 class ShardCache:

@@ -81,12 +81,12 @@ def _add(module: str, text: str, parts: dict[str, str], packages: set[str], seen
         )
     package = import_module(module).__package__
 
-    def without(found: re.Match[str]) -> str:
-        indent, source, names = found.groups()
+    def without(match: re.Match[str]) -> str:
+        indent, source, names = match.groups()
         source = resolve_name(source, package)
         top, sources = source.partition(".")[0], [source]
         if top not in {*packages, "__future__"}:
-            return found[0]
+            return match[0]
         if source == _OURS:  # which imports what it exports when it is used
             words = re.findall(r"(\w+)(?: as \w+)?", names)
             sources = [getattr(import_module(_OURS), word).__module__ for word in words]

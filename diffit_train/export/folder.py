@@ -176,8 +176,8 @@ def _write_scheduler(recipe: Recipe, folder: Path) -> list[str]:
     return [name, kind]
 
 
-def _import(found: type, name: str) -> str:
-    return f"from {found.__module__} import {found.__qualname__} as {name}"
+def _import(cls: type, name: str) -> str:
+    return f"from {cls.__module__} import {cls.__qualname__} as {name}"
 
 
 def _write_config(file: Path, kind: str, values: dict[str, Any]) -> None:

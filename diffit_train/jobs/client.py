@@ -62,7 +62,7 @@ def connect(address: str) -> JobSubmissionClient:
     # this mode.
     if TOKEN_FILE.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # Ray logs every upload; the module sets a level of its own.
+    # Ray logs every upload; the module sets its own level.
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if urlsplit(address).scheme not in ("http", "https"):

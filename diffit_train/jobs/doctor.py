@@ -266,7 +266,7 @@ def check_cluster(
 def _require_no_python(runtime_env: RuntimeEnvChoice, python: str | None) -> None:
     if python is not None and runtime_env in ("pip", "uv"):
         raise UserError(
-            f"--runtime-env {runtime_env} makes a Python of its own; omit --python {python!r}"
+            f"--runtime-env {runtime_env} makes its own Python; omit --python {python!r}"
         )
 
 

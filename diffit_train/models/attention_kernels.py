@@ -141,8 +141,8 @@ def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Ten
     batch, heads, count, size = q.shape
     bias = _gather_bias(table, index).to(q.dtype)
     out = q.new_empty(batch, count, heads, size).transpose(1, 2)
-    for rows, some in _chunks(batch, heads, count):
-        out[rows, some] = _weights(q[rows, some], k[rows, some], bias[some]) @ v[rows, some]
+    for rows, part in _chunks(batch, heads, count):
+        out[rows, part] = _weights(q[rows, part], k[rows, part], bias[part]) @ v[rows, part]
     return out
 
 
@@ -161,16 +161,16 @@ def _biased_attention_backward(
     grad_qkv = q.new_empty(batch, count, 3, heads, size)
     grad_q, grad_k, grad_v = grad_qkv.permute(2, 0, 3, 1, 4)
     grad_bias = torch.zeros_like(bias, dtype=table.dtype)
-    for rows, some in _chunks(batch, heads, count):
-        chunk = (rows, some)
+    for rows, part in _chunks(batch, heads, count):
+        chunk = (rows, part)
         query, key, value, grad = q[chunk], k[chunk], v[chunk], grad_out[chunk]
-        weights = _weights(query, key, bias[some])
+        weights = _weights(query, key, bias[part])
         grad_v[chunk] = weights.transpose(-2, -1) @ grad
         # Gradient of softmax: weights * (dW - sum(weights * dW)), in place.
         grad_logits = grad @ value.transpose(-2, -1)
         inner = torch.linalg.vecdot(grad_logits, weights).unsqueeze(-1)
         grad_logits.sub_(inner).mul_(weights)
-        grad_bias[some] += grad_logits.sum(0, dtype=table.dtype)
+        grad_bias[part] += grad_logits.sum(0, dtype=table.dtype)
         grad_q[chunk] = (grad_logits @ key).mul_(scale)
         grad_k[chunk] = (grad_logits.transpose(-2, -1) @ query).mul_(scale)
     by_pair = grad_bias.permute(1, 2, 0).reshape(-1, heads)

@@ -82,16 +82,16 @@ def _custom_model(recipe: Recipe, section: CustomModel) -> Backbone:
         UserError: its class cannot be imported, is no `Backbone`, or does not fit the recipe.
     """
     name, shape = section.architecture, network_shape(recipe)
-    found = ARCHITECTURES.load(name)
-    if not issubclass(found, Backbone):
+    cls = ARCHITECTURES.load(name)
+    if not issubclass(cls, Backbone):
         raise UserError(
-            f"model.architecture is {name!r}, but {found.__name__} does not derive from "
+            f"model.architecture is {name!r}, but {cls.__name__} does not derive from "
             "diffit_train.Backbone; docs/extend.md shows one that does"
         )
     model = ARCHITECTURES.make(name, section.options, shape)
     if getattr(model, "blocks", None) is None or tuple(model.input_shape) != shape.input_shape:
         raise UserError(
-            f"model.architecture is {name!r}, but its {found.__name__} has "
+            f"model.architecture is {name!r}, but its {cls.__name__} has "
             f"input_shape {getattr(model, 'input_shape', None)} and "
             f"{'no' if getattr(model, 'blocks', None) is None else 'its'} blocks; it must set "
             f"`blocks`, a ModuleList, and have input_shape {shape.input_shape}"

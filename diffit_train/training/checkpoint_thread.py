@@ -18,7 +18,7 @@ from diffit_train.runs.run import Run
 
 # Seconds between looks for a new checkpoint.
 LOCAL_POLL_S, REMOTE_POLL_S = 1.0, 5.0
-# How long a command that was told to stop waits for what has begun.
+# How long a stopping command waits for what has begun.
 LEAVE_S = 1.0
 # Threads of torch, where the workers do not train on the CPU.
 GPU_RUN_THREADS = 4
@@ -27,7 +27,7 @@ GPU_RUN_THREADS = 4
 class CheckpointThread:
     """Handles each checkpoint that is due while the block runs.
 
-    After the block, those still due are handled, unless it raised or was told to stop. A failure
+    After the block, those still due are handled, unless it raised or training is to stop. A failure
     is reported, and training goes on.
 
     Args:

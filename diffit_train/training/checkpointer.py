@@ -133,7 +133,7 @@ class CheckpointWriter:
         """Return once no checkpoint is in progress.
 
         Raises:
-            DiffitError: the ranks could not agree on one, as another rank has ended.
+            DiffitError: the ranks could not agree on one, as another rank has died.
         """
         if self._thread is not None:
             self._thread.join()
@@ -242,9 +242,9 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> State:
         problem = error.what
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    found = [text for text in problems if text is not None]
-    if found or state is None:
-        raise DamagedCheckpoint(checkpoint.url, found[0])
+    damages = [text for text in problems if text is not None]
+    if damages or state is None:
+        raise DamagedCheckpoint(checkpoint.url, damages[0])
     engine.publish_owned()
     engine.set_optimizer_steps(state.optimizer_steps)
     return state

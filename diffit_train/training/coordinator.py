@@ -34,7 +34,7 @@ RAY_TRAIN = {
 
 
 class Failure(NamedTuple):
-    """Why a worker group ended.
+    """Why a worker group failed.
 
     Attributes:
         cause: one line.
@@ -226,7 +226,7 @@ class Coordinator:
             self.reported = failure
 
     def fail(self, failure: Failure) -> str:
-        """Count the end of a worker group; why training cannot go on, empty if it can."""
+        """Count the failure of a worker group; why training cannot go on, empty if it can."""
         failure, self.reported = self.reported or failure, None
         self.workers, self.placed = 0, False
         assert self.limits is not None

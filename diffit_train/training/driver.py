@@ -37,7 +37,7 @@ from diffit_train.training.cluster import RayTraining, Stop
 from diffit_train.training.local import train_locally
 from diffit_train.training.log import check_run_files
 
-# 128 + SIGTERM or SIGINT, the shell's status for a process ended by it.
+# 128 + SIGTERM or SIGINT, the shell's status of a process that a signal killed.
 STOPPED, INTERRUPTED = 143, 130
 
 # Evaluates the checkpoint of a step while training continues; returns a one-line summary.
@@ -250,14 +250,14 @@ def _reached_step(run: Run, stop: Stop) -> int:
     """The step that training has reached.
 
     Raises:
-        SystemExit: SIGTERM told it to stop (status 143), or Ctrl-C (130).
+        SystemExit: SIGTERM (status 143) or Ctrl-C (130) stopped it.
     """
     step, train = run.refresh().checkpoints.latest_step, run.recipe.train
     if step < train.steps:
         if stop.is_set():
             say(f"Stopped at step {step:,}; rerun the same command to resume from there")
             raise Interrupted(INTERRUPTED) if stop.by_ctrl_c else SystemExit(STOPPED)
-        raise DiffitError(f"training of {run.name!r} ended at step {step} of {train.steps}")
+        raise DiffitError(f"training of {run.name!r} stopped at step {step} of {train.steps}")
     say(f"Trained {step:,} steps of {train.batch_size} images")
     return step
 

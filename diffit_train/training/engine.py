@@ -311,7 +311,7 @@ def _deepspeed_config(
         # DeepSpeed clips at 1 by default; at stage 0 we clip, after checking the norm.
         "gradient_clipping": (train.grad_clip or 0.0) if train.zero_stage else 0.0,
         "steps_per_print": 10**9,
-        # It would wait for the device twice a step; training has meters of its own.
+        # It would wait for the device twice a step; training has its own meters.
         "timers": {"throughput": {"enabled": False}},
     }
     if train.precision == "bf16":

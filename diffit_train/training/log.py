@@ -173,7 +173,7 @@ def append_bad_step(url: str, record: dict[str, Any]) -> None:
 
 
 def mark_unsent(url: str) -> None:
-    """Note that MLflow was unreachable when training ended and is missing points of the log."""
+    """Note that MLflow, unreachable at the end of training, lacks points of the log."""
     storage.write_text(storage.join(url, "metrics-unsent"), "")
 
 

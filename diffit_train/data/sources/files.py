@@ -84,17 +84,17 @@ class FileSource(Source):
         Images that lie in no folder are left out, unless there is one class only. A folder around
         all folders, as archives often have, is no class. A name with a problem creates no class.
         """
-        one = self.data.num_classes == 1
-        kept = [file for file in files if one or "/" in file.path]
+        single = self.data.num_classes == 1
+        kept = [file for file in files if single or "/" in file.path]
         good = [file.path for file in kept if not file.problem]
-        outer = "" if one else _outer_folder(good)
+        outer = "" if single else _outer_folder(good)
 
         def class_of(path: str) -> str:
             folder, slash, _ = path.removeprefix(outer).partition("/")
             return folder if slash else ALL
 
         classes = sorted({class_of(path) for path in good})
-        if one and len(classes) > 1:
+        if single and len(classes) > 1:
             classes = [ALL]
         number = {name: label for label, name in enumerate(classes)}
         items = [Item(f.path, number.get(class_of(f.path), 0), f.location, f.problem) for f in kept]

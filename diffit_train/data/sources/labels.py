@@ -50,10 +50,10 @@ def read_label_file(url: str, columns: Columns) -> Labels:
             f"data.labels {url} is not a file; set it to a CSV, or a JSON as EDM's dataset.json"
         ) from error
     if url.endswith(".json"):
-        found = read_dataset_json(data, url)
-        if found is None:
+        labels = read_dataset_json(data, url)
+        if labels is None:
             raise UserError(f'{url} has no labels; it needs {{"labels": [["PATH", LABEL], …]}}')
-        return found
+        return labels
     if url.endswith(".csv"):
         return _read_csv(data, url, columns)
     raise UserError(f"data.labels {url} is neither a .csv nor a .json file")
@@ -136,13 +136,13 @@ def _index(text: str) -> int | None:
 
 
 def _by_path(pairs: Iterable[tuple[str, Any]], origin: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
     for path, label in pairs:
         name = cleaned(path)
-        if name in found:
+        if name in labels:
             raise UserError(f"{origin} labels {name} twice; remove one of the two")
-        found[name] = label
-    return found
+        labels[name] = label
+    return labels
 
 
 def _short(value: Any) -> str:
