@@ -14,8 +14,6 @@ class AutoencoderFit(Section):
 
     steps: PositiveInt = 250
     """optimizer steps in total"""
-    batch_size: PositiveInt = 64
-    """images per step"""
     lr: Positive = 2e-3
     """learning rate"""
     kl_weight: Positive = 1e-4

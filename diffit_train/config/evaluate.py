@@ -97,10 +97,8 @@ class EdmSampler(_Sampler):
     """exponent; larger values take shorter steps at low noise"""
     churn: NonNegative = 0.0
     """S_churn, noise added in all steps together; 0: deterministic"""
-    churn_min: NonNegative = 0.0
-    """S_min, lowest noise level at which noise is added"""
-    churn_max: Positive | None = None
-    """S_max, highest noise level at which noise is added; null: any"""
+    churn_range: tuple[NonNegative, Positive | None] = (0.0, None)
+    """S_min and S_max, lowest and highest noise level at which noise is added; null: any"""
     churn_noise: Positive = 1.0
     """S_noise, standard deviation of the noise that is added"""
 
@@ -193,8 +191,6 @@ class FeaturesFit(Section):
 
     steps: PositiveInt = 400
     """optimizer steps in total"""
-    batch_size: PositiveInt = 64
-    """images per step"""
     lr: Positive = 2e-3
     """learning rate"""
     channels: tuple[PositiveInt, ...] = (32, 64, 64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -22,8 +23,6 @@ from diffit_train.config.recipe import Recipe
 from diffit_train.errors import UserError, redact
 
 YAML_SUFFIXES = (".yaml", ".yml")
-# Characters, levels and values of a recipe; the largest packaged one has 4,000, 3 and 120.
-LONGEST, DEEPEST, MOST_NODES = 2**18, 32, 20_000
 
 
 def packaged_recipes() -> list[str]:
@@ -191,64 +190,37 @@ def _parse(text: str, reference: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"recipe {reference} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(
-            f"recipe {reference} must be a mapping of sections, not {_shortened(repr(tree))}"
-        )
+        raise UserError(f"recipe {reference} must be a mapping of sections, not {_shown(tree)}")
     return tree
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML of limited depth, whose aliases do not multiply."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.depth = 0
-        self.sizes: dict[int, int] = {}
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node, which counts with all that it refers to."""
-        if self.depth >= DEEPEST:
-            raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
-        self.depth += 1
-        alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        if id(node) not in self.sizes:
-            if alias:  # the node is not complete
-                raise yaml.YAMLError("an alias stands for what it is part of")
-            self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in _parts(node))
-        if self.sizes[id(node)] > MOST_NODES:
-            raise yaml.YAMLError(f"its aliases stand for more than {MOST_NODES:,} values")
-        return node
-
-
-def _parts(node: Any) -> Iterable[Any]:
-    if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
-    return node.value if isinstance(node, yaml.SequenceNode) else ()
 
 
 def _yaml(text: str) -> Any:
     """The plain values of a YAML document.
 
     Raises:
-        ValueError: it is not one, or too large.
+        ValueError: it is not one.
     """
-    if len(text) > LONGEST:
-        raise ValueError(f"its {len(text):,} characters are more than {LONGEST:,}")
     try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
+        return yaml.safe_load(text)
     # For values such as `!!bool x` or the date 2001-99-99, PyYAML raises more than its own errors.
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (
+        yaml.YAMLError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _shortened(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]} …"
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 200
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, without credentials, and shortened."""
+    return redact(_SHOWN.repr(value))
 
 
 def _split(override: str) -> tuple[list[str], Any]:
@@ -383,7 +355,7 @@ def _explain(error: ErrorDetails) -> str:
             f"{nearest(tag, known)}"
         )
     if error["type"] == "union_tag_not_found":
-        return f"{key} is {_shortened(redact(repr(error['input'])))}, but must be a section"
+        return f"{key} is {_shown(error['input'])}, but must be a section"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -391,5 +363,4 @@ def _explain(error: ErrorDetails) -> str:
         return message
     if isinstance(error["input"], dict):
         return message if key in message else f"{key}: {message}"
-    value = _shortened(redact(repr(error["input"])))
-    return f"{key} is {value}: {message[0].lower()}{message[1:]}"
+    return f"{key} is {_shown(error['input'])}: {message[0].lower()}{message[1:]}"

@@ -29,7 +29,6 @@ EXECUTION_KEYS = (
     "activation_checkpointing",
     "activation_checkpoint_every",
     "overlap_comm",
-    "bucket_elements",
     "deterministic",
     "profile_steps",
 )
@@ -157,9 +156,6 @@ class Train(Section):
     """apply activation_checkpointing to every n-th block"""
     overlap_comm: bool | None = None
     """reduce gradients while the backward pass runs; null: at ZeRO stage 3 only"""
-    bucket_elements: PositiveInt | None = None
-    """gradient elements collected before they are reduced; null: 50,000,000, or with overlap_comm
-    at most a tenth of the model"""
     deterministic: bool = False
     """use only operations that give the same bits each time on the same devices; slower, and
     refuses the attention kernel flex"""

@@ -40,6 +40,8 @@ SAVE_EVERY_S = 10.0
 SHOWN = 16
 # Seed of initial weights and batches, and of the images that are held out.
 SEED = 0
+# Images of a step.
+BATCH_SIZE = 64
 
 LossOfStep = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
 
@@ -191,7 +193,7 @@ def _train_autoencoder(recipe: Recipe, section: Kl, url: str, identity: str) -> 
     )
 
     def loss(step: int, random: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = random.integers(len(pixels), size=fitted.batch_size)
+        rows = random.integers(len(pixels), size=BATCH_SIZE)
         x = torch.from_numpy(pixels[rows])
         posterior = model.encode(x).latent_dist
         noise = random.standard_normal(posterior.mean.shape, dtype="float32")

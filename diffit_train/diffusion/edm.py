@@ -97,10 +97,11 @@ class EdmObjective(ABC):
     def sample(self, sampler: Sampler, denoise: Denoiser, x: Tensor, noise: Noise) -> Tensor:
         """Heun's method in float64 (Karras et al. 2022, algorithm 2), from standard normal x."""
         assert sampler.name == "edm"
+        low, high = sampler.churn_range
         run: SamplerFunction[list[float]] = functools.partial(
             edm_heun,
             churn=sampler.churn,
-            churn_range=(sampler.churn_min, sampler.churn_max or math.inf),
+            churn_range=(low, high or math.inf),
             churn_noise=sampler.churn_noise,
         )
 

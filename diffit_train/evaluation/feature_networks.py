@@ -18,7 +18,7 @@ from diffit_train.config import Recipe
 from diffit_train.config.evaluate import FEATURES as FEATURE_KINDS
 from diffit_train.config.evaluate import CustomFeatures
 from diffit_train.config.plugins import require
-from diffit_train.data.fit import SEED, fit
+from diffit_train.data.fit import BATCH_SIZE, SEED, fit
 from diffit_train.data.preprocess import to_model_range
 from diffit_train.data.reading import read_items
 from diffit_train.data.sources import list_images
@@ -181,7 +181,7 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
     x, y = torch.from_numpy(to_model_range(images.pixels)), torch.from_numpy(labels)
 
     def loss(step: int, random: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.from_numpy(random.choice(used, size=section.batch_size))
+        rows = torch.from_numpy(random.choice(used, size=BATCH_SIZE))
         rolls = random.integers(-SHIFT_PIXELS, SHIFT_PIXELS + 1, size=2).tolist()
         _, logits = model(torch.roll(x[rows], rolls, dims=(2, 3)))
         value = nn.functional.cross_entropy(logits, y[rows])

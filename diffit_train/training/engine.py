@@ -280,8 +280,6 @@ class Engine:
 
 def bucket_elements(train: Train, elements: int) -> int:
     """Gradient elements that are reduced together, for a model of `elements` parameters."""
-    if train.bucket_elements is not None:
-        return train.bucket_elements
     # A single bucket would be reduced only after the backward pass.
     return min(BUCKET_ELEMENTS, -(-elements // 10)) if train.overlap_comm else BUCKET_ELEMENTS
 
