@@ -18,10 +18,8 @@ _BLOCK_ROWS = 2048
 _NEGATIVE = 1e-6
 # Tolerated error of the trace, relative to the product of the covariances' norms.
 _TRACE_ERROR = 1e-8
-# Tolerance of float32 distances, relative to the squared norms; observed errors reach 8e-7.
-_SCREEN = 1e-5
-# Extra nearest neighbors, in addition to k, that are measured again in float64.
-_SPARE = 4
+# Of squared distances in float64, relative to the lengths of the points.
+_ROUNDING = 1e-13
 
 
 # ---- Frechet distance ----
@@ -305,9 +303,7 @@ def precision_recall(real: Array, fake: Array, num_neighbors: int) -> tuple[floa
 
     Precision is the fraction of fakes inside the manifold of the real images, recall the reverse. A
     manifold is the union of closed balls around each point that reach its k-th nearest neighbor.
-
-    Distances are computed in float32, and again in float64 where that is not conclusive. Memory is
-    O(n + m) plus one block of distances.
+    Distances are computed in float64. Memory is O(n + m) plus one block of distances.
 
     Args:
         real: (n, D).
@@ -319,150 +315,58 @@ def precision_recall(real: Array, fake: Array, num_neighbors: int) -> tuple[floa
     """
     _require_sets(real, fake, num_neighbors + 1, f"{num_neighbors} neighbors")
     center = real.mean(0, dtype=np.float64)
-    scale = max(float(np.abs(rows - center).max()) for rows in _blocks(real, fake))
+    scale = max(float(np.abs(rows - center).max()) for part in (real, fake) for rows in _cut(part))
     points = [_Points(rows, center, scale or 1.0) for rows in (real, fake)]
-    return _shares_inside(points[0], points[1], *(_radii(part, num_neighbors) for part in points))
+    radii = [_radii(each, num_neighbors) for each in points]
+    return (
+        _fraction_inside(points[1], points[0], radii[0]),
+        _fraction_inside(points[0], points[1], radii[1]),
+    )
 
 
-def _blocks(*parts: Array) -> Iterator[Array]:
-    for part in parts:
-        for start in range(0, len(part), _BLOCK_ROWS):
-            yield part[start : start + _BLOCK_ROWS]
+def _cut(rows: Array) -> list[Array]:
+    return [rows[start : start + _BLOCK_ROWS] for start in range(0, len(rows), _BLOCK_ROWS)]
 
 
 class _Points:
-    """Rows (n, D) as given, and centered and scaled into float32's best range."""
+    """Rows (n, D), handed out in blocks that are centered and scaled to [-1, 1]."""
 
     def __init__(self, rows: Array, center: Array, scale: float) -> None:
-        self.given, self.center, self.scale = rows, center, scale
-        self.near = np.empty(rows.shape, np.float32)
-        for start in range(0, len(rows), _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
-            self.near[part] = self.exact(part)
-        self.squares = np.einsum("nd,nd->n", self.near, self.near)
-        self.parts = [slice(i, i + _BLOCK_ROWS) for i in range(0, len(rows), _BLOCK_ROWS)]
+        self.rows, self.center, self.scale = rows, center, scale
 
-    def exact(self, index: slice | Array) -> Array:
-        """Some rows, centered and scaled, float64."""
-        return (self.given[index] - self.center) / self.scale
+    def blocks(self) -> Iterator[Array]:
+        """Successive rows, float64."""
+        for part in _cut(self.rows):
+            yield (part - self.center) / self.scale
 
-    def screened(self, part: slice, other: _Points, part_of_other: slice) -> Array:
-        """Approximate squared distances, float32."""
-        distances = (-2.0 * self.near[part]) @ other.near[part_of_other].T
-        distances += self.squares[part, None]
-        distances += other.squares[part_of_other]
-        return distances
 
-    def distances(self, chosen: Array, others: _Points) -> Iterator[tuple[slice, Array, Array]]:
-        """For each block of `others`: its slice, |u|^2 + |v|^2 and squared distances, float64."""
-        rows = self.exact(chosen)
-        squares = (rows**2).sum(1)[:, None]
-        for part in others.parts:
-            columns = others.exact(part)
-            lengths = squares + (columns**2).sum(1)
-            yield part, lengths, lengths - 2.0 * rows @ columns.T
+def _distances(u: Array, v: Array) -> tuple[Array, Array]:
+    """Squared distances of all pairs (n, m), and |u|^2 + |v|^2, which bounds their rounding."""
+    lengths = (u**2).sum(1)[:, None] + (v**2).sum(1)
+    return lengths - 2.0 * u @ v.T, lengths
 
 
 def _radii(points: _Points, num_neighbors: int) -> Array:
     """Squared distance of each point to its k-th nearest neighbor, not itself, float64 (n,)."""
-    count = len(points.given)
-    nearest = _Nearest(count, min(num_neighbors + 1 + _SPARE, count))
-    pairs = [(a, b) for i, a in enumerate(points.parts) for b in points.parts[i:]]
-    # Diagonal blocks first: the sooner the bounds are tight, the fewer candidates to sort.
-    for a, b in sorted(pairs, key=lambda pair: pair[0] != pair[1]):
-        distances = points.screened(a, points, b)
-        nearest.take(a.start, b.start, distances)
-        if a != b:
-            nearest.take(b.start, a.start, distances.T)
-    radii = np.empty(count)
-    _measure(points, num_neighbors, np.arange(count), nearest.numbers, radii)
-    # Where a dropped candidate may be as near, compare with all points again in float64.
-    bound = radii + _SCREEN * (points.squares + points.squares.max())
-    (doubtful,) = np.nonzero((nearest.values.max(1) <= bound) & (radii > 0))
-    if nearest.values.shape[1] < count:
-        for start in range(0, len(doubtful), _BLOCK_ROWS):
-            chosen = doubtful[start : start + _BLOCK_ROWS]
-            better = _Nearest(len(chosen), nearest.values.shape[1], np.float64)
-            for part, _, distances in points.distances(chosen, points):
-                better.take(0, part.start, distances)
-            _measure(points, num_neighbors, chosen, better.numbers, radii)
-    return radii
+    radii = []
+    for rows in points.blocks():
+        # A point is its own nearest neighbor.
+        nearest = np.full((len(rows), num_neighbors + 1), np.inf)
+        for others in points.blocks():
+            known = np.concatenate([nearest, _distances(rows, others)[0]], axis=1)
+            nearest = np.partition(known, num_neighbors, axis=1)[:, : num_neighbors + 1]
+        radii.append(nearest.max(1))
+    return np.concatenate(radii)
 
 
-def _measure(
-    points: _Points, num_neighbors: int, rows: Array, candidates: Array, radii: Array
-) -> None:
-    """Set the radii of some rows (r,) from differences to their candidates (r, c), in float64."""
-    rows_at_once = 64
-    for start in range(0, len(rows), rows_at_once):
-        chosen, others = (v[start : start + rows_at_once] for v in (rows, candidates))
-        difference = points.exact(others.ravel()).reshape(*others.shape, -1)
-        difference -= points.exact(chosen)[:, None]
-        squares = np.einsum("nkd,nkd->nk", difference, difference)
-        # A point is its own nearest neighbor, at distance 0.
-        radii[chosen] = np.partition(squares, num_neighbors, axis=1)[:, num_neighbors]
-
-
-class _Nearest:
-    """For each of `count` rows, the smallest values so far and their columns."""
-
-    def __init__(self, count: int, width: int, dtype: type = np.float32) -> None:
-        self.values: Array = np.full((count, width), np.inf, dtype)
-        self.numbers = np.zeros((count, width), np.int64)
-
-    def take(self, first_row: int, first_column: int, block: Array) -> None:
-        """Merge the values of a block of rows and columns."""
-        rows = slice(first_row, first_row + len(block))
-        values, numbers = self.values[rows], self.numbers[rows]
-        bound = values.max(1)
-        if block.flags.c_contiguous:
-            found, column = np.divmod(np.flatnonzero(block < bound[:, None]), block.shape[1])
-        else:
-            # Read in memory order, then sort the few hits by row.
-            column, found = np.divmod(np.flatnonzero(bound > block.T), len(block))
-            order = np.argsort(found, kind="stable")
-            found, column = found[order], column[order]
-        if not len(found):
-            return
-        changed, first, hits = np.unique(found, return_index=True, return_counts=True)
-        width = values.shape[1]
-        # Columns: the known values of a changed row, then its hits, then padding.
-        wide = np.full((len(changed), width + hits.max()), np.inf, values.dtype)
-        names = np.zeros(wide.shape, np.int64)
-        wide[:, :width], names[:, :width] = values[changed], numbers[changed]
-        index = np.repeat(np.arange(len(changed)), hits)
-        offset = width + np.arange(len(found)) - np.repeat(first, hits)
-        wide[index, offset], names[index, offset] = block[found, column], first_column + column
-        best = np.argpartition(wide, width - 1, axis=1)[:, :width]
-        values[changed] = np.take_along_axis(wide, best, 1)
-        numbers[changed] = np.take_along_axis(names, best, 1)
-
-
-def _shares_inside(
-    real: _Points, fake: _Points, real_radii: Array, fake_radii: Array
-) -> tuple[float, float]:
-    """Fraction of fakes inside the ball of any real point, and the reverse."""
-    # How far each point is inside (negative) or outside the best ball for it.
-    of_real = np.full(len(real.given), np.inf)
-    of_fake = np.full(len(fake.given), np.inf)
-    for a in real.parts:
-        for b in fake.parts:
-            distances = real.screened(a, fake, b)
-            of_real[a] = np.minimum(of_real[a], (distances - fake_radii[b].astype("f4")).min(1))
-            distances -= real_radii[a, None].astype("f4")
-            of_fake[b] = np.minimum(of_fake[b], distances.min(0))
-    precision = _decide(of_fake, fake, real, real_radii)
-    return precision, _decide(of_real, real, fake, fake_radii)
-
-
-def _decide(margins: Array, points: _Points, manifold: _Points, radii: Array) -> float:
-    """Fraction of the points inside, in float64 where the float32 margins are too small."""
-    tolerance = _SCREEN * (points.squares + manifold.squares.max())
-    inside = margins < -tolerance
-    (close,) = np.nonzero(np.abs(margins) <= tolerance)
-    for start in range(0, len(close), _BLOCK_ROWS):
-        chosen = close[start : start + _BLOCK_ROWS]
-        for part, lengths, distances in points.distances(chosen, manifold):
+def _fraction_inside(points: _Points, manifold: _Points, radii: Array) -> float:
+    """Fraction of the points inside the ball of any point of a manifold."""
+    inside = []
+    for rows in points.blocks():
+        covered = np.zeros(len(rows), bool)
+        for centers, reach in zip(manifold.blocks(), _cut(radii), strict=True):
+            distances, lengths = _distances(rows, centers)
             # The balls are closed: a point on the surface, within rounding, is inside.
-            inside[chosen] |= (distances - radii[part] <= 1e-13 * lengths).any(1)
-    return float(inside.mean())
+            covered |= (distances - reach <= _ROUNDING * lengths).any(1)
+        inside.append(covered)
+    return float(np.concatenate(inside).mean())
