@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayTaskError
 
 from diffit_train import storage
 from diffit_train.config.scaling import Scaling
@@ -112,6 +112,10 @@ class RayTraining:
             with Progress("train", self.run.recipe.train.steps, "steps", start) as progress:
                 while not self._fit(progress, start):
                     pass
+        except RayActorError as error:
+            raise self._failed(
+                f"the process that runs Ray Train died: {cause_of(error)}"
+            ) from error
         finally:
             ray.kill(self.coordinator)
         storage.remove(self._scratch)
@@ -144,14 +148,10 @@ class RayTraining:
         self._take_news(progress)
         try:
             ray.get(ref)
-        except RayActorError as error:
-            raise DiffitError(f"the process that runs Ray Train died: {cause_of(error)}") from error
-        except RayError as error:
+        except RayTaskError as error:
             self._growing = False
             if self._news.reason:
-                raise DiffitError(
-                    f"training of {self.run.name!r} failed: {self._news.reason}"
-                ) from error
+                raise self._failed(self._news.reason) from error
             if self.stop.is_set():
                 return True
             # The workers did not start, if not for lack of room.
