@@ -64,7 +64,7 @@ class Run(runs.Run):
     @property
     def evaluations(self) -> list[Result]:
         """The results of its finished evaluations."""
-        return list(run_results(self.root, self.name))
+        return list(run_results(self))
 
 
 class Project(runs.Project):
@@ -192,7 +192,7 @@ def _samples(run: Run) -> TrainingSamples | None:
         return None
     from diffit_train.evaluation.training_samples import TrainingSamples
 
-    return TrainingSamples(run.recipe, run.name)
+    return TrainingSamples(run)
 
 
 def _send_samples(run: Run) -> None:
@@ -219,16 +219,17 @@ def _validation(run: Run) -> Callable[[int], str] | None:
     runner.check(recipe)
     if recipe.evaluate.reference == OWN:
         list_images(recipe)
-    return functools.partial(validate_checkpoint, recipe, run.name)
+    return functools.partial(validate_checkpoint, run.using(recipe))
 
 
-def validate_checkpoint(recipe: Recipe, run: str, step: int) -> str:
+def validate_checkpoint(run: runs.Run, step: int) -> str:
     """Evaluate a checkpoint during training; return a line with its metrics."""
     from diffit_train.evaluation import runner
 
-    request = runner.Request(recipe, run, step, curve="validation")
+    run.checkpoints.refresh()
+    request = runner.Request(run, step, curve="validation")
     result = request.finished or runner.evaluate([request])[0]
-    register_best(recipe, run, [result], validated=True)
+    register_best(run, [result], validated=True)
     metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     return f"step {step:,} evaluated: {metrics}  {storage.display_path(result.grid)}"
 
@@ -241,9 +242,7 @@ def evaluate(
     Args:
         address: of the Ray cluster; None for a new one on this machine.
     """
-    words = [str(step) for step in steps]
-    results = evaluation.evaluate_run(run.recipe, run.name, words, address)
-    return [Result.model_validate(result) for result in results]
+    return evaluation.evaluate_run(run, steps, address)
 
 
 compute_references = evaluation.compute_references

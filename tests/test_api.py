@@ -63,7 +63,9 @@ def test_samples_are_those_of_the_command(root: Path, tmp_path: Path) -> None:
     images = model.sample(classes=[2, "1"], seeds=range(2), batch_size=3)
     assert images.shape == (4, 16, 16, 3)
     recipe: Recipe = tiny_recipe(root, *PIXELS)
-    made = sample_images(recipe, WeightSource("mine"), ["2", "1"], "0-1", str(tmp_path), 4)
+    made = sample_images(
+        WeightSource(open_run(recipe, "mine")), ["2", "1"], "0-1", str(tmp_path), 4
+    )
     for image, one in zip(images, made["images"], strict=True):
         command = np.asarray(Image.open(tmp_path / one["file"])).astype(int)
         assert np.abs(command - image).max() <= 1

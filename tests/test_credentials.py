@@ -69,9 +69,9 @@ def test_a_sweep_has_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv(CREDENTIALS, raising=False)
     recipe = tiny_recipe(tmp_path, f"tracking.uri={URI}")
     with pytest.raises(UserError, match=f"is not stored with a sweep; export {CREDENTIALS}"):
-        plan_sweep(recipe, "one", [4], ["seed=1,2"], "s")
+        plan_sweep(open_run(recipe, "one"), [4], ["seed=1,2"], "s")
     monkeypatch.setenv(CREDENTIALS, URI)
-    sweep = plan_sweep(recipe, "one", [4], ["seed=1,2"], "s")
+    sweep = plan_sweep(open_run(recipe, "one"), [4], ["seed=1,2"], "s")
     assert "hunter2" not in sweep.model_dump_json()
     assert tracking_uri(sweep.loaded(recipe.storage.root)) == URI
 

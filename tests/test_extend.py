@@ -125,7 +125,7 @@ def test_a_run_is_sampled_and_exported(trained: Recipe, tmp_path: Path) -> None:
     images = model.sample(["0", "2"], seeds=range(2))
     assert not np.array_equal(images[0], images[1])  # another seed
     assert not np.array_equal(images[0], images[2])  # another class
-    made = sample_images(trained, WeightSource("mine"), ["0"], "0-1", str(tmp_path), 2)
+    made = sample_images(WeightSource(open_run(trained, "mine")), ["0"], "0-1", str(tmp_path), 2)
     assert [one["class"] for one in made["images"]] == ["0", "0"]
     assert nfe_per_image(trained) == 6
     assert plan(trained, Machine("H100"))["model"]["architecture"] == "mynet.model:ConvNet"
@@ -133,7 +133,9 @@ def test_a_run_is_sampled_and_exported(trained: Recipe, tmp_path: Path) -> None:
     assert features.shape == (4, 12)
     step = open_run(trained, "mine").checkpoint().step
     file = export_weights(open_run(trained, "mine"), step, "ema", str(tmp_path / "w.safetensors"))
-    made = sample_images(trained, WeightSource("mine", file=file), ["0"], "0", str(tmp_path), 1)
+    made = sample_images(
+        WeightSource(open_run(trained, "mine"), file=file), ["0"], "0", str(tmp_path), 1
+    )
     assert len(made["images"]) == 1
     folder = Path(export_folder(open_run(trained, "mine"), 4, "ema", "", str(tmp_path / "folder")))
     code = (folder / "transformer" / "diffit_transformer.py").read_text()

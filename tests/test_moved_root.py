@@ -53,8 +53,8 @@ def original(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("of users") / "original"
     shutil.copytree(trained, root)
     with in_process():
-        evaluate_run(tiny_recipe(root, *FEW), "tiny", ["0"])
-        evaluate_run(tiny_recipe(root), "tiny", ["12"])
+        evaluate_run(open_run(tiny_recipe(root, *FEW), "tiny"), ["0"])
+        evaluate_run(open_run(tiny_recipe(root), "tiny"), ["12"])
     return root
 
 
@@ -74,13 +74,13 @@ def test_every_command_keeps_to_a_copy(original: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(copy, *FEW)
     assert Run(recipe.storage.root, "tiny").recipe.storage.root == str(copy)
     assert load_recipe(str(copy / "runs" / "tiny" / "recipe.yaml")).storage.root == str(copy)
-    (made,) = evaluate_run(recipe, "tiny", ["12"])
-    assert made["grid"].startswith(str(copy))
-    kept = finished_result(recipe, "tiny", 0)
+    (made,) = evaluate_run(open_run(recipe, "tiny"), ["12"])
+    assert made.grid.startswith(str(copy))
+    kept = finished_result(open_run(recipe, "tiny"), 0)
     assert kept is not None
     assert Path(kept.grid).is_relative_to(copy)
     assert Path(kept.grid).exists()
-    grid = copy / "mlflow-artifacts" / made["mlflow_run_id"] / "artifacts" / "grid.png"
+    grid = copy / "mlflow-artifacts" / made.mlflow_run_id / "artifacts" / "grid.png"
     assert grid.exists()
     exported = export_weights(open_run(recipe, "tiny"), 8, "ema", None)
     assert exported.startswith(str(copy))
@@ -104,7 +104,7 @@ def test_a_renamed_project_finds_its_artifacts_and_models(original: Path, tmp_pa
     assert all(path.is_relative_to(moved) for path in _recorded(moved))
     version = tracker.client.get_model_version_by_alias("demo-tiny", "best")
     assert Path(unquote(urlsplit(version.source).path)).exists()
-    result = finished_result(tiny_recipe(moved), "tiny", 12)
+    result = finished_result(open_run(tiny_recipe(moved), "tiny"), 12)
     assert result is not None
     assert tracker.artifact(result.mlflow_run_id, "grid.png") == Path(result.grid).read_bytes()
     assert not (tmp_path / "first").exists()

@@ -141,7 +141,7 @@ def _is_done(job: Job) -> bool:
 def _finished(run: Run) -> Result | None:
     """The evaluation of a run that is trained to its last step."""
     step = run.finished_step
-    return None if step is None else finished_result(run.recipe, run.name, step)
+    return None if step is None else finished_result(run, step)
 
 
 def _distance(run: Run, address: str | None) -> float:

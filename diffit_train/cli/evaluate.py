@@ -56,10 +56,10 @@ def evaluate_command(
         raise UserError("--watch evaluates every checkpoint; remove --step")
     chosen = select_run("evaluate", name, overrides, root, run)
     if watch:
-        results = watch_run(chosen.recipe, chosen.name, address)
+        results = watch_run(chosen, address)
     else:
-        results = evaluate_run(chosen.recipe, chosen.name, step or [], address, sweep_member, npz)
-    print_result(results, as_json)
+        results = evaluate_run(chosen, step or [], address, sweep_member, npz)
+    print_result([result.model_dump(mode="json") for result in results], as_json)
 
 
 def references_command(

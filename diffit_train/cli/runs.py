@@ -68,7 +68,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "loss": progress.get("loss"),
         "images_per_s": progress.get("images_per_s"),
         "checkpoints": len(run.checkpoints),
-        "evaluations": len(list(run_results(run.root, run.name))),
+        "evaluations": len(list(run_results(run))),
         "last_write_s": holder.written_s if holder else None,
         "recipe": recipe.name,
     }
@@ -112,7 +112,7 @@ def show_run(root: str, name: str) -> dict[str, Any]:
                 "samples": result.samples,
                 **result.metrics,
             }
-            for result in run_results(run.root, run.name)
+            for result in run_results(run)
         ],
     }
 

@@ -76,16 +76,16 @@ def run_sweep(
     Raises:
         DiffitError: some evaluations failed or were stopped; the others are kept.
     """
-    recipe, root = run.recipe, run.root
+    root = run.root
     wanted = dict.fromkeys(run.checkpoint(step).step for step in steps or (NEWEST,))
-    plan = stage.plan_sweep(recipe, run.name, list(wanted), texts, name)
+    plan = stage.plan_sweep(run, list(wanted), texts, name)
     stage.open_sweep(plan, root)
     folder = storage.display_path(plan.url(root))
     say(f"sweep {plan.name!r}: {counted(len(plan.members), 'evaluation')} in {folder}")
     failed: list[str] = []
     if fleet is None:
-        pairs = [(member.recipe(recipe), member.step) for member in plan.members]
-        evaluate_all(pairs, run.name, address, plan.name)
+        pairs = [(run.using(m.recipe(run.recipe)), m.step) for m in plan.members]
+        evaluate_all(pairs, address, plan.name)
     elif fleet.pool:
         _sweep_by_one_job(plan, run, texts, fleet)
     else:
@@ -147,8 +147,7 @@ def _sweep_by_jobs(plan: Sweep, run: Run, fleet: FleetOptions) -> list[str]:
     ]
 
     def is_done(job: Job) -> bool:
-        step = plan.members[job.number].step
-        return finished_result(job.run.recipe, job.run.name, step) is not None
+        return finished_result(job.run, plan.members[job.number].step) is not None
 
     states = run_fleet(
         f"sweep {plan.name}",

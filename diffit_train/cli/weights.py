@@ -24,7 +24,7 @@ from diffit_train.cli.options import (
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import NEWEST
-from diffit_train.runs.run import open_run
+from diffit_train.runs.run import Run, open_run
 from diffit_train.runs.select import select_run, split_recipe
 
 
@@ -77,17 +77,17 @@ def sample_command(
     """
     if weights is None:
         chosen = select_run("sample", name, overrides, root, run)
-        recipe, run = chosen.recipe, chosen.name
     else:
         from diffit_train.runs.import_export import recipe_of_weights
 
         name, words = split_recipe(name, overrides)
         recipe = recipe_of_weights(weights, name, words, root, allow_pickle)
+        chosen = Run(recipe.storage.root, run or recipe.name, recipe)
     folder = output("--out", out)
     from diffit_train.evaluation.sample import WeightSource, sample_images
 
-    source = WeightSource(run or recipe.name, step, weights, allow_pickle)
-    result = sample_images(recipe, source, classes or [], seeds, folder, batch_size, animate)
+    source = WeightSource(chosen, step, weights, allow_pickle)
+    result = sample_images(source, classes or [], seeds, folder, batch_size, animate)
     print_result(result, as_json)
 
 

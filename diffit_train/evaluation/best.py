@@ -11,8 +11,7 @@ from diffit_train.config.base import flatten
 from diffit_train.errors import UserError, first_line
 from diffit_train.evaluation.result import Result, evaluated_identity, run_results
 from diffit_train.progress import say
-from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
-from diffit_train.runs.identity import run_url, stored_recipe
+from diffit_train.runs.checkpoints import reconstructed_url
 from diffit_train.runs.run import Run
 from diffit_train.tracking import (
     BEST,
@@ -31,15 +30,15 @@ def best_metric(recipe: Recipe) -> str:
     return distance_name("fd", features.name, features.published)
 
 
-def best_result(recipe: Recipe, run: str, like: Result) -> Result:
+def best_result(run: Run, like: Result) -> Result:
     """The run's evaluation with the smallest distance among those by the protocol of `like`."""
-    metric = best_metric(recipe)
-    found = [like, *(r for r in run_results(recipe.storage.root, run) if r.same_protocol(like))]
-    return min(found, key=lambda result: result.metrics[metric])
+    metric = best_metric(run.recipe)
+    comparable = [like, *(r for r in run_results(run) if r.same_protocol(like))]
+    return min(comparable, key=lambda result: result.metrics[metric])
 
 
 def register_best(
-    recipe: Recipe, run: str, made: Sequence[Result], validated: bool = False
+    run: Run, made: Sequence[Result], validated: bool = False
 ) -> dict[str, Any] | None:
     """Tag a run's best checkpoint in MLflow, and register its weights under an alias.
 
@@ -55,38 +54,34 @@ def register_best(
     Returns:
         step, value and file of the best; None if no evaluation followed the recipe's protocol.
     """
-    own = _own_recipe(recipe, run)
-    differences = _differences(own, made)
+    # By the protocol that the run began with.
+    protocol = {"evaluate": run.stored_recipe.evaluate}
+    run = run.using(run.recipe.model_copy(update=protocol))
+    recipe, differences = run.recipe, _differences(run.recipe, made)
     if not differences:
         alias = BEST
     elif validated:
         alias = BEST_VALIDATED
     else:
-        say(f"{run}@{BEST} stays as it is: {differences}")
+        say(f"{run.name}@{BEST} stays as it is: {differences}")
         return None
-    best, metric = best_result(own, run, made[-1]), best_metric(own)
-    found: dict[str, Any] = {"step": best.step, metric: best.metrics[metric]}
-    name = f"{recipe.tracking.experiment}-{run}"
+    best, metric = best_result(run, made[-1]), best_metric(recipe)
+    summary: dict[str, Any] = {"step": best.step, metric: best.metrics[metric]}
+    name = f"{recipe.tracking.experiment}-{run.name}"
     try:
         tracker = Tracker.of(recipe)
         registered = tracker.registered(name, alias)
-        if registered and (other := _other_protocol(own, run, registered, best, alias)):
+        if registered and (other := _other_protocol(run, registered, best, alias)):
             say(f"{name}@{alias} stays as it is: {other}")
             return None
         tracker.tag_best(best.mlflow_run_id, best.step, metric, best.metrics[metric], alias)
     except unreachable_errors() as error:
         say(f"could not tag the best checkpoint in MLflow: {first_line(error)}")
-        return found
+        return summary
     if recipe.tracking.register_best:
         current = registered is not None and registered.evaluation_run_id == best.mlflow_run_id
-        found["file"] = None if current else _register(own, run, best, tracker, alias)
-    return found
-
-
-def _own_recipe(recipe: Recipe, run: str) -> Recipe:
-    """The recipe with the protocol that the run began with."""
-    stored = stored_recipe(run_url(recipe, run))
-    return recipe.model_copy(update={"evaluate": stored.evaluate})
+        summary["file"] = None if current else _register(run, best, tracker, alias)
+    return summary
 
 
 def _differences(own: Recipe, made: Sequence[Result]) -> str:
@@ -104,13 +99,13 @@ def _differences(own: Recipe, made: Sequence[Result]) -> str:
     )
 
 
-def _other_protocol(own: Recipe, run: str, registered: Registered, best: Result, alias: str) -> str:
+def _other_protocol(run: Run, registered: Registered, best: Result, alias: str) -> str:
     """Why the alias may not move to `best`; "" if it may.
 
     An alias set by a version that did not know protocols may name an evaluation by another
     protocol than the recipe's; it moves.
     """
-    measured = run_results(own.storage.root, run)
+    measured = run_results(run)
     held = next((r for r in measured if r.mlflow_run_id == registered.evaluation_run_id), None)
     if held is None or held.same_protocol(best):
         return ""
@@ -122,7 +117,8 @@ def _other_protocol(own: Recipe, run: str, registered: Registered, best: Result,
     )
 
 
-def _notes(recipe: Recipe, run: str, best: Result, metric: str) -> ModelNotes:
+def _notes(run: Run, best: Result, metric: str) -> ModelNotes:
+    recipe = run.recipe
     model, data, size = recipe.model, recipe.data, recipe.latent_size
     channels = recipe.autoencoder.latent_channels
     made = channels * (2 if recipe.diffusion.learned_variance else 1)
@@ -138,8 +134,8 @@ def _notes(recipe: Recipe, run: str, best: Result, metric: str) -> ModelNotes:
     return ModelNotes(
         model=(
             f"{model.architecture} on {kind} of {data.resolution}x{data.resolution} images of "
-            f"{data.name} ({labels}), objective {recipe.diffusion.objective}; run {run}. A version "
-            f"is a safetensors file under the published names, tag `file`; load it by "
+            f"{data.name} ({labels}), objective {recipe.diffusion.objective}; run {run.name}. A "
+            f"version is a safetensors file under the published names, tag `file`; load it by "
             f"`diffit sample --weights FILE` or `diffit import`."
         ),
         version=(
@@ -152,26 +148,25 @@ def _notes(recipe: Recipe, run: str, best: Result, metric: str) -> ModelNotes:
     )
 
 
-def _register(recipe: Recipe, run: str, best: Result, tracker: Tracker, alias: str) -> str | None:
+def _register(run: Run, best: Result, tracker: Tracker, alias: str) -> str | None:
     """Export and register the best weights; their file if they are registered."""
     from diffit_train.runs import import_export
 
-    name = f"{recipe.tracking.experiment}-{run}"
+    recipe = run.recipe
+    name = f"{recipe.tracking.experiment}-{run.name}"
     metric, weights = best_metric(recipe), recipe.evaluate.weights
     shown = f"step {best.step:,}, {metric} {best.metrics[metric]:.4g}"
-    if best.step not in committed_steps(run_url(recipe, run)):
+    if best.step not in run.checkpoints:
         say(f"best so far: {shown}; not registered: its checkpoint was deleted")
         return None
     width = recipe.evaluate.reconstructed
     try:
         if width is None:
-            file = import_export.export_weights(
-                Run(recipe.storage.root, run, recipe), best.step, weights
-            )
+            file = import_export.export_weights(run, best.step, weights)
         else:
-            file = reconstructed_url(run_url(recipe, run), width, best.step)
+            file = reconstructed_url(run.url, width, best.step)
         tags = {"step": best.step, metric: best.metrics[metric], "weights": weights}
-        about = _notes(recipe, run, best, metric)
+        about = _notes(run, best, metric)
         tracker.register(name, file, best.mlflow_run_id, tags, about, alias)
     except unreachable_errors() as error:
         say(f"best so far: {shown}; not registered: {first_line(error)}")

@@ -15,23 +15,20 @@ from diffit_train.errors import DiffitError
 from diffit_train.evaluation.best import register_best
 from diffit_train.evaluation.result import Result, evaluation_url, finished_result
 from diffit_train.progress import say
-from diffit_train.runs.checkpoints import committed_steps, reconstructed_url
-from diffit_train.runs.identity import NEWEST, find_checkpoint, run_url
+from diffit_train.runs.checkpoints import NEWEST, reconstructed_url
 from diffit_train.runs.run import Run
-from diffit_train.runs.start import init_from
 
 # Seconds between checks for new checkpoints.
 WATCH_S = 30.0
 
 
 def evaluate_run(
-    recipe: Recipe,
-    run: str,
-    steps: Sequence[str],
+    run: Run,
+    steps: Sequence[int | str] = (),
     address: str | None = None,
     sweep: str = "",
     npz: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Evaluate checkpoints of a run; one result per checkpoint that `steps` name.
 
     Args:
@@ -39,70 +36,68 @@ def evaluate_run(
         sweep: name of the sweep that the evaluations belong to.
         npz: write the images in ADM's format as samples.npz next to each result.
     """
-    recipe = init_from(recipe, run)
-    wanted = dict.fromkeys(find_checkpoint(recipe, run, text)[1] for text in steps or (NEWEST,))
-    return evaluate_all([(recipe, step) for step in wanted], run, address, sweep, npz)
+    wanted = dict.fromkeys(run.checkpoint(step).step for step in steps or (NEWEST,))
+    return evaluate_all([(run, step) for step in wanted], address, sweep, npz)
 
 
 def evaluate_all(
-    wanted: Sequence[tuple[Recipe, int]],
-    run: str,
+    wanted: Sequence[tuple[Run, int]],
     address: str | None = None,
     sweep: str = "",
     npz: bool = False,
-) -> list[dict[str, Any]]:
-    """The results of all (recipe, step), computing those that are missing."""
-    found = [finished_result(recipe, run, step) for recipe, step in wanted]
-    if None in found:
-        found = _computed(wanted, found, run, address, sweep, npz)
+) -> list[Result]:
+    """The results of all (run, step), computing those that are missing.
+
+    Args:
+        wanted: a run with the recipe of each evaluation, and the step of its checkpoint.
+    """
+    finished = [finished_result(run, step) for run, step in wanted]
+    if None in finished:
+        finished = _computed(wanted, finished, address, sweep, npz)
     else:
         say("already evaluated")
-    results = [result for result in found if result is not None]
-    for (recipe, step), result in zip(wanted, results, strict=True):
+    results = [result for result in finished if result is not None]
+    for (run, step), result in zip(wanted, results, strict=True):
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         say(f"step {step:,}: {metrics}  {storage.display_path(result.grid)}")
         if npz:
             from diffit_train.evaluation import runner
 
-            runner.write_npz(recipe, evaluation_url(recipe, run, step, result.key))
+            runner.write_npz(run.recipe, evaluation_url(run, step, result.key))
     if results and not sweep:
-        register_best(wanted[0][0], run, results)
-    return [result.model_dump(mode="json") for result in results]
+        register_best(wanted[0][0], results)
+    return results
 
 
 def _computed(
-    wanted: Sequence[tuple[Recipe, int]],
-    found: Sequence[Result | None],
-    run: str,
+    wanted: Sequence[tuple[Run, int]],
+    finished: Sequence[Result | None],
     address: str | None,
     sweep: str,
     npz: bool,
 ) -> list[Result | None]:
     """The results, with those that are missing."""
-    missing = [pair for pair, result in zip(wanted, found, strict=True) if result is None]
+    missing = [pair for pair, result in zip(wanted, finished, strict=True) if result is None]
     steps = list(dict.fromkeys(f"{step:,}" for _, step in missing))
-    url = run_url(wanted[0][0], run)
+    url = wanted[0][0].url
     plural = "s" if len(steps) > 1 else ""
     say(f"Evaluating step{plural} {', '.join(steps)} of {storage.display_path(url)}")
     from diffit_train.evaluation import runner
 
-    for recipe, step in missing:
-        width = recipe.evaluate.reconstructed
+    for run, step in missing:
+        width = run.recipe.evaluate.reconstructed
         if width is not None and not storage.exists(reconstructed_url(url, width, step)):
             from diffit_train.runs.phema import reconstruct_ema
 
-            reconstruct_ema(Run(recipe.storage.root, run, recipe), width, step)
-    requests = [runner.Request(recipe, run, step, sweep, npz) for recipe, step in missing]
+            reconstruct_ema(run, width, step)
+    requests = [runner.Request(run, step, sweep, npz) for run, step in missing]
     made = iter(runner.evaluate(requests, address))
-    return [next(made) if result is None else result for result in found]
+    return [next(made) if result is None else result for result in finished]
 
 
 def watch_run(
-    recipe: Recipe,
-    run: str,
-    address: str | None = None,
-    pause: Callable[[float], None] = time.sleep,
-) -> list[dict[str, Any]]:
+    run: Run, address: str | None = None, pause: Callable[[float], None] = time.sleep
+) -> list[Result]:
     """Evaluate each checkpoint of a run as it appears, up to its last step.
 
     Checkpoints that training removes in the meantime are skipped.
@@ -110,25 +105,24 @@ def watch_run(
     Args:
         pause: sleeps for a number of seconds between checks.
     """
-    recipe = init_from(recipe, run)
-    find_checkpoint(recipe, run, NEWEST)
-    url, waiting = run_url(recipe, run), False
-    found: dict[int, dict[str, Any]] = {}
+    run.checkpoint()
+    results: dict[int, Result] = {}
+    waiting = False
     while True:
-        steps = committed_steps(url)
-        missing = [s for s in steps if s not in found]
+        steps = run.checkpoints.refresh().steps
+        missing = [step for step in steps if step not in results]
         for step in missing:
             try:
-                (found[step],) = evaluate_all([(recipe, step)], run, address)
+                (results[step],) = evaluate_all([(run, step)], address)
             except DiffitError as error:
-                if step in committed_steps(url):
+                if step in run.checkpoints.refresh():
                     raise
                 say(f"the checkpoint of step {step:,} was removed during its evaluation: {error}")
-        if steps and steps[-1] >= recipe.train.steps:
-            return [found[step] for step in sorted(found)]
+        if steps and steps[-1] >= run.recipe.train.steps:
+            return [results[step] for step in sorted(results)]
         if not missing and not waiting:
             waiting = True
-            say(f"waiting for new checkpoints in {storage.display_path(url)}")
+            say(f"waiting for new checkpoints in {storage.display_path(run.url)}")
         pause(WATCH_S)
 
 

@@ -22,7 +22,7 @@ from diffit_train.models.build import build_model
 from diffit_train.models.precision import arithmetic
 from diffit_train.models.published import FIXED, check_published, read_weights_file
 from diffit_train.models.wrap import compile_blocks, use_kernel
-from diffit_train.runs.checkpoints import read_weights, reconstructed_url
+from diffit_train.runs.checkpoints import Checkpoint, reconstructed_url
 
 # What decides how a decoder of diffusers computes; a later version may know more keys.
 _AUTOENCODER_KEYS = (
@@ -206,7 +206,7 @@ def run_weights(recipe: Recipe, url: str, step: int) -> dict[str, Tensor]:
                 f"--step {step}"
             )
         return file_weights(recipe, file)
-    return read_weights(url, step, recipe.evaluate.weights)
+    return Checkpoint(url, step).load(recipe.evaluate.weights)
 
 
 def file_weights(recipe: Recipe, file: str, allow_pickle: bool = False) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from diffit_train.config import Recipe
 from diffit_train.evaluation.generate import run_weights
 from diffit_train.models.published import CHECKSUM, tensors_checksum
 from diffit_train.progress import say
-from diffit_train.runs.checkpoints import checkpoint_digest, reconstructed_url
+from diffit_train.runs.checkpoints import Checkpoint, reconstructed_url
 
 # Copies kept on a node, the one in use included.
 MOST_COPIES = 2
@@ -82,7 +82,7 @@ def _read(copy: Path) -> dict[str, Tensor] | None:
 def _identity(recipe: Recipe, source: str, step: int) -> str:
     """Changes with the weights; the same for all settings of one checkpoint."""
     width = recipe.evaluate.reconstructed
-    contents = checkpoint_digest(source, step)
+    contents = Checkpoint(source, step).digest
     if width is not None:
         file = reconstructed_url(source, width, step)
         contents += storage.fingerprint(file) if storage.exists(file) else ""

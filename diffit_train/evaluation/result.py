@@ -12,8 +12,8 @@ from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.reference_files import reference_identity
-from diffit_train.runs.checkpoints import checkpoint_digest, step_name
-from diffit_train.runs.identity import run_url
+from diffit_train.runs.checkpoints import step_name
+from diffit_train.runs.run import Run
 
 RESULT = "result.json"
 GRID = "grid.png"
@@ -69,13 +69,13 @@ def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.evaluate_identity(), "reference": reference_identity(recipe)}
 
 
-def evaluation_key(recipe: Recipe, source: str, step: int) -> str:
+def evaluation_key(run: Run, step: int) -> str:
     """A readable name, made unique by a hash of everything that determines the metrics."""
-    evaluate = recipe.evaluate
+    recipe, evaluate = run.recipe, run.recipe.evaluate
     identity = [
         evaluated_identity(recipe),
         recipe.train_hash(),
-        checkpoint_digest(source, step),
+        run.checkpoints[step].digest,
         features_digest(recipe),
     ]
     sampler, guidance = evaluate.sampler, evaluate.guidance
@@ -83,9 +83,9 @@ def evaluation_key(recipe: Recipe, source: str, step: int) -> str:
     return f"{name.translate(str.maketrans('', '', '_ '))}-{storage.digest(identity)[:10]}"
 
 
-def evaluation_url(recipe: Recipe, run: str, step: int, key: str) -> str:
+def evaluation_url(run: Run, step: int, key: str) -> str:
     """Folder of an evaluation."""
-    return storage.join(recipe.storage.root, "evaluations", run, step_name(step), key)
+    return storage.join(run.root, "evaluations", run.name, step_name(step), key)
 
 
 def write_result(url: str, result: Result) -> None:
@@ -105,10 +105,9 @@ def read_result(url: str) -> Result:
     return result.model_copy(update={"grid": storage.join(url, GRID)})
 
 
-def finished_result(recipe: Recipe, run: str, step: int) -> Result | None:
-    """The result of an evaluation; None if it is not done."""
-    key = evaluation_key(recipe, run_url(recipe, run), step)
-    url = evaluation_url(recipe, run, step, key)
+def finished_result(run: Run, step: int) -> Result | None:
+    """The result of an evaluation by the run's recipe in use; None if it is not done."""
+    url = evaluation_url(run, step, evaluation_key(run, step))
     try:
         return read_result(url)
     except FileNotFoundError:
@@ -117,9 +116,9 @@ def finished_result(recipe: Recipe, run: str, step: int) -> Result | None:
         raise DiffitError(f"{url}/{RESULT} is damaged; delete it and evaluate again") from error
 
 
-def run_results(root: str, run: str) -> Iterator[Result]:
+def run_results(run: Run) -> Iterator[Result]:
     """The results of a run's evaluations; lists none of their thousands of chunks."""
-    run_folder = storage.join(root, "evaluations", run)
+    run_folder = storage.join(run.root, "evaluations", run.name)
     for step in storage.list_names(run_folder):
         if not step.startswith("step-"):
             continue  # the folder of the sweeps

@@ -39,8 +39,8 @@ from diffit_train.evaluation.result import (
 )
 from diffit_train.evaluation.scores import Scorer, grid_rows, metrics, read_grid, warnings
 from diffit_train.progress import Progress, say
-from diffit_train.runs.checkpoints import State, checkpoint_digest, checkpoint_url, read_state
-from diffit_train.runs.identity import run_url
+from diffit_train.runs.checkpoints import State
+from diffit_train.runs.run import Run
 from diffit_train.tracking import EVALUATION, NFE, TAG_REFERENCE, Tracker, unreachable_errors
 
 # Threads that sum finished chunks while actors generate others.
@@ -60,8 +60,7 @@ class Request:
             sweep are not logged there: there would be many at one step.
     """
 
-    recipe: Recipe
-    run: str
+    run: Run
     step: int
     sweep: str = ""
     npz: bool = False
@@ -70,7 +69,7 @@ class Request:
     @property
     def finished(self) -> Result | None:
         """Its result; None if it is not done."""
-        return finished_result(self.recipe, self.run, self.step)
+        return finished_result(self.run, self.step)
 
 
 def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Result]:
@@ -84,7 +83,7 @@ def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Re
         DiffitError: a chunk failed, or its metrics are not finite.
     """
     for request in requests:
-        check(request.recipe)
+        check(request.run.recipe)
     results: list[Result] = []
     with ray_session.connected(address):
         for together in _sharing_actors(requests):
@@ -126,7 +125,7 @@ def _sharing_actors(requests: Sequence[Request]) -> Iterator[list[Request]]:
     """Successive requests whose recipes one pool serves."""
     together: list[Request] = []
     for request in requests:
-        if together and not EvaluationPool(together[0].recipe).serves(request.recipe):
+        if together and not EvaluationPool(together[0].run.recipe).serves(request.run.recipe):
             yield together
             together = []
         together.append(request)
@@ -136,12 +135,12 @@ def _sharing_actors(requests: Sequence[Request]) -> Iterator[list[Request]]:
 
 def _evaluate_together(requests: Sequence[Request]) -> list[Result]:
     """Evaluate with one set of actors, which is gone before the last metrics are computed."""
-    for saving in dict.fromkeys(guidance_saving(request.recipe) for request in requests):
+    for saving in dict.fromkeys(guidance_saving(request.run.recipe) for request in requests):
         if saving:
             say(saving)
     with ThreadPoolExecutor(SUMMING_THREADS) as summing, ThreadPoolExecutor(1) as finishing:
         started = [_Started.of(request, summing) for request in requests]
-        pool = EvaluationPool(requests[0].recipe)
+        pool = EvaluationPool(requests[0].run.recipe)
         finished: list[Future[Result]] = []
         try:
             reference = pool.reference()
@@ -174,11 +173,9 @@ class _Started:
     @classmethod
     def of(cls, request: Request, summing: Executor) -> Self:
         """Find what there is, and what is missing, before any actor exists."""
-        recipe, run, step = request.recipe, request.run, request.step
-        source = run_url(recipe, run)
-        state = read_state(source, step)
-        key = evaluation_key(recipe, source, step)
-        url = evaluation_url(recipe, run, step, key)
+        run, step, recipe = request.run, request.step, request.run.recipe
+        state, key = run.checkpoints[step].state, evaluation_key(run, step)
+        url = evaluation_url(run, step, key)
         storage.remove_temporary(url)
         keep_all = request.npz or recipe.evaluate.keep_images == "all"
         there = _usable_chunks(url, keep_all)
@@ -186,7 +183,7 @@ class _Started:
         missing = Layout(evaluate.samples, evaluate.batch_size, batches).missing(there)
         scorer = Scorer(recipe, url, key, summing)
         scorer.add(there)
-        target = EvaluationTarget(source, step, url, key)
+        target = EvaluationTarget(run.url, step, url, key)
         generation = Generation(recipe, target, missing, keep_all)
         return cls(request, state, generation, scorer, time.monotonic())
 
@@ -251,7 +248,7 @@ def _finish(
 ) -> Result:
     """Compute the metrics of generated images, log them, and commit the result."""
     request, state, (recipe, target, _, _) = one.request, one.state, one.generation
-    run, step, url = request.run, request.step, target.url
+    run, step, url = request.run.name, request.step, target.url
     sums, real = one.scorer.finish(), statistics.result()
     values = metrics(recipe, sums, real)
     for warning in warnings(sums, real):
@@ -332,14 +329,18 @@ def _track(
 
     A rerun of a killed evaluation logs the same values at the same step.
     """
-    recipe, run = request.recipe, request.run
-    tracker, source = Tracker.of(recipe), run_url(recipe, run)
+    recipe, run, checkpoint = (
+        request.run.recipe,
+        request.run.name,
+        request.run.checkpoints[request.step],
+    )
+    tracker = Tracker.of(recipe)
     params = {k: v for k, v in recipe.flat().items() if k.startswith("evaluate.")}
     tags = {
         "diffit.recipe_hash": recipe.train_hash(),
         "diffit.evaluation_key": key,
-        "diffit.checkpoint": checkpoint_url(source, state.step),
-        "diffit.checkpoint_digest": checkpoint_digest(source, state.step),
+        "diffit.checkpoint": checkpoint.url,
+        "diffit.checkpoint_digest": checkpoint.digest,
         TAG_REFERENCE: reference.digest,
         "mlflow.source.name": "diffit evaluate",
     }

@@ -30,7 +30,8 @@ from diffit_train.evaluation.generate import (
 )
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.progress import Progress, counted, say
-from diffit_train.runs.identity import NEWEST, find_checkpoint
+from diffit_train.runs.checkpoints import NEWEST
+from diffit_train.runs.run import Run
 
 # Maximum number of classes without --class, evenly spaced.
 DEFAULT_CLASSES = 8
@@ -86,16 +87,15 @@ def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The weights to sample from: a checkpoint of a run, or a file."""
+    """The weights to sample from: a checkpoint of a run, or a file; and the recipe to sample by."""
 
-    run: str
+    run: Run
     step: str = NEWEST
     file: str | None = None
     allow_pickle: bool = False
 
 
 def sample_images(
-    recipe: Recipe,
     source: WeightSource,
     classes: Sequence[str],
     seeds: str,
@@ -104,6 +104,7 @@ def sample_images(
     animate: bool = False,
 ) -> dict[str, Any]:
     """Sample images of classes and seeds into a folder; return the content of samples.json."""
+    run, recipe = source.run, source.run.recipe
     if classes and not recipe.model.conditional:
         raise UserError(
             f"--class is {classes[0]!r}, but the model has no labels (model.conditional is false); "
@@ -114,9 +115,9 @@ def sample_images(
         title = storage.display_path(source.file)
         weights = file_weights(recipe, source.file, source.allow_pickle)
     else:
-        url, step = find_checkpoint(recipe, source.run, source.step)
-        title = f"{source.run}, step {step:,}, {recipe.evaluate.weights}"
-        weights = run_weights(recipe, url, step)
+        step = run.checkpoint(source.step).step
+        title = f"{run.name}, step {step:,}, {recipe.evaluate.weights}"
+        weights = run_weights(recipe, run.url, step)
     result = sample(recipe, weights, labels, numbers, out, batch_size, title, animate)
     say(f"{counted(len(result['images']), 'image')} in {storage.display_path(out)}")
     return result

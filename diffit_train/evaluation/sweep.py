@@ -21,6 +21,7 @@ from diffit_train.config.base import require_name
 from diffit_train.config.evaluate import FREE_KEYS
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.result import Result, finished_result
+from diffit_train.runs.run import Run
 from diffit_train.tracking import CREDENTIALS, require_forwarded
 
 DEFINITION = "sweep.json"
@@ -135,9 +136,7 @@ def _range(part: str, text: str) -> list[int | float]:
     return [int(number) if whole else float(number) for number in numbers]
 
 
-def plan_sweep(
-    recipe: Recipe, run: str, steps: Sequence[int], texts: Sequence[str], name: str | None
-) -> Sweep:
+def plan_sweep(run: Run, steps: Sequence[int], texts: Sequence[str], name: str | None) -> Sweep:
     """The sweep over all combinations, each of them validated.
 
     Args:
@@ -146,7 +145,7 @@ def plan_sweep(
     Raises:
         UserError: an invalid key, value or name, or too many combinations.
     """
-    axes = [parse_values(text) for text in texts]
+    recipe, axes = run.recipe, [parse_values(text) for text in texts]
     keys = [key for key, _ in axes]
     for key in keys:
         if keys.count(key) > 1:
@@ -167,7 +166,7 @@ def plan_sweep(
     require_forwarded(recipe, "a sweep", [CREDENTIALS])
     return Sweep(
         name=name,
-        run=run,
+        run=run.name,
         recipe=stored_text(recipe),
         identity=recipe.evaluate_identity(),
         members=members,
@@ -214,8 +213,8 @@ def read_sweep(url: str) -> Sweep:
 
 def results(sweep: Sweep, root: str) -> list[Result | None]:
     """The result of each member; None if it is not done."""
-    recipe = sweep.loaded(root)
-    return [finished_result(m.recipe(recipe), sweep.run, m.step) for m in sweep.members]
+    run = Run(root, sweep.run, sweep.loaded(root))
+    return [finished_result(run.using(m.recipe(run.recipe)), m.step) for m in sweep.members]
 
 
 def rows(sweep: Sweep, found: Sequence[Result | None]) -> list[dict[str, Any]]:

@@ -22,8 +22,7 @@ from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.evaluation.generate import Generator, class_names, load_decoder, run_weights
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.sample import ROW, choose_classes
-from diffit_train.runs.checkpoints import committed_steps, read_state
-from diffit_train.runs.identity import run_url
+from diffit_train.runs.run import Run
 from diffit_train.tracking import Tracker, unreachable_errors
 
 # Sampling steps at most, images of a class, and images of a model without labels.
@@ -56,10 +55,9 @@ def _quick_sampler(sampler: Sampler) -> Sampler:
 class TrainingSamples:
     """The grids of a run, in its folder `samples`."""
 
-    def __init__(self, recipe: Recipe, run: str) -> None:
-        self.recipe, self.run = quick_recipe(recipe), run
-        self.run_url = run_url(recipe, run)
-        self.url = storage.join(self.run_url, KEY)
+    def __init__(self, run: Run) -> None:
+        self.recipe, self.run = quick_recipe(run.recipe), run
+        self.url = storage.join(run.url, KEY)
         self._decoder: LoadedAutoencoder | None = None
 
     def drawn(self) -> set[int]:
@@ -88,7 +86,7 @@ class TrainingSamples:
         recipe = self.recipe
         if self._decoder is None:
             self._decoder = load_decoder(recipe, torch.device("cpu"))
-        generator = Generator(recipe, run_weights(recipe, self.run_url, step), self._decoder)
+        generator = Generator(recipe, run_weights(recipe, self.run.url, step), self._decoder)
         names = class_names(recipe) if recipe.model.conditional else None
         if names:
             rows = {label: range(SEEDS) for label in choose_classes(names, [])}
@@ -102,7 +100,7 @@ class TrainingSamples:
         for image, (row, _) in zip(pixels, wanted, strict=True):
             shown[row].append(image)
         sampler, weights = recipe.evaluate.sampler, recipe.evaluate.weights
-        title = f"{self.run}, step {step:,}, {weights}\n{sampler.name} {sampler.steps}"
+        title = f"{self.run.name}, step {step:,}, {weights}\n{sampler.name} {sampler.steps}"
         draw_grid(shown, names, title, self._file(step))
 
     def send(self, mlflow_run_id: str) -> None:
@@ -124,9 +122,8 @@ class TrainingSamples:
 
     def send_unsent(self) -> None:
         """Log what MLflow lacked when training ended; errors as `send`."""
-        steps = committed_steps(self.run_url)
-        if steps and storage.exists(storage.join(self.url, _UNSENT)):
-            self.send(read_state(self.run_url, steps[-1]).mlflow_run_id)
+        if self.run.checkpoints and storage.exists(storage.join(self.url, _UNSENT)):
+            self.send(self.run.mlflow_run_id)
 
     def _file(self, step: int) -> str:
         return storage.join(self.url, f"step-{step:010d}.png")

@@ -96,7 +96,7 @@ def _data(recipe: Recipe) -> str:
 
 
 def _evaluation(run: Run, step: int) -> str:
-    results = [result for result in run_results(run.root, run.name) if result.step == step]
+    results = [result for result in run_results(run) if result.step == step]
     if not results:
         return "This step has not been evaluated."
     rows = ["| weights | samples | sampler | guidance | features | metric | value |"]

@@ -126,15 +126,3 @@ def _hint(name: str, root: str) -> str:
         return ""
     known = Run(storage.absolute(root), name).metadata
     return f"\nthere is a run of that name: pass --run {name}" if known else ""
-
-
-def recipe_and_run(
-    command: str,
-    name: str | None,
-    overrides: Sequence[str] | None,
-    root: str | None,
-    run: str | None,
-) -> tuple[Recipe, str]:
-    """To be replaced by `select_run`."""
-    chosen = select_run(command, name, overrides, root, run)
-    return chosen.recipe, chosen.name

@@ -40,7 +40,7 @@ from diffit_train.evaluation.pool import Actors, EvaluationPool, Generation
 from diffit_train.evaluation.references import FoundReference, Reference, Statistics
 from diffit_train.evaluation.scores import Sums, metrics
 from diffit_train.runs.checkpoints import Checkpoints
-from diffit_train.runs.run import Run
+from diffit_train.runs.run import Run, open_run
 from tests.benchmarks.common import print_table
 from tests.faults.fleet import copy_root
 
@@ -269,7 +269,7 @@ def idle(root: Path, samples: int, fleet: int) -> None:
     ray.init("local", num_cpus=fleet, include_dashboard=False, log_to_driver=False)
     with _simulated(folder) as found:
         before = _in_sequence(recipe, step, folder, found)
-        (result,) = runner.evaluate([runner.Request(recipe, "demo", step)])
+        (result,) = runner.evaluate([runner.Request(open_run(recipe, "demo"), step)])
     ray.shutdown()
     shutil.rmtree(folder)
     assert result.idle_fraction is not None

@@ -14,6 +14,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.evaluation.best import best_result
 from diffit_train.evaluation.result import Result, evaluated_identity, evaluation_url
+from diffit_train.runs.run import open_run
 from tests.conftest import tiny_recipe
 
 ROOT = "memory://best/project"
@@ -40,7 +41,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 def _evaluation(
     recipe: Recipe, step: int, key: str, value: float | None, **changes: Any
 ) -> Result | None:
-    url = evaluation_url(recipe, "tiny", step, key)
+    url = evaluation_url(open_run(recipe, "tiny"), step, key)
     for number in range(40):
         storage.write_text(storage.join(url, f"chunk-{number}.safetensors"), "rows")
     if value is None:
@@ -79,7 +80,7 @@ def test_only_results_are_read(requests: Counter[str]) -> None:
     _evaluation(recipe, 12, "unfinished", None)
     storage.write_text(f"{ROOT}/evaluations/tiny/sweeps/first/sweep.json", "{}")
     requests.clear()
-    best = best_result(recipe, "tiny", first)
+    best = best_result(open_run(recipe, "tiny"), first)
     assert (best.step, best.metrics["fd_digits"]) == (8, 5.0)
     listed = {text.split("/best/project/evaluations/tiny")[1] for text in requests if "ls " in text}
     assert listed <= {"", "/step-0000000004", "/step-0000000008", "/step-0000000012"}

@@ -50,7 +50,7 @@ _TWO_BATCHES = ["scaling.evaluate_batches=2"]
 
 
 def evaluate(recipe: Recipe, run: str, steps: list[int]) -> list[Result]:
-    return runner.evaluate([Request(recipe, run, step) for step in steps])
+    return runner.evaluate([Request(open_run(recipe, run), step) for step in steps])
 
 
 def _images(result: Result) -> np.ndarray:
@@ -83,7 +83,7 @@ def test_a_result_has_metrics_a_grid_and_an_mlflow_child(
     # Three steps, each with and without the label.
     assert results[0].nfe == 6
     for result in results:
-        assert finished_result(recipe, "tiny", result.step) == result
+        assert finished_result(open_run(recipe, "tiny"), result.step) == result
         assert result.metrics["fd_digits"] > 0
         assert Image.open(result.grid).size[0] > 300
         tracker = Tracker.of(recipe)
@@ -189,8 +189,8 @@ def test_ray_restarts_an_actor_that_dies(
     root, (_, result) = evaluated
     recipe = tiny_recipe(_copy(root, tmp_path))
     run_url = str(tmp_path / "runs" / "tiny")
-    key = evaluation_key(recipe, run_url, 12)
-    url = evaluation_url(recipe, "tiny", 12, key)
+    key = evaluation_key(open_run(recipe, "tiny"), 12)
+    url = evaluation_url(open_run(recipe, "tiny"), 12, key)
     fleet = EvaluationPool(recipe)
     (actor,) = fleet.actors.actors
     killed = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
@@ -210,9 +210,9 @@ def test_more_samples_start_with_the_same_images(
 ) -> None:
     root, (_, result) = evaluated
     recipe = tiny_recipe(_copy(root, tmp_path), "evaluate.samples=15", "scaling.evaluate_batches=9")
-    (more,) = evaluate_run(recipe, "tiny", ["12"], npz=True)
+    (more,) = evaluate_run(open_run(recipe, "tiny"), ["12"], npz=True)
     assert np.array_equal(_images(Result.model_validate(more))[:12], _images(result))
-    with np.load(Path(more["grid"]).parent / "samples.npz") as file:
+    with np.load(Path(more.grid).parent / "samples.npz") as file:
         assert np.array_equal(file["arr_0"], _images(Result.model_validate(more)))
         assert file["arr_1"].tolist() == [i % 3 for i in range(15)]
 
@@ -224,16 +224,17 @@ def test_only_the_grids_images_stay_unless_all_are_wanted(
     root, (_, result) = evaluated
     all_kept = tiny_recipe(_copy(root, tmp_path), "evaluate.grid=[10,1]")
     recipe = tiny_recipe(tmp_path, "evaluate.grid=[10,1]", "evaluate.keep_images=grid")
-    source = str(tmp_path / "runs" / "tiny")
-    assert evaluation_key(recipe, source, 12) == evaluation_key(all_kept, source, 12)
-    (made,) = evaluate_run(recipe, "tiny", ["12"])
-    folder = Path(made["grid"]).parent
+    assert evaluation_key(open_run(recipe, "tiny"), 12) == evaluation_key(
+        open_run(all_kept, "tiny"), 12
+    )
+    (made,) = evaluate_run(open_run(recipe, "tiny"), ["12"])
+    folder = Path(made.grid).parent
     # Of the first image of each class; the other chunks have none.
     assert [path.name for path in folder.glob("*.npy")] == ["grid-0000000-0000004.npy"]
     assert np.array_equal(np.load(next(folder.glob("*.npy"))), _images(result)[:3])
-    assert made["metrics"] == result.metrics
+    assert made.metrics == result.metrics
     with pytest.raises(UserError, match=r"delete that folder and rerun with --npz"):
-        evaluate_run(recipe, "tiny", ["12"], npz=True)
+        evaluate_run(open_run(recipe, "tiny"), ["12"], npz=True)
 
     # Interrupted, and continued with other wishes: what was not kept is generated again.
     (folder / "result.json").unlink()
@@ -244,12 +245,12 @@ def test_only_the_grids_images_stay_unless_all_are_wanted(
         "evaluate.keep_images=grid",
         "scaling.evaluate_batches=2",
     )
-    (again,) = evaluate_run(wide, "tiny", ["12"], npz=True)
-    assert again["metrics"] == result.metrics
+    (again,) = evaluate_run(open_run(wide, "tiny"), ["12"], npz=True)
+    assert again.metrics == result.metrics
     with np.load(folder / "samples.npz") as file:
         assert np.array_equal(file["arr_0"], _images(result))
     assert not list(folder.glob("images-*"))
-    evaluate_run(wide, "tiny", ["12"], npz=True)
+    evaluate_run(open_run(wide, "tiny"), ["12"], npz=True)
 
 
 def test_the_actors_time_without_work_is_recorded(
@@ -263,7 +264,7 @@ def test_the_actors_time_without_work_is_recorded(
     recipe = tiny_recipe(_copy(root, tmp_path), "scaling.evaluate_actors=99")
     for name in ("evaluations", "references"):
         shutil.copytree(root / name, tmp_path / name)
-    folder = Path(evaluation_url(recipe, "tiny", 12, results[1].key))
+    folder = Path(evaluation_url(open_run(recipe, "tiny"), 12, results[1].key))
     (folder / "result.json").unlink()
     (again,) = evaluate(recipe, "tiny", [12])
     assert again.idle_fraction is None
@@ -309,7 +310,7 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     recipe = tiny_recipe(_copy(root, tmp_path))
     shutil.copytree(root / "evaluations", tmp_path / "evaluations")
     best = min(results, key=lambda r: r.metrics["fd_digits"])
-    found = register_best(recipe, "tiny", results)
+    found = register_best(open_run(recipe, "tiny"), results)
     assert found is not None
     assert found["step"] == best.step
     tracker = Tracker.of(recipe)
@@ -323,7 +324,7 @@ def test_the_best_checkpoint_is_tagged_and_registered(
     assert version.run_id == best.mlflow_run_id
     assert "blocks.0.attn.qkv.weight" in read_weights_file(found["file"], False)
     # Nothing has improved since.
-    again = register_best(recipe, "tiny", results)
+    again = register_best(open_run(recipe, "tiny"), results)
     assert again is not None
     assert again["file"] is None
     versions = tracker.client.search_model_versions("name='demo-tiny'")
@@ -348,7 +349,7 @@ def test_best_never_moves_between_protocols(
         changes |= {"step": step, "metrics": {"fd_digits": value}, "key": key}
         changes["mlflow_run_id"] = child
         made = made.model_copy(update=changes)
-        url = storage.join(evaluation_url(recipe, "tiny", step, made.key), "result.json")
+        url = storage.join(evaluation_url(open_run(recipe, "tiny"), step, made.key), "result.json")
         storage.write_text(url, made.model_dump_json())
         return made
 
@@ -358,11 +359,11 @@ def test_best_never_moves_between_protocols(
 
     # Fewer samples, and a distance that would be the best of all.
     fewer = tiny_recipe(tmp_path, "evaluate.samples=6")
-    assert register_best(fewer, "tiny", [stored(fewer, 4, 1e-6)]) is None
+    assert register_best(open_run(fewer, "tiny"), [stored(fewer, 4, 1e-6)]) is None
     assert best() is None
     assert "evaluate.samples is 6, in the run's recipe 12" in capsys.readouterr().err
     # The first evaluation by the recipe's own protocol sets it.
-    assert register_best(recipe, "tiny", results) is not None
+    assert register_best(open_run(recipe, "tiny"), results) is not None
     first = min(results, key=lambda r: r.metrics["fd_digits"]).step
     assert best() == first
     version = tracker.client.get_model_version_by_alias("demo-tiny", "best")
@@ -380,16 +381,16 @@ def test_best_never_moves_between_protocols(
     assert signature.outputs.inputs[0].shape == (-1, 8, 4, 4)
     for change in ("sampler.steps=2", "guidance.scale=1", "precision=bf16_autocast", "seed=3"):
         other = tiny_recipe(tmp_path, f"evaluate.{change}")
-        assert register_best(other, "tiny", [stored(other, 4, 1e-6)]) is None
+        assert register_best(open_run(other, "tiny"), [stored(other, 4, 1e-6)]) is None
         assert change.split("=")[0] in capsys.readouterr().err
     assert best() == first
     # Validation during training has an alias of its own.
-    register_best(fewer, "tiny", [stored(fewer, 8, 2e-6)], validated=True)
+    register_best(open_run(fewer, "tiny"), [stored(fewer, 8, 2e-6)], validated=True)
     assert (best(), best("best-validated")) == (first, 4)
     # The same settings on another reference or other features.
     for name in ("reference_digest", "features_digest"):
         made = stored(recipe, 4, 1e-7, **{name: "0" * 64})
-        assert register_best(recipe, "tiny", [made]) is None
+        assert register_best(open_run(recipe, "tiny"), [made]) is None
         assert "by another protocol" in capsys.readouterr().err
     assert best() == first
     tags = tracker.client.get_run(parent).data.tags
@@ -481,30 +482,33 @@ def test_a_reference_is_computed_in_parts_and_resumes(
 
 def test_other_settings_are_another_evaluation(evaluated: tuple[Path, list[Result]]) -> None:
     root, _ = evaluated
-    run_url = str(root / "runs" / "tiny")
-    plain = evaluation_key(tiny_recipe(root), run_url, 12)
+    plain = evaluation_key(open_run(tiny_recipe(root), "tiny"), 12)
     own = ["evaluate.seed=1", "evaluate.guidance.scale=2", "evaluate.weights=raw"]
     for change in [*own, "evaluate.labels=random", "evaluate.pixels=truncate"]:
-        assert evaluation_key(tiny_recipe(root, change), run_url, 12) != plain
-    assert evaluation_key(tiny_recipe(root), run_url, 0) != plain
-    assert evaluation_key(tiny_recipe(root, "scaling.evaluate_actors=2"), run_url, 12) == plain
+        assert evaluation_key(open_run(tiny_recipe(root, change), "tiny"), 12) != plain
+    assert evaluation_key(open_run(tiny_recipe(root), "tiny"), 0) != plain
+    assert (
+        evaluation_key(open_run(tiny_recipe(root, "scaling.evaluate_actors=2"), "tiny"), 12)
+        == plain
+    )
 
 
 def test_the_key_depends_on_the_content_of_the_reference_not_its_path(
     evaluated: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     root, _ = evaluated
-    run_url = str(root / "runs" / "tiny")
     paths = [tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "c.npz"]
     for path, content in zip(paths, (b"one", b"one", b"two"), strict=True):
         path.write_bytes(content)
 
     def key(reference: Path | str) -> str:
-        return evaluation_key(tiny_recipe(root, f"evaluate.reference={reference}"), run_url, 12)
+        return evaluation_key(
+            open_run(tiny_recipe(root, f"evaluate.reference={reference}"), "tiny"), 12
+        )
 
     first, second, third = (key(path) for path in paths)
     assert first == second != third
-    assert key("own") == evaluation_key(tiny_recipe(root), run_url, 12) != first
+    assert key("own") == evaluation_key(open_run(tiny_recipe(root), "tiny"), 12) != first
     paths[0].write_bytes(b"two")
     assert key(paths[0]) == third
     with pytest.raises(UserError, match="does not exist"):
@@ -517,7 +521,7 @@ def test_a_chunk_of_another_evaluation_is_rejected(
 ) -> None:
     root, (first, last) = evaluated
     recipe = tiny_recipe(_copy(root, tmp_path))
-    folder = Path(evaluation_url(recipe, "tiny", 12, last.key))
+    folder = Path(evaluation_url(open_run(recipe, "tiny"), 12, last.key))
     folder.mkdir(parents=True)
     part = "0000004-0000008"
     for name in (f"chunk-{part}.json", f"chunk-{part}.safetensors", f"images-{part}.npy"):
@@ -545,7 +549,7 @@ def test_bad_input_writes_nothing(
     recipe = tiny_recipe(trained, "evaluate.seed=99", *overrides)
     before = sorted((trained / "evaluations").rglob("*"))
     with pytest.raises(UserError, match=words):
-        evaluate_run(recipe, run, steps)
+        evaluate_run(open_run(recipe, run), steps)
     assert sorted((trained / "evaluations").rglob("*")) == before
 
 

@@ -44,8 +44,8 @@ def test_classes_by_name_and_number() -> None:
             choose_classes(names, [wrong])
 
 
-def _sample(root: Path, out: Path, source: WeightSource, batch: int = 4) -> dict:
-    return sample_images(tiny_recipe(root), source, ["b", "2"], "0-1,7", str(out), batch)
+def _sample(source: WeightSource, out: Path, batch: int = 4) -> dict:
+    return sample_images(source, ["b", "2"], "0-1,7", str(out), batch)
 
 
 def _images(folder: Path) -> dict[str, np.ndarray]:
@@ -57,7 +57,7 @@ def test_a_run_and_its_export_give_the_same_images_in_any_batch(
     trained: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(trained)
-    result = _sample(trained, tmp_path / "run", WeightSource("tiny"))
+    result = _sample(WeightSource(open_run(recipe, "tiny")), tmp_path / "run")
     first = _images(tmp_path / "run")
     assert len(first) == 6
     assert first["class0001-seed000000.png"].shape == (16, 16, 3)
@@ -71,8 +71,8 @@ def test_a_run_and_its_export_give_the_same_images_in_any_batch(
     assert set(ema) < set(tensors)
     assert all(torch.equal(tensors[name], value) for name, value in ema.items())
 
-    source = WeightSource("none", file=file)
-    _sample(trained, tmp_path / "file", source, batch=1)
+    source = WeightSource(open_run(recipe, "none"), file=file)
+    _sample(source, tmp_path / "file", batch=1)
     second = _images(tmp_path / "file")
     assert second.keys() == first.keys()
     for name, image in first.items():
@@ -82,9 +82,9 @@ def test_a_run_and_its_export_give_the_same_images_in_any_batch(
 
 
 def test_the_denoising_is_written_as_a_gif(trained: Path, tmp_path: Path) -> None:
-    args = (WeightSource("tiny"), ["b", "2"], "0-1,7")
-    plain = sample_images(tiny_recipe(trained), *args, str(tmp_path / "plain"), 4)
-    result = sample_images(tiny_recipe(trained), *args, str(tmp_path / "moving"), 4, animate=True)
+    args = (WeightSource(open_run(tiny_recipe(trained), "tiny")), ["b", "2"], "0-1,7")
+    plain = sample_images(*args, str(tmp_path / "plain"), 4)
+    result = sample_images(*args, str(tmp_path / "moving"), 4, animate=True)
     assert result["animation"] == str(tmp_path / "moving" / "denoising.gif")
     assert "animation" not in plain
     before, after = _images(tmp_path / "plain"), _images(tmp_path / "moving")
@@ -150,8 +150,8 @@ def test_imported_weights_are_sampled_exported_and_not_trained_on(
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
-    _sample(trained, tmp_path / "a", WeightSource("imported"))
-    _sample(trained, tmp_path / "b", WeightSource("none", file=file))
+    _sample(WeightSource(open_run(recipe, "imported")), tmp_path / "a")
+    _sample(WeightSource(open_run(recipe, "none"), file=file), tmp_path / "b")
     for name, image in _images(tmp_path / "a").items():
         assert np.array_equal(_images(tmp_path / "b")[name], image)
 
@@ -197,7 +197,7 @@ def test_files_of_another_model_are_rejected(trained: Path, tmp_path: Path) -> N
         import_file(open_run(recipe, "other"), file, 0, False)
     assert not (trained / "runs" / "other").exists()
     with pytest.raises(UserError, match="run 'none' does not exist"):
-        sample_images(recipe, WeightSource("none"), [], "0", str(tmp_path / "o"), 1)
+        sample_images(WeightSource(open_run(recipe, "none")), [], "0", str(tmp_path / "o"), 1)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_other_sampling_settings_work(
     trained: Path, tmp_path: Path, changes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tiny_recipe(trained, *changes)
-    source = WeightSource("tiny")
-    result = sample_images(recipe, source, ["a"], "0", str(tmp_path), 1)
+    source = WeightSource(open_run(recipe, "tiny"))
+    result = sample_images(source, ["a"], "0", str(tmp_path), 1)
     assert result["sampler"]["name"] == recipe.evaluate.sampler.name
     assert len(_images(tmp_path)) == 1
     assert "1 image in " in capsys.readouterr().err
@@ -239,8 +239,8 @@ def test_a_model_without_labels_makes_one_image_per_seed(
     write_published(build_model(recipe), {}, file, {})
     drawn = []
     monkeypatch.setattr(stage, "draw_grid", lambda *given: drawn.append(given))
-    source = WeightSource("none", file=file)
-    result = sample_images(recipe, source, [], "0-11", str(tmp_path / "out"), 8)
+    source = WeightSource(open_run(recipe, "none"), file=file)
+    result = sample_images(source, [], "0-11", str(tmp_path / "out"), 8)
     names = [f"seed{seed:06d}.png" for seed in range(12)]
     assert [image["file"] for image in result["images"]] == names
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == names
@@ -250,7 +250,7 @@ def test_a_model_without_labels_makes_one_image_per_seed(
     assert classes is None
     assert "guidance" not in title
     with pytest.raises(UserError, match="the model has no labels .*remove --class"):
-        sample_images(recipe, source, ["a"], "0", str(tmp_path / "out"), 8)
+        sample_images(source, ["a"], "0", str(tmp_path / "out"), 8)
 
 
 def test_the_packaged_recipe_reads_a_release(tmp_path: Path) -> None:

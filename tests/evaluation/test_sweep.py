@@ -63,7 +63,7 @@ def test_bad_values_are_named(text: str, words: str) -> None:
 def test_a_sweep_is_every_combination(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     texts = ["guidance.scale=1:2:0.5", "sampler.steps=2,3"]
-    sweep = plan_sweep(recipe, "tiny", [4, 8], texts, None)
+    sweep = plan_sweep(open_run(recipe, "tiny"), [4, 8], texts, None)
     assert sweep.name == "guidance.scale-by-sampler.steps"
     assert len(sweep.members) == 2 * 3 * 2
     member = sweep.members[-1]
@@ -86,20 +86,25 @@ def test_an_invalid_sweep_is_rejected_before_anything_is_written(tmp_path: Path)
         (["seed=0:9999:1", "sampler.steps=1,2"], None, "20,000 evaluations"),
     ):
         with pytest.raises(UserError, match=words):
-            plan_sweep(recipe, "tiny", [4], texts, name)
+            plan_sweep(open_run(recipe, "tiny"), [4], texts, name)
     assert not list(tmp_path.iterdir())
 
 
 def test_one_name_is_one_sweep(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    sweep = plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first")
+    sweep = plan_sweep(open_run(recipe, "tiny"), [4], ["seed=1,2"], "first")
     root = str(tmp_path)
     open_sweep(sweep, root)
-    open_sweep(plan_sweep(recipe, "tiny", [4], ["seed=1,2"], "first"), root)
+    open_sweep(plan_sweep(open_run(recipe, "tiny"), [4], ["seed=1,2"], "first"), root)
     assert read_sweep(sweep.url(root)) == sweep
     for changed in (
-        plan_sweep(recipe, "tiny", [4], ["seed=1,3"], "first"),
-        plan_sweep(tiny_recipe(tmp_path, "evaluate.samples=9"), "tiny", [4], ["seed=1,2"], "first"),
+        plan_sweep(open_run(recipe, "tiny"), [4], ["seed=1,3"], "first"),
+        plan_sweep(
+            open_run(tiny_recipe(tmp_path, "evaluate.samples=9"), "tiny"),
+            [4],
+            ["seed=1,2"],
+            "first",
+        ),
     ):
         with pytest.raises(UserError, match=r"another sweep 'first' .* with --name"):
             open_sweep(changed, root)
@@ -123,7 +128,7 @@ def test_a_sweep_as_one_job_is_sent_to_a_checked_cluster_only(
     monkeypatch.setattr(command, "checked", check)
     monkeypatch.setattr(command, "submit", lambda job, *_, **__: sent.append(job))
     monkeypatch.setattr(command.stage, "results", lambda plan, root: [None, None])
-    plan = plan_sweep(recipe, "tiny", [4], texts, "swept")
+    plan = plan_sweep(open_run(recipe, "tiny"), [4], texts, "swept")
     options = command.FleetOptions("http://head:8265", pool=True)
     if ready:
         command._sweep_by_one_job(plan, open_run(recipe, "tiny"), texts, options)

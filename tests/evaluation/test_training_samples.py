@@ -19,7 +19,7 @@ from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.training_samples import KEY, TrainingSamples, quick_recipe
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
-from diffit_train.runs.run import Run
+from diffit_train.runs.run import Run, open_run
 from diffit_train.tracking import Tracker
 from diffit_train.training.checkpoint_thread import CheckpointThread
 from diffit_train.training.driver import draw_and_log
@@ -41,7 +41,7 @@ from tests.conftest import tiny_recipe
 def test_the_first_checkpoint_due_is_drawn(
     every: int, drawn: list[int], steps: list[int], due: list[int], tmp_path: Path
 ) -> None:
-    samples = TrainingSamples(tiny_recipe(tmp_path, f"train.sample_every={every}"), "a")
+    samples = TrainingSamples(open_run(tiny_recipe(tmp_path, f"train.sample_every={every}"), "a"))
     for step in drawn:
         storage.write_bytes(f"{tmp_path}/runs/a/samples/step-{step:010d}.png", b"")
     assert samples.due(steps) == due
@@ -112,7 +112,7 @@ def copy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def test_grids_of_a_run_are_drawn_once_and_logged(copy: Path) -> None:
     recipe = tiny_recipe(copy, "train.sample_every=4")
-    samples, url = TrainingSamples(recipe, "tiny"), Run(recipe.storage.root, "tiny").url
+    samples, url = TrainingSamples(open_run(recipe, "tiny")), Run(recipe.storage.root, "tiny").url
     steps = Checkpoints(url).steps
     due = samples.due(steps)
     assert due
@@ -143,12 +143,16 @@ def test_grids_wait_for_mlflow(
     url = Run(recipe.storage.root, "tiny").url
     away = tiny_recipe(copy, "train.sample_every=12", "tracking.uri=http://127.0.0.1:9")
     run_id = Checkpoint(url, Checkpoints(url).steps[-1]).state.mlflow_run_id
-    draw_and_log(TrainingSamples(away, "tiny"), run_id, 12)
+    draw_and_log(TrainingSamples(open_run(away, "tiny")), run_id, 12)
     assert "Could not log samples to MLflow" in capsys.readouterr().err
     tracker = Tracker.of(recipe)
     assert not tracker.image_steps(run_id, KEY)
     train(recipe, "tiny")  # already trained
-    assert tracker.image_steps(run_id, KEY) == TrainingSamples(recipe, "tiny").drawn() != set()
+    assert (
+        tracker.image_steps(run_id, KEY)
+        == TrainingSamples(open_run(recipe, "tiny")).drawn()
+        != set()
+    )
 
 
 def test_the_recipe_is_stored_with_the_run(trained: Path) -> None:
@@ -163,7 +167,7 @@ def test_the_recipe_is_stored_with_the_run(trained: Path) -> None:
 def test_the_curve_is_the_same_with_grids(copy: Path) -> None:
     recipe = tiny_recipe(copy, "train.sample_every=4")
     train(recipe, "watched")
-    assert TrainingSamples(recipe, "watched").drawn()
+    assert TrainingSamples(open_run(recipe, "watched")).drawn()
     names = ("loss", "grad_norm")
     curves = []
     for run in ("tiny", "watched"):

@@ -85,7 +85,7 @@ def make_project(root: Path, name: str) -> Recipe:
 
 def add_evaluation(recipe: Recipe, run: str) -> None:
     """A finished evaluation of step 8."""
-    url = evaluation_url(recipe, run, 8, "key")
+    url = evaluation_url(open_run(recipe, run), 8, "key")
     result = Result(
         run=run,
         step=8,

@@ -205,8 +205,8 @@ def _run_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
 
 
 def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
-    key = evaluation_key(recipe, str(root / "runs" / "one"), 40)
-    url = evaluation_url(recipe, "one", 40, key)
+    key = evaluation_key(open_run(recipe, "one"), 40)
+    url = evaluation_url(open_run(recipe, "one"), 40, key)
     folder, part, dice = Path(url), Range(0, 12), np.random.default_rng(0)
     rows = {LABELS: np.arange(12), FEATURES: dice.normal(size=(12, 5)).astype(np.float32)}
     write_chunk(url, part, key, dice.integers(0, 256, (12, 16, 16, 3), np.uint8), rows)
@@ -232,7 +232,7 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
     pool = Statistics(dice.normal(size=5), np.eye(5))
     write_reference(str(reference), "i", Reference(pool, None, dice.normal(size=(9, 5)), 24))
     remember_listing(recipe, list_images(recipe))
-    sweep = plan_sweep(recipe, "one", [40], ["seed=1,2"], "s")
+    sweep = plan_sweep(open_run(recipe, "one"), [40], ["seed=1,2"], "s")
     open_sweep(sweep, str(root))
     swept = sweep.url(str(root))
     load_decoder(recipe, CPU)
@@ -257,7 +257,9 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
         "chunk": Kind(next(folder.glob("chunk-*.safe*")), lambda: read_chunk(url, part, key)),
         "chunk record": Kind(next(folder.glob("chunk-*.json")), lambda: read_chunk(url, part, key)),
         "images": Kind(next(folder.glob("images-*")), lambda: read_chunk_images(url, part)),
-        "result": Kind(folder / "result.json", lambda: finished_result(recipe, "one", 40)),
+        "result": Kind(
+            folder / "result.json", lambda: finished_result(open_run(recipe, "one"), 40)
+        ),
         "reference": Kind(reference, lambda: read_reference(str(reference), "i")),
         "listing": Kind(next((root / "references" / "listings").iterdir()), listing),
         "weights record": Kind(next((root / "references" / "weights").iterdir()), decoder),

@@ -120,9 +120,9 @@ def test_more_workers_give_the_same_curve(recipe: Recipe, whole: Path) -> None:
 def test_metrics_are_computed(recipe: Recipe, whole: Path) -> None:
     fit_features(recipe)
     assert Checkpoint(str(whole), 60).state.images_seen == 960
-    (result,) = evaluate_run(recipe, "whole", [])
-    assert result["metrics"]["fd_tiny"] > 0.0
-    assert result["nfe"] == 7
+    (result,) = evaluate_run(open_run(recipe, "whole"), [])
+    assert result.metrics["fd_tiny"] > 0.0
+    assert result.nfe == 7
 
 
 def test_pixels_are_refused_by_a_recipe_of_latents(recipe: Recipe) -> None:

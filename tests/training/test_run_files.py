@@ -13,7 +13,7 @@ from diffit_train import storage
 from diffit_train.cli.integrity import verify
 from diffit_train.cli.verify import check
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, remove_unfinished, save_whole
+from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, save_whole
 from diffit_train.runs.import_export import export_weights
 from diffit_train.runs.run import Run, open_run
 from diffit_train.tracking import Tracker
@@ -166,14 +166,14 @@ def test_damaged_exports_and_checkpoints_are_removed(run: Path) -> None:
     assert not list((run / "export").iterdir())
 
 
-def test_unfinished_checkpoints_are_removed(run: Path) -> None:
+def test_unfinished_checkpoints_are_removed(run: Path, tmp_path: Path) -> None:
     kept = {path for path in run.rglob("*") if path.is_file()}
     for folder in ("", "ema-snapshots/"):
         half = run / f"{folder}checkpoints" / "step-0000000008" / "ema" / "rank.safetensors"
         half.parent.mkdir(parents=True)
         half.write_bytes(b"half")
     (run / "log.jsonl.tmp-killed").write_bytes(b"half")
-    remove_unfinished(str(run))
+    open_run(tiny_recipe(tmp_path), "one").remove_unfinished()
     assert {path for path in run.rglob("*") if path.is_file()} == kept
 
 

@@ -253,8 +253,8 @@ def test_another_objective_and_model_with_many_options(encoded: Path, tmp_path: 
     weights = Checkpoint(str(encoded / "runs" / "flow"), 6).load("raw")
     assert not any("y_embedder" in name for name in weights)
     assert weights["final_layer.linear.weight"].shape == (16, 16)
-    source = WeightSource("flow")
-    result = sample_images(recipe, source, [], "0-1", str(tmp_path), 2)
+    source = WeightSource(open_run(recipe, "flow"))
+    result = sample_images(source, [], "0-1", str(tmp_path), 2)
     assert len(result["images"]) == 2
 
 

@@ -367,9 +367,9 @@ def test_an_ema_is_reconstructed_from_snapshots(encoded: Path, whole: Path, tmp_
         torch.testing.assert_close(made[name], value, atol=1e-7, rtol=1e-6)
     # An evaluation reconstructs it once and then reuses it.
     changes += ["evaluate.weights=sigma_rel:0.07", "evaluate.samples=4"]
-    (result,) = evaluate_run(tiny_recipe(encoded, *STEPS, *changes), "snapshots", ["24"])
+    (result,) = evaluate_run(open_run(tiny_recipe(encoded, *STEPS, *changes), "snapshots"), ["24"])
     assert (run / "export" / "ema-0.07-0000000024.safetensors").exists()
-    assert result["evaluate"]["weights"] == "sigma_rel:0.07"
+    assert result.evaluate["weights"] == "sigma_rel:0.07"
     # At a step without a snapshot, the weights are interpolated.
     out = str(tmp_path / "x.safetensors")
     between = reconstruct_ema(open_run(recipe, "snapshots"), 0.1, 21, out)

@@ -12,6 +12,7 @@ from diffit_train.errors import UserError
 from diffit_train.evaluation.evaluate import watch_run
 from diffit_train.evaluation.result import finished_result
 from diffit_train.runs.checkpoints import Checkpoint
+from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
 from tests.conftest import tiny_recipe
 
@@ -27,7 +28,7 @@ def test_checkpoints_are_evaluated_during_training(
     assert train(recipe, "watched").checkpoints.latest_step == 16
     assert "step 16 evaluated: fd_digits" in capfd.readouterr().err
     smaller = tiny_recipe(tmp_path, *validate, "train.steps=16", "evaluate.samples=6")
-    results = [finished_result(smaller, "watched", step) for step in (8, 16)]
+    results = [finished_result(open_run(smaller, "watched"), step) for step in (8, 16)]
     assert [r.step for r in results if r] == [8, 16]
     # They are not part of the curve of full evaluations, which have more samples.
     run_id = Checkpoint(str(tmp_path / "runs" / "watched"), 16).state.mlflow_run_id
@@ -59,6 +60,6 @@ def test_every_checkpoint_of_a_run_is_watched(trained: Path, tmp_path: Path) -> 
         found.append(len(list((tmp_path / "evaluations").rglob("result.json"))))
         aside.rename(last)
 
-    rows = watch_run(tiny_recipe(tmp_path, "evaluate.samples=4"), "tiny", pause=pause)
+    rows = watch_run(open_run(tiny_recipe(tmp_path, "evaluate.samples=4"), "tiny"), pause=pause)
     assert found == [3]
-    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    assert [row.step for row in rows] == [0, 4, 8, 12]
