@@ -14,7 +14,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.evaluation.best import best_result
 from diffit_train.evaluation.result import Result, evaluated_identity, evaluation_url
-from diffit_train.runs.run import open_run
+from diffit_train.runs.run import Run, open_run
 from tests.conftest import tiny_recipe
 
 ROOT = "memory://best/project"
@@ -80,7 +80,7 @@ def test_only_results_are_read(requests: Counter[str]) -> None:
     _evaluation(recipe, 12, "unfinished", None)
     storage.write_text(f"{ROOT}/evaluations/tiny/sweeps/first/sweep.json", "{}")
     requests.clear()
-    best = best_result(open_run(recipe, "tiny"), first)
+    best = best_result(Run(ROOT, "tiny", recipe), first)
     assert (best.step, best.metrics["fd_digits"]) == (8, 5.0)
     listed = {text.split("/best/project/evaluations/tiny")[1] for text in requests if "ls " in text}
     assert listed <= {"", "/step-0000000004", "/step-0000000008", "/step-0000000012"}
