@@ -195,7 +195,7 @@ def paper_order(ablation: Ablation, distances: dict[str, list[float]]) -> str:
 
 
 def print_ablation(result: dict[str, Any]) -> None:
-    """Print the table beside the paper's column."""
+    """Print the table with the paper's column."""
     seeds = result["seeds"]
     many = "seed" if seeds == 1 else "seeds"
     title = f"{result['ablation']}: {result['title']}; scale {result['scale']}, {seeds} {many}"
@@ -240,7 +240,7 @@ def ablate_command(
     check: CheckCluster = True,
     as_json: Json = False,
 ) -> None:
-    """Train and evaluate the rows of a table of the paper, beside the paper's own column.
+    """Train and evaluate the rows of a table of the paper, next to the paper's own column.
 
     Rerun the same command to resume it.
 

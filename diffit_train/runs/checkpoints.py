@@ -614,8 +614,6 @@ def _require_whole(index: Index) -> None:
             if piece.offset != end:
                 raise RuntimeError(f"checkpoint pieces of {name} leave a gap or overlap at {end}")
             end += piece.length
-        expected = 1
-        for side in parameter.shape:
-            expected *= side
+        expected = math.prod(parameter.shape)
         if end != expected:
             raise RuntimeError(f"checkpoint pieces of {name} hold {end} of {expected} elements")

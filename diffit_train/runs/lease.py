@@ -82,10 +82,15 @@ class Holder(storage.Record):
         return not self.released and silent_s < 1.5 * SILENT_S and not self.is_dead()
 
     def is_dead(self) -> bool:
-        """Whether it is of this machine, and its process is gone."""
+        """Whether its process was of this machine, and is gone or has another's number."""
         if self.boot != _boot():
             return False
-        return _running(self.pid, self.started) is None
+        try:
+            process = psutil.Process(self.pid)
+            another = abs(process.create_time() - self.started) > 1.0
+            return another or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
 
 def _boot() -> str:
@@ -130,20 +135,6 @@ class Lease:
                 f"{newest[1].name} has taken over {storage.display_path(self.url)}, as this "
                 f"command had been silent for {SILENT_S:.0f} s; nothing more is written"
             )
-
-
-def _running(pid: int, started: float) -> psutil.Process | None:
-    """The process of this machine with a number, unless it has ended and another has its number.
-
-    Args:
-        started: when it was started, as psutil's `create_time` gives it, in seconds.
-    """
-    try:
-        process = psutil.Process(pid)
-        another = abs(process.create_time() - started) > 1.0
-        return None if another or process.status() == psutil.STATUS_ZOMBIE else process
-    except psutil.NoSuchProcess:
-        return None
 
 
 def _file(url: str, number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -208,3 +209,19 @@ def test_the_shell_completes_commands_recipes_and_runs(tmp_path: Path) -> None:
     assert completed("diffit train ffhq") == ["ffhq64"]
     assert completed(f"diffit sample --root {tmp_path} --run m") == ["mine"]
     assert completed(f"diffit runs show --root {tmp_path} m") == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["encode", "train", "evaluate", "imagenet"])
+def test_a_pipeline_is_a_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes what `diffit submit` passes, and exits as the command line does."""
+    file = Path(__file__).parents[2] / "pipelines" / f"{name}.py"
+    words = ["demo", "--root", str(tmp_path), "--run", "none", "--step", "3", "data.source=nowhere"]
+    for arguments, status in ((["--help"], 0), (words, 2)):
+        monkeypatch.setattr(sys, "argv", [str(file), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(file), run_name="__main__")
+        assert ended.value.code == status
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
