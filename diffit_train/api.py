@@ -18,7 +18,7 @@ from diffit_train.data.manifest import Manifest, finished_manifest, latents_url,
 from diffit_train.errors import UserError, first_line
 from diffit_train.evaluation import evaluate as evaluation
 from diffit_train.evaluation.best import register_best
-from diffit_train.evaluation.result import Result, run_results
+from diffit_train.evaluation.result import Evaluation, Result, run_results
 from diffit_train.progress import counted, say
 from diffit_train.runs import run as runs
 from diffit_train.runs.checkpoints import NEWEST
@@ -227,8 +227,8 @@ def validate_checkpoint(run: runs.Run, step: int) -> str:
     from diffit_train.evaluation import runner
 
     run.checkpoints.refresh()
-    request = runner.Request(run, step, curve="validation")
-    result = request.finished or runner.evaluate([request])[0]
+    evaluation, options = Evaluation(run, step), runner.Options(curve="validation")
+    result = evaluation.read() or runner.evaluate([evaluation], options=options)[0]
     register_best(run, [result], validated=True)
     metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     return f"step {step:,} evaluated: {metrics}  {storage.display_path(result.grid)}"

@@ -16,7 +16,7 @@ from diffit_train.cli.verify import check
 from diffit_train.config import load_recipe
 from diffit_train.data.reconstructions import draw_reconstructions
 from diffit_train.evaluation.evaluate import evaluate_run
-from diffit_train.evaluation.result import finished_result
+from diffit_train.evaluation.result import Evaluation
 from diffit_train.reports.compare import compare_store
 from diffit_train.runs.import_export import export_weights
 from diffit_train.runs.run import Run, open_run
@@ -76,7 +76,7 @@ def test_every_command_keeps_to_a_copy(original: Path, tmp_path: Path) -> None:
     assert load_recipe(str(copy / "runs" / "tiny" / "recipe.yaml")).storage.root == str(copy)
     (made,) = evaluate_run(open_run(recipe, "tiny"), ["12"])
     assert made.grid.startswith(str(copy))
-    kept = finished_result(open_run(recipe, "tiny"), 0)
+    kept = Evaluation(open_run(recipe, "tiny"), 0).read()
     assert kept is not None
     assert Path(kept.grid).is_relative_to(copy)
     assert Path(kept.grid).exists()
@@ -104,7 +104,7 @@ def test_a_renamed_project_finds_its_artifacts_and_models(original: Path, tmp_pa
     assert all(path.is_relative_to(moved) for path in _recorded(moved))
     version = tracker.client.get_model_version_by_alias("demo-tiny", "best")
     assert Path(unquote(urlsplit(version.source).path)).exists()
-    result = finished_result(open_run(tiny_recipe(moved), "tiny"), 12)
+    result = Evaluation(open_run(tiny_recipe(moved), "tiny"), 12).read()
     assert result is not None
     assert tracker.artifact(result.mlflow_run_id, "grid.png") == Path(result.grid).read_bytes()
     assert not (tmp_path / "first").exists()

@@ -29,7 +29,7 @@ from diffit_train.config import Recipe
 from diffit_train.config.ablations import SCALES, Ablation, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.features import fit_features
-from diffit_train.evaluation.result import Result, finished_result
+from diffit_train.evaluation.result import Evaluation, Result
 from diffit_train.jobs.job import Job
 from diffit_train.progress import print_rows, say
 from diffit_train.reports.plots import draw_ablation
@@ -141,7 +141,7 @@ def _is_done(job: Job) -> bool:
 def _finished(run: Run) -> Result | None:
     """The evaluation of a run that is trained to its last step."""
     step = run.finished_step
-    return None if step is None else finished_result(run, step)
+    return None if step is None else Evaluation(run, step).read()
 
 
 def _distance(run: Run, address: str | None) -> float:

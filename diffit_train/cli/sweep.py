@@ -27,7 +27,7 @@ from diffit_train.cli.options import (
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation import sweep as stage
 from diffit_train.evaluation.evaluate import evaluate_all
-from diffit_train.evaluation.result import finished_result
+from diffit_train.evaluation.result import Evaluation
 from diffit_train.evaluation.sweep import Member, Sweep
 from diffit_train.jobs.doctor import checked
 from diffit_train.jobs.fleet import Fleet, JobState, submit
@@ -147,7 +147,7 @@ def _sweep_by_jobs(plan: Sweep, run: Run, fleet: FleetOptions) -> list[str]:
     ]
 
     def is_done(job: Job) -> bool:
-        return finished_result(job.run, plan.members[job.number].step) is not None
+        return Evaluation(job.run, plan.members[job.number].step).read() is not None
 
     states = run_fleet(
         f"sweep {plan.name}",

@@ -13,7 +13,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.best import register_best
-from diffit_train.evaluation.result import Result, evaluation_url, finished_result
+from diffit_train.evaluation.result import Evaluation, Result, evaluation_url
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import NEWEST, reconstructed_url
 from diffit_train.runs.run import Run
@@ -51,7 +51,7 @@ def evaluate_all(
     Args:
         wanted: a run with the recipe of each evaluation, and the step of its checkpoint.
     """
-    finished = [finished_result(run, step) for run, step in wanted]
+    finished = [Evaluation(run, step).read() for run, step in wanted]
     if None in finished:
         finished = _computed(wanted, finished, address, sweep, npz)
     else:
@@ -90,8 +90,8 @@ def _computed(
             from diffit_train.runs.phema import reconstruct_ema
 
             reconstruct_ema(run, width, step)
-    requests = [runner.Request(run, step, sweep, npz) for run, step in missing]
-    made = iter(runner.evaluate(requests, address))
+    evaluations = [Evaluation(run, step) for run, step in missing]
+    made = iter(runner.evaluate(evaluations, address, runner.Options(sweep, npz)))
     return [next(made) if result is None else result for result in finished]
 
 

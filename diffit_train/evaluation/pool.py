@@ -190,11 +190,6 @@ class EvaluationPool:
             self._actors = Actors(lambda: remote.remote(plain), scaling.evaluate_actors)
         return self._actors
 
-    def serves(self, recipe: Recipe) -> bool:
-        """Whether another recipe can use these actors and their reference."""
-        mine, theirs = (_shared_setup(one) for one in (self.recipe, recipe))
-        return mine == theirs
-
     def usage(self) -> Usage:
         """How long the actors have existed and worked."""
         existed_s = self._actors.existed_s() if self._actors else 0.0
@@ -300,14 +295,6 @@ class EvaluationPool:
 
 def _kept(one: Generation, part: Range) -> tuple[int, ...] | None:
     return None if one.keep_all else tuple(grid_rows(one.recipe, part))
-
-
-def _shared_setup(recipe: Recipe) -> dict[str, Any]:
-    """The keys that determine what actors load and what a reference depends on."""
-    plain = recipe.model_dump(mode="json", exclude={"train": True, "tracking": True})
-    evaluate = plain.pop("evaluate")
-    kept = ("features", "reference", "reference_images")
-    return {**plain, "evaluate": {key: evaluate[key] for key in kept}}
 
 
 def _once(method: Any) -> Any:

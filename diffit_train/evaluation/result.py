@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
@@ -69,18 +71,42 @@ def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.evaluate_identity(), "reference": reference_identity(recipe)}
 
 
-def evaluation_key(run: Run, step: int) -> str:
-    """A readable name, made unique by a hash of everything that determines the metrics."""
-    recipe, evaluate = run.recipe, run.recipe.evaluate
-    identity = [
-        evaluated_identity(recipe),
-        recipe.train_hash(),
-        run.checkpoints[step].digest,
-        features_digest(recipe),
-    ]
-    sampler, guidance = evaluate.sampler, evaluate.guidance
-    name = f"{sampler.name}{sampler.steps}-{guidance.title}"
-    return f"{name.translate(str.maketrans('', '', '_ '))}-{storage.digest(identity)[:10]}"
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of a checkpoint by the run's recipe in use."""
+
+    run: Run
+    step: int
+
+    @cached_property
+    def key(self) -> str:
+        """A readable name, made unique by a hash of everything that determines the metrics."""
+        recipe, evaluate = self.run.recipe, self.run.recipe.evaluate
+        identity = [
+            evaluated_identity(recipe),
+            recipe.train_hash(),
+            self.run.checkpoints[self.step].digest,
+            features_digest(recipe),
+        ]
+        sampler, guidance = evaluate.sampler, evaluate.guidance
+        name = f"{sampler.name}{sampler.steps}-{guidance.title}"
+        return f"{name.translate(str.maketrans('', '', '_ '))}-{storage.digest(identity)[:10]}"
+
+    @cached_property
+    def url(self) -> str:
+        """Its folder."""
+        return evaluation_url(self.run, self.step, self.key)
+
+    def read(self) -> Result | None:
+        """Its result; None if it is not done."""
+        try:
+            return read_result(self.url)
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise DiffitError(
+                f"{self.url}/{RESULT} is damaged; delete it and evaluate again"
+            ) from error
 
 
 def evaluation_url(run: Run, step: int, key: str) -> str:
@@ -103,17 +129,6 @@ def read_result(url: str) -> Result:
     """
     result = Result.model_validate_json(storage.read_bytes(storage.join(url, RESULT)))
     return result.model_copy(update={"grid": storage.join(url, GRID)})
-
-
-def finished_result(run: Run, step: int) -> Result | None:
-    """The result of an evaluation by the run's recipe in use; None if it is not done."""
-    url = evaluation_url(run, step, evaluation_key(run, step))
-    try:
-        return read_result(url)
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise DiffitError(f"{url}/{RESULT} is damaged; delete it and evaluate again") from error
 
 
 def run_results(run: Run) -> Iterator[Result]:

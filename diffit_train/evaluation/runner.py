@@ -8,7 +8,7 @@ failures.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -29,18 +29,15 @@ from diffit_train.evaluation.references import FoundReference, Reference
 from diffit_train.evaluation.result import (
     GRID,
     SAMPLES,
+    Evaluation,
     Result,
     evaluated_identity,
-    evaluation_key,
-    evaluation_url,
-    finished_result,
     read_result,
     write_result,
 )
 from diffit_train.evaluation.scores import Scorer, grid_rows, metrics, read_grid, warnings
 from diffit_train.progress import Progress, say
 from diffit_train.runs.checkpoints import State
-from diffit_train.runs.run import Run
 from diffit_train.tracking import EVALUATION, NFE, TAG_REFERENCE, Tracker, unreachable_errors
 
 # Threads that sum finished chunks while actors generate others.
@@ -50,45 +47,40 @@ MOST_UNFINISHED = 3
 
 
 @dataclass(frozen=True)
-class Request:
-    """An evaluation of a checkpoint.
+class Options:
+    """What evaluations of a call have in common.
 
     Attributes:
-        sweep: name of the sweep that it belongs to, or "".
-        npz: write samples.npz next to the result.
-        curve: prefix of its metrics in the training run's curves over steps. Evaluations of a
+        sweep: name of the sweep that they belong to, or "".
+        npz: write samples.npz next to each result.
+        curve: prefix of their metrics in the training run's curves over steps. Evaluations of a
             sweep are not logged there: there would be many at one step.
     """
 
-    run: Run
-    step: int
     sweep: str = ""
     npz: bool = False
     curve: Literal["eval", "validation"] = "eval"
 
-    @property
-    def finished(self) -> Result | None:
-        """Its result; None if it is not done."""
-        return finished_result(self.run, self.step)
 
+def evaluate(
+    evaluations: Sequence[Evaluation], address: str | None = None, options: Options | None = None
+) -> list[Result]:
+    """Evaluate checkpoints of a run on the Ray cluster at `address`; one result each.
 
-def evaluate(requests: Sequence[Request], address: str | None = None) -> list[Result]:
-    """Evaluate committed checkpoints on the Ray cluster at `address`; one result per request.
+    A rerun resumes. All chunks are in one queue. Metrics are computed here, while the actors
+    generate the next evaluation's images or after they are gone.
 
-    A rerun resumes. Evaluations that can share actors do, in one queue of chunks. Metrics are
-    computed here, while the actors generate the next evaluation's images or after they are gone.
+    Args:
+        evaluations: they differ in checkpoint, sampler, guidance and seed only.
 
     Raises:
         UserError: bad input; nothing was written.
         DiffitError: a chunk failed, or its metrics are not finite.
     """
-    for request in requests:
-        check(request.run.recipe)
-    results: list[Result] = []
+    for evaluation in evaluations:
+        check(evaluation.run.recipe)
     with ray_session.connected(address):
-        for together in _sharing_actors(requests):
-            results += _evaluate_together(together)
-    return results
+        return _evaluate(evaluations, options or Options())
 
 
 def check(recipe: Recipe) -> None:
@@ -121,26 +113,14 @@ def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Ref
     return found.url, found.read()
 
 
-def _sharing_actors(requests: Sequence[Request]) -> Iterator[list[Request]]:
-    """Successive requests whose recipes one pool serves."""
-    together: list[Request] = []
-    for request in requests:
-        if together and not EvaluationPool(together[0].run.recipe).serves(request.run.recipe):
-            yield together
-            together = []
-        together.append(request)
-    if together:
-        yield together
-
-
-def _evaluate_together(requests: Sequence[Request]) -> list[Result]:
+def _evaluate(evaluations: Sequence[Evaluation], options: Options) -> list[Result]:
     """Evaluate with one set of actors, which is gone before the last metrics are computed."""
-    for saving in dict.fromkeys(guidance_saving(request.run.recipe) for request in requests):
+    for saving in dict.fromkeys(guidance_saving(each.run.recipe) for each in evaluations):
         if saving:
             say(saving)
     with ThreadPoolExecutor(SUMMING_THREADS) as summing, ThreadPoolExecutor(1) as finishing:
-        started = [_Started.of(request, summing) for request in requests]
-        pool = EvaluationPool(requests[0].run.recipe)
+        started = [_Started.of(each, options, summing) for each in evaluations]
+        pool = EvaluationPool(evaluations[0].run.recipe)
         finished: list[Future[Result]] = []
         try:
             reference = pool.reference()
@@ -164,28 +144,30 @@ def _evaluate_together(requests: Sequence[Request]) -> list[Result]:
 class _Started:
     """An evaluation whose images are being generated."""
 
-    request: Request
+    evaluation: Evaluation
+    options: Options
     state: State
     generation: Generation
     scorer: Scorer
     started_s: float
 
     @classmethod
-    def of(cls, request: Request, summing: Executor) -> Self:
+    def of(cls, evaluation: Evaluation, options: Options, summing: Executor) -> Self:
         """Find what there is, and what is missing, before any actor exists."""
-        run, step, recipe = request.run, request.step, request.run.recipe
-        state, key = run.checkpoints[step].state, evaluation_key(run, step)
-        url = evaluation_url(run, step, key)
+        run, step, recipe = evaluation.run, evaluation.step, evaluation.run.recipe
+        url, key, evaluate = evaluation.url, evaluation.key, recipe.evaluate
         storage.remove_temporary(url)
-        keep_all = request.npz or recipe.evaluate.keep_images == "all"
+        keep_all = options.npz or evaluate.keep_images == "all"
         there = _usable_chunks(url, keep_all)
-        evaluate, batches = recipe.evaluate, recipe.scaling.evaluate_batches
+        batches = recipe.scaling.evaluate_batches
         missing = Layout(evaluate.samples, evaluate.batch_size, batches).missing(there)
         scorer = Scorer(recipe, url, key, summing)
         scorer.add(there)
-        target = EvaluationTarget(run.url, step, url, key)
-        generation = Generation(recipe, target, missing, keep_all)
-        return cls(request, state, generation, scorer, time.monotonic())
+        generation = Generation(
+            recipe, EvaluationTarget(run.url, step, url, key), missing, keep_all
+        )
+        state = run.checkpoints[step].state
+        return cls(evaluation, options, state, generation, scorer, time.monotonic())
 
 
 def _usable_chunks(url: str, keep_all: bool) -> list[Range]:
@@ -222,7 +204,7 @@ def _generate(
         if number:
             one.started_s = time.monotonic()
         samples = one.generation.recipe.evaluate.samples
-        title = f"evaluate step {one.request.step:,}"
+        title = f"evaluate step {one.evaluation.step:,}"
         with Progress(title, samples, "images", one.scorer.taken) as shown:
             while not one.scorer.complete:
                 of, part = next(committed)
@@ -247,8 +229,8 @@ def _finish(
     one: _Started, reference: FoundReference, statistics: Future[Reference], usage: Usage
 ) -> Result:
     """Compute the metrics of generated images, log them, and commit the result."""
-    request, state, (recipe, target, _, _) = one.request, one.state, one.generation
-    run, step, url = request.run.name, request.step, target.url
+    run, step, url = one.evaluation.run.name, one.evaluation.step, one.evaluation.url
+    recipe = one.evaluation.run.recipe
     sums, real = one.scorer.finish(), statistics.result()
     values = metrics(recipe, sums, real)
     for warning in warnings(sums, real):
@@ -261,7 +243,7 @@ def _finish(
     grid_sha256 = storage.sha256_bytes(storage.read_bytes(grid))
     cost = nfe_per_image(recipe)
     try:
-        child = _track(request, state, target.key, values, cost, grid, reference)
+        child = _track(one, values, cost, grid, reference)
     except unreachable_errors() as error:
         raise DiffitError(
             f"computed the metrics of step {step:,} ({numbers}), but could not log them to MLflow: "
@@ -270,7 +252,7 @@ def _finish(
     result = Result(
         run=run,
         step=step,
-        key=target.key,
+        key=one.evaluation.key,
         samples=recipe.evaluate.samples,
         metrics=values,
         grid=grid,
@@ -286,7 +268,7 @@ def _finish(
         files={GRID: grid_sha256},
     )
     write_result(url, result)
-    if request.npz:
+    if one.options.npz:
         write_npz(recipe, url)
     if usage.idle_fraction is not None:
         say(
@@ -317,9 +299,7 @@ def write_npz(recipe: Recipe, url: str) -> str:
 
 
 def _track(
-    request: Request,
-    state: State,
-    key: str,
+    one: _Started,
     metrics: dict[str, float],
     cost: float,
     grid: str,
@@ -329,11 +309,8 @@ def _track(
 
     A rerun of a killed evaluation logs the same values at the same step.
     """
-    recipe, run, checkpoint = (
-        request.run.recipe,
-        request.run.name,
-        request.run.checkpoints[request.step],
-    )
+    run, key, state, options = one.evaluation.run, one.evaluation.key, one.state, one.options
+    recipe, checkpoint = run.recipe, run.checkpoints[one.evaluation.step]
     tracker = Tracker.of(recipe)
     params = {k: v for k, v in recipe.flat().items() if k.startswith("evaluate.")}
     tags = {
@@ -344,22 +321,22 @@ def _track(
         TAG_REFERENCE: reference.digest,
         "mlflow.source.name": "diffit evaluate",
     }
-    if request.sweep:
-        tags["diffit.sweep"] = request.sweep
+    if options.sweep:
+        tags["diffit.sweep"] = options.sweep
     child = tracker.evaluation_run(
         recipe.tracking.experiment,
         state.mlflow_run_id,
         f"{state.step}/{key}",
-        f"{run}-step-{state.step}-{key}",
-        {**params, "step": state.step, "run": run},
+        f"{run.name}-step-{state.step}-{key}",
+        {**params, "step": state.step, "run": run.name},
         tags,
     )
     name = reference.url.rsplit("/", 1)[-1].removesuffix(".safetensors")
     tracker.log_dataset(child, name, name.rsplit("-", 1)[-1], reference.url)
     named = {f"{EVALUATION}/{name}": value for name, value in metrics.items()}
     curves = [(child, {**named, NFE: cost})]
-    if not request.sweep:
-        own = {f"{request.curve}/{name}": value for name, value in metrics.items()}
+    if not options.sweep:
+        own = {f"{options.curve}/{name}": value for name, value in metrics.items()}
         curves.append((state.mlflow_run_id, own))
     for run_id, values in curves:
         first = next(iter(values))

@@ -20,7 +20,7 @@ from diffit_train.config import (
 from diffit_train.config.base import require_name
 from diffit_train.config.evaluate import FREE_KEYS
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.result import Result, finished_result
+from diffit_train.evaluation.result import Evaluation, Result
 from diffit_train.runs.run import Run
 from diffit_train.tracking import CREDENTIALS, require_forwarded
 
@@ -214,7 +214,7 @@ def read_sweep(url: str) -> Sweep:
 def results(sweep: Sweep, root: str) -> list[Result | None]:
     """The result of each member; None if it is not done."""
     run = Run(root, sweep.run, sweep.loaded(root))
-    return [finished_result(run.using(m.recipe(run.recipe)), m.step) for m in sweep.members]
+    return [Evaluation(run.using(m.recipe(run.recipe)), m.step).read() for m in sweep.members]
 
 
 def rows(sweep: Sweep, found: Sequence[Result | None]) -> list[dict[str, Any]]:

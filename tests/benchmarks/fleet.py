@@ -38,6 +38,7 @@ from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.generate import Generator, run_weights
 from diffit_train.evaluation.pool import Actors, EvaluationPool, Generation
 from diffit_train.evaluation.references import FoundReference, Reference, Statistics
+from diffit_train.evaluation.result import Evaluation
 from diffit_train.evaluation.scores import Sums, metrics
 from diffit_train.runs.checkpoints import Checkpoints
 from diffit_train.runs.run import Run, open_run
@@ -269,7 +270,7 @@ def idle(root: Path, samples: int, fleet: int) -> None:
     ray.init("local", num_cpus=fleet, include_dashboard=False, log_to_driver=False)
     with _simulated(folder) as found:
         before = _in_sequence(recipe, step, folder, found)
-        (result,) = runner.evaluate([runner.Request(open_run(recipe, "demo"), step)])
+        (result,) = runner.evaluate([Evaluation(open_run(recipe, "demo"), step)])
     ray.shutdown()
     shutil.rmtree(folder)
     assert result.idle_fraction is not None

@@ -30,13 +30,12 @@ from diffit_train.evaluation.evaluate import evaluate_run
 from diffit_train.evaluation.labels import choose_labels
 from diffit_train.evaluation.pool import EvaluationPool, Generation
 from diffit_train.evaluation.result import (
+    Evaluation,
     Result,
     evaluated_identity,
-    evaluation_key,
     evaluation_url,
-    finished_result,
 )
-from diffit_train.evaluation.runner import Request, make_reference
+from diffit_train.evaluation.runner import make_reference
 from diffit_train.evaluation.scores import grid_images
 from diffit_train.reports.collect import collect
 from diffit_train.reports.compare import compare_store
@@ -50,7 +49,7 @@ _TWO_BATCHES = ["scaling.evaluate_batches=2"]
 
 
 def evaluate(recipe: Recipe, run: str, steps: list[int]) -> list[Result]:
-    return runner.evaluate([Request(open_run(recipe, run), step) for step in steps])
+    return runner.evaluate([Evaluation(open_run(recipe, run), step) for step in steps])
 
 
 def _images(result: Result) -> np.ndarray:
@@ -83,7 +82,7 @@ def test_a_result_has_metrics_a_grid_and_an_mlflow_child(
     # Three steps, each with and without the label.
     assert results[0].nfe == 6
     for result in results:
-        assert finished_result(open_run(recipe, "tiny"), result.step) == result
+        assert Evaluation(open_run(recipe, "tiny"), result.step).read() == result
         assert result.metrics["fd_digits"] > 0
         assert Image.open(result.grid).size[0] > 300
         tracker = Tracker.of(recipe)
@@ -189,7 +188,7 @@ def test_ray_restarts_an_actor_that_dies(
     root, (_, result) = evaluated
     recipe = tiny_recipe(_copy(root, tmp_path))
     run_url = str(tmp_path / "runs" / "tiny")
-    key = evaluation_key(open_run(recipe, "tiny"), 12)
+    key = Evaluation(open_run(recipe, "tiny"), 12).key
     url = evaluation_url(open_run(recipe, "tiny"), 12, key)
     fleet = EvaluationPool(recipe)
     (actor,) = fleet.actors.actors
@@ -224,8 +223,9 @@ def test_only_the_grids_images_stay_unless_all_are_wanted(
     root, (_, result) = evaluated
     all_kept = tiny_recipe(_copy(root, tmp_path), "evaluate.grid=[10,1]")
     recipe = tiny_recipe(tmp_path, "evaluate.grid=[10,1]", "evaluate.keep_images=grid")
-    assert evaluation_key(open_run(recipe, "tiny"), 12) == evaluation_key(
-        open_run(all_kept, "tiny"), 12
+    assert (
+        Evaluation(open_run(recipe, "tiny"), 12).key
+        == Evaluation(open_run(all_kept, "tiny"), 12).key
     )
     (made,) = evaluate_run(open_run(recipe, "tiny"), ["12"])
     folder = Path(made.grid).parent
@@ -482,13 +482,13 @@ def test_a_reference_is_computed_in_parts_and_resumes(
 
 def test_other_settings_are_another_evaluation(evaluated: tuple[Path, list[Result]]) -> None:
     root, _ = evaluated
-    plain = evaluation_key(open_run(tiny_recipe(root), "tiny"), 12)
+    plain = Evaluation(open_run(tiny_recipe(root), "tiny"), 12).key
     own = ["evaluate.seed=1", "evaluate.guidance.scale=2", "evaluate.weights=raw"]
     for change in [*own, "evaluate.labels=random", "evaluate.pixels=truncate"]:
-        assert evaluation_key(open_run(tiny_recipe(root, change), "tiny"), 12) != plain
-    assert evaluation_key(open_run(tiny_recipe(root), "tiny"), 0) != plain
+        assert Evaluation(open_run(tiny_recipe(root, change), "tiny"), 12).key != plain
+    assert Evaluation(open_run(tiny_recipe(root), "tiny"), 0).key != plain
     assert (
-        evaluation_key(open_run(tiny_recipe(root, "scaling.evaluate_actors=2"), "tiny"), 12)
+        Evaluation(open_run(tiny_recipe(root, "scaling.evaluate_actors=2"), "tiny"), 12).key
         == plain
     )
 
@@ -502,13 +502,13 @@ def test_the_key_depends_on_the_content_of_the_reference_not_its_path(
         path.write_bytes(content)
 
     def key(reference: Path | str) -> str:
-        return evaluation_key(
+        return Evaluation(
             open_run(tiny_recipe(root, f"evaluate.reference={reference}"), "tiny"), 12
-        )
+        ).key
 
     first, second, third = (key(path) for path in paths)
     assert first == second != third
-    assert key("own") == evaluation_key(open_run(tiny_recipe(root), "tiny"), 12) != first
+    assert key("own") == Evaluation(open_run(tiny_recipe(root), "tiny"), 12).key != first
     paths[0].write_bytes(b"two")
     assert key(paths[0]) == third
     with pytest.raises(UserError, match="does not exist"):

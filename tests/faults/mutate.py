@@ -53,11 +53,10 @@ from diffit_train.evaluation.references import (
     write_reference,
 )
 from diffit_train.evaluation.result import (
+    Evaluation,
     Result,
     evaluated_identity,
-    evaluation_key,
     evaluation_url,
-    finished_result,
 )
 from diffit_train.evaluation.sweep import open_sweep, plan_sweep, read_sweep
 from diffit_train.models.build import build_model
@@ -205,7 +204,7 @@ def _run_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
 
 
 def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
-    key = evaluation_key(open_run(recipe, "one"), 40)
+    key = Evaluation(open_run(recipe, "one"), 40).key
     url = evaluation_url(open_run(recipe, "one"), 40, key)
     folder, part, dice = Path(url), Range(0, 12), np.random.default_rng(0)
     rows = {LABELS: np.arange(12), FEATURES: dice.normal(size=(12, 5)).astype(np.float32)}
@@ -258,7 +257,7 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
         "chunk record": Kind(next(folder.glob("chunk-*.json")), lambda: read_chunk(url, part, key)),
         "images": Kind(next(folder.glob("images-*")), lambda: read_chunk_images(url, part)),
         "result": Kind(
-            folder / "result.json", lambda: finished_result(open_run(recipe, "one"), 40)
+            folder / "result.json", lambda: Evaluation(open_run(recipe, "one"), 40).read()
         ),
         "reference": Kind(reference, lambda: read_reference(str(reference), "i")),
         "listing": Kind(next((root / "references" / "listings").iterdir()), listing),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffit_train.evaluation import runner
-from diffit_train.evaluation.runner import Request
+from diffit_train.evaluation.result import Evaluation
 from diffit_train.runs.run import open_run
 from tests.conftest import tiny_recipe, train
 
@@ -39,7 +39,7 @@ def _threads() -> Counter[str]:
 def _cycle(root: Path, number: int) -> None:
     recipe, run = tiny_recipe(root), f"again-{number}"
     assert train(recipe, run) == recipe.train.steps
-    (result,) = runner.evaluate([Request(open_run(recipe, run), recipe.train.steps)])
+    (result,) = runner.evaluate([Evaluation(open_run(recipe, run), recipe.train.steps)])
     assert result.metrics
     gc.collect()
 

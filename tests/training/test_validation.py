@@ -10,7 +10,7 @@ import pytest
 from diffit_train.api import train
 from diffit_train.errors import UserError
 from diffit_train.evaluation.evaluate import watch_run
-from diffit_train.evaluation.result import finished_result
+from diffit_train.evaluation.result import Evaluation
 from diffit_train.runs.checkpoints import Checkpoint
 from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker
@@ -28,7 +28,7 @@ def test_checkpoints_are_evaluated_during_training(
     assert train(recipe, "watched").checkpoints.latest_step == 16
     assert "step 16 evaluated: fd_digits" in capfd.readouterr().err
     smaller = tiny_recipe(tmp_path, *validate, "train.steps=16", "evaluate.samples=6")
-    results = [finished_result(open_run(smaller, "watched"), step) for step in (8, 16)]
+    results = [Evaluation(open_run(smaller, "watched"), step).read() for step in (8, 16)]
     assert [r.step for r in results if r] == [8, 16]
     # They are not part of the curve of full evaluations, which have more samples.
     run_id = Checkpoint(str(tmp_path / "runs" / "watched"), 16).state.mlflow_run_id
