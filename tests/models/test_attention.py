@@ -113,7 +113,7 @@ def test_the_device_determines_the_kernel() -> None:
     assert kernel_name("auto", cuda) == "sdpa"
     assert kernel_name("flex", cuda) == "flex"
     assert kernel_name("reference", cuda) == "reference"
-    with pytest.raises(UserError, match=r"flex.*needs a CUDA device.*model\.attention=auto"):
+    with pytest.raises(UserError, match=r"flex.*CUDA.*model\.attention=auto"):
         kernel_name("flex", cpu)
 
 
@@ -136,5 +136,5 @@ def test_tokens_attend_to_their_own_window(name: str) -> None:
 
 
 def test_impossible_windows_are_refused() -> None:
-    with pytest.raises(ValueError, match="window 4 does not divide the side 6"):
+    with pytest.raises(ValueError, match="window 4 .* 6"):
         TMSA(12, 3, 6, window=4)

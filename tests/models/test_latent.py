@@ -118,9 +118,9 @@ def test_time_label_and_input_all_matter() -> None:
 
 
 def test_impossible_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="patch size 3 does not divide latent size 8"):
+    with pytest.raises(ValueError, match="patch size 3 .* 8"):
         _small(patch_size=3)
-    with pytest.raises(ValueError, match="3 heads do not divide hidden_size 16"):
+    with pytest.raises(ValueError, match="3 .*hidden_size 16"):
         _small(num_heads=3)
 
 

@@ -100,10 +100,10 @@ def test_broken_files_are_reported(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.safetensors"
         path.write_bytes(data)
         for read in (read_weights_file, recipe_of_file):
-            with pytest.raises(UserError, match=f"{path} is not a complete safetensors file"):
+            with pytest.raises(UserError, match=f"{path} .*safetensors"):
                 read(str(path))
     for read in (read_weights_file, recipe_of_file):
-        with pytest.raises(UserError, match="weight file .* does not exist"):
+        with pytest.raises(UserError, match="does not exist"):
             read(str(tmp_path / "none"))
     with pytest.raises(UserError, match="is a folder"):
         read_weights_file(str(tmp_path))
@@ -120,13 +120,13 @@ def test_a_pickle_is_read_only_if_allowed(tmp_path: Path, zipped: bool) -> None:
     # The same when determining its recipe, which no pickle contains.
     with pytest.raises(UserError, match=r"is a pickle.*--allow-pickle"):
         recipe_of_weights(path, None, (), None)
-    with pytest.raises(UserError, match="does not name its model; name its recipe"):
+    with pytest.raises(UserError, match="--recipe"):
         recipe_of_weights(path, None, (), None, allow_pickle=True)
 
 
 def test_a_deepspeed_folder_needs_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("global_step3")
-    with pytest.raises(UserError, match=f"{tmp_path} does not name its model; .* --recipe"):
+    with pytest.raises(UserError, match=f"{tmp_path} .* --recipe"):
         recipe_of_weights(str(tmp_path), None, (), None)
     assert recipe_of_weights(str(tmp_path), "demo", (), None).name == "demo"
 
@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     # As float32, 1e300 is infinite.
     tensors[name] = tensors[name].double()
     tensors[name][0, 0] = value
-    with pytest.raises(UserError, match=f"x holds NaN or infinite weights in {name}; use another"):
+    with pytest.raises(UserError, match=f"x .*NaN.* {name}"):
         check_published(_model(), tensors, "x")
 
 
@@ -169,7 +169,7 @@ def test_an_export_with_other_bytes_is_refused(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[position] ^= 1
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{file} is damaged: its contents differ from the sha"):
+        with pytest.raises(UserError, match=f"{file} .*sha"):
             read_weights_file(str(file))
     # A file of an earlier version, or of somebody else, has no checksum.
     save_file(model.state_dict(), str(file))
@@ -180,7 +180,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     weights = _model().state_dict()
     weights["blocks.0.mlp.fc1.bias"][3] = float("nan")
     out = tmp_path / "w.safetensors"
-    with pytest.raises(UserError, match=r"NaN or infinite weights in blocks\.0\.mlp\.fc1\.bias"):
+    with pytest.raises(UserError, match=r"NaN.* blocks\.0\.mlp\.fc1\.bias"):
         write_published(_model(), weights, str(out), {})
     assert not list(tmp_path.iterdir())
 
@@ -221,6 +221,6 @@ def test_a_release_is_recognized_by_its_position_bias(tmp_path: Path) -> None:
     assert recipe_of_file(str(file)) is None
     save_file({"x": torch.zeros(1)}, str(file), metadata={"recipe": "name: x"})
     assert recipe_of_file(str(file)) == ("name: x", f"in {file}")
-    with pytest.raises(UserError, match="does not name its model; name its recipe"):
+    with pytest.raises(UserError, match="--recipe"):
         save_file({"x": torch.zeros(1)}, str(file))
         recipe_of_weights(str(file), None, (), None)

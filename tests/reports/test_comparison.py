@@ -284,7 +284,7 @@ def test_differing_settings_are_columns_and_the_others_a_note(
 def test_metrics_of_different_sample_counts_are_not_ranked_together(comparison: Comparison) -> None:
     few, many = Protocol(samples=5000), Protocol(samples=50_000)
     mixed = [_measured({"fid": 9.0}, few), _measured({"fid": 3.0}, many)]
-    with pytest.raises(ValueError, match="cannot rank fid of different protocols"):
+    with pytest.raises(ValueError, match="fid of different protocols"):
         best_of(mixed, "fid")
     assert best_of(mixed[:1], "fid") == mixed[0]
     assert best_indices([9.0, 3.0, 8.0], [few, many, few], "fid") == {2}

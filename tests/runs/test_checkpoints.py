@@ -71,7 +71,7 @@ def test_a_part_is_read_and_verified_by_pieces(saved: str, read: dict[str, int])
     file.write_bytes(data)
     (again,) = Checkpoint(saved, 3).read([Slice("a", 0, 5)], ("master",))["master"]
     assert torch.equal(again, _values()["master"]["a"].reshape(-1)[:5])
-    with pytest.raises(DiffitError, match=r"is damaged: master/rank-0.* its recorded sha256"):
+    with pytest.raises(DiffitError, match=r"step-.*: master/rank-0.*sha256"):
         Checkpoint(saved, 3).load("raw")
     assert "master/rank-00000-of-00001.safetensors differs" in (
         Checkpoint(saved, 3).find_corruption() or ""
@@ -82,7 +82,7 @@ def test_a_part_is_read_and_verified_by_pieces(saved: str, read: dict[str, int])
 def test_a_truncated_file_is_damaged(saved: str, kept: int) -> None:
     file = Path(Checkpoint(saved, 3).url, "ema", "rank-00000-of-00001.safetensors")
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(DiffitError, match=r"is damaged: ema/rank-0.* its recorded sha256"):
+    with pytest.raises(DiffitError, match=r"step-.*: ema/rank-0.*sha256"):
         Checkpoint(saved, 3).load("ema")
     file.unlink()
     assert (
@@ -112,5 +112,5 @@ def test_a_later_schema_is_refused(saved: str) -> None:
     commit = json.loads((folder / "commit.json").read_text())
     commit["index_sha256"] = storage.sha256_file(folder / "index.json")
     (folder / "commit.json").write_text(json.dumps(commit))
-    with pytest.raises(DiffitError, match=r"schema 9, but this version reads 1; install"):
+    with pytest.raises(DiffitError, match=r"schema 9, .* 1"):
         Checkpoint(saved, 3).load("ema")

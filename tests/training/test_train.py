@@ -88,12 +88,12 @@ def test_bad_input_writes_nothing(trained: Path, tmp_path: Path) -> None:
     before = sorted(trained.rglob("*"))
     with pytest.raises(UserError, match=r"'tiny'.*another recipe.*train\.lr is 0\.5, there 0\.003"):
         train(tiny_recipe(trained, "train.lr=0.5"), "tiny")
-    with pytest.raises(UserError, match="training needs 4 CPUs, but the Ray cluster has 2"):
+    with pytest.raises(UserError, match=r"4 CPUs, .* 2"):
         train(tiny_recipe(trained, "scaling.workers=4"), "other")
-    with pytest.raises(UserError, match="latents .* were encoded with another recipe"):
+    with pytest.raises(UserError, match="latents .*data.name"):
         train(tiny_recipe(trained, "autoencoder.scale=3"), "other")
     assert sorted(trained.rglob("*")) == before
-    with pytest.raises(UserError, match="no finished latents .*diffit encode"):
+    with pytest.raises(UserError, match="diffit encode"):
         train(tiny_recipe(tmp_path), "tiny")
     assert list(tmp_path.iterdir()) == []
 
@@ -105,7 +105,7 @@ def test_a_new_run_that_mlflow_refuses_leaves_no_folder(encoded: Path, tmp_path:
         ("http://127.0.0.1:1", DiffitError),
         (f"sqlite:///{damaged}", UserError),
     ):
-        with pytest.raises(kind, match="a new run needs MLflow"):
+        with pytest.raises(kind, match="MLflow"):
             train(tiny_recipe(encoded, f"tracking.uri={uri}"), "refused")
         assert not (encoded / "runs" / "refused").exists()
 

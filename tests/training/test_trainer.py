@@ -381,7 +381,7 @@ def test_an_ema_is_reconstructed_from_snapshots(encoded: Path, whole: Path, tmp_
     ):
         with pytest.raises(UserError, match=words):
             reconstruct_ema(open_run(recipe, "snapshots"), *wrong)
-    with pytest.raises(UserError, match=r"no EMA snapshots; train with"):
+    with pytest.raises(UserError, match=r"train\.ema_snapshot_every"):
         reconstruct_ema(open_run(tiny_recipe(encoded, *STEPS), "whole"), 0.1)
 
 
@@ -418,10 +418,10 @@ def test_a_run_resumes_from_deepspeeds_own_checkpoint(encoded: Path, tmp_path: P
     assert (state.optimizer_steps, state.images_seen) == (5, 40)
     on_ranks(2, _train, recipe, "taken-over", state.mlflow_run_id, 24)
     assert run.refresh().checkpoints[24].state.optimizer_steps == 24
-    with pytest.raises(UserError, match=r"run 'taken-over' .* exists"):
+    with pytest.raises(UserError, match=r"'taken-over'"):
         import_file(open_run(recipe, "taken-over"), str(tmp_path), 0, True)
     wider = tiny_recipe(encoded, *STEPS, "model.hidden_size=32")
-    with pytest.raises(UserError, match=r"wrong size: .* has [\d,]+ elements, expected"):
+    with pytest.raises(UserError, match=r"elements, expected"):
         import_file(open_run(wider, "wider"), str(tmp_path), 0, True)
     assert not (encoded / "runs" / "wider").exists()
 
@@ -468,5 +468,5 @@ def test_a_run_starts_from_another_at_twice_the_resolution(encoded: Path, whole:
             open_run(large, *wrong)
     wider = tiny_recipe(encoded, *changes, "model.hidden_size=32")
     wider = open_run(wider, "wider", "whole", "ema").recipe
-    with pytest.raises(UserError, match=r"whole@24 holds a different model than the recipe's"):
+    with pytest.raises(UserError, match=r"whole@24 "):
         train(wider, "wider")
