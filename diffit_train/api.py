@@ -226,7 +226,7 @@ def validate_checkpoint(run: runs.Run, step: int) -> str:
     """Evaluate a checkpoint during training; return a line with its metrics."""
     from diffit_train.evaluation import runner
 
-    run.checkpoints.refresh()
+    run = runs.Run(run.root, run.name, run.recipe)  # this thread's own listing
     evaluation, options = Evaluation(run, step), runner.Options(curve="validation")
     result = evaluation.read() or runner.evaluate([evaluation], options=options)[0]
     register_best(run, [result], validated=True)
