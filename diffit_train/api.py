@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffit_train import config, storage
 from diffit_train.config import Recipe
-from diffit_train.config.evaluate import OWN
+from diffit_train.config.evaluate import DATASET
 from diffit_train.data.autoencoder_source import resolve_alias
 from diffit_train.data.manifest import Manifest, finished_manifest, latents_url, missing_files
 from diffit_train.errors import UserError, first_line
@@ -217,7 +217,7 @@ def _validation(run: Run) -> Callable[[int], str] | None:
     evaluate = recipe.evaluate.model_copy(update=changed)
     recipe = recipe.model_copy(update={"evaluate": evaluate})
     runner.check(recipe)
-    if recipe.evaluate.reference == OWN:
+    if recipe.evaluate.reference == DATASET:
         list_images(recipe)
     return functools.partial(validate_checkpoint, run.using(recipe))
 

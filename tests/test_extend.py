@@ -224,7 +224,7 @@ def test_entry_points_are_the_same_classes(package: Path, tmp_path: Path) -> Non
             "evaluate.features.name=inception",
             r"features\.name is .*features\.kind=inception",
         ),
-        ("train.augment=0.1", r"is not one of ours, which know the labels of the augmentation"),
+        ("train.augment=0.1", r"train\.augment is 0\.1.*model\.architecture"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(

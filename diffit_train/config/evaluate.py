@@ -36,7 +36,7 @@ PUBLISHED = "published"
 FREE_KEYS = ("compile", "keep_images")
 
 # Reference statistics computed from data.source.
-OWN = "own"
+DATASET = "dataset"
 
 
 class _Sampler(Section):
@@ -292,9 +292,9 @@ class Evaluate(Section):
     """conversion of decoded pixels to uint8; truncate: as in ADM and the published DiffiT"""
     features: Features
     """The feature network that metrics are computed with."""
-    reference: str = OWN
-    """statistics of the real images; own: computed from data.source; else an .npz file in ADM's or
-    EDM's format: a path (`root:` means under ROOT), an s3:// URL, or an https:// URL, downloaded
+    reference: str = DATASET
+    """statistics of the real images; dataset: computed from data.source; else an .npz file in ADM's
+    or EDM's format: a path (`root:` means under ROOT), an s3:// URL, or an https:// URL, downloaded
     once into ROOT/references"""
     reference_images: PositiveInt = 10_000
     """maximum number of real images used for precision and recall"""

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from diffit_train import storage
 from diffit_train.config.base import Section, Variants, section_of, variants_of
-from diffit_train.config.evaluate import OWN, PUBLISHED
+from diffit_train.config.evaluate import DATASET, PUBLISHED
 from diffit_train.config.plugins import nearest
 from diffit_train.config.presets import PRESETS
 from diffit_train.config.recipe import Recipe
@@ -108,7 +108,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         update["autoencoder"] = recipe.autoencoder.model_copy(update={"source": path})
     evaluate, features = recipe.evaluate, recipe.evaluate.features
     changed: dict[str, Any] = {}
-    if evaluate.reference != OWN:
+    if evaluate.reference != DATASET:
         changed["reference"] = _absolute(evaluate.reference)
     if features.source and features.source != PUBLISHED:
         changed["features"] = features.model_copy(update={"source": _absolute(features.source)})
@@ -125,7 +125,7 @@ def validate(tree: dict[str, Any], reference: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = sorted({_explain(e) for e in error.errors()})
+        lines = sorted({line for e in error.errors() for line in _explain(e).splitlines()})
         raise UserError(
             "\n".join([f"recipe {reference}:", *(f"  {line}" for line in lines)])
         ) from None

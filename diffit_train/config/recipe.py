@@ -6,6 +6,7 @@ before anything starts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 from pydantic import model_validator
@@ -16,7 +17,7 @@ from diffit_train.config.base import Name, Section, flatten
 from diffit_train.config.data import Data
 from diffit_train.config.diffusion import Diffusion, Epsilon, Flow, ddim_stride
 from diffit_train.config.evaluate import FREE_KEYS, SAMPLERS, Evaluate
-from diffit_train.config.model import CustomModel, ImageModel, LatentModel, Model, UNetModel
+from diffit_train.config.model import ImageModel, LatentModel, Model, UNetModel
 from diffit_train.config.scaling import Scaling
 from diffit_train.config.storage import Storage
 from diffit_train.config.tracking import Tracking
@@ -47,129 +48,9 @@ class Recipe(Section):
         return self.data.resolution // self.autoencoder.downsample
 
     @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
-        data, autoencoder, model = self.data, self.autoencoder, self.model
-        _divides(
-            "autoencoder.downsample", autoencoder.downsample, "data.resolution", data.resolution
-        )
-        if isinstance(model, ImageModel | UNetModel):
-            self._check_stages(model)
-        elif isinstance(model, LatentModel):
-            _divides("model.patch_size", model.patch_size, "the latent size", self.latent_size)
-            _divides("model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size)
-        return self
-
-    def _check_stages(self, model: ImageModel | UNetModel) -> None:
-        """Sizes of a model on pixels."""
-        resolution, kind = self.data.resolution, self.autoencoder.kind
-        if kind != "identity":
-            raise ValueError(
-                f"model.architecture is {model.architecture!r}, which works on pixels, but "
-                f"autoencoder.kind is {kind!r}; set autoencoder.kind=identity"
-            )
-        if isinstance(model, ImageModel):
-            key, stages = "channels", len(model.channels)
-        else:
-            key, stages = "multipliers", len(model.multipliers)
-        if resolution % 2 ** (stages - 1):
-            raise ValueError(
-                f"data.resolution is {resolution}, but the {stages} stages of model.{key} need a "
-                f"multiple of {2 ** (stages - 1)}"
-            )
-        sides = [resolution >> stage for stage in range(stages)]
-        if isinstance(model, ImageModel):
-            for stage, side in enumerate(sides, 1):
-                name = f"the resolution {side} of stage {stage}"
-                _divides("model.window", model.window, name, side)
-            return
-        for side in model.attention_resolutions:
-            if side not in sides:
-                raise ValueError(
-                    f"model.attention_resolutions has {side}, but the stages have "
-                    f"{', '.join(map(str, sides))}"
-                )
-
-    @model_validator(mode="after")
-    def _check_training(self) -> Self:
-        train, data, scaling = self.train, self.data, self.scaling
-        _divides("data.shuffle_streams", data.shuffle_streams, "train.batch_size", train.batch_size)
-        if scaling.max_workers > data.shuffle_streams:
-            raise ValueError(
-                f"scaling.workers is {scaling.workers}, but must be at most data.shuffle_streams "
-                f"({data.shuffle_streams}); lower it, or raise data.shuffle_streams"
-            )
-        _divides(
-            "train.log_every", train.log_every, "train.checkpoint_every", train.checkpoint_every
-        )
-        for name, every in (
-            ("train.keep_every", train.keep_every),
-            ("train.validate_every", train.validate_every),
-        ):
-            if every:
-                _divides("train.checkpoint_every", train.checkpoint_every, name, every)
-        if train.deterministic and self.model.attention == "flex":
-            raise ValueError(
-                "train.deterministic is true, but model.attention 'flex' sums the gradient of the "
-                "position bias by atomic additions; set model.attention=sdpa"
-            )
-        if train.augment and not self.model.on_pixels:
-            why = (
-                "is not one of ours, which know the labels of the augmentation"
-                if isinstance(self.model, CustomModel)
-                else "works on latents, which cannot be augmented"
-            )
-            raise ValueError(
-                f"train.augment is {train.augment}, but model.architecture "
-                f"{self.model.architecture!r} {why}; set it to 0"
-            )
-        if train.warmup_steps >= train.steps:
-            raise ValueError(
-                f"train.warmup_steps is {train.warmup_steps}, but must be less than train.steps "
-                f"({train.steps})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_diffusion_and_evaluation(self) -> Self:
-        diffusion, evaluate = self.diffusion, self.evaluate
-        sampler, guidance = evaluate.sampler, evaluate.guidance
-        samplers = SAMPLERS.get(diffusion.objective, ("custom",))
-        if sampler.name not in samplers:
-            raise ValueError(
-                f"evaluate.sampler.name is {sampler.name!r}, but must be one of "
-                f"{', '.join(samplers)} when diffusion.objective is {diffusion.objective!r}"
-            )
-        if isinstance(diffusion, Epsilon | Flow):
-            if sampler.steps > diffusion.timesteps:
-                raise ValueError(
-                    f"evaluate.sampler.steps is {sampler.steps}, but must be at most "
-                    f"diffusion.timesteps ({diffusion.timesteps})"
-                )
-            if sampler.name == "ddim" and sampler.spacing == "ddim":
-                _check_ddim_stride(sampler.steps, diffusion.timesteps)
-        weights = ("raw", *self.train.ema)
-        if evaluate.reconstructed is not None:
-            if not self.train.power_profiles():
-                raise ValueError(
-                    f"evaluate.weights is {evaluate.weights!r}, but no EMA in train.ema has a "
-                    "sigma_rel to reconstruct it from"
-                )
-        elif evaluate.weights not in weights:
-            raise ValueError(
-                f"evaluate.weights is {evaluate.weights!r}, but must be one of {', '.join(weights)}"
-            )
-        if guidance.kind == "none":
-            return self
-        if guidance.channels != "all" and guidance.channels > self.autoencoder.latent_channels:
-            raise ValueError(
-                f"evaluate.guidance.channels is {guidance.channels}, but must be at most "
-                f"autoencoder.latent_channels ({self.autoencoder.latent_channels})"
-            )
-        if not self.model.conditional:
-            raise ValueError(
-                f"evaluate.guidance.kind is {guidance.kind!r}, but must be 'none' when "
-                "model.conditional is false"
-            )
+    def _sections_agree(self) -> Self:
+        if conflicts := [*_sizes(self), *_training(self), *_evaluation(self)]:
+            raise ValueError("\n".join(conflicts))
         return self
 
     # ---- What determines an output: never resources, locations or tracking ----
@@ -223,18 +104,130 @@ class Recipe(Section):
         return flatten(self.model_dump(mode="json"))
 
 
-def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
-    if large % small:
-        raise ValueError(f"{small_name} is {small}, but must divide {large_name} ({large})")
+# ---- What sections must agree on ----
 
 
-def _check_ddim_stride(steps: int, timesteps: int) -> None:
-    if ddim_stride(timesteps, steps) is not None:
+def _sizes(recipe: Recipe) -> Iterator[str]:
+    """Sizes of images, latents and network that do not fit each other."""
+    model, resolution, kind = recipe.model, recipe.data.resolution, recipe.autoencoder.kind
+    factor, side = recipe.autoencoder.downsample, recipe.latent_size
+    yield from _divides("autoencoder.downsample", factor, "data.resolution", resolution)
+    if isinstance(model, LatentModel):
+        yield from _divides("model.patch_size", model.patch_size, "the latent size", side)
+        yield from _divides(
+            "model.num_heads", model.num_heads, "model.hidden_size", model.hidden_size
+        )
+    if isinstance(model, ImageModel):
+        key, stages = "channels", len(model.channels)
+        for stage in range(stages):
+            name = f"the resolution {resolution >> stage} of stage {stage + 1}"
+            yield from _divides("model.window", model.window, name, resolution >> stage)
+    elif isinstance(model, UNetModel):
+        key, stages = "multipliers", len(model.multipliers)
+        sides = [resolution >> stage for stage in range(stages)]
+        for side in {*model.attention_resolutions} - {*sides}:
+            yield (
+                f"model.attention_resolutions has {side}, but the stages have "
+                f"{', '.join(map(str, sides))}"
+            )
+    else:
         return
-    possible = [n for n in range(1, timesteps + 1) if ddim_stride(timesteps, n) is not None]
-    nearest = [*[n for n in possible if n < steps][-1:], *[n for n in possible if n > steps][:1]]
-    raise ValueError(
-        f"evaluate.sampler.steps is {steps}, but no integer stride through diffusion.timesteps "
-        f"({timesteps}) has that many steps, as evaluate.sampler.spacing 'ddim' needs; nearest "
-        f"possible: {' or '.join(map(str, nearest))}"
+    if kind != "identity":
+        yield (
+            f"model.architecture is {model.architecture!r}, which works on pixels, but "
+            f"autoencoder.kind is {kind!r}; set autoencoder.kind=identity"
+        )
+    if resolution % 2 ** (stages - 1):
+        yield (
+            f"data.resolution is {resolution}, but the {stages} stages of model.{key} need a "
+            f"multiple of {2 ** (stages - 1)}"
+        )
+
+
+def _training(recipe: Recipe) -> Iterator[str]:
+    """Keys of `train` that do not fit others."""
+    train, streams, scaling = recipe.train, recipe.data.shuffle_streams, recipe.scaling
+    every, model = train.checkpoint_every, recipe.model
+    yield from _divides("data.shuffle_streams", streams, "train.batch_size", train.batch_size)
+    yield from _divides("train.log_every", train.log_every, "train.checkpoint_every", every)
+    yield from _divides("train.checkpoint_every", every, "train.keep_every", train.keep_every or 0)
+    yield from _divides(
+        "train.checkpoint_every", every, "train.validate_every", train.validate_every or 0
     )
+    if scaling.max_workers > streams:
+        yield (
+            f"scaling.workers is {scaling.workers}, but must be at most data.shuffle_streams "
+            f"({streams}); lower it, or raise data.shuffle_streams"
+        )
+    if train.deterministic and model.attention == "flex":
+        yield (
+            "train.deterministic is true, but model.attention 'flex' sums the gradient of the "
+            "position bias by atomic additions; set model.attention=sdpa"
+        )
+    if train.augment and not model.on_pixels:
+        yield (
+            f"train.augment is {train.augment}, but model.architecture {model.architecture!r} "
+            "does not take the labels of the augmentation; set train.augment=0"
+        )
+    if train.warmup_steps >= train.steps:
+        yield (
+            f"train.warmup_steps is {train.warmup_steps}, but must be less than train.steps "
+            f"({train.steps})"
+        )
+
+
+def _evaluation(recipe: Recipe) -> Iterator[str]:
+    """Keys of `evaluate` that do not fit others."""
+    diffusion, evaluate = recipe.diffusion, recipe.evaluate
+    channels = recipe.autoencoder.latent_channels
+    sampler, guidance = evaluate.sampler, evaluate.guidance
+    samplers = SAMPLERS.get(diffusion.objective, ("custom",))
+    if sampler.name not in samplers:
+        yield (
+            f"evaluate.sampler.name is {sampler.name!r}, but must be one of {', '.join(samplers)} "
+            f"when diffusion.objective is {diffusion.objective!r}"
+        )
+    if isinstance(diffusion, Epsilon | Flow) and sampler.steps > diffusion.timesteps:
+        yield (
+            f"evaluate.sampler.steps is {sampler.steps}, but must be at most diffusion.timesteps "
+            f"({diffusion.timesteps})"
+        )
+    if isinstance(diffusion, Epsilon) and sampler.name == "ddim" and sampler.spacing == "ddim":
+        yield from _ddim_stride(sampler.steps, diffusion.timesteps)
+    weights = ("raw", *recipe.train.ema)
+    if evaluate.reconstructed is not None:
+        if not recipe.train.power_profiles():
+            yield (
+                f"evaluate.weights is {evaluate.weights!r}, but no EMA in train.ema has a "
+                "sigma_rel to reconstruct it from"
+            )
+    elif evaluate.weights not in weights:
+        yield f"evaluate.weights is {evaluate.weights!r}, but must be one of {', '.join(weights)}"
+    if guidance.kind == "none":
+        return
+    if guidance.channels != "all" and guidance.channels > channels:
+        yield (
+            f"evaluate.guidance.channels is {guidance.channels}, but must be at most "
+            f"autoencoder.latent_channels ({channels})"
+        )
+    if not recipe.model.conditional:
+        yield (
+            f"evaluate.guidance.kind is {guidance.kind!r}, but must be 'none' when "
+            "model.conditional is false"
+        )
+
+
+def _divides(small_name: str, small: int, large_name: str, large: int) -> Iterator[str]:
+    if large % small:
+        yield f"{small_name} is {small}, but must divide {large_name} ({large})"
+
+
+def _ddim_stride(steps: int, timesteps: int) -> Iterator[str]:
+    if ddim_stride(timesteps, steps) is None:
+        possible = [n for n in range(1, timesteps + 1) if ddim_stride(timesteps, n) is not None]
+        near = [*[n for n in possible if n < steps][-1:], *[n for n in possible if n > steps][:1]]
+        yield (
+            f"evaluate.sampler.steps is {steps}, but no integer stride through diffusion.timesteps "
+            f"({timesteps}) has that many steps, as evaluate.sampler.spacing 'ddim' needs; nearest "
+            f"possible: {' or '.join(map(str, near))}"
+        )

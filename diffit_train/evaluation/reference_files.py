@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.evaluate import OWN
+from diffit_train.config.evaluate import DATASET
 from diffit_train.errors import UserError
 from diffit_train.evaluation.committed import Committed, DamagedFile, find_record, write_record
 from diffit_train.evaluation.download import download, is_web
@@ -28,7 +28,7 @@ def reference_file(recipe: Recipe) -> str | None:
     For a web URL, this is the path of the downloaded file, whether or not it exists yet.
     """
     reference = recipe.evaluate.reference
-    if reference == OWN:
+    if reference == DATASET:
         return None
     if is_web(reference):
         return _kept_at(recipe)
@@ -36,7 +36,7 @@ def reference_file(recipe: Recipe) -> str | None:
 
 
 def reference_identity(recipe: Recipe) -> str | None:
-    """Identity of the recipe's reference, independent of its path: a file's SHA-256, or `own`.
+    """Identity of the recipe's reference, independent of its path: a file's SHA-256, or `dataset`.
 
     None if it has not been downloaded yet, so nothing can have been measured against it.
 
@@ -45,7 +45,7 @@ def reference_identity(recipe: Recipe) -> str | None:
     """
     file = reference_file(recipe)
     if file is None:
-        return OWN
+        return DATASET
     if is_web(recipe.evaluate.reference):
         record = find_record(f"{file}.json")
         return _recorded(file, record) if record else None
@@ -95,8 +95,8 @@ def fetch_reference(recipe: Recipe) -> None:
             f"cannot download evaluate.reference {_redacted_url(url)} ({error}); try again, or "
             f"download {PurePosixPath(urlsplit(url).path).name} elsewhere, put it where every "
             "worker can read it, and set evaluate.reference to that path or s3://bucket/key; or "
-            f"set evaluate.reference={OWN} to compare with statistics of data.source, which is not "
-            "comparable with published results"
+            f"set evaluate.reference={DATASET} to compare with statistics of data.source, which is "
+            "not comparable with published results"
         ) from error
     record = Committed(files={file.rsplit("/", 1)[-1]: sha256}, about={"url": _redacted_url(url)})
     write_record(f"{file}.json", record)

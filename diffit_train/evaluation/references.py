@@ -19,7 +19,7 @@ from safetensors.numpy import load, save
 
 from diffit_train import storage
 from diffit_train.config import Recipe
-from diffit_train.config.evaluate import OWN
+from diffit_train.config.evaluate import DATASET
 from diffit_train.data.manifest import MANIFEST, Manifest, latents_url, load_manifest, read_inputs
 from diffit_train.data.reading import read_batches
 from diffit_train.data.sources import IMAGE_COLUMN, ImageList, Item, Source
@@ -346,7 +346,7 @@ def check_reference_file(recipe: Recipe) -> None:
         raise UserError(
             f"evaluate.reference {recipe.evaluate.reference} holds statistics of the published "
             "Inception's features, but evaluate.features.name is "
-            f"{recipe.evaluate.features.name!r}; set evaluate.reference={OWN}, or "
+            f"{recipe.evaluate.features.name!r}; set evaluate.reference={DATASET}, or "
             "evaluate.features.name=inception and evaluate.features.kind=inception"
         )
     fetch_reference(recipe)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from diffit_train.config.evaluate import FREE_KEYS, INCEPTION, OWN
+from diffit_train.config.evaluate import DATASET, FREE_KEYS, INCEPTION
 from diffit_train.errors import UserError
 from diffit_train.storage import ROOT_PREFIX
 from diffit_train.tracking import EVALUATION, NFE, TAG_REFERENCE, RunRecord, Tracker
@@ -253,7 +253,7 @@ def _reference_names(
 def _reference_name(params: Mapping[str, str], parent: RunRecord) -> str:
     """Name of the reference file, or data.source and data.resolution."""
     reference = plain(params.get("evaluate.reference"))
-    if reference not in ("", OWN):
+    if reference not in ("", DATASET):
         return reference.rstrip("/").rsplit("/", 1)[-1].removeprefix(ROOT_PREFIX)
     made_of = (plain(parent.params.get(f"data.{key}")) for key in ("source", "resolution"))
     return " at ".join(text for text in made_of if text)
@@ -287,7 +287,7 @@ def _evaluation(child: RunRecord, parent: RunRecord, names: Mapping[str, str]) -
 def _protocol(settings: Mapping[str, str], parent: RunRecord) -> Protocol:
     name, source = (plain(settings.get(f"features.{key}")) for key in ("name", "source"))
     reference = plain(settings.get("reference"))
-    if reference in ("", OWN):
+    if reference in ("", DATASET):
         reference = _reference_name({}, parent)
     samples = plain(settings.get("samples"))
     return Protocol(

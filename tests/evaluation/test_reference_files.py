@@ -182,7 +182,7 @@ def test_a_failed_download_says_what_to_do(server: Server, tmp_path: Path) -> No
             for part in (
                 f"download {name} elsewhere",
                 "set evaluate.reference to that path",
-                "evaluate.reference=own",
+                "evaluate.reference=dataset",
             ):
                 assert part in str(raised.value)
             assert "secret" not in str(raised.value)
@@ -193,7 +193,7 @@ def test_other_features_are_rejected_before_anything_is_downloaded(
     server: Server, tmp_path: Path
 ) -> None:
     recipe = load_recipe("demo", [f"evaluate.reference={server.url}"], root=str(tmp_path))
-    with pytest.raises(UserError, match=r"set evaluate\.reference=own, or"):
+    with pytest.raises(UserError, match=r"set evaluate\.reference=dataset, or"):
         references.check_reference_file(recipe)
     assert server.asked == []
 
@@ -201,7 +201,7 @@ def test_other_features_are_rejected_before_anything_is_downloaded(
 def test_the_packaged_recipes_name_adms_references() -> None:
     found = {n: load_recipe(n).evaluate.reference for n in ("demo", "imagenet256", "imagenet512")}
     assert found == {
-        "demo": "own",
+        "demo": "dataset",
         "imagenet256": f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz",
         "imagenet512": f"{ADM}/512/VIRTUAL_imagenet512.npz",
     }
@@ -209,7 +209,5 @@ def test_the_packaged_recipes_name_adms_references() -> None:
 
 def test_a_stored_recipe_without_reference_uses_data_source() -> None:
     text = dump_recipe(load_recipe("demo"))
-    assert "reference: own\n" in text
-    stored = load_recipe_text(text.replace("reference: own\n", "reference: ''\n"), "stored")
-    assert stored.evaluate.reference == "own"
+    stored = load_recipe_text(text.replace("  reference: dataset\n", ""), "stored")
     assert reference_file(stored) is None

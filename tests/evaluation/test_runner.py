@@ -508,7 +508,7 @@ def test_the_key_depends_on_the_content_of_the_reference_not_its_path(
 
     first, second, third = (key(path) for path in paths)
     assert first == second != third
-    assert key("own") == Evaluation(open_run(tiny_recipe(root), "tiny"), 12).key != first
+    assert key("dataset") == Evaluation(open_run(tiny_recipe(root), "tiny"), 12).key != first
     paths[0].write_bytes(b"two")
     assert key(paths[0]) == third
     with pytest.raises(UserError, match="does not exist"):

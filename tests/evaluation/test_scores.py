@@ -20,7 +20,7 @@ DIMS = 24
 
 
 def _recipe(samples: int = SAMPLES) -> Recipe:
-    return load_recipe("imagenet256", [f"evaluate.samples={samples}", "evaluate.reference=own"])
+    return load_recipe("imagenet256", [f"evaluate.samples={samples}", "evaluate.reference=dataset"])
 
 
 def _rows() -> dict[str, np.ndarray]:

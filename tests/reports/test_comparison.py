@@ -365,7 +365,7 @@ def test_different_precisions_are_ranked_apart(tmp_path: Path, store: Store) -> 
 def test_references_are_identified_by_digest(tmp_path: Path) -> None:
     copy = Store(tmp_path)
     first, second = copy.run("first", {}), copy.run("second", {})
-    paths = ["/here/adm.npz", "https://there/jul-2021/adm.npz", "/here/adm.npz", "own"]
+    paths = ["/here/adm.npz", "https://there/jul-2021/adm.npz", "/here/adm.npz", "dataset"]
     digests = ["a" * 64, "a" * 64, "b" * 64, "c" * 64]
     for step, (path, digest) in enumerate(zip(paths, digests, strict=True)):
         run = second if step == 1 else first
