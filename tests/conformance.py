@@ -141,8 +141,8 @@ def _metrics(
 ) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_features(recipe, device)
-    with references.opened_npz(recipe, reference) as opened:
-        known = opened.read(recipe, lambda pixels: network.extract(pixels)[FEATURES])
+    with references.ReferenceSource.of(recipe).open() as opened:
+        known = opened.read(lambda pixels: network.extract(pixels)[FEATURES])
     sums = Sums()
     with (
         zipfile.ZipFile(samples) as archive,

@@ -221,7 +221,7 @@ def _evaluation(url: str) -> Iterator[Check]:
 
 def _references(url: str) -> Iterator[Check]:
     for name in storage.sizes(url):
-        if name.endswith(".json") and not name.startswith(("weights/", "listings/")):
+        if name.endswith(".json") and not name.startswith("weights/"):
             record = storage.join(url, name)
             run = functools.partial(_check_committed, record)
             rebuild = "`diffit references` or `diffit evaluate`"

@@ -13,8 +13,7 @@ from diffit_train.config import Recipe
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.chunks import LABELS, Range
 from diffit_train.evaluation.labels import choose_labels
-from diffit_train.evaluation.reference_files import opened_reference
-from diffit_train.evaluation.references import PartTask, Reference
+from diffit_train.evaluation.references import PartTask, Reference, ReferenceSource
 
 if TYPE_CHECKING:
     from diffit_train.evaluation.feature_networks import FeatureNetwork
@@ -159,17 +158,10 @@ class EvaluationActor:
             references.write_part(target, part)
         return len(task.items), time.monotonic() - started_s
 
-    def npz_reference(self, file: str) -> Reference:
+    def npz_reference(self) -> Reference:
         """Read the reference from a file in ADM's or EDM's format."""
-
-        def extract(pixels: np.ndarray) -> np.ndarray:
-            return self.network.extract(pixels)[chunks.FEATURES]
-
-        with (
-            opened_reference(self.recipe, file) as path,
-            references.opened_npz(self.recipe, path) as opened,
-        ):
-            return opened.read(self.recipe, extract)
+        with ReferenceSource.of(self.recipe).open() as file:
+            return file.read(lambda pixels: self.network.extract(pixels)[chunks.FEATURES])
 
 
 def _model_identity(recipe: Recipe, task: ChunkTask) -> tuple[Any, ...]:

@@ -17,8 +17,7 @@ from diffit_train.errors import DiffitError
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.actors import ChunkTask, EvaluationActor, EvaluationTarget
 from diffit_train.evaluation.chunks import Range
-from diffit_train.evaluation.reference_files import reference_file, reference_identity
-from diffit_train.evaluation.references import FoundReference, PartTask
+from diffit_train.evaluation.references import PartTask, ReferenceSource, StoredReference
 from diffit_train.evaluation.scores import grid_rows
 from diffit_train.progress import Progress
 
@@ -161,7 +160,7 @@ class EvaluationPool:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._actors: Actors | None = None
-        self._reference: FoundReference | None = None
+        self._reference: StoredReference | None = None
         self._worked_s = 0.0
 
     @property
@@ -227,68 +226,53 @@ class EvaluationPool:
                 self._worked_s += seconds
                 yield task.number, task.chunk.part
 
-    def reference(self) -> FoundReference:
+    def reference(self) -> StoredReference:
         """The recipe's reference, computed if missing."""
         if self._reference is None:
-            file = reference_file(self.recipe)
-            self._reference = self._of_file(file) if file else self._of_images()
+            source = ReferenceSource.of(self.recipe)
+            self._reference = self._of_file(source) if source.file else self._of_images(source)
         return self._reference
 
-    def _of_file(self, file: str) -> FoundReference:
-        digest = reference_identity(self.recipe)
-        assert digest is not None, "the reference was downloaded when the recipe was checked"
-        identity = references.file_identity(self.recipe, digest)
-        url = references.reference_url(self.recipe, identity)
-        if not references.is_stored(url):
-            ((_, found),) = self.actors.run(
-                [file], lambda actor, task: _once(actor.npz_reference).remote(task), str
+    def _of_file(self, source: ReferenceSource) -> StoredReference:
+        stored = source.stored()
+        assert stored is not None, "the reference was downloaded when the recipe was checked"
+        if not stored.exists:
+            ((_, reference),) = self.actors.run(
+                [source.file], lambda actor, _: _once(actor.npz_reference).remote(), str
             )
-            references.write_reference(url, identity, found)
-        return FoundReference(url, identity, digest)
+            stored.write(reference)
+        return stored
 
-    def _of_images(self) -> FoundReference:
-        known = references.encoded_identity(self.recipe)
-        if known is not None:
-            url = references.reference_url(self.recipe, known)
-            if references.is_stored(url):
-                storage.remove(f"{url}.parts")  # of a killed command
-                return FoundReference(url, known, known)
-        listing = list_images(self.recipe)
-        identity = references.source_identity(self.recipe, listing.digest())
-        references.remember_listing(self.recipe, listing)
-        url = references.reference_url(self.recipe, identity)
-        parts = f"{url}.parts"
-        tasks = list(references.part_tasks(self.recipe, listing))
-        while not references.is_stored(url):
-            self._measure(tasks, parts)
-            try:
-                found = references.joined(
-                    references.read_reference_parts(parts, tasks), listing.url
-                )
-            except FileNotFoundError:
-                # A concurrent evaluation finished the same reference and removed its parts.
-                continue
-            references.write_reference(url, identity, found)
-        storage.remove(parts)
-        return FoundReference(url, identity, identity)
+    def _of_images(self, source: ReferenceSource) -> StoredReference:
+        stored = source.stored()
+        if stored is None or not stored.exists:
+            listing = list_images(self.recipe)
+            stored = source.stored(listing)
+            assert stored is not None
+            tasks = references.part_tasks(self.recipe, listing)
+            while not stored.exists:
+                self._measure(tasks, stored.parts)
+                try:
+                    parts = references.read_reference_parts(stored.parts, tasks)
+                    stored.write(references.joined(parts, listing.url))
+                except FileNotFoundError:
+                    # A concurrent evaluation finished the same reference and removed its parts.
+                    continue
+        storage.remove(stored.parts)
+        return stored
 
     def _measure(self, tasks: Sequence[PartTask], url: str) -> None:
         there = set(storage.list_names(url))
 
-        def is_there(task: PartTask) -> bool:
-            name = references.part_name(task)
-            return {name, f"{name}.json"} <= there
-
-        missing = [task for task in tasks if not is_there(task)]
+        missing = [task for task in tasks if not {task.name, f"{task.name}.json"} <= there]
 
         def call(actor: Any, task: PartTask) -> Any:
-            url_of = storage.join(url, references.part_name(task))
-            return _once(actor.reference_part).remote(task, url_of)
+            return _once(actor.reference_part).remote(task, storage.join(url, task.name))
 
         total, left = (sum(len(task.items) for task in some) for some in (tasks, missing))
         with Progress("reference", total, "images", total - left) as shown:
             if missing:
-                for _, (count, seconds) in self.actors.run(missing, call, references.part_name):
+                for _, (count, seconds) in self.actors.run(missing, call, lambda t: t.name):
                     self._worked_s += seconds
                     shown.update(shown.done + count)
 

@@ -1,51 +1,69 @@
-"""Statistics of the real images: computed once from a source, or read from ADM's or EDM's files.
+"""References: which one a recipe means, and the statistics of its real images.
 
-Both are kept under ROOT/references, named by a hash of everything they depend on.
+A reference is a file in ADM's or EDM's format, downloaded or not, or computed from the images of
+`data.source`. Its statistics are kept under ROOT/references, named by a hash of everything that
+they depend on; downloads are kept there as well, verified by SHA-256 at each later use.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import ValidationError
 from safetensors.numpy import load, save
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import DATASET
-from diffit_train.data.manifest import MANIFEST, Manifest, latents_url, load_manifest, read_inputs
+from diffit_train.data.manifest import (
+    MANIFEST,
+    Manifest,
+    latents_url,
+    load_manifest,
+    read_inputs,
+    recipe_of,
+)
 from diffit_train.data.reading import read_batches
-from diffit_train.data.sources import IMAGE_COLUMN, ImageList, Item, Source
+from diffit_train.data.sources import ImageList, Item, Source
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, SPATIAL
-from diffit_train.evaluation.committed import DamagedFile, commit, read_committed, read_record
-from diffit_train.evaluation.feature_networks import FeatureNetwork
+from diffit_train.evaluation.committed import (
+    Committed,
+    DamagedFile,
+    commit,
+    find_record,
+    read_committed,
+    read_record,
+    write_record,
+)
 from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.metrics import FeatureStats
-from diffit_train.evaluation.reference_files import (
-    fetch_reference,
-    opened_reference,
-    reference_file,
-)
 from diffit_train.progress import Progress, say
+
+if TYPE_CHECKING:
+    from diffit_train.evaluation.feature_networks import FeatureNetwork
 
 # Maximum number of parts of a source, and minimum number of images per part: the sums of 2048
 # features are 32 MB, however many images there are.
 MOST_PARTS = 64
 SMALLEST_PART = 512
 # Part of every identity, so that files of an earlier layout are ignored.
-LAYOUT = 2
+LAYOUT = 3
 # Images per batch of the network.
 BATCH = 64
-# Mean and covariance in ADM's and EDM's files; the last two are of the spatial features.
-_ADM_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
+_DOWNLOAD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,392 +88,362 @@ class Reference:
     count: int | None
 
 
-@dataclass(frozen=True)
-class ReferencePart:
-    """Sums over one part of the source's images, and the features of the kept ones."""
+class StoredReference(NamedTuple):
+    """Where the statistics of a reference are stored, or will be.
 
-    pool: FeatureStats
-    spatial: FeatureStats | None
-    features: np.ndarray
-
-
-class FoundReference(NamedTuple):
-    """A stored reference.
-
-    `identity` is stored in it. `digest` identifies it to the user: the SHA-256 of a file, else a
-    hash of images and features.
+    `identity` is stored with them. `digest` identifies the reference to the user: the SHA-256 of a
+    file, else a hash of images and features.
     """
 
     url: str
     identity: str
     digest: str
 
+    @property
+    def exists(self) -> bool:
+        """Whether they are there."""
+        return is_stored(self.url)
+
+    @property
+    def parts(self) -> str:
+        """Folder of the parts while they are computed."""
+        return f"{self.url}.parts"
+
+    def write(self, reference: Reference) -> None:
+        """Commit the statistics."""
+        tensors = {"mean": reference.pool.mean, "covariance": reference.pool.covariance}
+        if reference.spatial is not None:
+            tensors["spatial_mean"] = reference.spatial.mean
+            tensors["spatial_covariance"] = reference.spatial.covariance
+        if reference.features is not None:
+            tensors["features"] = reference.features
+        about = {"identity": self.identity, "count": str(reference.count or "")}
+        _commit(self.url, tensors, about)
+
     def read(self) -> Reference:
-        """Its statistics; errors as `read_reference`."""
-        return read_reference(self.url, self.identity)
+        """Read the statistics.
+
+        Raises:
+            DiffitError: they are damaged, or have another identity.
+        """
+        rows, about = _read(self.url)
+        if about["identity"] != self.identity:
+            raise DiffitError(f"{self.url} is for other images; delete it and evaluate again")
+        spatial = None
+        if "spatial_mean" in rows:
+            spatial = Statistics(rows["spatial_mean"], rows["spatial_covariance"])
+        pool = Statistics(rows["mean"], rows["covariance"])
+        return Reference(pool, spatial, rows.get("features"), int(about["count"] or 0) or None)
 
 
-class KnownListing(storage.Record):
-    """references/listings/INPUT.json: the digest of the source that latents were encoded from.
+def is_stored(url: str) -> bool:
+    """Whether a reference, or a part of one, is complete."""
+    return storage.exists(f"{url}.json")
 
-    With it, nobody has to list a million images to name their reference.
-    """
 
-    input_sha256: str
-    source: str
-    listing_sha256: str
+def _commit(url: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+    rows = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    commit(f"{url}.json", {url.rsplit("/", 1)[-1]: save(rows)}, about)
+
+
+def _read(url: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    record = read_record(f"{url}.json")
+    return load(read_committed(url, record)), record.about
+
+
+# ---- Which reference is meant ----
 
 
 @dataclass(frozen=True)
-class PartTask:
-    """A part of a source, measured in one task; `kept` are indices into `items`."""
+class ReferenceSource:
+    """What a recipe's `evaluate.reference` means.
 
-    number: int
-    source: Source
-    items: Sequence[Item]
-    kept: Sequence[int]
-    resolution: int
-
-
-def reference_url(recipe: Recipe, identity: str) -> str:
-    """File of a reference."""
-    section = recipe.evaluate.features
-    name = f"{recipe.data.name}-{section.name}-{identity[:12]}.safetensors"
-    return storage.join(recipe.storage.root, "references", name)
-
-
-def source_identity(recipe: Recipe, listing_sha256: str) -> str:
-    """Hash of everything that a reference of an image source depends on.
-
-    Args:
-        listing_sha256: digest of the listing of its images.
+    Attributes:
+        file: the reference file; None if the reference is computed from `data.source`.
+        web: where the file is downloaded from, once; "" if it is no download.
     """
-    return storage.digest(
-        [
-            LAYOUT,
-            listing_sha256,
-            features_digest(recipe),
-            recipe.data.resolution,
-            recipe.evaluate.reference_images,
-        ]
-    )
 
+    recipe: Recipe
+    file: str | None
+    web: str = ""
 
-def encoded_identity(recipe: Recipe) -> str | None:
-    """The `source_identity` of the images that the recipe's latents were encoded from.
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """Resolve the recipe's reference."""
+        reference, root = recipe.evaluate.reference, recipe.storage.root
+        if reference == DATASET:
+            return cls(recipe, None)
+        if not reference.startswith(("http://", "https://")):
+            return cls(recipe, storage.resolve(root, reference))
+        name = PurePosixPath(urlsplit(reference).path)
+        # Different URLs may end in the same name.
+        number = storage.sha256_bytes(reference.encode())[:8]
+        kept = f"{name.stem or 'reference'}-{number}{name.suffix}"
+        return cls(recipe, storage.join(root, "references", kept), reference)
 
-    None if they are not encoded, or were never listed for a reference.
-    """
-    manifest = _manifest(recipe)
-    if manifest is None:
-        return None
-    try:
-        data = storage.read_bytes(_listing_url(recipe, manifest))
-        known = KnownListing.model_validate_json(data)
-    except (FileNotFoundError, ValidationError):
-        return None  # listed, and written, again
-    if (known.input_sha256, known.source) != (manifest.input_sha256, _source_name(recipe)):
-        return None
-    return source_identity(recipe, known.listing_sha256)
+    @property
+    def identity(self) -> str | None:
+        """What identifies the reference wherever it is: a file's SHA-256, or `dataset`.
 
+        None if it has not been downloaded yet, so nothing can have been measured against it.
 
-def remember_listing(recipe: Recipe, listing: ImageList) -> None:
-    """Store the listing's digest for `encoded_identity`, if it lists what was encoded."""
-    manifest = _manifest(recipe)
-    if manifest is None:
-        return
-    if not _lists_what_was_encoded(recipe, manifest, listing):
+        Raises:
+            UserError: the file does not exist.
+        """
+        if self.file is None:
+            return DATASET
+        if self.web:
+            record = find_record(f"{self.file}.json")
+            return record.files.get(self.file.rsplit("/", 1)[-1], "") if record else None
+        if not storage.exists(self.file):
+            raise UserError(f"evaluate.reference {self.file} does not exist")
+        return _sha256(self.file, storage.fingerprint(self.file))
+
+    def check(self) -> None:
+        """Check a file before anything is generated; download it if needed.
+
+        Raises:
+            DiffitError: the downloaded file is damaged.
+            UserError: it is missing, cannot be downloaded, has another format, is for other
+                features or another resolution, or holds too few images.
+        """
+        features = self.recipe.evaluate.features
+        if self.file is None:
+            return
+        if not features.published:
+            raise UserError(
+                f"evaluate.reference {self.recipe.evaluate.reference} holds statistics of the "
+                "published Inception's features, but evaluate.features.name is "
+                f"{features.name!r}; set evaluate.reference={DATASET}, or "
+                "evaluate.features.name=inception and evaluate.features.kind=inception"
+            )
+        if self.web and find_record(f"{self.file}.json") is None:
+            self._download(self.file)
+        if not storage.exists(self.file):
+            raise UserError(f"evaluate.reference {self.file} does not exist")
+        with self.open():
+            pass
+
+    def _download(self, file: str) -> None:
+        parts = urlsplit(self.web)
+        name = PurePosixPath(parts.path).name
+        public = parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], query="").geturl()
+        try:
+            with storage.atomic_file(file) as path:
+                download(self.web, path, "reference file")
+                if not zipfile.is_zipfile(path):
+                    raise OSError(f"received {path.stat().st_size:,} bytes, not an .npz file")
+                sha256 = storage.sha256_file(path)
+        except (OSError, HTTPException) as error:
+            raise UserError(
+                f"cannot download evaluate.reference {public} ({error}); try again, or download "
+                f"{name} elsewhere, put it where every worker can read it, and set "
+                "evaluate.reference to that path or s3://bucket/key; or set "
+                f"evaluate.reference={DATASET} to compare with statistics of data.source, which is not "
+                "comparable with published results"
+            ) from error
+        files = {file.rsplit("/", 1)[-1]: sha256}
+        write_record(f"{file}.json", Committed(files=files, about={"url": public}))
+
+    @contextmanager
+    def open(self) -> Iterator[ReferenceFile]:
+        """Open the file; a download is verified.
+
+        Raises:
+            DiffitError: a download is damaged.
+            UserError: the file cannot be used with the recipe.
+        """
+        assert self.file is not None
+        recorded = self.identity if self.web else None
+        with storage.local_copy(self.file) as path:
+            if recorded is not None:
+                if not path.is_file():
+                    raise DamagedFile(self.file, "it is missing")
+                if storage.sha256_file(path) != recorded:
+                    raise DamagedFile(self.file, "it differs from its recorded sha256")
+            try:
+                archive = zipfile.ZipFile(path)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(
+                    f"evaluate.reference {path} is not an .npz file ({error}); use one in ADM's or "
+                    "EDM's format"
+                ) from error
+            with archive:
+                yield ReferenceFile(self.recipe, archive)
+
+    def stored(self, listing: ImageList | None = None) -> StoredReference | None:
+        """Where the reference's statistics are stored, or will be.
+
+        Args:
+            listing: the images of `data.source`, which may be millions. Without it they are those
+                that the recipe's latents were encoded from; None without such latents.
+        """
+        recipe, evaluate = self.recipe, self.recipe.evaluate
+        images = self.identity if self.file else self._images(listing)
+        if images is None:
+            return None
+        identity = storage.digest(
+            [
+                LAYOUT,
+                images,
+                recipe.data.columns.image,
+                features_digest(recipe),
+                recipe.data.resolution,
+                evaluate.reference_images,
+            ]
+        )
+        name = f"{recipe.data.name}-{evaluate.features.name}-{identity[:12]}.safetensors"
+        url = storage.join(recipe.storage.root, "references", name)
+        return StoredReference(url, identity, images if self.file else identity)
+
+    def _images(self, listing: ImageList | None) -> str | None:
+        """Digest of names and labels of the images of `data.source`."""
+        url, manifest = latents_url(self.recipe), self._manifest()
+        encoded = manifest.input_sha256 if manifest else None
+        if listing is None:
+            return encoded
+        pairs = [(item.name, item.label) for item in listing.items]
+        listed = storage.digest(pairs)
+        if manifest is None or listed == encoded:
+            return listed
+        # Images that were appended come last in the latents.
+        if len(pairs) == manifest.totals.input and sorted(read_inputs(url)) == sorted(pairs):
+            return encoded
         say(
             f"the images of {listing.url} have changed since they were encoded; the reference is "
             "of the images as they are now"
         )
-        return
-    known = KnownListing(
-        input_sha256=manifest.input_sha256,
-        source=_source_name(recipe),
-        listing_sha256=listing.digest(),
-    )
-    storage.write_text(_listing_url(recipe, manifest), known.model_dump_json())
+        return listed
+
+    def _manifest(self) -> Manifest | None:
+        """The manifest of latents that were encoded from these images."""
+        url = latents_url(self.recipe)
+        if not storage.exists(storage.join(url, MANIFEST)):
+            return None
+        manifest, data = load_manifest(url), self.recipe.data
+        if manifest.recipe_hash != self.recipe.encode_hash():
+            return None
+        encoded = recipe_of(url).data
+        same = (encoded.source, encoded.columns) == (data.source, data.columns)
+        return manifest if same else None
 
 
-def _lists_what_was_encoded(recipe: Recipe, manifest: Manifest, listing: ImageList) -> bool:
-    pairs = [(item.name, item.label) for item in listing.items]
-    if storage.digest(pairs) == manifest.input_sha256:
-        return True
-    # Images that were appended come last there.
-    return len(pairs) == manifest.totals.input and (
-        sorted(read_inputs(latents_url(recipe))[: len(pairs)]) == sorted(pairs)
-    )
+@functools.cache
+def _sha256(file: str, fingerprint: str) -> str:
+    with storage.local_copy(file) as path:
+        return storage.sha256_file(path)
 
 
-def _manifest(recipe: Recipe) -> Manifest | None:
-    """The manifest of the recipe's latents; None without latents of this recipe."""
-    url = latents_url(recipe)
-    if not storage.exists(storage.join(url, MANIFEST)):
-        return None
-    manifest = load_manifest(url)
-    return manifest if manifest.recipe_hash == recipe.encode_hash() else None
+def download(url: str, target: Path, title: str, expected_bytes: int | None = None) -> None:
+    """Download `url` to `target`, showing rate and time left.
 
-
-def _listing_url(recipe: Recipe, manifest: Manifest) -> str:
-    name = storage.digest([manifest.input_sha256, _source_name(recipe)])[:12]
-    return storage.join(recipe.storage.root, "references", "listings", f"{name}.json")
-
-
-def _source_name(recipe: Recipe) -> str:
-    """The source, and the column of its images where the recipe names one."""
-    column = recipe.data.columns.image
-    return recipe.data.source + (f"#{column}" if column != IMAGE_COLUMN else "")
-
-
-def file_identity(recipe: Recipe, sha256: str) -> str:
-    """Hash of everything that a reference read from a file depends on."""
-    return storage.digest(
-        [LAYOUT, "file", sha256, features_digest(recipe), recipe.evaluate.reference_images]
-    )
-
-
-# ---- From images ----
-
-
-def kept_images(recipe: Recipe, listing: ImageList) -> list[int]:
-    """Indices of the images whose features are kept.
-
-    They are evenly spaced over the listing, which is sorted by class.
-    """
-    wanted = min(recipe.evaluate.reference_images, len(listing))
-    spread = np.linspace(0, len(listing) - 1, wanted).round().astype(int)
-    return sorted(set(spread.tolist()))
-
-
-def part_tasks(recipe: Recipe, listing: ImageList) -> Iterator[PartTask]:
-    """The parts of a source, in order."""
-    size = max(SMALLEST_PART, -(-len(listing) // MOST_PARTS))
-    indices = np.array(kept_images(recipe, listing))
-    for number, start in enumerate(range(0, len(listing), size)):
-        kept = indices[(indices >= start) & (indices < start + size)] - start
-        items = listing.items[start : start + size]
-        side = recipe.data.resolution
-        yield PartTask(number, listing.source, items, kept.tolist(), side)
-
-
-def measure_part(
-    network: FeatureNetwork, task: PartTask, decoders: int = 1
-) -> ReferencePart | None:
-    """Sums over one part of a source; None if none of its images can be read.
+    The caller commits the target; after an error it is incomplete.
 
     Args:
-        decoders: threads that decode images while the network computes.
-    """
-    wanted, chosen = set(task.kept), []
-    pool: FeatureStats | None = None
-    spatial: FeatureStats | None = None
-    batches = read_batches(task.source, task.items, task.resolution, BATCH, decoders)
-    for start, images in batches:
-        if not images.kept:
-            continue
-        rows = network.extract(images.pixels)
-        pool = added(pool, rows[FEATURES])
-        if SPATIAL in rows:
-            spatial = added(spatial, rows[SPATIAL])
-        here = [row for row, index in enumerate(images.kept) if start + index in wanted]
-        chosen.append(rows[FEATURES][here])
-    return None if pool is None else ReferencePart(pool, spatial, np.concatenate(chosen))
-
-
-def added(sums: FeatureStats | None, rows: np.ndarray) -> FeatureStats:
-    """The sums plus those of more rows (n, D)."""
-    return FeatureStats.of(rows) if sums is None else sums + FeatureStats.of(rows)
-
-
-def part_name(task: PartTask) -> str:
-    """File of a part."""
-    return f"part-{task.number:05d}.safetensors"
-
-
-def write_part(target: str, part: ReferencePart | None) -> None:
-    """Commit a part; a part without images is a file without tensors."""
-    tensors: dict[str, np.ndarray] = {}
-    if part is not None:
-        tensors["features"] = part.features
-        for name, sums in (("pool", part.pool), ("spatial", part.spatial)):
-            if sums is not None:
-                tensors |= {f"{name}_total": sums.total, f"{name}_outer": sums.outer}
-    _commit(target, tensors, {"count": str(part.pool.count if part else 0)})
-
-
-def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[ReferencePart]:
-    """The parts of all tasks, in order; FileNotFoundError if one is missing."""
-    for task in tasks:
-        file = storage.join(url, part_name(task))
-        try:
-            rows, about = _read(file)
-        except DamagedFile as error:
-            if is_stored(file) and storage.exists(file):
-                raise
-            # Not measured yet, or removed by a concurrent evaluation that has finished.
-            raise FileNotFoundError(file) from error
-        if count := int(about["count"]):
-            sums = {
-                key: FeatureStats(count, rows[f"{key}_total"], rows[f"{key}_outer"])
-                for key in ("pool", "spatial")
-                if f"{key}_total" in rows
-            }
-            yield ReferencePart(sums["pool"], sums.get("spatial"), rows["features"])
-
-
-def joined(parts: Iterable[ReferencePart], url: str) -> Reference:
-    """The reference from all parts of a source, in order; holds one part in memory at a time.
+        title: title of the progress display.
+        expected_bytes: total for the progress display if the server does not announce it.
 
     Raises:
-        UserError: fewer than two images could be read.
+        OSError, http.client.HTTPException: `url` cannot be reached, or the transfer broke off.
     """
-    pool: FeatureStats | None = None
-    spatial: FeatureStats | None = None
-    features = []
-    for part in parts:
-        pool = part.pool if pool is None else pool + part.pool
-        if part.spatial is not None:
-            spatial = part.spatial if spatial is None else spatial + part.spatial
-        features.append(part.features)
-    if pool is None or pool.count < 2:
-        raise UserError(f"fewer than two images in {url} can be read")
-    return Reference(
-        Statistics(pool.mean, pool.covariance),
-        None if spatial is None else Statistics(spatial.mean, spatial.covariance),
-        np.concatenate(features),
-        pool.count,
-    )
+
+    def is_silence(error: BaseException) -> bool:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        return isinstance(reason, TimeoutError)
+
+    request = urllib.request.Request(url, headers={"User-Agent": "diffit"})
+    seconds = storage.attempt_s()
+    with (
+        storage.retry(str(urlsplit(url).hostname), is_silence)(
+            lambda: urllib.request.urlopen(request, timeout=seconds)
+        ) as answer,
+        target.open("wb") as file,
+    ):
+        announced = answer.headers.get("Content-Length")
+        total = int(announced) if announced else expected_bytes or 0
+        with Progress(title, math.ceil(total / 1e6), "MB") as progress:
+            while data := answer.read(_DOWNLOAD_BYTES):
+                file.write(data)
+                progress.update(math.ceil(file.tell() / 1e6))
+        # A connection closed early ends the stream without an error.
+        if announced and file.tell() != total:
+            raise OSError(f"the transfer broke off after {file.tell():,} of {total:,} bytes")
 
 
-# ---- From a file in ADM's or EDM's format ----
+# ---- From a file ----
 
 
-def check_reference_file(recipe: Recipe) -> None:
-    """Check the recipe's reference file before anything is generated; download it if needed.
+class ReferenceFile:
+    """An open reference file: ADM's `mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`; EDM's first two.
 
     Raises:
-        DiffitError: the downloaded file is damaged.
-        UserError: it is missing, cannot be downloaded, has another format, is for other features
-            or another resolution, or holds too few images.
+        UserError: its shapes, values or images are not those that the recipe needs.
     """
-    url = reference_file(recipe)
-    if url is None:
-        return
-    if not recipe.evaluate.features.published:
-        raise UserError(
-            f"evaluate.reference {recipe.evaluate.reference} holds statistics of the published "
-            "Inception's features, but evaluate.features.name is "
-            f"{recipe.evaluate.features.name!r}; set evaluate.reference={DATASET}, or "
-            "evaluate.features.name=inception and evaluate.features.kind=inception"
-        )
-    fetch_reference(recipe)
-    if not storage.exists(url):
-        raise UserError(f"evaluate.reference {url} does not exist")
-    with opened_reference(recipe, url) as path, opened_npz(recipe, path):
-        pass
 
+    def __init__(self, recipe: Recipe, archive: zipfile.ZipFile) -> None:
+        self.archive, self.title = archive, f"evaluate.reference {archive.filename}"
+        self.names = {name.removesuffix(".npy") for name in archive.namelist()}
+        if not {"mu", "sigma"} <= self.names:
+            raise UserError(
+                f"{self.title} holds {', '.join(sorted(self.names)) or 'nothing'}, but must hold "
+                "mu and sigma, as ADM's and EDM's files do"
+            )
+        self.pool = Statistics(self._array("mu", 2048), self._array("sigma", 2048, 2048))
+        self.spatial: Statistics | None = None
+        if "mu_s" in self.names:
+            self.spatial = Statistics(self._array("mu_s", 2023), self._array("sigma_s", 2023, 2023))
+        self.kept = recipe.evaluate.reference_images if "arr_0" in self.names else 0
+        if self.kept:
+            self._check_images(self.kept, recipe.data.resolution)
 
-@dataclass(frozen=True)
-class NpzReference:
-    """An open reference file: ADM's `mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`; EDM's first two."""
-
-    archive: zipfile.ZipFile
-    statistics: dict[str, np.ndarray]
-    images: bool
-
-    def read(self, recipe: Recipe, extract: Callable[[np.ndarray], np.ndarray]) -> Reference:
+    def read(self, extract: Callable[[np.ndarray], np.ndarray]) -> Reference:
         """The reference, with the features of the file's first images if it has images.
 
         Args:
             extract: images (B, R, R, 3) uint8 to features (B, D).
         """
-        found, spatial, features = self.statistics, None, None
-        if "mu_s" in found:
-            spatial = Statistics(found["mu_s"], found["sigma_s"])
-        if self.images:
-            features = self._measured(recipe.evaluate.reference_images, extract)
-        return Reference(Statistics(found["mu"], found["sigma"]), spatial, features, None)
-
-    def _measured(self, wanted: int, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         rows = []
-        with (
-            opened_array(self.archive) as (file, shape, _),
-            Progress("reference", wanted, "images") as progress,
-        ):
-            for pixels in batches(file, (wanted, *shape[1:])):
-                rows.append(extract(pixels))
-                progress.update(progress.done + len(pixels))
-        return np.concatenate(rows)
+        if self.kept:
+            with (
+                opened_array(self.archive) as (file, shape, _),
+                Progress("reference", self.kept, "images") as progress,
+            ):
+                for pixels in batches(file, (self.kept, *shape[1:])):
+                    rows.append(extract(pixels))
+                    progress.update(progress.done + len(pixels))
+        return Reference(self.pool, self.spatial, np.concatenate(rows) if rows else None, None)
 
-
-@contextmanager
-def opened_npz(recipe: Recipe, path: Path) -> Iterator[NpzReference]:
-    """A reference file, its shapes, values and images checked against the recipe.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"evaluate.reference {path} is not an .npz file ({error}); use one in ADM's or EDM's "
-            "format"
-        ) from error
-    with archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
-        if not {"mu", "sigma"} <= names:
+    def _array(self, key: str, *shape: int) -> np.ndarray:
+        if key not in self.names:
+            raise UserError(f"{key} of {self.title} is missing; use a complete file")
+        try:
+            with self.archive.open(f"{key}.npy") as file:
+                values = np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"cannot read {key} of {self.title}: {error}") from error
+        if values.shape != shape:
             raise UserError(
-                f"evaluate.reference {path} holds {', '.join(sorted(names)) or 'nothing'}, but "
-                "must hold mu and sigma, as ADM's and EDM's files do"
+                f"{key} of {self.title} has shape {values.shape}, but must have shape {shape}; the "
+                "file is for other features than Inception's"
             )
-        found = {key: _member(archive, key, path) for key in _ADM_KEYS if key in names}
-        _check_statistics(found, path)
-        if "arr_0" in names:
-            _check_images(recipe, archive, path)
-        yield NpzReference(archive, found, "arr_0" in names)
+        values = np.asarray(values, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise UserError(f"{key} of {self.title} is not finite")
+        return values
 
-
-def _member(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
-    try:
-        with archive.open(f"{key}.npy") as file:
-            values = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"cannot read {key} of evaluate.reference {path}: {error}") from error
-    return np.asarray(values, dtype=np.float64)
-
-
-def _check_statistics(found: dict[str, np.ndarray], path: Path) -> None:
-    for mean, covariance, dims in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
-        if mean not in found:
-            continue
-        for key, shape in ((mean, (dims,)), (covariance, (dims, dims))):
-            values = found.get(key)
-            if values is None or values.shape != shape:
-                actual = "is missing" if values is None else f"has shape {values.shape}"
-                raise UserError(
-                    f"{key} of evaluate.reference {path} {actual}, but must have shape {shape}; "
-                    "the file is for other features than Inception's"
-                )
-            if not np.isfinite(values).all():
-                raise UserError(f"{key} of evaluate.reference {path} is not finite")
-
-
-def _check_images(recipe: Recipe, archive: zipfile.ZipFile, path: Path) -> None:
-    wanted, side = recipe.evaluate.reference_images, recipe.data.resolution
-    with opened_array(archive) as (_, shape, dtype):
-        pass
-    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (side, side, 3):
-        raise UserError(
-            f"arr_0 of evaluate.reference {path} is {dtype} of shape {shape}, but must be uint8 "
-            f"images of data.resolution {side}"
-        )
-    if shape[0] < wanted:
-        raise UserError(
-            f"evaluate.reference {path} holds {shape[0]:,} images, but "
-            f"evaluate.reference_images is {wanted:,}; set it to at most {shape[0]}"
-        )
+    def _check_images(self, wanted: int, side: int) -> None:
+        with opened_array(self.archive) as (_, shape, dtype):
+            pass
+        if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (side, side, 3):
+            raise UserError(
+                f"arr_0 of {self.title} is {dtype} of shape {shape}, but must be uint8 images of "
+                f"data.resolution {side}"
+            )
+        if shape[0] < wanted:
+            raise UserError(
+                f"{self.title} holds {shape[0]:,} images, but evaluate.reference_images is "
+                f"{wanted:,}; set it to at most {shape[0]}"
+            )
 
 
 @contextmanager
@@ -469,10 +457,8 @@ def opened_array(
     """
     try:
         file = archive.open("arr_0.npy")
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
+        old = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read arr_0 of {archive.filename}: {error}") from error
@@ -503,46 +489,125 @@ def batches(file: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         yield pixels
 
 
-# ---- Stored references ----
+# ---- From the images of data.source, in parts ----
 
 
-def write_reference(url: str, identity: str, reference: Reference) -> None:
-    """Commit a reference."""
-    tensors = {"mean": reference.pool.mean, "covariance": reference.pool.covariance}
-    if reference.spatial is not None:
-        tensors["spatial_mean"] = reference.spatial.mean
-        tensors["spatial_covariance"] = reference.spatial.covariance
-    if reference.features is not None:
-        tensors["features"] = reference.features
-    _commit(url, tensors, {"identity": identity, "count": str(reference.count or "")})
+@dataclass(frozen=True)
+class PartTask:
+    """A part of a source, measured in one task; `kept` are indices into `items`."""
+
+    number: int
+    source: Source
+    items: Sequence[Item]
+    kept: Sequence[int]
+    resolution: int
+
+    @property
+    def name(self) -> str:
+        """File of the part."""
+        return f"part-{self.number:05d}.safetensors"
 
 
-def read_reference(url: str, identity: str) -> Reference:
-    """Read a stored reference.
+@dataclass
+class ReferenceSums:
+    """Sums over images of a source, and the features of those that are kept.
+
+    Without images, or before the first, there are no sums.
+    """
+
+    pool: FeatureStats | None = None
+    spatial: FeatureStats | None = None
+    features: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, more: ReferenceSums) -> None:
+        """Add the sums over the next images."""
+        for name in ("pool", "spatial"):
+            mine, theirs = getattr(self, name), getattr(more, name)
+            setattr(self, name, mine + theirs if mine and theirs else mine or theirs)
+        self.features += more.features
+
+
+def part_tasks(recipe: Recipe, listing: ImageList) -> list[PartTask]:
+    """The parts of a source, in order.
+
+    The images whose features are kept are evenly spaced over the listing, which is sorted by class.
+    """
+    size = max(SMALLEST_PART, -(-len(listing) // MOST_PARTS))
+    count = min(recipe.evaluate.reference_images, len(listing))
+    kept = np.unique(np.linspace(0, len(listing) - 1, count).round().astype(int))
+    return [
+        PartTask(
+            number,
+            listing.source,
+            listing.items[start : start + size],
+            (kept[(kept >= start) & (kept < start + size)] - start).tolist(),
+            recipe.data.resolution,
+        )
+        for number, start in enumerate(range(0, len(listing), size))
+    ]
+
+
+def measure_part(network: FeatureNetwork, task: PartTask, decoders: int = 1) -> ReferenceSums:
+    """Sums over the images of a part that can be read.
+
+    Args:
+        decoders: threads that decode images while the network computes.
+    """
+    wanted, sums = set(task.kept), ReferenceSums()
+    for start, images in read_batches(task.source, task.items, task.resolution, BATCH, decoders):
+        if not images.kept:
+            continue
+        rows = network.extract(images.pixels)
+        spatial = FeatureStats.of(rows[SPATIAL]) if SPATIAL in rows else None
+        kept = [row for row, index in enumerate(images.kept) if start + index in wanted]
+        sums.add(ReferenceSums(FeatureStats.of(rows[FEATURES]), spatial, [rows[FEATURES][kept]]))
+    return sums
+
+
+def write_part(target: str, part: ReferenceSums) -> None:
+    """Commit a part; a part without images is a file without tensors."""
+    tensors = {"features": np.concatenate(part.features)} if part.features else {}
+    for name, sums in (("pool", part.pool), ("spatial", part.spatial)):
+        if sums is not None:
+            tensors |= {f"{name}_total": sums.total, f"{name}_outer": sums.outer}
+    _commit(target, tensors, {"count": str(part.pool.count if part.pool else 0)})
+
+
+def read_reference_parts(url: str, tasks: Sequence[PartTask]) -> Iterator[ReferenceSums]:
+    """The parts of all tasks, in order; FileNotFoundError if one is missing."""
+    for task in tasks:
+        file = storage.join(url, task.name)
+        try:
+            rows, about = _read(file)
+        except DamagedFile as error:
+            if is_stored(file) and storage.exists(file):
+                raise
+            # Not measured yet, or removed by a concurrent evaluation that has finished.
+            raise FileNotFoundError(file) from error
+        if count := int(about["count"]):
+            sums = {
+                name: FeatureStats(count, rows[f"{name}_total"], rows[f"{name}_outer"])
+                for name in ("pool", "spatial")
+                if f"{name}_total" in rows
+            }
+            yield ReferenceSums(sums["pool"], sums.get("spatial"), [rows["features"]])
+
+
+def joined(parts: Iterable[ReferenceSums], url: str) -> Reference:
+    """The reference from all parts of a source, in order; holds one part in memory at a time.
 
     Raises:
-        DiffitError: it is damaged, or has another identity.
+        UserError: fewer than two images could be read.
     """
-    rows, about = _read(url)
-    if about["identity"] != identity:
-        raise DiffitError(f"{url} is for other images; delete it and evaluate again")
-    spatial = None
-    if "spatial_mean" in rows:
-        spatial = Statistics(rows["spatial_mean"], rows["spatial_covariance"])
-    pool = Statistics(rows["mean"], rows["covariance"])
-    return Reference(pool, spatial, rows.get("features"), int(about["count"] or 0) or None)
-
-
-def is_stored(url: str) -> bool:
-    """Whether a reference, or a part of one, is complete."""
-    return storage.exists(f"{url}.json")
-
-
-def _commit(url: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-    rows = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    commit(f"{url}.json", {url.rsplit("/", 1)[-1]: save(rows)}, about)
-
-
-def _read(url: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    record = read_record(f"{url}.json")
-    return load(read_committed(url, record)), record.about
+    total = ReferenceSums()
+    for part in parts:
+        total.add(part)
+    pool, spatial = total.pool, total.spatial
+    if pool is None or pool.count < 2:
+        raise UserError(f"fewer than two images in {url} can be read")
+    return Reference(
+        Statistics(pool.mean, pool.covariance),
+        Statistics(spatial.mean, spatial.covariance) if spatial else None,
+        np.concatenate(total.features),
+        pool.count,
+    )

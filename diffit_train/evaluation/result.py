@@ -13,7 +13,7 @@ from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.features import features_digest
-from diffit_train.evaluation.reference_files import reference_identity
+from diffit_train.evaluation.references import ReferenceSource
 from diffit_train.runs.checkpoints import step_name
 from diffit_train.runs.run import Run
 
@@ -68,7 +68,7 @@ def evaluated_identity(recipe: Recipe) -> dict[str, Any]:
 
     With a reference that is not downloaded yet, this matches no existing evaluation.
     """
-    return {**recipe.evaluate_identity(), "reference": reference_identity(recipe)}
+    return {**recipe.evaluate_identity(), "reference": ReferenceSource.of(recipe).identity}
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from diffit_train.config import Recipe
 from diffit_train.config.model import ARCHITECTURES, CustomModel
 from diffit_train.diffusion.objective import nfe_per_image
 from diffit_train.errors import DiffitError, first_line
-from diffit_train.evaluation import chunks, references
+from diffit_train.evaluation import chunks
 from diffit_train.evaluation.actors import EvaluationTarget
 from diffit_train.evaluation.chunks import LABELS, Layout, Range
 from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.generate import class_names, guidance_saving
 from diffit_train.evaluation.grid import draw_grid
 from diffit_train.evaluation.pool import EvaluationPool, Generation, Usage
-from diffit_train.evaluation.references import FoundReference, Reference
+from diffit_train.evaluation.references import Reference, ReferenceSource, StoredReference
 from diffit_train.evaluation.result import (
     GRID,
     SAMPLES,
@@ -94,7 +94,7 @@ def check(recipe: Recipe) -> None:
     if isinstance(recipe.model, CustomModel):
         ARCHITECTURES.load(recipe.model.architecture)
     features_digest(recipe)
-    references.check_reference_file(recipe)
+    ReferenceSource.of(recipe).check()
 
 
 def make_reference(recipe: Recipe, address: str | None = None) -> tuple[str, Reference]:
@@ -226,7 +226,7 @@ def _raise_failures(futures: Sequence[Future[Any]]) -> None:
 
 
 def _finish(
-    one: _Started, reference: FoundReference, statistics: Future[Reference], usage: Usage
+    one: _Started, reference: StoredReference, statistics: Future[Reference], usage: Usage
 ) -> Result:
     """Compute the metrics of generated images, log them, and commit the result."""
     run, step, url = one.evaluation.run.name, one.evaluation.step, one.evaluation.url
@@ -303,7 +303,7 @@ def _track(
     metrics: dict[str, float],
     cost: float,
     grid: str,
-    reference: FoundReference,
+    reference: StoredReference,
 ) -> str:
     """Log to a child of the training run, and to that run's own curves over steps.
 

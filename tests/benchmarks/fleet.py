@@ -30,14 +30,14 @@ from diffit_train import ray_session
 from diffit_train.config import Recipe, load_recipe
 from diffit_train.data.autoencoder import load_autoencoder
 from diffit_train.diffusion.objective import nfe_per_image
-from diffit_train.evaluation import chunks, references, runner
+from diffit_train.evaluation import chunks, runner
 from diffit_train.evaluation import pool as pools
 from diffit_train.evaluation.actors import ChunkTask, EvaluationActor, EvaluationTarget
 from diffit_train.evaluation.chunks import FEATURES, LOGITS, PREDICTIONS, SPATIAL, Layout
 from diffit_train.evaluation.feature_networks import load_features
 from diffit_train.evaluation.generate import Generator, run_weights
 from diffit_train.evaluation.pool import Actors, EvaluationPool, Generation
-from diffit_train.evaluation.references import FoundReference, Reference, Statistics
+from diffit_train.evaluation.references import Reference, Statistics, StoredReference
 from diffit_train.evaluation.result import Evaluation
 from diffit_train.evaluation.scores import Sums, metrics
 from diffit_train.runs.checkpoints import Checkpoints
@@ -222,7 +222,7 @@ class _Simulated(EvaluationActor):
 
 
 @contextmanager
-def _simulated(folder: Path) -> Iterator[FoundReference]:
+def _simulated(folder: Path) -> Iterator[StoredReference]:
     """Evaluations with simulated actors, and a reference of Inception's size for them."""
     random, url = np.random.default_rng(0), str(folder / "reference.safetensors")
     width, spatial = WIDTHS[FEATURES], WIDTHS[SPATIAL]
@@ -232,8 +232,8 @@ def _simulated(folder: Path) -> Iterator[FoundReference]:
         random.standard_normal((REAL_IMAGES, width), np.float32),
         REAL_IMAGES,
     )
-    references.write_reference(url, "simulated", reference)
-    found = FoundReference(url, "simulated", "simulated")
+    found = StoredReference(url, "simulated", "simulated")
+    found.write(reference)
     with (
         patch.object(pools, "EvaluationActor", _Simulated),
         patch.object(EvaluationPool, "reference", lambda _: found),
@@ -241,7 +241,7 @@ def _simulated(folder: Path) -> Iterator[FoundReference]:
         yield found
 
 
-def _in_sequence(recipe: Recipe, step: int, folder: Path, found: FoundReference) -> float:
+def _in_sequence(recipe: Recipe, step: int, folder: Path, found: StoredReference) -> float:
     """Idle share of actors that wait until all chunks are summed, one by one, and measured."""
     with patch.object(pools, "SLOTS", 1):
         fleet = EvaluationPool(recipe)

@@ -20,8 +20,7 @@ from diffit_train.config import dump_recipe, load_recipe
 from diffit_train.data.manifest import load_manifest
 from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation.reference_files import reference_file, reference_identity
-from diffit_train.evaluation.references import check_reference_file
+from diffit_train.evaluation.references import ReferenceSource
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, save_whole
 from diffit_train.runs.lease import acquire
 from tests.conftest import tiny_recipe
@@ -121,25 +120,25 @@ def test_references_are_stored_and_downloaded_on_s3(server: S3Server, tmp_path: 
     small = ["data.resolution=32", "evaluate.reference_images=3"]
     recipe = load_recipe("imagenet256", [*small, f"evaluate.reference={url}"], root=root)
     with pytest.raises(UserError, match="does not exist"):
-        check_reference_file(recipe)
+        ReferenceSource.of(recipe).check()
     storage.write_bytes(url, CONTENT)
-    check_reference_file(recipe)
+    ReferenceSource.of(recipe).check()
     digest = hashlib.sha256(CONTENT).hexdigest()
-    assert reference_identity(recipe) == digest
+    assert ReferenceSource.of(recipe).identity == digest
     storage.write_bytes(url, CONTENT[:-1])
-    assert reference_identity(recipe) == hashlib.sha256(CONTENT[:-1]).hexdigest()
+    assert ReferenceSource.of(recipe).identity == hashlib.sha256(CONTENT[:-1]).hexdigest()
     with serving() as web:
         recipe = load_recipe("imagenet256", [*small, f"evaluate.reference={web.url}"], root=root)
         for _ in range(2):
-            check_reference_file(recipe)
+            ReferenceSource.of(recipe).check()
         assert len(web.asked) == 1
-    assert reference_identity(recipe) == digest
-    kept = reference_file(recipe)
+    assert ReferenceSource.of(recipe).identity == digest
+    kept = ReferenceSource.of(recipe).file
     assert kept is not None
     assert kept.startswith(f"{root}/references/reference-")
     storage.write_bytes(kept, CONTENT[:-1])
     with pytest.raises(DiffitError, match="is damaged: it differs from its recorded sha256"):
-        check_reference_file(recipe)
+        ReferenceSource.of(recipe).check()
 
 
 def test_a_failed_writer_leaves_nothing(server: S3Server) -> None:

@@ -29,12 +29,12 @@ from diffit_train.evaluation.node_weights import _read
 from diffit_train.evaluation.references import (
     Reference,
     Statistics,
+    StoredReference,
     joined,
+    measure_part,
     part_tasks,
-    read_reference,
     read_reference_parts,
     write_part,
-    write_reference,
 )
 from tests.conftest import tiny_recipe
 
@@ -58,8 +58,9 @@ def _reference(folder: Path) -> tuple[Path, Callable[[], object]]:
     random = np.random.default_rng(0)
     pool = Statistics(random.normal(size=9), np.eye(9))
     url = folder / "reference.safetensors"
-    write_reference(str(url), "identity", Reference(pool, None, random.normal(size=(6, 9)), 6))
-    return url, lambda: read_reference(str(url), "identity")
+    stored = StoredReference(str(url), "identity", "digest")
+    stored.write(Reference(pool, None, random.normal(size=(6, 9)), 6))
+    return url, stored.read
 
 
 KINDS = {"chunk": _chunk, "images": _images, "reference": _reference}
@@ -95,14 +96,13 @@ def test_numpy_reads_the_images(tmp_path: Path) -> None:
 def test_parts_of_a_reference_are_checked(project: Path, tmp_path: Path) -> None:
     from diffit_train.data.sources import list_images
     from diffit_train.evaluation.feature_networks import load_features
-    from diffit_train.evaluation.references import measure_part, part_name
 
     recipe = tiny_recipe(project)
-    tasks = list(part_tasks(recipe, list_images(recipe)))
+    tasks = part_tasks(recipe, list_images(recipe))
     part = measure_part(load_features(recipe, torch.device("cpu")), tasks[0])
-    write_part(str(tmp_path / part_name(tasks[0])), part)
+    write_part(str(tmp_path / tasks[0].name), part)
     assert joined(read_reference_parts(str(tmp_path), tasks), "x").count == 24
-    file = tmp_path / part_name(tasks[0])
+    file = tmp_path / tasks[0].name
     whole = bytearray(file.read_bytes())
     whole[-3] ^= 4
     file.write_bytes(whole)

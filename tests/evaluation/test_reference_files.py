@@ -17,14 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffit_train.config import Recipe, dump_recipe, load_recipe, load_recipe_text
+from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation import references
-from diffit_train.evaluation.reference_files import (
-    fetch_reference,
-    reference_file,
-    reference_identity,
-)
+from diffit_train.evaluation.references import ReferenceSource
 
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
@@ -91,9 +86,9 @@ def server() -> Iterator[Server]:
         yield made
 
 
-def _recipe(root: Path, url: str) -> Recipe:
+def _source(root: Path, url: str) -> ReferenceSource:
     small = ["data.resolution=32", "evaluate.reference_images=3", f"evaluate.reference={url}"]
-    return load_recipe("imagenet256", small, root=str(root))
+    return ReferenceSource.of(load_recipe("imagenet256", small, root=str(root)))
 
 
 def _names(root: Path) -> list[str]:
@@ -103,66 +98,65 @@ def _names(root: Path) -> list[str]:
 def test_a_reference_is_downloaded_once(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = _recipe(tmp_path, server.url)
-    assert reference_identity(recipe) is None
+    source = _source(tmp_path, server.url)
+    assert source.identity is None
     for _ in range(2):
-        references.check_reference_file(recipe)
+        source.check()
     assert server.asked == ["/a/reference.npz"]
-    file = Path(reference_file(recipe) or "")
+    file = Path(source.file or "")
     assert file.read_bytes() == CONTENT
     digest = hashlib.sha256(CONTENT).hexdigest()
-    assert reference_identity(recipe) == digest
+    assert source.identity == digest
     assert _names(tmp_path) == [file.name, f"{file.name}.json"]
     record = json.loads((tmp_path / "references" / f"{file.name}.json").read_text())
     assert record == {"files": {file.name: digest}, "about": {"url": server.url}}
     assert re.search(r"reference file  3\d/3\d MB  .* MB/s", capsys.readouterr().err)
 
     # Given by path, it is the same reference.
-    assert reference_identity(_recipe(tmp_path, str(file))) == digest
+    assert _source(tmp_path, str(file)).identity == digest
     # Another URL with the same file name is stored separately.
-    other = _recipe(tmp_path, server.url.replace("/a/", "/a/b/"))
-    references.check_reference_file(other)
+    _source(tmp_path, server.url.replace("/a/", "/a/b/")).check()
     assert len(server.asked) == 2
     assert len(_names(tmp_path)) == 4
 
 
 def test_a_damaged_reference_is_found(server: Server, tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, server.url)
-    fetch_reference(recipe)
-    file = Path(reference_file(recipe) or "")
+    source = _source(tmp_path, server.url)
+    source.check()
+    file = Path(source.file or "")
     middle = len(CONTENT) // 2
     file.write_bytes(CONTENT[:middle] + b"\xff" + CONTENT[middle + 1 :])
     with pytest.raises(DiffitError, match=r"is damaged: it differs from .* --remove"):
-        references.check_reference_file(recipe)
+        source.check()
     Path(f"{file}.json").unlink()
-    references.check_reference_file(recipe)
+    source.check()
     assert file.read_bytes() == CONTENT
     assert len(server.asked) == 2
     Path(f"{file}.json").write_text("{}")
     with pytest.raises(DiffitError, match=r"npz\.json is damaged: .* --remove"):
-        references.check_reference_file(recipe)
+        source.check()
 
 
 def test_a_broken_transfer_leaves_nothing(server: Server, tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, server.url)
+    source = _source(tmp_path, server.url)
     server.cut = 70_000
     words = f"the transfer broke off after 70,000 of {len(CONTENT):,} bytes"
     with pytest.raises(UserError, match=words):
-        references.check_reference_file(recipe)
+        source.check()
     assert _names(tmp_path) == []
-    assert reference_identity(recipe) is None
+    assert source.identity is None
     server.cut = None
-    references.check_reference_file(recipe)
-    assert reference_identity(recipe) is not None
+    source.check()
+    assert source.identity is not None
 
 
 def test_a_file_without_commit_marker_is_not_used(server: Server, tmp_path: Path) -> None:
     """As if the process had died between writing the file and its marker."""
-    recipe = _recipe(tmp_path, server.url)
-    file = Path(reference_file(recipe) or "")
+    source = _source(tmp_path, server.url)
+    file = Path(source.file or "")
     file.parent.mkdir()
     file.write_bytes(CONTENT[:1000])
-    references.check_reference_file(recipe)
+    source.check()
     assert file.read_bytes() == CONTENT
     assert len(server.asked) == 1
 
@@ -177,7 +171,7 @@ def test_a_failed_download_says_what_to_do(server: Server, tmp_path: Path) -> No
             (away, "Connection refused"),
         ):
             with pytest.raises(UserError, match=reason) as raised:
-                references.check_reference_file(_recipe(tmp_path, url))
+                _source(tmp_path, url).check()
             name = url.rsplit("/", 1)[-1].split("?")[0]
             for part in (
                 f"download {name} elsewhere",
@@ -193,8 +187,9 @@ def test_other_features_are_rejected_before_anything_is_downloaded(
     server: Server, tmp_path: Path
 ) -> None:
     recipe = load_recipe("demo", [f"evaluate.reference={server.url}"], root=str(tmp_path))
+    source = ReferenceSource.of(recipe)
     with pytest.raises(UserError, match=r"set evaluate\.reference=dataset, or"):
-        references.check_reference_file(recipe)
+        source.check()
     assert server.asked == []
 
 
@@ -205,9 +200,3 @@ def test_the_packaged_recipes_name_adms_references() -> None:
         "imagenet256": f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz",
         "imagenet512": f"{ADM}/512/VIRTUAL_imagenet512.npz",
     }
-
-
-def test_a_stored_recipe_without_reference_uses_data_source() -> None:
-    text = dump_recipe(load_recipe("demo"))
-    stored = load_recipe_text(text.replace("  reference: dataset\n", ""), "stored")
-    assert reference_file(stored) is None

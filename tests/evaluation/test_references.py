@@ -7,23 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffit_train.config import Recipe, load_recipe
+from diffit_train.config import load_recipe
 from diffit_train.errors import DiffitError, UserError
-from diffit_train.evaluation import references
 from diffit_train.evaluation.references import (
     Reference,
+    ReferenceSource,
     Statistics,
-    opened_npz,
-    read_reference,
-    write_reference,
+    StoredReference,
 )
 
 SIDE = 32
 
 
-def _recipe(root: Path, *changes: str) -> Recipe:
+def _source(root: Path, *changes: str) -> ReferenceSource:
     small = [f"data.resolution={SIDE}", "evaluate.reference_images=6", *changes]
-    return load_recipe("imagenet256", small, root=str(root))
+    return ReferenceSource.of(load_recipe("imagenet256", small, root=str(root)))
 
 
 def _statistics(seed: int = 0) -> dict[str, np.ndarray]:
@@ -44,17 +42,17 @@ def test_adms_and_edms_files_are_read(tmp_path: Path) -> None:
     adm, edm = tmp_path / "adm.npz", tmp_path / "edm.npz"
     np.savez(adm, arr_0=pixels, **found)
     np.savez(edm, mu=found["mu"], sigma=found["sigma"])
-    recipe = _recipe(tmp_path, f"evaluate.reference={adm}")
-    references.check_reference_file(recipe)
-    with opened_npz(recipe, adm) as opened:
-        read = opened.read(recipe, lambda batch: batch.reshape(len(batch), -1)[:, :5])
+    source = _source(tmp_path, f"evaluate.reference={adm}")
+    source.check()
+    with source.open() as opened:
+        read = opened.read(lambda batch: batch.reshape(len(batch), -1)[:, :5])
     assert np.array_equal(read.pool.mean, found["mu"])
     assert read.spatial is not None
     assert np.array_equal(read.spatial.covariance, found["sigma_s"])
     # The first six images, as set in the recipe.
     assert np.array_equal(read.features, pixels[:6].reshape(6, -1)[:, :5])
-    with opened_npz(recipe, edm) as opened:
-        bare = opened.read(recipe, lambda batch: batch)
+    with _source(tmp_path, f"evaluate.reference={edm}").open() as opened:
+        bare = opened.read(lambda batch: batch)
     assert (bare.spatial, bare.features, bare.count) == (None, None, None)
     assert np.array_equal(bare.pool.covariance, found["sigma"])
 
@@ -62,12 +60,12 @@ def test_adms_and_edms_files_are_read(tmp_path: Path) -> None:
 def test_unusable_reference_files_are_reported(tmp_path: Path) -> None:
     found = _statistics()
     file = tmp_path / "reference.npz"
-    recipe = _recipe(tmp_path, f"evaluate.reference={file}")
+    source = _source(tmp_path, f"evaluate.reference={file}")
     with pytest.raises(UserError, match="does not exist"):
-        references.check_reference_file(recipe)
+        source.check()
     file.write_bytes(b"PK no archive")
     with pytest.raises(UserError, match=r"is not an \.npz file"):
-        references.check_reference_file(recipe)
+        source.check()
     for content, words in (
         ({"arr_0": _pixels(6)}, r"holds arr_0, but must hold mu and sigma"),
         (
@@ -84,11 +82,11 @@ def test_unusable_reference_files_are_reported(tmp_path: Path) -> None:
     ):
         np.savez(file, **content)
         with pytest.raises(UserError, match=words):
-            references.check_reference_file(recipe)
+            source.check()
     own = ("evaluate.features.kind=classifier", "evaluate.features.source=root:x")
-    other = _recipe(tmp_path, f"evaluate.reference={file}", "evaluate.features.name=own", *own)
+    other = _source(tmp_path, f"evaluate.reference={file}", "evaluate.features.name=own", *own)
     with pytest.raises(UserError, match=r"published Inception's features, but .* is 'own'"):
-        references.check_reference_file(other)
+        other.check()
 
 
 def test_a_stored_reference_round_trips(tmp_path: Path) -> None:
@@ -97,14 +95,15 @@ def test_a_stored_reference_round_trips(tmp_path: Path) -> None:
     whole = Reference(pool, pool, random.normal(size=(3, 4)).astype(np.float32), 7)
     for number, reference in enumerate((whole, Reference(pool, None, None, None))):
         url = str(tmp_path / f"{number}.safetensors")
-        write_reference(url, "identity", reference)
-        again = read_reference(url, "identity")
+        stored = StoredReference(url, "identity", "digest")
+        stored.write(reference)
+        again = stored.read()
         assert again.count == reference.count
         assert np.array_equal(again.pool.covariance, pool.covariance)
         assert (again.spatial is None, again.features is None) == (bool(number), bool(number))
         with pytest.raises(DiffitError, match="is for other images"):
-            read_reference(url, "other")
+            stored._replace(identity="other").read()
     file = tmp_path / "0.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(DiffitError, match="is damaged"):
-        read_reference(str(file), "identity")
+        stored._replace(url=str(file)).read()

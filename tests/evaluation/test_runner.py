@@ -274,31 +274,28 @@ def test_the_actors_time_without_work_is_recorded(
 def test_encoded_images_are_listed_once_for_a_reference(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from diffit_train.evaluation import pool, references
+    from diffit_train.evaluation import pool
+    from diffit_train.evaluation.references import Reference, ReferenceSource, Statistics
 
     for name in ("images", "features", "latents"):
         shutil.copytree(trained / name, tmp_path / name)
     recipe = tiny_recipe(tmp_path)
-    listing = list_images(recipe)
-    identity = references.source_identity(recipe, listing.digest())
-    assert references.encoded_identity(recipe) is None
-    references.remember_listing(recipe, listing)
-    assert references.encoded_identity(recipe) == identity
-    stored = references.Reference(references.Statistics(np.ones(5), np.eye(5)), None, None, 24)
-    references.write_reference(references.reference_url(recipe, identity), identity, stored)
+    source = ReferenceSource.of(recipe)
+    stored = source.stored()
+    assert stored is not None
+    assert source.stored(list_images(recipe)) == stored
+    stored.write(Reference(Statistics(np.ones(5), np.eye(5)), None, None, 24))
     with monkeypatch.context() as patch:
         patch.setattr(pool, "list_images", Mock(side_effect=AssertionError("listed")))
         found = EvaluationPool(recipe).reference()
-    assert (found.identity, found.digest) == (identity, identity)
+    assert found == stored
     assert np.array_equal(found.read().pool.mean, np.ones(5))
     # Another recipe's latents say nothing about its images.
-    assert references.encoded_identity(tiny_recipe(tmp_path, "data.flip=true")) is None
-    shutil.rmtree(tmp_path / "references")
+    assert ReferenceSource.of(tiny_recipe(tmp_path, "data.flip=true")).stored() is None
     next((tmp_path / "images" / "digits").rglob("*.png")).unlink()
     assert "changed since" not in capsys.readouterr().err
-    references.remember_listing(recipe, list_images(recipe))
+    assert source.stored(list_images(recipe)) != stored
     assert "have changed since they were encoded" in capsys.readouterr().err
-    assert references.encoded_identity(recipe) is None
 
 
 def test_the_best_checkpoint_is_tagged_and_registered(
@@ -452,23 +449,23 @@ def test_a_reference_is_computed_in_parts_and_resumes(
     # As if killed with one of four parts done.
     fleet = EvaluationPool(recipe)
     listing = list_images(recipe)
-    tasks = list(references.part_tasks(recipe, listing))
+    tasks = references.part_tasks(recipe, listing)
     assert [len(task.items) for task in tasks] == [7, 7, 7, 3]
     assert sum(len(task.kept) for task in tasks) == 10
     parts = Path(f"{place}.parts")
-    target = parts / references.part_name(tasks[1])
+    target = parts / tasks[1].name
     call = fleet.actors.run(
-        [tasks[1]], lambda a, t: a.reference_part.remote(t, str(target)), references.part_name
+        [tasks[1]], lambda a, t: a.reference_part.remote(t, str(target)), lambda t: t.name
     )
     assert [count for _, (count, _) in call] == [7]
     before = target.stat().st_mtime_ns
     seen, real = [], references.read_reference_parts
 
-    def read(url: str, wanted: list[references.PartTask]) -> list[references.ReferencePart]:
+    def read(url: str, wanted: list[references.PartTask]) -> list[references.ReferenceSums]:
         seen.append(target.stat().st_mtime_ns)
         if len(seen) == 1:
             # As if a concurrent evaluation had finished and were deleting the parts.
-            (parts / references.part_name(tasks[3])).unlink()
+            (parts / tasks[3].name).unlink()
         return list(real(url, wanted))
 
     monkeypatch.setattr(references, "read_reference_parts", read)

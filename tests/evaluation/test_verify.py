@@ -10,7 +10,7 @@ import pytest
 
 from diffit_train.cli.integrity import remove_damaged, verify
 from diffit_train.evaluation.chunks import LABELS, Range, committed_chunks, write_chunk
-from diffit_train.evaluation.references import Reference, Statistics, is_stored, write_reference
+from diffit_train.evaluation.references import Reference, Statistics, StoredReference
 from diffit_train.evaluation.result import GRID, Result, write_result
 from diffit_train.storage import sha256_bytes
 
@@ -76,13 +76,14 @@ def test_what_is_damaged_goes_with_the_result(
 def test_damaged_references_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "references"
     pool = Statistics(np.zeros(3), np.eye(3))
-    for name in ("one", "two"):
-        write_reference(f"{folder}/{name}.safetensors", "i", Reference(pool, None, None, 8))
+    stored = [StoredReference(f"{folder}/{name}.safetensors", "i", "d") for name in ("one", "two")]
+    for reference in stored:
+        reference.write(Reference(pool, None, None, 8))
     assert verify(str(folder)) == verify(str(tmp_path)) == []
     _half(folder / "two.safetensors")
     (found,) = verify(str(tmp_path))
     assert found.check.name == "references/two.safetensors.json"
     assert found.reason == "two.safetensors differs from its recorded sha256"
     remove_damaged([found])
-    assert [is_stored(f"{folder}/{name}.safetensors") for name in ("one", "two")] == [True, False]
+    assert [reference.exists for reference in stored] == [True, False]
     assert not (folder / "two.safetensors").exists()

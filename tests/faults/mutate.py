@@ -31,7 +31,6 @@ from diffit_train.data.encode_plan import EncodedPart, commit_manifest, find_wor
 from diffit_train.data.fit import fit_autoencoder
 from diffit_train.data.manifest import load_manifest, read_inputs, recipe_of
 from diffit_train.data.shards import read_shard, write_shard
-from diffit_train.data.sources import list_images
 from diffit_train.errors import DiffitError
 from diffit_train.evaluation.chunks import (
     FEATURES,
@@ -47,10 +46,7 @@ from diffit_train.evaluation.generate import load_decoder
 from diffit_train.evaluation.references import (
     Reference,
     Statistics,
-    encoded_identity,
-    read_reference,
-    remember_listing,
-    write_reference,
+    StoredReference,
 )
 from diffit_train.evaluation.result import (
     Evaluation,
@@ -80,7 +76,6 @@ UNPROTECTED = frozenset(
         "skipped steps",
         "chunk record",
         "result",
-        "listing",
         "sweep",
         "features.json",
     }
@@ -229,18 +224,12 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
     storage.write_text(f"{url}/result.json", result.model_dump_json())
     reference = root / "references" / "digits.safetensors"
     pool = Statistics(dice.normal(size=5), np.eye(5))
-    write_reference(str(reference), "i", Reference(pool, None, dice.normal(size=(9, 5)), 24))
-    remember_listing(recipe, list_images(recipe))
+    stored = StoredReference(str(reference), "i", "d")
+    stored.write(Reference(pool, None, dice.normal(size=(9, 5)), 24))
     sweep = plan_sweep(open_run(recipe, "one"), [40], ["seed=1,2"], "s")
     open_sweep(sweep, str(root))
     swept = sweep.url(str(root))
     load_decoder(recipe, CPU)
-
-    def listing() -> Any:
-        # As an evaluation: without the file, the source is listed again.
-        if encoded_identity(recipe) is None:
-            remember_listing(recipe, list_images(recipe))
-        return encoded_identity(recipe)
 
     vae, network = root / "autoencoders" / "digits", root / "features" / "digits"
 
@@ -259,8 +248,7 @@ def _evaluation_kinds(recipe: Recipe, root: Path) -> dict[str, Kind]:
         "result": Kind(
             folder / "result.json", lambda: Evaluation(open_run(recipe, "one"), 40).read()
         ),
-        "reference": Kind(reference, lambda: read_reference(str(reference), "i")),
-        "listing": Kind(next((root / "references" / "listings").iterdir()), listing),
+        "reference": Kind(reference, stored.read),
         "weights record": Kind(next((root / "references" / "weights").iterdir()), decoder),
         "sweep": Kind(Path(swept) / "sweep.json", lambda: read_sweep(swept)),
         "autoencoder weights": Kind(next(vae.glob("*.safetensors")), decoder),

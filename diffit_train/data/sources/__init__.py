@@ -39,14 +39,13 @@ from diffit_train.data.sources.cifar10 import Cifar10, is_archive
 from diffit_train.data.sources.custom import CustomSource
 from diffit_train.data.sources.files import Folder
 from diffit_train.data.sources.labels import DATASET_JSON
-from diffit_train.data.sources.parquet import IMAGE_COLUMN, Parquet
+from diffit_train.data.sources.parquet import Parquet
 from diffit_train.data.sources.tar import Ilsvrc, Tar, tar_members
 from diffit_train.data.sources.webdataset import WebDataset
 from diffit_train.data.sources.zips import Zip
 from diffit_train.errors import UserError
 
 __all__ = [
-    "IMAGE_COLUMN",
     "ImageList",
     "Item",
     "Location",

@@ -60,13 +60,11 @@ class Source(ABC):
         kind: the format, as in `data.format`.
         holds_files: whether folders or `data.labels` label its images.
         grouped: whether images with the same `file` and `size` of location are read at once.
-        variant: what else identifies the images, besides names and labels.
     """
 
     kind: ClassVar[str]
     holds_files: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
-    variant: tuple[str, ...] = ()
 
     def __init__(self, url: str, data: Data) -> None:
         self.url, self.data = url, data
@@ -156,10 +154,6 @@ class ImageList:
     def labels(self) -> tuple[int, ...]:
         """Image labels."""
         return tuple(item.label for item in self.items)
-
-    def digest(self) -> str:
-        """SHA-256 of names and labels in order; changes when images are added or removed."""
-        return storage.digest([list(self.paths), list(self.labels), *self.source.variant])
 
 
 def split_pattern(url: str) -> tuple[str, str | None]:

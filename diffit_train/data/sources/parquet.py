@@ -27,8 +27,6 @@ from diffit_train.data.sources.base import (
 )
 from diffit_train.errors import UserError
 
-# Column that holds the images, unless the recipe names another.
-IMAGE_COLUMN: str = Columns().image
 # Row groups that are in memory at once, whole.
 WHOLE_ROW_GROUPS = 4
 
@@ -41,8 +39,6 @@ class Parquet(RecordSource):
     def __init__(self, url: str, data: Data) -> None:
         super().__init__(url, data)
         self.columns = data.columns
-        if self.columns.image != IMAGE_COLUMN:
-            self.variant = (self.columns.image,)
 
     def list_images(self) -> ImageList:
         """List the rows in the order of the files; see `Source.list_images`."""
