@@ -29,6 +29,7 @@ from diffit_train.evaluation.result import Result
 from diffit_train.jobs.job import STAGE_LINE
 from diffit_train.progress import say
 from diffit_train.runs.checkpoints import NEWEST
+from diffit_train.runs.run import open_run
 
 
 def run_pipeline(
@@ -36,8 +37,6 @@ def run_pipeline(
     name: str | None = None,
     steps: Sequence[str] = (),
     address: str | None = None,
-    init_from: str | None = None,
-    init_weights: str = "ema",
 ) -> tuple[Run, list[Result]]:
     """Run every stage that is not finished; returns the run and its evaluations.
 
@@ -50,7 +49,7 @@ def run_pipeline(
     say(f"{STAGE_LINE}stage 2 of 4, references")
     compute_references(recipe, address)
     say(f"{STAGE_LINE}stage 3 of 4, train")
-    run = train(recipe, name, address=address, init_from=init_from, init_weights=init_weights)
+    run = train(recipe, name, address=address)
     say(f"{STAGE_LINE}stage 4 of 4, evaluate")
     results = evaluate(run, steps or [NEWEST], address=address)
     say(f"{STAGE_LINE}all 4 stages are done")
@@ -73,6 +72,7 @@ def pipeline_command(
     Example: `diffit pipeline imagenet256 --root s3://bucket/project --address auto`
     """
     recipe = load_recipe(name, overrides or (), root)
-    trained, results = run_pipeline(recipe, run, step or (), address, init, init_weights)
+    chosen = open_run(recipe, run, init, init_weights)  # refused before anything runs
+    trained, results = run_pipeline(chosen.recipe, chosen.name, step or (), address)
     evaluated = [result.model_dump(mode="json") for result in results]
     print_result({"run": trained.name, "url": trained.url, "evaluate": evaluated}, as_json)
