@@ -239,8 +239,8 @@ class ReferenceSource:
                 f"cannot download evaluate.reference {public} ({error}); try again, or download "
                 f"{name} elsewhere, put it where every worker can read it, and set "
                 "evaluate.reference to that path or s3://bucket/key; or set "
-                f"evaluate.reference={DATASET} to compare with statistics of data.source, which is not "
-                "comparable with published results"
+                f"evaluate.reference={DATASET} to compare with statistics of data.source, which is "
+                "not comparable with published results"
             ) from error
         files = {file.rsplit("/", 1)[-1]: sha256}
         write_record(f"{file}.json", Committed(files=files, about={"url": public}))
