@@ -25,16 +25,15 @@ from diffit_train.cli.options import (
 )
 from diffit_train.cli.pipeline import run_pipeline
 from diffit_train.cli.sweep import FleetOptions, run_fleet
-from diffit_train.config import Recipe
 from diffit_train.config.ablations import SCALES, Ablation, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
+from diffit_train.evaluation.best import best_metric
 from diffit_train.evaluation.features import fit_features
 from diffit_train.evaluation.result import Evaluation, Result
 from diffit_train.jobs.job import Job
 from diffit_train.progress import print_rows, say
 from diffit_train.reports.plots import draw_ablation
 from diffit_train.runs.run import Run, open_run
-from diffit_train.tracking import distance_name
 
 SEEN, NOT_SEEN, WITHIN = "seen", "not seen", "within the spread over seeds"
 
@@ -84,7 +83,7 @@ def run_ablation(
         "title": ablation.title,
         "scale": scale,
         "seeds": seeds,
-        "metric": _metric(recipe),
+        "metric": best_metric(recipe),
         "rows": [_summary(name, ablation, values) for name, values in distances.items()],
         "order": paper_order(ablation, distances),
     }
@@ -151,12 +150,7 @@ def _distance(run: Run, address: str | None) -> float:
         if recipe.evaluate.features.kind == "classifier":
             fit_features(recipe)
         (result,) = run_pipeline(recipe, run.name, address=address)[1]
-    return result.metrics[_metric(recipe)]
-
-
-def _metric(recipe: Recipe) -> str:
-    features = recipe.evaluate.features
-    return distance_name("fd", features.name, features.published)
+    return result.metrics[best_metric(recipe)]
 
 
 def _summary(name: str, ablation: Ablation, values: list[float]) -> dict[str, Any]:
