@@ -30,8 +30,8 @@ GENERATED = "<!-- Written by docs/generate.py. Run `make docs` instead of editin
 RECIPES_HEAD = """
 # Recipe keys
 
-A recipe is one YAML file that says all of a run. Every command takes a RECIPE, which is the name of
-a packaged recipe or the path or URL of a YAML file, followed by any keys to change:
+A single YAML recipe fully specifies a run. Every command takes a RECIPE, which is the name of a
+packaged recipe or the path or URL of a YAML file, followed by any keys to change:
 
 ```
 diffit train demo --root my-project --run wide model.hidden_size=192 train.lr=2e-3
@@ -41,6 +41,12 @@ Precedence, lowest first: the defaults below, the file, the `KEY=VALUE` argument
 right, `--root`. Values are YAML. Unknown keys, impossible values and sizes that do not divide are
 refused before anything starts, with a message that names the key, its value and what is allowed. In
 a path, `root:` stands for the project's root.
+
+`autoencoder`, `model`, `diffusion`, `evaluate.sampler`, `evaluate.guidance` and `evaluate.features`
+come in variants, which one key chooses: `model.architecture`, `evaluate.sampler.name` and so on.
+Keys that only some variants have begin with their names below; other variants refuse them. A
+`KEY=VALUE` that chooses another variant keeps the keys that both have, and takes its defaults for
+the others.
 
 The resolved recipe is stored with every output. [What belongs to the hash of an
 output](storage.md#recipe-hashes) and what may change between attempts is described under storage.

@@ -70,14 +70,8 @@ class Data(Section):
     def image_identity(self) -> dict[str, Any]:
         """The keys that determine the images and their labels.
 
-        Keys that came later belong to it only where they are set. Ours read the same images whether
-        the format is named or detected.
+        Whether one of our formats is named or detected makes no difference.
         """
-        always = {"source", "resolution", "num_classes"}
-        given = {key for key in ("columns", "labels") if getattr(self, key) != _default(key)}
+        keys = {"source", "resolution", "num_classes", "columns", "labels"}
         named = {"format"} if FORMATS.is_plugged(self.format) else set()
-        return self.model_dump(mode="json", include=always | given | named)
-
-
-def _default(key: str) -> Any:
-    return Data.model_fields[key].default
+        return self.model_dump(mode="json", include=keys | named)

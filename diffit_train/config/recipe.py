@@ -72,8 +72,6 @@ class Recipe(Section):
         free = {*KEEPING_KEYS, *EXECUTION_KEYS}
         if self.train.lr_schedule != "cosine":
             free.add("steps")
-        if not self.train.augment:
-            free.add("augment")
         if self.train.lr_schedule != "inverse_sqrt":
             free.add("lr_decay_start")
         return {

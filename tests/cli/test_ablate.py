@@ -131,7 +131,7 @@ def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sweep, "checked", lambda job, *_, **__: job)
     monkeypatch.setattr(ablate, "fit_features", lambda recipe: None)
     fleet = FleetOptions("http://head:8265", max_concurrent=3)
-    with pytest.raises(DiffitError, match="1 of 6 runs did not finish: .*G-seed1.*killed"):
+    with pytest.raises(DiffitError, match="1 of 6 .*G-seed1.*killed"):
         run_ablation(find_ablation("table6"), "tiny", 2, root=str(tmp_path), fleet=fleet)
     assert sent[0] == (["table6-tiny-F-seed0"], 3)
     assert len(sent[1][0]) == 5
@@ -143,7 +143,7 @@ def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_bad_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ablation 'table1' does not exist; known: table3"):
+    with pytest.raises(UserError, match="'table1'.*table3"):
         find_ablation("table1")
-    with pytest.raises(UserError, match=r"window is 3, but must divide"):
+    with pytest.raises(UserError, match=r"model\.window is 3"):
         run_ablation(find_ablation("table6"), "tiny", 1, ["model.window=3"], str(tmp_path))

@@ -287,7 +287,7 @@ def test_a_preset_sets_its_sizes() -> None:
     assert (recipe.model.depth, recipe.model.num_heads) == (3, 12)
     # Even if the file lists the sizes, as a stored recipe does.
     assert load_recipe("demo", ["model.preset=diffit_s"]).model.hidden_size == 384
-    with pytest.raises(UserError, match=r"model\.preset is 'dit_m', but must be one of: diffit_s,"):
+    with pytest.raises(UserError, match=r"model\.preset is 'dit_m'.*diffit_s"):
         load_recipe("demo", ["model.preset=dit_m"])
 
 
@@ -327,14 +327,14 @@ def test_objectives_samplers_and_guidance_must_agree(overrides: list[str], key: 
 
 
 def test_deterministic_training_refuses_atomics_and_keeps_the_hash() -> None:
-    with pytest.raises(UserError, match=r"train\.deterministic is true.*model\.attention=sdpa"):
+    with pytest.raises(UserError, match=r"train\.deterministic.*model\.attention=sdpa"):
         load_recipe("demo", ["train.deterministic=true", "model.attention=flex"])
     deterministic = load_recipe("demo", ["train.deterministic=true"])
     assert deterministic.train_hash() == load_recipe("demo").train_hash()
 
 
 def test_a_missing_space_in_yaml_is_named() -> None:
-    with pytest.raises(UserError, match=r"YAML needs a space after the colon: sigma_rel: 0\.1"):
+    with pytest.raises(UserError, match=r"'train\.ema\.wide\.sigma_rel:0\.1'.* sigma_rel: 0\.1"):
         load_recipe("demo", ["train.ema={wide: {sigma_rel:0.1}}"])
 
 
