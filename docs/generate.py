@@ -45,8 +45,8 @@ a path, `root:` stands for the project's root.
 `autoencoder`, `model`, `diffusion`, `evaluate.sampler`, `evaluate.guidance` and `evaluate.features`
 come in variants, which one key chooses: `model.architecture`, `evaluate.sampler.name` and so on.
 Keys that only some variants have begin with their names below; other variants refuse them. A
-`KEY=VALUE` that chooses another variant keeps the keys that both have, and takes its defaults for
-the others.
+`KEY=VALUE` that chooses another variant keeps the keys that both have with the same default, and
+takes its defaults for the others.
 
 The resolved recipe is stored with every output. [What belongs to the hash of an
 output](storage.md#recipe-hashes) and what may change between attempts is described under storage.
