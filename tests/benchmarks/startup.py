@@ -27,8 +27,8 @@ HERE = Path(__file__).parents[2]
 STEPS, SAMPLES = 60, 500
 PREPARE = (
     ("data", "digits", "images/digits"),
-    ("autoencoder", "fit", "demo", "--root", "."),
-    ("features", "fit", "demo", "--root", "."),
+    ("fit", "autoencoder", "demo", "--root", "."),
+    ("fit", "features", "demo", "--root", "."),
     ("encode", "demo", "--root", "."),
 )
 TRAIN = (f"train.steps={STEPS}", f"train.checkpoint_every={STEPS}")
