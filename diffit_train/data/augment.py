@@ -103,7 +103,7 @@ def draw_augmentation(random: np.random.Generator, count: int, probability: floa
 
 
 def joined_augmentation(parts: list[Augmentation]) -> Augmentation:
-    """Of several streams' images, one after another."""
+    """Concatenate the augmentations of several streams' images."""
     names = ("flip", "inverse", "labels")
     return Augmentation(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 

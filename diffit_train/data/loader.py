@@ -21,7 +21,7 @@ import numpy as np
 
 from diffit_train.config import Recipe
 from diffit_train.data.manifest import Manifest, ShardEntry
-from diffit_train.data.randomness import SAMPLE, SHARD_ORDER, WINDOW, generator
+from diffit_train.data.randomness import SHARD_ORDER, WINDOW, generator
 from diffit_train.data.shards import Shard, as_float, read_shard
 from diffit_train.errors import UserError
 
@@ -76,6 +76,7 @@ class SampleOrder:
                 "lower it"
             )
         self.per_stream = batch_size // self.streams
+        self.length = self.steps_per_epoch * self.per_stream  # of a stream
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         # By stream: epoch, number and permutation of the window read last.
         self._last: dict[int, tuple[int, int, np.ndarray]] = {}
@@ -101,10 +102,9 @@ class SampleOrder:
         """(shard, offset in the shard) of each sample of a stream in a step's batch."""
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
         shards, starts = self._permuted(epoch)
-        length = self._stream_length()
         first = epoch_step * self.per_stream
         indices = [
-            stream * length + self._shuffled(epoch, stream, index, length)
+            stream * self.length + self._shuffled(epoch, stream, index)
             for index in range(first, first + self.per_stream)
         ]
         rows = np.searchsorted(starts, indices, side="right") - 1
@@ -121,17 +121,17 @@ class SampleOrder:
     def windows(self, stream: int, step: int) -> Iterator[Window]:
         """The windows of a stream from the one that holds its first sample of a step; endless."""
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
-        length, shift = self._stream_length(), self._shift(stream)
+        shift = self._shift(stream)
         number = (epoch_step * self.per_stream + shift) // self.window
         while True:
             start = max(0, number * self.window - shift)
-            stop = min(length, (number + 1) * self.window - shift)
-            if start >= length:
+            stop = min(self.length, (number + 1) * self.window - shift)
+            if start >= self.length:
                 epoch, number = epoch + 1, 0
                 continue
             shards, starts = self._permuted(epoch)
             first, last = np.searchsorted(
-                starts, [stream * length + start, stream * length + stop - 1], side="right"
+                starts, stream * self.length + np.array([start, stop - 1]), side="right"
             )
             begin = epoch * self.steps_per_epoch
             yield Window(
@@ -141,14 +141,10 @@ class SampleOrder:
             )
             number += 1
 
-    def _stream_length(self) -> int:
-        return self.steps_per_epoch * self.per_stream
-
     def _shift(self, stream: int) -> int:
         """How much shorter than the others a stream's first window is."""
-        if self._stream_length() <= self.window:
-            return 0
-        return (stream * _GOLDEN % 2**64) * self.window >> 64
+        staggered = (stream * _GOLDEN % 2**64) * self.window >> 64
+        return staggered if self.length > self.window else 0
 
     def rank_streams(self, rank: int, world: int) -> range:
         """The contiguous streams of a rank; some ranks have one more if they do not divide evenly.
@@ -178,48 +174,16 @@ class SampleOrder:
             self._epochs[epoch] = (shards, ends - self.counts[shards])
         return self._epochs[epoch]
 
-    def _shuffled(self, epoch: int, stream: int, index: int, length: int) -> int:
+    def _shuffled(self, epoch: int, stream: int, index: int) -> int:
         """The index in the stream before shuffling of the sample that is at `index` after it."""
         shift = self._shift(stream)
         number = (index + shift) // self.window
         start = max(0, number * self.window - shift)
         if stream not in self._last or self._last[stream][:2] != (epoch, number):
-            size = min(length, (number + 1) * self.window - shift) - start
+            size = min(self.length, (number + 1) * self.window - shift) - start
             random = generator(self.seed, WINDOW, epoch, stream, number)
             self._last[stream] = (epoch, number, random.permutation(size))
         return start + int(self._last[stream][2][index - start])
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The randomness of a stream's n samples in a step."""
-
-    t: np.ndarray  # (n,) int64, timesteps
-    noise: np.ndarray  # (n, C, h, w) float32
-    posterior: np.ndarray  # (n, C, h, w) float32, noise of the autoencoder's posterior
-    flip: np.ndarray  # (n,) int64, which of the F frames
-    drop: np.ndarray  # (n,) bool, whether the label is dropped
-
-
-def draw(
-    seed: int,
-    step: int,
-    stream: int,
-    count: int,
-    shape: tuple[int, int, int],
-    frames: int,
-    draw_timesteps: Callable[[np.random.Generator, int], np.ndarray],
-    label_dropout: float,
-) -> Draws:
-    """Draw timesteps, noise, posterior noise, flips and label dropout of a stream's samples."""
-    random = generator(seed, SAMPLE, step, stream)
-    return Draws(
-        t=draw_timesteps(random, count),
-        noise=random.standard_normal((count, *shape), dtype=np.float32),
-        posterior=random.standard_normal((count, *shape), dtype=np.float32),
-        flip=random.integers(frames, size=count),
-        drop=random.random(count) < label_dropout,
-    )
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ import getpass
 import io
 import os
 import shutil
-import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,18 +64,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _tar_bytes(moments: np.ndarray) -> int:
-    """Size of a shard: two members for each image, a header and whole blocks of 512 bytes each."""
-
-    def blocks(size: int) -> int:
-        return BLOCK * (1 + -(-size // BLOCK))
-
-    npy_header = 128
-    latents = (values.size * (1 if values.dtype == np.uint8 else 2) for values in moments)
-    size = sum(blocks(npy_header + latent) + blocks(1) for latent in latents)
-    return -(-(size + 1024) // 10240) * 10240  # the end of an archive, in whole records
-
-
 def write_shard(
     url: str, number: int, keys: Sequence[int], moments: np.ndarray, labels: Sequence[int]
 ) -> ShardEntry:
@@ -93,7 +80,8 @@ def write_shard(
     from webdataset import TarWriter
 
     name = shard_name(number)
-    with storage.atomic_file(storage.join(url, name), _tar_bytes(moments)) as path:
+    needed = moments.size * (1 if moments.dtype == np.uint8 else 2) + 2048 * (len(keys) + 5)
+    with storage.atomic_file(storage.join(url, name), needed) as path:
         with (
             path.open("wb") as file,
             TarWriter(
@@ -155,7 +143,7 @@ def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[
     latents: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
     header, like = b"", np.zeros(0)
-    for member, start, size in _plain_members(data) or _members(data):
+    for member, start, size in _members(data):
         key, _, kind = member.partition(".")
         content = data[start : start + size]
         if kind == "cls":
@@ -172,35 +160,17 @@ def _shard_members(name: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[
     return latents, labels
 
 
-def _members(data: bytes) -> list[tuple[str, int, int]]:
-    """Name, start and size of each member of any tar."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        return [(member.name, member.offset_data, member.size) for member in tar]
+def _members(data: bytes) -> Iterator[tuple[str, int, int]]:
+    """Name, start and size of each member of a tar as `write_shard` writes it.
 
-
-def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
-    """As `_members` of a tar of plain files with short names, as `write_shard` makes; else None.
-
-    For such headers (POSIX ustar), tarfile would take most of the time of reading a shard. What
-    they say is not checked against their checksums: the hash of the whole shard is.
+    tarfile would take most of the time of reading a shard. The hash of the shard covers headers.
     """
-    members, start = [], 0
-    while start + BLOCK <= len(data):
-        header = data[start : start + BLOCK]
-        if header == bytes(BLOCK):  # the end
-            break
-        plain = header[156:157] == b"0" and header[257:262] == b"ustar" and not header[345]
-        try:
-            name = header[:100].partition(b"\0")[0].decode()
-            size = int(header[124:136].rstrip(b" \0"), 8)
-        except ValueError:
-            return None
+    start = 0
+    while (header := data[start : start + BLOCK]) != bytes(BLOCK):
         start += BLOCK
-        if not plain or size < 0 or start + size > len(data):
-            return None
-        members.append((name, start, size))
+        size = int(header[124:136].rstrip(b" \0"), 8)
+        yield header[:100].partition(b"\0")[0].decode(), start, size
         start += -(-size // BLOCK) * BLOCK
-    return members
 
 
 class ShardCache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from diffit_train.config import Recipe
 from diffit_train.data.augment import Resampling, draw_augmentation, joined_augmentation
 from diffit_train.data.autoencoder import sample_latent
-from diffit_train.data.loader import Batch, draw
+from diffit_train.data.loader import Batch
 from diffit_train.data.manifest import Manifest
-from diffit_train.data.randomness import AUGMENTATION, DROPOUT, generator
+from diffit_train.data.randomness import AUGMENTATION, DROPOUT, SAMPLE, generator
 from diffit_train.diffusion.objective import Objective
 
 
@@ -46,6 +47,16 @@ class TrainingBatch:
         return self.x0, self.t, self.noise, self.y
 
 
+class Draws(NamedTuple):
+    """The randomness of a stream's n samples in a step."""
+
+    t: np.ndarray  # (n,), noise levels
+    noise: np.ndarray  # (n, C, h, w) float32
+    posterior: np.ndarray  # (n, C, h, w) float32, noise of the autoencoder's posterior
+    flip: np.ndarray  # (n,) int64, which of the F frames
+    drop: np.ndarray  # (n,) bool, whether the label is dropped
+
+
 class BatchBuilder:
     """Draws noise levels, noise, posterior samples, flips and label dropout, stream by stream.
 
@@ -58,32 +69,28 @@ class BatchBuilder:
         self.recipe, self.manifest, self.objective = recipe, manifest, objective
         self.device = device
 
+    def draw(self, step: int, stream: int, count: int) -> Draws:
+        """Draw for `count` samples of a stream."""
+        random = generator(self.recipe.train.seed, SAMPLE, step, stream)
+        shape = (count, self.manifest.channels, self.manifest.height, self.manifest.width)
+        return Draws(
+            self.objective.draw(random, count),
+            random.standard_normal(shape, dtype=np.float32),
+            random.standard_normal(shape, dtype=np.float32),
+            random.integers(self.manifest.frames, size=count),
+            random.random(count) < self.recipe.train.label_dropout,
+        )
+
     def __call__(self, batch: Batch) -> TrainingBatch:
         """Turn a batch of samples into a training batch."""
         manifest, train = self.manifest, self.recipe.train
         count = len(batch.labels) // len(batch.streams)
-        shape = (manifest.channels, manifest.height, manifest.width)
-        streams = [
-            draw(
-                train.seed,
-                batch.step,
-                stream,
-                count,
-                shape,
-                manifest.frames,
-                self.objective.draw,
-                train.label_dropout,
-            )
-            for stream in batch.streams
-        ]
-
-        def joined(name: str) -> Tensor:
-            return torch.cat([torch.from_numpy(getattr(stream, name)) for stream in streams])
-
-        moments = torch.from_numpy(batch.moments)[torch.arange(len(batch.labels)), joined("flip")]
-        x0 = sample_latent(moments, joined("posterior"), manifest.scale)
+        draws = zip(*[self.draw(batch.step, n, count) for n in batch.streams], strict=True)
+        t, noise, posterior, flip, drop = (torch.from_numpy(np.concatenate(d)) for d in draws)
+        moments = torch.from_numpy(batch.moments)[torch.arange(len(batch.labels)), flip]
+        x0 = sample_latent(moments, posterior, manifest.scale)
         labels = torch.from_numpy(batch.labels)
-        y = torch.where(joined("drop"), self.recipe.data.num_classes, labels)
+        y = torch.where(drop, self.recipe.data.num_classes, labels)
         extras, augmentation = {}, None
         if train.augment:
             drawn = [
@@ -101,7 +108,7 @@ class BatchBuilder:
                 for stream in batch.streams
             ]
             extras["dropout_seeds"] = torch.from_numpy(np.concatenate(seeds))
-        tensors = (x0, joined("t"), joined("noise"), y)
+        tensors = (x0, t, noise, y)
         if self.device.type == "cuda":
             tensors = tuple(v.pin_memory() for v in tensors)  # type: ignore[assignment]
             extras = {name: v.pin_memory() for name, v in extras.items()}

@@ -7,12 +7,11 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffit_train.data.loader import Batch, LatentLoader, SampleOrder, draw
+from diffit_train.data.loader import Batch, LatentLoader, SampleOrder
 from diffit_train.data.manifest import Manifest, ShardEntry
 from diffit_train.data.shards import Shard, read_shard
 from diffit_train.errors import DiffitError, UserError
@@ -181,34 +180,6 @@ def test_too_few_images_are_refused() -> None:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
-
-
-def _timesteps(random: np.random.Generator, count: int) -> np.ndarray:
-    return random.integers(1000, size=count)
-
-
-def test_draws_depend_on_seed_step_and_stream_alone() -> None:
-    base = {"seed": 1, "step": 2, "stream": 3, "count": 4, "shape": (2, 3, 3), "frames": 2}
-    base |= {"draw_timesteps": _timesteps, "label_dropout": 0.5}
-    first, again = draw(**base), draw(**base)
-    for name in ("t", "noise", "posterior", "flip", "drop"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
-    for change in ({"seed": 2}, {"step": 3}, {"stream": 4}):
-        assert (draw(**base | change).noise != first.noise).all()
-    assert (first.noise != first.posterior).all()
-
-
-def test_draws_have_the_right_distributions() -> None:
-    parts = [draw(0, step, 0, 50, (1, 2, 2), 2, _timesteps, 0.1) for step in range(200)]
-    t, noise, drop, flip = (
-        np.concatenate([getattr(p, name) for p in parts]) for name in ("t", "noise", "drop", "flip")
-    )
-    assert (t.min(), t.max()) == (0, 999)
-    assert t.mean() == pytest.approx(499.5, abs=5 * 288.7 / 100)
-    assert noise.mean() == pytest.approx(0, abs=5 / 200)
-    assert noise.std() == pytest.approx(1, abs=0.02)
-    assert drop.mean() == pytest.approx(0.1, abs=5 * 0.3 / 100)
-    assert flip.mean() == pytest.approx(0.5, abs=5 * 0.5 / 100)
 
 
 @pytest.fixture(scope="module")
