@@ -306,9 +306,12 @@ class _Encoder:
         part = EncodedPart(
             number=number,
             entry=entry,
+            # Local file names may contain bytes that are not UTF-8.
             rejected=[
-                Rejected(path=_as_text(items[position].name), reason=reason)
-                for position, reason in images.rejected
+                Rejected(
+                    path=items[n].name.encode("utf-8", "backslashreplace").decode(), reason=why
+                )
+                for n, why in images.rejected
             ],
             autoencoder_sha256=self.sha256,
             scale=self.autoencoder.scale,
@@ -359,8 +362,3 @@ class _Encoder:
         tensors = torch.from_numpy(flat), torch.from_numpy(noise)
         sampled = sample_latent(*tensors, self.autoencoder.scale).double().numpy()
         return sampled.sum((0, 2, 3)).tolist(), (sampled**2).sum((0, 2, 3)).tolist()
-
-
-def _as_text(name: str) -> str:
-    """A name as valid text: local file names may contain bytes that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
