@@ -67,25 +67,30 @@ def export_folder(
         DiffitError: the checkpoint is damaged.
     """
     recipe = run.recipe
+    names = dict(enumerate(class_names(recipe))) if recipe.model.conditional else None
     out = out or storage.join(run.url, "export", f"{weights}-{step:010d}-diffusers")
     _require_replaceable(out)
     tensors = run.checkpoints[step].load(weights)
     with tempfile.TemporaryDirectory(prefix="diffit-export-") as name:
         folder = Path(name)
+        decoder = load_decoder(recipe, torch.device("cpu"))
         index = {
             "_class_name": [PIPELINE.removesuffix(".py"), "DiffiTPipeline"],
             "_diffusers_version": _DIFFUSERS,
             "transformer": _write_transformer(recipe, tensors, folder / "transformer"),
             "scheduler": _write_scheduler(recipe, folder / "scheduler"),
-            **_write_vae(recipe, folder / "vae"),
-            "id2label": _labels(recipe),
+            "vae": [None, None],
+            "scale": decoder.scale,
+            "id2label": names,
             "null_label": recipe.data.num_classes,
             "pixels": recipe.evaluate.pixels,
             "precision": recipe.evaluate.precision,
         }
+        if decoder.model is not None:
+            decoder.model.save_pretrained(folder / "vae")
+            index["vae"] = ["diffusers", type(decoder.model).__name__]
         (folder / PIPELINE).write_text(join_modules("diffit_train.export.pipeline", _TITLE))
-        about = export_metadata(run, step, weights)
-        (folder / "recipe.yaml").write_text(about["recipe"])
+        (folder / "recipe.yaml").write_text(export_metadata(run, step, weights)["recipe"])
         (folder / "README.md").write_text(model_card(run, step, weights, license_id))
         _write_json(folder / INDEX, index)
         _publish(folder, out)
@@ -121,84 +126,66 @@ def _publish(folder: Path, out: str) -> None:
 
 def _write_transformer(recipe: Recipe, weights: dict[str, Tensor], folder: Path) -> list[str]:
     """Code, sizes and weights of the network; its entry in the index."""
-    model: Any = build_model(recipe)
+    section, model = recipe.model, build_model(recipe)
     fill_model(model, weights)
     folder.mkdir()
     tensors = {f"network.{n}": v.detach().contiguous() for n, v in model.state_dict().items()}
-    file = folder / "diffusion_pytorch_model.safetensors"
     metadata = {"format": "pt"}
     metadata[CHECKSUM] = tensors_checksum(tensors, metadata)
-    save_file(tensors, str(file), metadata=metadata)
-    plugged = isinstance(recipe.model, CustomModel)
-    options = recipe.model.options if isinstance(recipe.model, CustomModel) else None
-    shape: Any = network_shape(recipe) if plugged else model.shape
-    config = {"sizes": asdict(shape), "options": options or None}
-    name, kind = "diffit_transformer", "DiffiTTransformer"
-    _write_config(folder / "config.json", kind, config)
-    own = {
+    save_file(tensors, str(folder / "diffusion_pytorch_model.safetensors"), metadata=metadata)
+    custom = section if isinstance(section, CustomModel) else None
+    shape: Any = network_shape(recipe) if custom else model.shape
+    config = {"sizes": asdict(shape), "options": (custom.options if custom else None) or None}
+    replaced = {
         f"from {_LATENT} import LatentDiffiT as Network": _import(type(model), "Network"),
         f"from {_LATENT} import Shape as Sizes": _import(type(shape), "Sizes"),
     }
-    code = folder / f"{name}.py"
-    title = "The network as a model of diffusers."
-    code.write_text(join_modules("diffit_train.export.transformer", title, own))
-    if plugged:
-        with running(ARCHITECTURES.key, recipe.model.architecture, code, kind, config) as exported:
+    code, kind = _write_component(folder, "transformer", "config.json", config, replaced)
+    if custom:
+        with running(ARCHITECTURES.key, custom.architecture, code, kind, config) as exported:
             require_same_network(exported, model)
-    return [name, kind]
+    return [code.stem, kind]
 
 
 def _write_scheduler(recipe: Recipe, folder: Path) -> list[str]:
     """Code and settings of the objective and its sampler; its entry in the index."""
+    section, objective = recipe.diffusion, load_objective(recipe.diffusion)
     folder.mkdir()
     config = {
-        "diffusion": recipe.diffusion.model_dump(mode="json"),
+        "diffusion": section.model_dump(mode="json"),
         "sampler": recipe.evaluate.sampler.model_dump(mode="json"),
         "guidance": recipe.evaluate.guidance.model_dump(mode="json"),
     }
-    name, kind = "diffit_scheduler", "DiffiTScheduler"
-    _write_config(folder / "scheduler_config.json", kind, config)
-    own, objective = {}, load_objective(recipe.diffusion)
-    if plugged := isinstance(recipe.diffusion, CustomObjective):
-        own = {
-            "from diffit_train.diffusion.objective import build_objective": _import(
-                type(objective), "Own"
-            ),
-            "build_objective(_section(diffusion))": 'Own(**diffusion["options"])',
-        }
-    code = folder / f"{name}.py"
-    title = "The objective and its samplers as a scheduler of diffusers."
-    code.write_text(join_modules("diffit_train.export.scheduler", title, own))
-    if plugged:
-        key = OBJECTIVES.key
-        with running(key, recipe.diffusion.objective, code, kind, config) as exported:
+    custom = isinstance(section, CustomObjective)
+    replaced = {
+        "from diffit_train.diffusion.objective import build_objective": _import(
+            type(objective), "Own"
+        ),
+        "build_objective(_section(diffusion))": 'Own(**diffusion["options"])',
+    }
+    code, kind = _write_component(
+        folder, "scheduler", "scheduler_config.json", config, replaced if custom else {}
+    )
+    if custom:
+        with running(OBJECTIVES.key, section.objective, code, kind, config) as exported:
             require_same_samples(exported, recipe, objective)
-    return [name, kind]
+    return [code.stem, kind]
+
+
+def _write_component(
+    folder: Path, name: str, file: str, config: dict[str, Any], replaced: dict[str, str]
+) -> tuple[Path, str]:
+    """Write configuration and code of a component; its code file and the name of its class."""
+    kind = f"DiffiT{name.capitalize()}"
+    _write_json(folder / file, {"_class_name": kind, "_diffusers_version": _DIFFUSERS, **config})
+    code = folder / f"diffit_{name}.py"
+    title = f"The {name} of {_TITLE[0].lower()}{_TITLE[1:]}"
+    code.write_text(join_modules(f"diffit_train.export.{name}", title, replaced))
+    return code, kind
 
 
 def _import(cls: type, name: str) -> str:
     return f"from {cls.__module__} import {cls.__qualname__} as {name}"
-
-
-def _write_config(file: Path, kind: str, values: dict[str, Any]) -> None:
-    """The configuration of a component, by which its class is made."""
-    _write_json(file, {"_class_name": kind, "_diffusers_version": _DIFFUSERS, **values})
-
-
-def _write_vae(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The autoencoder; its entry in the index, and the scale of its latents."""
-    loaded = load_decoder(recipe, torch.device("cpu"))
-    if loaded.model is None:
-        return {"vae": [None, None], "scale": loaded.scale}
-    loaded.model.save_pretrained(folder)
-    return {"vae": ["diffusers", type(loaded.model).__name__], "scale": loaded.scale}
-
-
-def _labels(recipe: Recipe) -> dict[str, str] | None:
-    """Names of the classes by number; None without labels."""
-    if not recipe.model.conditional:
-        return None
-    return {str(number): name for number, name in enumerate(class_names(recipe))}
 
 
 def _write_json(file: Path, value: Any) -> None:

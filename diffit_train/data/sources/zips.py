@@ -69,7 +69,7 @@ class Zip(FileSource):
 def _members(url: str) -> list[zipfile.ZipInfo]:
     try:
         with open_archive(url, read_ahead=False) as file, zipfile.ZipFile(file) as archive:
-            return archive.infolist()
+            members, end = archive.infolist(), archive.start_dir
     # For malformed entries, zipfile raises more than its own errors, also EINVAL for a position
     # before the beginning.
     except Exception as error:
@@ -79,6 +79,10 @@ def _members(url: str) -> list[zipfile.ZipInfo]:
         raise UserError(
             f"{url} is not a complete zip ({error}); download it again, or pack it again"
         ) from error
+    for member in members:
+        if not 0 <= member.header_offset <= end - member.compress_size:
+            raise UserError(f"{url} is damaged: {member.filename} is not in it; pack it again")
+    return members
 
 
 def _require_readable(member: zipfile.ZipInfo, url: str) -> None:
