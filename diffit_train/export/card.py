@@ -8,7 +8,7 @@ from diffit_train import __version__, storage
 from diffit_train.config import Recipe
 from diffit_train.data.manifest import MANIFEST, latents_url, load_manifest
 from diffit_train.errors import redact
-from diffit_train.evaluation.result import Result, run_results
+from diffit_train.evaluation.result import run_results
 from diffit_train.models.backbone import trainable_parameters
 from diffit_train.models.build import build_model
 from diffit_train.runs.run import Run
@@ -29,6 +29,9 @@ def model_card(run: Run, step: int, weights: str, license_id: str) -> str:
         "library_name": "diffusers",
         "tags": ["diffit", "diffusion", "image-generation"],
     }
+    license_text = "None is stated for the weights."
+    if license_id:
+        license_text = f"The weights: {license_id}."
     recipe, own = run.recipe, run.stored_recipe
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
@@ -39,7 +42,7 @@ def model_card(run: Run, step: int, weights: str, license_id: str) -> str:
         f"## Evaluation\n\n{_evaluation(run, step)}",
         "## Recipe\n\n`recipe.yaml`, with which `diffit train` repeats the training. Hash of what "
         f"determines the weights: `{own.train_hash()}`.",
-        f"## License\n\n{_license(license_id)}",
+        f"## License\n\n{license_text} The code in this folder: Apache-2.0.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -102,27 +105,20 @@ def _evaluation(run: Run, step: int) -> str:
     rows = ["| weights | samples | sampler | guidance | features | metric | value |"]
     rows.append("|---|---|---|---|---|---|---|")
     for result in results:
-        rows += [_row(result, name, value) for name, value in sorted(result.metrics.items())]
+        evaluate = result.evaluate
+        sampler, guidance = evaluate["sampler"], evaluate["guidance"]
+        guided = guidance["kind"]
+        if guided != "none":
+            guided += f" {guidance['scale']:g}"
+        cells = (
+            evaluate["weights"],
+            f"{result.samples:,}",
+            f"{sampler['name']} {sampler['steps']}",
+            guided,
+            evaluate["features"]["name"],
+        )
+        rows += [
+            f"| {' | '.join((*cells, metric, f'{value:.6g}'))} |"
+            for metric, value in sorted(result.metrics.items())
+        ]
     return "\n".join(rows)
-
-
-def _row(result: Result, metric: str, value: float) -> str:
-    evaluate = result.evaluate
-    sampler, guidance = evaluate["sampler"], evaluate["guidance"]
-    cells = (
-        evaluate["weights"],
-        f"{result.samples:,}",
-        f"{sampler['name']} {sampler['steps']}",
-        guidance["kind"]
-        if guidance["kind"] == "none"
-        else f"{guidance['kind']} {guidance['scale']:g}",
-        evaluate["features"]["name"],
-        metric,
-        f"{value:.6g}",
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _license(license_id: str) -> str:
-    weights = f"The weights: {license_id}." if license_id else "None is stated for the weights."
-    return f"{weights} The code in this folder: Apache-2.0."

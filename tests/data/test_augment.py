@@ -65,11 +65,11 @@ def test_whole_pixels_are_moved_exactly() -> None:
     torch.testing.assert_close(_transform(images, still), images, rtol=0, atol=1e-9)
     # The result's pixel (x, y) is the image's (x + 3, y - 2).
     moved = still + _inverse([[0, 0], [0, 0]], (3 / SIDE, -2 / SIDE))
-    found = _transform(images, moved)
+    got = _transform(images, moved)
     expected = images[:, :, : SIDE - 2, 3:]
-    torch.testing.assert_close(found[:, :, 2:, :-3], expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(got[:, :, 2:, :-3], expected, rtol=0, atol=1e-9)
     # What comes in is the reflection.
-    torch.testing.assert_close(found[:, :, 2:, -1], images[:, :, :-2, -4], rtol=0, atol=1e-9)
+    torch.testing.assert_close(got[:, :, 2:, -1], images[:, :, :-2, -4], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_whole_pixels_are_moved_exactly() -> None:
     ids=["scale", "rotate", "shear"],
 )
 def test_smooth_images_are_resampled_by_the_formula(inverse: np.ndarray) -> None:
-    found = _transform(_image(), inverse[None])
+    got = _transform(_image(), inverse[None])
     inside = slice(10, -10)
-    error = (found - _image(inverse))[..., inside, inside].abs().max()
+    error = (got - _image(inverse))[..., inside, inside].abs().max()
     # The filter is not quite symmetric. Half a pixel of misplacement would be 0.1.
     assert error < 0.03
 
@@ -110,9 +110,9 @@ def test_labels_describe_the_transformation() -> None:
         for factor in (ratio[i], 1 / ratio[i]):
             stretched = rotation(-axis[i]) @ np.diag([factor, 1 / factor]) @ rotation(axis[i])
             options.append(stretched @ rotation(-angle[i]) * scale[i])
-        found = np.linalg.inv(what.inverse[i, :, :2])
-        assert min(np.abs(found - forward).max() for forward in options) < 1e-5
-        shift = -found @ what.inverse[i, :, 2]
+        got = np.linalg.inv(what.inverse[i, :, :2])
+        assert min(np.abs(got - forward).max() for forward in options) < 1e-5
+        shift = -got @ what.inverse[i, :, 2]
         np.testing.assert_allclose(shift, 0.125 * labels[i, 7:], atol=1e-5)
     for column in (2, 7, 8):
         assert stats.kstest(labels[:, column], "norm").pvalue > 1e-3
@@ -128,13 +128,13 @@ def test_probabilities() -> None:
     # Images that were only flipped are exact.
     images = torch.rand(200, 3, 8, 8)
     what = draw_augmentation(np.random.default_rng(2), 200, 0.12)
-    found = augment(images, Resampling.of(what, 8))
+    got = augment(images, Resampling.of(what, 8))
     still = (what.labels[:, 1:] == 0).all(1)
     assert 60 < still.sum() < 180
     flip = torch.from_numpy(what.flip[:, 0]).view(-1, 1, 1, 1)
     flipped = torch.where(flip, images.flip(3), images)
-    assert torch.equal(found[still], flipped[still])
-    assert not torch.allclose(found[~still], flipped[~still])
+    assert torch.equal(got[still], flipped[still])
+    assert not torch.allclose(got[~still], flipped[~still])
 
 
 def test_an_image_is_augmented_alike_in_any_batch() -> None:

@@ -177,25 +177,25 @@ def test_remote_latents_are_cached_by_default(
     remote: tuple[str, list[ShardEntry]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, entries = remote
-    said: list[str] = []
+    messages: list[str] = []
 
     def made(url: str, **keys: object) -> ShardCache | None:
         scaling = Scaling(shard_cache_folder=str(tmp_path / "c"), **keys)  # type: ignore[arg-type]
-        return shard_cache(scaling, url, _manifest(entries), said.append)
+        return shard_cache(scaling, url, _manifest(entries), messages.append)
 
-    found = made(url)
-    assert found is not None
-    assert found.limit_bytes == sum(entry.bytes for entry in entries)
-    assert found.keep_free == 0.2
+    automatic = made(url)
+    assert automatic is not None
+    assert automatic.limit_bytes == sum(entry.bytes for entry in entries)
+    assert automatic.keep_free == 0.2
     assert made(str(tmp_path)) is None
     assert made(url, shard_cache_gib=0) is None
     chosen = made(url, shard_cache_gib=2)
     assert chosen is not None
     assert (chosen.limit_bytes, chosen.keep_free) == (2 * storage.GIB, 0.0)
-    assert not said
+    assert not messages
     monkeypatch.setattr(shards_module, "_file_system", lambda folder: "tmpfs")
     assert made(url) is None
-    assert "is in memory; set scaling.shard_cache_folder" in said[0]
+    assert "is in memory; set scaling.shard_cache_folder" in messages[0]
     (tmp_path / "c").rmdir()
     (tmp_path / "c").write_text("a file")
     assert made(url) is None

@@ -60,8 +60,8 @@ def test_the_training_images_are_read(tmp_path: Path, packed: bool) -> None:
     assert listing.labels == tuple(labels.tolist())
     order = [7, 0, 19, 3]
     items = [listing.items[i] for i in order]
-    found = read_items(listing.source, items, 32)
-    assert np.array_equal(found.pixels, images[order])
+    pixels = read_items(listing.source, items, 32).pixels
+    assert np.array_equal(pixels, images[order])
     smaller = read_items(listing.source, items, 16)
     assert smaller.pixels.shape == (4, 16, 16, 3)
 

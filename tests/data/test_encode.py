@@ -74,9 +74,9 @@ def test_latents_are_those_of_the_autoencoder(encoded: Path) -> None:
     assert [s.count for s in manifest.shards] == [5, 5, 5, 5, 4]
     keys = [read_shard(url, s).keys.tolist() for s in manifest.shards]
     order = encode_order(list_images(recipe).items, False, 5, 0).tolist()
-    assert [key for some in keys for key in some] == order != sorted(order)
+    assert [key for shard in keys for key in shard] == order != sorted(order)
     assert sorted(order) == list(range(24))
-    assert [s.first_index for s in manifest.shards] == [some[0] for some in keys]
+    assert [s.first_index for s in manifest.shards] == [shard[0] for shard in keys]
     assert manifest.orders == [hashlib.sha256(np.array(order, "<i8").tobytes()).hexdigest()]
     assert manifest.classes == ["a", "b", "c"]
     assert (manifest.frames, manifest.channels, manifest.height, manifest.width) == (1, 4, 4, 4)
@@ -387,7 +387,7 @@ def test_damaged_files_are_named_removed_and_encoded_again(encoded: Path, tmp_pa
         data[len(data) // 2] ^= 1
         (folder / name).write_bytes(data)
     (folder / "shard-000003.tar").unlink()
-    damaged = {one.check.name: one.reason for one in verify(url)}
+    damaged = {damage.check.name: damage.reason for damage in verify(url)}
     names = ["inputs.jsonl.gz", "recipe.yaml", "shard-000001.tar", "shard-000003.tar"]
     assert list(damaged) == names
     assert "differs from its recorded size or sha256" in damaged["shard-000001.tar"]

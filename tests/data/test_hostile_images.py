@@ -78,8 +78,8 @@ def test_whatever_a_decoder_raises_is_a_rejection(
         raise error("from deep inside")
 
     monkeypatch.setattr(Image, "open", open_image)
-    found = read_all([lambda: b"data"], 4)
-    assert found.rejected == [(0, f"{error.__name__}: from deep inside")]
+    result = read_all([lambda: b"data"], 4)
+    assert result.rejected == [(0, f"{error.__name__}: from deep inside")]
 
 
 def test_pixels_are_limited_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +106,9 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (folder / "b" / "loop.png").symlink_to(folder / "b" / "loop.png")
     with (folder / "b" / "sparse.png").open("wb") as file:
         file.truncate(2**40)
-    found = list_images(tiny_recipe(tmp_path))
-    images = read_items(found.source, found.items, 8)
-    reasons = {found.items[n].name: reason for n, reason in images.rejected}
+    result = list_images(tiny_recipe(tmp_path))
+    images = read_items(result.source, result.items, 8)
+    reasons = {result.items[n].name: reason for n, reason in images.rejected}
     assert reasons == {
         "a/fifo.png": "not a regular file",
         "a/zero.png": "not a regular file",
@@ -157,15 +157,15 @@ def test_an_image_that_kills_its_decoder_costs_only_itself() -> None:
     files = [_as("PNG"), KILLER, _as("JPEG"), b"text"]
     decoder = IsolatedDecoder(DYING)
     try:
-        found = read_all([lambda data=data: data for data in files], 8, decoder=decoder)  # type: ignore[misc]
+        result = read_all([lambda data=data: data for data in files], 8, decoder=decoder)  # type: ignore[misc]
     finally:
         decoder.close()
-    assert found.kept == [0, 2]
-    assert found.rejected == [
+    assert result.kept == [0, 2]
+    assert result.rejected == [
         (1, "the process that decoded it died, 2 times"),
         (3, "not an image in JPEG, PNG, WEBP, BMP"),
     ]
-    assert np.array_equal(found.pixels[0], pixels_from(files[0], 8))
+    assert np.array_equal(result.pixels[0], pixels_from(files[0], 8))
 
 
 def test_a_child_ends_with_its_parent() -> None:

@@ -62,8 +62,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if "/paths-info/" not in path:
             return self._missing()
         self.server.asked["paths-info"] += 1
-        found = [self._entry(name) for name in form.get("paths", [])]
-        return self._json([entry for entry in found if entry])
+        listing = [self._entry(name) for name in form.get("paths", [])]
+        return self._json([entry for entry in listing if entry])
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -178,21 +178,21 @@ SOURCES = ["/images", "/data/train-*.parquet", "/digits.zip", f"@{REVISION}/digi
 def test_images_are_those_of_the_folder(path: str, hub: _Hub, tmp_path: Path) -> None:
     folder = list_images(tiny_recipe(tmp_path))
     source = f"hf://datasets/{OWNER_NAME}{path}"
-    found = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
-    assert (found.paths, found.labels) == (folder.paths, folder.labels)
-    assert not any(item.problem for item in found.items)
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
+    assert (listing.paths, listing.labels) == (folder.paths, folder.labels)
+    assert not any(item.problem for item in listing.items)
     hub.asked.clear()
-    mine, theirs = (x.source.open(x.items) for x in (found, folder))
-    for item, original in zip(found.items, folder.items, strict=True):
+    mine, theirs = (x.source.open(x.items) for x in (listing, folder))
+    for item, original in zip(listing.items, folder.items, strict=True):
         assert mine(item.location) == theirs(original.location)
     if not path.endswith(".parquet"):
         # One request an image, which reads no more of an archive than the image, nearly.
-        assert hub.asked["range"] + hub.asked["file"] == len(found)
+        assert hub.asked["range"] + hub.asked["file"] == len(listing)
         assert hub.asked["tree"] + hub.asked["repository"] + hub.asked["paths-info"] == 0
         assert (
             hub.asked["bytes"]
             < sum(len(data) for name, data in hub.files.items() if name.startswith("images/"))
-            + len(found) * 600
+            + len(listing) * 600
         )
 
 
@@ -217,8 +217,8 @@ def test_a_busy_hub_is_asked_again(
     hub: _Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.failing = 2
-    found = list_images(tiny_recipe(tmp_path, f"data.source=hf://datasets/{OWNER_NAME}/images"))
-    assert len(found) == 24
+    listing = list_images(tiny_recipe(tmp_path, f"data.source=hf://datasets/{OWNER_NAME}/images"))
+    assert len(listing) == 24
     monkeypatch.setenv("DIFFIT_RETRY_S", "0.1")
     storage._hub.cache_clear()
     hub.failing = 10**6

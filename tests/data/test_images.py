@@ -39,11 +39,11 @@ def test_images_are_sorted_and_labeled_by_folder(tmp_path: Path) -> None:
     for path in ("b/2.PNG", "b/1.jpg", "a/x.jpeg", "c/deep/y.webp", "c/notes.txt", "stray.png"):
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_bytes(b"")
-    found = list_images(tiny_recipe(tmp_path))
-    assert found.classes == ("a", "b", "c")
-    assert found.paths == ("a/x.jpeg", "b/1.jpg", "b/2.PNG", "c/deep/y.webp")
-    assert found.labels == (0, 1, 1, 2)
-    digest = found.digest()
+    result = list_images(tiny_recipe(tmp_path))
+    assert result.classes == ("a", "b", "c")
+    assert result.paths == ("a/x.jpeg", "b/1.jpg", "b/2.PNG", "c/deep/y.webp")
+    assert result.labels == (0, 1, 1, 2)
+    digest = result.digest()
     (source / "a" / "new.png").write_bytes(b"")
     assert list_images(tiny_recipe(tmp_path)).digest() != digest
 
@@ -68,18 +68,18 @@ def test_links_are_followed_but_not_in_cycles(tmp_path: Path) -> None:
         (source / name).symlink_to(tmp_path / "real" / name)
     (tmp_path / "real" / "a" / "circle").symlink_to(tmp_path / "real" / "a")
     (tmp_path / "real" / "c" / "lost.png").symlink_to(tmp_path / "nowhere.png")
-    found = list_images(tiny_recipe(tmp_path))
+    result = list_images(tiny_recipe(tmp_path))
     names = ("a/000", "a/003", "b/001", "b/004", "c/002", "c/005", "c/lost")
-    assert found.paths == tuple(f"{name}.png" for name in names)
+    assert result.paths == tuple(f"{name}.png" for name in names)
 
 
 def test_remote_folders_give_the_same_listing(tmp_path: Path) -> None:
     source = "memory://listed/images"
     for path in ("b/2.PNG", "b/1.jpg", "a/deep/x.jpeg", "c/y.webp", "c/notes.txt", "stray.png"):
         storage.write_bytes(storage.join(source, path), b"x")
-    found = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
-    assert found.paths == ("a/deep/x.jpeg", "b/1.jpg", "b/2.PNG", "c/y.webp")
-    assert found.labels == (0, 1, 1, 2)
+    result = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
+    assert result.paths == ("a/deep/x.jpeg", "b/1.jpg", "b/2.PNG", "c/y.webp")
+    assert result.labels == (0, 1, 1, 2)
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,8 +143,8 @@ def test_an_image_that_cannot_be_opened_is_rejected(error: type[OSError]) -> Non
     def read(path: str) -> bytes:
         raise error(2, "cannot be opened", path)
 
-    found = read_all([functools.partial(read, "a")], 4)
-    assert found.rejected == [(0, f"{error.__name__}: cannot be opened")]
+    result = read_all([functools.partial(read, "a")], 4)
+    assert result.rejected == [(0, f"{error.__name__}: cannot be opened")]
 
 
 def test_a_lost_connection_does_not_reject_images() -> None:
@@ -162,11 +162,11 @@ def test_reading_keeps_positions() -> None:
         "c": _bytes(Image.new("L", (4, 4))),
     }
     reads = [functools.partial(files.__getitem__, name) for name in "abcc"]
-    found = read_all(reads, 4, ["", "", "", "known to be wrong"])
-    assert found.kept == [0, 2]
-    assert found.rejected == [(1, "empty file"), (3, "known to be wrong")]
-    assert found.pixels.shape == (2, 4, 4, 3)
-    assert found.pixels[0, 0, 0].tolist() == [255, 0, 0]
+    result = read_all(reads, 4, ["", "", "", "known to be wrong"])
+    assert result.kept == [0, 2]
+    assert result.rejected == [(1, "empty file"), (3, "known to be wrong")]
+    assert result.pixels.shape == (2, 4, 4, 3)
+    assert result.pixels[0, 0, 0].tolist() == [255, 0, 0]
     assert read_all(reads[1:2], 4).pixels.shape == (0, 4, 4, 3)
 
 

@@ -46,21 +46,21 @@ def test_labels_come_from_a_file(kind: str, ending: str, images: Path, tmp_path:
     source = "images"
     if kind != "folder":
         source = Path(write_as(kind, FILES, tmp_path / f"x.{kind}")).name
-    found = _listed(tmp_path, f"labels.{ending}", text, f"data.format={kind}", source=source)
-    assert (found.kind, found.classes) == (kind, ("0", "1", "2"))
-    assert dict(zip(found.paths, found.labels, strict=True)) == GOOD
-    assert found.paths == tuple(sorted(GOOD))
+    listing = _listed(tmp_path, f"labels.{ending}", text, f"data.format={kind}", source=source)
+    assert (listing.kind, listing.classes) == (kind, ("0", "1", "2"))
+    assert dict(zip(listing.paths, listing.labels, strict=True)) == GOOD
+    assert listing.paths == tuple(sorted(GOOD))
 
 
 def test_a_csv_may_name_classes_and_columns(images: Path, tmp_path: Path) -> None:
     names: dict[str, object] = {name: ["cat", "dog", "eel"][n] for name, n in GOOD.items()}
     text = "\ufeff" + _csv({f"./{path}": label for path, label in names.items()})
-    found = _listed(tmp_path, "labels.csv", text)
-    assert found.classes == ("cat", "dog", "eel")
-    assert dict(zip(found.paths, found.labels, strict=True)) == GOOD
+    listing = _listed(tmp_path, "labels.csv", text)
+    assert listing.classes == ("cat", "dog", "eel")
+    assert dict(zip(listing.paths, listing.labels, strict=True)) == GOOD
     text = "n,id,kind\n" + "".join(f'0,"{p}",{label}\n' for p, label in names.items())
     changes = "data.columns={image: id, label: kind}"
-    assert _listed(tmp_path, "labels.csv", text, changes).labels == found.labels
+    assert _listed(tmp_path, "labels.csv", text, changes).labels == listing.labels
     with pytest.raises(UserError, match="no column 'image'; its first line has 'n, id, kind'"):
         _listed(tmp_path, "labels.csv", text)
     with pytest.raises(UserError, match="has 2 classes, but data.num_classes is 3"):
@@ -138,8 +138,8 @@ def test_formats_with_labels_of_their_own_take_no_file(tmp_path: Path) -> None:
 
 def test_a_folder_with_edms_list_is_labeled_by_it(images: Path, tmp_path: Path) -> None:
     (images / "dataset.json").write_text(_json(list(GOOD.items())))
-    found = list_images(tiny_recipe(tmp_path, f"data.source={images}"))
-    assert dict(zip(found.paths, found.labels, strict=True)) == GOOD
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={images}"))
+    assert dict(zip(listing.paths, listing.labels, strict=True)) == GOOD
     (images / "dataset.json").write_text('{"name": "about the data"}')  # another's
     with pytest.raises(UserError, match="has 2 classes"):
         list_images(tiny_recipe(tmp_path, f"data.source={images}"))

@@ -234,8 +234,8 @@ def test_batches_of_a_sorted_source_hold_its_classes_like_a_uniform_draw() -> No
     expected = expected_classes(400, 4 * BATCH)
     for first in (0, 300):
         assert classes_seen(labels, 64, first, 4) < 0.7 * expected
-        found = classes_seen(permuted(labels), 64, first, 4)
-        assert found == pytest.approx(expected, rel=0.04)
+        result = classes_seen(permuted(labels), 64, first, 4)
+        assert result == pytest.approx(expected, rel=0.04)
 
 
 def test_a_rank_of_eight_hardly_waits_for_shards_that_take_a_quarter_of_a_second() -> None:

@@ -72,8 +72,8 @@ def test_images_are_read_at_the_same_time_and_kept_in_order() -> None:
         return _png(level)
 
     reads = [functools.partial(read, level) for level in range(32)]
-    found = read_all(reads, 4, threads=8, ahead=16)
-    assert found.kept == _levels(found.pixels) == list(range(32))
+    images = read_all(reads, 4, threads=8, ahead=16)
+    assert images.kept == _levels(images.pixels) == list(range(32))
 
 
 def test_reading_ahead_is_bounded() -> None:
@@ -89,13 +89,13 @@ def test_reading_ahead_is_bounded() -> None:
     done.set()
     reads = [functools.partial(read, n, first if n == 0 else done) for n in range(40)]
     with ThreadPoolExecutor(1) as consumer:
-        found = consumer.submit(read_all, reads, 4, threads=8, ahead=ahead)
+        reading = consumer.submit(read_all, reads, 4, threads=8, ahead=ahead)
         for _ in range(100):
             threading.Event().wait(0.005)
             assert len(started) <= ahead + 1
         assert len(started) == ahead + 1
         first.set()
-        assert found.result().kept == list(range(40))
+        assert reading.result().kept == list(range(40))
 
 
 def test_decoders_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,12 +160,12 @@ def test_a_shard_reads_each_row_group_once(
     monkeypatch.setattr(parquet_module, "open_parquet", counted)
     items = [parquet.items[n] for n in encode_order(parquet.items, True, 13, 0)]
     groups = {(item.location.file, item.location.size) for item in items}
-    found = read_items(parquet.source, items, 8)
-    assert found.kept == list(range(26))
+    images = read_items(parquet.source, items, 8)
+    assert images.kept == list(range(26))
     assert len(opened) == len(groups) == 8
     in_order = read_items(parquet.source, parquet.items, 8)
     where = {item.name: row for row, item in enumerate(parquet.items)}
-    assert np.array_equal(found.pixels, in_order.pixels[[where[item.name] for item in items]])
+    assert np.array_equal(images.pixels, in_order.pixels[[where[item.name] for item in items]])
 
 
 def test_rows_are_not_kept_once_they_are_taken(parquet: ImageList) -> None:
@@ -216,7 +216,7 @@ def test_batches_come_in_order_with_the_next_one_read(tmp_path: Path) -> None:
     write_images(tmp_path / "folder", count=10, classes=3)
     listing = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/folder"))
     whole = read_items(listing.source, listing.items, 8)
-    found = list(read_batches(listing.source, listing.items, 8, 4))
-    assert [start for start, _ in found] == [0, 4, 8]
-    assert np.array_equal(np.concatenate([images.pixels for _, images in found]), whole.pixels)
+    batches = list(read_batches(listing.source, listing.items, 8, 4))
+    assert [start for start, _ in batches] == [0, 4, 8]
+    assert np.array_equal(np.concatenate([batch.pixels for _, batch in batches]), whole.pixels)
     assert not list(read_batches(listing.source, [], 8, 4))

@@ -198,9 +198,9 @@ def test_sources_are_read_from_s3(
             storage.write_bytes(url, local.read_bytes())
         else:
             _upload(local, url)
-    found = list_images(tiny_recipe(tmp_path, f"data.source={url}"))
-    read = found.source.open(found.items)
-    assert [read(item.location) for item in found.items] == list(files.values())
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={url}"))
+    read = listing.source.open(listing.items)
+    assert [read(item.location) for item in listing.items] == list(files.values())
 
 
 @pytest.mark.slow

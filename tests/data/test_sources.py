@@ -75,11 +75,11 @@ def write_as(kind: str, files: dict[str, bytes], target: Path) -> str:
         target.mkdir()
         rows = list(files.items())
         for number in range(2):
-            some = rows[number * 13 : (number + 1) * 13]
+            part = rows[number * 13 : (number + 1) * 13]
             table = pa.table(
                 {
-                    "image": [{"bytes": data, "path": name} for name, data in some],
-                    "label": [label[name] for name, _ in some],
+                    "image": [{"bytes": data, "path": name} for name, data in part],
+                    "label": [label[name] for name, _ in part],
                 }
             )
             pq.write_table(table, target / f"part-{number}.parquet", row_group_size=4)
@@ -104,18 +104,18 @@ def test_every_kind_holds_the_same_images(kind: str, remote: bool, tmp_path: Pat
             name = remote_url if local.is_file() else storage.join(remote_url, path.name)
             storage.write_bytes(name, path.read_bytes())
         source = remote_url
-    found = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
-    assert found.kind == kind
-    assert found.labels == folder.labels
-    assert not any(item.problem for item in found.items)
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={source}"))
+    assert listing.kind == kind
+    assert listing.labels == folder.labels
+    assert not any(item.problem for item in listing.items)
     if kind in ("tar", "zip", "ilsvrc"):
-        assert found.paths == folder.paths
-        assert found.classes == folder.classes == ("a", "b", "c")
+        assert listing.paths == folder.paths
+        assert listing.classes == folder.classes == ("a", "b", "c")
     data = list(files.values())
     positions = np.random.default_rng(0).permutation(len(data))
     for order in (range(len(data)), positions, positions[:5]):
-        items = [found.items[position] for position in order]
-        read = found.source.open(items)
+        items = [listing.items[position] for position in order]
+        read = listing.source.open(items)
         with ThreadPoolExecutor(4) as pool:
             read = list(pool.map(lambda item, read=read: read(item.location), items))
         assert read == [data[position] for position in order]
@@ -126,15 +126,15 @@ def test_class_names_of_a_hub_data_set(tmp_path: Path) -> None:
     table = pa.table({"image": [{"bytes": b"x", "path": None}], "label": [1]})
     table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
     pq.write_table(table, tmp_path / "x.parquet")
-    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
-    assert found.classes == ("cat", "dog", "eel")
-    assert (found.paths, found.labels) == (("file:0:0",), (1,))
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+    assert listing.classes == ("cat", "dog", "eel")
+    assert (listing.paths, listing.labels) == (("file:0:0",), (1,))
 
 
 def _problems(root: Path, source: Path, **options: str) -> dict[str, str]:
     changes = [f"data.{key}={value}" for key, value in options.items()]
-    found = list_images(tiny_recipe(root, f"data.source={source}", *changes))
-    return {item.name: item.problem for item in found.items if item.problem}
+    listing = list_images(tiny_recipe(root, f"data.source={source}", *changes))
+    return {item.name: item.problem for item in listing.items if item.problem}
 
 
 def test_wrong_members_of_a_tar_carry_their_problem(tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_wrong_members_of_a_tar_carry_their_problem(tmp_path: Path) -> None:
         "/abs/1.png": "the name points outside the archive",
         "a/1.png (again 1)": "the name occurs twice",
     }
-    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
-    assert len(found) == 8
-    assert found.classes == ("a", "b", "c")
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
+    assert len(listing) == 8
+    assert listing.classes == ("a", "b", "c")
 
 
 def test_wrong_samples_of_a_webdataset_carry_their_problem(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_wrong_samples_of_a_webdataset_carry_their_problem(tmp_path: Path) -> No
 def test_wrong_labels_of_parquet_carry_their_problem(tmp_path: Path) -> None:
     images = [{"bytes": b"x", "path": f"{i}.png"} for i in (0, 1, 2, 0)]
     pq.write_table(pa.table({"image": images, "label": [0, 3, None, 2]}), tmp_path / "x.parquet")
-    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
-    assert found.paths == ("0.png", "1.png", "2.png", "0.png (again 1)")
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.parquet"))
+    assert listing.paths == ("0.png", "1.png", "2.png", "0.png (again 1)")
     assert _problems(tmp_path, tmp_path / "x.parquet") == {
         "1.png": "label 3 is not between 0 and 2",
         "2.png": "the label is null",
@@ -212,11 +212,11 @@ def test_columns_of_parquet_are_named(tmp_path: Path) -> None:
     table = pa.table(rows).replace_schema_metadata({"huggingface": json.dumps(info)})
     pq.write_table(table, tmp_path / "x.parquet")
     source = f"data.source={tmp_path}/x.parquet"
-    found = list_images(tiny_recipe(tmp_path, source, "data.columns={image: img, label: fine}"))
-    assert (found.classes, found.labels) == (("cat", "dog", "eel"), (2, 0))
-    assert found.paths == ("file:0:0", "y.png")
-    read = found.source.open(found.items)
-    assert [read(item.location) for item in found.items] == [b"x", b"y"]
+    listing = list_images(tiny_recipe(tmp_path, source, "data.columns={image: img, label: fine}"))
+    assert (listing.classes, listing.labels) == (("cat", "dog", "eel"), (2, 0))
+    assert listing.paths == ("file:0:0", "y.png")
+    read = listing.source.open(listing.items)
+    assert [read(item.location) for item in listing.items] == [b"x", b"y"]
     plain = list_images(tiny_recipe(tmp_path, source, "data.columns.image=raw"))
     assert (plain.labels, plain.paths) == ((0, 1), ("file:0:0", "file:0:1"))
     read = plain.source.open(plain.items)
@@ -231,10 +231,10 @@ def test_columns_of_parquet_are_named(tmp_path: Path) -> None:
 def test_parquet_of_one_class_needs_no_labels(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "x.parquet")
     changes = [f"data.source={tmp_path}/x.parquet", "data.columns.label=null"]
-    found = list_images(tiny_recipe(tmp_path, *changes, "data.num_classes=1"))
-    assert (found.labels, found.classes) == ((0, 0), ("0",))
-    read = found.source.open(found.items)
-    assert [read(item.location) for item in found.items] == [b"x", b"y"]
+    listing = list_images(tiny_recipe(tmp_path, *changes, "data.num_classes=1"))
+    assert (listing.labels, listing.classes) == ((0, 0), ("0",))
+    read = listing.source.open(listing.items)
+    assert [read(item.location) for item in listing.items] == [b"x", b"y"]
     with pytest.raises(UserError, match="num_classes is 3; name the column: .* has image"):
         list_images(tiny_recipe(tmp_path, *changes))
 
@@ -243,14 +243,14 @@ def test_a_pattern_names_some_files_of_a_folder(tmp_path: Path) -> None:
     write_images(tmp_path / "images" / "digits")
     files = _files(tmp_path / "images" / "digits")
     for split in ("train", "test"):
-        some = {name: data for name, data in files.items() if (split == "test") == ("1" in name)}
-        write_as("parquet", some, tmp_path / split)
+        part = {name: data for name, data in files.items() if (split == "test") == ("1" in name)}
+        write_as("parquet", part, tmp_path / split)
         (tmp_path / "all").mkdir(exist_ok=True)
         (tmp_path / split / "part-0.parquet").rename(tmp_path / "all" / f"{split}-0.parquet")
-    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/all/train-*.parquet"))
-    assert sorted(found.paths) == sorted(name for name in files if "1" not in name)
-    read = found.source.open(found.items)
-    assert all(read(item.location) == files[item.name] for item in found.items)
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/all/train-*.parquet"))
+    assert sorted(listing.paths) == sorted(name for name in files if "1" not in name)
+    read = listing.source.open(listing.items)
+    assert all(read(item.location) == files[item.name] for item in listing.items)
     both = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/all"))
     assert sorted(both.paths) == sorted(files)
     for pattern, message in (("dev-*.parquet", "matches no file"), ("*.png", "must be .parquet")):
@@ -260,9 +260,9 @@ def test_a_pattern_names_some_files_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_around_the_folders_of_an_archive_is_no_class(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(_tar([(f"digits/{label}/1.png", b"1") for label in "abc"]))
-    found = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
-    assert (found.classes, found.labels) == (("a", "b", "c"), (0, 1, 2))
-    assert found.paths == ("digits/a/1.png", "digits/b/1.png", "digits/c/1.png")
+    listing = list_images(tiny_recipe(tmp_path, f"data.source={tmp_path}/x.tar"))
+    assert (listing.classes, listing.labels) == (("a", "b", "c"), (0, 1, 2))
+    assert listing.paths == ("digits/a/1.png", "digits/b/1.png", "digits/c/1.png")
 
 
 def _gzipped(data: bytes) -> bytes:
@@ -334,8 +334,8 @@ def test_tars_round_trip(
     files = {f"{folder}/{name}.png": data for (folder, name), data in images.items()}
     files |= {f"{folder}/0.png": b"0" for folder in "abc"}
     (root / "x.tar").write_bytes(_tar(list(files.items())))
-    found = list_images(tiny_recipe(root, f"data.source={root}/x.tar"))
-    assert list(found.paths) == sorted(files)
-    read = found.source.open(found.items)
-    for item in found.items:
+    listing = list_images(tiny_recipe(root, f"data.source={root}/x.tar"))
+    assert list(listing.paths) == sorted(files)
+    read = listing.source.open(listing.items)
+    for item in listing.items:
         assert read(item.location) == files[item.name]

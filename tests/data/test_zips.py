@@ -36,9 +36,9 @@ def _listed(root: Path, data: bytes, *changes: str) -> ImageList:
     return list_images(tiny_recipe(root, f"data.source={root}/x.zip", *changes))
 
 
-def _contents(found: ImageList) -> dict[str, bytes]:
-    read = found.source.open(found.items)
-    return {item.name: read(item.location) for item in found.items if not item.problem}
+def _contents(listing: ImageList) -> dict[str, bytes]:
+    read = listing.source.open(listing.items)
+    return {item.name: read(item.location) for item in listing.items if not item.problem}
 
 
 class _Unseekable(io.BytesIO):
@@ -61,9 +61,9 @@ def test_a_streamed_zip_is_read(method: int, tmp_path: Path) -> None:
     with zipfile.ZipFile(out, "w", method) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
-    found = _listed(tmp_path, out.getvalue())
-    assert found.classes == ("a", "b", "c")
-    assert _contents(found) == files
+    listing = _listed(tmp_path, out.getvalue())
+    assert listing.classes == ("a", "b", "c")
+    assert _contents(listing) == files
 
 
 def test_long_headers_and_names_are_read(tmp_path: Path) -> None:
@@ -87,15 +87,15 @@ def test_images_decode_as_from_the_folder(tmp_path: Path) -> None:
     folder = list_images(tiny_recipe(tmp_path))
     paths = [tmp_path / "images" / "digits" / name for name in folder.paths]
     members = dict(zip(folder.paths, (path.read_bytes() for path in paths), strict=True))
-    found = _listed(tmp_path, _zip(members))
-    same = read_items(found.source, found.items, 8).pixels
+    listing = _listed(tmp_path, _zip(members))
+    same = read_items(listing.source, listing.items, 8).pixels
     assert (same == read_items(folder.source, folder.items, 8).pixels).all()
 
 
 def test_what_apple_adds_is_left_out(tmp_path: Path) -> None:
     members = {f"{label}/1.png": b"1" for label in "abc"}
-    found = _listed(tmp_path, _zip({"__MACOSX/a/._1.png": b"fork", **members}))
-    assert (found.paths, found.classes) == (tuple(members), ("a", "b", "c"))
+    listing = _listed(tmp_path, _zip({"__MACOSX/a/._1.png": b"fork", **members}))
+    assert (listing.paths, listing.classes) == (tuple(members), ("a", "b", "c"))
 
 
 def test_edm_data_sets_are_labeled_by_their_list(tmp_path: Path) -> None:
@@ -103,10 +103,10 @@ def test_edm_data_sets_are_labeled_by_their_list(tmp_path: Path) -> None:
     files = {f"0000{n // 2}/img{n}.png": bytes([n]) for n in range(6)}
     entries = [[name, 2 - n % 3] for n, name in enumerate(files)]
     data = _zip({**files, "dataset.json": json.dumps({"labels": entries}).encode()}, STORED)
-    found = _listed(tmp_path, data)
-    assert found.classes == ("0", "1", "2")
-    assert dict(zip(found.paths, found.labels, strict=True)) == dict(entries)
-    assert _contents(found) == files
+    listing = _listed(tmp_path, data)
+    assert listing.classes == ("0", "1", "2")
+    assert dict(zip(listing.paths, listing.labels, strict=True)) == dict(entries)
+    assert _contents(listing) == files
     for labels in (entries, None):  # of one class, whatever the list says
         data = _zip({**files, "dataset.json": json.dumps({"labels": labels}).encode()})
         assert set(_listed(tmp_path, data, "data.num_classes=1").labels) == {0}
@@ -132,15 +132,15 @@ def test_wrong_members_carry_their_problem(tmp_path: Path) -> None:
         archive.writestr(link, b"/etc/passwd")
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("a/1.png", b"again")
-    found = _listed(tmp_path, out.getvalue())
-    assert found.classes == ("a", "b", "c")
-    assert {item.name: item.problem for item in found.items if item.problem} == {
+    listing = _listed(tmp_path, out.getvalue())
+    assert listing.classes == ("a", "b", "c")
+    assert {item.name: item.problem for item in listing.items if item.problem} == {
         "../evil/1.png": "the name points outside the archive",
         "/abs/1.png": "the name points outside the archive",
         "a/link.png": "a link or device, which is not read",
         "a/1.png (again 1)": "the name occurs twice",
     }
-    assert _contents(found) == {f"{label}/1.png": b"good" for label in "abc"}
+    assert _contents(listing) == {f"{label}/1.png": b"good" for label in "abc"}
 
 
 def test_an_image_that_inflates_without_end_is_rejected(
@@ -150,19 +150,19 @@ def test_an_image_that_inflates_without_end_is_rejected(
     monkeypatch.setattr(zips.read_member, "__defaults__", (10_000,))
     members = {"a/0.png": bytes(10_001), "a/1.png": b"", "b/1.png": bytes(10_000), "c/1.png": b"1"}
     data = _zip(members)
-    found = _listed(tmp_path, data)
-    assert [item.problem for item in found.items] == [
+    listing = _listed(tmp_path, data)
+    assert [item.problem for item in listing.items] == [
         "it inflates to 10,001 bytes, more than 10,000; store it uncompressed",
         *[""] * 3,
     ]
     # Its list of members lies about the size.
     lying = data.replace(struct.pack("<I", 10_001), struct.pack("<I", 99))
-    found = _listed(tmp_path, lying)
-    assert not found.items[0].problem
-    read = found.source.open(found.items)
+    listing = _listed(tmp_path, lying)
+    assert not listing.items[0].problem
+    read = listing.source.open(listing.items)
     with pytest.raises(UnreadableImage, match="inflates to 10,001 bytes"):
-        read(found.items[0].location)
-    assert read(found.items[2].location) == bytes(10_000)
+        read(listing.items[0].location)
+    assert read(listing.items[2].location) == bytes(10_000)
     # Stored, it takes as many bytes on disk.
     assert len(_contents(_listed(tmp_path, _zip(members, STORED)))) == 4
 
@@ -203,8 +203,8 @@ def test_a_damaged_image_costs_itself_only(tmp_path: Path) -> None:
     deflated = bytearray(_zip({f"{label}/1.png": os.urandom(9) * 99 for label in "abc"}))
     deflated[37] = 0xFF  # the first block is of a kind that does not exist
     for data, message in ((stored, "its CRC-32 is not"), (bytes(deflated), "contents are damaged")):
-        found = _listed(tmp_path, data)
-        rejected = read_items(found.source, found.items, 8).rejected
+        listing = _listed(tmp_path, data)
+        rejected = read_items(listing.source, listing.items, 8).rejected
         assert message in rejected[0][1]
         assert [reason for _, reason in rejected[1:]] == [
             "not an image in JPEG, PNG, WEBP, BMP"
@@ -218,10 +218,10 @@ def test_a_damaged_byte_is_never_a_traceback(tmp_path: Path) -> None:
         data = bytearray(GOOD)
         data[position] ^= 0xFF
         try:
-            found = _listed(tmp_path, bytes(data), "data.num_classes=3")
+            listing = _listed(tmp_path, bytes(data), "data.num_classes=3")
         except UserError:
             continue
-        read_items(found.source, found.items, 8)
+        read_items(listing.source, listing.items, 8)
 
 
 @pytest.mark.slow
@@ -236,10 +236,10 @@ def test_a_zip_is_listed_in_little_memory_per_image(tmp_path: Path) -> None:
         "from tests.conftest import tiny_recipe\n"
         "from pathlib import Path\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"found = list_images(tiny_recipe(Path({str(tmp_path)!r}), "
+        f"listing = list_images(tiny_recipe(Path({str(tmp_path)!r}), "
         f"'data.source={tmp_path}/x.zip'))\n"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(len(found), (after - before) * 1024 // len(found))"
+        "print(len(listing), (after - before) * 1024 // len(listing))"
     )
     out = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
     images, each = map(int, out.stdout.split())

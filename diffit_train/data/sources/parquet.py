@@ -188,10 +188,10 @@ def _image_fields(url: str, schema: Any, name: str) -> dict[str, Any]:
             f"and `path`; the columns are {', '.join(schema.names)}"
         )
     text = (pa.string(), pa.large_string(), pa.null())
-    for part, allowed, needed in (("bytes", binary, "binary"), ("path", text, "string")):
+    for part, allowed in (("bytes", binary), ("path", text)):
         if part in fields and fields[part] not in allowed:
             raise UserError(
-                f"{url}: column `{name}.{part}` has the type {fields[part]}; it needs {needed}"
+                f"{url}: column `{name}.{part}` has the type {fields[part]}; it needs {allowed[0]}"
             )
     return fields
 
