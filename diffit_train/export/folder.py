@@ -44,6 +44,11 @@ from diffit_train.runs.run import Run
 INDEX, PIPELINE = "model_index.json", "pipeline.py"
 # First line of the pipeline, by which a former export is recognized.
 _TITLE = "A pipeline of diffusers for a DiffiT network."
+# First lines of the other files.
+_TITLES = {
+    "transformer": "The network as a model of diffusers.",
+    "scheduler": "The objective and its samplers as a scheduler of diffusers.",
+}
 # Whose classes `transformer` imports, in place of the recipe's.
 _LATENT = "diffit_train.models.latent"
 # The lowest version of diffusers that the code has been run with.
@@ -179,8 +184,7 @@ def _write_component(
     kind = f"DiffiT{name.capitalize()}"
     _write_json(folder / file, {"_class_name": kind, "_diffusers_version": _DIFFUSERS, **config})
     code = folder / f"diffit_{name}.py"
-    title = f"The {name} of {_TITLE[0].lower()}{_TITLE[1:]}"
-    code.write_text(join_modules(f"diffit_train.export.{name}", title, replaced))
+    code.write_text(join_modules(f"diffit_train.export.{name}", _TITLES[name], replaced))
     return code, kind
 
 
