@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from diffit_train.diffusion.samplers import Noise
     from diffit_train.errors import DiffitError, UserError
     from diffit_train.evaluation.feature_networks import FeatureNetwork
-    from diffit_train.evaluation.model import Model
+    from diffit_train.evaluation.sample import Model
     from diffit_train.models.backbone import Backbone, NetworkShape
     from diffit_train.reports.compare import compare
     from diffit_train.runs.checkpoints import Checkpoint
@@ -100,7 +100,7 @@ _MODULES = {
     "diffusion.samplers": ("Noise",),
     "errors": ("DiffitError", "UserError"),
     "evaluation.feature_networks": ("FeatureNetwork",),
-    "evaluation.model": ("Model",),
+    "evaluation.sample": ("Model",),
     "models.backbone": ("Backbone", "NetworkShape"),
     "reports.compare": ("compare",),
     "runs.checkpoints": ("Checkpoint",),

@@ -28,7 +28,7 @@ from diffit_train.training.log import send_unsent
 
 if TYPE_CHECKING:
     from diffit_train.data.latents import Latents
-    from diffit_train.evaluation.model import Model
+    from diffit_train.evaluation.sample import Model
     from diffit_train.evaluation.training_samples import TrainingSamples
 
 
@@ -55,7 +55,7 @@ class Run(runs.Run):
             UserError: the checkpoint, weights or autoencoder do not exist, or a key does not
                 belong to sampling.
         """
-        from diffit_train.evaluation.model import Model
+        from diffit_train.evaluation.sample import Model
 
         words = [*changes, *([f"evaluate.weights={weights}"] if weights else [])]
         run = with_overrides(self, "sample", words)

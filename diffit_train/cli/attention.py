@@ -36,16 +36,16 @@ def draw_attention(
         step: of the checkpoint of the run, or `newest`.
     """
     from diffit_train.evaluation.attention_maps import Trajectory, draw_trajectories, trajectory
-    from diffit_train.evaluation.generate import class_names, run_weights
+    from diffit_train.evaluation.generate import Generator, class_names, run_weights
     from diffit_train.evaluation.sample import choose_classes
     from diffit_train.tracking import Tracker, unreachable_errors
 
     def drawn(run: Run, step: str) -> Trajectory:
         recipe, number = run.recipe, run.checkpoint(step).step
         (chosen,) = choose_classes(class_names(recipe), [label])
-        weights = run_weights(recipe, run.url, number)
+        generator = Generator.load(recipe, run_weights(recipe, run.url, number))
         title = f"{run.name}, step {number:,}"
-        return trajectory(recipe, weights, chosen, seed, token, block, title)
+        return trajectory(generator, chosen, seed, token, block, title)
 
     shown = select_run("sample", root=root, run=name)
     rows = [drawn(shown, step)]

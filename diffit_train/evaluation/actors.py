@@ -12,7 +12,7 @@ import numpy as np
 from diffit_train.config import Recipe
 from diffit_train.evaluation import chunks, references
 from diffit_train.evaluation.chunks import LABELS, Range
-from diffit_train.evaluation.labels import choose_labels
+from diffit_train.evaluation.generate import choose_labels
 from diffit_train.evaluation.references import PartTask, Reference, ReferenceSource
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from diffit_train import storage
-from diffit_train.config import Recipe
 from diffit_train.config.model import LatentModel
 from diffit_train.errors import UserError
-from diffit_train.evaluation.generate import Generator, load_decoder
+from diffit_train.evaluation.generate import Generator
 from diffit_train.models.attention import TMSA, SelfAttention, TimeInBias
 from diffit_train.models.attention_kernels import position_bias
 from diffit_train.models.backbone import Backbone
@@ -116,18 +115,8 @@ def recorded(layer: TMSA | SelfAttention, token: tuple[int, int]) -> Iterator[li
         layer.kernel = kernel
 
 
-def token_side(generator: Generator, layer: TMSA | SelfAttention) -> int:
-    """Side of a layer's grid of tokens."""
-    if isinstance(layer, TMSA):
-        return layer.side
-    section = generator.recipe.model
-    assert isinstance(section, LatentModel)
-    return generator.recipe.latent_size // section.patch_size
-
-
 def trajectory(
-    recipe: Recipe,
-    weights: dict[str, Tensor],
+    generator: Generator,
     label: int,
     seed: int,
     token: tuple[int, int],
@@ -139,24 +128,15 @@ def trajectory(
     Raises:
         UserError: the token is outside the grid.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = Generator(recipe, weights, load_decoder(recipe, device))
-    return record(generator, label, seed, token, block, title)
-
-
-def record(
-    generator: Generator,
-    label: int,
-    seed: int,
-    token: tuple[int, int],
-    block: int | None,
-    title: str,
-) -> Trajectory:
-    """As `trajectory`, from a loaded model."""
     model = generator.model
     assert isinstance(model, Backbone)
     layer = attention_of(model, block)
-    side = token_side(generator, layer)
+    if isinstance(layer, TMSA):
+        side = layer.side
+    else:
+        section = generator.recipe.model
+        assert isinstance(section, LatentModel)
+        side = generator.recipe.latent_size // section.patch_size
     if not (0 <= token[0] < side and 0 <= token[1] < side):
         raise UserError(
             f"--token is {token[0]},{token[1]}, but rows and columns go from 0 to {side - 1}"
@@ -172,7 +152,7 @@ def record(
     generator.weight = noting
     try:
         with recorded(layer, token) as maps:
-            (image,) = generator([(seed, 0)], [label])
+            (image,) = generator.images([(label, seed)], 1)
     finally:
         generator.weight = weight
     chosen = np.unique(np.linspace(0, len(maps) - 1, min(COLUMNS, len(maps))).round().astype(int))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ from diffit_train.models.published import FIXED, check_published, read_weights_f
 from diffit_train.models.wrap import compile_blocks, use_kernel
 from diffit_train.runs.checkpoints import Checkpoint, reconstructed_url
 
+if TYPE_CHECKING:
+    from diffit_train.evaluation.grid import Animation
+
+# Spawn key that separates the random stream of labels from that of noise.
+_LABELS = 1
 # What decides how a decoder of diffusers computes; a later version may know more keys.
 _AUTOENCODER_KEYS = (
     "act_fn",
@@ -73,6 +79,17 @@ class Generator:
         self.objective = load_objective(recipe.diffusion)
         self.use(recipe)
 
+    @classmethod
+    def load(cls, recipe: Recipe, weights: dict[str, Tensor], device: str | None = None) -> Self:
+        """A model with the recipe's autoencoder on a device, by default a GPU if there is one.
+
+        Raises:
+            UserError: the autoencoder is not available, or another one.
+            DiffitError: the weights belong to another model.
+        """
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(recipe, weights, load_decoder(recipe, place))
+
     def use(self, recipe: Recipe) -> None:
         """Take sampler, guidance and precision from a recipe of the same model."""
         self.recipe = recipe
@@ -111,6 +128,25 @@ class Generator:
         )
         return self.decode(latents)
 
+    def images(
+        self,
+        wanted: Sequence[tuple[int, int]],
+        batch_size: int,
+        animation: Animation | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yield the image (R, R, 3) uint8 of each label and seed.
+
+        Args:
+            animation: receives the denoising.
+        """
+        for start in range(0, len(wanted), batch_size):
+            labels, seeds = zip(*wanted[start : start + batch_size], strict=True)
+            watch = animation.watcher(self.decode) if animation else None
+            pixels = self([(seed, 0) for seed in seeds], labels, watch)
+            if animation:
+                animation.finish(pixels)
+            yield from pixels
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """Images (B, R, R, 3) uint8 of latents (B, C, h, w)."""
         return self.autoencoder.decode(latents, self.recipe.evaluate.pixels)
@@ -145,6 +181,21 @@ def load_decoder(recipe: Recipe, device: torch.device) -> LoadedAutoencoder:
     also = f"{loaded.dtype} {encoded}"
     check_pinned_hash(recipe.storage.root, "autoencoder.source", source, identity, also)
     return loaded
+
+
+def choose_labels(
+    how: Literal["random", "balanced"], seed: int, indices: Sequence[int], classes: int
+) -> np.ndarray:
+    """Labels (n,) int64 of the images `indices` of an evaluation.
+
+    random: uniform and independent, as in ADM, DiT and the published DiffiT; the label of image i
+    depends on (seed, i) only. balanced: i mod classes.
+    """
+    if how == "balanced":
+        return np.array(indices, dtype=np.int64) % classes
+    streams = (np.random.SeedSequence((seed, i), spawn_key=(_LABELS,)) for i in indices)
+    randoms = (np.random.Generator(np.random.Philox(stream)) for stream in streams)
+    return np.array([random.integers(classes) for random in randoms], dtype=np.int64)
 
 
 def guidance_saving(recipe: Recipe) -> str:

@@ -1,39 +1,52 @@
-"""Pictures of samples: one row per class, with its name on the left, if there are classes."""
+"""Pictures of samples in rows, with a name on the left if there are classes: PNG and GIF."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from diffit_train import storage
+from diffit_train.config import Recipe
+from diffit_train.diffusion.objective import sampler_sigmas
 
 # Pixels: of the images of a row or column together at most, of an image at least, between images.
 WIDEST, SMALLEST, GAP = 2_048, 48, 2
 _TEXT, _LINE = 12, 16
+# Frames at most, before the last one, which shows the finished images.
+FRAMES = 48
+# Milliseconds of all frames but the last, of a frame at least, and of the last one.
+RUN_MS, FRAME_MS, LAST_MS = 4_000, 40, 2_000
+LONGEST = "NFE 000 of 000, noise level 00.00"
+# Pixels of the images of a row or column of the animation together, at most.
+WIDEST_ANIMATION = 1_024
 
 
 def draw_grid(
-    images: dict[int, list[np.ndarray]], classes: list[str] | None, title: str, url: str
+    rows: Sequence[Sequence[np.ndarray]], names: Sequence[str] | None, title: str, url: str
 ) -> None:
-    """Write a PNG with one row per label, or of images without labels in rows.
+    """Write a PNG of rows of images (R, R, 3) uint8.
 
     Args:
-        images: label, an index into `classes` or number of a row, to images (R, R, 3) uint8.
+        names: of the rows; None for none.
         title: lines above the images.
-        url: file to write.
     """
-    labels = sorted(images)
-    rows = [images[label] for label in labels]
     side = cell_side(len(rows[0][0]), max(len(rows), *(len(row) for row in rows)), WIDEST)
     cells = [[resized(image, side) for image in row] for row in rows]
-    names = None if classes is None else [classes[label] for label in labels]
     with storage.atomic_file(url) as path:
         page(cells, names, title).save(path, format="PNG")
+
+
+def in_rows(images: Iterable[np.ndarray], counts: Sequence[int]) -> list[list[np.ndarray]]:
+    """Images row by row, each with its number of images."""
+    left = iter(images)
+    return [list(itertools.islice(left, count)) for count in counts]
 
 
 def page(
@@ -95,3 +108,68 @@ def resized(image: np.ndarray, side: int) -> np.ndarray:
         return image
     how = Image.Resampling.NEAREST if side > len(image) else Image.Resampling.BOX
     return np.asarray(Image.fromarray(image).resize((side, side), how))
+
+
+class Animation:
+    """The denoising as a GIF: the model's predictions of x_0 along the trajectory, in a grid.
+
+    It collects frames while images are generated.
+
+    Args:
+        recipe: of the images.
+        rows: number of images of each row, top to bottom.
+        names: of the rows; None for none.
+    """
+
+    def __init__(self, recipe: Recipe, rows: Sequence[int], names: Sequence[str] | None) -> None:
+        self.levels = sampler_sigmas(recipe.diffusion, recipe.evaluate.sampler)
+        count = min(FRAMES, len(self.levels))
+        self._calls = np.linspace(0, len(self.levels) - 1, count).round().astype(int).tolist()
+        self.rows, self.names = rows, names
+        self.side = cell_side(recipe.data.resolution, max(*rows, len(rows)), WIDEST_ANIMATION)
+        self._cells: list[list[np.ndarray]] = [[] for _ in range(count + 1)]
+
+    def watcher(self, decode: Callable[[Tensor], np.ndarray]) -> Callable[[Tensor], None]:
+        """What is given a batch's predictions of x_0, (B, C, h, w), at each call of the denoiser.
+
+        Args:
+            decode: latents to images (B, R, R, 3) uint8; of the shown ones only.
+        """
+        call = -1
+
+        def watch(x0: Tensor) -> None:
+            nonlocal call
+            call += 1
+            if call in self._calls:
+                self._add(self._calls.index(call), decode(x0))
+
+        return watch
+
+    def finish(self, images: np.ndarray) -> None:
+        """Take the finished images (B, R, R, 3) uint8 of the batch just watched."""
+        self._add(-1, images)
+
+    def _add(self, frame: int, images: np.ndarray) -> None:
+        self._cells[frame] += [resized(image, self.side) for image in images]
+
+    def write(self, url: str) -> None:
+        """Write the GIF; it repeats without end."""
+        total = len(self.levels)
+        frames = [
+            self._frame(cells, f"NFE {call + 1} of {total}, noise level {self.levels[call]:.2f}")
+            for call, cells in zip(self._calls, self._cells, strict=False)
+        ]
+        frames.append(self._frame(self._cells[-1], f"NFE {total} of {total}, finished"))
+        pause = max(FRAME_MS, RUN_MS // (len(frames) - 1))
+        with storage.atomic_file(url) as path:
+            frames[0].save(
+                path,
+                format="GIF",
+                save_all=True,
+                append_images=frames[1:],
+                duration=[pause] * (len(frames) - 1) + [LAST_MS],
+                loop=0,
+            )
+
+    def _frame(self, cells: Sequence[np.ndarray], caption: str) -> Image.Image:
+        return page(in_rows(cells, self.rows), self.names, caption, LONGEST).quantize(256)

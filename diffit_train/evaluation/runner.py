@@ -238,8 +238,9 @@ def _finish(
     grid = storage.join(url, GRID)
     numbers = "   ".join(f"{name} {value:.3g}" for name, value in values.items())
     title = f"{run}, step {step:,}\n{numbers}"
-    names = class_names(recipe) if recipe.model.conditional else None
-    draw_grid(read_grid(recipe, url), names, title, grid)
+    shown, names = read_grid(recipe, url), class_names(recipe)
+    named = [names[label] for label in shown] if recipe.model.conditional else None
+    draw_grid(list(shown.values()), named, title, grid)
     grid_sha256 = storage.sha256_bytes(storage.read_bytes(grid))
     cost = nfe_per_image(recipe)
     try:

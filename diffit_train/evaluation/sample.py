@@ -12,23 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from diffit_train import storage
 from diffit_train.config import Recipe
 from diffit_train.errors import UserError
-from diffit_train.evaluation.animation import Animation
 from diffit_train.evaluation.generate import (
     Generator,
     class_names,
     file_weights,
     guidance_saving,
-    load_decoder,
     run_weights,
 )
-from diffit_train.evaluation.grid import draw_grid
+from diffit_train.evaluation.grid import Animation, draw_grid, in_rows
 from diffit_train.progress import Progress, counted, say
 from diffit_train.runs.checkpoints import NEWEST
 from diffit_train.runs.run import Run
@@ -85,6 +81,20 @@ def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
     return labels
 
 
+def sample_rows(
+    recipe: Recipe, labels: Sequence[int], seeds: Sequence[int]
+) -> tuple[list[list[tuple[int, int]]], list[str] | None]:
+    """Label and seed of each image of a grid, row by row; and the names of the rows.
+
+    A row is a class; of a model without labels, which makes one image per seed, it is `ROW` images.
+    """
+    if recipe.model.conditional:
+        names = class_names(recipe)
+        rows = [[(label, seed) for seed in seeds] for label in labels]
+        return rows, [names[label] for label in labels]
+    return [[(0, seed) for seed in seeds[n : n + ROW]] for n in range(0, len(seeds), ROW)], None
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """The weights to sample from: a checkpoint of a run, or a file; and the recipe to sample by."""
@@ -93,6 +103,16 @@ class WeightSource:
     step: str = NEWEST
     file: str | None = None
     allow_pickle: bool = False
+
+    def load(self) -> tuple[Generator, str]:
+        """The model, and a description of its weights."""
+        run, recipe = self.run, self.run.recipe
+        if self.file is not None:
+            weights = file_weights(recipe, self.file, self.allow_pickle)
+            return Generator.load(recipe, weights), storage.display_path(self.file)
+        step = run.checkpoint(self.step).step
+        generator = Generator.load(recipe, run_weights(recipe, run.url, step))
+        return generator, f"{run.name}, step {step:,}, {recipe.evaluate.weights}"
 
 
 def sample_images(
@@ -103,84 +123,50 @@ def sample_images(
     batch_size: int,
     animate: bool = False,
 ) -> dict[str, Any]:
-    """Sample images of classes and seeds into a folder; return the content of samples.json."""
-    run, recipe = source.run, source.run.recipe
-    if classes and not recipe.model.conditional:
+    """Sample one image per class and seed into a folder: PNG files, a grid, and samples.json.
+
+    Args:
+        animate: also write the denoising as denoising.gif, as `Animation` does.
+
+    Returns:
+        The content of samples.json.
+    """
+    recipe = source.run.recipe
+    labeled = recipe.model.conditional
+    if classes and not labeled:
         raise UserError(
             f"--class is {classes[0]!r}, but the model has no labels (model.conditional is false); "
             "remove --class"
         )
-    labels, numbers = choose_classes(class_names(recipe), classes), parse_seeds(seeds)
-    if source.file is not None:
-        title = storage.display_path(source.file)
-        weights = file_weights(recipe, source.file, source.allow_pickle)
-    else:
-        step = run.checkpoint(source.step).step
-        title = f"{run.name}, step {step:,}, {recipe.evaluate.weights}"
-        weights = run_weights(recipe, run.url, step)
-    result = sample(recipe, weights, labels, numbers, out, batch_size, title, animate)
-    say(f"{counted(len(result['images']), 'image')} in {storage.display_path(out)}")
-    return result
-
-
-def sample(
-    recipe: Recipe,
-    weights: dict[str, Tensor],
-    labels: Sequence[int],
-    seeds: Sequence[int],
-    out: str,
-    batch_size: int,
-    title: str,
-    animate: bool = False,
-) -> dict[str, Any]:
-    """Generate one image per class and seed: PNG files, a grid, and samples.json.
-
-    Args:
-        labels: the classes; ignored by a model without labels, which makes one image per seed.
-        title: description of the weights, for the grid and samples.json.
-        animate: also write the denoising as denoising.gif, as `Animation` does.
-    """
-    names = class_names(recipe) if recipe.model.conditional else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = Generator(recipe, weights, load_decoder(recipe, device))
+    known = class_names(recipe)
+    rows, names = sample_rows(recipe, choose_classes(known, classes), parse_seeds(seeds))
+    wanted, counts = [pair for row in rows for pair in row], [len(row) for row in rows]
+    generator, title = source.load()
     if saving := guidance_saving(recipe):
         say(saving)
-    wanted = [(label, seed) for label in (labels if names else (0,)) for seed in seeds]
-    animation = None
-    if animate:
-        if names:
-            rows = [len(seeds)] * len(labels)
-        else:
-            rows = [min(ROW, len(seeds) - first) for first in range(0, len(seeds), ROW)]
-        animation = Animation(recipe, rows, [names[label] for label in labels] if names else None)
-    shown: dict[int, list[np.ndarray]] = {}
+    animation = Animation(recipe, counts, names) if animate else None
+    images: list[np.ndarray] = []
     record: list[dict[str, Any]] = []
     with Progress("sample", len(wanted), "images") as progress:
-        for start in range(0, len(wanted), batch_size):
-            chunk = wanted[start : start + batch_size]
-            watch = animation.watcher(generator.decode) if animation else None
-            keys = [(seed, 0) for _, seed in chunk]
-            pixels = generator(keys, [label for label, _ in chunk], watch)
-            if animation:
-                animation.finish(pixels)
-            for image, (label, seed) in zip(pixels, chunk, strict=True):
-                name = f"class{label:04d}-seed{seed:06d}.png" if names else f"seed{seed:06d}.png"
-                with storage.atomic_file(storage.join(out, name)) as path:
-                    Image.fromarray(image).save(path, format="PNG")
-                shown.setdefault(label if names else len(record) // ROW, []).append(image)
-                of_class = {"class": names[label], "label": label} if names else {}
-                record.append({"file": name, **of_class, "seed": seed})
-            progress.update(start + len(chunk))
+        generated = generator.images(wanted, batch_size, animation)
+        for (label, seed), image in zip(wanted, generated, strict=True):
+            file = f"class{label:04d}-seed{seed:06d}.png" if labeled else f"seed{seed:06d}.png"
+            with storage.atomic_file(storage.join(out, file)) as path:
+                Image.fromarray(image).save(path, format="PNG")
+            images.append(image)
+            of_class = {"class": known[label], "label": label} if labeled else {}
+            record.append({"file": file, **of_class, "seed": seed})
+            progress.update(len(images))
     grid = storage.join(out, "grid.png")
     sampler, guidance = recipe.evaluate.sampler, recipe.evaluate.guidance
-    how = f"{sampler.name} {sampler.steps}"
-    if names and guidance.kind != "none":
-        how += f", guidance {guidance.title}"
-    draw_grid(shown, names, f"{title}\n{how}", grid)
+    settings = f"{sampler.name} {sampler.steps}"
+    if labeled and guidance.kind != "none":
+        settings += f", guidance {guidance.title}"
+    draw_grid(in_rows(images, counts), names, f"{title}\n{settings}", grid)
     result = {
         "weights": title,
         "sampler": sampler.model_dump(mode="json"),
-        "guidance": guidance.model_dump(mode="json") if names else None,
+        "guidance": guidance.model_dump(mode="json") if labeled else None,
         "grid": grid,
         "images": record,
     }
@@ -189,4 +175,75 @@ def sample(
         animation.write(file)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     storage.write_text(storage.join(out, "samples.json"), text)
+    say(f"{counted(len(record), 'image')} in {storage.display_path(out)}")
     return result
+
+
+class Model:
+    """The weights of a run's checkpoint, ready to sample.
+
+    Args:
+        run: with the recipe to sample by.
+        step: of the checkpoint.
+        device: such as `cuda:1`; None for a GPU if there is one.
+
+    Attributes:
+        recipe: the run's recipe, with what was changed for sampling.
+        run: name of the run.
+        step: step of the checkpoint.
+        classes: names of the classes; empty for a model without labels.
+    """
+
+    def __init__(self, run: Run, step: int, device: str | None = None) -> None:
+        recipe: Recipe = run.recipe
+        self.recipe, self.run, self.step = recipe, run.name, step
+        self.classes: list[str] = class_names(recipe) if recipe.model.conditional else []
+        self._generator = Generator.load(recipe, run_weights(recipe, run.url, step), device)
+
+    def __repr__(self) -> str:
+        return f"<Model {self.run}, step {self.step:,}, {self.recipe.evaluate.weights}>"
+
+    def sample(
+        self,
+        classes: Sequence[int | str] | None = None,
+        seeds: Sequence[int] = (0,),
+        batch_size: int = 16,
+    ) -> np.ndarray:
+        """Images of each class and seed, (classes * seeds, R, R, 3) uint8, seeds innermost.
+
+        An image is that of `diffit sample`: it depends on its class and seed only, but for
+        rounding.
+
+        Args:
+            classes: numbers or names; None for all. A model without labels has none.
+            seeds: of the noise, 0 or larger.
+            batch_size: images at once.
+
+        Raises:
+            UserError: there is no such class or seed.
+        """
+        if any(seed < 0 for seed in seeds):
+            raise UserError(f"seeds are {list(seeds)}, but must be 0 or larger")
+        wanted = [(label, seed) for label in self._labels(classes) for seed in seeds]
+        images, side = list(self._generator.images(wanted, batch_size)), self.recipe.data.resolution
+        return np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
+
+    def _labels(self, classes: Sequence[int | str] | None) -> list[int]:
+        if not self.classes:
+            if classes:
+                raise UserError(f"classes are {list(classes)}, but the model has no labels")
+            return [0]
+        if classes is None:
+            return list(range(len(self.classes)))
+        labels = []
+        for one in classes:
+            if isinstance(one, str):
+                labels += choose_classes(self.classes, [one])
+            elif 0 <= one < len(self.classes):
+                labels.append(int(one))
+            else:
+                raise UserError(
+                    f"class is {one}, but must be a name or a number from 0 to "
+                    f"{len(self.classes) - 1}"
+                )
+        return labels

@@ -25,7 +25,7 @@ from diffit_train.evaluation.chunks import (
     SPATIAL,
     Range,
 )
-from diffit_train.evaluation.labels import choose_labels
+from diffit_train.evaluation.generate import choose_labels
 from diffit_train.evaluation.metrics import (
     NEIGHBORS,
     FeatureStats,

@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -20,8 +19,8 @@ from diffit_train.config import Recipe
 from diffit_train.config.evaluate import Ddim, PlainSampler, Sampler
 from diffit_train.data.autoencoder import LoadedAutoencoder
 from diffit_train.evaluation.generate import Generator, class_names, load_decoder, run_weights
-from diffit_train.evaluation.grid import draw_grid
-from diffit_train.evaluation.sample import ROW, choose_classes
+from diffit_train.evaluation.grid import draw_grid, in_rows
+from diffit_train.evaluation.sample import ROW, choose_classes, sample_rows
 from diffit_train.runs.run import Run
 from diffit_train.tracking import Tracker, unreachable_errors
 
@@ -87,21 +86,13 @@ class TrainingSamples:
         if self._decoder is None:
             self._decoder = load_decoder(recipe, torch.device("cpu"))
         generator = Generator(recipe, run_weights(recipe, self.run.url, step), self._decoder)
-        names = class_names(recipe) if recipe.model.conditional else None
-        if names:
-            rows = {label: range(SEEDS) for label in choose_classes(names, [])}
-        else:
-            rows = {n: range(n * ROW, (n + 1) * ROW) for n in range(UNLABELED // ROW)}
-        wanted = [(row, seed) for row, seeds in rows.items() for seed in seeds]
-        pixels = generator(
-            [(seed, 0) for _, seed in wanted], [row if names else 0 for row, _ in wanted]
-        )
-        shown: dict[int, list[np.ndarray]] = {row: [] for row in rows}
-        for image, (row, _) in zip(pixels, wanted, strict=True):
-            shown[row].append(image)
+        count = SEEDS if recipe.model.conditional else UNLABELED
+        rows, names = sample_rows(recipe, choose_classes(class_names(recipe), []), range(count))
+        wanted = [pair for row in rows for pair in row]
+        images = in_rows(generator.images(wanted, len(wanted)), [len(row) for row in rows])
         sampler, weights = recipe.evaluate.sampler, recipe.evaluate.weights
         title = f"{self.run.name}, step {step:,}, {weights}\n{sampler.name} {sampler.steps}"
-        draw_grid(shown, names, title, self._file(step))
+        draw_grid(images, names, title, self._file(step))
 
     def send(self, mlflow_run_id: str) -> None:
         """Log the grids that the MLflow run lacks.

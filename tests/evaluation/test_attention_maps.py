@@ -18,8 +18,8 @@ from diffit_train.evaluation.attention_maps import (
     attended_window,
     attention_of,
     draw_trajectories,
-    record,
     recorded,
+    trajectory,
 )
 from diffit_train.evaluation.generate import Generator
 from diffit_train.models.attention import TMSA, SelfAttention
@@ -91,7 +91,7 @@ def test_the_recorded_weights_are_those_of_the_kernel(kind: str) -> None:
 
 def test_the_whole_trajectory_is_recorded(generator: Generator, tmp_path: Path) -> None:
     plain = generator([(3, 0)], [0])[0]
-    row = record(generator, 0, 3, (5, 6), None, "a run")
+    row = trajectory(generator, 0, 3, (5, 6), None, "a run")
     assert np.array_equal(row.image, plain)
     # Six steps of Heun are eleven evaluations, of which eight are shown.
     assert row.maps.shape == (8, 8, 8)
@@ -112,7 +112,7 @@ def test_blocks_and_tokens_that_do_not_exist_are_refused(generator: Generator) -
     with pytest.raises(UserError, match=r"--block is 7, but the blocks with attention are 0, 1, 2"):
         attention_of(generator.model, 7)
     with pytest.raises(UserError, match=r"--token is 8,0, but rows and columns go from 0 to 7"):
-        record(generator, 0, 0, (8, 0), None, "a run")
+        trajectory(generator, 0, 0, (8, 0), None, "a run")
     assert parse_token("3, 5") == (3, 5)
     for text in ("3", "a,b", "-1,2", ""):
         with pytest.raises(UserError, match="must be ROW,COL"):

@@ -7,8 +7,7 @@ import pytest
 from scipy.stats import chi2, chisquare
 
 from diffit_train.config import load_recipe
-from diffit_train.evaluation.generate import ImageNoise
-from diffit_train.evaluation.labels import choose_labels
+from diffit_train.evaluation.generate import ImageNoise, choose_labels
 
 
 @pytest.mark.parametrize("seed", [0, 1])

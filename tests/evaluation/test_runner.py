@@ -27,7 +27,7 @@ from diffit_train.evaluation.actors import EvaluationTarget
 from diffit_train.evaluation.best import register_best
 from diffit_train.evaluation.chunks import Range, committed_chunks, read_chunk_images
 from diffit_train.evaluation.evaluate import evaluate_run
-from diffit_train.evaluation.labels import choose_labels
+from diffit_train.evaluation.generate import choose_labels
 from diffit_train.evaluation.pool import EvaluationPool, Generation
 from diffit_train.evaluation.result import (
     Evaluation,

@@ -16,7 +16,7 @@ from diffit_train.api import train
 from diffit_train.cli.options import output
 from diffit_train.config import load_recipe
 from diffit_train.errors import UserError
-from diffit_train.evaluation.animation import Animation
+from diffit_train.evaluation.grid import Animation
 from diffit_train.evaluation.sample import WeightSource, choose_classes, parse_seeds, sample_images
 from diffit_train.runs.checkpoints import Checkpoint, Checkpoints
 from diffit_train.runs.import_export import export_weights, import_file, recipe_of_weights
@@ -245,9 +245,9 @@ def test_a_model_without_labels_makes_one_image_per_seed(
     assert [image["file"] for image in result["images"]] == names
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == names
     assert all(image.keys() == {"file", "seed"} for image in result["images"])
-    ((shown, classes, title, _),) = drawn
-    assert [len(row) for row in shown.values()] == [10, 2]
-    assert classes is None
+    ((rows, row_names, title, _),) = drawn
+    assert [len(row) for row in rows] == [10, 2]
+    assert row_names is None
     assert "guidance" not in title
     with pytest.raises(UserError, match="the model has no labels .*remove --class"):
         sample_images(source, ["a"], "0", str(tmp_path / "out"), 8)
