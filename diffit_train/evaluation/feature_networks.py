@@ -6,7 +6,7 @@ A Frechet distance on the classifier's features is called fd_NAME, never FID.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,6 +61,13 @@ class Classifier(nn.Module):
         features = self.to_features(self.body(x))
         return features, self.to_classes(nn.functional.silu(features))
 
+    @torch.no_grad()
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """As `FeatureNetwork.extract`."""
+        x = torch.from_numpy(to_model_range(pixels)).to(self.to_features.weight.device)
+        features, logits = self(x)
+        return {FEATURES: features.cpu().numpy(), PREDICTIONS: logits.argmax(1).cpu().numpy()}
+
 
 class FeatureNetwork(Protocol):
     """A network on a device.
@@ -78,17 +85,6 @@ class FeatureNetwork(Protocol):
         """
 
 
-class _ClassifierFeatures:
-    def __init__(self, model: Classifier, device: torch.device) -> None:
-        self.model, self.device = model.to(device).eval().requires_grad_(False), device
-
-    @torch.no_grad()
-    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        x = torch.from_numpy(to_model_range(pixels)).to(self.device)
-        features, logits = self.model(x)
-        return {FEATURES: features.cpu().numpy(), PREDICTIONS: logits.argmax(1).cpu().numpy()}
-
-
 class _InceptionFeatures:
     def __init__(self, model: Inception, device: torch.device) -> None:
         self.model, self.device = model, device
@@ -103,6 +99,33 @@ class _InceptionFeatures:
         }
 
 
+class _CustomFeatures:
+    """A network of another package; what it returns is checked."""
+
+    def __init__(self, recipe: Recipe, section: CustomFeatures, device: torch.device) -> None:
+        # The hash of its file, if it has one, is that of its first use.
+        features_digest(recipe)
+        file = section.source and storage.local_copy(features_url(recipe))
+        with file or nullcontext() as path:
+            source = None if path is None else str(path)
+            network = FEATURE_KINDS.make(section.kind, section.options, source, device)
+        require(FEATURE_KINDS.key, section.kind, network, ["extract"])
+        self.name, self.network = section.kind, network
+
+    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        rows: dict[str, np.ndarray] = self.network.extract(pixels)
+        features = rows.get(FEATURES) if isinstance(rows, dict) else None
+        shape = getattr(features, "shape", None)
+        if features is None or len(features.shape) != 2 or len(features) != len(pixels):
+            raise UserError(
+                f"{FEATURE_KINDS.key} is {self.name!r}, whose extract returned "
+                f"{type(rows).__name__ if shape is None else f'{FEATURES} of shape {shape}'} for "
+                f"{len(pixels)} images; it must return a dictionary with {FEATURES!r}, one row of "
+                "float32 per image"
+            )
+        return {FEATURES: np.asarray(features, np.float32)}
+
+
 def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
     """The recipe's feature network, after verifying the hash of its weights.
 
@@ -112,56 +135,19 @@ def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
     """
     section = recipe.evaluate.features
     if isinstance(section, CustomFeatures):
-        return _custom_features(recipe, section, device)
+        return _CustomFeatures(recipe, section, device)
+    url = features_url(recipe)
     if section.kind == "inception":
-        source = features_url(recipe)
-        network, _ = load_inception(source, device, any_weights=not section.published)
+        network, _ = load_inception(url, device, any_weights=not section.published)
         return _InceptionFeatures(network, device)
-    return _ClassifierFeatures(_load_classifier(recipe), device)
-
-
-class _CheckedFeatures:
-    """A network of another package; what it returns is checked."""
-
-    def __init__(self, name: str, network: Any) -> None:
-        self.name, self.network = name, network
-
-    def extract(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = self.network.extract(pixels)
-        features = found.get(FEATURES) if isinstance(found, dict) else None
-        shape = getattr(features, "shape", None)
-        if features is None or len(features.shape) != 2 or len(features) != len(pixels):
-            raise UserError(
-                f"{FEATURE_KINDS.key} is {self.name!r}, whose extract returned "
-                f"{type(found).__name__ if shape is None else f'{FEATURES} of shape {shape}'} for "
-                f"{len(pixels)} images; it must return a dictionary with {FEATURES!r}, one row of "
-                "float32 per image"
-            )
-        return {FEATURES: np.asarray(features, np.float32)}
-
-
-def _custom_features(
-    recipe: Recipe, section: CustomFeatures, device: torch.device
-) -> FeatureNetwork:
-    # The hash of its file, if it has one, is that of its first use.
-    features_digest(recipe)
-    file = section.source and storage.local_copy(features_url(recipe))
-    with file or nullcontext() as path:
-        source = None if path is None else str(path)
-        network = FEATURE_KINDS.make(section.kind, section.options, source, device)
-    require(FEATURE_KINDS.key, section.kind, network, ["extract"])
-    return _CheckedFeatures(section.kind, network)
-
-
-def _load_classifier(recipe: Recipe) -> Classifier:
-    info, url = features_info(recipe), features_url(recipe)
+    info = features_info(recipe)
     with storage.local_copy(storage.join(url, WEIGHTS)) as path:
         if not path.exists() or storage.sha256_file(path) != info.sha256:
             raise DiffitError(f"{url}/{WEIGHTS} is missing or damaged; delete {url} and fit again")
         weights = load_file(path)
     model = Classifier(info.resolution, len(info.classes), info.channels, info.features)
     model.load_state_dict(weights)
-    return model
+    return model.to(device).eval().requires_grad_(False)
 
 
 def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
@@ -199,20 +185,13 @@ def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:
     with torch.no_grad():
         predictions = model(x[held_out])[1].argmax(1)
     accuracy = float((predictions == y[held_out]).double().mean())
-    return _save_classifier(recipe, url, model, identity, list(listing.classes), accuracy)
-
-
-def _save_classifier(
-    recipe: Recipe, url: str, model: Classifier, identity: str, classes: list[str], accuracy: float
-) -> FeaturesInfo:
-    section = classifier_fit(recipe)
     with storage.atomic_file(storage.join(url, WEIGHTS)) as path:
         save_file(model.state_dict(), str(path))
         sha256 = storage.sha256_file(path)
     info = FeaturesInfo(
         identity=identity,
         resolution=recipe.data.resolution,
-        classes=classes,
+        classes=list(listing.classes),
         channels=list(section.channels),
         features=section.features,
         held_out_accuracy=accuracy,
