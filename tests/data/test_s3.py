@@ -25,7 +25,7 @@ from diffit_train.runs.checkpoints import Checkpoint, Checkpoints, save_whole
 from diffit_train.runs.lease import acquire
 from tests.conftest import tiny_recipe
 from tests.data.test_sources import write_as
-from tests.evaluation.test_reference_files import CONTENT, serving
+from tests.evaluation.test_references import CONTENT, serving
 from tests.made import make_state
 from tests.s3 import BUCKET, S3Server
 
