@@ -55,7 +55,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+def choose_classes(names: Sequence[str], wanted: Sequence[int | str]) -> list[int]:
     """Labels of classes given by name or number; evenly spaced ones if none is given.
 
     Names take precedence over numbers: class `7` of the digits is the class named `7`.
@@ -68,16 +68,16 @@ def choose_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
         return [int(label) for label in spread]
     by_name = {name: label for label, name in enumerate(names)}
     labels = []
-    for text in wanted:
-        if text in by_name:
-            labels.append(by_name[text])
-        elif text.isdigit() and int(text) < len(names):
-            labels.append(int(text))
-        else:
+    for given in wanted:
+        label = by_name.get(given, given) if isinstance(given, str) else given
+        if isinstance(label, str):
+            label = int(label) if label.isdigit() else -1
+        if not 0 <= label < len(names):
             raise UserError(
-                f"--class is {text!r}, but must be a number from 0 to {len(names) - 1} or a class "
+                f"class is {given!r}, but must be a number from 0 to {len(names) - 1} or a class "
                 f"name: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
             )
+        labels.append(int(label))
     return labels
 
 
@@ -235,15 +235,4 @@ class Model:
             return [0]
         if classes is None:
             return list(range(len(self.classes)))
-        labels = []
-        for one in classes:
-            if isinstance(one, str):
-                labels += choose_classes(self.classes, [one])
-            elif 0 <= one < len(self.classes):
-                labels.append(int(one))
-            else:
-                raise UserError(
-                    f"class is {one}, but must be a name or a number from 0 to "
-                    f"{len(self.classes) - 1}"
-                )
-        return labels
+        return choose_classes(self.classes, classes) if classes else []

@@ -64,7 +64,7 @@ def test_version() -> None:
         (["evaluate", "demo"], ["run 'demo' does not exist"]),
         (["compare"], ["mlflow.db", "train first"]),
         (["plan", "demo", "--gpu", "H9"], ["--gpu is 'H9'", "H100"]),
-        (["sample", "demo", "--class", "eleven"], ["--class is 'eleven'", "0 to 9"]),
+        (["sample", "demo", "--class", "eleven"], ["class is 'eleven'", "0 to 9"]),
         (["sample", "demo"], ["run 'demo' does not exist", "--run"]),
         (["sample", "demo", "evaluate.sampler.steps=-3"], ["evaluate.sampler.steps is -3"]),
         (["sample", "demo", "evaluate.sampler.steps=2000"], ["steps is 2000", "(1000)"]),

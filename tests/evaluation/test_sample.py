@@ -40,7 +40,7 @@ def test_classes_by_name_and_number() -> None:
     assert choose_classes(names, []) == [0, 1, 2]
     assert choose_classes([str(i) for i in range(1000)], [])[-1] == 999
     for wrong in ("bird", "3", "-1"):
-        with pytest.raises(UserError, match=f"--class is '{wrong}', .* 0 to 2 .*: cat, 1, dog"):
+        with pytest.raises(UserError, match=f"{wrong}.*cat, 1, dog"):
             choose_classes(names, [wrong])
 
 
