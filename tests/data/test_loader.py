@@ -224,7 +224,7 @@ def test_a_damaged_shard_reaches_the_consumer(
         (tmp_path / shard.name).write_bytes((Path(url) / shard.name).read_bytes())
     order = SampleOrder([s.count for s in manifest.shards], 8, 4, 5, seed=3)
     loader = LatentLoader(str(tmp_path), manifest, order, order.rank_streams(0, 1), 0, _as_it_is)
-    with pytest.raises(DiffitError, match=r"shard-000003\.tar is missing"), loader:
+    with pytest.raises(DiffitError, match=r"shard-000003\.tar"), loader:
         for batch in loader:
             assert batch.step < 20
 

@@ -289,10 +289,10 @@ def test_broken_archives_are_refused(
 
 def test_a_wrong_format_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "images" / "digits")
-    with pytest.raises(UserError, match=r"is a folder, but data\.format is 'tar'"):
+    with pytest.raises(UserError, match=r"data\.format is 'tar'"):
         list_images(tiny_recipe(tmp_path, "data.format=tar"))
     (tmp_path / "x.tar").write_bytes(_tar([("a/1.png", b"")]))
-    with pytest.raises(UserError, match=r"is not a folder, but data\.format is 'folder'"):
+    with pytest.raises(UserError, match=r"data\.format is 'folder'"):
         list_images(tiny_recipe(tmp_path, "data.format=folder", f"data.source={tmp_path}/x.tar"))
 
 
@@ -309,7 +309,7 @@ def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
         return real(path)
 
     monkeypatch.setattr("os.scandir", refusing)
-    with pytest.raises(UserError, match=r"digits/b is not readable"):
+    with pytest.raises(UserError, match=r"digits/b"):
         list_images(tiny_recipe(tmp_path))
 
 

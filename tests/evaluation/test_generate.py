@@ -117,9 +117,9 @@ def test_features_are_deterministic_and_guarded(project: Path, tmp_path: Path) -
     alone = network.extract(pixels[2:3])
     np.testing.assert_allclose(alone[FEATURES][0], rows[FEATURES][2], atol=1e-5)
     assert 0 <= features_info(recipe).held_out_accuracy <= 1
-    with pytest.raises(UserError, match="feature network of another recipe"):
+    with pytest.raises(UserError, match=r"evaluate\.features"):
         fit_features(tiny_recipe(project, "evaluate.features.fit.steps=11"))
-    with pytest.raises(UserError, match="'inception', which is not fitted"):
+    with pytest.raises(UserError, match="'inception'"):
         fit_features(load_recipe("imagenet256"))
     with pytest.raises(UserError, match="diffit fit features"):
         load_features(tiny_recipe(tmp_path), CPU)

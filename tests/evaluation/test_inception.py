@@ -334,9 +334,7 @@ def test_both_kinds_of_file_are_read(
     for name, value in network.state_dict().items():
         assert torch.equal(state[name], value) and torch.equal(value, weights[name]), name
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(
-        UserError, match=r"cannot read weights from \S*random\.pth \(.+\); set eval"
-    ):
+    with pytest.raises(UserError, match=r"random\.pth .*evaluate\.features\.source"):
         load_inception(str(path), CPU, any_weights=True)
 
 
@@ -380,7 +378,7 @@ class _Code:
 def test_code_in_a_weight_file_is_not_run(tmp_path: Path) -> None:
     path, target = tmp_path / "code.pth", tmp_path / "written"
     torch.save({"fc.weight": _Code(str(target))}, path)
-    with pytest.raises(UserError, match=r"cannot read weights from \S*code\.pth"):
+    with pytest.raises(UserError, match=r"code\.pth"):
         load_inception(str(path), CPU, any_weights=True)
     assert not target.exists()
     # Check the file itself: a plain load does run its code.
@@ -398,7 +396,7 @@ def test_code_in_a_weight_file_is_not_run(tmp_path: Path) -> None:
 )
 def test_damaged_files_are_named(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"cannot read weights from \S*{name}"):
+    with pytest.raises(UserError, match=name):
         load_inception(str(tmp_path / name), CPU, any_weights=True)
 
 
@@ -410,7 +408,7 @@ def test_a_list_of_tensors_is_rejected(tmp_path: Path) -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     for source in (str(tmp_path / "none.pth"), "memory://inception/none.pth"):
-        with pytest.raises(UserError, match=f"there is no Inception weight file {source}; set"):
+        with pytest.raises(UserError, match=source):
             load_inception(source, CPU)
 
 
@@ -479,7 +477,7 @@ def test_a_wrong_download_is_not_kept(
     hits: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inception, "INCEPTION_SHA256", "0" * 64)
-    with pytest.raises(UserError, match=r"\(received 7,000 bytes with SHA-256 .*\); try again, or"):
+    with pytest.raises(UserError, match=r"7,000 bytes.*SHA-256"):
         weights_file("published")
     monkeypatch.setattr(inception, "WEIGHTS_URL", inception.WEIGHTS_URL + ".old")
     with pytest.raises(UserError, match="404"):
@@ -508,5 +506,5 @@ def test_a_cache_folder_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
-    with pytest.raises(UserError, match=r"cannot write to the cache folder .*taken/diffit: Not a"):
+    with pytest.raises(UserError, match=r"taken/diffit"):
         weights_file("published")

@@ -429,7 +429,7 @@ def test_a_sweep_runs_locally_and_resumes(
     assert again["rows"] == rows
     after = {p: p.stat().st_mtime_ns for p in lost.parent.rglob("result.json")}
     assert {p for p in kept if kept[p] != after[p]} == {lost / "result.json"}
-    with pytest.raises(UserError, match="another sweep 'first'"):
+    with pytest.raises(UserError, match="'first'"):
         run_sweep(open_run(recipe, "tiny"), ["0"], texts, "first")
 
 
@@ -523,9 +523,7 @@ def test_a_chunk_of_another_evaluation_is_rejected(
     part = "0000004-0000008"
     for name in (f"chunk-{part}.json", f"chunk-{part}.safetensors", f"images-{part}.npy"):
         shutil.copy(Path(first.grid).parent / name, folder)
-    with pytest.raises(
-        DiffitError, match=r"chunk-0000004-0000008\S* belongs to another evaluation"
-    ):
+    with pytest.raises(DiffitError, match=r"chunk-0000004-0000008"):
         evaluate(recipe, "tiny", [12])
 
 

@@ -106,7 +106,7 @@ def test_one_name_is_one_sweep(tmp_path: Path) -> None:
             "first",
         ),
     ):
-        with pytest.raises(UserError, match=r"another sweep 'first' .* with --name"):
+        with pytest.raises(UserError, match=r"'first' .*--name"):
             open_sweep(changed, root)
     assert read_sweep(sweep.url(root)) == sweep
     with pytest.raises(UserError, match="there is no sweep in"):
