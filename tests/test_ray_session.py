@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,17 +106,18 @@ def test_stages_ask_for_what_the_recipe_says_they_need(
 
     monkeypatch.setattr(ray_session, "require", require)
     monkeypatch.setattr(ray_session, "connected", lambda *_: nullcontext())
-    for name in ("_check_latents", "_check_order", "tracking_uri", "_kernel"):
-        monkeypatch.setattr(driver, name, lambda *_: None)
+    monkeypatch.setattr(driver, "_check", lambda run: None)
     changes = ["workers=3..4", "cpus_per_worker=4", "gpus_per_worker=1", "evaluate_actors=4"]
     changes += ["encode_actors=3", "gpus_per_actor=0.5", "node_wait_timeout_s=600"]
     recipe = tiny_recipe(tmp_path, *(f"scaling.{change}" for change in changes))
     run = {
-        "encode": lambda: ExitStack().enter_context(encode._cluster(recipe, None)),
+        "encode": lambda: encode.encode(recipe),
         "train": lambda: driver.train(open_run(recipe, "tiny")),
         "evaluate": lambda: EvaluationPool(recipe).actors,
     }[stage]
-    monkeypatch.setattr(encode, "_require_autoencoder", lambda recipe: None)
+    monkeypatch.setattr(encode, "find_work", lambda *_: SimpleNamespace(tasks=()))
+    for name in ("require_autoencoder", "_check_rejected"):
+        monkeypatch.setattr(encode, name, lambda *_: None)
     with pytest.raises(_Asked) as asked:
         run()
     assert asked.value.args == needs

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffit_train.evaluation import node_weights
+from diffit_train.runs.checkpoints import Checkpoint
 from tests.conftest import tiny_recipe
 
 
@@ -25,7 +26,7 @@ def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(node_weights, "node_folder", lambda: tmp_path / "copies")
     monkeypatch.setattr(node_weights, "run_weights", read)
-    monkeypatch.setattr(node_weights, "checkpoint_digest", lambda source, step: f"{step}")
+    monkeypatch.setattr(Checkpoint, "digest", property(lambda checkpoint: f"{checkpoint.step}"))
     return found
 
 
@@ -80,7 +81,7 @@ def _slow_reader(root: Path, folder: Path) -> None:
 
     node_weights.node_folder = lambda: folder / "copies"
     node_weights.run_weights = read
-    node_weights.checkpoint_digest = lambda source, step: "digest"
+    Checkpoint.digest = property(lambda checkpoint: "digest")  # type: ignore[method-assign, assignment]
     found = node_weights.node_weights(tiny_recipe(root), "run", 7)
     assert float(found["weight"].sum()) == 42.0
 
