@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffit_train import config, storage
 from diffit_train.config import Recipe
 from diffit_train.config.evaluate import DATASET
-from diffit_train.data.autoencoder_source import resolve_alias
+from diffit_train.data.alias import resolve_alias
 from diffit_train.data.manifest import Manifest, finished_manifest, latents_url, missing_files
 from diffit_train.errors import UserError, first_line
 from diffit_train.evaluation import evaluate as evaluation

@@ -127,7 +127,7 @@ def here() -> Iterator[None]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with images, a fitted autoencoder and fitted features; read-only."""
     from diffit_train.data.fit import fit_autoencoder
-    from diffit_train.evaluation.features import fit_features
+    from diffit_train.evaluation.feature_networks import fit_features
 
     root = tmp_path_factory.mktemp("project")
     write_images(root / "images" / "digits")

@@ -24,8 +24,8 @@ from diffit_train.data.reading import read_items
 from diffit_train.data.sources import list_images
 from diffit_train.diffusion.objective import load_objective, nfe_per_image
 from diffit_train.errors import UserError
-from diffit_train.evaluation.feature_networks import load_features
-from diffit_train.evaluation.features import features_digest, fit_features
+from diffit_train.evaluation.feature_networks import fit_features, load_features
+from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.sample import WeightSource, sample_images
 from diffit_train.export.folder import export_folder
 from diffit_train.jobs.plan import Machine, plan

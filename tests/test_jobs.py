@@ -50,7 +50,7 @@ def test_a_chain_of_jobs_and_a_second_attempt(
     address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from diffit_train.data.fit import fit_autoencoder
-    from diffit_train.evaluation.features import fit_features
+    from diffit_train.evaluation.feature_networks import fit_features
 
     write_images(tmp_path / "images" / "digits")
     recipe = tiny_recipe(tmp_path)

@@ -25,10 +25,10 @@ from diffit_train.cli.options import (
 )
 from diffit_train.cli.pipeline import run_pipeline
 from diffit_train.cli.sweep import FleetOptions, run_fleet
+from diffit_train.config import Recipe
 from diffit_train.config.ablations import SCALES, Ablation, ablation_names, find_ablation
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.best import best_metric
-from diffit_train.evaluation.features import fit_features
 from diffit_train.evaluation.result import Evaluation, Result
 from diffit_train.jobs.job import Job
 from diffit_train.progress import print_rows, say
@@ -106,9 +106,7 @@ def run_as_jobs(name: str, jobs: list[Job], parallel: bool, fleet: FleetOptions)
     Raises:
         DiffitError: some failed for good; the others are kept.
     """
-    recipe = jobs[0].run.recipe
-    if recipe.evaluate.features.kind == "classifier":
-        fit_features(recipe)
+    _fit_classifier(jobs[0].run.recipe)
     waiting = [job for job in jobs if not _is_done(job)]
     batches = [waiting[:1], waiting[1:]] if parallel else [[job] for job in waiting]
     states = [
@@ -132,6 +130,14 @@ def run_as_jobs(name: str, jobs: list[Job], parallel: bool, fleet: FleetOptions)
         )
 
 
+def _fit_classifier(recipe: Recipe) -> None:
+    """Fit the recipe's feature network, if it is one to fit."""
+    if recipe.evaluate.features.kind == "classifier":
+        from diffit_train.evaluation.feature_networks import fit_features
+
+        fit_features(recipe)
+
+
 def _is_done(job: Job) -> bool:
     """Whether a run is trained to its last step and evaluated."""
     return _finished(job.run.refresh()) is not None
@@ -147,8 +153,7 @@ def _distance(run: Run, address: str | None) -> float:
     """The Frechet distance of a run, after every stage that is not finished."""
     recipe, result = run.recipe, _finished(run)
     if result is None:
-        if recipe.evaluate.features.kind == "classifier":
-            fit_features(recipe)
+        _fit_classifier(recipe)
         (result,) = run_pipeline(recipe, run.name, address=address)[1]
     return result.metrics[best_metric(recipe)]
 

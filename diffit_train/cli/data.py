@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from diffit_train.cli.options import Overrides, RecipeName, Root, read_recipe
-from diffit_train.evaluation.features import fit_features
 
 
 def data_digits_command(
@@ -57,4 +56,6 @@ def fit_command(
 
         fit_autoencoder(recipe)
     else:
+        from diffit_train.evaluation.feature_networks import fit_features
+
         fit_features(recipe)

@@ -32,6 +32,7 @@ from diffit_train.evaluation.features import (
     features_url,
 )
 from diffit_train.evaluation.inception import Inception, load_inception
+from diffit_train.progress import say
 
 WEIGHTS = "model.safetensors"
 CLASSIFIER_STATE = "fit-state.safetensors"
@@ -148,6 +149,30 @@ def load_features(recipe: Recipe, device: torch.device) -> FeatureNetwork:
     model = Classifier(info.resolution, len(info.classes), info.channels, info.features)
     model.load_state_dict(weights)
     return model.to(device).eval().requires_grad_(False)
+
+
+def fit_features(recipe: Recipe) -> FeaturesInfo:
+    """Fit the recipe's feature network; keep a finished one, resume a killed fit.
+
+    Raises:
+        UserError: the folder holds another network, or the images cannot be read.
+    """
+    url, fit = features_url(recipe), classifier_fit(recipe).model_dump(mode="json")
+    identity = storage.digest([recipe.image_identity(), fit])
+    if storage.exists(storage.join(url, "features.json")):
+        info = features_info(recipe)
+        if info.identity != identity:
+            raise UserError(
+                f"{url} holds the feature network of another recipe; set evaluate.features.source "
+                "to another folder, or delete that one"
+            )
+        say(f"feature network {storage.display_path(url)} is already fitted")
+        return info
+    storage.require_writable(recipe.storage.root)
+    info = fit_classifier(recipe, identity)
+    accuracy = f"held-out accuracy {info.held_out_accuracy:.1%}"
+    say(f"feature network {storage.display_path(url)}: {accuracy}")
+    return info
 
 
 def fit_classifier(recipe: Recipe, identity: str) -> FeaturesInfo:

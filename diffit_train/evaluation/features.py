@@ -21,7 +21,6 @@ from diffit_train.config.evaluate import (
     FeaturesFit,
 )
 from diffit_train.errors import DiffitError, UserError, redact
-from diffit_train.progress import say
 
 # Published weights, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -69,32 +68,6 @@ def features_info(recipe: Recipe) -> FeaturesInfo:
     ):
         if mine != theirs:
             raise UserError(f"{key} is {mine}, but the feature network {url} is for {theirs}")
-    return info
-
-
-def fit_features(recipe: Recipe) -> FeaturesInfo:
-    """Fit the recipe's feature network; keep a finished one, resume a killed fit.
-
-    Raises:
-        UserError: the folder holds another network, or the images cannot be read.
-    """
-    url, fit = features_url(recipe), classifier_fit(recipe).model_dump(mode="json")
-    identity = storage.digest([recipe.image_identity(), fit])
-    if storage.exists(storage.join(url, "features.json")):
-        info = features_info(recipe)
-        if info.identity != identity:
-            raise UserError(
-                f"{url} holds the feature network of another recipe; set evaluate.features.source "
-                "to another folder, or delete that one"
-            )
-        say(f"feature network {storage.display_path(url)} is already fitted")
-        return info
-    from diffit_train.evaluation.feature_networks import fit_classifier  # imports torch
-
-    storage.require_writable(recipe.storage.root)
-    info = fit_classifier(recipe, identity)
-    accuracy = f"held-out accuracy {info.held_out_accuracy:.1%}"
-    say(f"feature network {storage.display_path(url)}: {accuracy}")
     return info
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from diffit_train import storage
 from diffit_train.config.evaluate import PUBLISHED
 from diffit_train.errors import UserError
+from diffit_train.evaluation.download import download
 from diffit_train.evaluation.features import INCEPTION_SHA256
-from diffit_train.evaluation.references import download
 from diffit_train.models.precision import tf32
 
 WEIGHTS_URL = (

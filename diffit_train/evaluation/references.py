@@ -8,16 +8,13 @@ they depend on; downloads are kept there as well, verified by SHA-256 at each la
 from __future__ import annotations
 
 import functools
-import math
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
@@ -48,6 +45,7 @@ from diffit_train.evaluation.committed import (
     read_record,
     write_record,
 )
+from diffit_train.evaluation.download import download
 from diffit_train.evaluation.features import features_digest
 from diffit_train.evaluation.metrics import FeatureStats
 from diffit_train.progress import Progress, say
@@ -63,7 +61,6 @@ SMALLEST_PART = 512
 LAYOUT = 3
 # Images per batch of the network.
 BATCH = 64
-_DOWNLOAD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -332,42 +329,6 @@ class ReferenceSource:
 def _sha256(file: str, fingerprint: str) -> str:
     with storage.local_copy(file) as path:
         return storage.sha256_file(path)
-
-
-def download(url: str, target: Path, title: str, expected_bytes: int | None = None) -> None:
-    """Download `url` to `target`, showing rate and time left.
-
-    The caller commits the target; after an error it is incomplete.
-
-    Args:
-        title: title of the progress display.
-        expected_bytes: total for the progress display if the server does not announce it.
-
-    Raises:
-        OSError, http.client.HTTPException: `url` cannot be reached, or the transfer broke off.
-    """
-
-    def is_silence(error: BaseException) -> bool:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        return isinstance(reason, TimeoutError)
-
-    request = urllib.request.Request(url, headers={"User-Agent": "diffit"})
-    seconds = storage.attempt_s()
-    with (
-        storage.retry(str(urlsplit(url).hostname), is_silence)(
-            lambda: urllib.request.urlopen(request, timeout=seconds)
-        ) as answer,
-        target.open("wb") as file,
-    ):
-        announced = answer.headers.get("Content-Length")
-        total = int(announced) if announced else expected_bytes or 0
-        with Progress(title, math.ceil(total / 1e6), "MB") as progress:
-            while data := answer.read(_DOWNLOAD_BYTES):
-                file.write(data)
-                progress.update(math.ceil(file.tell() / 1e6))
-        # A connection closed early ends the stream without an error.
-        if announced and file.tell() != total:
-            raise OSError(f"the transfer broke off after {file.tell():,} of {total:,} bytes")
 
 
 # ---- From a file ----

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from diffit_train import storage
 from diffit_train.config import Recipe, load_recipe, load_recipe_text, packaged_recipes, validate
 from diffit_train.config.base import flatten
-from diffit_train.data.autoencoder_source import resolve_alias
+from diffit_train.data.alias import resolve_alias
 from diffit_train.errors import UserError
 from diffit_train.progress import say
 from diffit_train.runs.run import Project, Run, differences, open_run

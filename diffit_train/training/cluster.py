@@ -16,13 +16,8 @@ from diffit_train.progress import Progress, loss_and_rate, say
 from diffit_train.ray_session import missing_resources
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.run import Run
-from diffit_train.training.coordinator import (
-    PLACEMENT_S,
-    Failure,
-    News,
-    cause_of,
-    start_coordinator,
-)
+from diffit_train.training.coordinator import PLACEMENT_S, News, start_coordinator
+from diffit_train.training.failures import Failure, cause_of
 
 # A run of fixed size waits at least this long for a node, as nodes come back from a reboot.
 LOST_NODE_WAIT_S = 300.0

@@ -11,18 +11,16 @@ import math
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffit_train import ray_session, storage
-from diffit_train.config.scaling import Scaling
 from diffit_train.errors import DiffitError
 from diffit_train.progress import counted
 from diffit_train.runs.run import Run
+from diffit_train.training.failures import Failure, Limits
 
 # For how long Ray Train tries to place workers.
 PLACEMENT_S = 20.0
@@ -31,59 +29,6 @@ RAY_TRAIN = {
     "HEALTH_CHECK_INTERVAL_S": "0.5",
     "WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_S:g}",
 }
-
-
-class Failure(NamedTuple):
-    """Why a worker group failed.
-
-    Attributes:
-        cause: one line.
-        final: restarting the workers would not help.
-        preempted: Ray had announced the end of a node.
-    """
-
-    cause: str
-    final: bool = False
-    preempted: bool = False
-
-
-@dataclass
-class Limits:
-    """Counts failures against `scaling.max_failures`; preemptions are none.
-
-    A new checkpoint since the last failure makes the next one the first. Ray Train's own limits
-    are off: they count over the whole life of a run.
-    """
-
-    scaling: Scaling
-    newest_step: int
-    failures: int = 0
-
-    def count(self, failure: Failure, newest_step: int) -> str:
-        """Count a failure; returns a line for the user.
-
-        Args:
-            newest_step: of the newest checkpoint.
-
-        Raises:
-            DiffitError: restarting would not help, or there were too many.
-        """
-        if failure.final:
-            raise DiffitError(failure.cause)
-        if failure.preempted:
-            return "Restarting the workers: their node was preempted"
-        if newest_step > self.newest_step:
-            self.newest_step, self.failures = newest_step, 0
-        self.failures += 1
-        most = self.scaling.max_failures
-        since = f"since the checkpoint of step {self.newest_step:,}"
-        if 0 <= most < self.failures:
-            raise DiffitError(
-                f"{failure.cause} (failures {since}: {self.failures}; scaling.max_failures is "
-                f"{most})"
-            )
-        which = f"failure {self.failures}" + (f" of {most} allowed" if most >= 0 else "")
-        return f"Restarting the workers: {failure.cause} ({which} {since})"
 
 
 class News(NamedTuple):
@@ -245,20 +190,6 @@ def start_coordinator() -> Any:
     if settings := {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}:
         options["runtime_env"] = {"env_vars": settings}
     return ray.remote(concurrency_groups={"fit": 1}, **options)(Coordinator).remote()
-
-
-def cause_of(error: BaseException) -> str:
-    """The last line of the innermost failure: the actual error."""
-    failures = getattr(error, "worker_failures", None) or {}
-    text = str(next(iter(failures.values()), error))
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-def was_preempted(error: BaseException) -> bool:
-    """Whether a worker has died because Ray had announced the end of its node."""
-    cause = getattr(error, "health_check_failure", error)
-    return isinstance(cause, RayActorError) and cause.preempted
 
 
 def _ray_storage(url: str) -> dict[str, Any]:

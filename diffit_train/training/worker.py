@@ -28,7 +28,7 @@ from diffit_train.models.precision import tf32
 from diffit_train.progress import show_log
 from diffit_train.tracking import CHECKPOINT_AGE, RANK_PHASE
 from diffit_train.training.checkpointer import UnrecoverableError
-from diffit_train.training.coordinator import Failure, cause_of, was_preempted
+from diffit_train.training.failures import Failure, cause_of, was_preempted
 from diffit_train.training.stall import StallGuard, exit_with_stacks
 from diffit_train.training.trainer import Step, Trainer
 

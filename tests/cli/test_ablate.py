@@ -129,7 +129,7 @@ def test_a_fleet_runs_the_first_job_alone(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Fleet, "run", run)
     monkeypatch.setattr(sweep, "checked", lambda job, *_, **__: job)
-    monkeypatch.setattr(ablate, "fit_features", lambda recipe: None)
+    monkeypatch.setattr(ablate, "_fit_classifier", lambda recipe: None)
     fleet = FleetOptions("http://head:8265", max_concurrent=3)
     with pytest.raises(DiffitError, match="1 of 6 .*G-seed1.*killed"):
         run_ablation(find_ablation("table6"), "tiny", 2, root=str(tmp_path), fleet=fleet)

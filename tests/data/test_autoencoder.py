@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffit_train import storage
 from diffit_train.config import Recipe
+from diffit_train.data.alias import resolve_alias
 from diffit_train.data.autoencoder import (
     LoadedAutoencoder,
     Part,
@@ -28,7 +29,6 @@ from diffit_train.data.autoencoder import (
     sample_latent,
     slice_size,
 )
-from diffit_train.data.autoencoder_source import resolve_alias
 from diffit_train.data.fit import fit, fit_autoencoder
 from diffit_train.data.manifest import MANIFEST, finished_manifest, latents_url
 from diffit_train.errors import UserError

@@ -14,8 +14,8 @@ from diffit_train.config.evaluate import SAMPLERS
 from diffit_train.data.autoencoder import LoadedAutoencoder, load_autoencoder
 from diffit_train.errors import DiffitError, UserError
 from diffit_train.evaluation.chunks import FEATURES, PREDICTIONS
-from diffit_train.evaluation.feature_networks import load_features
-from diffit_train.evaluation.features import features_info, fit_features
+from diffit_train.evaluation.feature_networks import fit_features, load_features
+from diffit_train.evaluation.features import features_info
 from diffit_train.evaluation.generate import Generator, ImageNoise, guidance_saving
 from diffit_train.models.build import build_model
 from tests.conftest import tiny_recipe

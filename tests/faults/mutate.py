@@ -40,8 +40,7 @@ from diffit_train.evaluation.chunks import (
     read_chunk_images,
     write_chunk,
 )
-from diffit_train.evaluation.feature_networks import load_features
-from diffit_train.evaluation.features import fit_features
+from diffit_train.evaluation.feature_networks import fit_features, load_features
 from diffit_train.evaluation.generate import load_decoder
 from diffit_train.evaluation.references import (
     Reference,

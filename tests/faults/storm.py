@@ -33,7 +33,7 @@ import torch
 from diffit_train.config import dump_recipe
 from diffit_train.data.fit import fit_autoencoder
 from diffit_train.data.manifest import latents_url
-from diffit_train.evaluation.features import fit_features
+from diffit_train.evaluation.feature_networks import fit_features
 from diffit_train.runs.checkpoints import Checkpoint
 from tests.benchmarks.common import print_table
 from tests.conftest import tiny_recipe, write_images

@@ -15,14 +15,8 @@ from diffit_train.errors import DiffitError, UserError
 from diffit_train.runs.run import open_run
 from diffit_train.training import cluster, driver
 from diffit_train.training.cluster import Wait, capacity
-from diffit_train.training.coordinator import (
-    Coordinator,
-    Failure,
-    Limits,
-    News,
-    cause_of,
-    was_preempted,
-)
+from diffit_train.training.coordinator import Coordinator, News
+from diffit_train.training.failures import Failure, Limits, cause_of, was_preempted
 from tests.conftest import tiny_recipe, train
 
 DIED = Failure("ValueError: boom")

@@ -15,7 +15,7 @@ from diffit_train.data.manifest import latents_url
 from diffit_train.data.shards import read_shard
 from diffit_train.errors import UserError
 from diffit_train.evaluation.evaluate import evaluate_run
-from diffit_train.evaluation.features import fit_features
+from diffit_train.evaluation.feature_networks import fit_features
 from diffit_train.runs.checkpoints import Checkpoint
 from diffit_train.runs.run import open_run
 from diffit_train.tracking import Tracker

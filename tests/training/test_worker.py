@@ -21,7 +21,8 @@ from diffit_train.models.build import build_model
 from diffit_train.runs.run import open_run
 from diffit_train.training import worker
 from diffit_train.training.control import Requests
-from diffit_train.training.coordinator import Failure, start_coordinator
+from diffit_train.training.coordinator import start_coordinator
+from diffit_train.training.failures import Failure
 from diffit_train.training.trainer import Step
 from diffit_train.training.worker import Link, choose_interface
 from tests.conftest import tiny_recipe
