@@ -23,6 +23,7 @@ from diffit_train.models.attention_kernels import kernel_name
 from diffit_train.models.build import build_model
 from diffit_train.models.transfer import check_transfer
 from diffit_train.progress import say
+from diffit_train.runs.checkpoints import DamagedCheckpoint
 from diffit_train.runs.lease import Lease
 from diffit_train.runs.run import Run, RunMetadata
 from diffit_train.tracking import (
@@ -115,11 +116,13 @@ def _check(run: Run) -> Manifest:
     """Refuse what cannot be trained before anything is written; the manifest of the latents."""
     recipe = run.recipe
     newest = run.checkpoints.latest
-    if newest is not None and "raw" not in newest.weights:
-        raise UserError(
-            f"the weights of {run.url} were imported without optimizer state, so training cannot "
-            "resume from them; they can be sampled and evaluated; to train, choose another --run"
-        )
+    with contextlib.suppress(DamagedCheckpoint):  # the one before it is used
+        if newest is not None and "raw" not in newest.weights:
+            raise UserError(
+                f"the weights of {run.url} were imported without optimizer state, so training "
+                "cannot resume from them; they can be sampled and evaluated; to train, choose "
+                "another --run"
+            )
     manifest = load_manifest(latents_url(recipe))
     require_recipe(recipe, manifest.recipe_hash)
     # No larger batch than the data, no more workers than streams.

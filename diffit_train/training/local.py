@@ -27,13 +27,14 @@ def train_locally(run: Run, lease: Lease, mlflow_run_id: str, stop: Stop) -> Non
 
     train = run.recipe.train
     device = torch.device("cuda" if run.recipe.scaling.gpus_per_worker else "cpu")
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # for DeepSpeed
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.HashStore(),  # type: ignore[attr-defined]
-        rank=0,
-        world_size=1,
-    )
+    if not dist.is_initialized():  # DeepSpeed keeps the first group as long as the process lives
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+        )
     try:
         with (
             show_log(),
@@ -53,5 +54,3 @@ def train_locally(run: Run, lease: Lease, mlflow_run_id: str, stop: Stop) -> Non
             trainer.finish()
     except UnrecoverableError as error:
         raise DiffitError(f"training of {run.name!r} failed: {error}") from error
-    finally:
-        dist.destroy_process_group()

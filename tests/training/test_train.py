@@ -306,3 +306,16 @@ def test_without_ray_the_curve_is_the_same(
     assert driver.train(run, local=True) == 12
     assert _losses(trained, "local") == _losses(trained, "tiny")
     assert "in this process" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["index.json", "state.json", "commit.json"])
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_before_it(
+    trained: Path, tmp_path: Path, file: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    run = open_run(tiny_recipe(tmp_path), "tiny")
+    run.checkpoints[12].remove()
+    (Path(run.checkpoints[8].url) / file).write_text("{}")
+    assert driver.train(run.refresh(), local=True) == 12
+    assert "Resuming from step 4: checkpoint" in capfd.readouterr().err
+    assert _losses(tmp_path, "tiny") == _losses(trained, "tiny")
