@@ -25,6 +25,10 @@ SAY_FIRST_S, SAY_EVERY_S = 5.0, 60.0
 # Workers that can be placed start within this time.
 START_S = 60.0
 POLL_S = 0.5
+# Ray Train asks what has counted a new node within 20 s.
+NODE_KNOWN_S = 25.0
+# Checks left out after workers were started again for more of them.
+RETRY_CHECKS = 10
 
 
 class Stop(threading.Event):
@@ -91,7 +95,7 @@ class RayTraining:
         self.coordinator = start_coordinator()
         self._news, self._lines = News({}, [], 0, False), 0
         self._growing = False
-        self._tried_workers = 0
+        self._room, self._room_since_s = 0, 0.0
         self._grown_s = time.monotonic()
 
     def run_to_end(self) -> None:
@@ -138,7 +142,7 @@ class RayTraining:
                     self.coordinator.stop.remote()
             elif self._can_grow():
                 self._growing = True
-                say(f"Going on with {self._tried_workers} workers; saving a checkpoint first")
+                say(f"Going on with {self._room} workers; saving a checkpoint first")
                 self.coordinator.stop.remote()
         self._take_news(progress)
         try:
@@ -183,7 +187,10 @@ class RayTraining:
             progress.update(news.record["step"], loss_and_rate(news.record))
 
     def _can_grow(self) -> bool:
-        """Whether an elastic run has room for more workers; each number is tried once."""
+        """Whether an elastic run has room for more workers.
+
+        Where others use the room, so that an attempt was in vain, the next one comes later.
+        """
         scaling, workers = self.scaling, self._news.workers
         now_s = time.monotonic()
         if self._growing or not workers or workers >= scaling.max_workers:
@@ -192,9 +199,11 @@ class RayTraining:
             return False
         self._grown_s = now_s
         room = min(scaling.max_workers, capacity(scaling))
-        if room <= workers or room == self._tried_workers:
+        if room != self._room:
+            self._room, self._room_since_s = room, now_s
+        if room <= workers or now_s - self._room_since_s < NODE_KNOWN_S:
             return False
-        self._tried_workers = room
+        self._room_since_s = now_s + RETRY_CHECKS * scaling.resize_check_s
         return True
 
 

@@ -90,27 +90,33 @@ def test_workers_that_are_starting_are_not_waited_for() -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_an_elastic_run_grows_once_for_each_number_of_workers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_elastic_run_grows_into_room_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert capacity(Scaling()) == 2
     assert capacity(Scaling(cpus_per_worker=2)) == 1
     assert capacity(Scaling(gpus_per_worker=1)) == 0
     room = [2]
     monkeypatch.setattr(cluster, "capacity", lambda scaling: room[0])
     training: Any = object.__new__(cluster.RayTraining)
-    training.scaling = Scaling(workers="1..4", resize_check_s=1e-9)
-    training._growing, training._tried_workers, training._grown_s = False, 0, 0.0
+    training.scaling = Scaling(workers="1..4", resize_check_s=5)
+    training._growing, training._grown_s = False, 0.0
+    training._room, training._room_since_s = 0, 0.0
+    now = [1000.0]
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: now[0])
+
+    def grows(at_s: float) -> bool:
+        now[0] = 1000.0 + at_s
+        return bool(training._can_grow())
+
     training._news = News({}, [], 2, True)
-    assert not training._can_grow()
+    assert not grows(0.0)
     room[0] = 3
-    assert training._can_grow()
-    assert not training._can_grow()  # the nodes have room, but others use it
+    assert [grows(at_s) for at_s in (10.0, 12.0, 30.0, 36.0)] == [False, False, False, True]
+    # The nodes have room, but others use it.
+    assert [grows(at_s) for at_s in (60.0, 100.0, 120.0)] == [False, False, True]
     room[0] = 9
-    assert training._can_grow()
+    assert [grows(at_s) for at_s in (130.0, 160.0)] == [False, True]
     training._news = training._news._replace(workers=4)
-    room[0] = 10
-    assert not training._can_grow()
+    assert not grows(1000.0)
 
 
 def test_the_coordinator_keeps_the_first_cause(tmp_path: Path) -> None:
