@@ -35,7 +35,7 @@ class Data(Section):
     """images: folder, tar, zip or parquet files, or CIFAR-10's archive; a path, s3://…,
     hf://datasets/OWNER/NAME/… (`root:` means under ROOT)"""
     format: Annotated[str, FORMATS] = "auto"
-    """format of the source; auto: detect from its name and contents; or a class of your own, to
+    """format of the source; auto: detect from its name and contents; or a custom class, to
     which data.source means what it likes"""
     columns: Columns = Columns()
     """names of the columns of parquet files and of a CSV of labels"""
